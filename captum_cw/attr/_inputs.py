@@ -1,0 +1,197 @@
+"""From what a person passes to ``attribute`` to one call of the model, checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ForwardCall", "forward_call"]
+
+
+@dataclass(frozen=True)
+class ForwardCall:
+    """Arguments for one forward pass.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        real: ``(B, T)``, False at padded tokens; None if there are none.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    real: Tensor | None
+
+
+def forward_call(model: nn.Module | None, inputs: object, additional: object) -> ForwardCall:
+    """Reads Captum's ``inputs`` and ``additional_forward_args``.
+
+    Args:
+        model: The model, or None where only a callable is known.
+        inputs: A tensor, a tuple of tensors, or a mapping of keyword arguments.
+        additional: None, one further argument or a tuple of them, positional after ``inputs``.
+
+    Raises:
+        TypeError, ValueError: As :meth:`captum_cw.ContributionWeights.attribute` says.
+    """
+    rest = () if additional is None else additional if isinstance(additional, tuple) else (additional,)
+    args: tuple[Any, ...]
+    if isinstance(inputs, Mapping):
+        args, kwargs = rest, dict(inputs)
+        if rest:
+            raise TypeError(
+                "additional_forward_args cannot follow a mapping, which names its arguments: put "
+                "them into the mapping."
+            )
+    elif isinstance(inputs, Tensor) or (
+        isinstance(inputs, tuple) and inputs and all(isinstance(x, Tensor) for x in inputs)
+    ):
+        args, kwargs = ((inputs,) if isinstance(inputs, Tensor) else inputs) + rest, {}
+    else:
+        raise TypeError(
+            f"inputs is {_kind(inputs)}: give token ids (B, T), embeddings (B, T, d), a tokenizer's "
+            "BatchEncoding (return_tensors='pt'), a dict of keyword arguments or a tuple of tensors."
+        )
+    if model is None:
+        return ForwardCall(args, kwargs, None)
+    _check_weights(model)
+    args, kwargs = _by_name(model, args, kwargs)
+    return _checked(model, args, kwargs)
+
+
+def _kind(x: object) -> str:
+    if isinstance(x, (list, tuple)):
+        return f"a {type(x).__name__} of {', '.join(sorted({type(e).__name__ for e in x})) or 'nothing'}"
+    return f"of type {type(x).__name__}"
+
+
+def _check_weights(model: nn.Module) -> None:
+    """A model on the meta device has no weights, unless hooks load them at each call."""
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None and not any(hasattr(m, "_hf_hook") for m in model.modules()):
+        raise ValueError(
+            f"Parameter {meta!r} is on the meta device and nothing loads it: load the model's weights "
+            "with from_pretrained, or offload with device_map."
+        )
+
+
+def _by_name(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional arguments by the names of the model's forward, where it names them.
+
+    Embeddings become ``inputs_embeds`` where the main input is ids.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [n for n, p in parameters.items() if p.kind in by_position]
+    if len(args) > len(names):
+        return args, kwargs
+    named = dict(zip(names, args))
+    main = getattr(model, "main_input_name", None)
+    ids = named.get(main) if main == "input_ids" else None
+    if isinstance(ids, Tensor) and ids.is_floating_point():
+        if ids.dim() != 3 or "inputs_embeds" not in parameters:
+            raise ValueError(
+                f"input_ids is a {ids.dtype} tensor of shape {tuple(ids.shape)}: token ids are "
+                "integers. Noise and interpolation need embeddings: pass "
+                "model.get_input_embeddings()(input_ids), of shape (B, T, d)."
+            )
+        named["inputs_embeds"] = named.pop("input_ids")
+    return (), {**named, **kwargs}
+
+
+def _checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall:
+    for name, value in [*enumerate(args), *kwargs.items()]:
+        if isinstance(value, Tensor) and value.numel() == 0:
+            raise ValueError(
+                f"Argument {name!r} is empty (shape {tuple(value.shape)}): attribution needs at least "
+                "one example of one token."
+            )
+        if isinstance(value, list):
+            raise TypeError(f"Argument {name!r} is a list: tokenize with return_tensors='pt'.")
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        _check_ids(model, ids)
+    main = ids if isinstance(ids, Tensor) else embeds
+    if not isinstance(main, Tensor) or main.dim() < 2:
+        return ForwardCall(args, kwargs, None)
+    B, T = main.shape[:2]
+    mask = kwargs.get("attention_mask")
+    real = _check_mask(mask, B, T, cached=kwargs.get("past_key_values") is not None)
+    parameters = inspect.signature(model.forward).parameters
+    positions = kwargs.get("position_ids")
+    if real is not None and positions is None and _positions_from_mask(model, parameters):
+        # As generate does: a left-padded text must stand where it would stand alone.
+        positions = (real.long().cumsum(-1) - 1).clamp_(min=0)
+        kwargs = {**kwargs, "position_ids": positions}
+    _check_length(model, T, positions)
+    return ForwardCall(args, _lean(parameters, kwargs), real)
+
+
+def _check_ids(model: nn.Module, ids: Tensor) -> None:
+    if ids.dim() != 2:
+        raise ValueError(
+            f"input_ids has shape {tuple(ids.shape)}: expected (B, T); for one text, ids[None]."
+        )
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embeddings, "num_embeddings", None)
+    low, high = int(ids.min()), int(ids.max())
+    if size is not None and not (0 <= low and high < size):
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"Token id {wrong} is outside of the model's vocabulary 0..{size - 1}: use the model's own "
+            "tokenizer, and mark padding in attention_mask, not by a special id."
+        )
+
+
+def _check_mask(mask: object, B: int, T: int, *, cached: bool) -> Tensor | None:
+    """The padding that a mask marks: ``(B, T)`` boolean, or None where nothing is padded."""
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[2] in (1, T):
+        return None
+    if mask.dim() != 2 or mask.shape[0] != B or (mask.shape[1] != T and not cached):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but the inputs are {B} x {T} tokens: it "
+            f"must be ({B}, {T}), 1 at tokens and 0 at padding (or four-dimensional)."
+        )
+    real = mask[:, -T:] != 0
+    if not real.any(-1).all():
+        raise ValueError(
+            f"Example {int((~real.any(-1)).nonzero()[0])} is empty: attention_mask is 0 at all of its "
+            "tokens."
+        )
+    return None if real.all() else real
+
+
+def _positions_from_mask(model: nn.Module, parameters: Mapping[str, object]) -> bool:
+    can_generate = getattr(model, "can_generate", lambda: False)
+    return "position_ids" in parameters and bool(can_generate())
+
+
+def _check_length(model: nn.Module, T: int, positions: object) -> None:
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    length = int(positions.max()) + 1 if isinstance(positions, Tensor) else T
+    if isinstance(limit, int) and length > limit > 0:
+        raise ValueError(
+            f"The text has {length} tokens, but the model has positions for {limit}: cut the text "
+            "(truncation=True, max_length=...) or use a model with a longer context."
+        )
+
+
+def _lean(parameters: Mapping[str, object], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what attribution does not look at: a cache, and logits over the vocabulary."""
+    lean = dict(kwargs)
+    if "use_cache" in parameters and "past_key_values" not in kwargs:
+        lean.setdefault("use_cache", False)
+    if "logits_to_keep" in parameters and kwargs.get("labels") is None:
+        lean.setdefault("logits_to_keep", 1)
+    return lean

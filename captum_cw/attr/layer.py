@@ -1,0 +1,535 @@
+"""The four measures as Captum layer attributions.
+
+Each class says what it computes from a layer; :class:`_AttentionAttribution` runs the model,
+observes the layers and gives results in Captum's form.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from captum_cw import functional
+from captum_cw.attr._captum import LayerAttribution, log_usage
+from captum_cw.attr._inputs import ForwardCall, forward_call
+from captum_cw.capture import Execution, Observation, UnsupportedModelError
+from captum_cw.functional import AttentionLayer, Decomposition, Measure, Scope
+from captum_cw.progress import progress_bar
+
+__all__ = ["AttentionWeights", "ContributionWeights", "VWAttention", "VWONAttention"]
+
+Result = TypeVar("Result")
+Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
+
+
+class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum has no types for it
+    """What the measures have in common.
+
+    Args:
+        forward_func: The model, or any callable that runs it; a callable needs ``layer``.
+        layer: An attention module, a list of them (an ``nn.ModuleList`` counts as one), or None
+            for every attention layer in the order in which they run.
+        device_ids: As in Captum; not needed where ``forward_func`` is the model.
+        kind: ``"self"``, ``"cross"`` or ``"all"`` attention layers.
+    """
+
+    name: str
+    """What users call the measure, on the command line too."""
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | Sequence[nn.Module] | None = None,
+        device_ids: list[int] | None = None,
+    ) -> None:
+        self.model = _model_of(forward_func)
+        layer = list(layer) if isinstance(layer, (nn.ModuleList, Sequence)) else layer
+        _check_layers(layer, self.model)
+        super().__init__(forward_func, layer, device_ids)
+        self._layers: list[str] | None = None
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The class's name; Captum would put a space before each capital."""
+        return cls.__name__
+
+    @property
+    def measure(self) -> Measure:
+        """What this class computes from each layer."""
+        raise NotImplementedError  # pragma: no cover
+
+    @property
+    def normaliser(self) -> Scope | None:
+        """The output that the measure divides by, if any."""
+        return None
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the attention layers that are attributed, in execution order.
+
+        Known after the first ``attribute``; before that, a pass over two tokens finds them.
+        """
+        if self._layers is None:
+            if getattr(self.model, "main_input_name", None) != "input_ids":
+                raise RuntimeError(
+                    "The layers are found by running the model: call attribute once, then read "
+                    ".layers."
+                )
+            device = next(self.model.parameters()).device
+            self.observe(torch.zeros(1, 2, dtype=torch.long, device=device), None, _ignore)
+        assert self._layers is not None
+        return self._layers
+
+    def observe(
+        self,
+        inputs: Inputs,
+        additional_forward_args: object,
+        on_layer: Callable[[Execution, AttentionLayer], Result],
+        *,
+        show_progress: bool = False,
+        forward_options: Mapping[str, Any] | None = None,
+    ) -> tuple[list[tuple[Execution, Result]], ForwardCall, Any]:
+        """Runs the model once and applies ``on_layer`` to each chosen layer, in order.
+
+        Returns:
+            One result for each execution, the arguments that the model ran with, and what it
+            returned.
+        """
+        call = forward_call(self.model, inputs, additional_forward_args)
+        call = ForwardCall(call.args, {**call.kwargs, **(forward_options or {})}, call.real)
+        chosen = [self.layer] if isinstance(self.layer, nn.Module) else self.layer
+        roots = [self.model] if self.model is not None else (chosen or [])
+        results: list[tuple[Execution, Result]] = []
+        vanishing = 0
+        expected = None if chosen is None else len(chosen)
+
+        with progress_bar(expected, f"{self.get_name()}: layers", show=show_progress) as bar:
+
+            def collect(execution: Execution, layer: AttentionLayer) -> None:
+                nonlocal vanishing
+                if bar.total is None:
+                    bar.total = _expected_layers(roots, [execution])
+                results.append((execution, on_layer(execution, layer)))
+                if self.normaliser is not None:
+                    vanishing += layer.vanishing(self.normaliser)
+                bar.update()
+
+            observation = Observation(roots, collect, chosen, call.real)
+            with torch.no_grad(), _evaluation_mode(roots), observation:
+                output = self.forward_func(*call.args, **call.kwargs)
+        _check_executions(observation.executions, chosen, roots)
+        if vanishing:
+            warnings.warn(
+                f"{vanishing} attention outputs vanish: their rows are returned as zeros.",
+                stacklevel=3,
+            )
+        self._layers = [execution.name for execution, _ in results]
+        return results, call, output
+
+    @log_usage()  # type: ignore[misc]
+    def attribute(
+        self,
+        inputs: Inputs,
+        additional_forward_args: object = None,
+        target: None = None,
+        *,
+        show_progress: bool = False,
+    ) -> Any:
+        """The measure at every query and key.
+
+        Args:
+            inputs: Token ids ``(B, T)``, a tokenizer's ``BatchEncoding`` or a dict of keyword
+                arguments, embeddings ``(B, T, d)`` for a model whose main input is ids, else
+                the model's main input; or a tuple of tensors, passed in order.
+            additional_forward_args: Further positional arguments, as in Captum.
+            target: Must be None: an attention measure explains a layer's output, not a class.
+            show_progress: Shows a bar over the layers once it has taken two seconds.
+
+        Returns:
+            ``(B, H, T, S)`` for one attention module, a list of such tensors for a list or None;
+            float32, detached. Note that this is a map over queries and keys, not of the
+            size of the layer's output. Where a module runs several times in a pass, its place
+            holds a tuple with one map for each time (one entry each where ``layer`` is None).
+            Padded queries and keys are zeros.
+
+        Raises:
+            TypeError: If ``inputs`` or ``layer`` is of a kind that cannot be read.
+            ValueError: If ids, mask or positions do not fit the model, the input is empty, a
+                layer does not run attention, ``target`` is given, or activations are NaN.
+            MemoryError: If the maps would not fit into memory, with their size.
+            UnsupportedModelError: If the model does something that would make the result wrong.
+        """
+        _refuse_target(target)
+        return self._maps(inputs, additional_forward_args, self.measure, show_progress)
+
+    def _maps(
+        self,
+        inputs: Inputs,
+        additional_forward_args: object,
+        measure: Measure,
+        show_progress: bool,
+    ) -> Any:
+        def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor:
+            return functional.dense_map(layer, measure).float()
+
+        return self._dense(inputs, additional_forward_args, on_layer, show_progress)
+
+    def _dense(
+        self,
+        inputs: Inputs,
+        additional_forward_args: object,
+        on_layer: Callable[[Execution, AttentionLayer], Result],
+        show_progress: bool,
+        maps: int = 1,
+    ) -> Any:
+        """Runs ``on_layer``, which makes ``maps`` dense maps a layer, if the maps fit."""
+        seen: list[Execution] = []
+        chosen = [self.layer] if isinstance(self.layer, nn.Module) else self.layer
+        roots = [self.model] if self.model is not None else (chosen or [])
+
+        def if_it_fits(execution: Execution, layer: AttentionLayer) -> Result:
+            seen.append(execution)
+            total = _expected_layers(roots, seen) if chosen is None else len(chosen)
+            _check_memory(layer, max(total - len(seen) + 1, 1), maps)
+            return on_layer(execution, layer)
+
+        results, _, _ = self.observe(
+            inputs, additional_forward_args, if_it_fits, show_progress=show_progress
+        )
+        return self._in_captums_form(results)
+
+    def _in_captums_form(self, results: list[tuple[Execution, Result]]) -> Any:
+        """One module: its result; a list or None: a list; several executions: a tuple."""
+        if self.layer is None:
+            return [result for _, result in results]
+
+        def of(module: nn.Module) -> Result | tuple[Result, ...]:
+            runs = [result for execution, result in results if execution.module is module]
+            return runs[0] if len(runs) == 1 else tuple(runs)
+
+        return of(self.layer) if isinstance(self.layer, nn.Module) else [of(m) for m in self.layer]
+
+
+def _ignore(execution: Execution, layer: AttentionLayer) -> None:
+    return None
+
+
+def _refuse_target(target: object) -> None:
+    if target is not None:
+        raise ValueError(
+            f"target={target!r}: an attention measure explains the output of a layer, not a class or "
+            "token, so there is no target. To explain one prediction, use TokenScores(method, "
+            "queries=position) or LLMTokenAttribution."
+        )
+
+
+def _model_of(forward_func: object) -> nn.Module | None:
+    if isinstance(forward_func, nn.Module):
+        return forward_func
+    owner = getattr(forward_func, "__self__", None)
+    if isinstance(owner, nn.Module):
+        return owner
+    if not callable(forward_func):
+        raise TypeError(
+            f"forward_func is of type {type(forward_func).__name__}: give the model, or a callable."
+        )
+    return None
+
+
+def _check_layers(layer: object, model: nn.Module | None) -> None:
+    if layer is None:
+        if model is None:
+            raise ValueError("layer is None, but forward_func is no module: name the layers.")
+        return
+    layers = layer if isinstance(layer, list) else [layer]
+    if not layers:
+        raise ValueError("layer is an empty list: give attention modules, or None for all.")
+    known = None if model is None else set(model.modules())
+    for module in layers:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"layer={module!r} is no module: give an attention module, such as "
+                "model.get_submodule('model.layers.0.self_attn'), a list of them, or None."
+            )
+        if known is not None and module not in known:
+            raise ValueError(f"layer {type(module).__name__} is no part of the model.")
+
+
+def _check_executions(
+    executions: list[Execution], chosen: list[nn.Module] | None, roots: list[nn.Module]
+) -> None:
+    if not executions and chosen is None:
+        kinds = ", ".join(type(root).__name__ for root in roots)
+        raise UnsupportedModelError(
+            f"No attention was found in {kinds}: attention is seen in Hugging Face models that use "
+            "the attention registry (transformers.AttentionInterface)."
+        )
+    ran = {execution.module for execution in executions}
+    missing = [module for module in chosen or () if module not in ran]
+    if missing:
+        names = {m: name for root in roots for name, m in root.named_modules()}
+        found = list(dict.fromkeys(execution.name for execution in executions))
+        known = ", ".join(found[:4]) + (f", ... ({len(found)} in all)" if len(found) > 4 else "")
+        raise ValueError(
+            f"Layer {names.get(missing[0], '')!r} ({type(missing[0]).__name__}) is no attention "
+            f"module: it made no attention call. Attention modules: {known or 'none were seen'}."
+        )
+
+
+def _expected_layers(roots: list[nn.Module], seen: list[Execution]) -> int:
+    """At least how many layers a pass will have, before it has ended."""
+    kinds = {type(execution.module) for execution in seen}
+    return max(len(seen), sum(type(m) in kinds for root in roots for m in root.modules()))
+
+
+def _check_memory(layer: AttentionLayer, layers: int, maps: int) -> None:
+    B, T, device = layer.value.shape[0], layer.T, layer.value.device
+    needed = 4 * B * layer.H * T * layer.S * layers * maps
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(
+            f"The maps need {needed / 1e9:.1f} GB ({layers} more layers of {B} x {layer.H} x {T} x "
+            f"{layer.S} float32), but {free / 1e9:.1f} GB are free. Choose fewer layers (layer=...), "
+            "or use TokenScores, which never holds a map."
+        )
+
+
+@contextmanager
+def _evaluation_mode(roots: list[nn.Module]) -> Iterator[None]:
+    """Turns dropout off, and afterwards puts back the mode of every module."""
+    training = [m for root in roots for m in root.modules() if m.training]
+    if training:
+        warnings.warn(
+            "The model is in training mode: dropout is off for the attribution.", stacklevel=4
+        )
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class AttentionWeights(_AttentionAttribution):
+    """The attention weights ``a_ij`` that the model used (Eq. 1), its own mask, bias, soft-cap and
+    sinks included.
+
+    Args:
+        forward_func: The model, or any callable that runs it; a callable needs ``layer``.
+        layer: An attention module, a list of them, or None for all.
+        device_ids: As in Captum.
+
+    Example:
+        >>> a = AttentionWeights(model).attribute(input_ids)
+        >>> len(a), a[0].shape
+        (2, torch.Size([1, 4, 5, 5]))
+    """
+
+    name = "attention"
+
+    @property
+    def measure(self) -> Measure:
+        return functional.attention
+
+
+class VWAttention(_AttentionAttribution):
+    """Value-weighted attention ``|a_ij| ||v~_j||`` (arXiv 2606.07604, section 5.2, measure ii;
+    Kobayashi et al. 2020), in the unit of the hidden states.
+
+    Args:
+        forward_func: The model, or any callable that runs it; a callable needs ``layer``.
+        layer: An attention module, a list of them, or None for all.
+        device_ids: As in Captum.
+
+    Example:
+        >>> VWAttention(model, model.model.layers[0].self_attn).attribute(input_ids).shape
+        torch.Size([1, 4, 5, 5])
+    """
+
+    name = "vw"
+
+    @property
+    def measure(self) -> Measure:
+        return functional.vw
+
+
+class VWONAttention(_AttentionAttribution):
+    """Value-weighted attention over the output's norm, ``|a_ij| ||v~_j|| / ||o_i||``
+    (arXiv 2606.07604, section 5.2, measure iii), where ``o_i`` is the output of the whole layer.
+
+    Args:
+        forward_func: The model, or any callable that runs it; a callable needs ``layer``.
+        layer: An attention module, a list of them, or None for all.
+        device_ids: As in Captum.
+
+    Example:
+        >>> VWONAttention(model).attribute(input_ids)[1].shape
+        torch.Size([1, 4, 5, 5])
+    """
+
+    name = "vwon"
+
+    @property
+    def measure(self) -> Measure:
+        return functional.vwon
+
+    @property
+    def normaliser(self) -> Scope | None:
+        return "inter"
+
+
+class ContributionWeights(_AttentionAttribution):
+    """Contribution weights: each token's share of the attention output (arXiv 2606.07604).
+
+    ``c_ij = a_ij <o_i, v~_j> / ||o_i||^2``: attention, magnitude and direction together. A
+    negative contribution opposes the output.
+
+    Args:
+        forward_func: The model, or any callable that runs it; a callable needs ``layer``.
+        layer: An attention module, a list of them, or None for all.
+        device_ids: As in Captum.
+        scope: ``"inter"`` projects on the layer's output (Eq. 12) and sums to one over heads and
+            keys; ``"intra"`` projects on the head's own (Eq. 9) and sums to one over keys.
+
+    Example:
+        >>> c = ContributionWeights(model).attribute(input_ids)
+        >>> torch.allclose(c[0].sum((1, 3)), torch.ones(1, 5), atol=1e-5)
+        True
+    """
+
+    name = "contribution"
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | Sequence[nn.Module] | None = None,
+        device_ids: list[int] | None = None,
+        *,
+        scope: Scope = "inter",
+    ) -> None:
+        super().__init__(forward_func, layer, device_ids)
+        functional.check_choice("scope", scope, Scope)
+        self.scope: Scope = scope
+
+    @property
+    def measure(self) -> Measure:
+        return functional.contribution(self.scope)
+
+    @property
+    def normaliser(self) -> Scope | None:
+        return self.scope
+
+    def has_convergence_delta(self) -> bool:
+        """True: contributions sum to one, and the delta says how nearly."""
+        return True
+
+    def compute_convergence_delta(self, attributions: Any) -> Any:
+        """One minus the sum of the contributions; zero for padded queries and vanishing outputs.
+
+        Args:
+            attributions: What :meth:`attribute` gave: a tensor, or a list of them.
+
+        Returns:
+            ``(B, T)`` for inter, ``(B, H, T)`` for intra; a list for a list.
+        """
+        if isinstance(attributions, (list, tuple)):
+            return type(attributions)(self.compute_convergence_delta(a) for a in attributions)
+        dims = (1, 3) if self.scope == "inter" else (3,)
+        anything = (attributions != 0).sum(dims) > 0
+        return (1 - attributions.sum(dims)) * anything
+
+    @log_usage()  # type: ignore[misc]
+    def attribute(
+        self,
+        inputs: Inputs,
+        additional_forward_args: object = None,
+        target: None = None,
+        *,
+        return_convergence_delta: bool = False,
+        show_progress: bool = False,
+    ) -> Any:
+        """The contribution of every key to every query's output.
+
+        Args, returns and errors as for every measure (see :meth:`AttentionWeights.attribute`);
+        beside it:
+
+        Args:
+            return_convergence_delta: Also returns :meth:`compute_convergence_delta`.
+        """
+        _refuse_target(target)
+        maps = self._maps(inputs, additional_forward_args, self.measure, show_progress)
+        return (maps, self.compute_convergence_delta(maps)) if return_convergence_delta else maps
+
+    def decompose(
+        self, inputs: Inputs, additional_forward_args: object = None, *, show_progress: bool = False
+    ) -> Any:
+        """The factors of the inter-head contributions (Eq. 14).
+
+        Args and errors as :meth:`attribute`.
+
+        Returns:
+            For each layer a :class:`captum_cw.functional.Decomposition` ``(attention,
+            relative_norm, cosine, contribution)`` of float32 tensors ``(B, H, T, S)``; in a list
+            where ``layer`` is None or a list.
+
+        Example:
+            >>> d = ContributionWeights(model).decompose(input_ids)[0]
+            >>> torch.allclose(d.attention * d.relative_norm * d.cosine, d.contribution, atol=1e-6)
+            True
+        """
+        if self.scope != "inter":
+            raise ValueError(
+                f"scope={self.scope!r} has no decomposition: Eq. 14 speaks of the layer's output; use "
+                "scope='inter'."
+            )
+
+        def on_layer(execution: Execution, layer: AttentionLayer) -> Decomposition:
+            return Decomposition(*(x.float() for x in functional.decompose(layer)))
+
+        return self._dense(inputs, additional_forward_args, on_layer, show_progress, maps=4)
+
+    def head_share(
+        self, inputs: Inputs, additional_forward_args: object = None, *, show_progress: bool = False
+    ) -> Tensor:
+        """How much of its layer's output each head makes: ``sum_j c_ij^h``, inter-head.
+
+        Args and errors as :meth:`attribute`; no map is built.
+
+        Returns:
+            ``(B, L, H, T)``, float32: sums to one over ``H``; zero for padded queries.
+
+        Example:
+            >>> share = ContributionWeights(model).head_share(input_ids)
+            >>> share.shape, torch.allclose(share.sum(2), torch.ones(1, 2, 5), atol=1e-5)
+            (torch.Size([1, 2, 4, 5]), True)
+        """
+
+        def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor:
+            return functional.head_share(layer).float()
+
+        results, _, _ = self.observe(
+            inputs, additional_forward_args, on_layer, show_progress=show_progress
+        )
+        return stack_layers([share for _, share in results], "head_share")
+
+
+def stack_layers(results: list[Tensor], what: str) -> Tensor:
+    """``L`` tensors ``(B, ...)`` as one ``(B, L, ...)``."""
+    shapes = Counter(tuple(r.shape) for r in results)
+    if len(shapes) > 1:
+        raise ValueError(
+            f"The layers differ in heads or length ({', '.join(map(str, shapes))}), so {what} has no "
+            "common shape: choose layers of one shape with layer=..., or aggregate over heads."
+        )
+    return torch.stack([r.to(results[0].device) for r in results], dim=1)

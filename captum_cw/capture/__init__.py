@@ -1,0 +1,11 @@
+"""How a running model is seen: attention calls, output projections, adapters.
+
+:class:`Observation` runs beside one forward pass and hands over each attention layer as a
+:class:`captum_cw.functional.AttentionLayer`. What it knows of a model it takes from the data:
+the queries, keys and values at the attention call, the weights recomputed from them and
+checked against the head outputs, and the linear layer that reads those head outputs.
+"""
+
+from captum_cw.capture.observation import Execution, Observation, UnsupportedModelError
+
+__all__ = ["Execution", "Observation", "UnsupportedModelError"]

@@ -1,0 +1,193 @@
+"""One call of an attention kernel, and the attention weights that it used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_cw.functional import QueryMask, Weights, attention_weights, expand_heads
+
+__all__ = ["AttentionCall", "UnsupportedModelError", "find_weights", "query_mask"]
+
+#: Queries at which recomputed weights are compared with the model's own, as fractions of T.
+PROBED = (0.0, 0.34, 0.67, 1.0)
+
+
+class UnsupportedModelError(RuntimeError):
+    """The model does something that would make the measures wrong, so nothing is computed."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What went into an attention kernel, and what came out.
+
+    Args:
+        module: The attention module that made the call.
+        query, key, value: ``(B, H, T, d_k)``, ``(B, H_kv, S, d_k)``, ``(B, H_kv, S, d_h)``.
+        mask: Boolean (True = visible) or additive, broadcastable to ``(B, H, T, S)``, or None.
+        causal: Whether the kernel takes no mask to mean that queries see no later key.
+        scaling: Factor of the inner products; None is ``1 / sqrt(d_k)``.
+        head_output: ``y``, ``(B, T, H, d_h)``.
+        weights: ``(B, H, T, S)`` where the kernel returned them, else None.
+        dense_kernel: The model's own kernel that returns weights, with all of its
+            peculiarities: ``(rows, query, key, value, mask) -> (B, H, t, S)``. None where it
+            has none.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool
+    scaling: float | None
+    head_output: Tensor
+    weights: Tensor | None
+    dense_kernel: Callable[[slice, Tensor, Tensor, Tensor, Tensor], Tensor] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that geometry is computed in: the model's, but float32 at least."""
+        return torch.promote_types(self.value.dtype, torch.float32)
+
+
+def query_mask(call: AttentionCall, real: Tensor | None) -> QueryMask:
+    """Which keys the queries of a call can see.
+
+    Args:
+        call: The call.
+        real: ``(B, T)``, False at padded tokens; None if there are none.
+    """
+    T, S = call.query.shape[2], call.key.shape[2]
+    if call.mask is None:
+        return QueryMask(T, S, causal=call.causal, real=real)
+    visible = call.mask
+    if visible.dtype != torch.bool:
+        # Half of the minimum: masks add up, and a position bias may sit on top of them.
+        visible = visible > torch.finfo(visible.dtype).min / 2
+    future = torch.ones(T, S, dtype=torch.bool, device=visible.device).triu(S - T + 1)
+    return QueryMask(T, S, visible, causal=not bool((visible & future).any()), real=real)
+
+
+def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
+    """The weights that the call used, in blocks of queries.
+
+    The cheapest source that agrees with the model is taken: the weights that its kernel returned,
+    a plain softmax, or its own dense kernel run block by block. All are compared with
+    the head outputs at a few queries, the softmax with the dense kernel too, since head outputs in
+    half precision cannot tell a soft-capped weight from a plain one.
+
+    Raises:
+        UnsupportedModelError: If no source agrees with the head outputs.
+    """
+    for weights in _sources(call, mask):
+        if _reproduces(weights, call, mask):
+            return weights
+    raise UnsupportedModelError(
+        f"The attention weights recomputed for layer {name!r} ({type(call.module).__name__}) do not "
+        "give the head outputs that the model computed, so that every measure would be wrong. Try "
+        "model.set_attn_implementation('eager'), which returns the weights themselves."
+    )
+
+
+def _sources(call: AttentionCall, mask: QueryMask) -> Iterator[Weights]:
+    if call.weights is not None:
+        yield _Returned(call, mask)
+        return
+    dense = None if call.dense_kernel is None else _DenseKernel(call, mask)
+    softmax = _Softmax(call, mask)
+    if dense is None or all(_agree(softmax(rows), dense(rows)) for rows in _probed(mask)[-1:]):
+        yield softmax
+    if dense is not None:
+        yield dense
+
+
+def _probed(mask: QueryMask) -> list[slice]:
+    """Single real queries, from the first to the last, spread over the text."""
+    at = sorted({round(f * (mask.T - 1)) for f in PROBED})
+    return [slice(i, i + 1) for i in at]
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    n = min(a.shape[-1], b.shape[-1])
+    return bool(torch.allclose(a[..., :n], b[..., :n], atol=1e-4))
+
+
+def _reproduces(weights: Weights, call: AttentionCall, mask: QueryMask) -> bool:
+    """Whether ``sum_j a_ij v_j`` is what the model computed, at a few real queries."""
+    tolerance = max(1e-4, 4 * torch.finfo(call.value.dtype).eps)
+    v = expand_heads(call.value, call.query.shape[1]).to(call.dtype)
+    for rows in _probed(mask):
+        a = weights(rows)
+        n = a.shape[-1]
+        y = (a @ v[:, :, :n]).transpose(1, 2)
+        wrong = (y - call.head_output[:, rows]).abs() > tolerance * (
+            a.abs() @ v[:, :, :n].abs()
+        ).transpose(1, 2) + 1e-30
+        # NaN is not "wrong": it is reported as NaN, with its place.
+        if mask.real is not None:
+            wrong &= mask.real[:, rows, None, None]
+        if wrong.any():
+            return False
+    return True
+
+
+class _Returned:
+    """Weights that the kernel returned."""
+
+    def __init__(self, call: AttentionCall, mask: QueryMask) -> None:
+        assert call.weights is not None
+        self.weights, self.mask, self.dtype = call.weights, mask, call.dtype
+
+    def __call__(self, rows: slice) -> Tensor:
+        return self.weights[:, :, rows, : self.mask.keys(rows)].to(self.dtype, copy=True)
+
+
+class _Softmax:
+    """Weights by the plain softmax of Eq. 1, with the mask of the call."""
+
+    def __init__(self, call: AttentionCall, mask: QueryMask) -> None:
+        self.scaling = call.scaling
+        self.query, self.key = call.query.to(call.dtype), call.key.to(call.dtype)
+        self.mask = mask
+        self.bias = call.mask if call.mask is not None and call.mask.dtype != torch.bool else None
+
+    def __call__(self, rows: slice) -> Tensor:
+        n = self.mask.keys(rows)
+        seen = self.bias
+        if seen is not None:
+            seen = seen[:, :, rows if seen.shape[2] > 1 else slice(None), :n]
+        else:
+            seen = self.mask.tail(rows)
+        return attention_weights(
+            self.query[:, :, rows], self.key[:, :, :n], scaling=self.scaling, mask=seen
+        )
+
+
+class _DenseKernel:
+    """Weights by the model's own dense kernel, run on a block of queries."""
+
+    def __init__(self, call: AttentionCall, mask: QueryMask) -> None:
+        assert call.dense_kernel is not None
+        self.kernel, self.mask, self.call = call.dense_kernel, mask, call
+        self.query, self.key, self.value = (
+            x.to(call.dtype) for x in (call.query, call.key, call.value)
+        )
+
+    def __call__(self, rows: slice) -> Tensor:
+        given, n = self.call.mask, self.mask.S
+        if given is None or given.dtype == torch.bool:
+            causal = QueryMask(self.mask.T, n, given, causal=given is None and self.call.causal)
+            seen = causal.block(rows)
+            bias = self.query.new_zeros(1, 1, rows.stop - rows.start, n)
+            if seen is not None:
+                seen = torch.nn.functional.pad(seen, (0, n - seen.shape[-1]))  # False: unseen
+                bias = bias.masked_fill(~seen.to(bias.device), torch.finfo(bias.dtype).min)
+        else:
+            bias = given[:, :, rows if given.shape[2] > 1 else slice(None)].to(self.query.dtype)
+        a = self.kernel(rows, self.query[:, :, rows], self.key, self.value, bias)
+        return a.to(self.call.dtype)[..., : self.mask.keys(rows)]

@@ -1,0 +1,160 @@
+"""One forward pass, observed: each attention layer is handed over as soon as it has run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, find_weights, query_mask
+from captum_cw.capture.huggingface import attention_calls
+from captum_cw.capture.projections import linear_types, output_and_weight, reads
+from captum_cw.functional import AttentionLayer, QueryMask
+
+__all__ = ["Execution", "Observation", "UnsupportedModelError"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """That an attention module ran once, and how large a map of it would be.
+
+    Args:
+        module: The attention module.
+        name: Its name in the model.
+        heads: ``H``.
+    """
+
+    module: nn.Module
+    name: str
+    heads: int
+
+
+class Observation:
+    """Watches the attention layers that run inside its ``with`` block, in this thread.
+
+    Args:
+        roots: The model, or the modules of it that are known.
+        on_layer: Told of each wanted layer right after its output projection has run, in order;
+            what it is given is not kept.
+        wanted: The attention modules to hand over; None for all.
+        real: ``(B, T)``, False at padded tokens; None if there are none.
+
+    Attributes:
+        executions: Every attention call so far, wanted or not.
+    """
+
+    def __init__(
+        self,
+        roots: Collection[nn.Module],
+        on_layer: Callable[[Execution, AttentionLayer], None],
+        wanted: Collection[nn.Module] | None = None,
+        real: Tensor | None = None,
+    ) -> None:
+        self.executions: list[Execution] = []
+        self._names = {m: name for root in roots for name, m in root.named_modules()}
+        self._on_layer, self._wanted, self._real = on_layer, wanted, real
+        # The layer whose projection has not run yet, and head outputs already projected.
+        self._pending: tuple[Execution, AttentionCall] | None = None
+        self._projected: tuple[Execution, Tensor] | None = None
+        # Layers share their mask: one view of it serves all.
+        self._masks: dict[tuple[int, bool, int, int], tuple[Tensor | None, QueryMask]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Observation:
+        with ExitStack() as stack:
+            stack.enter_context(attention_calls(self._names, self._on_call))
+            for module in self._names:
+                if isinstance(module, linear_types()):
+                    handle = module.register_forward_hook(self._on_linear, with_kwargs=True)
+                    stack.callback(handle.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        pending, self._pending, self._projected = self._pending, None, None
+        self._masks.clear()
+        if kind is None and pending is not None:
+            raise _no_projection(pending[0])
+
+    def _on_call(self, call: AttentionCall) -> None:
+        if call.module not in self._names:
+            return
+        if self._pending is not None:
+            raise _no_projection(self._pending[0])
+        execution = Execution(call.module, self._names[call.module], call.query.shape[1])
+        self.executions.append(execution)
+        self._projected = None
+        if self._wanted is None or call.module in self._wanted:
+            self._pending = execution, call
+
+    def _on_linear(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+    ) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if self._pending is not None and reads(x, self._pending[1].head_output):
+            execution, call = self._pending
+            self._pending, self._projected = None, (execution, call.head_output)
+            self._on_layer(execution, self._layer(execution, call, module, result))
+        elif self._projected is not None and reads(x, self._projected[1]):
+            raise UnsupportedModelError(
+                f"Two linear layers read the head outputs of layer {self._projected[0].name!r}, so "
+                f"neither is its output projection (the second is {self._names[module]!r}). With "
+                "LoRA adapters, merge them first."
+            )
+
+    def _layer(
+        self, execution: Execution, call: AttentionCall, projection: nn.Module, result: Tensor
+    ) -> AttentionLayer:
+        mask = self._mask(call)
+        o, w = output_and_weight(projection, call.head_output, result, call.dtype, execution.name)
+        _check_finite(o, mask.real, execution.name)
+        return AttentionLayer(
+            weights=find_weights(call, mask, execution.name),
+            value=call.value.to(call.dtype),
+            head_output=call.head_output.transpose(1, 2).to(call.dtype),
+            output_weight=w,
+            output=o,
+            mask=mask,
+        )
+
+    def _mask(self, call: AttentionCall) -> QueryMask:
+        B, _, T, _ = call.query.shape
+        key = id(call.mask), call.causal, T, call.key.shape[2]
+        if key not in self._masks:
+            fits = self._real is not None and self._real.shape == (B, T)
+            real = self._real.to(call.query.device) if fits and self._real is not None else None
+            # The tensor is kept, so that its id stays its own.
+            self._masks[key] = call.mask, query_mask(call, real)
+        return self._masks[key][1]
+
+
+def _no_projection(execution: Execution) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"No linear layer reads the head outputs of attention layer {execution.name!r} "
+        f"({type(execution.module).__name__}), so its output projection W_O is not known: a gate or "
+        "a norm stands between them, or W_O lies outside of the modules given (pass the whole model "
+        "as forward_func)."
+    )
+
+
+def _check_finite(output: Tensor, real: Tensor | None, name: str) -> None:
+    finite = output.sum(-1).isfinite()
+    if real is not None:
+        finite |= ~real
+    if not finite.all():
+        b, t = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"The output of attention layer {name!r} is NaN or infinite at example {b}, token {t}: "
+            "check the inputs and weights; in float16, load the model in bfloat16 or float32."
+        )

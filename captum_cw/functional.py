@@ -1,0 +1,705 @@
+"""The mathematics of attention-based attribution, on plain tensors; needs torch alone.
+
+An attention layer gives, for query ``i`` and head ``h``, ``y_i^h = sum_j a_ij^h v_j^h`` and the
+output ``o_i = sum_h y_i^h W_O^h``: a weighted sum of projected values ``v~_j^h = v_j^h W_O^h``.
+The measures here say how much each term makes of that sum (*Contribution Weights*,
+arXiv 2606.07604, Eq. 5-15). No function builds ``v~`` or anything of size ``T x S x d``: inner
+products with ``v~_j`` are inner products of ``v_j`` with a direction pulled back through
+``W_O``, and norms of ``v~_j`` come from one small Gram matrix a head.
+
+Letters, the same everywhere: ``B`` examples, ``H`` query heads, ``H_kv`` key-value heads
+(``H`` is a multiple of it), ``T`` queries, ``S`` keys, ``d_h`` size of a head's values, ``d``
+size of the layer's output. All results are dimensionless but :func:`value_weighted`, which has
+the unit of the hidden states.
+
+Two ways in:
+
+* **dense**: :func:`contribution_weights` and its siblings take tensors and give ``(B, H, T, S)``;
+* **blockwise**: an :class:`AttentionLayer` gives its weights in blocks of queries, and
+  :func:`dense_map`, :func:`token_scores` and :func:`query_scores` run a :data:`Measure` over
+  them, so that a map never has to exist as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "AttentionLayer",
+    "Decomposition",
+    "Measure",
+    "QueryMask",
+    "Reduction",
+    "Scope",
+    "aggregate",
+    "attention",
+    "attention_weights",
+    "contribution",
+    "contribution_weights",
+    "decompose",
+    "dense_map",
+    "head_share",
+    "output_gram",
+    "pull_back",
+    "query_scores",
+    "token_scores",
+    "value_norms",
+    "value_weighted",
+    "value_weighted_output_normalised",
+    "vw",
+    "vwon",
+]
+
+Scope = Literal["inter", "intra"]
+Reduction = Literal["mean", "sum", "max", "rms"]
+Aggregation = Literal["mean", "sum", "max"]
+
+#: Rows whose output is this much smaller than its parts could make it are called zero: their
+#: direction is rounding noise.
+VANISHING = 1e-6
+
+#: Elements of one block of attention weights. A block passes through the cache several times
+#: (logits, softmax, product, sum), so it should fit there; 2^20 floats were fastest.
+BLOCK_ELEMENTS = 2**20
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raises a ValueError that names ``value`` and the choices of the Literal ``choices``."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, allowed))}.")
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts
+
+
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeats key-value heads to query heads: ``(B, H_kv, ...)`` to ``(B, H, ...)``."""
+    if heads % x.shape[1]:
+        raise ValueError(
+            f"{heads} query heads cannot share {x.shape[1]} key-value heads: "
+            "the first number must be a multiple of the second."
+        )
+    return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _grouped_matmul(rows: Tensor, keys: Tensor) -> Tensor:
+    """``<rows_i^h, keys_j^g(h)>`` without repeating the shared key-value heads.
+
+    Args:
+        rows: ``(B, H, t, d_h)``.
+        keys: ``(B, H_kv, S, d_h)``.
+
+    Returns:
+        ``(B, H, t, S)``.
+    """
+    B, H, t, d_h = rows.shape
+    shared = keys.shape[1]
+    product = rows.reshape(B, shared, H // shared * t, d_h) @ keys.transpose(-1, -2)
+    return product.view(B, H, t, keys.shape[2])
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, *, scaling: float | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Softmax attention (Eq. 1).
+
+    Args:
+        query: ``(B, H, T, d_k)``.
+        key: ``(B, H_kv, S, d_k)``.
+        scaling: Factor of the inner products; ``1 / sqrt(d_k)`` by default.
+        mask: Broadcastable to ``(B, H, T, S)``: boolean (True = visible) or additive. A boolean
+            mask of fewer keys speaks of the last ones; those before are visible.
+
+    Returns:
+        ``(B, H, T, S)``; a query that sees no key has a row of zeros.
+
+    Example:
+        >>> a = attention_weights(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
+        >>> a.tolist()
+        [[[[0.5, 0.5], [0.5, 0.5]]]]
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    expand = query.shape[1] // key.shape[1]
+    if query.shape[1] != expand * key.shape[1]:
+        expand_heads(key, query.shape[1])  # raises, and says why
+    logits = _grouped_matmul(query * scaling, key)
+    if mask is None:
+        return logits.softmax(-1)
+    if mask.dtype == torch.bool:
+        told = mask.shape[-1]
+        logits[..., logits.shape[-1] - told :].masked_fill_(~mask, torch.finfo(logits.dtype).min)
+        weights = logits.softmax(-1)
+        return weights if told < logits.shape[-1] else weights.mul_(mask.any(-1, keepdim=True))
+    return (logits + mask).softmax(-1)
+
+
+def output_gram(output_weight: Tensor) -> Tensor:
+    """``G_h = W_O^h W_O^h^T``, so that ``||v~_j^h||^2 = v_j^h G_h v_j^h``.
+
+    Args:
+        output_weight: ``W_O`` by heads, ``(H, d_h, d)``.
+
+    Returns:
+        ``(H, d_h, d_h)``.
+    """
+    return output_weight @ output_weight.transpose(-1, -2)
+
+
+def value_norms(value: Tensor, output_weight: Tensor) -> Tensor:
+    """Norms of the projected values, ``||v~_j^h||``.
+
+    Args:
+        value: ``(B, H_kv, S, d_h)``.
+        output_weight: ``(H, d_h, d)``.
+
+    Returns:
+        ``(B, H, S)``, in the unit of the hidden states.
+    """
+    v = expand_heads(value, output_weight.shape[0])
+    return _quadratic(v, output_gram(output_weight)).sqrt()
+
+
+def _quadratic(x: Tensor, gram: Tensor) -> Tensor:
+    """``x G x`` over the last axis: ``(B, H, N, d_h)`` and ``(H, d_h, d_h)`` to ``(B, H, N)``."""
+    # Rounding can push the square of a tiny norm below zero.
+    return ((x @ gram) * x).sum(-1).clamp_(min=0)
+
+
+def pull_back(direction: Tensor, output_weight: Tensor) -> Tensor:
+    """``u_i^h = W_O^h direction_i``, so that ``<direction_i, v~_j^h> = <u_i^h, v_j^h>``.
+
+    Args:
+        direction: ``(B, T, d)``; the layer's output for contributions.
+        output_weight: ``(H, d_h, d)``.
+
+    Returns:
+        ``(B, H, T, d_h)``.
+    """
+    H, d_h, d = output_weight.shape
+    flat = direction @ output_weight.reshape(H * d_h, d).T
+    return flat.unflatten(-1, (H, d_h)).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------
+# One layer, seen blockwise
+
+
+@dataclass(frozen=True)
+class QueryMask:
+    """Which keys each query of a layer can see.
+
+    Args:
+        T: Number of queries.
+        S: Number of keys.
+        visible: Boolean, broadcastable to ``(B, H, T, S)``; None if nothing but ``causal`` and
+            ``real`` hides a key.
+        causal: The query ``i`` sees no key beyond ``i + S - T``. With ``visible`` it is a promise
+            about that tensor, which lets blocks leave out the keys that none of them sees.
+        real: ``(B, T)``, False where a query is padding; None if none is. Padded keys
+            are hidden by ``visible``.
+    """
+
+    T: int
+    S: int
+    visible: Tensor | None = None
+    causal: bool = False
+    real: Tensor | None = None
+
+    def keys(self, rows: slice) -> int:
+        """How many leading keys the queries ``rows`` can see at most."""
+        return min(self.S, rows.stop + self.S - self.T) if self.causal else self.S
+
+    def block(self, rows: slice) -> Tensor | None:
+        """Visibility of the leading keys for ``rows``: ``(B|1, H|1, t, keys)``; None is all."""
+        n = self.keys(rows)
+        if self.visible is not None:
+            v = self.visible
+            return v[:, :, rows if v.shape[2] > 1 else slice(None), : n if v.shape[3] > 1 else None]
+        if not self.causal:
+            return None
+        tail = self.tail(rows)
+        assert tail is not None
+        return torch.nn.functional.pad(tail, (n - tail.shape[-1], 0), value=True)
+
+    def tail(self, rows: slice) -> Tensor | None:
+        """:meth:`block` without the leading keys that all of ``rows`` can see."""
+        if self.visible is not None or not self.causal:
+            return self.block(rows)
+        device = None if self.real is None else self.real.device
+        t = rows.stop - rows.start
+        return torch.ones(1, 1, t, min(t, self.keys(rows)), dtype=torch.bool, device=device).tril()
+
+    def counts(self, chosen: Tensor | None, device: torch.device) -> Tensor:
+        """How many chosen queries see each key.
+
+        Args:
+            chosen: ``(B, T)`` boolean, None for every query. Padded queries never count.
+            device: Where the result goes.
+
+        Returns:
+            ``(B|1, H|1, S)``, float32.
+        """
+        chosen = self.chosen(chosen)
+        if self.visible is None and chosen is None:
+            j = torch.arange(self.S, device=device)
+            seen_by = (self.T - (j - (self.S - self.T)).clamp(min=0)) if self.causal else self.T + 0 * j
+            return seen_by.float()[None, None]
+        counts: Tensor | None = None
+        for rows in blocks(self.T, max(1, BLOCK_ELEMENTS // self.S)):
+            seen = self.block(rows)
+            t = rows.stop - rows.start
+            if seen is None:
+                seen = torch.ones(1, 1, t, self.S, dtype=torch.bool, device=device)
+            if chosen is not None:
+                seen = seen.to(device) & chosen[:, None, rows, None]
+            part = seen.sum(-2).float()
+            if seen.shape[2] != t:
+                part = part * t
+            part = torch.nn.functional.pad(part, (0, self.S - part.shape[-1])).to(device)
+            counts = part if counts is None else counts + part
+        assert counts is not None  # T > 0
+        return counts
+
+    def chosen(self, chosen: Tensor | None) -> Tensor | None:
+        """``chosen`` without the padded queries."""
+        if chosen is None or self.real is None:
+            return self.real if chosen is None else chosen
+        return chosen & self.real
+
+
+def blocks(T: int, size: int) -> Iterator[slice]:
+    """Slices of ``size`` queries that cover ``range(T)``."""
+    for start in range(0, T, size):
+        yield slice(start, min(start + size, T))
+
+
+class Weights(Protocol):
+    """Gives attention weights for a block of queries."""
+
+    def __call__(self, rows: slice) -> Tensor:
+        """``(B, H, t, n)`` weights of the queries ``rows`` on the first ``n`` keys; the weights
+        on the other keys are zero. The caller may overwrite the result."""
+        ...  # pragma: no cover
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One execution of an attention layer: what every measure is computed from.
+
+    Args:
+        weights: ``a_ij`` in blocks of queries, in the dtype of ``value``.
+        value: ``v_j``, ``(B, H_kv, S, d_h)``, a bias included.
+        head_output: ``y_i^h``, ``(B, H, T, d_h)``.
+        output_weight: ``W_O`` by heads, ``(H, d_h, d)``.
+        output: ``o_i = sum_h y_i^h W_O^h``, ``(B, T, d)``, without the output bias: only so do
+            contributions sum to one.
+        mask: Which keys a query can see.
+
+    All tensors have one floating dtype, float32 or wider: geometry in half precision loses the
+    small terms.
+    """
+
+    weights: Weights
+    value: Tensor
+    head_output: Tensor
+    output_weight: Tensor
+    output: Tensor
+    mask: QueryMask
+
+    @classmethod
+    def from_tensors(
+        cls, attention: Tensor, value: Tensor, output_weight: Tensor, mask: QueryMask | None = None
+    ) -> AttentionLayer:
+        """A layer from dense weights.
+
+        Args:
+            attention: ``(B, H, T, S)``.
+            value: ``(B, H_kv, S, d_h)``.
+            output_weight: ``(H, d_h, d)``.
+            mask: By default every key is visible to every query.
+        """
+        B, H, T, S = attention.shape
+        shapes = (value.shape[0], value.shape[2], output_weight.shape[:2])
+        if shapes != (B, S, (H, value.shape[-1])):
+            raise ValueError(
+                f"attention {tuple(attention.shape)}, value {tuple(value.shape)} and output_weight "
+                f"{tuple(output_weight.shape)} do not fit: expected (B, H, T, S), "
+                "(B, H_kv, S, d_h) and (H, d_h, d)."
+            )
+        y = attention @ expand_heads(value, H)
+        o = torch.einsum("bhte,hed->btd", y, output_weight)
+        mask = mask or QueryMask(T, S)
+        return cls(
+            lambda rows: attention[:, :, rows, : mask.keys(rows)].clone(),
+            value, y, output_weight, o, mask,
+        )  # fmt: skip
+
+    @property
+    def T(self) -> int:
+        """Number of queries."""
+        return self.head_output.shape[2]
+
+    @property
+    def S(self) -> int:
+        """Number of keys."""
+        return self.value.shape[2]
+
+    @property
+    def H(self) -> int:
+        """Number of query heads."""
+        return self.output_weight.shape[0]
+
+    @cached_property
+    def value_norms(self) -> Tensor:
+        """``||v~_j^h||``, ``(B, H, S)``."""
+        return value_norms(self.value, self.output_weight)
+
+    @cached_property
+    def _directions(self) -> dict[Scope, tuple[Tensor, Tensor]]:
+        return {}
+
+    def direction(self, scope: Scope) -> tuple[Tensor, Tensor]:
+        """The output to project on, pulled back through ``W_O``, and its squared norm.
+
+        Returns:
+            ``u``: ``(B, H, T, d_h)``, and ``||o||^2``: ``(B, 1, T)`` for ``"inter"``, where
+            the output is the layer's (Eq. 12), ``(B, H, T)`` for ``"intra"``, where it is the
+            head's own (Eq. 9). The norm is zero where the output vanishes.
+        """
+        if scope not in self._directions:
+            self._directions[scope] = self._direction(scope)
+        return self._directions[scope]
+
+    def _direction(self, scope: Scope) -> tuple[Tensor, Tensor]:
+        if scope == "inter":
+            u = pull_back(self.output, self.output_weight)
+            norm2 = self.output.square().sum(-1)[:, None]
+            y2 = self.head_output.square().sum((1, 3))[:, None]
+            w2 = self.output_weight.square().sum()
+        else:
+            # o_i^h itself is not needed: W_O^h o_i^h = G_h y_i^h.
+            u = self.head_output @ output_gram(self.output_weight)
+            norm2 = (u * self.head_output).sum(-1).clamp_(min=0)
+            y2 = self.head_output.square().sum(-1)
+            w2 = self.output_weight.square().sum((1, 2))[:, None]
+        return u, norm2.masked_fill(norm2 <= VANISHING**2 * y2 * w2, 0)
+
+    def vanishing(self, scope: Scope) -> int:
+        """How many outputs of real queries vanish, so that their rows are returned as zeros."""
+        norm2 = self.direction(scope)[1]
+        gone = norm2 == 0
+        return int((gone if self.mask.real is None else gone & self.mask.real[:, None]).sum())
+
+
+def _reciprocal(x: Tensor) -> Tensor:
+    """``1 / x``, and zero where ``x`` is zero."""
+    return torch.where(x == 0, 0, x.reciprocal())
+
+
+# ---------------------------------------------------------------------------------------------
+# Measures: what each makes of a block of attention weights
+
+
+Block = Callable[[Tensor, slice], Tensor]
+"""Takes ``a`` ``(B, H, t, n)`` and its rows, gives the measure there; may overwrite ``a``."""
+
+Measure = Callable[[AttentionLayer], Block]
+"""Prepares what one layer needs once, and returns what to do with each block of its weights."""
+
+
+def attention(layer: AttentionLayer) -> Block:
+    """``a_ij``."""
+    return lambda a, rows: a
+
+
+def vw(layer: AttentionLayer) -> Block:
+    """``|a_ij| ||v~_j||``."""
+    norms = layer.value_norms[:, :, None]
+    return lambda a, rows: a.abs_().mul_(norms[..., : a.shape[-1]])
+
+
+def vwon(layer: AttentionLayer) -> Block:
+    """``|a_ij| ||v~_j|| / ||o_i||``."""
+    scale = _reciprocal(layer.direction("inter")[1].sqrt())[..., None]
+    weighted = vw(layer)
+    return lambda a, rows: weighted(a, rows).mul_(scale[:, :, rows])
+
+
+def contribution(scope: Scope = "inter") -> Measure:
+    """``a_ij <o_i, v~_j> / ||o_i||^2``, for the layer's output (Eq. 12) or the head's (Eq. 9)."""
+    check_choice("scope", scope, Scope)
+
+    def prepare(layer: AttentionLayer) -> Block:
+        u, norm2 = layer.direction(scope)
+        u = u * _reciprocal(norm2)[..., None]
+        return lambda a, rows: a.mul_(
+            _grouped_matmul(u[:, :, rows], layer.value[:, :, : a.shape[-1]])
+        )
+
+    return prepare
+
+
+def relative_norm(layer: AttentionLayer) -> Block:
+    """``||v~_j|| / ||o_i||`` where the query sees the key, else zero (a factor of Eq. 14)."""
+    scale = _reciprocal(layer.direction("inter")[1].sqrt())[..., None]
+    norms = layer.value_norms[:, :, None]
+    return lambda a, rows: _seen(layer, rows, scale[:, :, rows] * norms[..., : a.shape[-1]])
+
+
+def cosine(layer: AttentionLayer) -> Block:
+    """``cos(o_i, v~_j)`` where the query sees the key, else zero (a factor of Eq. 14)."""
+    u, norm2 = layer.direction("inter")
+    u = u * _reciprocal(norm2.sqrt())[..., None]
+    inverse = _reciprocal(layer.value_norms)[:, :, None]
+
+    def block(a: Tensor, rows: slice) -> Tensor:
+        n = a.shape[-1]
+        along = _grouped_matmul(u[:, :, rows], layer.value[:, :, :n])
+        return _seen(layer, rows, along.mul_(inverse[..., :n]))
+
+    return block
+
+
+def _seen(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:
+    seen = layer.mask.block(rows)
+    return x if seen is None else x * seen.to(x.device)
+
+
+# ---------------------------------------------------------------------------------------------
+# The engine: one pass over a layer in blocks of queries
+
+
+def _run(layer: AttentionLayer, measure: Measure, chosen: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """The measure's blocks in order, rows of padded or unchosen queries zero."""
+    apply = measure(layer)
+    chosen = layer.mask.chosen(chosen)
+    wanted = None if chosen is None else chosen.any(0).cpu()
+    per_query = layer.value.shape[0] * layer.H * layer.S
+    for rows in blocks(layer.T, max(1, BLOCK_ELEMENTS // per_query)):
+        if wanted is not None and not wanted[rows].any():
+            continue
+        g = apply(layer.weights(rows), rows)
+        if chosen is not None and not chosen[:, rows].all():
+            # Not a product: what a padded query computes may be NaN.
+            g.masked_fill_(~chosen[:, None, rows, None], 0)
+        yield rows, g
+
+
+def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
+    """The whole map of a measure, ``(B, H, T, S)``."""
+    B = layer.value.shape[0]
+    out = layer.value.new_zeros(B, layer.H, layer.T, layer.S)
+    for rows, g in _run(layer, measure, None):
+        out[:, :, rows, : g.shape[-1]] = g
+    return out
+
+
+def token_scores(
+    layer: AttentionLayer,
+    measure: Measure,
+    reduction: Reduction = "mean",
+    *,
+    signed: bool = False,
+    queries: Tensor | None = None,
+) -> Tensor:
+    """A measure reduced over the queries that can see each key (Eq. 15).
+
+    Holds one block of queries at a time, so memory grows linearly with the text.
+
+    Args:
+        layer: The layer.
+        measure: What to reduce.
+        reduction: ``"mean"`` over the queries that see the key is Eq. 15; ``"sum"``,
+            ``"max"`` and ``"rms"`` (root of the mean square over the same queries).
+        signed: Keeps signs; by default absolute values are taken before the reduction (measure
+            iv of the paper).
+        queries: ``(B, T)`` boolean, which queries count; None for all.
+
+    Returns:
+        ``(B, H, S)``; zero for a key that none of the queries sees.
+    """
+    check_choice("reduction", reduction, Reduction)
+    B = layer.value.shape[0]
+    total = layer.value.new_zeros(B, layer.H, layer.S)
+    if reduction == "max" and signed:
+        total.fill_(-math.inf)
+    chosen = layer.mask.chosen(queries)
+    for rows, g in _run(layer, measure, queries):
+        if not signed:
+            g.abs_()
+        part = total[..., : g.shape[-1]]
+        if reduction == "max":
+            if signed:
+                g.masked_fill_(~_counted(layer, rows, chosen, g), -math.inf)
+            torch.maximum(part, g.amax(-2), out=part)
+        else:
+            part += (g.square_() if reduction == "rms" else g).sum(-2)
+    counts = layer.mask.counts(queries, total.device).to(total.dtype)
+    if reduction in ("mean", "rms"):
+        total /= counts.clamp(min=1)
+    if reduction == "rms":
+        total.sqrt_()
+    return total.masked_fill_(counts == 0, 0)
+
+
+def _counted(layer: AttentionLayer, rows: slice, chosen: Tensor | None, g: Tensor) -> Tensor:
+    """Where in a block a chosen query sees the key; elsewhere its zero is no value."""
+    seen = layer.mask.block(rows)
+    seen = torch.ones_like(g, dtype=torch.bool) if seen is None else seen.to(g.device)
+    return seen if chosen is None else seen & chosen[:, None, rows, None]
+
+
+def query_scores(
+    layer: AttentionLayer,
+    measure: Measure,
+    queries: slice,
+    *,
+    heads: Aggregation = "mean",
+    signed: bool = False,
+) -> Tensor:
+    """The rows of a few queries, aggregated over heads.
+
+    Args:
+        layer: The layer.
+        measure: What to aggregate.
+        queries: A slice of queries with a start and a stop.
+        heads: How.
+        signed: Keeps signs; by default absolute values are aggregated.
+
+    Returns:
+        ``(B, t, S)``.
+    """
+    B = layer.value.shape[0]
+    chosen = torch.zeros(B, layer.T, dtype=torch.bool, device=layer.value.device)
+    chosen[:, queries] = True
+    out = layer.value.new_zeros(B, layer.T, layer.S)
+    for rows, g in _run(layer, measure, chosen):
+        out[:, rows, : g.shape[-1]] = aggregate(g if signed else g.abs_(), heads, dim=1)
+    return out[:, queries]
+
+
+def head_share(layer: AttentionLayer) -> Tensor:
+    """``sum_j c_ij^h``: how much of the layer's output each head makes; needs no map.
+
+    Returns:
+        ``(B, H, T)``; sums to one over ``H``. Padded queries have zeros.
+    """
+    u, norm2 = layer.direction("inter")
+    share = (u * layer.head_output).sum(-1) * _reciprocal(norm2)
+    real = layer.mask.real
+    return share if real is None else share.masked_fill(~real[:, None], 0)
+
+
+def aggregate(scores: Tensor, how: Aggregation | None, dim: int) -> Tensor:
+    """Reduces heads or layers; None keeps them."""
+    if how is None:
+        return scores
+    check_choice("aggregation", how, Aggregation)
+    return scores.amax(dim) if how == "max" else getattr(scores, how)(dim)
+
+
+# ---------------------------------------------------------------------------------------------
+# Dense: from tensors to maps
+
+
+class Decomposition(NamedTuple):
+    """The factors of a contribution (Eq. 14), each ``(B, H, T, S)``, dimensionless.
+
+    ``contribution = attention * relative_norm * cosine``. The two geometric factors are zero
+    where a query cannot see a key.
+    """
+
+    attention: Tensor
+    relative_norm: Tensor
+    cosine: Tensor
+    contribution: Tensor
+
+
+def contribution_weights(
+    attention: Tensor,
+    value: Tensor,
+    output_weight: Tensor,
+    *,
+    scope: Scope = "inter",
+) -> Tensor:
+    """Contribution weights: each token's share of the attention output (Eq. 9, 12).
+
+    Args:
+        attention: ``(B, H, T, S)``.
+        value: ``(B, H_kv, S, d_h)``.
+        output_weight: ``W_O`` by heads, ``(H, d_h, d)``.
+        scope: ``"inter"`` projects on the layer's output, ``"intra"`` on the head's own.
+
+    Returns:
+        ``(B, H, T, S)``: inter sums to one over heads and keys (Eq. 13), intra over keys
+        (Eq. 10). Rows of a vanishing output are zero.
+
+    Raises:
+        ValueError: If the shapes do not fit, or ``scope`` is unknown.
+
+    Example:
+        >>> a, v, w = torch.rand(2, 4, 5, 5), torch.randn(2, 2, 5, 8), torch.randn(4, 8, 32)
+        >>> c = contribution_weights(a, v, w)
+        >>> torch.allclose(c.sum((1, 3)), torch.ones(2, 5), atol=1e-5)
+        True
+    """
+    layer = AttentionLayer.from_tensors(attention, value, output_weight)
+    return dense_map(layer, contribution(scope))
+
+
+def value_weighted(attention: Tensor, value: Tensor, output_weight: Tensor) -> Tensor:
+    """Value-weighted attention ``|a_ij| ||v~_j||`` (section 5.2, measure ii).
+
+    Args and errors as :func:`contribution_weights`.
+
+    Returns:
+        ``(B, H, T, S)``, in the unit of the hidden states.
+
+    Example:
+        >>> a, v, w = torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8)
+        >>> value_weighted(a, v, w).shape
+        torch.Size([1, 2, 3, 3])
+    """
+    return dense_map(AttentionLayer.from_tensors(attention, value, output_weight), vw)
+
+
+def value_weighted_output_normalised(
+    attention: Tensor, value: Tensor, output_weight: Tensor
+) -> Tensor:
+    """VW-ON, ``|a_ij| ||v~_j|| / ||o_i||`` (section 5.2, measure iii).
+
+    Args and errors as :func:`contribution_weights`.
+
+    Returns:
+        ``(B, H, T, S)``.
+
+    Example:
+        >>> a, v, w = torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8)
+        >>> bool((value_weighted_output_normalised(a, v, w) >= 0).all())
+        True
+    """
+    return dense_map(AttentionLayer.from_tensors(attention, value, output_weight), vwon)
+
+
+def decompose(layer: AttentionLayer) -> Decomposition:
+    """Attention, relative norm, cosine and their product, the contribution (Eq. 14).
+
+    Example:
+        >>> layer = AttentionLayer.from_tensors(
+        ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
+        >>> d = decompose(layer)
+        >>> torch.allclose(d.attention * d.relative_norm * d.cosine, d.contribution, atol=1e-5)
+        True
+    """
+    return Decomposition(
+        *(dense_map(layer, m) for m in (attention, relative_norm, cosine, contribution("inter")))
+    )

