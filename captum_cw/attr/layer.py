@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
@@ -26,6 +26,10 @@ from captum_cw.progress import progress_bar
 __all__ = ["AttentionWeights", "ContributionWeights", "VWAttention", "VWONAttention"]
 
 Result = TypeVar("Result")
+Kind = Literal["self"]
+"""Cross-attention will be the other kind."""
+Space = Literal["attention"]
+"""Where projections and norms are measured: at the attention layer's output."""
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 
 
@@ -37,7 +41,7 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
         layer: An attention module, a list of them (an ``nn.ModuleList`` counts as one), or None
             for every attention layer in the order in which they run.
         device_ids: As in Captum; not needed where ``forward_func`` is the model.
-        kind: ``"self"``, ``"cross"`` or ``"all"`` attention layers.
+        kind: Which attention layers: ``"self"``.
     """
 
     name: str
@@ -48,9 +52,15 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
         forward_func: Callable[..., Any],
         layer: nn.Module | Sequence[nn.Module] | None = None,
         device_ids: list[int] | None = None,
+        *,
+        kind: Kind = "self",
     ) -> None:
+        functional.check_choice("kind", kind, Kind)
+        self.kind: Kind = kind
         self.model = _model_of(forward_func)
-        layer = list(layer) if isinstance(layer, (nn.ModuleList, Sequence)) else layer
+        _check_self_attention(self.model)
+        if isinstance(layer, (nn.ModuleList, list, tuple)):
+            layer = list(layer)
         _check_layers(layer, self.model)
         super().__init__(forward_func, layer, device_ids)
         self._layers: list[str] | None = None
@@ -157,7 +167,7 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
             float32, detached. Note that this is a map over queries and keys, not of the
             size of the layer's output. Where a module runs several times in a pass, its place
             holds a tuple with one map for each time (one entry each where ``layer`` is None).
-            Padded queries and keys are zeros.
+            Padded queries and keys are zeros. A tensor given in a tuple of one comes back in one.
 
         Raises:
             TypeError: If ``inputs`` or ``layer`` is of a kind that cannot be read.
@@ -166,8 +176,10 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
             MemoryError: If the maps would not fit into memory, with their size.
             UnsupportedModelError: If the model does something that would make the result wrong.
         """
-        _refuse_target(target)
-        return self._maps(inputs, additional_forward_args, self.measure, show_progress)
+        refuse_target(target)
+        return as_given(
+            inputs, self._maps(inputs, additional_forward_args, self.measure, show_progress)
+        )
 
     def _maps(
         self,
@@ -221,7 +233,13 @@ def _ignore(execution: Execution, layer: AttentionLayer) -> None:
     return None
 
 
-def _refuse_target(target: object) -> None:
+def as_given(inputs: object, result: Any) -> Any:
+    """A tensor in a tuple of one, where the input came in one: so do Captum's metrics expect it."""
+    one = isinstance(inputs, tuple) and len(inputs) == 1 and isinstance(result, Tensor)
+    return (result,) if one else result
+
+
+def refuse_target(target: object) -> None:
     if target is not None:
         raise ValueError(
             f"target={target!r}: an attention measure explains the output of a layer, not a class or "
@@ -241,6 +259,15 @@ def _model_of(forward_func: object) -> nn.Module | None:
             f"forward_func is of type {type(forward_func).__name__}: give the model, or a callable."
         )
     return None
+
+
+def _check_self_attention(model: nn.Module | None) -> None:
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has cross-attention, which cannot be told from self-attention "
+            "yet: use its encoder alone, or a decoder-only model."
+        )
 
 
 def _check_layers(layer: object, model: nn.Module | None) -> None:
@@ -298,8 +325,8 @@ def _check_memory(layer: AttentionLayer, layers: int, maps: int) -> None:
         free = psutil.virtual_memory().available
     if needed > free:
         raise MemoryError(
-            f"The maps need {needed / 1e9:.1f} GB ({layers} more layers of {B} x {layer.H} x {T} x "
-            f"{layer.S} float32), but {free / 1e9:.1f} GB are free. Choose fewer layers (layer=...), "
+            f"The maps need {needed / 1e9:.1f} GB ({layers} layers of {B} x {layer.H} x {T} x "
+            f"{layer.S}, float32), but {free / 1e9:.1f} GB are free. Choose fewer layers (layer=...), "
             "or use TokenScores, which never holds a map."
         )
 
@@ -321,6 +348,27 @@ def _evaluation_mode(roots: list[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
+class _ValueAttribution(_AttentionAttribution):
+    """A measure that looks at values, in one of the spaces where they can be measured.
+
+    Args:
+        space: Where projections and norms are measured: ``"attention"``, the layer's output.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | Sequence[nn.Module] | None = None,
+        device_ids: list[int] | None = None,
+        *,
+        space: Space = "attention",
+        kind: Kind = "self",
+    ) -> None:
+        functional.check_choice("space", space, Space)
+        super().__init__(forward_func, layer, device_ids, kind=kind)
+        self.space: Space = space
+
+
 class AttentionWeights(_AttentionAttribution):
     """The attention weights ``a_ij`` that the model used (Eq. 1), its own mask, bias, soft-cap and
     sinks included.
@@ -329,6 +377,7 @@ class AttentionWeights(_AttentionAttribution):
         forward_func: The model, or any callable that runs it; a callable needs ``layer``.
         layer: An attention module, a list of them, or None for all.
         device_ids: As in Captum.
+        kind: ``"self"``, the attention layers that are attributed.
 
     Example:
         >>> a = AttentionWeights(model).attribute(input_ids)
@@ -343,7 +392,7 @@ class AttentionWeights(_AttentionAttribution):
         return functional.attention
 
 
-class VWAttention(_AttentionAttribution):
+class VWAttention(_ValueAttribution):
     """Value-weighted attention ``|a_ij| ||v~_j||`` (arXiv 2606.07604, section 5.2, measure ii;
     Kobayashi et al. 2020), in the unit of the hidden states.
 
@@ -351,6 +400,8 @@ class VWAttention(_AttentionAttribution):
         forward_func: The model, or any callable that runs it; a callable needs ``layer``.
         layer: An attention module, a list of them, or None for all.
         device_ids: As in Captum.
+        space: ``"attention"``: norms are those at the layer's output.
+        kind: ``"self"``, the attention layers that are attributed.
 
     Example:
         >>> VWAttention(model, model.model.layers[0].self_attn).attribute(input_ids).shape
@@ -364,7 +415,7 @@ class VWAttention(_AttentionAttribution):
         return functional.vw
 
 
-class VWONAttention(_AttentionAttribution):
+class VWONAttention(_ValueAttribution):
     """Value-weighted attention over the output's norm, ``|a_ij| ||v~_j|| / ||o_i||``
     (arXiv 2606.07604, section 5.2, measure iii), where ``o_i`` is the output of the whole layer.
 
@@ -372,6 +423,8 @@ class VWONAttention(_AttentionAttribution):
         forward_func: The model, or any callable that runs it; a callable needs ``layer``.
         layer: An attention module, a list of them, or None for all.
         device_ids: As in Captum.
+        space: ``"attention"``: norms are those at the layer's output.
+        kind: ``"self"``, the attention layers that are attributed.
 
     Example:
         >>> VWONAttention(model).attribute(input_ids)[1].shape
@@ -389,7 +442,7 @@ class VWONAttention(_AttentionAttribution):
         return "inter"
 
 
-class ContributionWeights(_AttentionAttribution):
+class ContributionWeights(_ValueAttribution):
     """Contribution weights: each token's share of the attention output (arXiv 2606.07604).
 
     ``c_ij = a_ij <o_i, v~_j> / ||o_i||^2``: attention, magnitude and direction together. A
@@ -401,6 +454,8 @@ class ContributionWeights(_AttentionAttribution):
         device_ids: As in Captum.
         scope: ``"inter"`` projects on the layer's output (Eq. 12) and sums to one over heads and
             keys; ``"intra"`` projects on the head's own (Eq. 9) and sums to one over keys.
+        space: ``"attention"``: the output is that of the attention layer, before any later norm.
+        kind: ``"self"``, the attention layers that are attributed.
 
     Example:
         >>> c = ContributionWeights(model).attribute(input_ids)
@@ -417,8 +472,10 @@ class ContributionWeights(_AttentionAttribution):
         device_ids: list[int] | None = None,
         *,
         scope: Scope = "inter",
+        space: Space = "attention",
+        kind: Kind = "self",
     ) -> None:
-        super().__init__(forward_func, layer, device_ids)
+        super().__init__(forward_func, layer, device_ids, space=space, kind=kind)
         functional.check_choice("scope", scope, Scope)
         self.scope: Scope = scope
 
@@ -467,9 +524,10 @@ class ContributionWeights(_AttentionAttribution):
         Args:
             return_convergence_delta: Also returns :meth:`compute_convergence_delta`.
         """
-        _refuse_target(target)
+        refuse_target(target)
         maps = self._maps(inputs, additional_forward_args, self.measure, show_progress)
-        return (maps, self.compute_convergence_delta(maps)) if return_convergence_delta else maps
+        given = as_given(inputs, maps)
+        return (given, self.compute_convergence_delta(maps)) if return_convergence_delta else given
 
     def decompose(
         self, inputs: Inputs, additional_forward_args: object = None, *, show_progress: bool = False

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_cw import functional
 from captum_cw.attr._captum import Attribution, log_usage
-from captum_cw.attr.layer import Inputs, _AttentionAttribution, _refuse_target, stack_layers
+from captum_cw.attr.layer import Inputs, _AttentionAttribution, as_given, refuse_target, stack_layers
 from captum_cw.capture import Execution
 from captum_cw.functional import Aggregation, AttentionLayer, Reduction, check_choice
 
@@ -88,7 +88,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         target: None = None,
         *,
         show_progress: bool = False,
-    ) -> Tensor:
+    ) -> Any:
         """One score a token.
 
         Args:
@@ -99,14 +99,15 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
 
         Returns:
             ``(B, S)``, with ``L`` and ``H`` after ``B`` where ``layers`` and ``heads`` are None:
-            ``(B, L, H, S)``. float32, detached; padded tokens have zeros.
+            ``(B, L, H, S)``. float32, detached; padded tokens have zeros. A tensor given in a
+            tuple of one comes back in one.
 
         Raises:
             IndexError: If an example has no query at the index ``queries``.
             ValueError: As the method's ``attribute``, and where layers of different shape are
                 to be put together.
         """
-        _refuse_target(target)
+        refuse_target(target)
         chosen: dict[int, Tensor | None] = {}
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor:
@@ -124,7 +125,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
             inputs, additional_forward_args, on_layer, show_progress=show_progress
         )
         scores = stack_layers([r for _, r in results], "the scores")
-        return functional.aggregate(scores, self.layers, dim=1)
+        return as_given(inputs, functional.aggregate(scores, self.layers, dim=1))
 
     def _chosen(self, layer: AttentionLayer) -> Tensor | None:
         """``(B, T)``: the queries that count, by their place among the real tokens."""

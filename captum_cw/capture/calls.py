@@ -70,6 +70,10 @@ def query_mask(call: AttentionCall, real: Tensor | None) -> QueryMask:
         # Half of the minimum: masks add up, and a position bias may sit on top of them.
         visible = visible > torch.finfo(visible.dtype).min / 2
     future = torch.ones(T, S, dtype=torch.bool, device=visible.device).triu(S - T + 1)
+    # A query that sees nothing is padding, told or not: what it computes depends on the kernel.
+    seeing = visible.any(-1).any(1).expand(call.query.shape[0], T)
+    if not seeing.all():
+        real = seeing if real is None else seeing & real
     return QueryMask(T, S, visible, causal=not bool((visible & future).any()), real=real)
 
 
@@ -77,9 +81,10 @@ def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
     """The weights that the call used, in blocks of queries.
 
     The cheapest source that agrees with the model is taken: the weights that its kernel returned,
-    a plain softmax, or its own dense kernel run block by block. All are compared with
-    the head outputs at a few queries, the softmax with the dense kernel too, since head outputs in
-    half precision cannot tell a soft-capped weight from a plain one.
+    a plain softmax, or its own dense kernel run block by block. All are compared with the
+    head outputs at a few queries. Where the softmax and the dense kernel differ, the dense kernel
+    is tried first, since head outputs in half precision cannot tell a soft-capped weight from a
+    plain one.
 
     Raises:
         UnsupportedModelError: If no source agrees with the head outputs.
@@ -98,12 +103,13 @@ def _sources(call: AttentionCall, mask: QueryMask) -> Iterator[Weights]:
     if call.weights is not None:
         yield _Returned(call, mask)
         return
-    dense = None if call.dense_kernel is None else _DenseKernel(call, mask)
     softmax = _Softmax(call, mask)
-    if dense is None or all(_agree(softmax(rows), dense(rows)) for rows in _probed(mask)[-1:]):
-        yield softmax
-    if dense is not None:
-        yield dense
+    if call.dense_kernel is not None:
+        dense = _DenseKernel(call, mask)
+        last = _probed(mask)[-1]
+        if not _agree(softmax(last), dense(last)):
+            yield dense
+    yield softmax
 
 
 def _probed(mask: QueryMask) -> list[slice]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError
 
-__all__ = ["attention_calls"]
+__all__ = ["attention_calls", "is_listening"]
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 EAGER = "eager_attention_forward"
@@ -57,6 +57,11 @@ def attention_calls(modules: Iterable[nn.Module], listener: Listener) -> Iterato
         _listener.reset(token)
         for file in files:
             _unwrap(file)
+
+
+def is_listening(listener: Listener) -> bool:
+    """Whether attention calls made now, in this context, are told to ``listener``."""
+    return _listener.get() == listener
 
 
 def _modeling_files(modules: Iterable[nn.Module]) -> list[str]:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, find_weights, query_mask
-from captum_cw.capture.huggingface import attention_calls
-from captum_cw.capture.projections import linear_types, output_and_weight, reads
+from captum_cw.capture.huggingface import attention_calls, is_listening
+from captum_cw.capture.projections import LinearProduct, linear_products, output_and_weight
 from captum_cw.functional import AttentionLayer, QueryMask
 
 __all__ = ["Execution", "Observation", "UnsupportedModelError"]
@@ -68,10 +67,7 @@ class Observation:
     def __enter__(self) -> Observation:
         with ExitStack() as stack:
             stack.enter_context(attention_calls(self._names, self._on_call))
-            for module in self._names:
-                if isinstance(module, linear_types()):
-                    handle = module.register_forward_hook(self._on_linear, with_kwargs=True)
-                    stack.callback(handle.remove)
+            stack.enter_context(linear_products(self._on_linear))
             self._stack = stack.pop_all()
         return self
 
@@ -98,26 +94,24 @@ class Observation:
         if self._wanted is None or call.module in self._wanted:
             self._pending = execution, call
 
-    def _on_linear(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
-    ) -> None:
-        x = args[0] if args else kwargs.get("input")
-        if self._pending is not None and reads(x, self._pending[1].head_output):
+    def _on_linear(self, product: LinearProduct) -> None:
+        if not is_listening(self._on_call):  # an observation inside this one is at work
+            return
+        if self._pending is not None and product.reads(self._pending[1].head_output):
             execution, call = self._pending
             self._pending, self._projected = None, (execution, call.head_output)
-            self._on_layer(execution, self._layer(execution, call, module, result))
-        elif self._projected is not None and reads(x, self._projected[1]):
+            self._on_layer(execution, self._layer(execution, call, product))
+        elif self._projected is not None and product.reads(self._projected[1]):
             raise UnsupportedModelError(
                 f"Two linear layers read the head outputs of layer {self._projected[0].name!r}, so "
-                f"neither is its output projection (the second is {self._names[module]!r}). With "
-                "LoRA adapters, merge them first."
+                "neither is its output projection. With LoRA adapters, merge them first."
             )
 
     def _layer(
-        self, execution: Execution, call: AttentionCall, projection: nn.Module, result: Tensor
+        self, execution: Execution, call: AttentionCall, product: LinearProduct
     ) -> AttentionLayer:
         mask = self._mask(call)
-        o, w = output_and_weight(projection, call.head_output, result, call.dtype, execution.name)
+        o, w = output_and_weight(product, call.head_output, call.dtype, execution.name)
         _check_finite(o, mask.real, execution.name)
         return AttentionLayer(
             weights=find_weights(call, mask, execution.name),
@@ -142,9 +136,8 @@ class Observation:
 def _no_projection(execution: Execution) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"No linear layer reads the head outputs of attention layer {execution.name!r} "
-        f"({type(execution.module).__name__}), so its output projection W_O is not known: a gate or "
-        "a norm stands between them, or W_O lies outside of the modules given (pass the whole model "
-        "as forward_func)."
+        f"({type(execution.module).__name__}), so its output projection W_O is not known: a gate, a "
+        "norm or a quantised layer stands between them. Such models are not supported yet."
     )
 
 

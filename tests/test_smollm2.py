@@ -1,0 +1,151 @@
+"""The same statements on real weights: SmolLM2-135M-Instruct."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import reference
+import torch
+from models import look
+from test_capture import CLASSES, IMPLEMENTATIONS, state_of
+from torch import Tensor, nn
+
+from captum_cw import ContributionWeights, LLMTokenAttribution, TokenScores
+
+TEXTS = (
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "She sold 48 clips in April, and then half as many clips in May. How many did she sell?",
+)
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: tuple[nn.Module, Any]) -> nn.Module:
+    return smollm2[0]
+
+
+@pytest.fixture(scope="module")
+def texts(smollm2: tuple[nn.Module, Any]) -> list[Tensor]:
+    return [smollm2[1](text, return_tensors="pt").input_ids for text in TEXTS]
+
+
+def batch(texts: list[Tensor], side: str) -> dict[str, Tensor]:
+    """Both texts, the shorter padded."""
+    short, long = texts
+    missing = long.shape[1] - short.shape[1]
+    padding = (missing, 0) if side == "left" else (0, missing)
+    ids = [nn.functional.pad(short, padding, value=2), long]
+    mask = [nn.functional.pad(torch.ones_like(short), padding), torch.ones_like(long)]
+    return {"input_ids": torch.cat(ids), "attention_mask": torch.cat(mask)}
+
+
+@pytest.fixture(autouse=True)
+def sdpa_afterwards(model: nn.Module) -> Any:
+    yield
+    model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_measure_equals_the_definition(
+    model: nn.Module, texts: list[Tensor], implementation: str
+) -> None:
+    ids = texts[0]
+    seen = look(model, input_ids=ids)
+    model.set_attn_implementation(implementation)
+    found = {name: method(model).attribute(ids) for name, method in CLASSES.items()}
+    assert all(len(maps) == len(seen) == 30 for maps in found.values())
+    for l, layer in enumerate(seen):
+        expected = reference.measures(layer.attention, layer.value, layer.output_weight)
+        for name, maps in found.items():
+            assert maps[l].shape == (1, 9, ids.shape[1], ids.shape[1])
+            scale = float(expected[name].abs().max())
+            error = float((maps[l].double() - expected[name]).abs().max())
+            # The definition reads the attention of another kernel, in float32.
+            assert error <= 1e-4 * scale, (l, name)
+
+
+def test_token_scores_equal_the_definition(model: nn.Module, texts: list[Tensor]) -> None:
+    ids = texts[0]
+    T = ids.shape[1]
+    visible = torch.ones(T, T, dtype=torch.bool).tril().expand(1, 9, T, T)
+    seen = look(model, input_ids=ids)
+    for reduction in ("mean", "sum", "max", "rms"):
+        method = TokenScores(ContributionWeights(model), reduction, layers=None, heads=None)
+        scores = method.attribute(ids)
+        for l in (0, 13, 29):
+            g = reference.measures(seen[l].attention, seen[l].value, seen[l].output_weight)
+            expected = reference.token_scores(g["inter"], visible, reduction)
+            assert torch.allclose(scores[:, l].double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["inter", "intra"])
+def test_contributions_sum_to_one(model: nn.Module, texts: list[Tensor], scope: Any) -> None:
+    method = ContributionWeights(model, scope=scope)
+    _, deltas = method.attribute(texts[1], return_convergence_delta=True)
+    assert max(float(delta.abs().max()) for delta in deltas) <= 1e-5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_contributions_sum_to_one_percent_in_bfloat16(
+    model: nn.Module, texts: list[Tensor], implementation: str
+) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    half.set_attn_implementation(implementation)
+    _, deltas = ContributionWeights(half).attribute(texts[1], return_convergence_delta=True)
+    assert max(float(delta.abs().max()) for delta in deltas) <= 1e-2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_padded_batch_equals_its_single_examples(
+    model: nn.Module, texts: list[Tensor], side: str, implementation: str
+) -> None:
+    model.set_attn_implementation(implementation)
+    inputs = batch(texts, side)
+    real = inputs["attention_mask"].bool()
+    for method in (
+        TokenScores(ContributionWeights(model)),
+        TokenScores(ContributionWeights(model), queries=-1, reduction="max"),
+    ):
+        scores = method.attribute(inputs)
+        assert not scores[~real].any()
+        for b, ids in enumerate(texts):
+            alone = method.attribute(ids)[0]
+            assert torch.allclose(scores[b][real[b]], alone, rtol=1e-3, atol=1e-5)
+    layer = model.get_submodule("model.layers.20.self_attn")
+    for name in ("vw", "vwon"):
+        maps = CLASSES[name](model, layer).attribute(inputs)
+        for b, ids in enumerate(texts):
+            alone = CLASSES[name](model, layer).attribute(ids)[0]
+            inside = maps[b][:, real[b]][:, :, real[b]]
+            assert torch.allclose(inside, alone, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_model_computes_the_same_and_is_left_as_it_was(
+    model: nn.Module, texts: list[Tensor], implementation: str
+) -> None:
+    model.set_attn_implementation(implementation)
+    before = state_of(model)
+    with torch.no_grad():
+        alone = model(input_ids=texts[1]).logits
+    observed: list[Tensor] = []
+
+    def forward(ids: Tensor) -> Tensor:
+        observed.append(model(input_ids=ids).logits)
+        return observed[-1]
+
+    layers = [layer.self_attn for layer in model.model.layers]
+    ContributionWeights(forward, layers).attribute(texts[1])
+    assert torch.equal(observed[0], alone)
+    assert state_of(model) == before
+
+
+def test_the_answer_is_drawn_from_the_question(smollm2: tuple[nn.Module, Any]) -> None:
+    model, tokenizer = smollm2
+    llm = LLMTokenAttribution(ContributionWeights(model), tokenizer)
+    result = llm.attribute("The capital of France is", target=" Paris")
+    assert result.output_probs is not None and float(result.output_probs[0]) > 0.3
+    words = dict(zip(result.input_tokens, result.token_attr[0].tolist(), strict=True))
+    assert words["ĠFrance"] > words["Ġof"]
