@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+import captum_cw
 from captum_cw import loading
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def _names_of_examples(request: pytest.FixtureRequest) -> None:
     """What docstring examples may use without making it."""
     if isinstance(request.node, pytest.DoctestItem):
         names: dict[str, Any] = request.getfixturevalue("doctest_namespace")
+        names.update({name: getattr(captum_cw, name) for name in captum_cw.__all__})
         names["model"] = request.getfixturevalue("tiny_model")
         names["tokenizer"] = request.getfixturevalue("tiny_tokenizer")
         names["input_ids"] = torch.tensor([[1, 2, 3, 4, 5]])

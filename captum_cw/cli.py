@@ -29,7 +29,7 @@ from captum_cw.attr import (
     VWAttention,
     VWONAttention,
 )
-from captum_cw.demo import DEMO_TEXT, IG_STEPS, explain_prediction, save_pictures, sink
+from captum_cw.demo import DEMO_TEXT, IG, IG_STEPS, explain_prediction, save_pictures, sink
 from captum_cw.functional import Reduction
 from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model
 from captum_cw.visualization import readable_tokens, save_text, text_records
@@ -220,10 +220,14 @@ def _demo(options: argparse.Namespace) -> None:
         style="dim",
         end="\n\n",
     )
-    passes = {"integrated gradients": f"{IG_STEPS} forward and backward passes"}
     for name, seconds in explanation.seconds.items():
-        work = passes.get(name, "one observed forward pass")
-        console.print(f"{name:<20} {seconds:6.1f} s  {work}")
+        passes = f"{IG_STEPS} forward and backward passes" if name == IG else "one forward pass"
+        console.print(f"{name:<20} {seconds:6.1f} s  {passes}")
+    total = float(scores[IG].sum())
+    console.print(
+        f"\nIn {IG_STEPS} steps, Integrated Gradients sum to {total:.1f}; exact ones would sum to "
+        f"{total - explanation.ig_delta:.1f}, the change of the log-probability."
+    )
     print("\nSaved:", *files, sep="\n  ")
 
 

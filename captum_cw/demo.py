@@ -8,7 +8,7 @@ gradients along a path. They answer related questions, not the same one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,20 @@ from captum_cw.visualization import (
     text_records,
 )
 
-__all__ = ["DEMO_TEXT", "IG_STEPS", "Explanation", "explain_prediction", "save_pictures", "sink"]
+__all__ = [
+    "DEMO_TEXT",
+    "IG",
+    "IG_STEPS",
+    "Explanation",
+    "explain_prediction",
+    "save_pictures",
+    "sink",
+]
 
 DEMO_TEXT = (
     "In Germany people speak German, in Spain people speak Spanish, and in Italy people speak"
 )
+IG = "integrated gradients"
 IG_STEPS = 50
 
 
@@ -48,6 +57,8 @@ class Explanation:
         probability: Its probability.
         scores: A method's ``(T,)`` scores, by its name.
         seconds: What each method took.
+        ig_delta: By how much the sum of the Integrated Gradients exceeds the change of the
+            log-probability that it should equal: what is lost by few steps.
     """
 
     input_ids: Tensor
@@ -56,6 +67,7 @@ class Explanation:
     probability: float
     scores: dict[str, Tensor]
     seconds: dict[str, float]
+    ig_delta: float
 
 
 def sink(tokens: Sequence[str]) -> tuple[int, ...]:
@@ -94,23 +106,15 @@ def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> Explanati
         probabilities = model(input_ids=ids).logits[0, -1].float().softmax(-1)
     prediction = int(probabilities.argmax())
 
-    def scored_by(method: type[ContributionWeights] | type[AttentionWeights]) -> Tensor:
-        scorer = TokenScores(method(model), queries=-1)
-        scores: Tensor = scorer.attribute(ids, show_progress=True)
-        return scores[0].cpu()
-
-    methods: dict[str, Callable[[], Tensor]] = {
-        "contribution": lambda: scored_by(ContributionWeights),
-        "attention": lambda: scored_by(AttentionWeights),
-        "integrated gradients": lambda: _integrated_gradients(
-            model, ids, prediction, baseline=tokenizer.eos_token_id
-        ),
-    }
     scores, seconds = {}, {}
-    for name, method in methods.items():
+    for method in (ContributionWeights, AttentionWeights):
         start = time.perf_counter()
-        scores[name] = method()
-        seconds[name] = time.perf_counter() - start
+        scorer = TokenScores(method(model), queries=-1)
+        scores[method.name] = scorer.attribute(ids, show_progress=True)[0].cpu()
+        seconds[method.name] = time.perf_counter() - start
+    start = time.perf_counter()
+    scores[IG], delta = _integrated_gradients(model, ids, prediction, tokenizer.eos_token_id)
+    seconds[IG] = time.perf_counter() - start
     return Explanation(
         input_ids=ids,
         tokens=readable_tokens(tokenizer, ids[0]),
@@ -118,10 +122,13 @@ def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> Explanati
         probability=float(probabilities[prediction]),
         scores=scores,
         seconds=seconds,
+        ig_delta=delta,
     )
 
 
-def _integrated_gradients(model: Any, ids: Tensor, target: int, baseline: int) -> Tensor:
+def _integrated_gradients(
+    model: Any, ids: Tensor, target: int, baseline: int
+) -> tuple[Tensor, float]:
     with progress_bar(IG_STEPS, "Integrated Gradients: steps", show=True) as bar:
 
         def log_probability(input_ids: Tensor) -> Tensor:
@@ -131,13 +138,15 @@ def _integrated_gradients(model: Any, ids: Tensor, target: int, baseline: int) -
             return logits.float().log_softmax(-1)[:, target]
 
         method = LayerIntegratedGradients(log_probability, model.get_input_embeddings())
-        attributions: Tensor = method.attribute(
+        attributions, delta = method.attribute(
             ids,
             baselines=torch.full_like(ids, baseline),
             n_steps=IG_STEPS,
             internal_batch_size=10,
+            return_convergence_delta=True,
         )
-    return attributions[0].sum(-1).float().cpu()
+    scores: Tensor = attributions[0].sum(-1).float().cpu()
+    return scores, float(delta)
 
 
 def save_pictures(model: nn.Module, explanation: Explanation, folder: Path) -> list[Path]:

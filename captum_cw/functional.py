@@ -186,7 +186,7 @@ def pull_back(direction: Tensor, output_weight: Tensor) -> Tensor:
     """
     H, d_h, d = output_weight.shape
     flat = direction @ output_weight.reshape(H * d_h, d).T
-    return flat.unflatten(-1, (H, d_h)).transpose(1, 2)
+    return flat.view(*flat.shape[:2], H, d_h).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,7 +251,9 @@ class QueryMask:
         chosen = self.chosen(chosen)
         if self.visible is None and chosen is None:
             j = torch.arange(self.S, device=device)
-            seen_by = (self.T - (j - (self.S - self.T)).clamp(min=0)) if self.causal else self.T + 0 * j
+            seen_by = (
+                (self.T - (j - (self.S - self.T)).clamp(min=0)) if self.causal else self.T + 0 * j
+            )
             return seen_by.float()[None, None]
         counts: Tensor | None = None
         for rows in blocks(self.T, max(1, BLOCK_ELEMENTS // self.S)):
@@ -286,8 +288,10 @@ class Weights(Protocol):
     """Gives attention weights for a block of queries."""
 
     def __call__(self, rows: slice) -> Tensor:
-        """``(B, H, t, n)`` weights of the queries ``rows`` on the first ``n`` keys; the weights
-        on the other keys are zero. The caller may overwrite the result."""
+        """The weights ``(B, H, t, n)`` of the queries ``rows`` on the first ``n`` keys.
+
+        Those on the other keys are zero. The caller may overwrite the result.
+        """
         ...  # pragma: no cover
 
 
@@ -478,7 +482,9 @@ def _seen(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:
 # The engine: one pass over a layer in blocks of queries
 
 
-def _run(layer: AttentionLayer, measure: Measure, chosen: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def _run(
+    layer: AttentionLayer, measure: Measure, chosen: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
     """The measure's blocks in order, rows of padded or unchosen queries zero."""
     apply = measure(layer)
     chosen = layer.mask.chosen(chosen)
@@ -604,7 +610,9 @@ def aggregate(scores: Tensor, how: Aggregation | None, dim: int) -> Tensor:
     if how is None:
         return scores
     check_choice("aggregation", how, Aggregation)
-    return scores.amax(dim) if how == "max" else getattr(scores, how)(dim)
+    if how == "max":
+        return scores.amax(dim)
+    return scores.sum(dim) if how == "sum" else scores.mean(dim)
 
 
 # ---------------------------------------------------------------------------------------------

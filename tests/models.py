@@ -26,9 +26,7 @@ SIZES: dict[str, Any] = {
 
 
 def llama(num_key_value_heads: int = 2, **options: Any) -> nn.Module:
-    config = transformers.LlamaConfig(
-        **SIZES, num_key_value_heads=num_key_value_heads, **options
-    )
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=num_key_value_heads, **options)
     return build(transformers.LlamaForCausalLM, config)
 
 

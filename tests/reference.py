@@ -36,9 +36,7 @@ def measures(attention: Tensor, value: Tensor, output_weight: Tensor) -> dict[st
         "inter": (terms * o[:, None, :, None]).sum(-1) / o.square().sum(-1)[:, None, :, None],
         "intra": (terms * o_head[:, :, :, None]).sum(-1) / o_head.square().sum(-1)[..., None],
         "relative_norm": norms / o.norm(dim=-1)[:, None, :, None],
-        "cosine": torch.nn.functional.cosine_similarity(
-            o[:, None, :, None], v[:, :, None], dim=-1
-        ),
+        "cosine": torch.nn.functional.cosine_similarity(o[:, None, :, None], v[:, :, None], dim=-1),
     }
 
 

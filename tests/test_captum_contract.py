@@ -81,7 +81,8 @@ def test_noise_tunnel_passes_the_mask_and_gives_the_delta(
         return_convergence_delta=True,
     )
     assert torch.allclose(smooth, method.attribute(embeddings, mask), atol=1e-5)
-    assert delta.shape == (4, 9) and delta.abs().max() < 1e-4
+    assert delta.shape == (4, 9)
+    assert delta.abs().max() < 1e-4
 
 
 def test_noise_tunnel_runs_token_scores(model: nn.Module, embeddings: Tensor) -> None:
@@ -106,7 +107,9 @@ def test_infidelity_takes_the_scores(model: nn.Module, embeddings: Tensor) -> No
 
     scores = TokenScores(ContributionWeights(model)).attribute(embeddings)
     value = infidelity(loss, perturb, embeddings, scores[..., None].expand_as(embeddings))
-    assert value.shape == (2,) and value.isfinite().all() and (value > 0).all()
+    assert value.shape == (2,)
+    assert value.isfinite().all()
+    assert (value > 0).all()
 
 
 def test_sensitivity_runs_the_explanation(model: nn.Module, embeddings: Tensor) -> None:
@@ -116,15 +119,18 @@ def test_sensitivity_runs_the_explanation(model: nn.Module, embeddings: Tensor) 
     ):
         still = sensitivity_max(method.attribute, embeddings, perturb_radius=0.0)
         moved = sensitivity_max(method.attribute, embeddings, perturb_radius=0.05)
-        assert still.shape == (2,) and still.abs().max() < 1e-4
-        assert (moved > still).all() and moved.isfinite().all()
+        assert still.shape == (2,)
+        assert still.abs().max() < 1e-4
+        assert (moved > still).all()
+        assert moved.isfinite().all()
 
 
 def test_visualize_text_shows_the_scores(model: nn.Module) -> None:
     scores = TokenScores(ContributionWeights(model)).attribute(token_ids())[0]
     words = [f"word{i}" for i in range(9)]
     page = captum_visualization.visualize_text(text_records({"Contribution": scores}, words)).data
-    assert all(word in page for word in words) and "Contribution" in page
+    assert all(word in page for word in words)
+    assert "Contribution" in page
 
 
 @pytest.fixture
@@ -141,7 +147,8 @@ def test_llm_attribution_gives_captums_result_and_its_plots(
     assert isinstance(result, LLMAttributionResult)
     assert result.input_tokens == ["a", "b", "c", "d"]
     assert result.output_tokens == ["e", "f", "g"]
-    assert result.token_attr is not None and result.token_attr.shape == (3, 4)
+    assert result.token_attr is not None
+    assert result.token_attr.shape == (3, 4)
     assert torch.allclose(result.seq_attr, result.token_attr.mean(0))
     for figure, _ in (result.plot_token_attr(), result.plot_seq_attr()):  # type: ignore[misc]
         plt.close(figure)
@@ -183,9 +190,9 @@ def test_llm_attribution_takes_token_input_ids_and_generates(
     with pytest.raises(ValueError, match="output is empty"):
         llm.attribute("a", target="")
     with pytest.raises(ValueError, match="layers=None"):
-        LLMTokenAttribution(TokenScores(ContributionWeights(model), layers=None), tokenizer).attribute(
-            "a", target="b"
-        )
+        LLMTokenAttribution(
+            TokenScores(ContributionWeights(model), layers=None), tokenizer
+        ).attribute("a", target="b")
 
 
 def test_private_captum_is_reached_through_one_module() -> None:

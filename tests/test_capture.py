@@ -86,10 +86,10 @@ def test_token_scores_equal_the_definition(model: nn.Module, implementation: str
         scores = TokenScores(
             ContributionWeights(model), reduction=reduction, layers=None, heads=None
         ).attribute(inputs)
-        for l, layer in enumerate(seen):
+        for number, layer in enumerate(seen):
             g = reference.measures(layer.attention * visible, layer.value, layer.output_weight)
             expected = reference.token_scores(g["inter"].nan_to_num(), visible, reduction)
-            assert torch.allclose(scores[:, l].double(), expected, rtol=1e-4, atol=2e-6)
+            assert torch.allclose(scores[:, number].double(), expected, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -172,9 +172,7 @@ def test_a_batch_equals_its_single_examples(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_padding_changes_no_other_number(
-    model: nn.Module, side: str, implementation: str
-) -> None:
+def test_padding_changes_no_other_number(model: nn.Module, side: str, implementation: str) -> None:
     model.set_attn_implementation(implementation)
     inputs, real = padded_batch(side)
     alone = inputs["input_ids"][1:][real[1:]][None]
@@ -197,9 +195,7 @@ def test_half_precision_sums_to_one_percent(
 ) -> None:
     model = model.to(dtype)
     model.set_attn_implementation(implementation)
-    maps, deltas = ContributionWeights(model).attribute(
-        token_ids(), return_convergence_delta=True
-    )
+    maps, deltas = ContributionWeights(model).attribute(token_ids(), return_convergence_delta=True)
     for c, delta in zip(maps, deltas, strict=True):
         assert c.dtype == torch.float32
         # Relative to the sum of the terms' sizes, which cancel in random models.
@@ -228,7 +224,8 @@ def test_one_module_gives_a_tensor_and_a_list_gives_a_list() -> None:
     modules = [layer.self_attn for layer in model.model.layers]
     assert torch.equal(ContributionWeights(model, modules[1]).attribute(ids), every[1])
     reverse = ContributionWeights(model, modules[::-1]).attribute(ids)
-    assert torch.equal(reverse[0], every[1]) and torch.equal(reverse[1], every[0])
+    assert torch.equal(reverse[0], every[1])
+    assert torch.equal(reverse[1], every[0])
     as_module_list = ContributionWeights(model, nn.ModuleList(modules)).attribute(ids)
     assert all(torch.equal(x, y) for x, y in zip(as_module_list, every, strict=True))
 
@@ -239,8 +236,10 @@ def test_a_module_that_runs_twice_gives_a_result_each_time() -> None:
     model.model.layers[1].self_attn = first
     every = ContributionWeights(model).attribute(token_ids())
     twice = ContributionWeights(model, first).attribute(token_ids())
-    assert isinstance(twice, tuple) and len(twice) == len(every) == 2
-    assert torch.equal(twice[1], every[1]) and not torch.equal(twice[0], twice[1])
+    assert isinstance(twice, tuple)
+    assert len(twice) == len(every) == 2
+    assert torch.equal(twice[1], every[1])
+    assert not torch.equal(twice[0], twice[1])
 
 
 def test_two_threads_on_one_model_do_not_hear_each_other() -> None:

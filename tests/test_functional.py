@@ -74,7 +74,9 @@ def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", MEASURES)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("H_kv", [1, 2, 4])
-def test_measures_equal_the_definition(name: str, kind: str, H_kv: int, block_elements: int) -> None:
+def test_measures_equal_the_definition(
+    name: str, kind: str, H_kv: int, block_elements: int
+) -> None:
     layer, a, v, w, visible = make_layer(kind, H_kv=H_kv)
     expected = reference.measures(a, v, w)[name].nan_to_num() * visible
     assert torch.allclose(dense_map(layer, MEASURES[name]), expected, rtol=1e-10, atol=1e-12)
@@ -164,11 +166,12 @@ def test_padding_changes_no_other_number(kind: str) -> None:
         if kind == "padded":
             whole = whole * torch.ones(3, 3).tril()
         assert torch.allclose(padded[:, :, 3:, 3:], whole, atol=1e-12)
-        assert not padded[:, :, :3].any() and not padded[..., :3].any()
+        assert not padded[:, :, :3].any()
+        assert not padded[..., :3].any()
 
 
 def test_what_padding_holds_does_not_matter() -> None:
-    layer, a, v, w, _ = make_layer("padded")
+    layer, _, v, w, _ = make_layer("padded")
     y = layer.head_output.clone()
     o = layer.output.clone()
     y[0, :, :3], o[0, :3] = float("nan"), float("nan")
@@ -188,15 +191,14 @@ def test_a_vanishing_output_gives_zeros_and_is_counted() -> None:
     layer = AttentionLayer.from_tensors(a, v, w)
     assert not dense_map(layer, contribution("inter")).any()
     assert not dense_map(layer, functional.vwon).any()
-    assert layer.vanishing("inter") == 3 and layer.vanishing("intra") == 0
+    assert layer.vanishing("inter") == 3
+    assert layer.vanishing("intra") == 0
     assert dense_map(layer, contribution("intra")).isfinite().all()
 
 
 def test_negative_attention_counts_by_its_size() -> None:
     _, a, v, w, _ = make_layer()
-    assert torch.equal(
-        functional.value_weighted(-a, v, w), functional.value_weighted(a, v, w)
-    )
+    assert torch.equal(functional.value_weighted(-a, v, w), functional.value_weighted(a, v, w))
 
 
 def test_a_query_that_sees_nothing_has_no_weights() -> None:

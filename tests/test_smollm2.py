@@ -55,14 +55,14 @@ def test_every_measure_equals_the_definition(
     model.set_attn_implementation(implementation)
     found = {name: method(model).attribute(ids) for name, method in CLASSES.items()}
     assert all(len(maps) == len(seen) == 30 for maps in found.values())
-    for l, layer in enumerate(seen):
+    for number, layer in enumerate(seen):
         expected = reference.measures(layer.attention, layer.value, layer.output_weight)
         for name, maps in found.items():
-            assert maps[l].shape == (1, 9, ids.shape[1], ids.shape[1])
+            assert maps[number].shape == (1, 9, ids.shape[1], ids.shape[1])
             scale = float(expected[name].abs().max())
-            error = float((maps[l].double() - expected[name]).abs().max())
+            error = float((maps[number].double() - expected[name]).abs().max())
             # The definition reads the attention of another kernel, in float32.
-            assert error <= 1e-4 * scale, (l, name)
+            assert error <= 1e-4 * scale, (number, name)
 
 
 def test_token_scores_equal_the_definition(model: nn.Module, texts: list[Tensor]) -> None:
@@ -73,10 +73,12 @@ def test_token_scores_equal_the_definition(model: nn.Module, texts: list[Tensor]
     for reduction in ("mean", "sum", "max", "rms"):
         method = TokenScores(ContributionWeights(model), reduction, layers=None, heads=None)
         scores = method.attribute(ids)
-        for l in (0, 13, 29):
-            g = reference.measures(seen[l].attention, seen[l].value, seen[l].output_weight)
+        for number in (0, 13, 29):
+            g = reference.measures(
+                seen[number].attention, seen[number].value, seen[number].output_weight
+            )
             expected = reference.token_scores(g["inter"], visible, reduction)
-            assert torch.allclose(scores[:, l].double(), expected, rtol=1e-3, atol=1e-5)
+            assert torch.allclose(scores[:, number].double(), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("scope", ["inter", "intra"])
@@ -146,6 +148,7 @@ def test_the_answer_is_drawn_from_the_question(smollm2: tuple[nn.Module, Any]) -
     model, tokenizer = smollm2
     llm = LLMTokenAttribution(ContributionWeights(model), tokenizer)
     result = llm.attribute("The capital of France is", target=" Paris")
-    assert result.output_probs is not None and float(result.output_probs[0]) > 0.3
+    assert result.output_probs is not None
+    assert float(result.output_probs[0]) > 0.3
     words = dict(zip(result.input_tokens, result.token_attr[0].tolist(), strict=True))
     assert words["ĠFrance"] > words["Ġof"]

@@ -1,5 +1,4 @@
-"""Attribution classes in Captum's form, over :mod:`captum_cw.capture` and
-:mod:`captum_cw.functional`."""
+"""Attribution classes in Captum's form: thin, over ``captum_cw.capture`` and ``functional``."""
 
 from captum_cw.attr.layer import AttentionWeights, ContributionWeights, VWAttention, VWONAttention
 from captum_cw.attr.llm import LLMTokenAttribution

@@ -1,8 +1,19 @@
 """The only door to Captum's private helpers, which change between releases."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from captum.attr._core.llm_attr import BaseLLMAttribution
 from captum.attr._utils.attribution import Attribution, LayerAttribution
 from captum.attr._utils.interpretable_input import TextTokenInput
 from captum.log import log_usage
 
-__all__ = ["Attribution", "BaseLLMAttribution", "LayerAttribution", "TextTokenInput", "log_usage"]
+__all__ = ["Attribution", "BaseLLMAttribution", "LayerAttribution", "TextTokenInput", "logged"]
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def logged(function: F) -> F:
+    """Captum's decorator for ``attribute``; its NoiseTunnel calls what it wraps."""
+    wrapped: F = log_usage()(function)
+    return wrapped

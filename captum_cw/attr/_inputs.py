@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["ForwardCall", "forward_call"]
@@ -39,7 +38,9 @@ def forward_call(model: nn.Module | None, inputs: object, additional: object) ->
     Raises:
         TypeError, ValueError: As :meth:`captum_cw.ContributionWeights.attribute` says.
     """
-    rest = () if additional is None else additional if isinstance(additional, tuple) else (additional,)
+    rest = (
+        () if additional is None else additional if isinstance(additional, tuple) else (additional,)
+    )
     args: tuple[Any, ...]
     if isinstance(inputs, Mapping):
         args, kwargs = rest, dict(inputs)
@@ -54,13 +55,12 @@ def forward_call(model: nn.Module | None, inputs: object, additional: object) ->
         args, kwargs = ((inputs,) if isinstance(inputs, Tensor) else inputs) + rest, {}
     else:
         raise TypeError(
-            f"inputs is {_kind(inputs)}: give token ids (B, T), embeddings (B, T, d), a tokenizer's "
-            "BatchEncoding (return_tensors='pt'), a dict of keyword arguments or a tuple of tensors."
+            f"inputs is {_kind(inputs)}: give token ids (B, T), embeddings (B, T, d), a "
+            "tokenizer's BatchEncoding (return_tensors='pt'), a dict of keyword arguments or a "
+            "tuple of tensors."
         )
     if model is None:
-        ids, mask = kwargs.get("input_ids", kwargs.get("inputs_embeds")), kwargs.get("attention_mask")
-        known = isinstance(ids, Tensor) and ids.dim() >= 2
-        return ForwardCall(args, kwargs, _check_mask(mask, *ids.shape[:2], cached=False) if known else None)
+        return ForwardCall(args, kwargs, _padding(kwargs))
     _check_weights(model)
     args, kwargs = _by_name(model, args, kwargs)
     return _checked(model, args, kwargs)
@@ -68,7 +68,8 @@ def forward_call(model: nn.Module | None, inputs: object, additional: object) ->
 
 def _kind(x: object) -> str:
     if isinstance(x, (list, tuple)):
-        return f"a {type(x).__name__} of {', '.join(sorted({type(e).__name__ for e in x})) or 'nothing'}"
+        kinds = ", ".join(sorted({type(e).__name__ for e in x}))
+        return f"a {type(x).__name__} of {kinds or 'nothing'}"
     return f"of type {type(x).__name__}"
 
 
@@ -77,8 +78,8 @@ def _check_weights(model: nn.Module) -> None:
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None and not any(hasattr(m, "_hf_hook") for m in model.modules()):
         raise ValueError(
-            f"Parameter {meta!r} is on the meta device and nothing loads it: load the model's weights "
-            "with from_pretrained, or offload with device_map."
+            f"Parameter {meta!r} is on the meta device and nothing loads it: load the model's "
+            "weights with from_pretrained, or offload with device_map."
         )
 
 
@@ -94,7 +95,7 @@ def _by_name(
     names = [n for n, p in parameters.items() if p.kind in by_position]
     if len(args) > len(names):
         return args, kwargs
-    named = dict(zip(names, args))
+    named = dict(zip(names, args, strict=False))
     main = getattr(model, "main_input_name", None)
     ids = named.get(main) if main == "input_ids" else None
     if isinstance(ids, Tensor) and ids.is_floating_point():
@@ -112,27 +113,24 @@ def _checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for name, value in [*enumerate(args), *kwargs.items()]:
         if isinstance(value, Tensor) and value.numel() == 0:
             raise ValueError(
-                f"Argument {name!r} is empty (shape {tuple(value.shape)}): attribution needs at least "
-                "one example of one token."
+                f"Argument {name!r} is empty (shape {tuple(value.shape)}): attribution needs at "
+                "least one example of one token."
             )
         if isinstance(value, list):
             raise TypeError(f"Argument {name!r} is a list: tokenize with return_tensors='pt'.")
-    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    if isinstance(ids, Tensor):
-        _check_ids(model, ids)
-    main = ids if isinstance(ids, Tensor) else embeds
-    if not isinstance(main, Tensor) or main.dim() < 2:
+    if isinstance(kwargs.get("input_ids"), Tensor):
+        _check_ids(model, kwargs["input_ids"])
+    main = _tokens(kwargs)
+    if main is None:
         return ForwardCall(args, kwargs, None)
-    B, T = main.shape[:2]
-    mask = kwargs.get("attention_mask")
-    real = _check_mask(mask, B, T, cached=kwargs.get("past_key_values") is not None)
+    real = _padding(kwargs)
     parameters = inspect.signature(model.forward).parameters
     positions = kwargs.get("position_ids")
     if real is not None and positions is None and _positions_from_mask(model, parameters):
         # As generate does: a left-padded text must stand where it would stand alone.
         positions = (real.long().cumsum(-1) - 1).clamp_(min=0)
         kwargs = {**kwargs, "position_ids": positions}
-    _check_length(model, T, positions)
+    _check_length(model, main.shape[1], positions)
     return ForwardCall(args, _lean(parameters, kwargs), real)
 
 
@@ -144,30 +142,42 @@ def _check_ids(model: nn.Module, ids: Tensor) -> None:
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     size = getattr(embeddings, "num_embeddings", None)
     low, high = int(ids.min()), int(ids.max())
-    if size is not None and not (0 <= low and high < size):
+    if size is not None and (low < 0 or high >= size):
         wrong = low if low < 0 else high
         raise ValueError(
-            f"Token id {wrong} is outside of the model's vocabulary 0..{size - 1}: use the model's own "
-            "tokenizer, and mark padding in attention_mask, not by a special id."
+            f"Token id {wrong} is outside of the model's vocabulary 0..{size - 1}: use the model's "
+            "own tokenizer, and mark padding in attention_mask, not by a special id."
         )
 
 
-def _check_mask(mask: object, B: int, T: int, *, cached: bool) -> Tensor | None:
-    """The padding that a mask marks: ``(B, T)`` boolean, or None where nothing is padded."""
-    if not isinstance(mask, Tensor):
+def _tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What holds one entry a token: ids ``(B, T)`` or embeddings ``(B, T, d)``."""
+    for name in ("input_ids", "inputs_embeds"):
+        tokens = kwargs.get(name)
+        if isinstance(tokens, Tensor) and tokens.dim() > 1:
+            return tokens
+    return None
+
+
+def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Where the attention mask leaves tokens: ``(B, T)`` boolean; None where nothing is padded."""
+    mask, tokens = kwargs.get("attention_mask"), _tokens(kwargs)
+    if not isinstance(mask, Tensor) or tokens is None:
         return None
+    B, T = tokens.shape[:2]
+    cached = kwargs.get("past_key_values") is not None
     if mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[2] in (1, T):
         return None
     if mask.dim() != 2 or mask.shape[0] != B or (mask.shape[1] != T and not cached):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but the inputs are {B} x {T} tokens: it "
-            f"must be ({B}, {T}), 1 at tokens and 0 at padding (or four-dimensional)."
+            f"attention_mask has shape {tuple(mask.shape)}, but the inputs are {B} x {T} tokens: "
+            f"it must be ({B}, {T}), 1 at tokens and 0 at padding (or four-dimensional)."
         )
     real = mask[:, -T:] != 0
     if not real.any(-1).all():
         raise ValueError(
-            f"Example {int((~real.any(-1)).nonzero()[0])} is empty: attention_mask is 0 at all of its "
-            "tokens."
+            f"Example {int((~real.any(-1)).nonzero()[0])} is empty: attention_mask is 0 at all of "
+            "its tokens."
         )
     return None if real.all() else real
 
@@ -179,13 +189,13 @@ def _positions_from_mask(model: nn.Module, parameters: Mapping[str, object]) -> 
 
 def _check_length(model: nn.Module, T: int, positions: object) -> None:
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = getattr(config, "get_text_config", lambda: config)()
     limit = getattr(text, "max_position_embeddings", None)
     length = int(positions.max()) + 1 if isinstance(positions, Tensor) else T
     if isinstance(limit, int) and length > limit > 0:
         raise ValueError(
-            f"The text has {length} tokens, but the model has positions for {limit}: cut the text "
-            "(truncation=True, max_length=...) or use a model with a longer context."
+            f"The text has {length} tokens, but the model has positions for {limit}: cut the "
+            "text (truncation=True, max_length=...) or use a model with a longer context."
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw import functional
-from captum_cw.attr._captum import LayerAttribution, log_usage
+from captum_cw.attr._captum import LayerAttribution, logged
 from captum_cw.attr._inputs import ForwardCall, forward_call
 from captum_cw.capture import Execution, Observation, UnsupportedModelError
 from captum_cw.functional import AttentionLayer, Decomposition, Measure, Scope
@@ -46,6 +46,10 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
 
     name: str
     """What users call the measure, on the command line too."""
+    measure: Measure
+    """What is computed from each layer."""
+    normaliser: Scope | None = None
+    """The output that the measure divides by, if any."""
 
     def __init__(
         self,
@@ -71,28 +75,19 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
         return cls.__name__
 
     @property
-    def measure(self) -> Measure:
-        """What this class computes from each layer."""
-        raise NotImplementedError  # pragma: no cover
-
-    @property
-    def normaliser(self) -> Scope | None:
-        """The output that the measure divides by, if any."""
-        return None
-
-    @property
     def layers(self) -> list[str]:
         """Names of the attention layers that are attributed, in execution order.
 
         Known after the first ``attribute``; before that, a pass over two tokens finds them.
         """
         if self._layers is None:
-            if getattr(self.model, "main_input_name", None) != "input_ids":
+            model = self.model
+            if model is None or getattr(model, "main_input_name", None) != "input_ids":
                 raise RuntimeError(
                     "The layers are found by running the model: call attribute once, then read "
                     ".layers."
                 )
-            device = next(self.model.parameters()).device
+            device = next(model.parameters()).device
             self.observe(torch.zeros(1, 2, dtype=torch.long, device=device), None, _ignore)
         assert self._layers is not None
         return self._layers
@@ -143,7 +138,7 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
         self._layers = [execution.name for execution, _ in results]
         return results, call, output
 
-    @log_usage()  # type: ignore[misc]
+    @logged
     def attribute(
         self,
         inputs: Inputs,
@@ -242,8 +237,8 @@ def as_given(inputs: object, result: Any) -> Any:
 def refuse_target(target: object) -> None:
     if target is not None:
         raise ValueError(
-            f"target={target!r}: an attention measure explains the output of a layer, not a class or "
-            "token, so there is no target. To explain one prediction, use TokenScores(method, "
+            f"target={target!r}: an attention measure explains the output of a layer, not a class "
+            "or token, so there is no target. To explain one prediction, use TokenScores(method, "
             "queries=position) or LLMTokenAttribution."
         )
 
@@ -263,7 +258,9 @@ def _model_of(forward_func: object) -> nn.Module | None:
 
 def _check_self_attention(model: nn.Module | None) -> None:
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+    if getattr(config, "is_encoder_decoder", False) or getattr(
+        config, "add_cross_attention", False
+    ):
         raise UnsupportedModelError(
             f"{type(model).__name__} has cross-attention, which cannot be told from self-attention "
             "yet: use its encoder alone, or a decoder-only model."
@@ -326,8 +323,8 @@ def _check_memory(layer: AttentionLayer, layers: int, maps: int) -> None:
     if needed > free:
         raise MemoryError(
             f"The maps need {needed / 1e9:.1f} GB ({layers} layers of {B} x {layer.H} x {T} x "
-            f"{layer.S}, float32), but {free / 1e9:.1f} GB are free. Choose fewer layers (layer=...), "
-            "or use TokenScores, which never holds a map."
+            f"{layer.S}, float32), but {free / 1e9:.1f} GB are free. Choose fewer layers "
+            "(layer=...), or use TokenScores, which never holds a map."
         )
 
 
@@ -370,8 +367,9 @@ class _ValueAttribution(_AttentionAttribution):
 
 
 class AttentionWeights(_AttentionAttribution):
-    """The attention weights ``a_ij`` that the model used (Eq. 1), its own mask, bias, soft-cap and
-    sinks included.
+    """The attention weights ``a_ij`` that the model used (Eq. 1).
+
+    Its own mask, bias, soft-cap and sinks are included.
 
     Args:
         forward_func: The model, or any callable that runs it; a callable needs ``layer``.
@@ -386,15 +384,13 @@ class AttentionWeights(_AttentionAttribution):
     """
 
     name = "attention"
-
-    @property
-    def measure(self) -> Measure:
-        return functional.attention
+    measure = staticmethod(functional.attention)
 
 
 class VWAttention(_ValueAttribution):
-    """Value-weighted attention ``|a_ij| ||v~_j||`` (arXiv 2606.07604, section 5.2, measure ii;
-    Kobayashi et al. 2020), in the unit of the hidden states.
+    """Value-weighted attention ``|a_ij| ||v~_j||``, in the unit of the hidden states.
+
+    Measure ii of arXiv 2606.07604, section 5.2 (Kobayashi et al. 2020).
 
     Args:
         forward_func: The model, or any callable that runs it; a callable needs ``layer``.
@@ -409,15 +405,13 @@ class VWAttention(_ValueAttribution):
     """
 
     name = "vw"
-
-    @property
-    def measure(self) -> Measure:
-        return functional.vw
+    measure = staticmethod(functional.vw)
 
 
 class VWONAttention(_ValueAttribution):
-    """Value-weighted attention over the output's norm, ``|a_ij| ||v~_j|| / ||o_i||``
-    (arXiv 2606.07604, section 5.2, measure iii), where ``o_i`` is the output of the whole layer.
+    """Value-weighted attention over the norm of the layer's output, ``|a_ij| ||v~_j|| / ||o_i||``.
+
+    Measure iii of arXiv 2606.07604, section 5.2.
 
     Args:
         forward_func: The model, or any callable that runs it; a callable needs ``layer``.
@@ -432,14 +426,8 @@ class VWONAttention(_ValueAttribution):
     """
 
     name = "vwon"
-
-    @property
-    def measure(self) -> Measure:
-        return functional.vwon
-
-    @property
-    def normaliser(self) -> Scope | None:
-        return "inter"
+    measure = staticmethod(functional.vwon)
+    normaliser = "inter"
 
 
 class ContributionWeights(_ValueAttribution):
@@ -476,16 +464,8 @@ class ContributionWeights(_ValueAttribution):
         kind: Kind = "self",
     ) -> None:
         super().__init__(forward_func, layer, device_ids, space=space, kind=kind)
-        functional.check_choice("scope", scope, Scope)
-        self.scope: Scope = scope
-
-    @property
-    def measure(self) -> Measure:
-        return functional.contribution(self.scope)
-
-    @property
-    def normaliser(self) -> Scope | None:
-        return self.scope
+        self.measure = functional.contribution(scope)
+        self.normaliser = self.scope = scope
 
     def has_convergence_delta(self) -> bool:
         """True: contributions sum to one, and the delta says how nearly."""
@@ -506,7 +486,7 @@ class ContributionWeights(_ValueAttribution):
         anything = (attributions != 0).sum(dims) > 0
         return (1 - attributions.sum(dims)) * anything
 
-    @log_usage()  # type: ignore[misc]
+    @logged
     def attribute(
         self,
         inputs: Inputs,
@@ -518,11 +498,15 @@ class ContributionWeights(_ValueAttribution):
     ) -> Any:
         """The contribution of every key to every query's output.
 
-        Args, returns and errors as for every measure (see :meth:`AttentionWeights.attribute`);
-        beside it:
-
         Args:
+            inputs: As for every measure (see :meth:`AttentionWeights.attribute`).
+            additional_forward_args: Further positional arguments, as in Captum.
+            target: Must be None.
             return_convergence_delta: Also returns :meth:`compute_convergence_delta`.
+            show_progress: Shows a bar over the layers once it has taken two seconds.
+
+        Returns:
+            As for every measure; with ``return_convergence_delta`` a pair of that and the delta.
         """
         refuse_target(target)
         maps = self._maps(inputs, additional_forward_args, self.measure, show_progress)
@@ -548,8 +532,8 @@ class ContributionWeights(_ValueAttribution):
         """
         if self.scope != "inter":
             raise ValueError(
-                f"scope={self.scope!r} has no decomposition: Eq. 14 speaks of the layer's output; use "
-                "scope='inter'."
+                f"scope={self.scope!r} has no decomposition: Eq. 14 speaks of the layer's output; "
+                "use scope='inter'."
             )
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> Decomposition:
@@ -587,7 +571,7 @@ def stack_layers(results: list[Tensor], what: str) -> Tensor:
     shapes = Counter(tuple(r.shape) for r in results)
     if len(shapes) > 1:
         raise ValueError(
-            f"The layers differ in heads or length ({', '.join(map(str, shapes))}), so {what} has no "
-            "common shape: choose layers of one shape with layer=..., or aggregate over heads."
+            f"The layers differ in heads or length ({', '.join(map(str, shapes))}), so {what} has "
+            "no common shape: choose layers of one shape with layer=..., or aggregate over heads."
         )
     return torch.stack([r.to(results[0].device) for r in results], dim=1)

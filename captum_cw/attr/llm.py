@@ -67,9 +67,9 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
             gen_args: Arguments for ``model.generate``; only without ``target``.
 
         Returns:
-            Captum's ``LLMAttributionResult``: ``token_attr[o, i]`` is the score of input token ``i``
-            at the query that predicts output token ``o``, ``seq_attr`` the mean over ``o``, and
-            ``output_probs`` the model's probability of each output token.
+            Captum's ``LLMAttributionResult``: ``token_attr[o, i]`` is the score of input token
+            ``i`` at the query that predicts output token ``o``, ``seq_attr`` the mean over
+            ``o``, and ``output_probs`` the model's probability of each output token.
 
         Raises:
             ValueError: If the prompt or the output is empty, or both ``target`` and ``gen_args``
@@ -86,8 +86,8 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         n, m = prompt.shape[1], len(output)
         if not m:
             raise ValueError(
-                f"The output is empty (target={target!r}): give a target of at least one token, or let "
-                "the model generate more with gen_args={'max_new_tokens': ...}."
+                f"The output is empty (target={target!r}): give a target of at least one token, or "
+                "let the model generate more with gen_args={'max_new_tokens': ...}."
             )
         ids = torch.cat([prompt, output[None].to(prompt.dtype)], dim=1)
         rows, result = self.attr_method.rows(

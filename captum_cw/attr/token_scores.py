@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from captum_cw import functional
-from captum_cw.attr._captum import Attribution, log_usage
-from captum_cw.attr.layer import Inputs, _AttentionAttribution, as_given, refuse_target, stack_layers
+from captum_cw.attr._captum import Attribution, logged
+from captum_cw.attr.layer import (
+    Inputs,
+    _AttentionAttribution,
+    as_given,
+    refuse_target,
+    stack_layers,
+)
 from captum_cw.capture import Execution
 from captum_cw.functional import Aggregation, AttentionLayer, Reduction, check_choice
 
@@ -80,7 +86,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         """The class's name."""
         return cls.__name__
 
-    @log_usage()  # type: ignore[misc]
+    @logged
     def attribute(
         self,
         inputs: Inputs,
@@ -148,9 +154,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 raise IndexError(f"queries={self.queries!r} holds no token of example {b}.")
         return chosen
 
-    def rows(
-        self, inputs: Inputs, queries: slice, **forward_options: Any
-    ) -> tuple[Tensor, Any]:
+    def rows(self, inputs: Inputs, queries: slice, **forward_options: Any) -> tuple[Tensor, Any]:
         """The scores at each of a few queries, instead of a reduction over them.
 
         Args:
@@ -163,8 +167,8 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         """
         if self.layers is None or self.heads is None or self.queries != "all":
             raise ValueError(
-                f"layers={self.layers!r}, heads={self.heads!r}, queries={self.queries!r}: one row a "
-                "query needs layers and heads aggregated, and queries='all'."
+                f"layers={self.layers!r}, heads={self.heads!r}, queries={self.queries!r}: one row "
+                "a query needs layers and heads aggregated, and queries='all'."
             )
         heads = self.heads
 

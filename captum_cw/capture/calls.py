@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +92,8 @@ def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
         if _reproduces(weights, call, mask):
             return weights
     raise UnsupportedModelError(
-        f"The attention weights recomputed for layer {name!r} ({type(call.module).__name__}) do not "
-        "give the head outputs that the model computed, so that every measure would be wrong. Try "
+        f"The attention weights recomputed for layer {name!r} ({type(call.module).__name__}) do "
+        "not give the head outputs that the model computed, so every measure would be wrong. Try "
         "model.set_attn_implementation('eager'), which returns the weights themselves."
     )
 

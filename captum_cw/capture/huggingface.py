@@ -23,7 +23,6 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError

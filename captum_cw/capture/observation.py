@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 
-import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, find_weights, query_mask
@@ -136,8 +135,8 @@ class Observation:
 def _no_projection(execution: Execution) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"No linear layer reads the head outputs of attention layer {execution.name!r} "
-        f"({type(execution.module).__name__}), so its output projection W_O is not known: a gate, a "
-        "norm or a quantised layer stands between them. Such models are not supported yet."
+        f"({type(execution.module).__name__}), so its output projection W_O is not known: a gate, "
+        "a norm or a quantised layer stands between them. Such models are not supported yet."
     )
 
 

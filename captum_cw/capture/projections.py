@@ -61,7 +61,11 @@ class _Products(TorchFunctionMode):
         self.listener = listener
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.linear:
@@ -73,7 +77,10 @@ class _Products(TorchFunctionMode):
 
 
 def _linear(
-    result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    result: Tensor,
+    input: Tensor,  # noqa: A002  the name that torch gives it
+    weight: Tensor,
+    bias: Tensor | None = None,
 ) -> LinearProduct:
     return LinearProduct(input, weight.T, bias, result)
 

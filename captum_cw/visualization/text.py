@@ -26,15 +26,18 @@ class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that reading tokens needs."""
 
     @property
-    def all_special_ids(self) -> list[int]: ...
+    def all_special_ids(self) -> list[int]:
+        """Ids of tokens such as the end of a text."""
 
-    def convert_ids_to_tokens(self, ids: int) -> Any: ...
+    def convert_ids_to_tokens(self, ids: int) -> Any:
+        """The vocabulary's entry, with its marks."""
 
-    def decode(self, token_ids: list[int], **kwargs: Any) -> Any: ...
+    def decode(self, token_ids: list[int], **kwargs: Any) -> Any:
+        """The text."""
 
 
 def readable_tokens(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> list[str]:
-    """The tokens of one sequence as a person reads them, exactly one string an id.
+    r"""The tokens of one sequence as a person reads them, exactly one string an id.
 
     Words keep their leading space, continuations have none, whatever marks the vocabulary
     uses (``Ġ``, ``▁``, ``##``). Special tokens stay as they are. White space that stands alone
@@ -60,7 +63,7 @@ def readable_tokens(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> 
         >>> model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         >>> model.decoder = decoders.ByteLevel()
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
-        >>> readable_tokens(tokenizer, tokenizer("a é\\n")["input_ids"])
+        >>> readable_tokens(tokenizer, tokenizer("a é\n")["input_ids"])
         ['a', '␣', '⟨c3⟩', '⟨a9⟩', '⏎']
     """
     ids = torch.as_tensor(input_ids)

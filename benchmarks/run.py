@@ -1,0 +1,424 @@
+"""Time and memory of attribution beside the model's own forward pass, by one command.
+
+    python benchmarks/run.py
+
+Every figure comes from a process of its own, so that no call profits from memory that another has
+left behind. Machines drift; so ratios are taken within one process, of calls that alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import os
+import platform
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import captum
+import psutil
+import torch
+import transformers
+from captum.attr import LayerIntegratedGradients
+from torch import Tensor
+
+from captum_cw import ContributionWeights, TokenScores
+from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model
+from captum_cw.progress import progress_bar
+
+Result = TypeVar("Result")
+
+OUT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+STEPS = 50
+WARM_UP_TOKENS = 8
+SAMPLED_EVERY = 0.005
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all measurements of a run share.
+
+    Args:
+        model: A hub id or a local folder; None is the demo model.
+        threads: Of torch.
+        repeats: How often each call runs.
+        gradient_steps: Steps of Integrated Gradients that are run.
+    """
+
+    model: str | None
+    threads: int
+    repeats: int
+    gradient_steps: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call took.
+
+    Args:
+        seconds: By the clock on the wall.
+        extra: Bytes of memory beyond those that the process held right before.
+    """
+
+    seconds: float
+    extra: int
+
+
+# ---------------------------------------------------------------------------------------------
+# What is measured
+
+
+def _eager(model: Any, ids: Tensor) -> object:
+    model.set_attn_implementation("eager")
+    return model(ids, output_attentions=True)
+
+
+def _integrated_gradients(model: Any, ids: Tensor, steps: int) -> object:
+    def log_probability(ids: Tensor) -> Tensor:
+        logits: Tensor = model(ids, logits_to_keep=1, use_cache=False).logits[:, -1]
+        return logits.log_softmax(-1)[:, 0]  # any token: all cost the same
+
+    method = LayerIntegratedGradients(log_probability, model.get_input_embeddings())
+    with torch.enable_grad():
+        return method.attribute(ids, n_steps=steps, internal_batch_size=1)
+
+
+PLAIN, LAST, SCORES = "forward", "forward, last logits only", "token scores"
+DENSE, EAGER, GRADIENTS = "dense maps", "eager forward", "Integrated Gradients"
+
+CALLS: dict[str, Callable[[Any, Tensor], object]] = {
+    PLAIN: lambda model, ids: model(ids),
+    LAST: lambda model, ids: model(ids, logits_to_keep=1, use_cache=False),
+    SCORES: lambda model, ids: TokenScores(ContributionWeights(model)).attribute(ids),
+    DENSE: lambda model, ids: ContributionWeights(model).attribute(ids),
+    EAGER: _eager,
+}
+
+EXPLAINED = {
+    PLAIN: "`model(ids)` with SDPA, as a user runs it: all logits, and the cache it fills",
+    LAST: "the same without the cache and with the logits of the last token only: the harder "
+    "comparison, since attribution needs neither",
+    SCORES: "`TokenScores(ContributionWeights(model))`, all layers and heads",
+    DENSE: "`ContributionWeights(model).attribute(ids)`, the maps of all layers and heads",
+    EAGER: "`model(ids, output_attentions=True)`: attention weights alone, by the model itself",
+    GRADIENTS: f"Captum's `LayerIntegratedGradients` on the embeddings, {STEPS} steps one by one",
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# How it is measured
+
+
+class ExtraMemory:
+    """Watches resident memory in a ``with`` block; ``peak`` is the most beyond that at its start.
+
+    Sampled from a thread, since the high-water mark that the system keeps is that of the whole
+    process, in which loading the model may have set it.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._process = psutil.Process()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> ExtraMemory:
+        self._before: int = self._process.memory_info().rss
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        done = False
+        while not done:
+            done = self._done.wait(SAMPLED_EVERY)
+            self.peak = max(self.peak, self._process.memory_info().rss - self._before)
+
+
+def _cost_of(call: Callable[[], object]) -> Cost:
+    gc.collect()
+    with ExtraMemory() as memory:
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+    del result  # held until here: what a call returns is part of what it needs
+    return Cost(seconds, memory.peak)
+
+
+def _load(settings: Settings) -> Any:
+    torch.set_num_threads(settings.threads)
+    torch.set_grad_enabled(False)
+    transformers.utils.logging.disable_progress_bar()
+    model, _ = load_demo_model() if settings.model is None else load_model(settings.model)
+    return model
+
+
+def _ids(model: Any, length: int) -> Tensor:
+    """``(1, length)`` random tokens: what they are changes neither time nor memory."""
+    return torch.randint(
+        model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)
+    )
+
+
+def cost(settings: Settings, name: str, length: int, repeats: int) -> Cost | str:
+    """The median time and largest memory of one of ``CALLS``, or why it was refused."""
+    model = _load(settings)
+    call = CALLS[name]
+    # Loads code, and weights that loading only mapped into memory.
+    call(model, _ids(model, WARM_UP_TOKENS))
+    ids = _ids(model, length)
+    try:
+        costs = [_cost_of(partial(call, model, ids)) for _ in range(repeats)]
+    except MemoryError as error:
+        return f"refused: {str(error).split(' (')[0]}"
+    # A later call may find memory that the first has left to the process.
+    return Cost(median(c.seconds for c in costs), max(c.extra for c in costs))
+
+
+def gradients_cost(settings: Settings, length: int) -> Cost:
+    """The cost of Integrated Gradients; its time extrapolated from fewer steps, if so set.
+
+    Time is affine in the steps, so two numbers of steps give the time of any.
+    """
+    model = _load(settings)
+    _integrated_gradients(model, _ids(model, WARM_UP_TOKENS), steps=1)
+    ids = _ids(model, length)
+    steps = settings.gradient_steps
+    whole = _cost_of(partial(_integrated_gradients, model, ids, steps))
+    if steps == STEPS:
+        return whole
+    one = _cost_of(partial(_integrated_gradients, model, ids, 1))
+    a_step = (whole.seconds - one.seconds) / (steps - 1)
+    return Cost(whole.seconds + (STEPS - steps) * a_step, whole.extra)
+
+
+def alternating(settings: Settings, length: int) -> list[dict[str, float]]:
+    """Seconds of both forwards and the token scores, run in turn; a dict for each round."""
+    model = _load(settings)
+    ids = _ids(model, length)
+    names = (PLAIN, LAST, SCORES)
+    for name in names:
+        CALLS[name](model, _ids(model, WARM_UP_TOKENS))
+    return [
+        {name: _cost_of(partial(CALLS[name], model, ids)).seconds for name in names}
+        for _ in range(settings.repeats)
+    ]
+
+
+def in_own_process(job: Callable[..., Result], *args: object) -> Result | str:
+    """What ``job`` returns in a new process, or how that process ended without returning."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, job, *args), daemon=True)
+    # The child inherits that Ctrl-C is ignored: stopping it is up to its parent, below.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process.start()
+    signal.signal(signal.SIGINT, handler)
+    sender.close()
+    try:
+        result: Result = receiver.recv()
+        return result
+    except EOFError:
+        process.join()
+        return f"failed: exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(sender: Any, job: Callable[..., object], *args: object) -> None:
+    sender.send(job(*args))
+
+
+# ---------------------------------------------------------------------------------------------
+# The run and its page
+
+
+def run(settings: Settings, lengths: Sequence[int], memory_lengths: Sequence[int]) -> str:
+    """Measures everything, and gives the two tables and the ratios as Markdown."""
+    jobs: dict[tuple[str, int], Callable[[], Any]] = {}
+    for length in lengths:
+        for name in CALLS:
+            jobs[name, length] = partial(
+                in_own_process, cost, settings, name, length, settings.repeats
+            )
+        if settings.gradient_steps:
+            jobs[GRADIENTS, length] = partial(in_own_process, gradients_cost, settings, length)
+        jobs["ratio", length] = partial(in_own_process, alternating, settings, length)
+    for length in memory_lengths:
+        for name in (PLAIN, LAST, SCORES):
+            jobs.setdefault(
+                (name, length), partial(in_own_process, cost, settings, name, length, 1)
+            )
+    results: dict[tuple[str, int], Any] = {}
+    with progress_bar(len(jobs), "Benchmark", show=True) as bar:
+        for (name, length), job in jobs.items():
+            bar.set_postfix_str(f"{name}, {length} tokens")
+            results[name, length] = job()
+            bar.update()
+    return "\n\n".join(
+        [
+            "## Time and memory",
+            _cost_table(results, lengths),
+            _legend(settings),
+            "## Token scores against a forward pass",
+            _ratio_table(results, lengths),
+            "Seconds of calls that alternate in one process, divided round by round: the median, "
+            f"and in brackets the smallest and largest of {settings.repeats}.",
+            "## Memory of token scores",
+            _memory_table(results, memory_lengths),
+            f'Megabytes as above. The last column is "{SCORES}" less "{LAST}": what attribution '
+            "needs over a plain forward of the same unpadded input, which keeps neither cache nor "
+            "logits.",
+        ]
+    )
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _seconds(cost: Cost | str) -> str:
+    return cost if isinstance(cost, str) else f"{cost.seconds:.2f}"
+
+
+def _megabytes(cost: Cost | str) -> str:
+    return "" if isinstance(cost, str) else f"{cost.extra / 1e6:,.0f}"
+
+
+def _cost_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
+    heads = ["", *(f"{length} tokens: {unit}" for length in lengths for unit in ("s", "MB"))]
+    names = [name for name in (*CALLS, GRADIENTS) if (name, lengths[0]) in results]
+    rows = [
+        [name, *(cell(results[name, n]) for n in lengths for cell in (_seconds, _megabytes))]
+        for name in names
+    ]
+    return _table(heads, rows)
+
+
+def _legend(settings: Settings) -> str:
+    steps = settings.gradient_steps
+    explained = EXPLAINED if steps else {n: e for n, e in EXPLAINED.items() if n != GRADIENTS}
+    lines = [f"* {name}: {explanation}" for name, explanation in explained.items()]
+    if 0 < steps < STEPS:
+        lines[-1] += f"; the time is **extrapolated** from runs of 1 and {steps} steps"
+    return (
+        "Seconds are medians; megabytes are the resident memory that a call took beyond that of "
+        f"the loaded model, at its peak (sampled every {SAMPLED_EVERY * 1000:.0f} ms), its "
+        "result included.\n\n" + ".\n".join(lines) + "."
+    )
+
+
+def _ratio_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
+    def over(name: str, rounds: list[dict[str, float]] | str) -> str:
+        if isinstance(rounds, str):
+            return rounds
+        ratios = [times[SCORES] / times[name] for times in rounds]
+        return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+    heads = ["tokens", f"over {PLAIN}", f"over {LAST}"]
+    rows = [
+        [str(n), over(PLAIN, results["ratio", n]), over(LAST, results["ratio", n])] for n in lengths
+    ]
+    return _table(heads, rows)
+
+
+def _memory_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
+    def difference(scores: Cost | str, forward: Cost | str) -> str:
+        if isinstance(scores, str) or isinstance(forward, str):
+            return "unknown"
+        return f"{(scores.extra - forward.extra) / 1e6:,.0f}"
+
+    rows = []
+    for n in lengths:
+        costs = [results[name, n] for name in (PLAIN, LAST, SCORES)]
+        cells = [c if isinstance(c, str) else _megabytes(c) for c in costs]
+        rows.append([str(n), *cells, difference(results[SCORES, n], results[LAST, n])])
+    return _table(["tokens", PLAIN, LAST, SCORES, "over a forward"], rows)
+
+
+def _machine(settings: Settings) -> str:
+    return (
+        f"{os.cpu_count()} cores ({platform.machine()}), {settings.threads} threads, "
+        f"{psutil.virtual_memory().total / 1e9:.0f} GB; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"captum {captum.__version__}; {settings.model or DEMO_MODEL}, float32, one text."
+    )
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def _lengths(text: str) -> list[int]:
+    return sorted({_positive(length) for length in text.split(",")})
+
+
+def _steps(text: str) -> int:
+    if not (0 <= (steps := int(text)) <= STEPS and steps != 1):
+        raise ValueError
+    return steps
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Time and memory of attribution beside the model's own forward pass.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--lengths", type=_lengths, default="128,512,2048", help="of texts, in tokens")
+    add(
+        "--memory-lengths",
+        type=_lengths,
+        default="2048,4096,8192",
+        help="of texts whose memory alone is measured",
+    )
+    add("--threads", type=_positive, default=2, help="of torch")
+    add("--model", help="hub id or local folder, instead of the demo model")
+    add("--repeats", type=_positive, default=5, help="of every call but Integrated Gradients")
+    add(
+        "--gradient-steps",
+        type=_steps,
+        default=4,
+        help=f"steps of Integrated Gradients to run, 2 to {STEPS}; the time of {STEPS} is "
+        "extrapolated from fewer; 0 leaves them out",
+    )
+    add("--out", type=Path, default=OUT, help="the page that is written")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; prints the page and writes it."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(argv)
+    settings = Settings(options.model, options.threads, options.repeats, options.gradient_steps)
+    try:
+        tables = run(settings, options.lengths, options.memory_lengths)
+    except KeyboardInterrupt:
+        print("Interrupted: nothing was written.", file=sys.stderr)
+        return 130
+    command = shlex.join(["python", "benchmarks/run.py", *argv])
+    page = f"# Benchmarks\n\nMade by `{command}` on {_machine(settings)}\n\n{tables}\n"
+    print(page)
+    options.out.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
