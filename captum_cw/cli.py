@@ -159,7 +159,9 @@ def _attribute(options: argparse.Namespace) -> None:
         scores = scorer.attribute(ids, show_progress=True)[0].cpu()
         title = f"{options.method}, {reduction} over the positions of the text"
     else:
-        result = LLMTokenAttribution(scorer, tokenizer).attribute(text, target=options.target)
+        result = LLMTokenAttribution(scorer, tokenizer).attribute(
+            text, target=options.target, show_progress=True
+        )
         ids, scores = result.inp.to_model_input(), result.seq_attr
         title = f"{options.method}, for the output {options.target!r}"
     tokens = readable_tokens(tokenizer, ids[0])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from captum_cw import functional
 from captum_cw.attr._captum import LayerAttribution, logged
-from captum_cw.attr._inputs import ForwardCall, forward_call
+from captum_cw.attr._inputs import forward_call
 from captum_cw.capture import Execution, Observation, UnsupportedModelError
 from captum_cw.functional import AttentionLayer, Decomposition, Measure, Scope
 from captum_cw.progress import progress_bar
@@ -61,12 +61,18 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
     ) -> None:
         functional.check_choice("kind", kind, Kind)
         self.kind: Kind = kind
+        # A compiled model is observed through the one that was compiled.
+        forward_func = getattr(forward_func, "_orig_mod", forward_func)
         self.model = _model_of(forward_func)
         _check_self_attention(self.model)
         if isinstance(layer, (nn.ModuleList, list, tuple)):
             layer = list(layer)
         _check_layers(layer, self.model)
         super().__init__(forward_func, layer, device_ids)
+        self._chosen: list[nn.Module] | None = None
+        if layer is not None:
+            self._chosen = [layer] if isinstance(layer, nn.Module) else list(layer)
+        self._roots: list[nn.Module] = [self.model] if self.model else self._chosen or []
         self._layers: list[str] | None = None
 
     @classmethod
@@ -99,44 +105,39 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
         on_layer: Callable[[Execution, AttentionLayer], Result],
         *,
         show_progress: bool = False,
-        forward_options: Mapping[str, Any] | None = None,
-    ) -> tuple[list[tuple[Execution, Result]], ForwardCall, Any]:
+    ) -> tuple[list[tuple[Execution, Result]], Any]:
         """Runs the model once and applies ``on_layer`` to each chosen layer, in order.
 
         Returns:
-            One result for each execution, the arguments that the model ran with, and what it
-            returned.
+            One result for each execution, and what the model returned.
         """
         call = forward_call(self.model, inputs, additional_forward_args)
-        call = ForwardCall(call.args, {**call.kwargs, **(forward_options or {})}, call.real)
-        chosen = [self.layer] if isinstance(self.layer, nn.Module) else self.layer
-        roots = [self.model] if self.model is not None else (chosen or [])
         results: list[tuple[Execution, Result]] = []
         vanishing = 0
-        expected = None if chosen is None else len(chosen)
+        expected = None if self._chosen is None else len(self._chosen)
 
         with progress_bar(expected, f"{self.get_name()}: layers", show=show_progress) as bar:
 
             def collect(execution: Execution, layer: AttentionLayer) -> None:
                 nonlocal vanishing
                 if bar.total is None:
-                    bar.total = _expected_layers(roots, [execution])
+                    bar.total = _expected_layers(self._roots, [execution])
                 results.append((execution, on_layer(execution, layer)))
                 if self.normaliser is not None:
                     vanishing += layer.vanishing(self.normaliser)
                 bar.update()
 
-            observation = Observation(roots, collect, chosen, call.real)
-            with torch.no_grad(), _evaluation_mode(roots), observation:
+            observation = Observation(self._roots, collect, self._chosen, call.real)
+            with torch.no_grad(), _evaluation_mode(self._roots), observation:
                 output = self.forward_func(*call.args, **call.kwargs)
-        _check_executions(observation.executions, chosen, roots)
+        _check_executions(observation.executions, self._chosen, self._roots)
         if vanishing:
             warnings.warn(
                 f"{vanishing} attention outputs vanish: their rows are returned as zeros.",
                 stacklevel=3,
             )
         self._layers = [execution.name for execution, _ in results]
-        return results, call, output
+        return results, output
 
     @logged
     def attribute(
@@ -198,16 +199,15 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
     ) -> Any:
         """Runs ``on_layer``, which makes ``maps`` dense maps a layer, if the maps fit."""
         seen: list[Execution] = []
-        chosen = [self.layer] if isinstance(self.layer, nn.Module) else self.layer
-        roots = [self.model] if self.model is not None else (chosen or [])
 
         def if_it_fits(execution: Execution, layer: AttentionLayer) -> Result:
             seen.append(execution)
-            total = _expected_layers(roots, seen) if chosen is None else len(chosen)
+            chosen = self._chosen
+            total = _expected_layers(self._roots, seen) if chosen is None else len(chosen)
             _check_memory(layer, max(total - len(seen) + 1, 1), maps)
             return on_layer(execution, layer)
 
-        results, _, _ = self.observe(
+        results, _ = self.observe(
             inputs, additional_forward_args, if_it_fits, show_progress=show_progress
         )
         return self._in_captums_form(results)
@@ -560,7 +560,7 @@ class ContributionWeights(_ValueAttribution):
         def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor:
             return functional.head_share(layer).float()
 
-        results, _, _ = self.observe(
+        results, _ = self.observe(
             inputs, additional_forward_args, on_layer, show_progress=show_progress
         )
         return stack_layers([share for _, share in results], "head_share")

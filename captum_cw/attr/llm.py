@@ -57,6 +57,8 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         inp: str | TextTokenInput,
         target: str | Tensor | None = None,
         gen_args: dict[str, Any] | None = None,
+        *,
+        show_progress: bool = False,
     ) -> LLMAttributionResult:
         """Scores of the input tokens at the positions that predict the output tokens.
 
@@ -65,6 +67,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
                 left out of the result).
             target: The output, as text or token ids ``(n,)``; None generates it.
             gen_args: Arguments for ``model.generate``; only without ``target``.
+            show_progress: Shows a bar over the layers once it has taken two seconds.
 
         Returns:
             Captum's ``LLMAttributionResult``: ``token_attr[o, i]`` is the score of input token
@@ -91,7 +94,9 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
             )
         ids = torch.cat([prompt, output[None].to(prompt.dtype)], dim=1)
         rows, result = self.attr_method.rows(
-            {"input_ids": ids}, slice(n - 1, n + m - 1), **self._last_logits(m + 1)
+            {"input_ids": ids, **self._last_logits(m + 1)},
+            slice(n - 1, n + m - 1),
+            show_progress=show_progress,
         )
         token_attr = rows[0, :, :n]
         if inp.itp_mask is not None:

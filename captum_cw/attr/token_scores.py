@@ -127,7 +127,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
             )
             return functional.aggregate(scores, self.heads, dim=1).float()
 
-        results, _, _ = self.method.observe(
+        results, _ = self.method.observe(
             inputs, additional_forward_args, on_layer, show_progress=show_progress
         )
         scores = stack_layers([r for _, r in results], "the scores")
@@ -154,13 +154,15 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 raise IndexError(f"queries={self.queries!r} holds no token of example {b}.")
         return chosen
 
-    def rows(self, inputs: Inputs, queries: slice, **forward_options: Any) -> tuple[Tensor, Any]:
+    def rows(
+        self, inputs: Inputs, queries: slice, *, show_progress: bool = False
+    ) -> tuple[Tensor, Any]:
         """The scores at each of a few queries, instead of a reduction over them.
 
         Args:
             inputs: As for :meth:`attribute`, unpadded.
             queries: The queries, with a start and a stop.
-            forward_options: Further keyword arguments of the model.
+            show_progress: Shows a bar over the layers once it has taken two seconds.
 
         Returns:
             ``(B, t, S)`` aggregated over heads and layers, and the output of the model.
@@ -177,8 +179,6 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 layer, self.method.measure, queries, heads=heads, signed=self.signed
             ).float()
 
-        results, _, output = self.method.observe(
-            inputs, None, on_layer, forward_options=forward_options
-        )
+        results, output = self.method.observe(inputs, None, on_layer, show_progress=show_progress)
         scores = stack_layers([r for _, r in results], "the scores")
         return functional.aggregate(scores, self.layers, dim=1), output
