@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import matplotlib
@@ -206,3 +208,20 @@ def test_private_captum_is_reached_through_one_module() -> None:
                for line in path.read_text().splitlines() if "import" in line)
     }  # fmt: skip
     assert reaching == {"attr/_captum.py"}
+
+
+@pytest.mark.parametrize("heavy", ["transformers", "matplotlib.pyplot", "IPython", "gguf"])
+def test_importing_the_package_brings_nothing_heavy_that_captum_does_not(heavy: str) -> None:
+    def is_loaded_by(package: str) -> bool:
+        code = f"import {package}, sys; print({heavy!r} in sys.modules)"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        return run.stdout.strip() == b"True"
+
+    assert not is_loaded_by("captum_cw") or is_loaded_by("captum.attr")
+
+
+def test_a_compiled_model_is_observed_through_the_original(model: nn.Module) -> None:
+    compiled = torch.compile(model)  # compiles at its first call, which does not come
+    expected = ContributionWeights(model).attribute(token_ids())
+    for x, y in zip(ContributionWeights(compiled).attribute(token_ids()), expected, strict=True):
+        assert torch.equal(x, y)

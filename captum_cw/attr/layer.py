@@ -72,7 +72,7 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
         self._chosen: list[nn.Module] | None = None
         if layer is not None:
             self._chosen = [layer] if isinstance(layer, nn.Module) else list(layer)
-        self._roots: list[nn.Module] = [self.model] if self.model else self._chosen or []
+        self._roots: list[nn.Module] = self._chosen or [] if self.model is None else [self.model]
         self._layers: list[str] | None = None
 
     @classmethod

@@ -54,7 +54,10 @@ class Observation:
         real: Tensor | None = None,
     ) -> None:
         self.executions: list[Execution] = []
-        self._names = {m: name for root in roots for name, m in root.named_modules()}
+        # A module that is a root itself has no name of its own.
+        self._names = {
+            m: name or type(m).__name__ for root in roots for name, m in root.named_modules()
+        }
         self._on_layer, self._wanted, self._real = on_layer, wanted, real
         # The layer whose projection has not run yet, and head outputs already projected.
         self._pending: tuple[Execution, AttentionCall] | None = None
