@@ -9,6 +9,7 @@ left behind. Machines drift; so ratios are taken within one process, of calls th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -148,8 +150,16 @@ class ExtraMemory:
             self.peak = max(self.peak, self._process.memory_info().rss - self._before)
 
 
-def _cost_of(call: Callable[[], object]) -> Cost:
+def _give_back_memory() -> None:
+    """Returns what was freed to the system; else a call would find it, and seem to need less."""
     gc.collect()
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # of glibc only
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _cost_of(call: Callable[[], object]) -> Cost:
+    _give_back_memory()
     with ExtraMemory() as memory:
         start = time.perf_counter()
         result = call()
@@ -184,7 +194,6 @@ def cost(settings: Settings, name: str, length: int, repeats: int) -> Cost | str
         costs = [_cost_of(partial(call, model, ids)) for _ in range(repeats)]
     except MemoryError as error:
         return f"refused: {str(error).split(' (')[0]}"
-    # A later call may find memory that the first has left to the process.
     return Cost(median(c.seconds for c in costs), max(c.extra for c in costs))
 
 
@@ -230,13 +239,14 @@ def in_own_process(job: Callable[..., Result], *args: object) -> Result | str:
     sender.close()
     try:
         result: Result = receiver.recv()
-        return result
     except EOFError:
         process.join()
         return f"failed: exit code {process.exitcode}"
-    finally:
+    except BaseException:
         process.kill()
-        process.join()
+        raise
+    process.join()
+    return result
 
 
 def _send(sender: Any, job: Callable[..., object], *args: object) -> None:

@@ -220,13 +220,26 @@ def test_a_model_with_cross_attention_is_refused() -> None:
         ContributionWeights(model)
 
 
-def test_a_model_whose_output_projection_is_not_found_is_refused() -> None:
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_model_whose_output_projection_is_not_found_is_refused(layers: int) -> None:
     config = transformers.BitNetConfig(**SIZES, num_key_value_heads=2)
+    config.num_hidden_layers = layers
     model = build(transformers.BitNetForCausalLM, config)  # a norm before W_O
     before = state_of(model)
     with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn.*BitNetAttention.*W_O"):
         ContributionWeights(model).attribute(token_ids())
     assert state_of(model) == before
+
+
+def test_weights_that_are_no_plain_numbers_are_refused() -> None:
+    class Quantised(torch.Tensor):
+        pass
+
+    model = llama()
+    projection = model.model.layers[0].self_attn.o_proj
+    projection.weight = nn.Parameter(projection.weight.detach().as_subclass(Quantised))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn.*Quantised.*floating"):
+        ContributionWeights(model).attribute(token_ids())
 
 
 def test_a_model_on_the_meta_device_is_refused() -> None:

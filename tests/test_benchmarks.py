@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("run")
 
 
 @pytest.mark.slow
@@ -22,7 +31,10 @@ def test_one_command_writes_all_tables(
     sizes = ["--lengths", "16", "--memory-lengths", "16,32", "--repeats", "2"]
     options = ["--model", str(tmp_path / "model"), "--threads", "1", "--gradient-steps", "2"]
     command = [sys.executable, "benchmarks/run.py", *sizes, *options, "--out", str(page)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     text = page.read_text(encoding="utf-8")
     assert text.strip() == ran.stdout.strip()
@@ -32,9 +44,15 @@ def test_one_command_writes_all_tables(
     assert "failed" not in text
 
 
+@pytest.mark.slow
+def test_a_process_that_dies_is_reported(benchmark: ModuleType) -> None:
+    assert benchmark.in_own_process(os._exit, 3) == "failed: exit code 3"
+
+
 @pytest.mark.parametrize("options", [["--lengths", "0"], ["--gradient-steps", "1"]])
-def test_senseless_options_are_refused(options: list[str]) -> None:
-    command = [sys.executable, "benchmarks/run.py", *options]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ran.returncode == 2
-    assert options[0] in ran.stderr
+def test_senseless_options_are_refused(
+    benchmark: ModuleType, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(options)
+    assert options[0] in capsys.readouterr().err

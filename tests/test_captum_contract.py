@@ -183,6 +183,10 @@ def test_llm_attribution_takes_token_input_ids_and_generates(
     skipping = llm.attribute(TextTokenInput("a b c d", tokenizer, skip_tokens=["b"]), target="e")
     assert skipping.input_tokens == ["a", "c", "d"]
     assert torch.equal(skipping.token_attr, whole.token_attr[:, [0, 2, 3]])
+    unsigned = LLMTokenAttribution(ContributionWeights(model), tokenizer).attribute(
+        "a b c d", target="e"
+    )
+    assert (whole.token_attr < unsigned.token_attr).all()  # opposing heads cancel in each
     as_ids = llm.attribute("a b c d", target=torch.tensor(tokenizer.encode("e")))
     assert torch.equal(as_ids.token_attr, whole.token_attr)
     generated = llm.attribute("a b c d", gen_args={"max_new_tokens": 3, "do_sample": False})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+import transformers
 from models import MODELS, SIZES, build, gpt2, llama, look, mistral, token_ids
 from torch import Tensor, nn
 
@@ -18,8 +19,11 @@ from captum_cw import (
     TokenScores,
     VWAttention,
     VWONAttention,
+    functional,
 )
-from captum_cw.capture import UnsupportedModelError
+from captum_cw.capture import UnsupportedModelError, huggingface
+from captum_cw.capture.calls import AttentionCall, query_mask
+from captum_cw.functional import AttentionLayer
 
 CLASSES: dict[str, Any] = {
     "attention": AttentionWeights,
@@ -42,6 +46,10 @@ def padded_batch(side: str) -> tuple[dict[str, Tensor], Tensor]:
     if side == "none":
         return {"input_ids": ids}, real
     return {"input_ids": ids.masked_fill(~real, 0), "attention_mask": real.long()}, real
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if hasattr(m, "o_proj") or hasattr(m, "c_attn")]
 
 
 def positions(real: Tensor) -> Tensor:
@@ -101,17 +109,20 @@ def test_an_observed_model_computes_bit_for_bit_what_it_computes_alone(
     model = model.to(dtype)
     model.set_attn_implementation(implementation)
     inputs, _ = padded_batch(side)
+    inputs["output_attentions"] = implementation == "eager"
     with torch.no_grad():
-        alone = model(**inputs).logits
-    outputs: list[Tensor] = []
+        alone = model(**inputs)
+    outputs: list[Any] = []
 
     def forward(**kwargs: Tensor) -> Any:
-        outputs.append(model(**kwargs).logits)
+        outputs.append(model(**kwargs))
         return outputs[-1]
 
-    layers = [m for m in model.modules() if hasattr(m, "o_proj") or hasattr(m, "c_attn")]
-    ContributionWeights(forward, layers).attribute(inputs)
-    assert torch.equal(outputs[0], alone)
+    ContributionWeights(forward, attention_modules(model)).attribute(inputs)
+    assert torch.equal(outputs[0].logits, alone.logits)
+    if implementation == "eager":
+        pairs = zip(outputs[0].attentions, alone.attentions, strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -211,6 +222,119 @@ def test_embeddings_give_what_their_ids_give(model: nn.Module) -> None:
             assert torch.allclose(x, y, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_callable_that_hides_the_mask_leaves_padding_out(implementation: str) -> None:
+    model = llama()
+    model.set_attn_implementation(implementation)
+    inputs, real = padded_batch("left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+
+    def forward(ids: Tensor, mask: Tensor) -> Any:
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions(real))
+
+    expected = ContributionWeights(model).attribute(inputs)
+    hidden = ContributionWeights(forward, attention_modules(model)).attribute((ids, mask))
+    for x, y in zip(hidden, expected, strict=True):
+        assert torch.allclose(x, y, atol=1e-6)
+
+
+def test_in_half_precision_the_output_is_not_the_rounded_one(model: nn.Module) -> None:
+    def on_layer(execution: Any, layer: AttentionLayer) -> None:
+        y = layer.head_output.transpose(1, 2).flatten(2)
+        exact = y.double() @ layer.output_weight.flatten(0, 1).double()
+        assert layer.output.dtype == torch.float32
+        assert torch.allclose(layer.output.double(), exact, rtol=1e-5, atol=1e-6)
+
+    results, _ = ContributionWeights(model.to(torch.bfloat16)).observe(token_ids(), None, on_layer)
+    assert len(results) == 2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("padded", [0, 2])
+def test_queries_after_a_cache_have_the_rows_of_the_whole_text(
+    implementation: str, T: int, padded: int
+) -> None:
+    model = llama()
+    model.set_attn_implementation(implementation)
+    inputs = {"input_ids": token_ids(), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    inputs["attention_mask"][1, :padded] = 0
+    where = positions(inputs["attention_mask"].bool())
+    whole = ContributionWeights(model).attribute(inputs)
+    with torch.no_grad():
+        cache = model(
+            input_ids=inputs["input_ids"][:, :-T],
+            attention_mask=inputs["attention_mask"][:, :-T],
+            position_ids=where[:, :-T],
+            use_cache=True,
+        ).past_key_values
+    late = ContributionWeights(model).attribute(
+        {
+            "input_ids": inputs["input_ids"][:, -T:],
+            "attention_mask": inputs["attention_mask"],
+            "position_ids": where[:, -T:],
+            "past_key_values": cache,
+        }
+    )
+    for x, y in zip(late, whole, strict=True):
+        assert x.shape == (2, 4, T, 9)
+        assert torch.allclose(x, y[:, :, -T:], atol=1e-6)
+
+
+def test_one_token_alone_makes_its_whole_output(model: nn.Module) -> None:
+    maps = ContributionWeights(model).attribute(token_ids(T=1))
+    assert all(torch.allclose(c.sum(1), torch.ones(2, 1, 1), atol=1e-5) for c in maps)
+
+
+def test_scores_are_aggregated_over_heads_and_layers(model: nn.Module) -> None:
+    method = ContributionWeights(model)
+    for signed in (False, True):
+        whole = TokenScores(method, layers=None, heads=None, signed=signed).attribute(token_ids())
+        assert (whole < 0).any() == signed
+        for heads in ("mean", "sum", "max", None):
+            by_head = whole if heads is None else functional.aggregate(whole, heads, 2)
+            for layers in ("mean", "sum", "max", None):
+                scores = TokenScores(method, layers=layers, heads=heads, signed=signed)
+                expected = by_head if layers is None else functional.aggregate(by_head, layers, 1)
+                assert torch.allclose(scores.attribute(token_ids()), expected, atol=1e-6)
+
+
+def test_the_model_is_asked_for_nothing_that_is_not_looked_at() -> None:
+    model = llama()
+    asked: list[dict[str, Any]] = []
+    model.register_forward_pre_hook(lambda m, a, k: asked.append(k), with_kwargs=True)
+    ContributionWeights(model).attribute(token_ids())
+    assert (asked[0]["use_cache"], asked[0]["logits_to_keep"]) == (False, 1)
+    ContributionWeights(model).attribute({"input_ids": token_ids(), "logits_to_keep": 2})
+    assert asked[1]["logits_to_keep"] == 2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_image_model_sees_in_both_directions(implementation: str) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        image_size=16, patch_size=4,
+    )  # fmt: skip
+    model = build(transformers.ViTModel, config)
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(pixels, output_attentions=True).attentions
+    model.set_attn_implementation(implementation)
+    for x, y in zip(AttentionWeights(model).attribute(pixels), expected, strict=True):
+        assert torch.allclose(x, y, atol=1e-6)
+    _, deltas = ContributionWeights(model).attribute(pixels, return_convergence_delta=True)
+    assert max(float(d.abs().max()) for d in deltas) < 1e-4
+
+
+def test_a_position_bias_does_not_uncover_a_hidden_key() -> None:
+    lowest = torch.finfo(torch.float32).min
+    hidden = torch.tensor([[0.0, lowest * 0.9], [-5.0, 3.0]])[None, None]
+    q = torch.zeros(1, 1, 2, 4)
+    call = AttentionCall(nn.Identity(), q, q, q, hidden, False, None, q, None, None)
+    assert query_mask(call, None).visible.tolist() == [[[[True, False], [True, True]]]]
+
+
 def test_layers_are_named_in_execution_order() -> None:
     method = ContributionWeights(llama())
     assert method.layers == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
@@ -288,8 +412,6 @@ def test_an_observation_inside_an_observation_gives_right_results_for_both() -> 
 
 
 def test_a_soft_cap_is_part_of_the_weights() -> None:
-    import transformers
-
     config = transformers.Gemma2Config(
         **SIZES, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.5, sliding_window=4
     )
@@ -299,6 +421,49 @@ def test_a_soft_cap_is_part_of_the_weights() -> None:
         expected = model(token_ids(), output_attentions=True).attentions
     for x, y in zip(AttentionWeights(model).attribute(token_ids()), expected, strict=True):
         assert torch.allclose(x, y, atol=1e-6)
+
+
+def test_a_kernel_of_its_own_kind_is_replayed_block_by_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A soft-cap, under an implementation that returns no weights."""
+    config = transformers.Gemma2Config(
+        **SIZES, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.5, sliding_window=4
+    )
+    model = build(transformers.Gemma2ForCausalLM, config)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(token_ids(), output_attentions=True).attentions
+    file = sys.modules[type(model).__module__]
+    eager = file.eager_attention_forward
+
+    def fused(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return eager(*args, **kwargs)[0], None
+
+    monkeypatch.setattr(file, "eager_attention_forward", fused)
+    monkeypatch.setattr(huggingface, "_find_eager", lambda module: eager)
+    for elements in (1, 2**20):
+        monkeypatch.setattr(functional, "BLOCK_ELEMENTS", elements)
+        for x, y in zip(AttentionWeights(model).attribute(token_ids()), expected, strict=True):
+            assert torch.allclose(x, y, atol=1e-6)
+
+
+def test_a_linear_layer_that_reads_something_else_is_not_the_projection() -> None:
+    class Decoyed(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.decoy = base, nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.decoy(x + 1)
+            return self.base(x)
+
+    model = llama()
+    expected = ContributionWeights(model).attribute(token_ids())
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = Decoyed(layer.self_attn.o_proj).eval()
+    found = ContributionWeights(model).attribute(token_ids())
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 def test_lora_beside_the_output_projection_is_refused() -> None:
@@ -317,14 +482,17 @@ def test_lora_beside_the_output_projection_is_refused() -> None:
         ContributionWeights(model).attribute(token_ids())
 
 
-def test_recomputed_weights_that_do_not_give_the_head_outputs_are_refused() -> None:
+@pytest.mark.parametrize("queries", [slice(None), slice(-1, None)], ids=["all", "last"])
+def test_recomputed_weights_that_do_not_give_the_head_outputs_are_refused(queries: slice) -> None:
     """A kernel that does something of its own is not taken for plain attention."""
     model = mistral()
     registry = sys.modules[type(model).__module__].ALL_ATTENTION_FUNCTIONS
     plain = registry["sdpa"]
 
     def odd(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return plain(module, *args, **kwargs)[0] * 1.01, None
+        y = plain(module, *args, **kwargs)[0].clone()
+        y[:, queries] *= 1.01
+        return y, None
 
     registry["sdpa"] = odd
     try:

@@ -21,7 +21,15 @@ MEASURES = {
     "relative_norm": functional.relative_norm,
     "cosine": functional.cosine,
 }
-MASKS = ("none", "causal", "sliding", "padded", "bidirectional-padded", "per-head")
+MASKS = (
+    "none",
+    "causal",
+    "sliding",
+    "padded",
+    "bidirectional-padded",
+    "padded-keys-only",
+    "per-head",
+)
 
 
 def make_mask(kind: str, B: int, H: int, T: int) -> tuple[QueryMask, Tensor]:
@@ -40,7 +48,10 @@ def make_mask(kind: str, B: int, H: int, T: int) -> tuple[QueryMask, Tensor]:
         visible |= torch.eye(T, dtype=torch.bool)
         return QueryMask(T, T, visible), visible
     real[0, : T // 2] = False
-    visible = real[:, None, None, :] & ((j <= i) | (kind == "bidirectional-padded"))
+    visible = real[:, None, None, :] & ((j <= i) | (kind != "padded"))
+    if kind == "padded-keys-only":  # one row for all queries, as models without causality have it
+        mask = QueryMask(T, T, real[:, None, None, :], real=real)
+        return mask, (visible & real[:, None, :, None]).expand(B, H, T, T)
     mask = QueryMask(T, T, visible, causal=kind == "padded", real=real)
     return mask, (visible & real[:, None, :, None]).expand(B, H, T, T)
 
@@ -107,6 +118,25 @@ def test_token_scores_of_chosen_queries_equal_the_definition(kind: str) -> None:
         assert torch.allclose(scores, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_a_padded_query_counts_nowhere_even_where_it_is_chosen() -> None:
+    layer, *_ = make_layer("padded")
+    every = torch.ones(2, 6, dtype=torch.bool)
+    for reduction in ("mean", "sum", "max", "rms"):
+        scores = functional.token_scores(layer, contribution(), reduction, queries=every)
+        assert torch.equal(scores, functional.token_scores(layer, contribution(), reduction))
+
+
+def test_causal_queries_after_cached_keys_see_those_before_them(block_elements: int) -> None:
+    _, a, v, w, visible = make_layer("causal", T=6)
+    late = AttentionLayer.from_tensors(a[:, :, 4:], v, w, QueryMask(2, 6, causal=True))
+    expected = reference.measures(a, v, w)["inter"] * visible
+    assert torch.allclose(dense_map(late, contribution()), expected[:, :, 4:], atol=1e-12)
+    for reduction in ("mean", "sum", "max", "rms"):
+        scores = functional.token_scores(late, contribution(), reduction)
+        slow = reference.token_scores(expected[:, :, 4:], visible[:, :, 4:], reduction)
+        assert torch.allclose(scores, slow, atol=1e-12)
+
+
 def test_scores_at_single_queries_are_rows_of_the_map() -> None:
     layer, a, v, w, _ = make_layer()
     rows = functional.query_scores(layer, contribution(), slice(2, 5))
@@ -154,6 +184,7 @@ def test_head_shares_are_row_sums_of_contributions() -> None:
     layer, *_ = make_layer("padded")
     expected = dense_map(layer, contribution("inter")).sum(-1)
     assert torch.allclose(functional.head_share(layer), expected, atol=1e-12)
+    assert not functional.head_share(layer)[0, :, :3].any()  # padding
 
 
 @pytest.mark.parametrize("kind", ["padded", "bidirectional-padded"])
@@ -194,6 +225,12 @@ def test_a_vanishing_output_gives_zeros_and_is_counted() -> None:
     assert layer.vanishing("inter") == 3
     assert layer.vanishing("intra") == 0
     assert dense_map(layer, contribution("intra")).isfinite().all()
+
+
+def test_a_small_output_does_not_vanish() -> None:
+    _, a, v, w, _ = make_layer()
+    small = functional.contribution_weights(a, 1e-9 * v, w)
+    assert torch.allclose(small, functional.contribution_weights(a, v, w), atol=1e-9)
 
 
 def test_negative_attention_counts_by_its_size() -> None:
