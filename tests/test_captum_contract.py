@@ -186,7 +186,9 @@ def test_llm_attribution_takes_token_input_ids_and_generates(
     unsigned = LLMTokenAttribution(ContributionWeights(model), tokenizer).attribute(
         "a b c d", target="e"
     )
-    assert (whole.token_attr < unsigned.token_attr).all()  # opposing heads cancel in each
+    # Where heads oppose each other, they cancel.
+    assert (whole.token_attr <= unsigned.token_attr).all()
+    assert (whole.token_attr < 0.9 * unsigned.token_attr).any()
     as_ids = llm.attribute("a b c d", target=torch.tensor(tokenizer.encode("e")))
     assert torch.equal(as_ids.token_attr, whole.token_attr)
     generated = llm.attribute("a b c d", gen_args={"max_new_tokens": 3, "do_sample": False})
