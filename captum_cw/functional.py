@@ -81,6 +81,14 @@ def check_choice(name: str, value: object, choices: object) -> None:
 # Parts
 
 
+def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in one dtype: the widest of them, and no narrower than float32."""
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return tuple(x.to(dtype) for x in tensors)
+
+
 def expand_heads(x: Tensor, heads: int) -> Tensor:
     """Repeats key-value heads to query heads: ``(B, H_kv, ...)`` to ``(B, H, ...)``."""
     if heads % x.shape[1]:
@@ -108,7 +116,12 @@ def _grouped_matmul(rows: Tensor, keys: Tensor) -> Tensor:
 
 
 def attention_weights(
-    query: Tensor, key: Tensor, *, scaling: float | None = None, mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    *,
+    scaling: float | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """Softmax attention (Eq. 1).
 
@@ -116,29 +129,35 @@ def attention_weights(
         query: ``(B, H, T, d_k)``.
         key: ``(B, H_kv, S, d_k)``.
         scaling: Factor of the inner products; ``1 / sqrt(d_k)`` by default.
-        mask: Broadcastable to ``(B, H, T, S)``: boolean (True = visible) or additive. A boolean
-            mask of fewer keys speaks of the last ones; those before are visible.
+        mask: Broadcastable to ``(B, H, T, S)``: boolean (True = visible) or additive.
+        causal: Without a mask: the queries are the last ``T`` of the ``S`` tokens, and see none
+            that comes after them.
 
     Returns:
-        ``(B, H, T, S)``; a query that sees no key has a row of zeros.
+        ``(B, H, T, S)``, float32 at least; a query whose keys a boolean mask hides, all of them,
+        has a row of zeros.
 
     Example:
         >>> a = attention_weights(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
         >>> a.tolist()
         [[[[0.5, 0.5], [0.5, 0.5]]]]
     """
+    query, key = _at_least_float32(query, key)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     expand = query.shape[1] // key.shape[1]
     if query.shape[1] != expand * key.shape[1]:
         expand_heads(key, query.shape[1])  # raises, and says why
     logits = _grouped_matmul(query * scaling, key)
+    lowest = torch.finfo(logits.dtype).min
     if mask is None:
+        if causal:
+            # Only among the last T keys is there one that a query cannot see.
+            T = logits.shape[2]
+            future = torch.ones(T, T, dtype=torch.bool, device=logits.device).triu(1)
+            logits[..., -T:].masked_fill_(future, lowest)
         return logits.softmax(-1)
     if mask.dtype == torch.bool:
-        told = mask.shape[-1]
-        logits[..., logits.shape[-1] - told :].masked_fill_(~mask, torch.finfo(logits.dtype).min)
-        weights = logits.softmax(-1)
-        return weights if told < logits.shape[-1] else weights.mul_(mask.any(-1, keepdim=True))
+        return logits.masked_fill_(~mask, lowest).softmax(-1).mul_(mask.any(-1, keepdim=True))
     return (logits + mask).softmax(-1)
 
 
@@ -164,14 +183,10 @@ def value_norms(value: Tensor, output_weight: Tensor) -> Tensor:
     Returns:
         ``(B, H, S)``, in the unit of the hidden states.
     """
-    v = expand_heads(value, output_weight.shape[0])
-    return _quadratic(v, output_gram(output_weight)).sqrt()
-
-
-def _quadratic(x: Tensor, gram: Tensor) -> Tensor:
-    """``x G x`` over the last axis: ``(B, H, N, d_h)`` and ``(H, d_h, d_h)`` to ``(B, H, N)``."""
-    # Rounding can push the square of a tiny norm below zero.
-    return ((x @ gram) * x).sum(-1).clamp_(min=0)
+    # In float64: a quadratic form in float32 loses what is below 3e-4 of its largest values.
+    v = expand_heads(value, output_weight.shape[0]).double()
+    squares = ((v @ output_gram(output_weight.double())) * v).sum(-1)
+    return squares.clamp_(min=0).sqrt().to(value.dtype)
 
 
 def pull_back(direction: Tensor, output_weight: Tensor) -> Tensor:
@@ -221,22 +236,19 @@ class QueryMask:
     def block(self, rows: slice) -> Tensor | None:
         """Visibility of the leading keys for ``rows``: ``(B|1, H|1, t, keys)``; None is all."""
         n = self.keys(rows)
-        if self.visible is not None:
-            v = self.visible
-            return v[:, :, rows if v.shape[2] > 1 else slice(None), : n if v.shape[3] > 1 else None]
-        if not self.causal:
-            return None
-        tail = self.tail(rows)
-        assert tail is not None
-        return torch.nn.functional.pad(tail, (n - tail.shape[-1], 0), value=True)
-
-    def tail(self, rows: slice) -> Tensor | None:
-        """:meth:`block` without the leading keys that all of ``rows`` can see."""
         if self.visible is not None or not self.causal:
-            return self.block(rows)
-        device = None if self.real is None else self.real.device
+            return self.visible_block(rows)
         t = rows.stop - rows.start
-        return torch.ones(1, 1, t, min(t, self.keys(rows)), dtype=torch.bool, device=device).tril()
+        device = None if self.real is None else self.real.device
+        return torch.ones(1, 1, t, n, dtype=torch.bool, device=device).tril(n - t)
+
+    def visible_block(self, rows: slice) -> Tensor | None:
+        """The rows of ``visible`` for the leading keys; None where there is no such tensor."""
+        v = self.visible
+        if v is None:
+            return None
+        n = self.keys(rows) if v.shape[3] > 1 else None
+        return v[:, :, rows if v.shape[2] > 1 else slice(None), :n]
 
     def counts(self, chosen: Tensor | None, device: torch.device) -> Tensor:
         """How many chosen queries see each key.
@@ -339,6 +351,7 @@ class AttentionLayer:
                 f"{tuple(output_weight.shape)} do not fit: expected (B, H, T, S), "
                 "(B, H_kv, S, d_h) and (H, d_h, d)."
             )
+        attention, value, output_weight = _at_least_float32(attention, value, output_weight)
         y = attention @ expand_heads(value, H)
         o = torch.einsum("bhte,hed->btd", y, output_weight)
         mask = mask or QueryMask(T, S)
@@ -391,8 +404,10 @@ class AttentionLayer:
             w2 = self.output_weight.square().sum()
         else:
             # o_i^h itself is not needed: W_O^h o_i^h = G_h y_i^h.
-            u = self.head_output @ output_gram(self.output_weight)
-            norm2 = (u * self.head_output).sum(-1).clamp_(min=0)
+            y = self.head_output.double()
+            u = y @ output_gram(self.output_weight.double())
+            norm2 = (u * y).sum(-1).clamp_(min=0).to(self.value.dtype)
+            u = u.to(self.value.dtype)
             y2 = self.head_output.square().sum(-1)
             w2 = self.output_weight.square().sum((1, 2))[:, None]
         return u, norm2.masked_fill(norm2 <= VANISHING**2 * y2 * w2, 0)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 __all__ = ["ForwardCall", "forward_call"]
+
+Parameters = Mapping[str, inspect.Parameter]
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,14 @@ class ForwardCall:
     real: Tensor | None
 
 
-def forward_call(model: nn.Module | None, inputs: object, additional: object) -> ForwardCall:
+def forward_call(
+    model: nn.Module | None, forward: Callable[..., Any], inputs: object, additional: object
+) -> ForwardCall:
     """Reads Captum's ``inputs`` and ``additional_forward_args``.
 
     Args:
         model: The model, or None where only a callable is known.
+        forward: What will be called: the model's forward, or another function of it.
         inputs: A tensor, a tuple of tensors, or a mapping of keyword arguments.
         additional: None, one further argument or a tuple of them, positional after ``inputs``.
 
@@ -62,8 +68,9 @@ def forward_call(model: nn.Module | None, inputs: object, additional: object) ->
     if model is None:
         return ForwardCall(args, kwargs, _padding(kwargs))
     _check_weights(model)
-    args, kwargs = _by_name(model, args, kwargs)
-    return _checked(model, args, kwargs)
+    parameters = inspect.signature(forward).parameters
+    args, kwargs = _by_name(model, parameters, args, kwargs)
+    return _checked(model, parameters, args, kwargs)
 
 
 def _kind(x: object) -> str:
@@ -84,13 +91,12 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _by_name(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, parameters: Parameters, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional arguments by the names of the model's forward, where it names them.
 
     Embeddings become ``inputs_embeds`` where the main input is ids.
     """
-    parameters = inspect.signature(model.forward).parameters
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [n for n, p in parameters.items() if p.kind in by_position]
     if len(args) > len(names):
@@ -109,7 +115,9 @@ def _by_name(
     return (), {**named, **kwargs}
 
 
-def _checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall:
+def _checked(
+    model: nn.Module, parameters: Parameters, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ForwardCall:
     for name, value in [*enumerate(args), *kwargs.items()]:
         if isinstance(value, Tensor) and value.numel() == 0:
             raise ValueError(
@@ -124,12 +132,11 @@ def _checked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if main is None:
         return ForwardCall(args, kwargs, None)
     real = _padding(kwargs)
-    parameters = inspect.signature(model.forward).parameters
     positions = kwargs.get("position_ids")
-    if real is not None and positions is None and _positions_from_mask(model, parameters):
-        # As generate does: a left-padded text must stand where it would stand alone.
-        positions = (real.long().cumsum(-1) - 1).clamp_(min=0)
-        kwargs = {**kwargs, "position_ids": positions}
+    if positions is None and "position_ids" in parameters:
+        positions = _positions(model, kwargs.get("attention_mask"), main.shape[1])
+        if positions is not None:
+            kwargs = {**kwargs, "position_ids": positions}
     _check_length(model, main.shape[1], positions)
     return ForwardCall(args, _lean(parameters, kwargs), real)
 
@@ -182,9 +189,26 @@ def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
     return None if real.all() else real
 
 
-def _positions_from_mask(model: nn.Module, parameters: Mapping[str, object]) -> bool:
-    can_generate = getattr(model, "can_generate", lambda: False)
-    return "position_ids" in parameters and bool(can_generate())
+def _positions(model: nn.Module, mask: object, T: int) -> Tensor | None:
+    """Position ids by the mask, as ``generate`` makes them; None where the model needs none.
+
+    A text must stand where it would stand alone, whatever padding comes before it.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    real = mask != 0
+    if real.all() or not getattr(model, "can_generate", lambda: False)():
+        return None
+    if any(_counts_itself(module) for module in model.modules()):
+        return None
+    return (real.long().cumsum(-1) - 1).clamp_(min=0)[:, -T:]
+
+
+def _counts_itself(module: nn.Module) -> bool:
+    """Whether a module makes positions of its own: RoBERTa's from the ids, images' from a grid."""
+    file = sys.modules.get(type(module).__module__)
+    own = ("create_position_ids_from_input_ids", "get_rope_index")
+    return any(hasattr(place, name) for place in (module, file) for name in own)
 
 
 def _check_length(model: nn.Module, T: int, positions: object) -> None:
@@ -199,7 +223,7 @@ def _check_length(model: nn.Module, T: int, positions: object) -> None:
         )
 
 
-def _lean(parameters: Mapping[str, object], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _lean(parameters: Parameters, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Leaves out what attribution does not look at: a cache, and logits over the vocabulary."""
     lean = dict(kwargs)
     if "use_cache" in parameters and "past_key_values" not in kwargs:

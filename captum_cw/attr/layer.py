@@ -6,10 +6,12 @@ observes the layers and gives results in Captum's form.
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import psutil
@@ -61,10 +63,8 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
     ) -> None:
         functional.check_choice("kind", kind, Kind)
         self.kind: Kind = kind
-        # A compiled model is observed through the one that was compiled.
-        forward_func = getattr(forward_func, "_orig_mod", forward_func)
+        forward_func = _unwrapped(forward_func)
         self.model = _model_of(forward_func)
-        _check_self_attention(self.model)
         if isinstance(layer, (nn.ModuleList, list, tuple)):
             layer = list(layer)
         _check_layers(layer, self.model)
@@ -73,6 +73,7 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
         if layer is not None:
             self._chosen = [layer] if isinstance(layer, nn.Module) else list(layer)
         self._roots: list[nn.Module] = self._chosen or [] if self.model is None else [self.model]
+        _check_self_attention(self._roots)
         self._layers: list[str] | None = None
 
     @classmethod
@@ -111,7 +112,9 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
         Returns:
             One result for each execution, and what the model returned.
         """
-        call = forward_call(self.model, inputs, additional_forward_args)
+        forward = self.forward_func
+        called = forward.forward if isinstance(forward, nn.Module) else forward
+        call = forward_call(self.model, called, inputs, additional_forward_args)
         results: list[tuple[Execution, Result]] = []
         vanishing = 0
         expected = None if self._chosen is None else len(self._chosen)
@@ -128,8 +131,8 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
                 bar.update()
 
             observation = Observation(self._roots, collect, self._chosen, call.real)
-            with torch.no_grad(), _evaluation_mode(self._roots), observation:
-                output = self.forward_func(*call.args, **call.kwargs)
+            with torch.no_grad(), self._evaluation_mode(), observation, _uncompiled():
+                output = forward(*call.args, **call.kwargs)
         _check_executions(observation.executions, self._chosen, self._roots)
         if vanishing:
             warnings.warn(
@@ -138,6 +141,19 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
             )
         self._layers = [execution.name for execution, _ in results]
         return results, output
+
+    def _evaluation_mode(self) -> AbstractContextManager[None]:
+        if any(m.training for root in self._roots for m in root.modules()):
+            if self.model is None:
+                raise ValueError(
+                    "The layers are in training mode, and the model around them is not known, so "
+                    "its dropout would stay on: call model.eval() first, or give the model as "
+                    "forward_func."
+                )
+            warnings.warn(
+                "The model is in training mode: dropout is off for the attribution.", stacklevel=5
+            )
+        return _training_paused(self._roots)
 
     @logged
     def attribute(
@@ -256,15 +272,25 @@ def _model_of(forward_func: object) -> nn.Module | None:
     return None
 
 
-def _check_self_attention(model: nn.Module | None) -> None:
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or getattr(
-        config, "add_cross_attention", False
-    ):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has cross-attention, which cannot be told from self-attention "
-            "yet: use its encoder alone, or a decoder-only model."
-        )
+def _unwrapped(forward_func: Any) -> Any:
+    """The model inside of wrappers, whose inputs and layers are the ones that are known."""
+    while True:
+        if isinstance(forward_func, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            forward_func = forward_func.module
+        elif hasattr(forward_func, "_orig_mod"):  # compiled
+            forward_func = forward_func._orig_mod
+        else:
+            return forward_func
+
+
+def _check_self_attention(roots: list[nn.Module]) -> None:
+    for module in (m for root in roots for m in root.modules()):
+        config = getattr(module, "config", None)
+        if any(getattr(config, n, False) for n in ("is_encoder_decoder", "add_cross_attention")):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} belongs to a model with cross-attention, which cannot be "
+                "told from self-attention yet: use a model of an encoder or a decoder only."
+            )
 
 
 def _check_layers(layer: object, model: nn.Module | None) -> None:
@@ -298,7 +324,7 @@ def _check_executions(
     ran = {execution.module for execution in executions}
     missing = [module for module in chosen or () if module not in ran]
     if missing:
-        names = {m: name for root in roots for name, m in root.named_modules()}
+        names = {m: n or type(m).__name__ for root in roots for n, m in root.named_modules()}
         found = list(dict.fromkeys(execution.name for execution in executions))
         known = ", ".join(found[:4]) + (f", ... ({len(found)} in all)" if len(found) > 4 else "")
         raise ValueError(
@@ -328,21 +354,35 @@ def _check_memory(layer: AttentionLayer, layers: int, maps: int) -> None:
         )
 
 
+_paused: Counter[nn.Module] = Counter()
+_paused_lock = threading.Lock()
+
+
 @contextmanager
-def _evaluation_mode(roots: list[nn.Module]) -> Iterator[None]:
-    """Turns dropout off, and afterwards puts back the mode of every module."""
-    training = [m for root in roots for m in root.modules() if m.training]
-    if training:
-        warnings.warn(
-            "The model is in training mode: dropout is off for the attribution.", stacklevel=4
-        )
-    for module in training:
-        module.training = False
+def _training_paused(roots: list[nn.Module]) -> Iterator[None]:
+    """Turns dropout off; the last of several threads to leave puts the modes back."""
+    with _paused_lock:
+        modules = [m for root in roots for m in root.modules() if m.training or m in _paused]
+        _paused.update(modules)
+        for module in modules:
+            module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _paused_lock:
+            _paused.subtract(modules)
+            for module in modules:
+                if not _paused[module]:
+                    del _paused[module]
+                    module.training = True
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Runs compiled functions as they were written: what they fuse cannot be seen."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import is slow
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class _ValueAttribution(_AttentionAttribution):

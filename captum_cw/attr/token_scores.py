@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Literal, get_args
 
 import torch
@@ -71,14 +72,12 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 raise ValueError(
                     f"{name}={how!r} is unknown: choose 'mean', 'sum', 'max', or None to keep them."
                 )
-        if queries != "all" and not isinstance(queries, (int, slice)):
-            raise ValueError(f"queries={queries!r} is unknown: give 'all', an index or a slice.")
         super().__init__(method.forward_func)
         self.method = method
         self.reduction: Reduction = reduction
         self.layers: Aggregation | None = layers
         self.heads: Aggregation | None = heads
-        self.queries: Literal["all"] | int | slice = queries
+        self.queries = _readable_queries(queries)
         self.signed = signed
 
     @classmethod
@@ -182,3 +181,15 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         results, output = self.method.observe(inputs, None, on_layer, show_progress=show_progress)
         scores = stack_layers([r for _, r in results], "the scores")
         return functional.aggregate(scores, self.layers, dim=1), output
+
+
+def _readable_queries(queries: Any) -> Literal["all"] | int | slice:
+    if isinstance(queries, str) and queries == "all":
+        return "all"
+    if isinstance(queries, slice) and (queries.step is None or queries.step > 0):
+        return queries
+    if hasattr(queries, "__index__") and not isinstance(queries, bool):
+        return operator.index(queries)
+    raise ValueError(
+        f"queries={queries!r} is unknown: give 'all', an index or a slice with a positive step."
+    )

@@ -12,6 +12,9 @@ from captum_cw.functional import QueryMask, Weights, attention_weights, expand_h
 
 __all__ = ["AttentionCall", "UnsupportedModelError", "find_weights", "query_mask"]
 
+#: An additive mask at or below this leaves no weight, in any dtype that can hold it.
+HIDDEN = -1e8
+
 #: Queries at which recomputed weights are compared with the model's own, as fractions of T.
 PROBED = (0.0, 0.34, 0.67, 1.0)
 
@@ -66,13 +69,18 @@ def query_mask(call: AttentionCall, real: Tensor | None) -> QueryMask:
         return QueryMask(T, S, causal=call.causal, real=real)
     visible = call.mask
     if visible.dtype != torch.bool:
-        # Half of the minimum: masks add up, and a position bias may sit on top of them.
-        visible = visible > torch.finfo(visible.dtype).min / 2
+        # Half of the minimum, since masks add up and a position bias may sit on top of them; and
+        # -1e9 where people write masks: no bias comes near, and no weight is left.
+        visible = visible > max(torch.finfo(visible.dtype).min / 2, HIDDEN)
     future = torch.ones(T, S, dtype=torch.bool, device=visible.device).triu(S - T + 1)
-    # A query that sees nothing is padding, told or not: what it computes depends on the kernel.
-    seeing = visible.any(-1).any(1).expand(call.query.shape[0], T)
-    if not seeing.all():
-        real = seeing if real is None else seeing & real
+    # Padding need not have been told: a query that sees nothing is padding, and so is, where
+    # queries and keys are the same tokens, one that no other sees, itself included.
+    inferred = visible.any(-1).any(1).expand(call.query.shape[0], T)
+    if T == S and not (visible.shape[2] == 1 and visible.shape[3] == 1):
+        rows = visible & inferred[:, None, :, None]
+        inferred = inferred & rows.any(-2).any(1).expand(call.query.shape[0], T)
+    if not inferred.all():
+        real = inferred if real is None else inferred & real
     return QueryMask(T, S, visible, causal=not bool((visible & future).any()), real=real)
 
 
@@ -103,12 +111,12 @@ def _sources(call: AttentionCall, mask: QueryMask) -> Iterator[Weights]:
         yield _Returned(call, mask)
         return
     softmax = _Softmax(call, mask)
-    if call.dense_kernel is not None:
-        dense = _DenseKernel(call, mask)
-        last = _probed(mask)[-1]
-        if not _agree(softmax(last), dense(last)):
-            yield dense
-    yield softmax
+    if call.dense_kernel is None:
+        yield softmax
+        return
+    dense = _DenseKernel(call, mask)
+    last = _probed(mask)[-1]
+    yield from (softmax, dense) if _agree(softmax(last), dense(last)) else (dense, softmax)
 
 
 def _probed(mask: QueryMask) -> list[slice]:
@@ -118,8 +126,8 @@ def _probed(mask: QueryMask) -> list[slice]:
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    n = min(a.shape[-1], b.shape[-1])
-    return bool(torch.allclose(a[..., :n], b[..., :n], atol=1e-4))
+    """Whether two rows put their weights in the same places, however long they are."""
+    return bool(((a - b).abs().sum(-1) < 1e-4).all())
 
 
 def _reproduces(weights: Weights, call: AttentionCall, mask: QueryMask) -> bool:
@@ -167,9 +175,13 @@ class _Softmax:
         if seen is not None:
             seen = seen[:, :, rows if seen.shape[2] > 1 else slice(None), :n]
         else:
-            seen = self.mask.tail(rows)
+            seen = self.mask.visible_block(rows)
         return attention_weights(
-            self.query[:, :, rows], self.key[:, :, :n], scaling=self.scaling, mask=seen
+            self.query[:, :, rows],
+            self.key[:, :, :n],
+            scaling=self.scaling,
+            mask=seen,
+            causal=seen is None and self.mask.causal,
         )
 
 

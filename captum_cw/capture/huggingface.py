@@ -16,10 +16,10 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -36,8 +36,7 @@ Listener = Callable[[AttentionCall], None]
 
 _listener: ContextVar[Listener | None] = ContextVar("captum_cw_listener", default=None)
 _lock = threading.Lock()
-_wrapped: Counter[str] = Counter()
-_undo: dict[str, list[Callable[[], None]]] = {}
+_wrapped: dict[tuple[int, str], _Wrapping] = {}
 
 
 @contextmanager
@@ -46,16 +45,18 @@ def attention_calls(modules: Iterable[nn.Module], listener: Listener) -> Iterato
 
     An observation within an observation hears its own calls only, and so does the outer one.
     """
-    files = _modeling_files(modules)
-    for file in files:
-        _wrap(file)
-    token = _listener.set(listener)
-    try:
-        yield
-    finally:
-        _listener.reset(token)
-        for file in files:
-            _unwrap(file)
+    with ExitStack() as stack:
+        for file in _modeling_files(modules):
+            registry = getattr(file, REGISTRY)
+            for name in list(registry):
+                stack.enter_context(_wrapping(_Entry(registry, name)))
+            for name in _eager_kernels(file):
+                stack.enter_context(_wrapping(_Global(file, name)))
+        token = _listener.set(listener)
+        try:
+            yield
+        finally:
+            _listener.reset(token)
 
 
 def is_listening(listener: Listener) -> bool:
@@ -63,52 +64,84 @@ def is_listening(listener: Listener) -> bool:
     return _listener.get() == listener
 
 
-def _modeling_files(modules: Iterable[nn.Module]) -> list[str]:
-    """Names of the Python modules that define ``modules`` and use the attention registry."""
+def _modeling_files(modules: Iterable[nn.Module]) -> list[ModuleType]:
+    """The Python modules that define ``modules`` and use the attention registry."""
     names = {cls.__module__ for module in modules for cls in type(module).__mro__}
-    return sorted(n for n in names if hasattr(sys.modules.get(n), REGISTRY))
+    return [sys.modules[n] for n in sorted(names) if hasattr(sys.modules.get(n), REGISTRY)]
 
 
-def _wrap(file: str) -> None:
-    with _lock:
-        _wrapped[file] += 1
-        if _wrapped[file] > 1:
-            return
-        module = sys.modules[file]
-        undo = _undo[file] = []
-        registry = getattr(module, REGISTRY)
-        for name in list(registry):
-            kernel = registry[name]
-            if not isinstance(kernel, _Kernel):  # files share the registry
-                registry[name] = _Kernel(kernel)
-                undo.append(functools.partial(_restore_entry, registry, name, kernel))
-        for name, kernel in _eager_kernels(module).items():
-            setattr(module, name, _Kernel(kernel, eager=True))
-            undo.append(functools.partial(setattr, module, name, kernel))
-
-
-def _unwrap(file: str) -> None:
-    with _lock:
-        _wrapped[file] -= 1
-        if not _wrapped[file]:
-            del _wrapped[file]
-            for undo in reversed(_undo.pop(file)):
-                undo()
-
-
-def _restore_entry(registry: Any, name: str, kernel: Callable[..., Any]) -> None:
-    del registry[name]
-    # The entry may have been an override of this registry rather than a shared one.
-    if registry.get(name) is not kernel:
-        registry[name] = kernel
-
-
-def _eager_kernels(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    return {
-        name: value
-        for name, value in vars(module).items()
+def _eager_kernels(file: ModuleType) -> list[str]:
+    return [
+        name
+        for name, value in vars(file).items()
         if name.endswith(EAGER) and callable(value) and not isinstance(value, type)
-    }
+    ]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a registry keeps a kernel. Modeling files share one registry, as a rule."""
+
+    holder: Any
+    name: str
+    eager = False
+
+    def get(self) -> Callable[..., Any]:
+        kernel: Callable[..., Any] = self.holder[self.name]
+        return kernel
+
+    def put(self, kernel: Callable[..., Any]) -> None:
+        self.holder[self.name] = kernel
+
+    def restore(self, kernel: Callable[..., Any]) -> None:
+        del self.holder[self.name]
+        # The entry may have been an override of this registry rather than a shared one.
+        if self.holder.get(self.name) is not kernel:
+            self.holder[self.name] = kernel
+
+
+@dataclass(frozen=True)
+class _Global:
+    """Where a modeling file keeps its own eager kernel."""
+
+    holder: ModuleType
+    name: str
+    eager = True
+
+    def get(self) -> Callable[..., Any]:
+        kernel: Callable[..., Any] = getattr(self.holder, self.name)
+        return kernel
+
+    def put(self, kernel: Callable[..., Any]) -> None:
+        setattr(self.holder, self.name, kernel)
+
+    restore = put
+
+
+@dataclass
+class _Wrapping:
+    """A kernel that is wrapped, and by how many observations."""
+
+    kernel: Callable[..., Any]
+    observations: int = 0
+
+
+@contextmanager
+def _wrapping(place: _Entry | _Global) -> Iterator[None]:
+    """Keeps the kernel at a place wrapped; the last observation to leave puts it back."""
+    key = id(place.holder), place.name
+    with _lock:
+        if key not in _wrapped:
+            _wrapped[key] = _Wrapping(place.get())
+            place.put(_Kernel(_wrapped[key].kernel, eager=place.eager))
+        _wrapped[key].observations += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _wrapped[key].observations -= 1
+            if not _wrapped[key].observations:
+                place.restore(_wrapped.pop(key).kernel)
 
 
 class _Kernel:
@@ -163,7 +196,7 @@ class _Kernel:
         if causal and key.shape[2] > T:
             # Without a mask the first query sees the first key, whatever a static cache holds.
             key, value = key[:, :, :T], value[:, :, :T]
-        if mask is not None:
+        if mask is not None and mask.shape[-1] > key.shape[2]:  # of a static cache
             mask = mask[..., : key.shape[2]]
         if weights is not None and weights.shape != (*query.shape[:3], key.shape[2]):
             weights = None

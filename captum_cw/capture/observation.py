@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 
+import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, find_weights, query_mask
@@ -102,7 +103,9 @@ class Observation:
         if self._pending is not None and product.reads(self._pending[1].head_output):
             execution, call = self._pending
             self._pending, self._projected = None, (execution, call.head_output)
-            self._on_layer(execution, self._layer(execution, call, product))
+            # Geometry is float32 at least, whatever the model is cast to.
+            with torch.autocast(call.head_output.device.type, enabled=False):
+                self._on_layer(execution, self._layer(execution, call, product))
         elif self._projected is not None and product.reads(self._projected[1]):
             raise UnsupportedModelError(
                 f"Two linear layers read the head outputs of layer {self._projected[0].name!r}, so "
