@@ -35,7 +35,8 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         reduction: Over queries: ``"mean"`` (Eq. 15), ``"sum"``, ``"max"`` or ``"rms"``. The mean
             overrates late tokens, which few queries see; the sum does not.
         layers: Over layers: ``"mean"``, ``"sum"``, ``"max"``, or None to keep them.
-        heads: Over heads: likewise.
+        heads: Over heads: likewise. With ``"sum"``, contributions are shares of a layer's output,
+            which sum to one for each query where ``signed`` is True.
         queries: ``"all"``, the index of one query (explains one prediction), or a slice. They
             count the real tokens of each example, padding left out, so -1 is its last token.
         signed: Keeps signs; by default absolute values are reduced.
