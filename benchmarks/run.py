@@ -4,6 +4,7 @@
 
 Every figure comes from a process of its own, so that no call profits from memory that another has
 left behind. Machines drift; so ratios are taken within one process, of calls that alternate.
+A run that was stopped goes on where it was when it is started again.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import captum
 import psutil
@@ -37,6 +38,7 @@ from torch import Tensor
 from captum_cw import ContributionWeights, TokenScores
 from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model
 from captum_cw.progress import progress_bar
+from captum_cw.records import Records, RecordsError
 
 Result = TypeVar("Result")
 
@@ -44,6 +46,7 @@ OUT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 STEPS = 50
 WARM_UP_TOKENS = 8
 SAMPLED_EVERY = 0.005
+FAILED = "failed"
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,7 @@ class Settings:
     gradient_steps: int
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(TypedDict):
     """What a call took.
 
     Args:
@@ -165,7 +167,7 @@ def _cost_of(call: Callable[[], object]) -> Cost:
         result = call()
         seconds = time.perf_counter() - start
     del result  # held until here: what a call returns is part of what it needs
-    return Cost(seconds, memory.peak)
+    return Cost(seconds=seconds, extra=memory.peak)
 
 
 def _load(settings: Settings) -> Any:
@@ -194,7 +196,7 @@ def cost(settings: Settings, name: str, length: int, repeats: int) -> Cost | str
         costs = [_cost_of(partial(call, model, ids)) for _ in range(repeats)]
     except MemoryError as error:
         return f"refused: {str(error).split(' (')[0]}"
-    return Cost(median(c.seconds for c in costs), max(c.extra for c in costs))
+    return Cost(seconds=median(c["seconds"] for c in costs), extra=max(c["extra"] for c in costs))
 
 
 def gradients_cost(settings: Settings, length: int) -> Cost:
@@ -210,8 +212,8 @@ def gradients_cost(settings: Settings, length: int) -> Cost:
     if steps == STEPS:
         return whole
     one = _cost_of(partial(_integrated_gradients, model, ids, 1))
-    a_step = (whole.seconds - one.seconds) / (steps - 1)
-    return Cost(whole.seconds + (STEPS - steps) * a_step, whole.extra)
+    a_step = (whole["seconds"] - one["seconds"]) / (steps - 1)
+    return Cost(seconds=whole["seconds"] + (STEPS - steps) * a_step, extra=whole["extra"])
 
 
 def alternating(settings: Settings, length: int) -> list[dict[str, float]]:
@@ -222,7 +224,7 @@ def alternating(settings: Settings, length: int) -> list[dict[str, float]]:
     for name in names:
         CALLS[name](model, _ids(model, WARM_UP_TOKENS))
     return [
-        {name: _cost_of(partial(CALLS[name], model, ids)).seconds for name in names}
+        {name: _cost_of(partial(CALLS[name], model, ids))["seconds"] for name in names}
         for _ in range(settings.repeats)
     ]
 
@@ -241,12 +243,17 @@ def in_own_process(job: Callable[..., Result], *args: object) -> Result | str:
         result: Result = receiver.recv()
     except EOFError:
         process.join()
-        return f"failed: exit code {process.exitcode}"
+        return f"{FAILED}: exit code {process.exitcode}"
     except BaseException:
         process.kill()
         raise
     process.join()
     return result
+
+
+def _failed(result: object) -> bool:
+    """Whether a process died: that may have been the machine's doing, so it is tried again."""
+    return isinstance(result, str) and result.startswith(FAILED)
 
 
 def _send(sender: Any, job: Callable[..., object], *args: object) -> None:
@@ -257,8 +264,10 @@ def _send(sender: Any, job: Callable[..., object], *args: object) -> None:
 # The run and its page
 
 
-def run(settings: Settings, lengths: Sequence[int], memory_lengths: Sequence[int]) -> str:
-    """Measures everything, and gives the two tables and the ratios as Markdown."""
+def run(
+    settings: Settings, lengths: Sequence[int], memory_lengths: Sequence[int], records: Records
+) -> str:
+    """Measures what ``records`` lack, and gives the tables and the ratios as Markdown."""
     jobs: dict[tuple[str, int], Callable[[], Any]] = {}
     for length in lengths:
         for name in CALLS:
@@ -276,8 +285,12 @@ def run(settings: Settings, lengths: Sequence[int], memory_lengths: Sequence[int
     results: dict[tuple[str, int], Any] = {}
     with progress_bar(len(jobs), "Benchmark", show=True) as bar:
         for (name, length), job in jobs.items():
-            bar.set_postfix_str(f"{name}, {length} tokens")
-            results[name, length] = job()
+            key = f"{name}, {length} tokens"
+            bar.set_postfix_str(key)
+            result = records[key] if key in records else job()
+            results[name, length] = result
+            if key not in records and not _failed(result):
+                records.add(key, result)
             bar.update()
     return "\n\n".join(
         [
@@ -303,11 +316,11 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _seconds(cost: Cost | str) -> str:
-    return cost if isinstance(cost, str) else f"{cost.seconds:.2f}"
+    return cost if isinstance(cost, str) else f"{cost['seconds']:.2f}"
 
 
 def _megabytes(cost: Cost | str) -> str:
-    return "" if isinstance(cost, str) else f"{cost.extra / 1e6:,.0f}"
+    return "" if isinstance(cost, str) else f"{cost['extra'] / 1e6:,.0f}"
 
 
 def _cost_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
@@ -351,7 +364,7 @@ def _memory_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -
     def difference(scores: Cost | str, forward: Cost | str) -> str:
         if isinstance(scores, str) or isinstance(forward, str):
             return "unknown"
-        return f"{(scores.extra - forward.extra) / 1e6:,.0f}"
+        return f"{(scores['extra'] - forward['extra']) / 1e6:,.0f}"
 
     rows = []
     for n in lengths:
@@ -409,7 +422,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"steps of Integrated Gradients to run, 2 to {STEPS}; the time of {STEPS} is "
         "extrapolated from fewer; 0 leaves them out",
     )
-    add("--out", type=Path, default=OUT, help="the page that is written")
+    add(
+        "--out",
+        type=Path,
+        default=OUT,
+        help="the page that is written; what was measured stands in PAGE.records until then",
+    )
     return parser
 
 
@@ -418,15 +436,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     settings = Settings(options.model, options.threads, options.repeats, options.gradient_steps)
+    unfinished = options.out.with_suffix(".records")
+    lengths = {"lengths": options.lengths, "memory_lengths": options.memory_lengths}
     try:
-        tables = run(settings, options.lengths, options.memory_lengths)
+        with Records(
+            unfinished, {**asdict(settings), **lengths, "machine": _machine(settings)}
+        ) as records:
+            tables = run(settings, options.lengths, options.memory_lengths, records)
+    except RecordsError as error:
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
+        print(f"Interrupted: the same command goes on from {unfinished}.", file=sys.stderr)
         return 130
     command = shlex.join(["python", "benchmarks/run.py", *argv])
     page = f"# Benchmarks\n\nMade by `{command}` on {_machine(settings)}\n\n{tables}\n"
     print(page)
     options.out.write_text(page, encoding="utf-8")
+    unfinished.unlink()
     return 0
 
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,23 +22,52 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("run")
 
 
-@pytest.mark.slow
-def test_one_command_writes_all_tables(
-    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+@pytest.fixture
+def command(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> list[str]:
     tiny_model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    page = tmp_path / "page.md"
     sizes = ["--lengths", "16", "--memory-lengths", "16,32", "--repeats", "2"]
     options = ["--model", str(tmp_path / "model"), "--threads", "1", "--gradient-steps", "2"]
-    command = [sys.executable, "benchmarks/run.py", *sizes, *options, "--out", str(page)]
+    return [
+        *(sys.executable, "benchmarks/run.py"),
+        *(*sizes, *options),
+        *("--out", str(tmp_path / "page.md")),
+    ]
+
+
+def started(command: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    text = page.read_text(encoding="utf-8")
-    assert text.strip() == ran.stdout.strip()
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.mark.slow
+def test_one_command_writes_all_tables_and_goes_on_after_a_kill(
+    command: list[str], tmp_path: Path
+) -> None:
+    unfinished = tmp_path / "page.records"
+    killed = started(command)
+    while not unfinished.exists() or unfinished.read_bytes().count(b"\n") < 3:
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    before = [line for line in unfinished.read_bytes().splitlines(keepends=True) if b"\n" in line]
+
+    other = started([*command, "--repeats", "3"])
+    assert "repeats: 2 there, 3 here" in other.communicate()[1]
+    assert other.returncode == 1
+
+    ran = started(command)
+    while unfinished.read_bytes().count(b"\n") <= len(before):
+        assert ran.poll() is None, ran.communicate()[1]
+        time.sleep(0.05)
+    assert unfinished.read_bytes().startswith(b"".join(before))
+    out, err = ran.communicate()
+    assert ran.returncode == 0, err
+    assert not unfinished.exists()
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert text.strip() == out.strip()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert [len(row) for row in rows] == [3] * 8 + [3] * 3 + [5] * 4
     assert "extrapolated" in text
