@@ -67,6 +67,7 @@ def _names_of_examples(request: pytest.FixtureRequest) -> None:
     if isinstance(request.node, pytest.DoctestItem):
         names: dict[str, Any] = request.getfixturevalue("doctest_namespace")
         names.update({name: getattr(captum_cw, name) for name in captum_cw.__all__})
+        names["torch"] = torch
         names["model"] = request.getfixturevalue("tiny_model")
         names["tokenizer"] = request.getfixturevalue("tiny_tokenizer")
         names["input_ids"] = torch.tensor([[1, 2, 3, 4, 5]])

@@ -8,14 +8,22 @@ from captum_cw.attr import (
     VWAttention,
     VWONAttention,
 )
+from captum_cw.interventions import remove_tokens, remove_values, scale_values
+from captum_cw.metrics import ComprehensivenessSufficiency, comprehensiveness, sufficiency
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionWeights",
+    "ComprehensivenessSufficiency",
     "ContributionWeights",
     "LLMTokenAttribution",
     "TokenScores",
     "VWAttention",
     "VWONAttention",
+    "comprehensiveness",
+    "remove_tokens",
+    "remove_values",
+    "scale_values",
+    "sufficiency",
 ]

@@ -40,15 +40,19 @@ __all__ = [
     "Scope",
     "aggregate",
     "attention",
+    "attention_cosine",
     "attention_weights",
+    "closeness",
     "contribution",
     "contribution_weights",
     "decompose",
     "dense_map",
     "head_share",
     "output_gram",
+    "projection",
     "pull_back",
     "query_scores",
+    "relative_norm_cosine",
     "token_scores",
     "value_norms",
     "value_weighted",
@@ -488,6 +492,39 @@ def cosine(layer: AttentionLayer) -> Block:
     return block
 
 
+def attention_cosine(layer: AttentionLayer) -> Block:
+    """``a_ij cos(o_i, v~_j)``: a contribution without its magnitude (two factors of Eq. 14)."""
+    factor = cosine(layer)
+    return lambda a, rows: a.mul_(factor(a, rows))
+
+
+def relative_norm_cosine(layer: AttentionLayer) -> Block:
+    """``<o_i, v~_j> / ||o_i||^2``: a contribution without its attention (two factors of Eq. 14)."""
+    norms, factor = relative_norm(layer), cosine(layer)
+    return lambda a, rows: norms(a, rows).mul_(factor(a, rows))
+
+
+def projection(layer: AttentionLayer) -> Block:
+    """``a_ij <o_i, v~_j> / ||o_i||``: how far a term reaches along the output, not its share."""
+    share = contribution()(layer)
+    norm = layer.direction("inter")[1].sqrt()[..., None]
+    return lambda a, rows: share(a, rows).mul_(norm[:, :, rows])
+
+
+def closeness(layer: AttentionLayer) -> Block:
+    """``2c - r^2 = 1 - ||o_i - a_ij v~_j||^2 / ||o_i||^2``, with ``r = |a_ij| ||v~_j|| / ||o_i||``.
+
+    How much nearer than nothing one term alone comes to the output.
+    """
+    share, size = contribution()(layer), vwon(layer)
+
+    def block(a: Tensor, rows: slice) -> Tensor:
+        c = share(a.clone(), rows)
+        return c.mul_(2).sub_(size(a, rows).square_())
+
+    return block
+
+
 def _seen(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:
     seen = layer.mask.block(rows)
     return x if seen is None else x * seen.to(x.device)
@@ -563,7 +600,10 @@ def token_scores(
                 g.masked_fill_(~_counted(layer, rows, chosen, g), -math.inf)
             torch.maximum(part, g.amax(-2), out=part)
         else:
-            part += (g.square_() if reduction == "rms" else g).sum(-2)
+            # A product with ones, since summing over rows reads memory in the wrong order.
+            part += (g.new_ones(1, g.shape[-2]) @ (g.square_() if reduction == "rms" else g))[
+                ..., 0, :
+            ]
     counts = layer.mask.counts(queries, total.device).to(total.dtype)
     if reduction in ("mean", "rms"):
         total /= counts.clamp(min=1)

@@ -70,10 +70,15 @@ class Records(Mapping[str, Any]):
 
     def add(self, key: str, value: Any) -> None:
         """Keeps a record (JSON; floats come back bit for bit); it is on disk on return."""
-        if key in self._records:
-            raise KeyError(f"There is a record {key!r} already.")
-        self._append({"key": key, "value": value})
-        self._records[key] = value
+        self.update({key: value})
+
+    def update(self, records: Mapping[str, Any]) -> None:
+        """Keeps several records at once."""
+        for key in records:
+            if key in self._records:
+                raise KeyError(f"There is a record {key!r} already.")
+        self._append(*({"key": key, "value": value} for key, value in records.items()))
+        self._records.update(records)
 
     def close(self) -> None:
         """Closes the file."""
@@ -99,8 +104,8 @@ class Records(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._records)
 
-    def _append(self, content: Mapping[str, Any]) -> None:
-        self._file.write(_line(content))
+    def _append(self, *contents: Mapping[str, Any]) -> None:
+        self._file.write(b"".join(map(_line, contents)))
         self._file.flush()
         os.fsync(self._file.fileno())
 

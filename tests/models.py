@@ -116,3 +116,21 @@ def look(model: nn.Module, **inputs: Tensor) -> list[Seen]:
 
 def token_ids(B: int = 2, T: int = 9, seed: int = 0) -> Tensor:
     return torch.randint(3, 64, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def last_tokens_and_cache(
+    model: nn.Module, inputs: dict[str, Tensor], positions: Tensor, T: int
+) -> dict[str, Any]:
+    """What runs the last ``T`` tokens after a cache of those before them."""
+    with torch.no_grad():
+        cache = model(
+            input_ids=inputs["input_ids"][:, :-T],
+            attention_mask=inputs["attention_mask"][:, :-T],
+            position_ids=positions[:, :-T],
+            use_cache=True,
+        ).past_key_values
+    return {
+        "input_ids": inputs["input_ids"][:, -T:],
+        "attention_mask": inputs["attention_mask"],
+        "past_key_values": cache,
+    }

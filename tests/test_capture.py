@@ -10,7 +10,17 @@ import pytest
 import reference
 import torch
 import transformers
-from models import MODELS, SIZES, build, gpt2, llama, look, mistral, token_ids
+from models import (
+    MODELS,
+    SIZES,
+    build,
+    gpt2,
+    last_tokens_and_cache,
+    llama,
+    look,
+    mistral,
+    token_ids,
+)
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -261,20 +271,8 @@ def test_queries_after_a_cache_have_the_rows_of_the_whole_text(
     inputs["attention_mask"][1, :padded] = 0
     where = positions(inputs["attention_mask"].bool())
     whole = ContributionWeights(model).attribute(inputs)
-    with torch.no_grad():
-        cache = model(
-            input_ids=inputs["input_ids"][:, :-T],
-            attention_mask=inputs["attention_mask"][:, :-T],
-            position_ids=where[:, :-T],
-            use_cache=True,
-        ).past_key_values
     late = ContributionWeights(model).attribute(
-        {
-            "input_ids": inputs["input_ids"][:, -T:],
-            "attention_mask": inputs["attention_mask"],
-            "position_ids": where[:, -T:],
-            "past_key_values": cache,
-        }
+        {**last_tokens_and_cache(model, inputs, where, T), "position_ids": where[:, -T:]}
     )
     for x, y in zip(late, whole, strict=True):
         assert x.shape == (2, 4, T, 9)
@@ -331,7 +329,7 @@ def test_a_position_bias_does_not_uncover_a_hidden_key() -> None:
     lowest = torch.finfo(torch.float32).min
     hidden = torch.tensor([[0.0, lowest * 0.9], [-5.0, 3.0]])[None, None]
     q = torch.zeros(1, 1, 2, 4)
-    call = AttentionCall(nn.Identity(), q, q, q, hidden, False, None, q, None, None)
+    call = AttentionCall(nn.Identity(), q, q, q, hidden, False, None, q, None, None, lambda _: q)
     assert query_mask(call, None).visible.tolist() == [[[[True, False], [True, True]]]]
 
 
@@ -501,3 +499,11 @@ def test_recomputed_weights_that_do_not_give_the_head_outputs_are_refused(querie
         assert registry["sdpa"] is odd
     finally:
         del registry["sdpa"]
+
+
+def test_layers_of_a_bare_callable_have_names_of_their_own() -> None:
+    model = llama()
+    modules = attention_modules(model)
+    method = ContributionWeights(lambda ids: model(input_ids=ids), modules)
+    method.attribute(token_ids())
+    assert method.layers == ["LlamaAttention[0]", "LlamaAttention[1]"]

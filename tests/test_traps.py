@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import SIZES, build, gpt2, llama, mistral, token_ids
+from models import SIZES, build, gpt2, last_tokens_and_cache, llama, mistral, token_ids
 from test_capture import attention_modules, padded_batch, positions, state_of
 from torch import Tensor, nn
 
@@ -102,19 +102,8 @@ def test_padding_in_a_cached_chunk_keeps_positions(side: str) -> None:
     inputs, real = padded_batch(side)
     T = 5
     whole = ContributionWeights(model).attribute(inputs)
-    with torch.no_grad():
-        cache = model(
-            input_ids=inputs["input_ids"][:, :-T],
-            attention_mask=inputs["attention_mask"][:, :-T],
-            position_ids=positions(real)[:, :-T],
-            use_cache=True,
-        ).past_key_values
     late = ContributionWeights(model).attribute(
-        {
-            "input_ids": inputs["input_ids"][:, -T:],
-            "attention_mask": inputs["attention_mask"],
-            "past_key_values": cache,
-        }
+        last_tokens_and_cache(model, inputs, positions(real), T)
     )
     for x, y in zip(late, whole, strict=True):
         assert torch.allclose(x, y[:, :, -T:], atol=1e-6)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ForwardCall", "forward_call"]
+__all__ = ["ForwardCall", "Tokens", "forward_call", "tokens_of"]
 
 Parameters = Mapping[str, inspect.Parameter]
 
@@ -71,6 +71,38 @@ def forward_call(
     parameters = inspect.signature(forward).parameters
     args, kwargs = _by_name(model, parameters, args, kwargs)
     return _checked(model, parameters, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a call of a model says of its tokens.
+
+    Args:
+        T: How many there are; None where the main input is no text.
+        cached: How many stand before them in a key-value cache.
+        real: ``(B, T)``, False at padding; None if there is none.
+    """
+
+    T: int | None
+    cached: int
+    real: Tensor | None
+
+
+def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tokens:
+    """Reads a call that is not ours, and leaves it as it is.
+
+    Raises:
+        TypeError: If the call has a cache that does not tell its length.
+    """
+    _, named = _by_name(model, inspect.signature(model.forward).parameters, args, dict(kwargs))
+    tokens, cache = _tokens(named), named.get("past_key_values")
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise TypeError(
+            f"past_key_values is of type {type(cache).__name__}: give one of transformers' Cache "
+            "classes, which tell their length."
+        )
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    return Tokens(None if tokens is None else tokens.shape[1], cached, _padding(named))
 
 
 def _kind(x: object) -> str:

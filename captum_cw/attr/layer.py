@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import psutil
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from captum_cw import functional
 from captum_cw.attr._captum import LayerAttribution, logged
 from captum_cw.attr._inputs import forward_call
-from captum_cw.capture import Execution, Observation, UnsupportedModelError
+from captum_cw.capture import Execution, Observation, StateSpace, UnsupportedModelError, names_of
 from captum_cw.functional import AttentionLayer, Decomposition, Measure, Scope
 from captum_cw.progress import progress_bar
 
@@ -63,7 +64,7 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
     ) -> None:
         functional.check_choice("kind", kind, Kind)
         self.kind: Kind = kind
-        forward_func = _unwrapped(forward_func)
+        forward_func = unwrapped(forward_func)
         self.model = _model_of(forward_func)
         if isinstance(layer, (nn.ModuleList, list, tuple)):
             layer = list(layer)
@@ -105,9 +106,12 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
         additional_forward_args: object,
         on_layer: Callable[[Execution, AttentionLayer], Result],
         *,
+        space: StateSpace | None = None,
         show_progress: bool = False,
     ) -> tuple[list[tuple[Execution, Result]], Any]:
         """Runs the model once and applies ``on_layer`` to each chosen layer, in order.
+
+        With a ``space``, executions bring the hidden states of their tokens.
 
         Returns:
             One result for each execution, and what the model returned.
@@ -125,13 +129,19 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
                 nonlocal vanishing
                 if bar.total is None:
                     bar.total = _expected_layers(self._roots, [execution])
-                results.append((execution, on_layer(execution, layer)))
+                result = on_layer(execution, layer)
+                results.append((replace(execution, states=None), result))
                 if self.normaliser is not None:
                     vanishing += layer.vanishing(self.normaliser)
                 bar.update()
 
-            observation = Observation(self._roots, collect, self._chosen, call.real)
-            with torch.no_grad(), self._evaluation_mode(), observation, _uncompiled():
+            observation = Observation(self._roots, collect, self._chosen, call.real, space)
+            with (
+                torch.no_grad(),
+                evaluation_mode(self._roots, self.model),
+                observation,
+                uncompiled(),
+            ):
                 output = forward(*call.args, **call.kwargs)
         _check_executions(observation.executions, self._chosen, self._roots)
         if vanishing:
@@ -141,19 +151,6 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
             )
         self._layers = [execution.name for execution, _ in results]
         return results, output
-
-    def _evaluation_mode(self) -> AbstractContextManager[None]:
-        if any(m.training for root in self._roots for m in root.modules()):
-            if self.model is None:
-                raise ValueError(
-                    "The layers are in training mode, and the model around them is not known, so "
-                    "its dropout would stay on: call model.eval() first, or give the model as "
-                    "forward_func."
-                )
-            warnings.warn(
-                "The model is in training mode: dropout is off for the attribution.", stacklevel=5
-            )
-        return _training_paused(self._roots)
 
     @logged
     def attribute(
@@ -272,7 +269,7 @@ def _model_of(forward_func: object) -> nn.Module | None:
     return None
 
 
-def _unwrapped(forward_func: Any) -> Any:
+def unwrapped(forward_func: Any) -> Any:
     """The model inside of wrappers, whose inputs and layers are the ones that are known."""
     while True:
         if isinstance(forward_func, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -324,11 +321,11 @@ def _check_executions(
     ran = {execution.module for execution in executions}
     missing = [module for module in chosen or () if module not in ran]
     if missing:
-        names = {m: n or type(m).__name__ for root in roots for n, m in root.named_modules()}
+        names = names_of(roots)
         found = list(dict.fromkeys(execution.name for execution in executions))
         known = ", ".join(found[:4]) + (f", ... ({len(found)} in all)" if len(found) > 4 else "")
         raise ValueError(
-            f"Layer {names.get(missing[0], '')!r} ({type(missing[0]).__name__}) is no attention "
+            f"Layer {names[missing[0]]!r} ({type(missing[0]).__name__}) is no attention "
             f"module: it made no attention call. Attention modules: {known or 'none were seen'}."
         )
 
@@ -354,6 +351,23 @@ def _check_memory(layer: AttentionLayer, layers: int, maps: int) -> None:
         )
 
 
+def evaluation_mode(
+    roots: list[nn.Module], model: nn.Module | None
+) -> AbstractContextManager[None]:
+    """Turns dropout off, and says so."""
+    if any(m.training for root in roots for m in root.modules()):
+        if model is None:
+            raise ValueError(
+                "The layers are in training mode, and the model around them is not known, so "
+                "its dropout would stay on: call model.eval() first, or give the model as "
+                "forward_func."
+            )
+        warnings.warn(
+            "The model is in training mode: dropout is off for the attribution.", stacklevel=5
+        )
+    return _training_paused(roots)
+
+
 _paused: Counter[nn.Module] = Counter()
 _paused_lock = threading.Lock()
 
@@ -377,7 +391,7 @@ def _training_paused(roots: list[nn.Module]) -> Iterator[None]:
                     module.training = True
 
 
-def _uncompiled() -> AbstractContextManager[None]:
+def uncompiled() -> AbstractContextManager[None]:
     """Runs compiled functions as they were written: what they fuse cannot be seen."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import is slow
         return nullcontext()
@@ -492,6 +506,7 @@ class ContributionWeights(_ValueAttribution):
     """
 
     name = "contribution"
+    measure = staticmethod(functional.contribution("inter"))
 
     def __init__(
         self,

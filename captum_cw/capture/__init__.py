@@ -6,6 +6,24 @@ the queries, keys and values at the attention call, the weights recomputed from 
 checked against the head outputs, and the linear layer that reads those head outputs.
 """
 
-from captum_cw.capture.observation import Execution, Observation, UnsupportedModelError
+from captum_cw.capture.huggingface import ValueChange, changed_values, is_observed
+from captum_cw.capture.observation import (
+    Execution,
+    Observation,
+    UnsupportedModelError,
+    names_of,
+)
+from captum_cw.capture.passes import around_passes
+from captum_cw.capture.states import StateSpace
 
-__all__ = ["Execution", "Observation", "UnsupportedModelError"]
+__all__ = [
+    "Execution",
+    "Observation",
+    "StateSpace",
+    "UnsupportedModelError",
+    "ValueChange",
+    "around_passes",
+    "changed_values",
+    "is_observed",
+    "names_of",
+]

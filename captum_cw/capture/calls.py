@@ -38,6 +38,8 @@ class AttentionCall:
         dense_kernel: The model's own kernel that returns weights, with all of its
             peculiarities: ``(rows, query, key, value, mask) -> (B, H, t, S)``. None where it
             has none.
+        scaled: The head outputs that the same kernel gives once the values are multiplied by
+            factors ``(B, H, S)``.
     """
 
     module: nn.Module
@@ -50,6 +52,7 @@ class AttentionCall:
     head_output: Tensor
     weights: Tensor | None
     dense_kernel: Callable[[slice, Tensor, Tensor, Tensor, Tensor], Tensor] | None
+    scaled: Callable[[Tensor], Tensor]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,12 +118,13 @@ def _sources(call: AttentionCall, mask: QueryMask) -> Iterator[Weights]:
         yield softmax
         return
     dense = _DenseKernel(call, mask)
-    last = _probed(mask)[-1]
-    yield from (softmax, dense) if _agree(softmax(last), dense(last)) else (dense, softmax)
+    late = _probed(mask)[-2:]  # they see most keys
+    agree = all(_agree(softmax(rows), dense(rows)) for rows in late)
+    yield from (softmax, dense) if agree else (dense, softmax)
 
 
 def _probed(mask: QueryMask) -> list[slice]:
-    """Single real queries, from the first to the last, spread over the text."""
+    """Single queries, from the first to the last, spread over the text."""
     at = sorted({round(f * (mask.T - 1)) for f in PROBED})
     return [slice(i, i + 1) for i in at]
 

@@ -9,34 +9,44 @@ what it computes is bit for bit what it computes unobserved.
 
 Wrapping is shared by all observations of a process and counted; which observation hears of a call
 is decided by the caller's context, so threads do not hear each other.
+
+Values can be changed by query head before a kernel reads them. Kernels repeat keys and values by
+what the module says (``num_key_value_groups``), so where heads share values they are repeated
+here, and the kernel is given a stand-in for the module that says one.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError
+from captum_cw.capture.wrapping import wrapping
+from captum_cw.functional import expand_heads
 
-__all__ = ["attention_calls", "is_listening"]
+__all__ = ["ValueChange", "attention_calls", "changed_values", "is_listening", "is_observed"]
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 EAGER = "eager_attention_forward"
 
 Listener = Callable[[AttentionCall], None]
 
+ValueChange = Callable[[nn.Module, int, Tensor], Tensor | None]
+"""Takes an attention module, ``H`` and its values ``(B, H_kv, S, d_h)``; gives the factors
+``(B|1, H|1, S)`` that they are multiplied by, or None to leave them."""
+
 _listener: ContextVar[Listener | None] = ContextVar("captum_cw_listener", default=None)
-_lock = threading.Lock()
-_wrapped: dict[tuple[int, str], _Wrapping] = {}
+_changes: ContextVar[tuple[ValueChange, ...]] = ContextVar("captum_cw_changes", default=())
 
 
 @contextmanager
@@ -45,18 +55,48 @@ def attention_calls(modules: Iterable[nn.Module], listener: Listener) -> Iterato
 
     An observation within an observation hears its own calls only, and so does the outer one.
     """
-    with ExitStack() as stack:
-        for file in _modeling_files(modules):
-            registry = getattr(file, REGISTRY)
-            for name in list(registry):
-                stack.enter_context(_wrapping(_Entry(registry, name)))
-            for name in _eager_kernels(file):
-                stack.enter_context(_wrapping(_Global(file, name)))
+    with _wrapped_kernels(modules):
         token = _listener.set(listener)
         try:
             yield
         finally:
             _listener.reset(token)
+
+
+@contextmanager
+def changed_values(modules: Iterable[nn.Module], change: ValueChange) -> Iterator[None]:
+    """Changes the values that the attention kernels of ``modules`` read in this context.
+
+    Changes within changes add up, and an observation hears of what is left.
+    """
+    known = set(modules)
+
+    def of_known(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
+        return change(module, heads, value) if module in known else None
+
+    with _wrapped_kernels(known):
+        token = _changes.set((*_changes.get(), of_known))
+        try:
+            yield
+        finally:
+            _changes.reset(token)
+
+
+@contextmanager
+def _wrapped_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for file in _modeling_files(modules):
+            registry = getattr(file, REGISTRY)
+            for name in list(registry):
+                stack.enter_context(wrapping(_Entry(registry, name), _Kernel))
+            for name in _eager_kernels(file):
+                stack.enter_context(wrapping(_Global(file, name), _EagerKernel))
+        yield
+
+
+def is_observed() -> bool:
+    """Whether anyone listens to attention calls that are made now, in this context."""
+    return _listener.get() is not None
 
 
 def is_listening(listener: Listener) -> bool:
@@ -84,7 +124,10 @@ class _Entry:
 
     holder: Any
     name: str
-    eager = False
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.holder), self.name
 
     def get(self) -> Callable[..., Any]:
         kernel: Callable[..., Any] = self.holder[self.name]
@@ -106,7 +149,10 @@ class _Global:
 
     holder: ModuleType
     name: str
-    eager = True
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.holder), self.name
 
     def get(self) -> Callable[..., Any]:
         kernel: Callable[..., Any] = getattr(self.holder, self.name)
@@ -118,38 +164,15 @@ class _Global:
     restore = put
 
 
-@dataclass
-class _Wrapping:
-    """A kernel that is wrapped, and by how many observations."""
-
-    kernel: Callable[..., Any]
-    observations: int = 0
-
-
-@contextmanager
-def _wrapping(place: _Entry | _Global) -> Iterator[None]:
-    """Keeps the kernel at a place wrapped; the last observation to leave puts it back."""
-    key = id(place.holder), place.name
-    with _lock:
-        if key not in _wrapped:
-            _wrapped[key] = _Wrapping(place.get())
-            place.put(_Kernel(_wrapped[key].kernel, eager=place.eager))
-        _wrapped[key].observations += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _wrapped[key].observations -= 1
-            if not _wrapped[key].observations:
-                place.restore(_wrapped.pop(key).kernel)
-
-
 class _Kernel:
     """An attention kernel that tells the listener what it was called with."""
 
-    def __init__(self, kernel: Callable[..., Any], *, eager: bool = False) -> None:
+    eager = False
+    """Whether no mask means, whatever the module says, that every key is seen."""
+
+    def __init__(self, kernel: Callable[..., Any]) -> None:
         functools.update_wrapper(self, kernel)
-        self.kernel, self.eager = kernel, eager
+        self.kernel = kernel
 
     def __call__(
         self,
@@ -160,21 +183,34 @@ class _Kernel:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        listener = _listener.get()
+        listener, changes = _listener.get(), _changes.get()
+        acting: Any = module
         # A kernel may hand over to another one: that is still one attention call.
-        token = _listener.set(None)
+        tokens = _listener.set(None), _changes.set(())
         try:
-            result = self.kernel(module, query, key, value, attention_mask, **kwargs)
+            for change in changes:
+                factors = change(module, query.shape[1], value)
+                if factors is not None:
+                    acting, key, value = self._scaled(
+                        acting, query, key, value, attention_mask, kwargs, factors
+                    )
+            result = self.kernel(acting, query, key, value, attention_mask, **kwargs)
         finally:
-            _listener.reset(token)
+            _listener.reset(tokens[0])
+            _changes.reset(tokens[1])
         if listener is not None:
             output, weights = result[0], result[1] if len(result) > 1 else None
-            listener(self._call(module, query, key, value, attention_mask, output, weights, kwargs))
+            listener(
+                self._call(
+                    module, acting, query, key, value, attention_mask, output, weights, kwargs
+                )
+            )
         return result
 
     def _call(
         self,
         module: nn.Module,
+        acting: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -190,6 +226,14 @@ class _Kernel:
                 f"kind ({type(mask).__name__}): call model.set_attn_implementation('sdpa') or "
                 "('eager') first."
             )
+        given = key, value, mask
+
+        def scaled(factors: Tensor) -> Tensor:
+            key, value, mask = given
+            standing, key, value = self._scaled(acting, query, key, value, mask, kwargs, factors)
+            result: Tensor = self.kernel(standing, query, key, value, mask, **kwargs)[0]
+            return result
+
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         causal = bool(causal) and not self.eager and mask is None and T > 1
@@ -202,11 +246,42 @@ class _Kernel:
             weights = None
         return AttentionCall(
             module, query, key, value, mask, causal, kwargs.get("scaling"), output, weights,
-            self._dense_kernel(module, T, kwargs),
+            self._dense_kernel(module, acting, T, kwargs), scaled,
         )  # fmt: skip
 
+    def _scaled(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+        factors: Tensor,
+    ) -> tuple[Any, Tensor, Tensor]:
+        """What the kernel is to be called with for values times factors by query head."""
+        H = query.shape[1]
+        if value.shape[1] != H:
+            repeated = _Ungrouped(module), expand_heads(key, H), expand_heads(value, H)
+            if _checked.get(module) is not self.kernel:
+                plain = self.kernel(module, query, key, value, mask, **kwargs)[0]
+                again = self.kernel(repeated[0], query, *repeated[1:], mask, **kwargs)[0]
+                if not _close(plain, again):
+                    raise UnsupportedModelError(
+                        f"The attention kernel of {type(module).__name__} does not give the same "
+                        "head outputs once shared keys and values are repeated for each head, so "
+                        "values cannot be changed by head."
+                    )
+                _checked[module] = self.kernel
+            module, key, value = repeated
+        missing = value.shape[2] - factors.shape[-1]  # keys that came later, or empty places
+        factors = torch.nn.functional.pad(factors, (0, missing), value=1.0)
+        factors = factors.to(value)[..., None]
+        # Not a product alone: a value may be infinite.
+        return module, key, (value * factors).masked_fill(factors == 0, 0)
+
     def _dense_kernel(
-        self, module: nn.Module, T: int, kwargs: dict[str, Any]
+        self, module: nn.Module, acting: Any, T: int, kwargs: dict[str, Any]
     ) -> Callable[[slice, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
         kernel = _find_eager(module)
         if kernel is None:
@@ -219,10 +294,37 @@ class _Kernel:
                 return x[:, :, rows] if by_query else x
 
             given = {name: block(x) for name, x in kwargs.items()}
-            result: Tensor = kernel(module, q, k, v, mask, **given)[1]
+            result: Tensor = kernel(acting, q, k, v, mask, **given)[1]
             return result
 
         return weights
+
+
+class _EagerKernel(_Kernel):
+    """The kernel of a modeling file's own."""
+
+    eager = True
+
+
+#: The kernels that have been seen to take repeated keys and values, by module.
+_checked: WeakKeyDictionary[nn.Module, Callable[..., Any]] = WeakKeyDictionary()
+
+
+class _Ungrouped:
+    """Stands in for an attention module whose keys and values have been repeated."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = max(1e-5, 4 * torch.finfo(a.dtype).eps) * float(a.detach().abs().max())
+    return bool(((a - b).abs() <= tolerance).all())
 
 
 def _find_eager(module: nn.Module) -> Callable[..., Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, find_weights, query_mask
 from captum_cw.capture.huggingface import attention_calls, is_listening
 from captum_cw.capture.projections import LinearProduct, linear_products, output_and_weight
+from captum_cw.capture.states import HiddenStates, StateSpace
 from captum_cw.functional import AttentionLayer, QueryMask
 
-__all__ = ["Execution", "Observation", "UnsupportedModelError"]
+__all__ = ["Execution", "Observation", "UnsupportedModelError", "names_of"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Execution:
         module: The attention module.
         name: Its name in the model.
         heads: ``H``.
+        states: The hidden states of its tokens, ``(B, S, n)``, where they are asked for.
     """
 
     module: nn.Module
     name: str
     heads: int
+    states: Tensor | None = None
 
 
 class Observation:
@@ -39,9 +42,11 @@ class Observation:
     Args:
         roots: The model, or the modules of it that are known.
         on_layer: Told of each wanted layer right after its output projection has run, in order;
-            what it is given is not kept.
+            what it is given is not kept. Where it returns factors ``(B, H, S)``, the model goes
+            on with the output that the layer has with its values multiplied by them.
         wanted: The attention modules to hand over; None for all.
         real: ``(B, T)``, False at padded tokens; None if there are none.
+        space: The hidden states that each execution brings along; None for none.
 
     Attributes:
         executions: Every attention call so far, wanted or not.
@@ -50,27 +55,28 @@ class Observation:
     def __init__(
         self,
         roots: Collection[nn.Module],
-        on_layer: Callable[[Execution, AttentionLayer], None],
+        on_layer: Callable[[Execution, AttentionLayer], Tensor | None],
         wanted: Collection[nn.Module] | None = None,
         real: Tensor | None = None,
+        space: StateSpace | None = None,
     ) -> None:
         self.executions: list[Execution] = []
-        # A module that is a root itself has no name of its own.
-        self._names = {
-            m: name or type(m).__name__ for root in roots for name, m in root.named_modules()
-        }
+        self._names = names_of(roots)
         self._on_layer, self._wanted, self._real = on_layer, wanted, real
         # The layer whose projection has not run yet, and head outputs already projected.
         self._pending: tuple[Execution, AttentionCall] | None = None
         self._projected: tuple[Execution, Tensor] | None = None
         # Layers share their mask: one view of it serves all.
         self._masks: dict[tuple[int, bool, int, int], tuple[Tensor | None, QueryMask]] = {}
+        self._states = None if space is None else HiddenStates(roots, space)
         self._stack = ExitStack()
 
     def __enter__(self) -> Observation:
         with ExitStack() as stack:
             stack.enter_context(attention_calls(self._names, self._on_call))
             stack.enter_context(linear_products(self._on_linear))
+            if self._states is not None:
+                stack.enter_context(self._states.watching())
             self._stack = stack.pop_all()
         return self
 
@@ -95,22 +101,27 @@ class Observation:
         self.executions.append(execution)
         self._projected = None
         if self._wanted is None or call.module in self._wanted:
+            if self._states is not None:
+                execution = replace(execution, states=self._states.of(call))
             self._pending = execution, call
 
-    def _on_linear(self, product: LinearProduct) -> None:
+    def _on_linear(self, product: LinearProduct) -> Tensor | None:
         if not is_listening(self._on_call):  # an observation inside this one is at work
-            return
+            return None
         if self._pending is not None and product.reads(self._pending[1].head_output):
             execution, call = self._pending
             self._pending, self._projected = None, (execution, call.head_output)
             # Geometry is float32 at least, whatever the model is cast to.
             with torch.autocast(call.head_output.device.type, enabled=False):
-                self._on_layer(execution, self._layer(execution, call, product))
+                factors = self._on_layer(execution, self._layer(execution, call, product))
+            if factors is not None:
+                return product.of(call.scaled(factors).reshape(product.input.shape))
         elif self._projected is not None and product.reads(self._projected[1]):
             raise UnsupportedModelError(
                 f"Two linear layers read the head outputs of layer {self._projected[0].name!r}, so "
                 "neither is its output projection. With LoRA adapters, merge them first."
             )
+        return None
 
     def _layer(
         self, execution: Execution, call: AttentionCall, product: LinearProduct
@@ -136,6 +147,16 @@ class Observation:
             # The tensor is kept, so that its id stays its own.
             self._masks[key] = call.mask, query_mask(call, real)
         return self._masks[key][1]
+
+
+def names_of(roots: Collection[nn.Module]) -> dict[nn.Module, str]:
+    """Every module with its name; a root has none of its own: its class, and which one it is."""
+    names: dict[nn.Module, str] = {}
+    for number, root in enumerate(roots):
+        own = type(root).__name__ + (f"[{number}]" if len(roots) > 1 else "")
+        for name, module in root.named_modules():
+            names.setdefault(module, name or own)
+    return names
 
 
 def _no_projection(execution: Execution) -> UnsupportedModelError:

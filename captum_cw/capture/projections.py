@@ -31,12 +31,14 @@ class LinearProduct:
         weight: ``(n, d)``.
         bias: ``(d,)`` or None.
         result: ``(..., d)``.
+        of: The same product of another input of that shape.
     """
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
     result: Tensor
+    of: Callable[[Tensor], Tensor]
 
     def reads(self, head_output: Tensor) -> bool:
         """Whether the input is the head outputs ``(B, T, H, d_h)``."""
@@ -47,8 +49,11 @@ class LinearProduct:
 
 
 @contextmanager
-def linear_products(listener: Callable[[LinearProduct], None]) -> Iterator[None]:
-    """Tells ``listener`` of every linear product in this thread, right after it has run."""
+def linear_products(listener: Callable[[LinearProduct], Tensor | None]) -> Iterator[None]:
+    """Tells ``listener`` of every linear product in this thread, right after it has run.
+
+    Where it returns a tensor, the model goes on with that in place of the result.
+    """
     with _Products(listener):
         yield
 
@@ -56,7 +61,7 @@ def linear_products(listener: Callable[[LinearProduct], None]) -> Iterator[None]
 class _Products(TorchFunctionMode):
     """What ``nn.Linear`` and transformers' ``Conv1D`` run."""
 
-    def __init__(self, listener: Callable[[LinearProduct], None]) -> None:
+    def __init__(self, listener: Callable[[LinearProduct], Tensor | None]) -> None:
         super().__init__()
         self.listener = listener
 
@@ -69,11 +74,14 @@ class _Products(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.linear:
-            self.listener(_linear(result, *args, **(kwargs or {})))
+            product = _linear(result, *args, **(kwargs or {}))
         elif func is torch.addmm and not kwargs:
             bias, x, weight = args
-            self.listener(LinearProduct(x, weight, bias, result))
-        return result
+            product = LinearProduct(x, weight, bias, result, lambda x: func(bias, x, weight))
+        else:
+            return result
+        changed = self.listener(product)
+        return result if changed is None else changed
 
 
 def _linear(
@@ -82,7 +90,10 @@ def _linear(
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> LinearProduct:
-    return LinearProduct(input, weight.T, bias, result)
+    def again(x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight, bias)
+
+    return LinearProduct(input, weight.T, bias, result, again)
 
 
 def output_and_weight(

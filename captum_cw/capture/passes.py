@@ -1,0 +1,70 @@
+"""Forward passes of a model, with something around each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from captum_cw.capture.wrapping import wrapping
+
+__all__ = ["Around", "around_passes"]
+
+Forward = Callable[..., Any]
+Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
+"""Takes the model's own forward and what it is about to be called with."""
+
+_around: ContextVar[tuple[tuple[nn.Module, Around], ...]] = ContextVar(
+    "captum_cw_around", default=()
+)
+
+
+@contextmanager
+def around_passes(model: nn.Module, around: Around) -> Iterator[None]:
+    """Runs each forward pass that ``model`` makes in this context inside of ``around(...)``."""
+    with wrapping(_Forward(model), functools.partial(_watched, model)):
+        token = _around.set((*_around.get(), (model, around)))
+        try:
+            yield
+        finally:
+            _around.reset(token)
+
+
+def _watched(model: nn.Module, forward: Forward) -> Forward:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for watched, around in _around.get():
+                if watched is model:
+                    stack.enter_context(around(forward, args, kwargs))
+            return forward(*args, **kwargs)
+
+    return run
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A model's forward: of its class, or put on the model itself, as accelerate does."""
+
+    model: nn.Module
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.model), "forward"
+
+    def get(self) -> Forward:
+        forward: Forward = self.model.forward
+        return forward
+
+    def put(self, wrapper: Forward) -> None:
+        self.model.forward = wrapper
+
+    def restore(self, original: Forward) -> None:
+        del self.model.forward
+        if self.model.forward != original:
+            self.model.forward = original

@@ -1,0 +1,555 @@
+"""Forward passes in which value vectors are removed or scaled.
+
+Removing the pair ``(h, j)`` sets the projected value ``v~_j^h`` to zero for every query that sees
+``j``; attention is not renormalised (arXiv 2606.07604, section 5.2). It is done layer by layer in
+one pass, so that a change reaches the later layers. What is removed is decided from all queries,
+later ones included: right for an explanation, wrong for a cache policy.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_cw.attr._inputs import Tokens, tokens_of
+from captum_cw.attr.layer import uncompiled, unwrapped
+from captum_cw.capture import (
+    Execution,
+    Observation,
+    StateSpace,
+    around_passes,
+    changed_values,
+    is_observed,
+)
+from captum_cw.functional import AttentionLayer, Reduction, check_choice
+from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
+from captum_cw.scoring import PairScorer, pair_scorer
+from captum_cw.sinks import THRESHOLD, layer_sinks, real_tokens
+
+__all__ = ["Scoring", "remove_tokens", "remove_values", "scale_values"]
+
+Scoring = Literal["online", "clean"]
+Factors = list[Tensor | None]
+"""What the values of each layer are multiplied by: ``(B|1, H|1, S)``, None where left alone."""
+
+
+# ---------------------------------------------------------------------------------------------
+# What people use
+
+
+@contextmanager
+def remove_tokens(
+    model: nn.Module,
+    method: object,
+    rate: float,
+    which: Which = "bottom",
+    reduction: Reduction = "mean",
+    scoring: Scoring = "online",
+    scope: Scope = "layer",
+    protect_sinks: bool = True,
+    sink_space: StateSpace = "normed",
+    *,
+    sink_threshold: float = THRESHOLD,
+    rate_of: RateOf = "removable",
+    seed: int = 0,
+) -> Iterator[None]:
+    """Every forward pass of ``model`` removes the pairs of head and token that score low, or high.
+
+    Pairs are scored and ranked within each example. With a key-value cache, what is removed is
+    fixed when the prompt is read, and generated tokens stay. Padding is known from the mask that
+    the model is given; without one, every token counts.
+
+    Args:
+        model: The model.
+        method: A measure such as ``ContributionWeights(model)``, ``TokenScores`` around one
+            (whose ``reduction`` and ``signed`` count), or a name: ``"contribution"``, ``"vwon"``,
+            ``"vw"``, ``"attention"``, ``"random"`` or a control.
+        rate: The fraction of pairs to remove, in [0, 1].
+        which: ``"bottom"`` (sufficiency) or ``"top"`` (comprehensiveness).
+        reduction: Of scores over queries.
+        scoring: ``"online"`` scores each layer in the pass itself, after the changes of earlier
+            layers; ``"clean"`` in an unchanged pass before it, so the model runs twice.
+        scope: Pairs are ranked over a ``"layer"``, each ``"head"``, or all layers
+            (``"global"``, which needs clean scoring).
+        protect_sinks: Never removes attention sinks.
+        sink_space: Of the hidden states by which sinks are found (see
+            :func:`captum_cw.sinks.find_sinks`).
+        sink_threshold: Of their cosine with the first token.
+        rate_of: What ``rate`` is a fraction of: pairs that are ``"removable"``, or ``"all"``, so
+            that sinks use up a part of it.
+        seed: Of ``"random"``.
+
+    Raises:
+        TypeError, ValueError: If a choice is unknown, or ``rate`` is no fraction.
+
+    Example:
+        >>> with remove_tokens(model, ContributionWeights(model), 0.5):
+        ...     logits = model(input_ids).logits
+    """
+    ranking = Ranking(rate, which, scope, rate_of)
+    check_scoring(scoring, scope)
+    sink_rule = SinkRule(sink_threshold if protect_sinks else None, sink_space)
+    removal = OnlineRemoval if scoring == "online" else CleanRemoval
+    with removal(model, pair_scorer(method, reduction, seed), ranking, sink_rule).in_force():
+        yield
+
+
+@contextmanager
+def remove_values(model: nn.Module, masks: Sequence[Tensor]) -> Iterator[None]:
+    """Every forward pass of ``model`` is without the given values.
+
+    Args:
+        model: The model.
+        masks: For each attention layer, in execution order, ``(B, H, T)`` boolean, True where
+            the value is removed; of size 1 in ``B`` or ``H`` for all examples or heads.
+
+    Raises:
+        TypeError, ValueError: If the masks are not boolean, or do not fit the pass that is run.
+
+    Example:
+        >>> masks = [torch.zeros(1, 4, 5, dtype=torch.bool) for _ in range(2)]
+        >>> masks[0][:, :, 1] = True
+        >>> with remove_values(model, masks):
+        ...     logits = model(input_ids).logits
+    """
+    for number, mask in enumerate(masks):
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3:
+            what = (
+                f"{mask.dtype} of shape {tuple(mask.shape)}"
+                if isinstance(mask, Tensor)
+                else f"of type {type(mask).__name__}"
+            )
+            raise TypeError(f"Mask {number} is {what}: give boolean tensors (B, H, T).")
+    with FixedChange(model, [kept(mask) for mask in masks]).in_force():
+        yield
+
+
+@contextmanager
+def scale_values(
+    model: nn.Module,
+    factor: float,
+    positions: int | Sequence[int],
+    layers: int | Sequence[int] | None = None,
+) -> Iterator[None]:
+    """Every forward pass of ``model`` has the values of some tokens multiplied by a factor.
+
+    Args:
+        model: The model.
+        factor: A finite number; 0 removes the values, 1 leaves them.
+        positions: Places among the real tokens of each example; negative ones count from its end.
+        layers: Places of attention layers in execution order; None for all.
+
+    Raises:
+        ValueError: If ``factor`` is not finite.
+        IndexError: If a position or a layer does not exist in the pass that is run.
+
+    Example:
+        >>> with scale_values(model, 0.5, positions=0, layers=[1]):
+        ...     logits = model(input_ids).logits
+    """
+    if not math.isfinite(factor):
+        raise ValueError(f"factor={factor!r} is not finite.")
+    places = [positions] if isinstance(positions, int) else list(positions)
+    chosen = [layers] if isinstance(layers, int) else layers
+    with _Scaled(model, factor, places, None if chosen is None else list(chosen)).in_force():
+        yield
+
+
+def check_scoring(scoring: Scoring, scope: Scope) -> None:
+    """Raises a ValueError where the two are unknown, or do not go together."""
+    check_choice("scoring", scoring, Scoring)
+    if scope == "global" and scoring == "online":
+        raise ValueError(
+            "scope='global' ranks all layers at once, but scoring='online' knows one after the "
+            "other: use scoring='clean'."
+        )
+
+
+def kept(removed: Tensor) -> Tensor | None:
+    """Factors for what is not removed; None where nothing is."""
+    return (~removed).float() if removed.any() else None
+
+
+# ---------------------------------------------------------------------------------------------
+# How it is done
+
+
+class _Intervention:
+    """Changes the values that the attention layers of a model read, in each of its passes.
+
+    What the values of a prompt were multiplied by stays so for the tokens that follow it in a
+    key-value cache; values that come later are left alone.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: nn.Module = unwrapped(model)
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"model is of type {type(model).__name__}: give the model itself.")
+        self._modules = set(self.model.modules())
+        self._factors: Factors = []
+        self._length = 0
+        self._running = False
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Changes all passes of the model in this context."""
+        with (
+            changed_values(self._modules, self._only_in_passes),
+            around_passes(self.model, self._pass),
+            uncompiled(),
+        ):
+            yield
+
+    def _only_in_passes(self, module: nn.Module, heads: int, value: Tensor) -> None:
+        if not self._running:
+            raise RuntimeError(
+                f"{type(module).__name__} runs outside of a pass of the {type(self.model).__name__}"
+                " whose values are changed: call the model itself, not a part of it."
+            )
+
+    @contextmanager
+    def _pass(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[None]:
+        tokens = tokens_of(self.model, args, kwargs)
+        if tokens.cached and tokens.cached != self._length:
+            raise RuntimeError(
+                f"The key-value cache holds {tokens.cached} tokens, but {self._length} have been "
+                "read since values are changed: what was removed from them is not known. Start "
+                "with the whole text and an empty cache."
+            )
+        self._running = True
+        try:
+            if tokens.cached:
+                with self._changed(tokens):
+                    yield
+            else:
+                with self._prompt(forward, args, kwargs, tokens):
+                    yield
+        finally:
+            self._running = False
+        self._length = tokens.cached + (tokens.T or 0)
+
+    def _prompt(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tokens: Tokens,
+    ) -> AbstractContextManager[None]:
+        """Around a pass over a text from its start; leaves ``_factors`` behind."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _changed(self, tokens: Tokens) -> Iterator[None]:
+        """Multiplies the values of the layers of a pass by ``_factors``."""
+        number = 0
+
+        def change(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
+            nonlocal number
+            number += 1
+            if number > len(self._factors):
+                raise ValueError(
+                    f"Values are changed in {len(self._factors)} attention layers, but the model "
+                    "runs more: give one mask for each."
+                )
+            factors = self._factors[number - 1]
+            if factors is not None:
+                _check_factors(factors, heads, value, tokens, number - 1)
+            return factors
+
+        with changed_values(self._modules, change):
+            yield
+        if number != len(self._factors):
+            raise ValueError(
+                f"Values are changed in {len(self._factors)} attention layers, but the model ran "
+                f"{number}: give one mask for each."
+            )
+
+
+def _check_factors(factors: Tensor, heads: int, value: Tensor, tokens: Tokens, number: int) -> None:
+    B, H, S = factors.shape
+    here = tokens.cached + (value.shape[2] if tokens.T is None else tokens.T)
+    fits = here == S or (tokens.cached and here > S)
+    if B not in (1, value.shape[0]) or H not in (1, heads) or not fits:
+        raise ValueError(
+            f"Layer {number} has {value.shape[0]} examples, {heads} heads and {here} tokens, but "
+            f"what changes its values has shape {(B, H, S)}: expected (B, H, T)."
+        )
+    if value.shape[2] < here:
+        raise RuntimeError(
+            f"Layer {number} holds {value.shape[2]} of {here} tokens in its cache, so it is not "
+            "known which are removed: use a cache without a window, or none."
+        )
+
+
+class FixedChange(_Intervention):
+    """The same factors in every pass."""
+
+    def __init__(self, model: nn.Module, factors: Factors) -> None:
+        super().__init__(model)
+        self._factors = factors
+
+    def _prompt(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tokens: Tokens,
+    ) -> AbstractContextManager[None]:
+        return self._changed(tokens)
+
+
+class _Scaled(_Intervention):
+    """One factor for some tokens of some layers."""
+
+    def __init__(
+        self, model: nn.Module, factor: float, positions: list[int], layers: list[int] | None
+    ) -> None:
+        super().__init__(model)
+        self._factor, self._positions, self._layers = factor, positions, layers
+
+    @contextmanager
+    def _prompt(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tokens: Tokens,
+    ) -> Iterator[None]:
+        self._factors = []
+        scaled: list[int] = []
+
+        def change(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
+            number = len(self._factors)
+            wanted = self._layers is None or number in self._layers
+            factors = self._of(tokens, value) if wanted and self._factor != 1 else None
+            self._factors.append(factors)
+            scaled.append(number)
+            return factors
+
+        with changed_values(self._modules, change):
+            yield
+        missing = sorted({*(self._layers or ())} - {*scaled})
+        if missing:
+            raise IndexError(f"layers={missing}: the model has attention layers 0..{scaled[-1]}.")
+
+    def _of(self, tokens: Tokens, value: Tensor) -> Tensor:
+        B, T = value.shape[0], value.shape[2] if tokens.T is None else tokens.T
+        factors = value.new_ones(B, 1, T)
+        for b in range(B):
+            places = range(T) if tokens.real is None else tokens.real[b].nonzero()[:, 0].tolist()
+            n = len(places)
+            for position in self._positions:
+                if not -n <= position < n:
+                    raise IndexError(f"positions={position}, but example {b} has {n} tokens.")
+                factors[b, :, places[position]] = self._factor
+        return factors
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Which pairs of head and token are removed, given their scores.
+
+    Args:
+        rate: The fraction.
+        which: ``"top"`` or ``"bottom"``.
+        scope: Of the ranking.
+        rate_of: What the rate is a fraction of.
+    """
+
+    rate: float
+    which: Which
+    scope: Scope = "layer"
+    rate_of: RateOf = "removable"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"rate={self.rate!r} is no fraction: give a number in [0, 1].")
+        check_choice("which", self.which, Which)
+        check_choice("scope", self.scope, Scope)
+        check_choice("rate_of", self.rate_of, RateOf)
+
+    def factors(
+        self, scores: Sequence[Tensor], real: Sequence[Tensor], sinks: Sequence[Tensor]
+    ) -> Factors:
+        """The factors of layers with these scores ``(B, H|1, S)``, real tokens and sinks."""
+        removed = chosen_pairs(scores, real, sinks, self.rate, self.which, self.scope, self.rate_of)
+        return [kept(pairs) for pairs in removed]
+
+
+@dataclass(frozen=True)
+class SinkRule:
+    """Which tokens are sinks.
+
+    Args:
+        threshold: Of the cosine with the first token; None: no token is one.
+        space: Of the hidden states that are compared.
+    """
+
+    threshold: float | None = THRESHOLD
+    space: StateSpace = "normed"
+
+    def __post_init__(self) -> None:
+        check_choice("sink_space", self.space, StateSpace)
+        if self.threshold is not None and not -1 <= self.threshold <= 1:
+            raise ValueError(
+                f"sink_threshold={self.threshold!r} is no cosine: give one in [-1, 1]."
+            )
+
+    @property
+    def needs(self) -> StateSpace | None:
+        """The hidden states that must be observed."""
+        return None if self.threshold is None else self.space
+
+    def sinks(self, execution: Execution, layer: AttentionLayer) -> Tensor:
+        """``(B, S)`` boolean."""
+        if self.threshold is None:
+            return torch.zeros_like(real_tokens(layer))
+        return layer_sinks(execution, layer, self.threshold)
+
+
+@dataclass
+class CleanPass:
+    """What an unchanged pass shows, layer by layer.
+
+    Attributes:
+        real: ``(B, S)``, False at padding.
+        sinks: ``(B, S)``.
+        scores: By name of the method, ``(B, H, S)``.
+        output: What the model returned.
+    """
+
+    real: list[Tensor] = field(default_factory=list)
+    sinks: list[Tensor] = field(default_factory=list)
+    scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    output: Any = None
+
+    @classmethod
+    def run(
+        cls,
+        model: nn.Module,
+        forward: Callable[[], Any],
+        scorers: Mapping[str, PairScorer],
+        sink_rule: SinkRule,
+        real: Tensor | None,
+    ) -> CleanPass:
+        """Runs ``forward``, a pass of ``model`` over a whole text with padding as ``real`` says."""
+        seen = cls(scores={name: [] for name in scorers})
+
+        def on_layer(execution: Execution, layer: AttentionLayer) -> None:
+            number = len(seen.real)
+            seen.real.append(real_tokens(layer))
+            seen.sinks.append(sink_rule.sinks(execution, layer))
+            for name, scorer in scorers.items():
+                seen.scores[name].append(scorer(layer, number))
+
+        with torch.no_grad(), Observation([model], on_layer, real=real, space=sink_rule.needs):
+            seen.output = forward()
+        return seen
+
+
+class CleanRemoval(_Intervention):
+    """Removes what scores say that are taken in an unchanged pass before."""
+
+    def __init__(
+        self, model: nn.Module, scorer: PairScorer, ranking: Ranking, sink_rule: SinkRule
+    ) -> None:
+        super().__init__(model)
+        self._scorer, self._ranking, self._sink_rule = scorer, ranking, sink_rule
+
+    @contextmanager
+    def _prompt(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tokens: Tokens,
+    ) -> Iterator[None]:
+        _check_evaluation(self.model)
+        # An empty cache, such as generate gives, would be filled twice.
+        alone = {n: v for n, v in kwargs.items() if n not in ("past_key_values", "use_cache")}
+        if "use_cache" in inspect.signature(forward).parameters:
+            alone["use_cache"] = False
+        clean = CleanPass.run(
+            self.model,
+            partial(forward, *args, **alone),
+            {"": self._scorer},
+            self._sink_rule,
+            tokens.real,
+        )
+        self._factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
+        with self._changed(tokens):
+            yield
+
+
+class OnlineRemoval(_Intervention):
+    """Removes what scores say that each layer has after the changes of earlier layers.
+
+    Args:
+        model: The model.
+        scorer: What scores the pairs of a layer.
+        ranking: Which of them are removed.
+        sink_rule: Which tokens are sinks.
+        sinks: Those of each layer where they are known already, as from a clean pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scorer: PairScorer,
+        ranking: Ranking,
+        sink_rule: SinkRule,
+        sinks: Sequence[Tensor] | None = None,
+    ) -> None:
+        super().__init__(model)
+        self._scorer, self._ranking = scorer, ranking
+        self._sink_rule, self._sinks = sink_rule, sinks
+
+    @contextmanager
+    def _prompt(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tokens: Tokens,
+    ) -> Iterator[None]:
+        _check_evaluation(self.model)
+        if is_observed():
+            raise RuntimeError(
+                "Under online removal a layer changes while it is scored, so it cannot be "
+                "attributed at the same time: use scoring='clean', or remove_values."
+            )
+        self._factors = []
+        space = self._sink_rule.needs if self._sinks is None else None
+        with Observation([self.model], self._remove, real=tokens.real, space=space):
+            yield
+
+    @torch.no_grad()
+    def _remove(self, execution: Execution, layer: AttentionLayer) -> Tensor | None:
+        number = len(self._factors)
+        if self._sinks is None:
+            sinks = self._sink_rule.sinks(execution, layer)
+        else:
+            sinks = self._sinks[number]
+        scores = self._scorer(layer, number)
+        self._factors += self._ranking.factors([scores], [real_tokens(layer)], [sinks])
+        return self._factors[-1]
+
+
+def _check_evaluation(model: nn.Module) -> None:
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            "The model is in training mode, and dropout changes what is scored: call model.eval()."
+        )

@@ -1,0 +1,16 @@
+"""Is it faithful? Comprehensiveness and sufficiency, by removing what scores rank."""
+
+from captum_cw.metrics.faithfulness import (
+    ComprehensivenessSufficiency,
+    comprehensiveness,
+    sufficiency,
+)
+from captum_cw.metrics.result import Comparison, FaithfulnessResult
+
+__all__ = [
+    "Comparison",
+    "ComprehensivenessSufficiency",
+    "FaithfulnessResult",
+    "comprehensiveness",
+    "sufficiency",
+]

@@ -1,0 +1,534 @@
+"""Comprehensiveness and sufficiency (arXiv 2606.07604, Eq. 16-17).
+
+What a method ranks highest is removed (comprehensiveness: the model should suffer), or what it
+ranks lowest (sufficiency: it should not). Scores rank pairs of head and token in each layer; for
+methods that give one score a token, whole tokens are removed in all heads and layers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_cw.attr import TokenScores
+from captum_cw.attr._captum import Attribution
+from captum_cw.attr._inputs import forward_call
+from captum_cw.attr.layer import _AttentionAttribution, evaluation_mode, uncompiled, unwrapped
+from captum_cw.capture import StateSpace
+from captum_cw.functional import Reduction, check_choice
+from captum_cw.interventions import (
+    CleanPass,
+    FixedChange,
+    OnlineRemoval,
+    Ranking,
+    Scoring,
+    SinkRule,
+    check_scoring,
+)
+from captum_cw.metrics.quantities import Logits, MetricName, last_token, mean_nll, quantity
+from captum_cw.metrics.result import REMOVED, FaithfulnessResult, Side
+from captum_cw.progress import progress_bar
+from captum_cw.ranking import RateOf, Scope, Which
+from captum_cw.records import Records, RecordsError
+from captum_cw.scoring import PairScorer, RandomPairs, pair_scorer
+from captum_cw.sinks import THRESHOLD
+
+__all__ = ["ComprehensivenessSufficiency", "comprehensiveness", "sufficiency"]
+
+Batch = Tensor | Mapping[str, Any]
+Granularity = Literal["pair", "token"]
+
+#: Removal from the top soon leaves no model; from the bottom it goes far.
+DEFAULT_RATES: dict[Which, tuple[float, ...]] = {
+    "top": (0.01, 0.02, 0.05, 0.1, 0.2),
+    "bottom": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+}
+
+
+@dataclass(frozen=True)
+class _TokenMethod:
+    """Scores of whole tokens: ``(B, T)`` from a callable, or given."""
+
+    scores: Callable[[Batch], Any]
+    name: str
+
+
+class ComprehensivenessSufficiency:
+    """Which method finds the tokens that matter, measured by removing what it ranks.
+
+    Args:
+        model: The model.
+        rates: The fractions to remove, ascending, in (0, 1]; one sequence for both sides, or
+            None for 0.01 to 0.2 from the top and 0.1 to 0.9 from the bottom.
+        scoring: ``"online"`` scores each layer after the changes of earlier ones, ``"clean"`` in
+            an unchanged pass.
+        scope: Pairs are ranked over a ``"layer"``, each ``"head"``, or all layers (``"global"``,
+            which needs clean scoring).
+        rate_of: What rates are fractions of: ``"removable"`` pairs, or ``"all"``, so that sinks
+            use up a part.
+        protect_sinks: Never removes attention sinks, found in the unchanged pass.
+        sink_threshold: Of a sink's cosine with the first token.
+        sink_space: Of the hidden states that are compared.
+        metric: ``"perplexity"`` and ``"nll"`` of the text; ``"log_prob"`` and ``"prob"`` of a
+            target after it; ``"kl"`` from the unchanged distribution; or a callable ``(logits,
+            batch, clean_logits) -> (B,)``, better if lower unless it says ``higher_is_better``.
+        reduction: Of scores over queries, where a method does not bring its own.
+        granularity: ``"pair"``, or ``"token"``: measures remove whole tokens, as other methods do.
+        seed: Of ``"random"``.
+
+    Raises:
+        TypeError, ValueError: If a choice is unknown, or the rates are no fractions in order.
+
+    Example:
+        >>> metric = ComprehensivenessSufficiency(model, rates=[0.5])
+        >>> methods = {"contribution": ContributionWeights(model), "chance": "random"}
+        >>> result = metric.evaluate(methods, input_ids)
+        >>> result.sufficiency["contribution"].shape, result.methods
+        (torch.Size([1]), ['contribution', 'chance'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rates: Sequence[float] | None = None,
+        scoring: Scoring = "online",
+        scope: Scope = "layer",
+        rate_of: RateOf = "removable",
+        protect_sinks: bool = True,
+        sink_threshold: float = THRESHOLD,
+        sink_space: StateSpace = "normed",
+        metric: MetricName | Callable[..., Tensor] = "perplexity",
+        *,
+        reduction: Reduction = "mean",
+        granularity: Granularity = "pair",
+        seed: int = 0,
+    ) -> None:
+        self.model: nn.Module = unwrapped(model)
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"model is of type {type(model).__name__}: give the model itself.")
+        check_scoring(scoring, scope)
+        check_choice("reduction", reduction, Reduction)
+        check_choice("granularity", granularity, Granularity)
+        self.rates = _rates(rates)
+        self.scoring: Scoring = scoring
+        self.scope: Scope = scope
+        self.rate_of: RateOf = rate_of
+        self.sink_rule = SinkRule(sink_threshold if protect_sinks else None, sink_space)
+        self.metric = metric
+        self.reduction: Reduction = reduction
+        self.granularity: Granularity = granularity
+        self.seed = seed
+        self._quantity = quantity(metric)
+        for which, several in self.rates.items():
+            for rate in several:
+                Ranking(rate, which, scope, rate_of)  # raises where a choice is unknown
+
+    def evaluate(
+        self,
+        methods: Mapping[str, object],
+        inputs_or_dataloader: Batch | Iterable[Batch],
+        *,
+        target: int | Tensor | None = None,
+        resume_from: str | Path | None = None,
+        show_progress: bool = False,
+    ) -> FaithfulnessResult:
+        """Removes what each method ranks, at each rate, from each example.
+
+        Args:
+            methods: By a name of your choice: a measure, ``TokenScores`` around one (whose
+                ``reduction`` and ``signed`` count), the name of a measure or control,
+                ``"random"``; or a callable that takes a batch, or a tensor, that gives ``(B, T)``
+                scores, ranked as they are (take absolute values where signs should not count).
+            inputs_or_dataloader: Token ids ``(B, T)``, a ``BatchEncoding`` or dict; or an
+                iterable of these.
+            target: For ``"log_prob"`` and ``"prob"``: the token id after the text, one for all
+                or ``(B,)``; None for what the unchanged model predicts.
+            resume_from: A file that keeps every finished batch; an interrupted run of the same
+                settings, data and model goes on from it, to the same numbers.
+            show_progress: Shows a bar once it has taken two seconds.
+
+        Returns:
+            Deltas by method, side, rate and example.
+
+        Raises:
+            TypeError, ValueError: If a method is none of these, its scores are of another shape or
+                not finite, there are no data, all tokens are protected, or a text has less than
+                two tokens.
+            RecordsError: If ``resume_from`` is damaged, or of another run.
+        """
+        scorers = {name: self._scorer(name, method) for name, method in methods.items()}
+        if not scorers:
+            raise ValueError("There is no method to evaluate: methods is empty.")
+        settings = self._settings(methods, target)
+        batches, count = _batches(inputs_or_dataloader)
+        passes = 1 + len(scorers) * sum(map(len, self.rates.values()))
+        records: list[dict[str, Any]] = []
+        with ExitStack() as stack:
+            kept: Records | None = None
+            if resume_from is not None:
+                kept = stack.enter_context(Records(resume_from, settings))
+            total = None if count is None else count * passes
+            bar = stack.enter_context(progress_bar(total, "Faithfulness", show=show_progress))
+            for batch in batches:
+                examples = _examples(batch, first=len(records))
+                done = None if kept is None else _kept(kept, examples)
+                if done is None:
+                    done = self._evaluate(scorers, batch, target, examples, bar.update)
+                    if kept is not None:
+                        new = {e.key: r for e, r in zip(examples, done, strict=True)}
+                        kept.update({key: r for key, r in new.items() if key not in kept})
+                else:
+                    bar.update(passes)
+                records += done
+        return FaithfulnessResult(self.rates, settings, records)
+
+    def _scorer(self, name: str, method: object) -> PairScorer | _TokenMethod:
+        if isinstance(method, Tensor):
+            return _TokenMethod(lambda batch: method, name)
+        if callable(method) and not isinstance(method, Attribution):
+            return _TokenMethod(method, name)
+        return pair_scorer(method, self.reduction, self.seed)
+
+    def _settings(self, methods: Mapping[str, object], target: object) -> dict[str, Any]:
+        """What the numbers depend on, but the data and the model."""
+        return {
+            "scoring": self.scoring,
+            "scope": self.scope,
+            "rate_of": self.rate_of,
+            "rates": {which: list(rates) for which, rates in self.rates.items()},
+            "sink_threshold": self.sink_rule.threshold,
+            "sink_space": self.sink_rule.space,
+            "metric": self.metric if isinstance(self.metric, str) else described(self.metric),
+            "higher_is_better": self._quantity.higher_is_better,
+            "reduction": self.reduction,
+            "granularity": self.granularity,
+            "seed": self.seed,
+            "target": target.tolist() if isinstance(target, Tensor) else target,
+            "methods": {name: described(method) for name, method in methods.items()},
+            "model": getattr(getattr(self.model, "config", None), "name_or_path", None),
+            "weights": fingerprint(self.model),
+            "versions": {p: version(p) for p in ("torch", "transformers", "captum")},
+        }
+
+    def _evaluate(
+        self,
+        methods: Mapping[str, PairScorer | _TokenMethod],
+        batch: Batch,
+        target: int | Tensor | None,
+        examples: Sequence[_Example],
+        advance: Callable[[], object],
+    ) -> list[dict[str, Any]]:
+        """The records of one batch."""
+        with torch.no_grad(), evaluation_mode([self.model], self.model), uncompiled():
+            run = _Run(self, batch, methods, [example.key for example in examples])
+            advance()
+            measured = run.measured(run.clean.output, target)
+            table: dict[str, dict[str, dict[str, list[Tensor]]]] = {
+                what: {name: {which: [] for which in self.rates} for name in methods}
+                for what in ("values", "nll")
+            }
+            for name in methods:
+                for which, rates in self.rates.items():
+                    for rate in rates:
+                        with run.removal(name, rate, which).in_force():
+                            output = run.forward()
+                        found = run.measured(output, measured.target)
+                        table["values"][name][which].append(self._quantity(found).cpu())
+                        table["nll"][name][which].append(found.nll.cpu())
+                        advance()
+            clean = self._quantity(measured).tolist()
+        return [
+            {
+                "index": example.index,
+                "data": example.data,
+                "batch": example.batch,
+                "clean": clean[b],
+                "clean_nll": float(measured.nll[b]),
+                "count": int(run.counts[b]),
+                **{
+                    what: {
+                        name: {which: [float(x[b]) for x in xs] for which, xs in sides.items()}
+                        for name, sides in by_method.items()
+                    }
+                    for what, by_method in table.items()
+                },
+            }
+            for b, example in enumerate(examples)
+        ]
+
+
+class _Run:
+    """The passes over one batch: the clean one, which is run at once, and the changed ones."""
+
+    def __init__(
+        self,
+        metric: ComprehensivenessSufficiency,
+        batch: Batch,
+        methods: Mapping[str, PairScorer | _TokenMethod],
+        keys: Sequence[str],
+    ) -> None:
+        self.metric, self.batch = metric, batch
+        self.methods = {name: _seeded(method, keys) for name, method in methods.items()}
+        call = forward_call(metric.model, metric.model.forward, batch, None)
+        kwargs = {name: x for name, x in call.kwargs.items() if name != "logits_to_keep"}
+        self.forward = partial(metric.model, *call.args, **kwargs)
+        self.inputs = kwargs
+        self.by_token = {
+            name
+            for name, method in self.methods.items()
+            if isinstance(method, _TokenMethod) or metric.granularity == "token"
+        }
+        in_pass: dict[str, PairScorer] = {
+            name: method
+            for name, method in self.methods.items()
+            if not isinstance(method, _TokenMethod)
+            and (metric.scoring == "clean" or name in self.by_token)
+        }
+        self.clean = CleanPass.run(metric.model, self.forward, in_pass, metric.sink_rule, call.real)
+        self.real = self.clean.real[0]
+        for name, layers in self.clean.scores.items():
+            for scores in layers:
+                _checked(name, scores, scores.shape)
+        removable = [r & ~s for r, s in zip(self.clean.real, self.clean.sinks, strict=True)]
+        if not torch.stack(removable).any(0).any(-1).all():
+            raise ValueError(
+                "All tokens of an example are protected, so nothing can be removed: give longer "
+                "texts, a higher sink_threshold, or protect_sinks=False."
+            )
+        self._by_token = {name: self._token_scores(name) for name in self.by_token}
+
+    def _token_scores(self, name: str) -> Tensor:
+        """``(B, T)``."""
+        method = self.methods[name]
+        if isinstance(method, _TokenMethod):
+            scores = method.scores(self.batch)
+            if isinstance(scores, tuple) and len(scores) == 1:
+                (scores,) = scores
+            return _checked(name, scores, self.real.shape).to(self.real.device)
+        return torch.stack([layer.mean(1) for layer in self.clean.scores[name]]).mean(0)
+
+    def removal(self, name: str, rate: float, which: Which) -> OnlineRemoval | FixedChange:
+        """The passes without what a method ranks lowest or highest."""
+        metric, clean, method = self.metric, self.clean, self.methods[name]
+        ranking = Ranking(rate, which, metric.scope, metric.rate_of)
+        if name in self.by_token:
+            # A token that is a sink anywhere stays everywhere.
+            sinks = torch.stack(clean.sinks).any(0)
+            tokens = Ranking(rate, which, "layer", metric.rate_of)
+            scores = self._by_token[name][:, None]
+            return FixedChange(
+                metric.model, tokens.factors([scores], [self.real], [sinks]) * len(clean.sinks)
+            )
+        if metric.scoring == "clean":
+            factors = ranking.factors(clean.scores[name], clean.real, clean.sinks)
+            return FixedChange(metric.model, factors)
+        assert not isinstance(method, _TokenMethod)
+        return OnlineRemoval(metric.model, method, ranking, metric.sink_rule, clean.sinks)
+
+    def measured(self, output: Any, target: int | Tensor | None) -> Logits:
+        """What the quantities are computed from."""
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor) or logits.dim() != 3:
+            raise TypeError(
+                f"The model returned {type(output).__name__} without logits (B, T, V): give a "
+                "language model."
+            )
+        ids = self.inputs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise ValueError("There are no input_ids, so the likelihood of the text is not known.")
+        nll, self.counts = mean_nll(logits, ids, self.real)
+        if target is None:
+            last = last_token(self.real)
+            target = logits[torch.arange(len(last)), last].argmax(-1)
+        elif isinstance(target, int):
+            target = torch.full((len(ids),), target)
+        if target.shape != (len(ids),):
+            raise ValueError(
+                f"target has shape {tuple(target.shape)}: one token each, ({len(ids)},)."
+            )
+        clean = getattr(self.clean.output, "logits", self.clean.output)
+        return Logits(logits, self.inputs, self.real, clean, target, nll)
+
+
+def comprehensiveness(
+    forward_func: nn.Module,
+    inputs: Batch,
+    attributions: object,
+    rates: Sequence[float] = DEFAULT_RATES["top"],
+    **settings: Any,
+) -> Tensor:
+    """How much the metric loses as what ``attributions`` rank highest is removed (Eq. 16).
+
+    Args:
+        forward_func: The model.
+        inputs: Token ids ``(B, T)``, a ``BatchEncoding`` or dict.
+        attributions: Scores ``(B, T)``, a measure, or a name, as for
+            :meth:`ComprehensivenessSufficiency.evaluate`.
+        rates: The fractions to remove.
+        settings: As for :class:`ComprehensivenessSufficiency`; and ``target``.
+
+    Returns:
+        ``(B, rates)``; higher is better.
+
+    Example:
+        >>> comprehensiveness(model, input_ids, ContributionWeights(model), [0.25, 0.5]).shape
+        torch.Size([1, 2])
+    """
+    return _one_side("comprehensiveness", forward_func, inputs, attributions, rates, settings)
+
+
+def sufficiency(
+    forward_func: nn.Module,
+    inputs: Batch,
+    attributions: object,
+    rates: Sequence[float] = DEFAULT_RATES["bottom"],
+    **settings: Any,
+) -> Tensor:
+    """How much the metric loses as what ``attributions`` rank lowest is removed (Eq. 17).
+
+    Args and example as :func:`comprehensiveness`.
+
+    Returns:
+        ``(B, rates)``; lower is better.
+
+    Example:
+        >>> sufficiency(model, input_ids, torch.tensor([[5.0, 4, 3, 2, 1]]), [0.5]).shape
+        torch.Size([1, 1])
+    """
+    return _one_side("sufficiency", forward_func, inputs, attributions, rates, settings)
+
+
+def _one_side(
+    side: Side,
+    model: nn.Module,
+    inputs: Batch,
+    method: object,
+    rates: Sequence[float],
+    settings: dict[str, Any],
+) -> Tensor:
+    target = settings.pop("target", None)
+    metric = ComprehensivenessSufficiency(model, rates, **settings)
+    metric.rates = {REMOVED[side]: metric.rates[REMOVED[side]]}
+    return metric.evaluate({"": method}, inputs, target=target).deltas("", side)
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts
+
+
+@dataclass(frozen=True)
+class _Example:
+    """One example: its place among all, a checksum of its data, and the shape of its batch."""
+
+    index: int
+    data: str
+    batch: list[int]
+
+    @property
+    def key(self) -> str:
+        return str(self.index)
+
+
+def _examples(batch: Batch, first: int) -> list[_Example]:
+    tensors = [batch] if isinstance(batch, Tensor) else list(batch.values())
+    tensors = [x for x in tensors if isinstance(x, Tensor) and x.dim()]
+    if not tensors or not len(tensors[0]):
+        raise ValueError("A batch is empty: give at least one example.")
+    B = len(tensors[0])
+    return [
+        _Example(first + b, checksum(*(x[b] for x in tensors if len(x) == B)), [B, first])
+        for b in range(B)
+    ]
+
+
+def _kept(records: Records, examples: Sequence[_Example]) -> list[dict[str, Any]] | None:
+    """The records of a batch, if all of them were kept.
+
+    Raises:
+        RecordsError: If what was kept is of other data.
+    """
+    found = [records[example.key] for example in examples if example.key in records]
+    for record in found:
+        example = examples[record["index"] - examples[0].index]
+        if (record["data"], record["batch"]) != (example.data, example.batch):
+            raise RecordsError(
+                f"{records.path} holds another example {example.index}, or one of another batch: "
+                "go on with the same data and batch size, or choose another file."
+            )
+    return found if len(found) == len(examples) else None
+
+
+def _batches(data: Batch | Iterable[Batch]) -> tuple[Iterable[Batch], int | None]:
+    """Batches, and how many there are where that is known."""
+    if isinstance(data, (Tensor, Mapping)):
+        return [data], 1
+    return data, len(data) if isinstance(data, Sized) else None
+
+
+def _seeded(method: PairScorer | _TokenMethod, keys: Sequence[str]) -> PairScorer | _TokenMethod:
+    return replace(method, examples=tuple(keys)) if isinstance(method, RandomPairs) else method
+
+
+def _checked(name: str, scores: object, shape: Sequence[int]) -> Tensor:
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != tuple(shape):
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"Method {name!r} gives scores {found}: one a token is needed, {tuple(shape)}."
+        )
+    if not scores.isfinite().all():
+        raise ValueError(f"Method {name!r} gives scores that are NaN or infinite.")
+    return scores.detach()
+
+
+def _rates(rates: Sequence[float] | None) -> dict[Which, tuple[float, ...]]:
+    if rates is None:
+        return dict(DEFAULT_RATES)
+    several = tuple(float(rate) for rate in rates)
+    if not several or not all(0 < rate <= 1 for rate in several):
+        raise ValueError(f"rates={several}: give fractions in (0, 1].")
+    if any(a >= b for a, b in pairwise(several)):
+        raise ValueError(f"rates={several}: give them in ascending order, each once.")
+    return {"top": several, "bottom": several}
+
+
+def checksum(*tensors: Tensor) -> str:
+    """Of the bytes of some tensors."""
+    crc = 0
+    for x in tensors:
+        x = x.detach().cpu().contiguous()
+        crc = zlib.crc32(repr((x.dtype, tuple(x.shape))).encode(), crc)
+        crc = zlib.crc32(bytes(x.view(torch.uint8).numpy()) if x.numel() else b"", crc)
+    return f"{crc:08x}"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells models apart by a thousand numbers of each weight."""
+    parts = []
+    for x in model.state_dict().values():
+        if not x.is_meta:
+            flat = x.detach().flatten()
+            parts.append(flat[:: max(1, len(flat) // 1000)])
+    return checksum(*parts)
+
+
+def described(method: object) -> str:
+    """A method, or another callable, in a word that tells it from others."""
+    if isinstance(method, str):
+        return method
+    if isinstance(method, Tensor):
+        return f"scores {checksum(method)}"
+    if isinstance(method, TokenScores):
+        return f"{described(method.method)}, {method.reduction}, signed={method.signed}"
+    if isinstance(method, _AttentionAttribution):
+        return f"{method.get_name()} {getattr(method, 'scope', '')}".strip()
+    return str(getattr(method, "__qualname__", type(method).__qualname__))

@@ -1,0 +1,143 @@
+"""What is compared between a changed and an unchanged pass: one number an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from captum_cw.functional import check_choice
+
+__all__ = ["Logits", "MetricName", "Quantity", "mean_nll", "quantity"]
+
+MetricName = Literal["perplexity", "nll", "log_prob", "prob", "kl"]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a quantity is computed from.
+
+    Args:
+        logits: ``(B, T, V)``.
+        batch: What the model was given.
+        real: ``(B, T)`` boolean, False at padding.
+        clean: The logits of the unchanged pass.
+        target: ``(B,)``, the token whose probability counts.
+        nll: ``(B,)``, see :func:`mean_nll`.
+    """
+
+    logits: Tensor
+    batch: Mapping[str, Any]
+    real: Tensor
+    clean: Tensor
+    target: Tensor
+    nll: Tensor
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number an example.
+
+    Args:
+        compute: Gives ``(B,)``.
+        higher_is_better: Whether more of it is better.
+    """
+
+    compute: Callable[[Logits], Tensor]
+    higher_is_better: bool = False
+
+    def __call__(self, logits: Logits) -> Tensor:
+        """``(B,)``."""
+        return self.compute(logits)
+
+
+def mean_nll(logits: Tensor, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean negative log-likelihood of each text's tokens but its first, in nats.
+
+    Args:
+        logits: ``(B, T, V)``.
+        ids: ``(B, T)``.
+        real: ``(B, T)`` boolean, False at padding.
+
+    Returns:
+        ``(B,)`` float64, and how many tokens each is the mean of.
+
+    Raises:
+        ValueError: If a text has less than two tokens.
+
+    Example:
+        >>> nll, counts = mean_nll(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]),
+        ...                        torch.ones(1, 3, dtype=torch.bool))
+        >>> round(float(nll.exp()), 4), counts.tolist()
+        (8.0, [2])
+    """
+    predicted = real[:, 1:] & real[:, :-1]
+    counts = predicted.sum(1)
+    if (counts < 1).any():
+        raise ValueError(
+            f"Example {int((counts < 1).nonzero()[0])} has less than two tokens: nothing predicts "
+            "its first, so it has no perplexity."
+        )
+    sums = []
+    for b in range(len(ids)):  # one by one: a copy of all logits may not fit
+        rows = logits[b, :-1][predicted[b]].float()
+        targets = ids[b, 1:][predicted[b]].to(rows.device)
+        losses = torch.nn.functional.cross_entropy(rows, targets, reduction="none")
+        sums.append(losses.double().sum())
+    return torch.stack(sums) / counts.to(sums[0].device), counts
+
+
+def _log_probability(given: Logits) -> Tensor:
+    """Of the target, after the last token."""
+    last = last_token(given.real)
+    rows = given.logits[torch.arange(len(last)), last.to(given.logits.device)].double()
+    return rows.log_softmax(-1).gather(-1, given.target[:, None].to(rows.device))[:, 0]
+
+
+def _kl(given: Logits) -> Tensor:
+    """Of the changed from the unchanged distribution of the next token, mean over positions."""
+    rows = []
+    for b in range(len(given.real)):
+        clean = given.clean[b][given.real[b]].float().log_softmax(-1)
+        changed = given.logits[b][given.real[b]].float().log_softmax(-1)
+        rows.append((clean.exp() * (clean - changed)).sum(-1).double().mean())
+    return torch.stack(rows)
+
+
+def last_token(real: Tensor) -> Tensor:
+    """``(B,)``: the place of each example's last real token."""
+    places = torch.arange(real.shape[1], device=real.device)
+    return (real * places).argmax(1)
+
+
+QUANTITIES: dict[MetricName, Quantity] = {
+    "perplexity": Quantity(lambda given: given.nll.exp()),
+    "nll": Quantity(lambda given: given.nll),
+    "log_prob": Quantity(_log_probability, higher_is_better=True),
+    "prob": Quantity(lambda given: _log_probability(given).exp(), higher_is_better=True),
+    "kl": Quantity(_kl),
+}
+
+
+def quantity(metric: MetricName | Callable[..., Tensor]) -> Quantity:
+    """The quantity of that name, or one from a callable ``(logits, batch, clean_logits) -> (B,)``.
+
+    A callable may have an attribute ``higher_is_better``; without it, less is better.
+    """
+    if not callable(metric):
+        check_choice("metric", metric, MetricName)
+        return QUANTITIES[metric]
+    compute = metric
+
+    def checked(given: Logits) -> Tensor:
+        values = compute(given.logits, given.batch, given.clean)
+        B = len(given.real)
+        if not isinstance(values, Tensor) or values.shape != (B,):
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"metric gave {shape}, not one number an example: ({B},).")
+        return values.double()
+
+    return Quantity(checked, bool(getattr(metric, "higher_is_better", False)))

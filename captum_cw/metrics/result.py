@@ -1,0 +1,274 @@
+"""What an evaluation found: curves, comparisons with intervals, tables, figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from captum_cw.functional import check_choice
+from captum_cw.ranking import Which
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["Comparison", "FaithfulnessResult", "Side"]
+
+VERSION = 1
+Side = Literal["comprehensiveness", "sufficiency"]
+REMOVED: dict[Side, Which] = {"comprehensiveness": "top", "sufficiency": "bottom"}
+TITLES: dict[Side, str] = {
+    "comprehensiveness": "Top removed (higher is better)",
+    "sufficiency": "Bottom removed (lower is better)",
+}
+Statistic = Literal["mean", "corpus", "nll"]
+
+
+class Comparison(NamedTuple):
+    """The difference of two methods at each rate, ``a - b``, with its paired interval.
+
+    ``difference``, ``low`` and ``high`` are ``(rates,)``; ``better`` is the name of the method
+    that is better at each rate, None where the interval holds zero.
+    """
+
+    rates: tuple[float, ...]
+    difference: Tensor
+    low: Tensor
+    high: Tensor
+    better: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class FaithfulnessResult:
+    """Comprehensiveness and sufficiency of several methods, example by example.
+
+    A delta is what the metric loses by the removal, ``f(changed) - f(clean)`` where less is better
+    (the sign is turned where more is better): comprehensiveness is better the higher it is,
+    sufficiency the lower.
+
+    Attributes:
+        rates: What was removed, by ``"top"`` and ``"bottom"``.
+        settings: What the numbers depend on.
+        records: For each example its ``index``, ``clean`` metric, and by method and side the
+            metric (``values``) and mean negative log-likelihood (``nll``) at each rate.
+    """
+
+    rates: Mapping[Which, tuple[float, ...]]
+    settings: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        if not self.records:
+            raise ValueError("There is no example: the data are empty.")
+
+    @property
+    def methods(self) -> list[str]:
+        """Their names."""
+        return list(self.records[0]["values"])
+
+    @property
+    def comprehensiveness(self) -> dict[str, Tensor]:
+        """By method ``(rates,)``: the mean delta over examples (Eq. 16), top removed."""
+        return {name: self.deltas(name, "comprehensiveness").mean(0) for name in self.methods}
+
+    @property
+    def sufficiency(self) -> dict[str, Tensor]:
+        """By method ``(rates,)``: the mean delta over examples (Eq. 17), bottom removed."""
+        return {name: self.deltas(name, "sufficiency").mean(0) for name in self.methods}
+
+    @property
+    def per_example(self) -> dict[str, dict[Side, Tensor]]:
+        """By method and side ``(examples, rates)``: the deltas."""
+        return {name: {side: self.deltas(name, side) for side in REMOVED} for name in self.methods}
+
+    @property
+    def corpus(self) -> dict[str, dict[Side, Tensor]]:
+        """By method and side ``(rates,)``: the delta of ``exp(mean NLL)`` over all tokens."""
+        return {
+            name: {side: self._statistic(name, side, "corpus", None)[0] for side in REMOVED}
+            for name in self.methods
+        }
+
+    @property
+    def clean(self) -> float:
+        """The mean of the metric over the unchanged examples."""
+        return float(self._column("clean").mean())
+
+    @property
+    def clean_corpus(self) -> float:
+        """``exp(mean NLL)`` over all tokens of the unchanged examples."""
+        return float(self._corpus(self._column("clean_nll")[:, None], self._column("count")))
+
+    def deltas(self, method: str, side: Side) -> Tensor:
+        """``(examples, rates)`` of the metric."""
+        sign = -1 if self.settings["higher_is_better"] else 1
+        changed = self._table("values", method, side)
+        return sign * (changed - self._column("clean")[:, None])
+
+    def aopc(self) -> dict[str, dict[Side, float]]:
+        """By method and side: the plain mean over the rates of the mean delta."""
+        return {
+            name: {side: float(self.deltas(name, side).mean()) for side in REMOVED}
+            for name in self.methods
+        }
+
+    def compare(
+        self,
+        a: str,
+        b: str,
+        side: Side = "sufficiency",
+        *,
+        statistic: Statistic = "mean",
+        samples: int = 10_000,
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> Comparison:
+        """The difference of two methods, with a paired bootstrap interval over examples.
+
+        Args:
+            a: A method.
+            b: Another.
+            side: ``"comprehensiveness"`` or ``"sufficiency"``.
+            statistic: Of the deltas: their ``"mean"`` over examples, or that of ``"nll"``, or the
+                delta of ``"corpus"`` perplexity, which no single example dominates.
+            samples: Resamples of the examples.
+            confidence: Of the interval (percentiles).
+            seed: Of the resamples.
+
+        Returns:
+            At each rate, ``a - b`` and its interval.
+
+        Raises:
+            KeyError: If a method was not evaluated.
+            ValueError: If a choice is unknown.
+        """
+        check_choice("side", side, Side)
+        check_choice("statistic", statistic, Statistic)
+        n = len(self.records)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(n, (samples, n), generator=generator)
+        here = self._statistic(a, side, statistic, None) - self._statistic(b, side, statistic, None)
+        found = self._statistic(a, side, statistic, drawn) - self._statistic(
+            b, side, statistic, drawn
+        )
+        tail = (1 - confidence) / 2
+        bounds = torch.tensor([tail, 1 - tail], dtype=found.dtype)
+        low, high = torch.quantile(found, bounds, dim=0)
+        less = side == "sufficiency"
+        better = tuple(
+            None if x <= 0 <= y else (a if (y < 0) == less else b)
+            for x, y in zip(low.tolist(), high.tolist(), strict=True)
+        )
+        return Comparison(self.rates[REMOVED[side]], here[0], low, high, better)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each method, side and rate (needs pandas)."""
+        import pandas as pd
+
+        rows = []
+        for name in self.methods:
+            for side, which in REMOVED.items():
+                means = self.deltas(name, side).mean(0)
+                nll = self._statistic(name, side, "nll", None)[0]
+                corpus = self._statistic(name, side, "corpus", None)[0]
+                for i, rate in enumerate(self.rates[which]):
+                    rows.append(
+                        {
+                            "method": name,
+                            "side": side,
+                            "rate": rate,
+                            "delta": float(means[i]),
+                            "delta_nll": float(nll[i]),
+                            "delta_corpus_perplexity": float(corpus[i]),
+                        }
+                    )
+        return pd.DataFrame(rows)
+
+    def plot(
+        self, *, log: bool | None = None, use_pyplot: bool = True
+    ) -> tuple[Figure, npt.NDArray[Any]]:
+        """The two curves (Fig. 3): the mean delta against the fraction removed.
+
+        Args:
+            log: A logarithmic scale; None where all deltas are positive and span two decades.
+            use_pyplot: Makes a pyplot figure, which notebooks show.
+
+        Returns:
+            The figure and its two axes.
+        """
+        from captum_cw.visualization.curves import plot_curves
+
+        means: dict[Side, dict[str, Tensor]] = {
+            "comprehensiveness": self.comprehensiveness,
+            "sufficiency": self.sufficiency,
+        }
+        return plot_curves(
+            {TITLES[side]: curves for side, curves in means.items()},
+            {TITLES[side]: self.rates[which] for side, which in REMOVED.items()},
+            ylabel=f"delta of {self.settings['metric']}",
+            log=log,
+            use_pyplot=use_pyplot,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything as JSON; floats come back bit for bit."""
+        content = {
+            "version": VERSION,
+            "rates": {which: list(rates) for which, rates in self.rates.items()},
+            "settings": dict(self.settings),
+            "records": list(self.records),
+        }
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> FaithfulnessResult:
+        """Reads what :meth:`save` has written.
+
+        Raises:
+            ValueError: If the file is no such result, or of an unknown version.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = content["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no result of an evaluation.") from error
+        if version != VERSION:
+            raise ValueError(f"{path} has version {version!r}; this release reads {VERSION}.")
+        rates = {which: tuple(rates) for which, rates in content["rates"].items()}
+        return cls(rates, content["settings"], content["records"])
+
+    def _column(self, name: str) -> Tensor:
+        return torch.tensor([record[name] for record in self.records], dtype=torch.float64)
+
+    def _table(self, what: str, method: str, side: Side) -> Tensor:
+        if method not in self.methods:
+            raise KeyError(f"{method!r} was not evaluated; there are {', '.join(self.methods)}.")
+        rows = [record[what][method][REMOVED[side]] for record in self.records]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def _statistic(
+        self, method: str, side: Side, statistic: Statistic, drawn: Tensor | None
+    ) -> Tensor:
+        """``(samples, rates)`` over resampled examples, ``(1, rates)`` over all."""
+        if drawn is None:
+            drawn = torch.arange(len(self.records))[None]
+        if statistic == "mean":
+            return self.deltas(method, side)[drawn].mean(1)
+        changed, clean = self._table("nll", method, side), self._column("clean_nll")[:, None]
+        if statistic == "nll":
+            return (changed - clean)[drawn].mean(1)
+        counts = self._column("count")[drawn]
+        return self._corpus(changed[drawn], counts) - self._corpus(clean[drawn], counts)
+
+    @staticmethod
+    def _corpus(nll: Tensor, counts: Tensor) -> Tensor:
+        """``exp`` of the mean over tokens; examples are the last dimension but one of ``nll``."""
+        weights = counts[..., None]
+        return ((nll * weights).sum(-2) / weights.sum(-2)).exp()

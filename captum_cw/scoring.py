@@ -1,0 +1,139 @@
+"""How pairs of a head and a token are scored, to be ranked: by a measure, a control, or chance."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from captum_cw import functional
+from captum_cw.attr import (
+    AttentionWeights,
+    ContributionWeights,
+    TokenScores,
+    VWAttention,
+    VWONAttention,
+)
+from captum_cw.attr.layer import _AttentionAttribution
+from captum_cw.functional import AttentionLayer, Measure, Reduction, check_choice, token_scores
+
+__all__ = ["CONTROLS", "METHODS", "PairScorer", "RandomPairs", "pair_scorer"]
+
+#: The measures, by the names that users type.
+METHODS: dict[str, type[_AttentionAttribution]] = {
+    method.name: method
+    for method in (ContributionWeights, VWONAttention, VWAttention, AttentionWeights)
+}
+
+#: What the measures are compared with: each leaves out, or changes, one thing of a contribution.
+CONTROLS: dict[str, tuple[Measure, bool]] = {
+    "contribution-signed": (functional.contribution("inter"), True),
+    "contribution-intra": (functional.contribution("intra"), False),
+    "relative-norm": (functional.relative_norm, False),
+    "cosine": (functional.cosine, False),
+    "attention-cosine": (functional.attention_cosine, False),
+    "relative-norm-cosine": (functional.relative_norm_cosine, False),
+    "projection": (functional.projection, False),
+    "closeness": (functional.closeness, True),
+}
+
+RANDOM = "random"
+
+
+class PairScorer(Protocol):
+    """Scores the pairs of a layer."""
+
+    def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
+        """``(B, H, S)`` for the layer that runs as the ``number``-th of a pass."""
+        ...  # pragma: no cover
+
+
+@dataclass(frozen=True)
+class MeasuredPairs:
+    """Eq. 15: a measure reduced over the queries that see a token.
+
+    Args:
+        measure: The measure.
+        reduction: Over queries.
+        signed: Whether signs are kept.
+    """
+
+    measure: Measure
+    reduction: Reduction
+    signed: bool
+
+    def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
+        return token_scores(layer, self.measure, self.reduction, signed=self.signed)
+
+
+@dataclass(frozen=True)
+class RandomPairs:
+    """Chance, seeded: the same for an example whatever batch it is in.
+
+    Args:
+        seed: Of all.
+        examples: What tells the examples of a batch apart; by default their places in it.
+    """
+
+    seed: int = 0
+    examples: tuple[str, ...] | None = None
+
+    def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
+        """Uniform numbers ``(B, H, S)``."""
+        B, H, S = layer.value.shape[0], layer.H, layer.S
+        examples = self.examples or tuple(map(str, range(B)))
+        rows = []
+        for example in examples:
+            seed = zlib.crc32(f"{self.seed}/{example}/{number}".encode())
+            generator = torch.Generator().manual_seed(seed)
+            rows.append(torch.rand(H, S, generator=generator))
+        return torch.stack(rows).to(layer.value.device)
+
+
+def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) -> PairScorer:
+    """What scores pairs as ``method`` says.
+
+    Args:
+        method: A measure, a ``TokenScores`` around one (whose ``reduction`` and ``signed``
+            count), or a name: of a measure, of one of :data:`CONTROLS`, or ``"random"``.
+        reduction: Over queries, where ``method`` does not bring its own.
+        seed: Of ``"random"``.
+
+    Raises:
+        TypeError, ValueError: If ``method`` is none of these.
+
+    Example:
+        >>> pair_scorer("vwon") == pair_scorer(VWONAttention(model))
+        True
+    """
+    check_choice("reduction", reduction, Reduction)
+    if isinstance(method, TokenScores):
+        if method.queries != "all":
+            raise ValueError(
+                f"queries={method.queries!r}: pairs are ranked by all queries that see them; "
+                "leave queries='all'."
+            )
+        return MeasuredPairs(method.method.measure, method.reduction, method.signed)
+    if isinstance(method, _AttentionAttribution):
+        return MeasuredPairs(method.measure, reduction, signed=False)
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method is of type {type(method).__name__}: give a measure such as "
+            f"ContributionWeights(model), TokenScores around one, or a name: {known_names()}."
+        )
+    if method == RANDOM:
+        return RandomPairs(seed)
+    if method in METHODS:
+        return MeasuredPairs(METHODS[method].measure, reduction, signed=False)
+    if method in CONTROLS:
+        measure, signed = CONTROLS[method]
+        return MeasuredPairs(measure, reduction, signed)
+    raise ValueError(f"method={method!r} is unknown; known: {known_names()}.")
+
+
+def known_names() -> str:
+    """The names of all methods, for messages."""
+    return ", ".join(map(repr, (*METHODS, *CONTROLS, RANDOM)))

@@ -1,0 +1,71 @@
+"""Curves of comprehensiveness and sufficiency (Fig. 3 of arXiv 2606.07604)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from captum_cw.visualization._output import new_figure
+
+__all__ = ["plot_curves"]
+
+# Told apart without colours, too.
+_MARKERS = "osD^vPX*<>"
+_DECADES = 2
+
+
+def plot_curves(
+    panels: Mapping[str, Mapping[str, Tensor]],
+    rates: Mapping[str, Sequence[float]],
+    *,
+    ylabel: str = "delta",
+    log: bool | None = None,
+    use_pyplot: bool = True,
+) -> tuple[Figure, npt.NDArray[Any]]:
+    """A panel of curves over rates for each title, a curve for each method.
+
+    Args:
+        panels: by title, by method ``(rates,)``.
+        rates: by title, the fractions removed.
+        ylabel: what the curves show.
+        log: a logarithmic scale; None where all values of a panel are positive and span two
+            decades.
+        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
+
+    Returns:
+        The figure, and its axes, one a panel.
+
+    Example::
+
+        >>> import torch
+        >>> fig, axes = plot_curves(
+        ...     {"bottom": {"a": torch.tensor([1.0, 2.0])}}, {"bottom": [0.1, 0.2]},
+        ...     use_pyplot=False)
+        >>> axes[0].get_yscale()
+        'linear'
+    """
+    fig, axes = new_figure(1, len(panels), (5.0 * len(panels), 3.8), use_pyplot)
+    for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        for number, (name, values) in enumerate(curves.items()):
+            ax.plot(
+                [100 * rate for rate in rates[title]],
+                values.tolist(),
+                label=name,
+                marker=_MARKERS[number % len(_MARKERS)],
+                markersize=5,
+            )
+        lowest = min(float(values.min()) for values in curves.values())
+        highest = max(float(values.max()) for values in curves.values())
+        wide = lowest > 0 and highest > lowest * 10**_DECADES
+        if wide if log is None else log:
+            ax.set_yscale("log" if lowest > 0 else "symlog")
+        ax.set_title(title)
+        ax.set_xlabel("removed (%)")
+        ax.set_ylabel(ylabel)
+        ax.grid(alpha=0.3)
+    axes[0, 0].legend()
+    return fig, axes[0]
