@@ -334,7 +334,8 @@ class _Scaled(_Intervention):
         def change(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
             number = len(self._factors)
             wanted = self._layers is None or number in self._layers
-            factors = self._of(tokens, value) if wanted and self._factor != 1 else None
+            changes = wanted and self._positions and self._factor != 1
+            factors = self._of(tokens, value) if changes else None
             self._factors.append(factors)
             scaled.append(number)
             return factors

@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,3 +62,73 @@ def token_scores(g: Tensor, visible: Tensor, reduction: str, *, signed: bool = F
                     "rms": seen.square().mean().sqrt(),
                 }[reduction]
     return out
+
+
+def sinks(hidden: Tensor, real: Tensor, threshold: float = 0.95) -> Tensor:
+    """Tokens whose hidden state is nearly collinear with that of the first real one."""
+    out = torch.zeros_like(real)
+    for b in range(len(hidden)):
+        places = real[b].nonzero()[:, 0].tolist()
+        first = hidden[b, places[0]]
+        for j in places:
+            cosine = (hidden[b, j] @ first) / (hidden[b, j].norm() * first.norm())
+            out[b, j] = j == places[0] or cosine > threshold
+    return out
+
+
+def plain_llama(
+    model: Any, ids: Tensor, real: Tensor, remove: Callable[[int, dict[str, Tensor]], Tensor]
+) -> Tensor:
+    """Logits of a Llama in float64, its attention written out, with ``v~`` zeroed by hand.
+
+    Args:
+        model: The model.
+        ids: ``(B, T)``.
+        real: ``(B, T)``, False at padding.
+        remove: Given the number of a layer and its ``measures`` (and what is ``visible``, and the
+            ``hidden`` states that it reads), the pairs ``(B, H, T)`` to remove.
+    """
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    model = copy.deepcopy(model).double()
+    B, T = ids.shape
+    visible = torch.ones(T, T, dtype=torch.bool).tril() & real[:, None, :] & real[:, :, None]
+
+    def forward(number: int, module: Any) -> Callable[..., tuple[Tensor, None]]:
+        def attention(
+            hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object
+        ) -> tuple[Tensor, None]:
+            def heads(projection: Any) -> Tensor:
+                return projection(hidden_states).unflatten(-1, (-1, d_h)).transpose(1, 2)
+
+            d_h = module.head_dim
+            q, k, v = (heads(p) for p in (module.q_proj, module.k_proj, module.v_proj))
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+            H = q.shape[1]
+            w = module.o_proj.weight.T.unflatten(0, (H, d_h))
+            a = torch.zeros(B, H, T, T, dtype=torch.float64)
+            for h in range(H):
+                logits = q[:, h] @ k[:, h * k.shape[1] // H].transpose(1, 2) * module.scaling
+                a[:, h] = logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()
+            found = measures(a, v, w)
+            found = {name: x.nan_to_num() for name, x in found.items()}
+            found["visible"] = visible[:, None].expand(B, H, T, T)
+            found["hidden"] = hidden_states
+            removed = remove(number, found)
+            projected = projected_values(v, w)
+            o = torch.zeros(B, T, w.shape[-1], dtype=torch.float64)
+            for h in range(H):
+                for j in range(T):
+                    for b in range(B):
+                        if not removed[b, h, j]:
+                            o[b] += a[b, h, :, j, None] * projected[b, h, j]
+            return o, None
+
+        return attention
+
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.forward = forward(number, layer.self_attn)
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits: Tensor = model(ids, position_ids=positions, use_cache=False).logits
+    return logits

@@ -230,9 +230,8 @@ class ComprehensivenessSufficiency:
     ) -> list[dict[str, Any]]:
         """The records of one batch."""
         with torch.no_grad(), evaluation_mode([self.model], self.model), uncompiled():
-            run = _Run(self, batch, methods, [example.key for example in examples])
+            run = _Run(self, batch, methods, [example.key for example in examples], target)
             advance()
-            measured = run.measured(run.clean.output, target)
             table: dict[str, dict[str, dict[str, list[Tensor]]]] = {
                 what: {name: {which: [] for which in self.rates} for name in methods}
                 for what in ("values", "nll")
@@ -242,18 +241,18 @@ class ComprehensivenessSufficiency:
                     for rate in rates:
                         with run.removal(name, rate, which).in_force():
                             output = run.forward()
-                        found = run.measured(output, measured.target)
+                        found = run.measured(output)
                         table["values"][name][which].append(self._quantity(found).cpu())
                         table["nll"][name][which].append(found.nll.cpu())
                         advance()
-            clean = self._quantity(measured).tolist()
+            clean = self._quantity(run.unchanged).tolist()
         return [
             {
                 "index": example.index,
                 "data": example.data,
                 "batch": example.batch,
                 "clean": clean[b],
-                "clean_nll": float(measured.nll[b]),
+                "clean_nll": float(run.unchanged.nll[b]),
                 "count": int(run.counts[b]),
                 **{
                     what: {
@@ -276,8 +275,9 @@ class _Run:
         batch: Batch,
         methods: Mapping[str, PairScorer | _TokenMethod],
         keys: Sequence[str],
+        target: int | Tensor | None,
     ) -> None:
-        self.metric, self.batch = metric, batch
+        self.metric, self.batch, self.target = metric, batch, target
         self.methods = {name: _seeded(method, keys) for name, method in methods.items()}
         call = forward_call(metric.model, metric.model.forward, batch, None)
         kwargs = {name: x for name, x in call.kwargs.items() if name != "logits_to_keep"}
@@ -296,6 +296,8 @@ class _Run:
         }
         self.clean = CleanPass.run(metric.model, self.forward, in_pass, metric.sink_rule, call.real)
         self.real = self.clean.real[0]
+        self.unchanged = self.measured(self.clean.output)
+        self.target = self.unchanged.target
         for name, layers in self.clean.scores.items():
             for scores in layers:
                 _checked(name, scores, scores.shape)
@@ -335,7 +337,7 @@ class _Run:
         assert not isinstance(method, _TokenMethod)
         return OnlineRemoval(metric.model, method, ranking, metric.sink_rule, clean.sinks)
 
-    def measured(self, output: Any, target: int | Tensor | None) -> Logits:
+    def measured(self, output: Any) -> Logits:
         """What the quantities are computed from."""
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.dim() != 3:
@@ -347,6 +349,7 @@ class _Run:
         if not isinstance(ids, Tensor):
             raise ValueError("There are no input_ids, so the likelihood of the text is not known.")
         nll, self.counts = mean_nll(logits, ids, self.real)
+        target = self.target
         if target is None:
             last = last_token(self.real)
             target = logits[torch.arange(len(last)), last].argmax(-1)

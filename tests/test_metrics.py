@@ -1,0 +1,568 @@
+"""Comprehensiveness and sufficiency, against removal by hand and hand-made cases."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from models import gpt2, llama, look, token_ids
+from test_capture import padded_batch, positions, state_of
+from test_ranking import plain
+from torch import Tensor, nn
+
+from captum_cw import (
+    ComprehensivenessSufficiency,
+    ContributionWeights,
+    TokenScores,
+    VWONAttention,
+    comprehensiveness,
+    remove_values,
+    sufficiency,
+)
+from captum_cw.functional import AttentionLayer
+from captum_cw.metrics import FaithfulnessResult
+from captum_cw.ranking import chosen_pairs
+from captum_cw.records import RecordsError
+from captum_cw.scoring import CONTROLS, METHODS, RandomPairs, pair_scorer
+from captum_cw.sinks import find_sinks
+
+SIDES = {"comprehensiveness": "top", "sufficiency": "bottom"}
+METHODS_HERE = {"cw": "contribution", "a": "attention"}
+
+
+def nll_of(logits: Tensor, ids: Tensor, real: Tensor) -> list[float]:
+    """Mean negative log-likelihood, with loops."""
+    out = []
+    for b in range(len(ids)):
+        places = real[b].nonzero()[:, 0].tolist()
+        losses = [-logits[b, i].double().log_softmax(-1)[ids[b, j]] for i, j in pairwise(places)]
+        out.append(float(torch.stack(losses).mean()))
+    return out
+
+
+def plain_run(model: nn.Module, inputs: dict[str, Tensor], **given: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(**inputs, **given).logits
+    return logits
+
+
+# -- the numbers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("scoring", ["online", "clean"])
+def test_deltas_equal_removal_by_hand(scoring: Any, padding: str, side: Any) -> None:
+    model = llama()
+    inputs, real = padded_batch(padding)
+    ids = inputs["input_ids"]
+    scores: dict[str, list[Tensor]] = {"inter": [], "attention": []}
+    kept: list[Tensor] = []
+
+    def note(number: int, seen: dict[str, Tensor]) -> Tensor:
+        for name, layers in scores.items():
+            layers.append(reference.token_scores(seen[name], seen["visible"], "mean"))
+        kept.append(reference.sinks(seen["hidden"], real))
+        return torch.zeros_like(scores["inter"][-1], dtype=torch.bool)
+
+    clean = nll_of(reference.plain_llama(model, ids, real, note), ids, real)
+    metric = ComprehensivenessSufficiency(model, [0.25, 0.5], scoring=scoring)
+    result = metric.evaluate(METHODS_HERE, inputs)
+    assert result.clean == pytest.approx(float(torch.tensor(clean).exp().mean()), rel=1e-4)
+
+    def deltas(measure: str, rate: str) -> Tensor:
+        def remove(number: int, seen: dict[str, Tensor]) -> Tensor:
+            here = scores[measure][number]
+            if scoring == "online":
+                here = reference.token_scores(seen[measure], seen["visible"], "mean")
+            # Sinks are those of the clean pass.
+            (mask,) = plain([here], real, [kept[number]], rate, SIDES[side], "layer", "removable")
+            return mask
+
+        changed = nll_of(reference.plain_llama(model, ids, real, remove), ids, real)
+        return torch.tensor(changed).exp() - torch.tensor(clean).exp()
+
+    for name, measure in (("cw", "inter"), ("a", "attention")):
+        for i, rate in enumerate(("0.25", "0.5")):
+            found = result.per_example[name][side][:, i]
+            assert torch.allclose(found.float(), deltas(measure, rate), rtol=1e-3, atol=1e-3)
+            assert found.abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "nll", "log_prob", "prob", "kl", "own"])
+def test_each_metric_is_what_its_name_says(metric: Any) -> None:
+    model = llama()
+    inputs, real = padded_batch("left")
+    masks = [torch.zeros(2, 1, 9, dtype=torch.bool) for _ in range(2)]
+    scores = torch.arange(9.0).expand(2, 9)
+    where = positions(real)
+    clean = plain_run(model, inputs, position_ids=where)
+    sinks = torch.stack(find_sinks(model, inputs)).any(0)
+    removable = real & ~sinks
+    for b in range(2):
+        count = round(0.25 * int(removable[b].sum()) + 1e-9)
+        for mask in masks:
+            mask[b, 0, removable[b].nonzero()[-count:, 0]] = True
+    with remove_values(model, masks):
+        changed = plain_run(model, inputs, position_ids=where)
+
+    def own(logits: Tensor, batch: Any, clean_logits: Tensor) -> Tensor:
+        assert torch.equal(batch["input_ids"], inputs["input_ids"])
+        return (logits - clean_logits).abs().mean((1, 2))
+
+    log_clean, log_changed = (x.double().log_softmax(-1) for x in (clean, changed))
+    target = clean[:, -1].argmax(-1)
+    row = torch.arange(2)
+    kl = (log_clean.exp() * (log_clean - log_changed)).sum(-1)
+    nll = [torch.tensor(nll_of(x, inputs["input_ids"], real)) for x in (changed, clean)]
+    expected = {
+        "perplexity": nll[0].exp() - nll[1].exp(),
+        "nll": nll[0] - nll[1],
+        "log_prob": (log_clean - log_changed)[row, -1, target],
+        "prob": (log_clean.exp() - log_changed.exp())[row, -1, target],
+        "kl": torch.stack([kl[b][real[b]].mean() for b in range(2)]),
+        "own": (changed - clean).abs().mean((1, 2)),
+    }[metric]
+    found = comprehensiveness(
+        model, inputs, scores, [0.25], metric=own if metric == "own" else metric
+    )
+    assert found.shape == (2, 1)
+    assert torch.allclose(found[:, 0].float(), expected.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_target_may_be_given() -> None:
+    model, ids = llama(), token_ids()
+    with torch.no_grad():
+        clean = model(ids).logits[:, -1].double().softmax(-1)
+    found = sufficiency(model, ids, "random", [1.0], metric="prob", target=7)
+    each = sufficiency(model, ids, "random", [1.0], metric="prob", target=torch.tensor([7, 7]))
+    assert torch.equal(found, each)
+    other = sufficiency(model, ids, "random", [1.0], metric="prob", target=8)
+    assert not torch.allclose(found, other)
+    assert float(found.max()) <= float(clean[:, 7].max())
+
+
+def test_where_more_is_better_the_sign_is_turned() -> None:
+    model, ids = llama(), token_ids()
+
+    def good(logits: Tensor, batch: Any, clean: Tensor) -> Tensor:
+        return logits.mean((1, 2))
+
+    plainly = comprehensiveness(model, ids, "contribution", [0.5], metric=good)
+    good.higher_is_better = True  # type: ignore[attr-defined]
+    turned = comprehensiveness(model, ids, "contribution", [0.5], metric=good)
+    assert torch.equal(plainly, -turned)
+    assert plainly.abs().max() > 0
+
+
+# -- hand-made cases ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_head_that_copies_one_token_ranks_it_first(method: str) -> None:
+    B, H, T, d_h = 1, 3, 6, 4
+    generator = torch.Generator().manual_seed(0)
+    a = torch.full((B, H, T, T), 0.01)
+    a[:, 1, :, 4] = 1.0  # head 1 copies token 4
+    value = 0.1 * torch.randn(B, H, T, d_h, generator=generator)
+    value[:, 1, 4] = 10
+    w = torch.randn(H, d_h, H * d_h, generator=generator)
+    layer = AttentionLayer.from_tensors(a, value, w)
+    scores = pair_scorer(method)(layer, 0)
+    real = torch.ones(B, T, dtype=torch.bool)
+    (first,) = chosen_pairs([scores], [real], [~real], 1 / (H * T), "top")
+    assert first.nonzero().tolist() == [[0, 1, 4]]
+
+
+def test_controls_are_the_products_of_their_factors() -> None:
+    model = llama()
+    (layer, _) = look(model, input_ids=token_ids())
+    m = reference.measures(layer.attention, layer.value, layer.output_weight)
+    o = reference.outputs(
+        layer.attention, reference.projected_values(layer.value, layer.output_weight)
+    )[1].norm(dim=-1)[:, None, :, None]
+    visible = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 4, 9, 9)
+    expected = {
+        "contribution-signed": (m["inter"], True),
+        "contribution-intra": (m["intra"], False),
+        "relative-norm": (m["relative_norm"], False),
+        "cosine": (m["cosine"], False),
+        "attention-cosine": (m["attention"] * m["cosine"], False),
+        "relative-norm-cosine": (m["relative_norm"] * m["cosine"], False),
+        "projection": (m["inter"] * o, False),
+        "closeness": (2 * m["inter"] - m["vwon"] ** 2, True),
+    }
+    assert expected.keys() == CONTROLS.keys()
+    from captum_cw.functional import QueryMask
+
+    mask = QueryMask(9, 9, causal=True)
+    seen = AttentionLayer.from_tensors(layer.attention, layer.value, layer.output_weight, mask)
+    for name, (g, signed) in expected.items():
+        for reduction in ("mean", "sum", "max", "rms"):
+            found = pair_scorer(name, reduction)(seen, 0)
+            right = reference.token_scores(g, visible, reduction, signed=signed)
+            assert torch.allclose(found.double(), right, rtol=1e-4, atol=1e-5), (name, reduction)
+
+
+def test_random_scores_of_an_example_do_not_depend_on_its_batch() -> None:
+    a, v, w = torch.rand(3, 2, 4, 4), torch.randn(3, 2, 4, 3), torch.randn(2, 3, 6)
+    together = RandomPairs(0, ("7", "8", "9"))(AttentionLayer.from_tensors(a, v, w), 2)
+    alone = RandomPairs(0, ("8",))(AttentionLayer.from_tensors(a[1:2], v[1:2], w), 2)
+    assert torch.equal(together[1:2], alone)
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(together, RandomPairs(1, ("7", "8", "9"))(
+        AttentionLayer.from_tensors(a, v, w), 2))  # fmt: skip
+
+
+@pytest.mark.parametrize("granularity", ["pair", "token"])
+def test_scores_of_tokens_remove_them_in_all_heads_and_layers(granularity: Any) -> None:
+    model = llama()
+    inputs, real = padded_batch("right")
+    scores = torch.rand(2, 9, generator=torch.Generator().manual_seed(3))
+    sinks = torch.stack(find_sinks(model, inputs)).any(0)
+    expected = []
+    for rate in (0.25, 0.5):
+        (tokens,) = chosen_pairs([scores[:, None]], [real], [sinks], rate, "top")
+        with remove_values(model, [tokens, tokens]):
+            changed = plain_run(model, inputs)
+        nll = nll_of(changed, inputs["input_ids"], real)
+        clean = nll_of(plain_run(model, inputs), inputs["input_ids"], real)
+        expected.append(torch.tensor(nll) - torch.tensor(clean))
+    metric = ComprehensivenessSufficiency(model, [0.25, 0.5], metric="nll", granularity=granularity)
+    methods = {"tensor": scores, "call": lambda batch: scores, "one": lambda batch: (scores,)}
+    result = metric.evaluate(methods, inputs)
+    for name in methods:
+        found = result.per_example[name]["comprehensiveness"]
+        assert torch.allclose(found.float(), torch.stack(expected, 1), rtol=1e-3, atol=1e-5)
+
+
+def test_a_measure_by_token_is_its_token_scores() -> None:
+    model, ids = llama(), token_ids()
+    scores = TokenScores(ContributionWeights(model)).attribute
+    metric = ComprehensivenessSufficiency(model, [0.2, 0.5], granularity="token")
+    result = metric.evaluate({"measure": "contribution", "scores": scores}, ids)
+    for side in SIDES:
+        found = result.per_example
+        assert torch.equal(found["measure"][side], found["scores"][side])
+
+
+def test_a_batch_equals_its_single_examples() -> None:
+    model = llama()
+    inputs, real = padded_batch("left")
+    metric = ComprehensivenessSufficiency(model, [0.3, 0.6])
+    methods = {"cw": "contribution", "chance": "random"}
+    together = metric.evaluate(methods, inputs)
+    singly = metric.evaluate(methods, [inputs["input_ids"][b, real[b]][None] for b in range(2)])
+    for side in SIDES:
+        for name in ("cw",):
+            assert torch.allclose(
+                together.per_example[name][side], singly.per_example[name][side], rtol=1e-4
+            )
+
+
+def test_own_classes_and_their_names_are_the_same_method() -> None:
+    model, ids = gpt2(), token_ids()
+    metric = ComprehensivenessSufficiency(model, [0.5], scoring="clean", scope="global")
+    methods = {
+        "class": VWONAttention(model),
+        "name": "vwon",
+        "scores": TokenScores(VWONAttention(model), "mean"),
+        "sum": TokenScores(VWONAttention(model), "sum"),
+    }
+    found = metric.evaluate(methods, ids).sufficiency
+    assert torch.equal(found["class"], found["name"])
+    assert torch.equal(found["class"], found["scores"])
+    assert not torch.equal(found["class"], found["sum"])
+
+
+def test_sinks_are_removed_only_where_they_are_not_protected() -> None:
+    model, ids = llama(), token_ids()
+    protected = comprehensiveness(model, ids, "attention", [1.0], scoring="clean")
+    everything = comprehensiveness(
+        model, ids, "attention", [1.0], scoring="clean", protect_sinks=False
+    )
+    of_all = comprehensiveness(model, ids, "attention", [1.0], scoring="clean", rate_of="all")
+    assert torch.equal(protected, of_all)
+    assert not torch.allclose(protected, everything)
+
+
+def test_the_model_is_left_as_it_was_in_training_mode_too() -> None:
+    model, ids = gpt2().train(), token_ids()
+    before = state_of(model)
+    with pytest.warns(UserWarning, match="training mode"):
+        found = sufficiency(model, ids, "contribution", [0.5])
+    assert state_of(model) == before
+    assert torch.equal(found, sufficiency(model.eval(), ids, "contribution", [0.5]))
+
+
+# -- results --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def result() -> FaithfulnessResult:
+    metric = ComprehensivenessSufficiency(llama(), [0.2, 0.4, 0.8])
+    batches = [token_ids(3, 9, seed) for seed in range(4)]
+    return metric.evaluate({**METHODS_HERE, "chance": "random"}, batches)
+
+
+def test_means_are_over_examples_and_rates(result: FaithfulnessResult) -> None:
+    for name in ("cw", "a", "chance"):
+        each = result.per_example[name]
+        assert each["sufficiency"].shape == (12, 3)
+        assert torch.equal(result.sufficiency[name], each["sufficiency"].mean(0))
+        assert torch.equal(result.comprehensiveness[name], each["comprehensiveness"].mean(0))
+        assert result.aopc()[name]["sufficiency"] == pytest.approx(
+            float(result.sufficiency[name].mean())
+        )
+
+
+def test_corpus_perplexity_is_that_of_all_tokens(result: FaithfulnessResult) -> None:
+    nll = torch.tensor([r["nll"]["cw"]["top"] for r in result.records], dtype=torch.float64)
+    clean = torch.tensor([r["clean_nll"] for r in result.records], dtype=torch.float64)
+    expected = nll.mean(0).exp() - clean.mean().exp()  # all texts are of one length
+    assert torch.allclose(result.corpus["cw"]["comprehensiveness"], expected)
+    assert result.clean_corpus == pytest.approx(float(clean.mean().exp()))
+
+
+@pytest.mark.parametrize("statistic", ["mean", "nll", "corpus"])
+def test_intervals_are_those_of_paired_resamples(
+    result: FaithfulnessResult, statistic: Any
+) -> None:
+    found = result.compare("cw", "a", statistic=statistic, samples=4000, seed=1)
+    generator = torch.Generator().manual_seed(5)
+    a, b = (result.per_example[n]["sufficiency"] for n in ("cw", "a"))
+    if statistic != "mean":
+        a, b = (
+            torch.tensor([r["nll"][n]["bottom"] for r in result.records], dtype=torch.float64)
+            for n in ("cw", "a")
+        )
+    differences = []
+    for _ in range(2000):
+        drawn = torch.randint(12, (12,), generator=generator)
+        x, y = a[drawn].mean(0), b[drawn].mean(0)
+        differences.append(x.exp() - y.exp() if statistic == "corpus" else x - y)
+    expected = torch.quantile(
+        torch.stack(differences), torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0
+    )
+    spread = expected[1] - expected[0]
+    assert ((found.low - expected[0]).abs() < 0.15 * spread).all()
+    assert ((found.high - expected[1]).abs() < 0.15 * spread).all()
+    assert ((found.low < found.difference) & (found.difference < found.high)).all()
+
+
+def test_a_method_is_no_better_than_itself(result: FaithfulnessResult) -> None:
+    found = result.compare("cw", "cw")
+    assert found.better == (None, None, None)
+    assert not found.difference.any()
+
+
+def test_the_better_method_is_named_on_either_side() -> None:
+    records = [
+        {
+            "index": i, "clean": 1.0, "clean_nll": 0.0, "count": 5,
+            "values": {"a": {"top": [2.0 + i], "bottom": [2.0 + i]},
+                       "b": {"top": [3.0 + i], "bottom": [3.0 + i]}},
+            "nll": {"a": {"top": [0.1], "bottom": [0.1]}, "b": {"top": [0.2], "bottom": [0.2]}},
+        }
+        for i in range(5)
+    ]  # fmt: skip
+    rates = {"top": (0.5,), "bottom": (0.5,)}
+    result = FaithfulnessResult(rates, {"higher_is_better": False, "metric": "nll"}, records)
+    lower = result.compare("a", "b")
+    for found in (lower.difference, lower.low, lower.high):
+        assert found.tolist() == pytest.approx([-1.0])
+    assert lower.better == ("a",)
+    assert result.compare("a", "b", "comprehensiveness").better == ("b",)
+
+
+def test_tables_and_figures_show_every_method_side_and_rate(result: FaithfulnessResult) -> None:
+    table = result.to_dataframe()
+    assert len(table) == 3 * 2 * 3
+    row = table.query("method == 'cw' and side == 'sufficiency' and rate == 0.4").iloc[0]
+    assert row.delta == float(result.sufficiency["cw"][1])
+    assert row.delta_corpus_perplexity == float(result.corpus["cw"]["sufficiency"][1])
+    _, axes = result.plot(use_pyplot=False)
+    assert [len(ax.lines) for ax in axes] == [3, 3]
+    drawn = dict(zip(("cw", "a", "chance"), axes[1].lines, strict=True))
+    assert drawn["a"].get_ydata().tolist() == result.sufficiency["a"].tolist()
+    assert drawn["a"].get_xdata().tolist() == [20, 40, 80]
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["cw", "a", "chance"]
+
+
+def test_a_result_comes_back_bit_for_bit(result: FaithfulnessResult, tmp_path: Path) -> None:
+    result.save(tmp_path / "result.json")
+    loaded = FaithfulnessResult.load(tmp_path / "result.json")
+    assert loaded.rates == result.rates
+    for side in SIDES:
+        assert torch.equal(loaded.per_example["cw"][side], result.per_example["cw"][side])
+    assert loaded.settings == json.loads(json.dumps(result.settings))
+
+
+def test_foreign_results_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    for content, message in (
+        ("[]", "no result"),
+        ("{", "no result"),
+        ('{"version": 9}', "reads 1"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            FaithfulnessResult.load(file)
+
+
+# -- long runs ------------------------------------------------------------------------------
+
+
+class Stops:
+    """A method that is interrupted at its n-th batch."""
+
+    def __init__(self, at: int | None) -> None:
+        self.left = at
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return batch.float()
+
+
+BATCHES = [token_ids(2, 7, seed) for seed in range(3)]
+
+
+def run(file: Path | None, model: nn.Module | None = None, at: int | None = None, **options: Any):  # type: ignore[no-untyped-def]
+    batches = options.pop("batches", BATCHES)
+    metric = ComprehensivenessSufficiency(model or llama(), [0.5], **options)
+    methods = {"cw": "contribution", "chance": "random", "own": Stops(at)}
+    return metric.evaluate(methods, batches, resume_from=file)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, at: int) -> None:
+    file = tmp_path / "run.records"
+    with pytest.raises(KeyboardInterrupt):
+        run(file, at=at)
+    lines = file.read_bytes().count(b"\n")
+    assert lines == 1 + 2 * at
+    resumed = run(file, at=3 - at)  # what is finished is not run again
+    assert resumed.records == run(None).records
+    assert run(file, at=0).records == resumed.records
+
+
+def test_a_batch_of_which_a_part_was_kept_is_run_again(tmp_path: Path) -> None:
+    file = tmp_path / "run.records"
+    whole = run(file).records
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:4]) + lines[4][:20])
+    assert run(file).records == whole
+    assert file.read_bytes() == b"".join(lines)
+
+
+def test_another_run_is_refused_and_its_file_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "run.records"
+    with pytest.raises(KeyboardInterrupt):
+        run(file, at=2)
+    before = file.read_bytes()
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    changes: list[dict[str, Any]] = [
+        {"scoring": "clean"},
+        {"seed": 1},
+        {"metric": "nll"},
+        {"model": other},
+        {"batches": [b + 1 for b in BATCHES]},
+        {"batches": [torch.cat(BATCHES)]},
+    ]
+    for options in changes:
+        with pytest.raises(RecordsError, match="another"):
+            run(file, **options)
+        assert file.read_bytes() == before
+
+
+# -- what is refused ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rates": [0.5, 0.2]}, "ascending order"),
+        ({"rates": [0.5, 0.5]}, "ascending order"),
+        ({"rates": [0.0, 0.5]}, r"fractions in \(0, 1\]"),
+        ({"rates": [1.5]}, r"fractions in \(0, 1\]"),
+        ({"rates": []}, r"fractions in \(0, 1\]"),
+        ({"rates": [float("nan")]}, r"fractions in \(0, 1\]"),
+        ({"scope": "global"}, "use scoring='clean'"),
+        ({"metric": "accuracy"}, "metric='accuracy' is unknown"),
+        ({"granularity": "word"}, "granularity='word' is unknown"),
+        ({"reduction": "median"}, "reduction='median' is unknown"),
+    ],
+)
+def test_senseless_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ComprehensivenessSufficiency(llama(), **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        (torch.zeros(2, 8), ValueError, r"scores \(2, 8\).*\(2, 9\)"),
+        (torch.full((2, 9), float("nan")), ValueError, "NaN or infinite"),
+        (lambda batch: [1, 2], ValueError, "scores list"),
+        ("gradients", ValueError, "method='gradients' is unknown"),
+        (7, TypeError, "method is of type int"),
+    ],
+)
+def test_methods_without_scores_are_refused(
+    method: object, error: type[Exception], message: str
+) -> None:
+    model = llama()
+    before = state_of(model)
+    metric = ComprehensivenessSufficiency(model, [0.5])
+    with pytest.raises(error, match=message):
+        metric.evaluate({"m": method}, token_ids())
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "data are empty"),
+        (token_ids(2, 1), "less than two tokens"),
+        ({"input_ids": token_ids(), "attention_mask": torch.tensor([[1] + [0] * 8, [1] * 9])},
+         "less than two tokens"),
+        (torch.zeros(0, 5, dtype=torch.long), "empty"),
+    ],
+)  # fmt: skip
+def test_data_without_text_are_refused(data: Any, message: str) -> None:
+    metric = ComprehensivenessSufficiency(llama(), [0.5])
+    with pytest.raises(ValueError, match=message):
+        metric.evaluate({"cw": "contribution"}, data)
+
+
+def test_a_text_of_sinks_is_refused() -> None:
+    metric = ComprehensivenessSufficiency(llama(), [0.5], sink_threshold=-1.0)
+    with pytest.raises(ValueError, match="All tokens of an example are protected"):
+        metric.evaluate({"cw": "contribution"}, token_ids())
+
+
+def test_other_misuse_is_refused(result: FaithfulnessResult) -> None:
+    model = llama()
+    metric = ComprehensivenessSufficiency(model, [0.5])
+    with pytest.raises(ValueError, match="methods is empty"):
+        metric.evaluate({}, token_ids())
+    with pytest.raises(KeyError, match="'ig' was not evaluated"):
+        result.compare("cw", "ig")
+    with pytest.raises(TypeError, match="model is of type str"):
+        ComprehensivenessSufficiency("model")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one number an example"):
+        comprehensiveness(
+            model, token_ids(), "vw", [0.5], metric=lambda logits, batch, clean: logits.mean()
+        )
+    with pytest.raises(ValueError, match="target has shape"):
+        sufficiency(model, token_ids(), "vw", [0.5], target=torch.tensor([1, 2, 3]))
