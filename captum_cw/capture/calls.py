@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_cw.functional import QueryMask, Weights, attention_weights, expand_heads
 
-__all__ = ["AttentionCall", "UnsupportedModelError", "find_weights", "query_mask"]
+__all__ = ["AttentionCall", "UnsupportedModelError", "find_weights", "query_mask", "visible_keys"]
 
 #: An additive mask at or below this leaves no weight, in any dtype that can hold it.
 HIDDEN = -1e8
@@ -60,6 +60,15 @@ class AttentionCall:
         return torch.promote_types(self.value.dtype, torch.float32)
 
 
+def visible_keys(mask: Tensor) -> Tensor:
+    """A mask as a boolean one, True where a key is seen."""
+    if mask.dtype == torch.bool:
+        return mask
+    # Half of the minimum, since masks add up and a position bias may sit on top of them; and
+    # -1e9 where people write masks: no bias comes near, and no weight is left.
+    return mask > max(torch.finfo(mask.dtype).min / 2, HIDDEN)
+
+
 def query_mask(call: AttentionCall, real: Tensor | None) -> QueryMask:
     """Which keys the queries of a call can see.
 
@@ -70,11 +79,7 @@ def query_mask(call: AttentionCall, real: Tensor | None) -> QueryMask:
     T, S = call.query.shape[2], call.key.shape[2]
     if call.mask is None:
         return QueryMask(T, S, causal=call.causal, real=real)
-    visible = call.mask
-    if visible.dtype != torch.bool:
-        # Half of the minimum, since masks add up and a position bias may sit on top of them; and
-        # -1e9 where people write masks: no bias comes near, and no weight is left.
-        visible = visible > max(torch.finfo(visible.dtype).min / 2, HIDDEN)
+    visible = visible_keys(call.mask)
     future = torch.ones(T, S, dtype=torch.bool, device=visible.device).triu(S - T + 1)
     # Padding need not have been told: a query that sees nothing is padding, and so is, where
     # queries and keys are the same tokens, one that no other sees, itself included.

@@ -30,7 +30,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture.calls import AttentionCall, UnsupportedModelError
+from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, visible_keys
 from captum_cw.capture.wrapping import wrapping
 from captum_cw.functional import expand_heads
 
@@ -242,6 +242,11 @@ class _Kernel:
             key, value = key[:, :, :T], value[:, :, :T]
         if mask is not None and mask.shape[-1] > key.shape[2]:  # of a static cache
             mask = mask[..., : key.shape[2]]
+        if mask is not None and mask.shape[-1] > T:
+            # The empty places of a static cache, which no query sees, are no keys.
+            used = visible_keys(mask).flatten(0, -2).any(0).nonzero()
+            n = max(T, int(used.max()) + 1 if len(used) else 0)
+            key, value, mask = key[:, :, :n], value[:, :, :n], mask[..., :n]
         if weights is not None and weights.shape != (*query.shape[:3], key.shape[2]):
             weights = None
         return AttentionCall(

@@ -8,14 +8,14 @@ methods that give one score a token, whole tokens are removed in all heads and l
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from captum_cw.interventions import (
 )
 from captum_cw.metrics.quantities import Logits, MetricName, last_token, mean_nll, quantity
 from captum_cw.metrics.result import REMOVED, FaithfulnessResult, Side
+from captum_cw.processes import Processes
 from captum_cw.progress import progress_bar
 from captum_cw.ranking import RateOf, Scope, Which
 from captum_cw.records import Records, RecordsError
@@ -46,6 +47,7 @@ from captum_cw.sinks import THRESHOLD
 __all__ = ["ComprehensivenessSufficiency", "comprehensiveness", "sufficiency"]
 
 Batch = Tensor | Mapping[str, Any]
+T = TypeVar("T")
 Granularity = Literal["pair", "token"]
 
 #: Removal from the top soon leaves no model; from the bottom it goes far.
@@ -140,6 +142,7 @@ class ComprehensivenessSufficiency:
         *,
         target: int | Tensor | None = None,
         resume_from: str | Path | None = None,
+        shard: bool = False,
         show_progress: bool = False,
     ) -> FaithfulnessResult:
         """Removes what each method ranks, at each rate, from each example.
@@ -155,6 +158,8 @@ class ComprehensivenessSufficiency:
                 or ``(B,)``; None for what the unchanged model predicts.
             resume_from: A file that keeps every finished batch; an interrupted run of the same
                 settings, data and model goes on from it, to the same numbers.
+            shard: Under ``torchrun`` or ``accelerate launch``, shares the batches between the
+                processes, each of which has a model of its own; all of them get the result.
             show_progress: Shows a bar once it has taken two seconds.
 
         Returns:
@@ -172,25 +177,34 @@ class ComprehensivenessSufficiency:
         settings = self._settings(methods, target)
         batches, count = _batches(inputs_or_dataloader)
         passes = 1 + len(scorers) * sum(map(len, self.rates.values()))
+        processes = Processes(several=shard)
         records: list[dict[str, Any]] = []
         with ExitStack() as stack:
             kept: Records | None = None
-            if resume_from is not None:
+            if resume_from is not None and processes.is_main:
                 kept = stack.enter_context(Records(resume_from, settings))
+            known = processes.from_main(lambda: dict(kept or {}))
             total = None if count is None else count * passes
-            bar = stack.enter_context(progress_bar(total, "Faithfulness", show=show_progress))
-            for batch in batches:
-                examples = _examples(batch, first=len(records))
-                done = None if kept is None else _kept(kept, examples)
+            show = show_progress and processes.is_main
+            bar = stack.enter_context(progress_bar(total, "Faithfulness", show=show))
+
+            def records_of(part: _Part) -> list[dict[str, Any]]:
+                done = _known(known, part)
                 if done is None:
-                    done = self._evaluate(scorers, batch, target, examples, bar.update)
+                    return self._evaluate(scorers, part, target, bar.update)
+                bar.update(passes)
+                return done
+
+            for group in _groups(_parts(batches), processes.count):
+                # The last group may hold less than one part for each process.
+                mine = group[processes.index : processes.index + 1]
+                found = processes.gathered(partial(_each, records_of, mine))
+                for done in chain.from_iterable(found):
                     if kept is not None:
-                        new = {e.key: r for e, r in zip(examples, done, strict=True)}
-                        kept.update({key: r for key, r in new.items() if key not in kept})
-                else:
-                    bar.update(passes)
-                records += done
-        return FaithfulnessResult(self.rates, settings, records)
+                        kept.update({key: r for key, r in _keyed(done) if key not in kept})
+                    records += done
+                bar.update(passes * (len(group) - 1))  # those of the other processes
+        return FaithfulnessResult(self.rates, {**settings, "processes": processes.count}, records)
 
     def _scorer(self, name: str, method: object) -> PairScorer | _TokenMethod:
         if isinstance(method, Tensor):
@@ -223,14 +237,13 @@ class ComprehensivenessSufficiency:
     def _evaluate(
         self,
         methods: Mapping[str, PairScorer | _TokenMethod],
-        batch: Batch,
+        part: _Part,
         target: int | Tensor | None,
-        examples: Sequence[_Example],
         advance: Callable[[], object],
     ) -> list[dict[str, Any]]:
         """The records of one batch."""
         with torch.no_grad(), evaluation_mode([self.model], self.model), uncompiled():
-            run = _Run(self, batch, methods, [example.key for example in examples], target)
+            run = _Run(self, part, methods, target)
             advance()
             table: dict[str, dict[str, dict[str, list[Tensor]]]] = {
                 what: {name: {which: [] for which in self.rates} for name in methods}
@@ -248,9 +261,7 @@ class ComprehensivenessSufficiency:
             clean = self._quantity(run.unchanged).tolist()
         return [
             {
-                "index": example.index,
-                "data": example.data,
-                "batch": example.batch,
+                **example,
                 "clean": clean[b],
                 "clean_nll": float(run.unchanged.nll[b]),
                 "count": int(run.counts[b]),
@@ -262,7 +273,7 @@ class ComprehensivenessSufficiency:
                     for what, by_method in table.items()
                 },
             }
-            for b, example in enumerate(examples)
+            for b, example in enumerate(part.examples)
         ]
 
 
@@ -272,14 +283,14 @@ class _Run:
     def __init__(
         self,
         metric: ComprehensivenessSufficiency,
-        batch: Batch,
+        part: _Part,
         methods: Mapping[str, PairScorer | _TokenMethod],
-        keys: Sequence[str],
         target: int | Tensor | None,
     ) -> None:
-        self.metric, self.batch, self.target = metric, batch, target
+        self.metric, self.batch, self.target = metric, part.batch, target
+        keys = [str(example["index"]) for example in part.examples]
         self.methods = {name: _seeded(method, keys) for name, method in methods.items()}
-        call = forward_call(metric.model, metric.model.forward, batch, None)
+        call = forward_call(metric.model, metric.model.forward, part.batch, None)
         kwargs = {name: x for name, x in call.kwargs.items() if name != "logits_to_keep"}
         self.forward = partial(metric.model, *call.args, **kwargs)
         self.inputs = kwargs
@@ -430,45 +441,59 @@ def _one_side(
 
 
 @dataclass(frozen=True)
-class _Example:
-    """One example: its place among all, a checksum of its data, and the shape of its batch."""
+class _Part:
+    """A batch, and what its records say of its examples.
 
-    index: int
-    data: str
-    batch: list[int]
+    That is the place of each among all, a checksum of its data, and the batch that it was in, since
+    the last bits of what is computed for it depend on that.
+    """
 
-    @property
-    def key(self) -> str:
-        return str(self.index)
-
-
-def _examples(batch: Batch, first: int) -> list[_Example]:
-    tensors = [batch] if isinstance(batch, Tensor) else list(batch.values())
-    tensors = [x for x in tensors if isinstance(x, Tensor) and x.dim()]
-    if not tensors or not len(tensors[0]):
-        raise ValueError("A batch is empty: give at least one example.")
-    B = len(tensors[0])
-    return [
-        _Example(first + b, checksum(*(x[b] for x in tensors if len(x) == B)), [B, first])
-        for b in range(B)
-    ]
+    batch: Batch
+    examples: list[dict[str, Any]]
 
 
-def _kept(records: Records, examples: Sequence[_Example]) -> list[dict[str, Any]] | None:
+def _parts(batches: Iterable[Batch]) -> Iterator[_Part]:
+    first = 0
+    for batch in batches:
+        given = [batch] if isinstance(batch, Tensor) else list(batch.values())
+        tensors = [x for x in given if isinstance(x, Tensor) and x.dim()]
+        B = len(tensors[0]) if tensors else 0
+        if not B:
+            raise ValueError("A batch is empty: give at least one example.")
+        whole = checksum(*tensors)
+        yield _Part(batch, [{"index": first + b, "batch": whole} for b in range(B)])
+        first += B
+
+
+def _groups(parts: Iterable[_Part], size: int) -> Iterator[list[_Part]]:
+    parts = iter(parts)
+    while group := list(islice(parts, size)):
+        yield group
+
+
+def _each(work: Callable[[_Part], T], parts: Iterable[_Part]) -> list[T]:
+    return [work(part) for part in parts]
+
+
+def _keyed(records: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((str(record["index"]), record) for record in records)
+
+
+def _known(known: Mapping[str, Any], part: _Part) -> list[dict[str, Any]] | None:
     """The records of a batch, if all of them were kept.
 
     Raises:
         RecordsError: If what was kept is of other data.
     """
-    found = [records[example.key] for example in examples if example.key in records]
+    keys = [key for key, _ in _keyed(part.examples)]
+    found = [known[key] for key in keys if key in known]
     for record in found:
-        example = examples[record["index"] - examples[0].index]
-        if (record["data"], record["batch"]) != (example.data, example.batch):
+        if record["batch"] != part.examples[0]["batch"]:
             raise RecordsError(
-                f"{records.path} holds another example {example.index}, or one of another batch: "
-                "go on with the same data and batch size, or choose another file."
+                f"Example {record['index']} was kept from another batch: go on with the same data "
+                "and batch size, or choose another file."
             )
-    return found if len(found) == len(examples) else None
+    return found if len(found) == len(keys) else None
 
 
 def _batches(data: Batch | Iterable[Batch]) -> tuple[Iterable[Batch], int | None]:
