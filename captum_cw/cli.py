@@ -1,4 +1,4 @@
-"""The command line: ``captum-cw attribute`` and ``captum-cw demo``.
+"""The command line: ``captum-cw attribute``, ``evaluate`` and ``demo``.
 
 Results go to standard output; progress and errors to standard error. The exit code is 0 for
 success, 1 for a failure, 2 for wrong usage.
@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -21,26 +21,25 @@ from rich.text import Text
 from torch import Tensor
 
 import captum_cw
-from captum_cw.attr import (
-    AttentionWeights,
-    ContributionWeights,
-    LLMTokenAttribution,
-    TokenScores,
-    VWAttention,
-    VWONAttention,
-)
+from captum_cw.attr import ContributionWeights, LLMTokenAttribution, TokenScores
+from captum_cw.capture import StateSpace
+from captum_cw.data import Bos, load_texts, token_batches
 from captum_cw.demo import DEMO_TEXT, IG, IG_STEPS, explain_prediction, save_pictures, sink
+from captum_cw.evaluation import evaluate_into
 from captum_cw.functional import Reduction
+from captum_cw.interventions import Scoring
 from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model
+from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
+from captum_cw.metrics.quantities import MetricName
+from captum_cw.metrics.result import REMOVED, TITLES
+from captum_cw.processes import Processes
+from captum_cw.ranking import RateOf, Scope
+from captum_cw.scoring import METHODS, known_names, pair_scorer
 from captum_cw.visualization import readable_tokens, save_text, text_records
 from captum_cw.visualization.text import normalized_scores
 
 __all__ = ["main"]
 
-METHODS = {
-    method.name: method
-    for method in (ContributionWeights, VWONAttention, VWAttention, AttentionWeights)
-}
 DTYPES = ("float32", "bfloat16", "float16")
 TOP = 10
 # Red and green as in Captum's pages, as the far ends of white.
@@ -97,9 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Score the tokens of a text, or those of a prompt for a given output.",
     )
     attribute.set_defaults(run=_attribute, parser=attribute)
-    attribute.add_argument(
-        "--model", required=True, metavar="M", help="hub id, local folder or .gguf file"
-    )
+    _add_model(attribute)
     text = attribute.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", metavar="T", help="the text")
     text.add_argument("--file", type=Path, metavar="F", help="a UTF-8 file that holds the text")
@@ -116,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     attribute.add_argument("--out", type=Path, metavar="PAGE.html", help="save a coloured page")
     attribute.add_argument("--json", action="store_true", help="print the scores as JSON")
-    attribute.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    attribute.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
+
+    _add_evaluate(commands, common)
 
     demo = commands.add_parser(
         "demo",
@@ -138,6 +135,66 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="M", help="hub id, local folder or .gguf file"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument(
+        "--device", default="cpu", help="such as cuda, or auto to spread it (default: %(default)s)"
+    )
+
+
+def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        parents=[common],
+        help="measure which method finds the tokens that matter",
+        description="Remove what each method ranks highest, and lowest, and measure what the model "
+        "loses. Goes on where a run of the same settings into the same folder stopped. Under "
+        "torchrun, processes share the batches.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    evaluate.set_defaults(run=_evaluate, parser=evaluate)
+    _add_model(evaluate)
+    add = evaluate.add_argument
+    add("--data", required=True, metavar="D", help="a set's name, such as gsm8k, or a file")
+    add(
+        "--methods",
+        type=_names,
+        default=",".join((*METHODS, "random")),
+        metavar="A,B",
+        help=f"of {known_names()}",
+    )
+    add("--rates", type=_numbers, metavar="P,Q", help="fractions to remove, for both sides")
+    add("--reduction", choices=get_args(Reduction), default="mean", help="of scores over queries")
+    add("--scoring", choices=get_args(Scoring), default="online", help="when scores are taken")
+    add("--scope", choices=get_args(Scope), default="layer", help="over which pairs are ranked")
+    add("--rate-of", choices=get_args(RateOf), default="removable", help="pairs that rates count")
+    add("--metric", choices=get_args(MetricName), default="perplexity", help="what the model loses")
+    add("--granularity", choices=("pair", "token"), default="pair", help="what is removed")
+    add("--allow-sinks", action="store_true", help="remove attention sinks like any token")
+    add("--sink-space", choices=get_args(StateSpace), default="normed", help="of their states")
+    add("--length", type=int, default=512, metavar="T", help="cut texts to so many tokens")
+    add("--pack", action="store_true", help="join texts to exactly that length")
+    add("--bos", choices=get_args(Bos), default="auto", help="begin token of packed texts")
+    add("--samples", type=int, default=64, metavar="N", help="number of texts")
+    add("--batch-size", type=int, default=8, metavar="B", help="texts in one pass")
+    add("--seed", type=int, default=0, help="of random scores")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        pair_scorer(name)  # raises where it is unknown
+    return names
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
 def _attribute(options: argparse.Namespace) -> None:
     usage_error = options.parser.error
     if options.target is not None and options.reduction is not None:
@@ -148,10 +205,7 @@ def _attribute(options: argparse.Namespace) -> None:
     if not text:
         usage_error("the text is empty: give at least one token")
 
-    _announce(options.model)
-    model, tokenizer = load_model(
-        options.model, dtype=getattr(torch, options.dtype), device=options.device
-    )
+    model, tokenizer = _load(options)
     reduction: Reduction = options.reduction or "mean"
     scorer = TokenScores(METHODS[options.method](model), reduction=reduction)
     if options.target is None:
@@ -196,6 +250,89 @@ def _print_scores(title: str, method: str, scores: Tensor, tokens: Sequence[str]
     console.print(SINK_NOTE, style="dim")
 
 
+def _evaluate(options: argparse.Namespace) -> None:
+    processes = Processes()
+    texts = load_texts(options.data, samples=None if options.pack else options.samples)
+    model, tokenizer = _load(options, processes)
+    metric = ComprehensivenessSufficiency(
+        model,
+        options.rates,
+        scoring=options.scoring,
+        scope=options.scope,
+        rate_of=options.rate_of,
+        protect_sinks=not options.allow_sinks,
+        sink_space=options.sink_space,
+        metric=options.metric,
+        reduction=options.reduction,
+        granularity=options.granularity,
+        seed=options.seed,
+    )
+    batches = token_batches(
+        texts,
+        tokenizer,
+        length=options.length,
+        samples=options.samples,
+        batch_size=options.batch_size,
+        pack=options.pack,
+        bos=options.bos,
+    )
+    place = next(model.parameters()).device
+    batches = [{name: x.to(place) for name, x in batch.items()} for batch in batches]
+    result, files = evaluate_into(
+        options.out,
+        metric,
+        {name: name for name in options.methods},
+        batches,
+        shard=processes.count > 1,
+        show_progress=True,
+    )
+    if processes.is_main:
+        _print_result(result)
+        print("\nSaved:", *files, sep="\n  ")
+
+
+def _print_result(result: FaithfulnessResult) -> None:
+    console = Console(highlight=False)
+    examples, processes = len(result.records), result.settings["processes"]
+    console.print(
+        f"{result.settings['metric']} of {examples} texts: {result.clean:.4g} (corpus perplexity "
+        f"{result.clean_corpus:.4g}), {processes} process{'es' if processes > 1 else ''}"
+    )
+    for side, which in REMOVED.items():
+        table = Table("method", title=f"{TITLES[side]}: mean delta", title_justify="left")
+        for rate in result.rates[which]:
+            table.add_column(f"{100 * rate:g}%", justify="right")
+        table.add_column("AOPC", justify="right")
+        for name in result.methods:
+            deltas = result.deltas(name, side).mean(0).tolist()
+            cells = [f"{x:.3g}" for x in (*deltas, result.aopc()[name][side])]
+            table.add_row(name, *cells)
+        console.print()
+        console.print(table)
+    first, *others = result.methods
+    for name in others:
+        for side, which in REMOVED.items():
+            better = result.compare(first, name, side).better
+            verdicts = {
+                winner: ", ".join(
+                    f"{100 * rate:g}%"
+                    for rate, b in zip(result.rates[which], better, strict=True)
+                    if b == winner
+                )
+                for winner in (first, name, None)
+            }
+            console.print(
+                f"{side}, {first} against {name}: "
+                + "; ".join(
+                    f"{'undecided' if winner is None else f'{winner} better'} at {rates}"
+                    for winner, rates in verdicts.items()
+                    if rates
+                ),
+                style="dim",
+            )
+    console.print("Decided where the paired 95% bootstrap interval excludes zero.", style="dim")
+
+
 def _demo(options: argparse.Namespace) -> None:
     if not options.text:
         options.parser.error("the text is empty: give at least one token")
@@ -238,6 +375,20 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 text: convert it first. {error}") from error
+
+
+def _load(options: argparse.Namespace, processes: Processes | None = None) -> tuple[Any, Any]:
+    """The model, on the device of its process where there are several, and its tokenizer."""
+    several = processes is not None and processes.count > 1
+    if processes is None or processes.is_main:
+        _announce(options.model)
+    place: dict[str, Any] = {
+        "dtype": getattr(torch, options.dtype),
+        "device": processes.device if several and processes else options.device,
+    }
+    if options.model == DEMO_MODEL:  # has another source than the hub
+        return load_demo_model(**place)
+    return load_model(options.model, **place)
 
 
 def _announce(model: str) -> None:

@@ -48,7 +48,8 @@ def load_model(
         name: A hub id, a local folder, or a ``.gguf`` file, whose weights are then dequantised.
             transformers 4 misreads the special tokens of some GGUF files; 5 does not.
         dtype: Of the weights.
-        device: Where the model goes.
+        device: Where the model goes; ``"auto"`` spreads it over what there is (accelerate's
+            ``device_map``).
 
     Returns:
         The model, in evaluation mode, and the tokenizer.
@@ -78,13 +79,14 @@ def load_model(
         place["gguf_file"] = path.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+        spread = {"device_map": "auto"} if device == "auto" else {}
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, **spread)
     except (OSError, ValueError) as error:
         raise OSError(
             f"Model {str(name)!r} cannot be loaded: give a causal language model's id on the hub "
             f"(and be online), a local folder with model and tokenizer, or a .gguf file. {error}"
         ) from error
-    return model.to(device).eval(), tokenizer
+    return (model if spread else model.to(device)).eval(), tokenizer
 
 
 def load_demo_model(

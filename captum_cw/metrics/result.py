@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["Comparison", "FaithfulnessResult", "Side"]
+__all__ = ["Comparison", "FaithfulnessResult", "Side", "Statistic"]
 
 VERSION = 1
 Side = Literal["comprehensiveness", "sufficiency"]
@@ -29,6 +29,10 @@ TITLES: dict[Side, str] = {
     "sufficiency": "Bottom removed (lower is better)",
 }
 Statistic = Literal["mean", "corpus", "nll"]
+LABELS: dict[Statistic, str] = {
+    "corpus": "corpus perplexity",
+    "nll": "mean negative log-likelihood",
+}
 
 
 class Comparison(NamedTuple):
@@ -192,11 +196,16 @@ class FaithfulnessResult:
         return pd.DataFrame(rows)
 
     def plot(
-        self, *, log: bool | None = None, use_pyplot: bool = True
+        self,
+        *,
+        statistic: Statistic = "mean",
+        log: bool | None = None,
+        use_pyplot: bool = True,
     ) -> tuple[Figure, npt.NDArray[Any]]:
-        """The two curves (Fig. 3): the mean delta against the fraction removed.
+        """The two curves (Fig. 3): the delta against the fraction removed.
 
         Args:
+            statistic: As for :meth:`compare`.
             log: A logarithmic scale; None where all deltas are positive and span two decades.
             use_pyplot: Makes a pyplot figure, which notebooks show.
 
@@ -205,14 +214,16 @@ class FaithfulnessResult:
         """
         from captum_cw.visualization.curves import plot_curves
 
-        means: dict[Side, dict[str, Tensor]] = {
-            "comprehensiveness": self.comprehensiveness,
-            "sufficiency": self.sufficiency,
-        }
+        check_choice("statistic", statistic, Statistic)
         return plot_curves(
-            {TITLES[side]: curves for side, curves in means.items()},
+            {
+                TITLES[side]: {
+                    name: self._statistic(name, side, statistic, None)[0] for name in self.methods
+                }
+                for side in REMOVED
+            },
             {TITLES[side]: self.rates[which] for side, which in REMOVED.items()},
-            ylabel=f"delta of {self.settings['metric']}",
+            ylabel=f"delta of {LABELS.get(statistic, self.settings['metric'])}",
             log=log,
             use_pyplot=use_pyplot,
         )
