@@ -299,15 +299,14 @@ def _print_result(result: FaithfulnessResult) -> None:
         f"{result.clean_corpus:.4g}), {processes} process{'es' if processes > 1 else ''}"
     )
     for side, which in REMOVED.items():
-        table = Table("method", title=f"{TITLES[side]}: mean delta", title_justify="left")
+        table = Table("method")
         for rate in result.rates[which]:
             table.add_column(f"{100 * rate:g}%", justify="right")
         table.add_column("AOPC", justify="right")
         for name in result.methods:
             deltas = result.deltas(name, side).mean(0).tolist()
-            cells = [f"{x:.3g}" for x in (*deltas, result.aopc()[name][side])]
-            table.add_row(name, *cells)
-        console.print()
+            table.add_row(name, *map(_readable, (*deltas, result.aopc()[name][side])))
+        console.print(f"\n{TITLES[side]}: mean delta")
         console.print(table)
     first, *others = result.methods
     for name in others:
@@ -331,6 +330,10 @@ def _print_result(result: FaithfulnessResult) -> None:
                 style="dim",
             )
     console.print("Decided where the paired 95% bootstrap interval excludes zero.", style="dim")
+
+
+def _readable(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
 def _demo(options: argparse.Namespace) -> None:
