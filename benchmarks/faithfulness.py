@@ -1,0 +1,185 @@
+"""How faithful the measures are on a real model, in all settings, by one command.
+
+    python benchmarks/faithfulness.py --data gsm8k=FILE --data wikitext=FILE
+
+Each setting is an evaluation of its own in a folder, as ``captum-cw evaluate`` makes them, so a
+stopped run goes on where it was. What comes out is a page of tables, as measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import captum
+import torch
+import transformers
+
+from captum_cw.data import load_texts, token_batches
+from captum_cw.evaluation import evaluate_into
+from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model
+from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
+from captum_cw.metrics.result import REMOVED, Side
+from captum_cw.progress import progress_bar
+from captum_cw.scoring import CONTROLS, METHODS
+
+OUT = Path(__file__).parent.parent / "docs" / "results"
+TOP, BOTTOM = (0.1, 0.3, 0.5), (0.3, 0.5, 0.7, 0.9)
+MEASURES = (*METHODS, "random")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One evaluation.
+
+    Args:
+        title: Of its tables.
+        options: For the metric.
+        methods: What is compared.
+    """
+
+    title: str
+    options: dict[str, Any]
+    methods: Sequence[str] = MEASURES
+
+
+SETTINGS = {
+    "online-mean": Setting("Online scoring, mean", {}),
+    "online-sum": Setting("Online scoring, sum", {"reduction": "sum"}),
+    "clean-mean": Setting("Clean scoring, mean", {"scoring": "clean"}),
+    "clean-sum": Setting("Clean scoring, sum", {"scoring": "clean", "reduction": "sum"}),
+    "clean-max": Setting("Clean scoring, max", {"scoring": "clean", "reduction": "max"}),
+    "clean-rms": Setting("Clean scoring, rms", {"scoring": "clean", "reduction": "rms"}),
+    "global-mean": Setting("All layers ranked jointly", {"scoring": "clean", "scope": "global"}),
+    "head-mean": Setting("Each head ranked alone", {"scoring": "clean", "scope": "head"}),
+    "sinks-mean": Setting("Sinks may be removed", {"scoring": "clean", "protect_sinks": False}),
+    "tokens-mean": Setting("Whole tokens", {"scoring": "clean", "granularity": "token"}),
+    "controls-mean": Setting(
+        "Controls, clean scoring, mean",
+        {"scoring": "clean"},
+        ("contribution", "vwon", *CONTROLS),
+    ),
+}
+
+
+def tables(result: FaithfulnessResult) -> str:
+    """Corpus perplexity, which the few worst texts do not rule, and paired intervals."""
+    parts = []
+    sides: dict[Side, str] = {"sufficiency": "bottom", "comprehensiveness": "top"}
+    corpus = result.corpus
+    for side, name in sides.items():
+        rates = result.rates[REMOVED[side]]
+        heads = ["method", *(f"{name} {100 * rate:g}%" for rate in rates)]
+        rows = [[method, *map(_number, corpus[method][side].tolist())] for method in result.methods]
+        parts.append(_table(heads, rows))
+    first = result.methods[0]
+    rows = []
+    for other in result.methods[1:]:
+        compared = result.compare(first, other, statistic="corpus")
+        cells = [
+            f"{_number(d)} ({_number(low)} to {_number(high)})"
+            for d, low, high in zip(
+                compared.difference.tolist(),
+                compared.low.tolist(),
+                compared.high.tolist(),
+                strict=True,
+            )
+        ]
+        rows.append([f"{first} - {other}", *cells])
+    heads = ["paired 95% interval", *(f"bottom {100 * r:g}%" for r in result.rates["bottom"])]
+    parts.append(_table(heads, rows))
+    return "\n\n".join(parts)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, _, data = text.partition("=")
+    return name, data or name
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="How faithful the measures are on a real model, in all settings.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="hub id or local folder, instead of the demo model")
+    add("--data", type=_named, action="append", required=True, help="NAME, or NAME=FILE; repeats")
+    add("--settings", default=",".join(SETTINGS), help="which to run")
+    add("--length", type=int, default=128, help="of texts, packed to exactly that many tokens")
+    add("--samples", type=int, default=16, help="number of texts")
+    add("--batch-size", type=int, default=8, help="texts in one pass")
+    add("--threads", type=int, default=2, help="of torch")
+    add("--work", type=Path, default=Path("faithfulness"), help="folder of unfinished runs")
+    add("--out", type=Path, default=OUT, help="folder of the page")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what is missing, and writes the page."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(argv)
+    torch.set_num_threads(options.threads)
+    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
+    name = (options.model or DEMO_MODEL).rpartition("/")[2]
+    pages = []
+    chosen = options.settings.split(",")
+    with progress_bar(len(chosen) * len(options.data), "Settings", show=True) as bar:
+        for data, source in options.data:
+            batches = token_batches(
+                load_texts(source),
+                tokenizer,
+                length=options.length,
+                samples=options.samples,
+                batch_size=options.batch_size,
+                pack=True,
+            )
+            clean = ""
+            for key in chosen:
+                setting = SETTINGS[key]
+                bar.set_postfix_str(f"{data}, {key}")
+                metric = ComprehensivenessSufficiency(model, **setting.options)
+                metric.rates = {"top": TOP, "bottom": BOTTOM}
+                result, _ = evaluate_into(
+                    options.work / name / data / key,
+                    metric,
+                    {method: method for method in setting.methods},
+                    batches,
+                    show_progress=True,
+                )
+                if not clean:
+                    clean = f"Unchanged: corpus perplexity {result.clean_corpus:.2f}."
+                    pages.append(f"## {data}\n\n{clean}")
+                pages.append(f"### {data}: {setting.title}\n\n{tables(result)}")
+                bar.update()
+    sources = " ".join(f"--data {data}" for data, _ in options.data)
+    command = shlex.join(["python", "benchmarks/faithfulness.py"]) + f" {sources}"
+    head = (
+        f"# How faithful: {name}\n\nMade by `{command}` on Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, captum "
+        f"{captum.__version__}: {options.samples} texts of {options.length} tokens, packed. "
+        "Deltas of corpus perplexity, as measured: top removed, higher is better; bottom removed, "
+        "lower is better. Sinks stay, pairs of a layer are ranked jointly, unless a title says "
+        "otherwise."
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{name}.md").write_text("\n\n".join([head, *pages]) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
