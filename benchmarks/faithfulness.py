@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,10 +26,11 @@ from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import REMOVED, Side
 from captum_cw.progress import progress_bar
+from captum_cw.ranking import Which
 from captum_cw.scoring import CONTROLS, METHODS
 
 OUT = Path(__file__).parent.parent / "docs" / "results"
-TOP, BOTTOM = (0.1, 0.3, 0.5), (0.3, 0.5, 0.7, 0.9)
+RATES: dict[Which, Sequence[float]] = {"top": (0.1, 0.3, 0.5), "bottom": (0.3, 0.5, 0.7, 0.9)}
 MEASURES = (*METHODS, "random")
 
 
@@ -152,8 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for key in chosen:
                 setting = SETTINGS[key]
                 bar.set_postfix_str(f"{data}, {key}")
-                metric = ComprehensivenessSufficiency(model, **setting.options)
-                metric.rates = {"top": TOP, "bottom": BOTTOM}
+                metric = ComprehensivenessSufficiency(model, RATES, **setting.options)
                 result, _ = evaluate_into(
                     options.work / name / data / key,
                     metric,
@@ -167,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pages.append(f"### {data}: {setting.title}\n\n{tables(result)}")
                 bar.update()
     sources = " ".join(f"--data {data}" for data, _ in options.data)
-    command = shlex.join(["python", "benchmarks/faithfulness.py"]) + f" {sources}"
+    command = f"python benchmarks/faithfulness.py {sources}"
     head = (
         f"# How faithful: {name}\n\nMade by `{command}` on Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, captum "

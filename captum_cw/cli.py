@@ -31,7 +31,7 @@ from captum_cw.interventions import Scoring
 from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.quantities import MetricName
-from captum_cw.metrics.result import REMOVED, TITLES
+from captum_cw.metrics.result import TITLES
 from captum_cw.processes import Processes
 from captum_cw.ranking import RateOf, Scope
 from captum_cw.scoring import METHODS, known_names, pair_scorer
@@ -298,7 +298,7 @@ def _print_result(result: FaithfulnessResult) -> None:
         f"{result.settings['metric']} of {examples} texts: {result.clean:.4g} (corpus perplexity "
         f"{result.clean_corpus:.4g}), {processes} process{'es' if processes > 1 else ''}"
     )
-    for side, which in REMOVED.items():
+    for side, which in result.sides.items():
         table = Table("method")
         for rate in result.rates[which]:
             table.add_column(f"{100 * rate:g}%", justify="right")
@@ -310,7 +310,7 @@ def _print_result(result: FaithfulnessResult) -> None:
         console.print(table)
     first, *others = result.methods
     for name in others:
-        for side, which in REMOVED.items():
+        for side, which in result.sides.items():
             better = result.compare(first, name, side).better
             verdicts = {
                 winner: ", ".join(

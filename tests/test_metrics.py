@@ -25,7 +25,7 @@ from captum_cw import (
     sufficiency,
 )
 from captum_cw.functional import AttentionLayer
-from captum_cw.metrics import FaithfulnessResult
+from captum_cw.metrics import FaithfulnessResult, agreement
 from captum_cw.ranking import chosen_pairs
 from captum_cw.records import RecordsError
 from captum_cw.scoring import CONTROLS, METHODS, RandomPairs, pair_scorer
@@ -566,3 +566,36 @@ def test_other_misuse_is_refused(result: FaithfulnessResult) -> None:
         )
     with pytest.raises(ValueError, match="target has shape"):
         sufficiency(model, token_ids(), "vw", [0.5], target=torch.tensor([1, 2, 3]))
+
+
+# -- agreement ------------------------------------------------------------------------------
+
+
+def test_rank_correlation_is_that_of_the_ranks() -> None:
+    a = torch.tensor([[3.0, 1, 2, 2, 9], [1, 2, 3, 4, 5]])
+    b = torch.tensor([[1.0, 1, 5, 0, 7], [5, 4, 3, 2, 1]])
+    ranks = ([4, 1, 2.5, 2.5, 5], [2.5, 2.5, 4, 1, 5])  # by hand
+    x, y = (torch.tensor(r) - 3 for r in ranks)
+    expected = float((x @ y) / (x.norm() * y.norm()))
+    found = agreement(a, b, top=0.4)
+    assert found.rank_correlation.tolist() == pytest.approx([expected, -1.0])
+    assert found.top_overlap.tolist() == [0.5, 0.0]
+
+
+def test_tokens_that_do_not_count_change_no_agreement() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(1, 8, generator=generator) for _ in range(2))
+    real = torch.tensor([[False] + [True] * 7])
+    whole, rest = agreement(a, b, real), agreement(a[:, 1:], b[:, 1:])
+    assert whole.rank_correlation.tolist() == rest.rank_correlation.tolist()
+    assert agreement(a, a.fill_(1)).rank_correlation.isnan().all()
+
+
+def test_scores_that_cannot_be_compared_are_refused() -> None:
+    a = torch.rand(1, 4)
+    with pytest.raises(ValueError, match=r"\(1, 4\) and \(1, 3\)"):
+        agreement(a, a[:, :3])
+    with pytest.raises(ValueError, match=r"top=0\.0"):
+        agreement(a, a, top=0.0)
+    with pytest.raises(ValueError, match="Example 0 has less than two"):
+        agreement(a, a, torch.tensor([[True, False, False, False]]))

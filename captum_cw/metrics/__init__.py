@@ -1,5 +1,6 @@
 """Is it faithful? Comprehensiveness and sufficiency, by removing what scores rank."""
 
+from captum_cw.metrics.agreement import Agreement, agreement
 from captum_cw.metrics.faithfulness import (
     ComprehensivenessSufficiency,
     comprehensiveness,
@@ -8,9 +9,11 @@ from captum_cw.metrics.faithfulness import (
 from captum_cw.metrics.result import Comparison, FaithfulnessResult
 
 __all__ = [
+    "Agreement",
     "Comparison",
     "ComprehensivenessSufficiency",
     "FaithfulnessResult",
+    "agreement",
     "comprehensiveness",
     "sufficiency",
 ]

@@ -70,8 +70,9 @@ class ComprehensivenessSufficiency:
 
     Args:
         model: The model.
-        rates: The fractions to remove, ascending, in (0, 1]; one sequence for both sides, or
-            None for 0.01 to 0.2 from the top and 0.1 to 0.9 from the bottom.
+        rates: The fractions to remove, ascending, in (0, 1]; one sequence for both sides, a
+            mapping of ``"top"`` and ``"bottom"`` to one each, or None for 0.01 to 0.2 from the top
+            and 0.1 to 0.9 from the bottom.
         scoring: ``"online"`` scores each layer after the changes of earlier ones, ``"clean"`` in
             an unchanged pass.
         scope: Pairs are ranked over a ``"layer"``, each ``"head"``, or all layers (``"global"``,
@@ -102,7 +103,7 @@ class ComprehensivenessSufficiency:
     def __init__(
         self,
         model: nn.Module,
-        rates: Sequence[float] | None = None,
+        rates: Sequence[float] | Mapping[Which, Sequence[float]] | None = None,
         scoring: Scoring = "online",
         scope: Scope = "layer",
         rate_of: RateOf = "removable",
@@ -431,8 +432,7 @@ def _one_side(
     settings: dict[str, Any],
 ) -> Tensor:
     target = settings.pop("target", None)
-    metric = ComprehensivenessSufficiency(model, rates, **settings)
-    metric.rates = {REMOVED[side]: metric.rates[REMOVED[side]]}
+    metric = ComprehensivenessSufficiency(model, {REMOVED[side]: rates}, **settings)
     return metric.evaluate({"": method}, inputs, target=target).deltas("", side)
 
 
@@ -518,15 +518,20 @@ def _checked(name: str, scores: object, shape: Sequence[int]) -> Tensor:
     return scores.detach()
 
 
-def _rates(rates: Sequence[float] | None) -> dict[Which, tuple[float, ...]]:
+def _rates(
+    rates: Sequence[float] | Mapping[Which, Sequence[float]] | None,
+) -> dict[Which, tuple[float, ...]]:
     if rates is None:
         return dict(DEFAULT_RATES)
-    several = tuple(float(rate) for rate in rates)
-    if not several or not all(0 < rate <= 1 for rate in several):
-        raise ValueError(f"rates={several}: give fractions in (0, 1].")
-    if any(a >= b for a, b in pairwise(several)):
-        raise ValueError(f"rates={several}: give them in ascending order, each once.")
-    return {"top": several, "bottom": several}
+    if not isinstance(rates, Mapping):
+        return _rates({"top": rates, "bottom": rates})
+    for which, several in rates.items():
+        check_choice("which", which, Which)
+        if not several or not all(0 < rate <= 1 for rate in several):
+            raise ValueError(f"rates={several}: give fractions in (0, 1].")
+        if any(a >= b for a, b in pairwise(several)):
+            raise ValueError(f"rates={several}: give them in ascending order, each once.")
+    return {which: tuple(map(float, several)) for which, several in rates.items()}
 
 
 def checksum(*tensors: Tensor) -> str:

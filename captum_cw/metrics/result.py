@@ -78,6 +78,11 @@ class FaithfulnessResult:
         return list(self.records[0]["values"])
 
     @property
+    def sides(self) -> dict[Side, Which]:
+        """The sides that were evaluated, and what was removed."""
+        return {side: which for side, which in REMOVED.items() if which in self.rates}
+
+    @property
     def comprehensiveness(self) -> dict[str, Tensor]:
         """By method ``(rates,)``: the mean delta over examples (Eq. 16), top removed."""
         return {name: self.deltas(name, "comprehensiveness").mean(0) for name in self.methods}
@@ -90,13 +95,15 @@ class FaithfulnessResult:
     @property
     def per_example(self) -> dict[str, dict[Side, Tensor]]:
         """By method and side ``(examples, rates)``: the deltas."""
-        return {name: {side: self.deltas(name, side) for side in REMOVED} for name in self.methods}
+        return {
+            name: {side: self.deltas(name, side) for side in self.sides} for name in self.methods
+        }
 
     @property
     def corpus(self) -> dict[str, dict[Side, Tensor]]:
         """By method and side ``(rates,)``: the delta of ``exp(mean NLL)`` over all tokens."""
         return {
-            name: {side: self._statistic(name, side, "corpus", None)[0] for side in REMOVED}
+            name: {side: self._statistic(name, side, "corpus", None)[0] for side in self.sides}
             for name in self.methods
         }
 
@@ -119,7 +126,7 @@ class FaithfulnessResult:
     def aopc(self) -> dict[str, dict[Side, float]]:
         """By method and side: the plain mean over the rates of the mean delta."""
         return {
-            name: {side: float(self.deltas(name, side).mean()) for side in REMOVED}
+            name: {side: float(self.deltas(name, side).mean()) for side in self.sides}
             for name in self.methods
         }
 
@@ -178,7 +185,7 @@ class FaithfulnessResult:
 
         rows = []
         for name in self.methods:
-            for side, which in REMOVED.items():
+            for side, which in self.sides.items():
                 means = self.deltas(name, side).mean(0)
                 nll = self._statistic(name, side, "nll", None)[0]
                 corpus = self._statistic(name, side, "corpus", None)[0]
@@ -220,9 +227,9 @@ class FaithfulnessResult:
                 TITLES[side]: {
                     name: self._statistic(name, side, statistic, None)[0] for name in self.methods
                 }
-                for side in REMOVED
+                for side in self.sides
             },
-            {TITLES[side]: self.rates[which] for side, which in REMOVED.items()},
+            {TITLES[side]: self.rates[which] for side, which in self.sides.items()},
             ylabel=f"delta of {LABELS.get(statistic, self.settings['metric'])}",
             log=log,
             use_pyplot=use_pyplot,
