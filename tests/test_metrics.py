@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from models import gpt2, llama, look, token_ids
+import transformers
+from models import SIZES, build, gpt2, llama, look, token_ids
 from test_capture import padded_batch, positions, state_of
 from test_ranking import plain
 from torch import Tensor, nn
@@ -599,3 +601,79 @@ def test_scores_that_cannot_be_compared_are_refused() -> None:
         agreement(a, a, top=0.0)
     with pytest.raises(ValueError, match="Example 0 has less than two"):
         agreement(a, a, torch.tensor([[True, False, False, False]]))
+
+
+# -- masked language models -----------------------------------------------------------------
+
+CLS, SEP, MASK = 1, 2, 63
+
+
+def bert() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """A BERT, two texts between class and separator tokens, and which tokens are real."""
+    config = transformers.BertConfig(**{**SIZES, "bos_token_id": None, "eos_token_id": None})
+    model = build(transformers.BertForMaskedLM, config)
+    ids = token_ids(2, 8)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[1, 6:] = False
+    ids[:, 0] = CLS
+    ids[0, 7] = ids[1, 5] = SEP
+    return model, {"input_ids": ids.masked_fill(~real, 0), "attention_mask": real.long()}, real
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="BERT uses the registry since 5.0")
+@pytest.mark.parametrize("scoring", ["clean", "online"])
+def test_masked_models_are_measured_by_pseudo_perplexity(scoring: Any) -> None:
+    model, inputs, real = bert()
+    ids = inputs["input_ids"]
+    metric = ComprehensivenessSufficiency(
+        model, [0.5], scoring=scoring, mask_token_id=MASK, protected_ids=[CLS, SEP]
+    )
+    result = metric.evaluate({"cw": "contribution"}, inputs)
+    sinks = find_sinks(model, inputs)
+    kept = [s | (ids == CLS) | (ids == SEP) for s in sinks]
+    scores = TokenScores(ContributionWeights(model), layers=None, heads=None).attribute(inputs)
+    masks = chosen_pairs(list(scores.unbind(1)), [real] * 2, kept, 0.5, "bottom")
+
+    def pseudo_nll(removed: bool) -> Tensor:
+        losses: list[list[Tensor]] = [[], []]
+        for b in range(2):
+            for j in real[b].nonzero()[:, 0].tolist():
+                if ids[b, j] in (CLS, SEP):
+                    continue
+                masked = ids[b : b + 1].clone()
+                masked[0, j] = MASK
+                given = {"input_ids": masked, "attention_mask": inputs["attention_mask"][b : b + 1]}
+                one = [m[b : b + 1] for m in masks]
+                with remove_values(model, one) if removed else contextlib.nullcontext():
+                    logits = plain_run(model, given)
+                losses[b].append(-logits[0, j].double().log_softmax(-1)[ids[b, j]])
+        return torch.stack([torch.stack(x).mean() for x in losses])
+
+    clean = pseudo_nll(False)
+    assert [r["count"] for r in result.records] == [6, 4]
+    assert torch.allclose(
+        torch.tensor([r["clean"] for r in result.records]), clean.exp().float(), rtol=1e-4
+    )
+    found = result.per_example["cw"]["sufficiency"][:, 0]
+    expected = pseudo_nll(True).exp() - clean.exp()
+    assert torch.allclose(found, expected, rtol=1e-3) == (scoring == "clean")
+    assert found.abs().min() > 1e-3
+
+
+def test_a_masked_model_predicts_no_next_token() -> None:
+    with pytest.raises(ValueError, match="metric='prob' is of the token after the text"):
+        ComprehensivenessSufficiency(llama(), metric="prob", mask_token_id=MASK)
+
+
+def test_protected_tokens_are_never_removed() -> None:
+    model, ids = llama(), token_ids()
+    protected = sorted({*ids.flatten().tolist()})[::2]
+    found = comprehensiveness(model, ids, "vw", [1.0], scoring="clean", protected_ids=protected)
+    removed = ~torch.isin(ids, torch.tensor(protected))
+    with remove_values(model, [(removed & ~sinks)[:, None] for sinks in find_sinks(model, ids)]):
+        changed = plain_run(model, {"input_ids": ids})
+    real = torch.ones_like(ids, dtype=torch.bool)
+    nll, clean = (
+        torch.tensor(nll_of(x, ids, real)) for x in (changed, plain_run(model, {"input_ids": ids}))
+    )
+    assert torch.allclose(found[:, 0].float(), nll.exp() - clean.exp(), rtol=1e-3, atol=1e-4)

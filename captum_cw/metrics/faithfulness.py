@@ -7,62 +7,42 @@ methods that give one score a token, whole tokens are removed in all heads and l
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr import TokenScores
 from captum_cw.attr._captum import Attribution
-from captum_cw.attr._inputs import forward_call
-from captum_cw.attr.layer import _AttentionAttribution, evaluation_mode, uncompiled, unwrapped
+from captum_cw.attr.layer import evaluation_mode, uncompiled, unwrapped
 from captum_cw.capture import StateSpace
 from captum_cw.functional import Reduction, check_choice
-from captum_cw.interventions import (
-    CleanPass,
-    FixedChange,
-    OnlineRemoval,
-    Ranking,
-    Scoring,
-    SinkRule,
-    check_scoring,
-)
-from captum_cw.metrics.quantities import Logits, MetricName, last_token, mean_nll, quantity
+from captum_cw.interventions import Ranking, Scoring, SinkRule, check_scoring
+from captum_cw.metrics.batch import Batch, BatchRun, Granularity, Part, Plan, TokenMethod
+from captum_cw.metrics.identity import checksum, described, fingerprint
+from captum_cw.metrics.quantities import MetricName, quantity
 from captum_cw.metrics.result import REMOVED, FaithfulnessResult, Side
 from captum_cw.processes import Processes
 from captum_cw.progress import progress_bar
 from captum_cw.ranking import RateOf, Scope, Which
 from captum_cw.records import Records, RecordsError
-from captum_cw.scoring import PairScorer, RandomPairs, pair_scorer
+from captum_cw.scoring import PairScorer, pair_scorer
 from captum_cw.sinks import THRESHOLD
 
 __all__ = ["ComprehensivenessSufficiency", "comprehensiveness", "sufficiency"]
 
-Batch = Tensor | Mapping[str, Any]
 T = TypeVar("T")
-Granularity = Literal["pair", "token"]
 
 #: Removal from the top soon leaves no model; from the bottom it goes far.
 DEFAULT_RATES: dict[Which, tuple[float, ...]] = {
     "top": (0.01, 0.02, 0.05, 0.1, 0.2),
     "bottom": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
 }
-
-
-@dataclass(frozen=True)
-class _TokenMethod:
-    """Scores of whole tokens: ``(B, T)`` from a callable, or given."""
-
-    scores: Callable[[Batch], Any]
-    name: str
 
 
 class ComprehensivenessSufficiency:
@@ -88,6 +68,11 @@ class ComprehensivenessSufficiency:
         reduction: Of scores over queries, where a method does not bring its own.
         granularity: ``"pair"``, or ``"token"``: measures remove whole tokens, as other methods do.
         seed: Of ``"random"``.
+        mask_token_id: Of a masked language model, such as BERT: the likelihood of each token is
+            that at its place with this token there instead (pseudo-perplexity), so that a text
+            takes as many passes as it has tokens. None for models that predict the next token.
+        protected_ids: Token ids that are never removed, and whose likelihood does not count where
+            tokens are masked, such as those of class and separator tokens.
 
     Raises:
         TypeError, ValueError: If a choice is unknown, or the rates are no fractions in order.
@@ -115,6 +100,8 @@ class ComprehensivenessSufficiency:
         reduction: Reduction = "mean",
         granularity: Granularity = "pair",
         seed: int = 0,
+        mask_token_id: int | None = None,
+        protected_ids: Sequence[int] = (),
     ) -> None:
         self.model: nn.Module = unwrapped(model)
         if not isinstance(self.model, nn.Module):
@@ -131,6 +118,13 @@ class ComprehensivenessSufficiency:
         self.reduction: Reduction = reduction
         self.granularity: Granularity = granularity
         self.seed = seed
+        self.mask_token_id = mask_token_id
+        self.protected_ids = list(protected_ids)
+        if mask_token_id is not None and metric in ("log_prob", "prob"):
+            raise ValueError(
+                f"metric={metric!r} is of the token after the text, which a masked language model "
+                "does not predict: use 'perplexity', 'nll', 'kl' or a callable."
+            )
         self._quantity = quantity(metric)
         for which, several in self.rates.items():
             for rate in several:
@@ -172,7 +166,7 @@ class ComprehensivenessSufficiency:
                 two tokens.
             RecordsError: If ``resume_from`` is damaged, or of another run.
         """
-        scorers = {name: self._scorer(name, method) for name, method in methods.items()}
+        scorers = {name: self._scorer(method) for name, method in methods.items()}
         if not scorers:
             raise ValueError("There is no method to evaluate: methods is empty.")
         settings = self._settings(methods, target)
@@ -189,7 +183,7 @@ class ComprehensivenessSufficiency:
             show = show_progress and processes.is_main
             bar = stack.enter_context(progress_bar(total, "Faithfulness", show=show))
 
-            def records_of(part: _Part) -> list[dict[str, Any]]:
+            def records_of(part: Part) -> list[dict[str, Any]]:
                 done = _known(known, part)
                 if done is None:
                     return self._evaluate(scorers, part, target, bar.update)
@@ -207,12 +201,24 @@ class ComprehensivenessSufficiency:
                 bar.update(passes * (len(group) - 1))  # those of the other processes
         return FaithfulnessResult(self.rates, {**settings, "processes": processes.count}, records)
 
-    def _scorer(self, name: str, method: object) -> PairScorer | _TokenMethod:
+    def _scorer(self, method: object) -> PairScorer | TokenMethod:
         if isinstance(method, Tensor):
-            return _TokenMethod(lambda batch: method, name)
+            return TokenMethod(lambda batch: method)
         if callable(method) and not isinstance(method, Attribution):
-            return _TokenMethod(method, name)
+            return TokenMethod(method)
         return pair_scorer(method, self.reduction, self.seed)
+
+    def _plan(self) -> Plan:
+        return Plan(
+            self.model,
+            self.scoring,
+            self.scope,
+            self.rate_of,
+            self.sink_rule,
+            self.granularity,
+            self.mask_token_id,
+            self.protected_ids,
+        )
 
     def _settings(self, methods: Mapping[str, object], target: object) -> dict[str, Any]:
         """What the numbers depend on, but the data and the model."""
@@ -228,6 +234,8 @@ class ComprehensivenessSufficiency:
             "reduction": self.reduction,
             "granularity": self.granularity,
             "seed": self.seed,
+            "mask_token_id": self.mask_token_id,
+            "protected_ids": self.protected_ids,
             "target": target.tolist() if isinstance(target, Tensor) else target,
             "methods": {name: described(method) for name, method in methods.items()},
             "model": getattr(getattr(self.model, "config", None), "name_or_path", None),
@@ -237,14 +245,14 @@ class ComprehensivenessSufficiency:
 
     def _evaluate(
         self,
-        methods: Mapping[str, PairScorer | _TokenMethod],
-        part: _Part,
+        methods: Mapping[str, PairScorer | TokenMethod],
+        part: Part,
         target: int | Tensor | None,
         advance: Callable[[], object],
     ) -> list[dict[str, Any]]:
         """The records of one batch."""
         with torch.no_grad(), evaluation_mode([self.model], self.model), uncompiled():
-            run = _Run(self, part, methods, target)
+            run = BatchRun(self._plan(), part, methods, target)
             advance()
             table: dict[str, dict[str, dict[str, list[Tensor]]]] = {
                 what: {name: {which: [] for which in self.rates} for name in methods}
@@ -254,8 +262,8 @@ class ComprehensivenessSufficiency:
                 for which, rates in self.rates.items():
                     for rate in rates:
                         with run.removal(name, rate, which).in_force():
-                            output = run.forward()
-                        found = run.measured(output)
+                            logits = run.logits()
+                        found = run.measured(logits)
                         table["values"][name][which].append(self._quantity(found).cpu())
                         table["nll"][name][which].append(found.nll.cpu())
                         advance()
@@ -276,103 +284,6 @@ class ComprehensivenessSufficiency:
             }
             for b, example in enumerate(part.examples)
         ]
-
-
-class _Run:
-    """The passes over one batch: the clean one, which is run at once, and the changed ones."""
-
-    def __init__(
-        self,
-        metric: ComprehensivenessSufficiency,
-        part: _Part,
-        methods: Mapping[str, PairScorer | _TokenMethod],
-        target: int | Tensor | None,
-    ) -> None:
-        self.metric, self.batch, self.target = metric, part.batch, target
-        keys = [str(example["index"]) for example in part.examples]
-        self.methods = {name: _seeded(method, keys) for name, method in methods.items()}
-        call = forward_call(metric.model, metric.model.forward, part.batch, None)
-        kwargs = {name: x for name, x in call.kwargs.items() if name != "logits_to_keep"}
-        self.forward = partial(metric.model, *call.args, **kwargs)
-        self.inputs = kwargs
-        self.by_token = {
-            name
-            for name, method in self.methods.items()
-            if isinstance(method, _TokenMethod) or metric.granularity == "token"
-        }
-        in_pass: dict[str, PairScorer] = {
-            name: method
-            for name, method in self.methods.items()
-            if not isinstance(method, _TokenMethod)
-            and (metric.scoring == "clean" or name in self.by_token)
-        }
-        self.clean = CleanPass.run(metric.model, self.forward, in_pass, metric.sink_rule, call.real)
-        self.real = self.clean.real[0]
-        self.unchanged = self.measured(self.clean.output)
-        self.target = self.unchanged.target
-        for name, layers in self.clean.scores.items():
-            for scores in layers:
-                _checked(name, scores, scores.shape)
-        removable = [r & ~s for r, s in zip(self.clean.real, self.clean.sinks, strict=True)]
-        if not torch.stack(removable).any(0).any(-1).all():
-            raise ValueError(
-                "All tokens of an example are protected, so nothing can be removed: give longer "
-                "texts, a higher sink_threshold, or protect_sinks=False."
-            )
-        self._by_token = {name: self._token_scores(name) for name in self.by_token}
-
-    def _token_scores(self, name: str) -> Tensor:
-        """``(B, T)``."""
-        method = self.methods[name]
-        if isinstance(method, _TokenMethod):
-            scores = method.scores(self.batch)
-            if isinstance(scores, tuple) and len(scores) == 1:
-                (scores,) = scores
-            return _checked(name, scores, self.real.shape).to(self.real.device)
-        return torch.stack([layer.mean(1) for layer in self.clean.scores[name]]).mean(0)
-
-    def removal(self, name: str, rate: float, which: Which) -> OnlineRemoval | FixedChange:
-        """The passes without what a method ranks lowest or highest."""
-        metric, clean, method = self.metric, self.clean, self.methods[name]
-        ranking = Ranking(rate, which, metric.scope, metric.rate_of)
-        if name in self.by_token:
-            # A token that is a sink anywhere stays everywhere.
-            sinks = torch.stack(clean.sinks).any(0)
-            tokens = Ranking(rate, which, "layer", metric.rate_of)
-            scores = self._by_token[name][:, None]
-            return FixedChange(
-                metric.model, tokens.factors([scores], [self.real], [sinks]) * len(clean.sinks)
-            )
-        if metric.scoring == "clean":
-            factors = ranking.factors(clean.scores[name], clean.real, clean.sinks)
-            return FixedChange(metric.model, factors)
-        assert not isinstance(method, _TokenMethod)
-        return OnlineRemoval(metric.model, method, ranking, metric.sink_rule, clean.sinks)
-
-    def measured(self, output: Any) -> Logits:
-        """What the quantities are computed from."""
-        logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor) or logits.dim() != 3:
-            raise TypeError(
-                f"The model returned {type(output).__name__} without logits (B, T, V): give a "
-                "language model."
-            )
-        ids = self.inputs.get("input_ids")
-        if not isinstance(ids, Tensor):
-            raise ValueError("There are no input_ids, so the likelihood of the text is not known.")
-        nll, self.counts = mean_nll(logits, ids, self.real)
-        target = self.target
-        if target is None:
-            last = last_token(self.real)
-            target = logits[torch.arange(len(last)), last].argmax(-1)
-        elif isinstance(target, int):
-            target = torch.full((len(ids),), target)
-        if target.shape != (len(ids),):
-            raise ValueError(
-                f"target has shape {tuple(target.shape)}: one token each, ({len(ids)},)."
-            )
-        clean = getattr(self.clean.output, "logits", self.clean.output)
-        return Logits(logits, self.inputs, self.real, clean, target, nll)
 
 
 def comprehensiveness(
@@ -440,19 +351,7 @@ def _one_side(
 # Parts
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A batch, and what its records say of its examples.
-
-    That is the place of each among all, a checksum of its data, and the batch that it was in, since
-    the last bits of what is computed for it depend on that.
-    """
-
-    batch: Batch
-    examples: list[dict[str, Any]]
-
-
-def _parts(batches: Iterable[Batch]) -> Iterator[_Part]:
+def _parts(batches: Iterable[Batch]) -> Iterator[Part]:
     first = 0
     for batch in batches:
         given = [batch] if isinstance(batch, Tensor) else list(batch.values())
@@ -461,17 +360,17 @@ def _parts(batches: Iterable[Batch]) -> Iterator[_Part]:
         if not B:
             raise ValueError("A batch is empty: give at least one example.")
         whole = checksum(*tensors)
-        yield _Part(batch, [{"index": first + b, "batch": whole} for b in range(B)])
+        yield Part(batch, [{"index": first + b, "batch": whole} for b in range(B)])
         first += B
 
 
-def _groups(parts: Iterable[_Part], size: int) -> Iterator[list[_Part]]:
+def _groups(parts: Iterable[Part], size: int) -> Iterator[list[Part]]:
     parts = iter(parts)
     while group := list(islice(parts, size)):
         yield group
 
 
-def _each(work: Callable[[_Part], T], parts: Iterable[_Part]) -> list[T]:
+def _each(work: Callable[[Part], T], parts: Iterable[Part]) -> list[T]:
     return [work(part) for part in parts]
 
 
@@ -479,7 +378,7 @@ def _keyed(records: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, A
     return ((str(record["index"]), record) for record in records)
 
 
-def _known(known: Mapping[str, Any], part: _Part) -> list[dict[str, Any]] | None:
+def _known(known: Mapping[str, Any], part: Part) -> list[dict[str, Any]] | None:
     """The records of a batch, if all of them were kept.
 
     Raises:
@@ -503,21 +402,6 @@ def _batches(data: Batch | Iterable[Batch]) -> tuple[Iterable[Batch], int | None
     return data, len(data) if isinstance(data, Sized) else None
 
 
-def _seeded(method: PairScorer | _TokenMethod, keys: Sequence[str]) -> PairScorer | _TokenMethod:
-    return replace(method, examples=tuple(keys)) if isinstance(method, RandomPairs) else method
-
-
-def _checked(name: str, scores: object, shape: Sequence[int]) -> Tensor:
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != tuple(shape):
-        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(
-            f"Method {name!r} gives scores {found}: one a token is needed, {tuple(shape)}."
-        )
-    if not scores.isfinite().all():
-        raise ValueError(f"Method {name!r} gives scores that are NaN or infinite.")
-    return scores.detach()
-
-
 def _rates(
     rates: Sequence[float] | Mapping[Which, Sequence[float]] | None,
 ) -> dict[Which, tuple[float, ...]]:
@@ -532,36 +416,3 @@ def _rates(
         if any(a >= b for a, b in pairwise(several)):
             raise ValueError(f"rates={several}: give them in ascending order, each once.")
     return {which: tuple(map(float, several)) for which, several in rates.items()}
-
-
-def checksum(*tensors: Tensor) -> str:
-    """Of the bytes of some tensors."""
-    crc = 0
-    for x in tensors:
-        x = x.detach().cpu().contiguous()
-        crc = zlib.crc32(repr((x.dtype, tuple(x.shape))).encode(), crc)
-        crc = zlib.crc32(bytes(x.view(torch.uint8).numpy()) if x.numel() else b"", crc)
-    return f"{crc:08x}"
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Tells models apart by a thousand numbers of each weight."""
-    parts = []
-    for x in model.state_dict().values():
-        if not x.is_meta:
-            flat = x.detach().flatten()
-            parts.append(flat[:: max(1, len(flat) // 1000)])
-    return checksum(*parts)
-
-
-def described(method: object) -> str:
-    """A method, or another callable, in a word that tells it from others."""
-    if isinstance(method, str):
-        return method
-    if isinstance(method, Tensor):
-        return f"scores {checksum(method)}"
-    if isinstance(method, TokenScores):
-        return f"{described(method.method)}, {method.reduction}, signed={method.signed}"
-    if isinstance(method, _AttentionAttribution):
-        return f"{method.get_name()} {getattr(method, 'scope', '')}".strip()
-    return str(getattr(method, "__qualname__", type(method).__qualname__))

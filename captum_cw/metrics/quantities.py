@@ -54,37 +54,36 @@ class Quantity:
         return self.compute(logits)
 
 
-def mean_nll(logits: Tensor, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean negative log-likelihood of each text's tokens but its first, in nats.
+def mean_nll(logits: Tensor, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean negative log-likelihood of tokens, in nats.
 
     Args:
-        logits: ``(B, T, V)``.
-        ids: ``(B, T)``.
-        real: ``(B, T)`` boolean, False at padding.
+        logits: ``(B, N, V)``.
+        ids: ``(B, N)``, the tokens that they predict.
+        counted: ``(B, N)`` boolean, which of them count.
 
     Returns:
         ``(B,)`` float64, and how many tokens each is the mean of.
 
     Raises:
-        ValueError: If a text has less than two tokens.
+        ValueError: If no token of a text counts.
 
     Example:
-        >>> nll, counts = mean_nll(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]),
-        ...                        torch.ones(1, 3, dtype=torch.bool))
+        >>> nll, counts = mean_nll(torch.zeros(1, 2, 8), torch.tensor([[2, 3]]),
+        ...                        torch.ones(1, 2, dtype=torch.bool))
         >>> round(float(nll.exp()), 4), counts.tolist()
         (8.0, [2])
     """
-    predicted = real[:, 1:] & real[:, :-1]
-    counts = predicted.sum(1)
+    counts = counted.sum(1)
     if (counts < 1).any():
         raise ValueError(
-            f"Example {int((counts < 1).nonzero()[0])} has less than two tokens: nothing predicts "
-            "its first, so it has no perplexity."
+            f"Example {int((counts < 1).nonzero()[0])} has less than two tokens, or none that is "
+            "predicted, so it has no perplexity: leave it out."
         )
     sums = []
     for b in range(len(ids)):  # one by one: a copy of all logits may not fit
-        rows = logits[b, :-1][predicted[b]].float()
-        targets = ids[b, 1:][predicted[b]].to(rows.device)
+        rows = logits[b][counted[b].to(logits.device)].float()
+        targets = ids[b][counted[b]].to(rows.device)
         losses = torch.nn.functional.cross_entropy(rows, targets, reduction="none")
         sums.append(losses.double().sum())
     return torch.stack(sums) / counts.to(sums[0].device), counts

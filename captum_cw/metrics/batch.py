@@ -1,0 +1,204 @@
+"""The passes over one batch: a clean one, and those without what a method ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_cw.attr._inputs import forward_call
+from captum_cw.interventions import (
+    CleanPass,
+    FixedChange,
+    OnlineRemoval,
+    Ranking,
+    Scoring,
+    SinkRule,
+)
+from captum_cw.metrics.quantities import Logits, last_token, mean_nll
+from captum_cw.ranking import RateOf, Scope, Which
+from captum_cw.scoring import PairScorer, RandomPairs
+
+__all__ = ["Batch", "BatchRun", "Granularity", "Part", "Plan", "TokenMethod"]
+
+Batch = Tensor | Mapping[str, Any]
+Granularity = Literal["pair", "token"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is removed from each batch, but for the rates.
+
+    Args:
+        model: The model.
+        scoring, scope, rate_of, sink_rule, granularity, mask_token_id, protected_ids: As for
+            :class:`captum_cw.ComprehensivenessSufficiency`.
+    """
+
+    model: nn.Module
+    scoring: Scoring
+    scope: Scope
+    rate_of: RateOf
+    sink_rule: SinkRule
+    granularity: Granularity
+    mask_token_id: int | None
+    protected_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch, and what its records say of its examples.
+
+    That is the place of each among all, and a checksum of the batch that it was in, since the last
+    bits of what is computed for it depend on that.
+    """
+
+    batch: Batch
+    examples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TokenMethod:
+    """Scores of whole tokens: ``(B, T)`` from a callable, or given."""
+
+    scores: Callable[[Batch], Any]
+
+
+class BatchRun:
+    """The passes over one batch: the clean one, which is run at once, and the changed ones."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        part: Part,
+        methods: Mapping[str, PairScorer | TokenMethod],
+        target: int | Tensor | None,
+    ) -> None:
+        self.plan, self.batch, self.target = plan, part.batch, target
+        keys = [str(example["index"]) for example in part.examples]
+        self.methods = {name: _seeded(method, keys) for name, method in methods.items()}
+        call = forward_call(plan.model, plan.model.forward, part.batch, None)
+        self.inputs = {name: x for name, x in call.kwargs.items() if name != "logits_to_keep"}
+        ids = self.inputs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise ValueError("There are no input_ids, so the likelihood of the text is not known.")
+        self.ids = ids
+        self.by_token = {
+            name
+            for name, method in self.methods.items()
+            if isinstance(method, TokenMethod) or plan.granularity == "token"
+        }
+        in_pass: dict[str, PairScorer] = {
+            name: method
+            for name, method in self.methods.items()
+            if not isinstance(method, TokenMethod)
+            and (plan.scoring == "clean" or name in self.by_token)
+        }
+        forward = partial(plan.model, *call.args, **self.inputs)
+        self.clean = CleanPass.run(plan.model, forward, in_pass, plan.sink_rule, call.real)
+        self.real = self.clean.real[0]
+        protected = torch.isin(ids, ids.new_tensor(plan.protected_ids)).to(self.real.device)
+        self.kept = [sinks | protected for sinks in self.clean.sinks]
+        if plan.mask_token_id is None:
+            self.counted = self.real[:, 1:] & self.real[:, :-1]
+            self.clean_logits = _logits(self.clean.output)
+        else:
+            self.counted = self.real & ~protected
+            self.clean_logits = self.logits()
+        self.unchanged = self.measured(self.clean_logits)
+        self.target = self.unchanged.target
+        for name, layers in self.clean.scores.items():
+            for scores in layers:
+                _checked(name, scores, scores.shape)
+        removable = [r & ~k for r, k in zip(self.clean.real, self.kept, strict=True)]
+        if not torch.stack(removable).any(0).any(-1).all():
+            raise ValueError(
+                "All tokens of an example are protected, so nothing can be removed: give longer "
+                "texts, a higher sink_threshold, or protect_sinks=False."
+            )
+        self._by_token = {name: self._token_scores(name) for name in self.by_token}
+
+    def _token_scores(self, name: str) -> Tensor:
+        """``(B, T)``."""
+        method = self.methods[name]
+        if isinstance(method, TokenMethod):
+            scores = method.scores(self.batch)
+            if isinstance(scores, tuple) and len(scores) == 1:
+                (scores,) = scores
+            return _checked(name, scores, self.real.shape).to(self.real.device)
+        return torch.stack([layer.mean(1) for layer in self.clean.scores[name]]).mean(0)
+
+    def removal(self, name: str, rate: float, which: Which) -> OnlineRemoval | FixedChange:
+        """The passes without what a method ranks lowest or highest."""
+        plan, clean, method = self.plan, self.clean, self.methods[name]
+        ranking = Ranking(rate, which, plan.scope, plan.rate_of)
+        if name in self.by_token:
+            # A token that is a sink anywhere stays everywhere.
+            kept = torch.stack(self.kept).any(0)
+            tokens = Ranking(rate, which, "layer", plan.rate_of)
+            scores = self._by_token[name][:, None]
+            factors = tokens.factors([scores], [self.real], [kept]) * len(self.kept)
+            return FixedChange(plan.model, factors)
+        if plan.scoring == "clean":
+            factors = ranking.factors(clean.scores[name], clean.real, self.kept)
+            return FixedChange(plan.model, factors)
+        assert not isinstance(method, TokenMethod)
+        return OnlineRemoval(plan.model, method, ranking, plan.sink_rule, self.kept)
+
+    def logits(self) -> Tensor:
+        """``(B, T, V)``: of the next token, or of each masked token at its own place."""
+        model, mask = self.plan.model, self.plan.mask_token_id
+        if mask is None:
+            return _logits(model(**self.inputs))
+        rows = []
+        for place in range(self.ids.shape[1]):
+            masked = self.ids.clone()
+            masked[:, place] = mask
+            # A copy, since what was computed for the other places need not be kept.
+            rows.append(_logits(model(**{**self.inputs, "input_ids": masked}))[:, place].clone())
+        return torch.stack(rows, 1)
+
+    def measured(self, logits: Tensor) -> Logits:
+        """What the quantities are computed from."""
+        ids, target = self.ids, self.target
+        if self.plan.mask_token_id is None:
+            nll, self.counts = mean_nll(logits[:, :-1], ids[:, 1:], self.counted)
+        else:
+            nll, self.counts = mean_nll(logits, ids, self.counted)
+        if target is None:
+            last = last_token(self.real)
+            target = logits[torch.arange(len(last)), last].argmax(-1)
+        elif isinstance(target, int):
+            target = torch.full((len(ids),), target)
+        if target.shape != (len(ids),):
+            raise ValueError(f"target has shape {tuple(target.shape)}, not ({len(ids)},).")
+        return Logits(logits, self.inputs, self.real, self.clean_logits, target, nll)
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise TypeError(
+            f"The model returned {type(output).__name__} without logits (B, T, V): give a "
+            "language model."
+        )
+    return logits
+
+
+def _seeded(method: PairScorer | TokenMethod, keys: Sequence[str]) -> PairScorer | TokenMethod:
+    return replace(method, examples=tuple(keys)) if isinstance(method, RandomPairs) else method
+
+
+def _checked(name: str, scores: object, shape: Sequence[int]) -> Tensor:
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != tuple(shape):
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"Method {name!r} gives scores {found}: one a token is needed, {tuple(shape)}."
+        )
+    if not scores.isfinite().all():
+        raise ValueError(f"Method {name!r} gives scores that are NaN or infinite.")
+    return scores.detach()
