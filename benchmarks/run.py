@@ -36,9 +36,11 @@ from captum.attr import LayerIntegratedGradients
 from torch import Tensor
 
 from captum_cw import ContributionWeights, TokenScores
+from captum_cw.interventions import CleanPass, FixedChange, OnlineRemoval, Ranking, SinkRule
 from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model
 from captum_cw.progress import progress_bar
 from captum_cw.records import Records, RecordsError
+from captum_cw.scoring import pair_scorer
 
 Result = TypeVar("Result")
 
@@ -47,6 +49,7 @@ STEPS = 50
 WARM_UP_TOKENS = 8
 SAMPLED_EVERY = 0.005
 FAILED = "failed"
+REMOVED = 0.5
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def _integrated_gradients(model: Any, ids: Tensor, steps: int) -> object:
 
 
 PLAIN, LAST, SCORES = "forward", "forward, last logits only", "token scores"
+CLEAN_REMOVAL, ONLINE_REMOVAL = "clean scoring", "online scoring"
 DENSE, EAGER, GRADIENTS = "dense maps", "eager forward", "Integrated Gradients"
 
 CALLS: dict[str, Callable[[Any, Tensor], object]] = {
@@ -229,6 +233,39 @@ def alternating(settings: Settings, length: int) -> list[dict[str, float]]:
     ]
 
 
+def alternating_removals(settings: Settings, length: int) -> list[dict[str, float]]:
+    """Seconds of a forward and of removal passes, run in turn; a dict for each round.
+
+    As the metric runs them: sinks and clean scores are known from one clean pass for all methods
+    and rates; ranking is part of the time.
+    """
+    model = _load(settings)
+    ids = _ids(model, length)
+    scorer, rule, ranking = pair_scorer("contribution"), SinkRule(), Ranking(REMOVED, "bottom")
+    clean = CleanPass.run(model, partial(model, ids), {"": scorer}, rule, None)
+
+    def removed_by_clean_scores() -> object:
+        factors = ranking.factors(clean.scores[""], clean.real, clean.sinks)
+        with FixedChange(model, factors).in_force():
+            return model(ids)
+
+    def removed_by_online_scores() -> object:
+        with OnlineRemoval(model, scorer, ranking, rule, clean.sinks).in_force():
+            return model(ids)
+
+    calls: dict[str, Callable[[], object]] = {
+        PLAIN: partial(model, ids),
+        CLEAN_REMOVAL: removed_by_clean_scores,
+        ONLINE_REMOVAL: removed_by_online_scores,
+    }
+    for call in calls.values():
+        call()
+    return [
+        {name: _cost_of(call)["seconds"] for name, call in calls.items()}
+        for _ in range(settings.repeats)
+    ]
+
+
 def in_own_process(job: Callable[..., Result], *args: object) -> Result | str:
     """What ``job`` returns in a new process, or how that process ended without returning."""
     context = multiprocessing.get_context("spawn")
@@ -277,6 +314,7 @@ def run(
         if settings.gradient_steps:
             jobs[GRADIENTS, length] = partial(in_own_process, gradients_cost, settings, length)
         jobs["ratio", length] = partial(in_own_process, alternating, settings, length)
+        jobs["removal", length] = partial(in_own_process, alternating_removals, settings, length)
     for length in memory_lengths:
         for name in (PLAIN, LAST, SCORES):
             jobs.setdefault(
@@ -301,6 +339,11 @@ def run(
             _ratio_table(results, lengths),
             "Seconds of calls that alternate in one process, divided round by round: the median, "
             f"and in brackets the smallest and largest of {settings.repeats}.",
+            "## Removal passes against a forward pass",
+            _removal_table(results, lengths),
+            f"In the same way: passes without {REMOVED:.0%} of the pairs of head and token, ranked "
+            "by contributions. The one clean pass that sinks, and clean scores, come from is not "
+            "counted: it serves all methods and rates.",
             "## Memory of token scores",
             _memory_table(results, memory_lengths),
             f'Megabytes as above. The last column is "{SCORES}" less "{LAST}": what attribution '
@@ -346,18 +389,27 @@ def _legend(settings: Settings) -> str:
     )
 
 
-def _ratio_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
-    def over(name: str, rounds: list[dict[str, float]] | str) -> str:
-        if isinstance(rounds, str):
-            return rounds
-        ratios = [times[SCORES] / times[name] for times in rounds]
-        return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+def _ratio(rounds: list[dict[str, float]] | str, name: str, over: str) -> str:
+    if isinstance(rounds, str):
+        return rounds
+    ratios = [times[name] / times[over] for times in rounds]
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
-    heads = ["tokens", f"over {PLAIN}", f"over {LAST}"]
+
+def _ratio_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
+    names = (PLAIN, LAST)
     rows = [
-        [str(n), over(PLAIN, results["ratio", n]), over(LAST, results["ratio", n])] for n in lengths
+        [str(n), *(_ratio(results["ratio", n], SCORES, over) for over in names)] for n in lengths
     ]
-    return _table(heads, rows)
+    return _table(["tokens", *(f"over {name}" for name in names)], rows)
+
+
+def _removal_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
+    names = (CLEAN_REMOVAL, ONLINE_REMOVAL)
+    rows = [
+        [str(n), *(_ratio(results["removal", n], name, PLAIN) for name in names)] for n in lengths
+    ]
+    return _table(["tokens", *names], rows)
 
 
 def _memory_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
