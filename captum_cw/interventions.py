@@ -31,7 +31,7 @@ from captum_cw.capture import (
 )
 from captum_cw.functional import AttentionLayer, Reduction, check_choice
 from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
-from captum_cw.scoring import PairScorer, pair_scorer
+from captum_cw.scoring import PairScorer, model_of, pair_scorer
 from captum_cw.sinks import THRESHOLD, layer_sinks, real_tokens
 
 __all__ = ["Scoring", "remove_tokens", "remove_values", "scale_values"]
@@ -97,6 +97,11 @@ def remove_tokens(
     ranking = Ranking(rate, which, scope, rate_of)
     check_scoring(scoring, scope)
     sink_rule = SinkRule(sink_threshold if protect_sinks else None, sink_space)
+    if model_of(method) not in (None, unwrapped(model)):
+        raise ValueError(
+            "method belongs to another model: make it with this one, or give its name. (Scores of "
+            "another model are for ComprehensivenessSufficiency.)"
+        )
     removal = OnlineRemoval if scoring == "online" else CleanRemoval
     with removal(model, pair_scorer(method, reduction, seed), ranking, sink_rule).in_force():
         yield

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_cw import functional
 from captum_cw.attr import (
@@ -20,7 +20,7 @@ from captum_cw.attr import (
 from captum_cw.attr.layer import _AttentionAttribution
 from captum_cw.functional import AttentionLayer, Measure, Reduction, check_choice, token_scores
 
-__all__ = ["CONTROLS", "METHODS", "PairScorer", "RandomPairs", "pair_scorer"]
+__all__ = ["CONTROLS", "METHODS", "PairScorer", "RandomPairs", "model_of", "pair_scorer"]
 
 #: The measures, by the names that users type.
 METHODS: dict[str, type[_AttentionAttribution]] = {
@@ -132,6 +132,13 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
         measure, signed = CONTROLS[method]
         return MeasuredPairs(measure, reduction, signed)
     raise ValueError(f"method={method!r} is unknown; known: {known_names()}.")
+
+
+def model_of(method: object) -> nn.Module | None:
+    """The model that a measure, or ``TokenScores`` around one, belongs to; None for others."""
+    if isinstance(method, TokenScores):
+        method = method.method
+    return method.model if isinstance(method, _AttentionAttribution) else None
 
 
 def known_names() -> str:

@@ -23,11 +23,12 @@ from captum_cw import (
     TokenScores,
     VWONAttention,
     comprehensiveness,
+    remove_tokens,
     remove_values,
     sufficiency,
 )
 from captum_cw.functional import AttentionLayer
-from captum_cw.metrics import FaithfulnessResult, agreement
+from captum_cw.metrics import FaithfulnessResult, agreement, with_shuffled_weights
 from captum_cw.ranking import chosen_pairs
 from captum_cw.records import RecordsError
 from captum_cw.scoring import CONTROLS, METHODS, RandomPairs, pair_scorer
@@ -300,6 +301,43 @@ def test_the_model_is_left_as_it_was_in_training_mode_too() -> None:
         found = sufficiency(model, ids, "contribution", [0.5])
     assert state_of(model) == before
     assert torch.equal(found, sufficiency(model.eval(), ids, "contribution", [0.5]))
+
+
+def test_scores_of_another_model_are_taken_in_its_own_pass() -> None:
+    model, other, ids = llama(), with_shuffled_weights(llama()), token_ids()
+    scores = TokenScores(VWONAttention(other), layers=None, heads=None).attribute(ids)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    masks = chosen_pairs(list(scores.unbind(1)), [real] * 2, find_sinks(model, ids), 0.5, "top")
+    with remove_values(model, masks):
+        changed = plain_run(model, {"input_ids": ids})
+    nll, clean = (
+        torch.tensor(nll_of(x, ids, real)) for x in (changed, plain_run(model, {"input_ids": ids}))
+    )
+    for scoring in ("online", "clean"):
+        found = comprehensiveness(
+            model, ids, VWONAttention(other), [0.5], metric="nll", scoring=scoring
+        )
+        assert torch.allclose(found[:, 0].float(), nll - clean, rtol=1e-3, atol=1e-5)
+    tokens = comprehensiveness(model, ids, VWONAttention(other), [0.5], granularity="token")
+    by_hand = TokenScores(VWONAttention(other)).attribute(ids)
+    assert torch.allclose(tokens, comprehensiveness(model, ids, by_hand, [0.5]))
+    with (
+        pytest.raises(ValueError, match="method belongs to another model"),
+        remove_tokens(model, VWONAttention(other), 0.5),
+    ):
+        pass
+
+
+def test_shuffled_weights_are_the_same_numbers_elsewhere() -> None:
+    model = llama()
+    before = state_of(model)
+    shuffled = with_shuffled_weights(model, seed=1)
+    for x, y in zip(model.parameters(), shuffled.parameters(), strict=True):
+        assert torch.equal(x.flatten().sort()[0], y.flatten().sort()[0])
+    assert not torch.equal(model.lm_head.weight, shuffled.lm_head.weight)
+    again = with_shuffled_weights(model, seed=1)
+    assert torch.equal(shuffled.lm_head.weight, again.lm_head.weight)
+    assert state_of(model) == before
 
 
 # -- results --------------------------------------------------------------------------------

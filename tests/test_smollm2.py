@@ -10,9 +10,20 @@ import reference
 import torch
 from models import look
 from test_capture import CLASSES, IMPLEMENTATIONS, state_of
+from test_data import SHARED
 from torch import Tensor, nn
 
-from captum_cw import ContributionWeights, LLMTokenAttribution, TokenScores
+from captum_cw import (
+    ComprehensivenessSufficiency,
+    ContributionWeights,
+    LLMTokenAttribution,
+    TokenScores,
+)
+from captum_cw.data import load_texts, token_batches
+from captum_cw.metrics import with_shuffled_weights
+from captum_cw.scoring import METHODS
+
+GSM8K = SHARED / "gsm8k_test.jsonl"
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -152,3 +163,51 @@ def test_the_answer_is_drawn_from_the_question(smollm2: tuple[nn.Module, Any]) -
     assert float(result.output_probs[0]) > 0.3
     words = dict(zip(result.input_tokens, result.token_attr[0].tolist(), strict=True))
     assert words["ĠFrance"] > words["Ġof"]
+
+
+# -- faithfulness ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def problems(smollm2: tuple[nn.Module, Any]) -> Tensor:
+    """Four texts of 128 tokens."""
+    if not GSM8K.exists():
+        pytest.skip(f"there is no {GSM8K.name} in {GSM8K.parent}")
+    (batch,) = token_batches(
+        load_texts(GSM8K), smollm2[1], length=128, samples=4, batch_size=4, pack=True
+    )
+    return batch["input_ids"]
+
+
+@pytest.mark.slow
+def test_contributions_find_what_matters_best_and_chance_worst(
+    model: nn.Module, problems: Tensor
+) -> None:
+    methods = {name: name for name in (*METHODS, "random")}
+    for scoring, rates in (
+        ("online", {"top": [0.1], "bottom": [0.5, 0.7]}),
+        ("clean", {"top": [0.3]}),
+    ):
+        metric = ComprehensivenessSufficiency(model, rates, scoring=scoring)
+        result = metric.evaluate(methods, problems)
+        for side, found in result.corpus["contribution"].items():
+            better, worse = (max, min) if side == "comprehensiveness" else (min, max)
+            for i, value in enumerate(found.tolist()):
+                all_of_them = [result.corpus[name][side][i].item() for name in methods]
+                assert value == better(all_of_them)
+                assert result.corpus["random"][side][i] == worse(all_of_them)
+
+
+@pytest.mark.slow
+def test_scores_of_a_model_that_has_learnt_nothing_find_nothing(
+    model: nn.Module, problems: Tensor
+) -> None:
+    methods = {
+        "contribution": ContributionWeights(model),
+        "of nothing": ContributionWeights(with_shuffled_weights(model)),
+        "random": "random",
+    }
+    metric = ComprehensivenessSufficiency(model, {"bottom": [0.5]}, metric="nll", scoring="clean")
+    loss = {name: float(x[0]) for name, x in metric.evaluate(methods, problems).sufficiency.items()}
+    assert loss["contribution"] < 0.2 * loss["of nothing"]
+    assert loss["of nothing"] > 0.5 * loss["random"]

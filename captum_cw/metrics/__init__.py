@@ -7,6 +7,7 @@ from captum_cw.metrics.faithfulness import (
     sufficiency,
 )
 from captum_cw.metrics.result import Comparison, FaithfulnessResult
+from captum_cw.metrics.sanity import with_shuffled_weights
 
 __all__ = [
     "Agreement",
@@ -16,4 +17,5 @@ __all__ = [
     "agreement",
     "comprehensiveness",
     "sufficiency",
+    "with_shuffled_weights",
 ]

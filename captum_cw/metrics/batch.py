@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.attr._inputs import forward_call
+from captum_cw.attr.layer import evaluation_mode
 from captum_cw.interventions import (
     CleanPass,
     FixedChange,
@@ -68,6 +69,28 @@ class TokenMethod:
     scores: Callable[[Batch], Any]
 
 
+@dataclass(frozen=True)
+class ForeignMethod:
+    """Scores of pairs that another model of the same shape gives, in a clean pass of its own."""
+
+    model: nn.Module
+    scorer: PairScorer
+
+    def scores(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], real: Tensor | None
+    ) -> list[Tensor]:
+        """For each layer ``(B, H, S)``."""
+        forward = partial(self.model, *args, **kwargs)
+        with evaluation_mode([self.model], self.model):
+            seen = CleanPass.run(
+                self.model, forward, {"": self.scorer}, SinkRule(threshold=None), real
+            )
+        return seen.scores[""]
+
+
+Method = PairScorer | TokenMethod | ForeignMethod
+
+
 class BatchRun:
     """The passes over one batch: the clean one, which is run at once, and the changed ones."""
 
@@ -75,7 +98,7 @@ class BatchRun:
         self,
         plan: Plan,
         part: Part,
-        methods: Mapping[str, PairScorer | TokenMethod],
+        methods: Mapping[str, Method],
         target: int | Tensor | None,
     ) -> None:
         self.plan, self.batch, self.target = plan, part.batch, target
@@ -87,16 +110,11 @@ class BatchRun:
         if not isinstance(ids, Tensor):
             raise ValueError("There are no input_ids, so the likelihood of the text is not known.")
         self.ids = ids
-        self.by_token = {
-            name
-            for name, method in self.methods.items()
-            if isinstance(method, TokenMethod) or plan.granularity == "token"
-        }
         in_pass: dict[str, PairScorer] = {
             name: method
             for name, method in self.methods.items()
-            if not isinstance(method, TokenMethod)
-            and (plan.scoring == "clean" or name in self.by_token)
+            if not isinstance(method, (TokenMethod, ForeignMethod))
+            and (plan.scoring == "clean" or plan.granularity == "token")
         }
         forward = partial(plan.model, *call.args, **self.inputs)
         self.clean = CleanPass.run(plan.model, forward, in_pass, plan.sink_rule, call.real)
@@ -111,7 +129,12 @@ class BatchRun:
             self.clean_logits = self.logits()
         self.unchanged = self.measured(self.clean_logits)
         self.target = self.unchanged.target
-        for name, layers in self.clean.scores.items():
+        self.pairs = {
+            name: method.scores(call.args, self.inputs, call.real)
+            for name, method in self.methods.items()
+            if isinstance(method, ForeignMethod)
+        } | self.clean.scores
+        for name, layers in self.pairs.items():
             for scores in layers:
                 _checked(name, scores, scores.shape)
         removable = [r & ~k for r, k in zip(self.clean.real, self.kept, strict=True)]
@@ -120,33 +143,35 @@ class BatchRun:
                 "All tokens of an example are protected, so nothing can be removed: give longer "
                 "texts, a higher sink_threshold, or protect_sinks=False."
             )
-        self._by_token = {name: self._token_scores(name) for name in self.by_token}
+        self.tokens = {
+            name: self._token_scores(name, method)
+            for name, method in self.methods.items()
+            if isinstance(method, TokenMethod) or plan.granularity == "token"
+        }
 
-    def _token_scores(self, name: str) -> Tensor:
+    def _token_scores(self, name: str, method: Method) -> Tensor:
         """``(B, T)``."""
-        method = self.methods[name]
-        if isinstance(method, TokenMethod):
-            scores = method.scores(self.batch)
-            if isinstance(scores, tuple) and len(scores) == 1:
-                (scores,) = scores
-            return _checked(name, scores, self.real.shape).to(self.real.device)
-        return torch.stack([layer.mean(1) for layer in self.clean.scores[name]]).mean(0)
+        if not isinstance(method, TokenMethod):
+            return torch.stack([layer.mean(1) for layer in self.pairs[name]]).mean(0)
+        scores = method.scores(self.batch)
+        if isinstance(scores, tuple) and len(scores) == 1:
+            (scores,) = scores
+        return _checked(name, scores, self.real.shape).to(self.real.device)
 
     def removal(self, name: str, rate: float, which: Which) -> OnlineRemoval | FixedChange:
         """The passes without what a method ranks lowest or highest."""
-        plan, clean, method = self.plan, self.clean, self.methods[name]
+        plan, method = self.plan, self.methods[name]
         ranking = Ranking(rate, which, plan.scope, plan.rate_of)
-        if name in self.by_token:
+        if name in self.tokens:
             # A token that is a sink anywhere stays everywhere.
             kept = torch.stack(self.kept).any(0)
-            tokens = Ranking(rate, which, "layer", plan.rate_of)
-            scores = self._by_token[name][:, None]
-            factors = tokens.factors([scores], [self.real], [kept]) * len(self.kept)
+            alone = replace(ranking, scope="layer")
+            factors = alone.factors([self.tokens[name][:, None]], [self.real], [kept])
+            return FixedChange(plan.model, factors * len(self.kept))
+        if name in self.pairs:
+            factors = ranking.factors(self.pairs[name], self.clean.real, self.kept)
             return FixedChange(plan.model, factors)
-        if plan.scoring == "clean":
-            factors = ranking.factors(clean.scores[name], clean.real, self.kept)
-            return FixedChange(plan.model, factors)
-        assert not isinstance(method, TokenMethod)
+        assert not isinstance(method, (TokenMethod, ForeignMethod))  # those are scored by now
         return OnlineRemoval(plan.model, method, ranking, plan.sink_rule, self.kept)
 
     def logits(self) -> Tensor:
@@ -189,7 +214,7 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _seeded(method: PairScorer | TokenMethod, keys: Sequence[str]) -> PairScorer | TokenMethod:
+def _seeded(method: Method, keys: Sequence[str]) -> Method:
     return replace(method, examples=tuple(keys)) if isinstance(method, RandomPairs) else method
 
 

@@ -23,7 +23,16 @@ from captum_cw.attr.layer import evaluation_mode, uncompiled, unwrapped
 from captum_cw.capture import StateSpace
 from captum_cw.functional import Reduction, check_choice
 from captum_cw.interventions import Ranking, Scoring, SinkRule, check_scoring
-from captum_cw.metrics.batch import Batch, BatchRun, Granularity, Part, Plan, TokenMethod
+from captum_cw.metrics.batch import (
+    Batch,
+    BatchRun,
+    ForeignMethod,
+    Granularity,
+    Method,
+    Part,
+    Plan,
+    TokenMethod,
+)
 from captum_cw.metrics.identity import checksum, described, fingerprint
 from captum_cw.metrics.quantities import MetricName, quantity
 from captum_cw.metrics.result import REMOVED, FaithfulnessResult, Side
@@ -31,7 +40,7 @@ from captum_cw.processes import Processes
 from captum_cw.progress import progress_bar
 from captum_cw.ranking import RateOf, Scope, Which
 from captum_cw.records import Records, RecordsError
-from captum_cw.scoring import PairScorer, pair_scorer
+from captum_cw.scoring import model_of, pair_scorer
 from captum_cw.sinks import THRESHOLD
 
 __all__ = ["ComprehensivenessSufficiency", "comprehensiveness", "sufficiency"]
@@ -144,7 +153,8 @@ class ComprehensivenessSufficiency:
 
         Args:
             methods: By a name of your choice: a measure, ``TokenScores`` around one (whose
-                ``reduction`` and ``signed`` count), the name of a measure or control,
+                ``reduction`` and ``signed`` count; one of another model of the same shape scores
+                in a clean pass of that model), the name of a measure or control,
                 ``"random"``; or a callable that takes a batch, or a tensor, that gives ``(B, T)``
                 scores, ranked as they are (take absolute values where signs should not count).
             inputs_or_dataloader: Token ids ``(B, T)``, a ``BatchEncoding`` or dict; or an
@@ -201,12 +211,14 @@ class ComprehensivenessSufficiency:
                 bar.update(passes * (len(group) - 1))  # those of the other processes
         return FaithfulnessResult(self.rates, {**settings, "processes": processes.count}, records)
 
-    def _scorer(self, method: object) -> PairScorer | TokenMethod:
+    def _scorer(self, method: object) -> Method:
         if isinstance(method, Tensor):
             return TokenMethod(lambda batch: method)
         if callable(method) and not isinstance(method, Attribution):
             return TokenMethod(method)
-        return pair_scorer(method, self.reduction, self.seed)
+        scorer = pair_scorer(method, self.reduction, self.seed)
+        model = model_of(method)
+        return scorer if model in (None, self.model) else ForeignMethod(model, scorer)
 
     def _plan(self) -> Plan:
         return Plan(
@@ -245,7 +257,7 @@ class ComprehensivenessSufficiency:
 
     def _evaluate(
         self,
-        methods: Mapping[str, PairScorer | TokenMethod],
+        methods: Mapping[str, Method],
         part: Part,
         target: int | Tensor | None,
         advance: Callable[[], object],

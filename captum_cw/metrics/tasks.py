@@ -665,7 +665,7 @@ def _harness_at_rest() -> Iterator[None]:
         try:
             logger.setLevel(logging.ERROR)
             for module, bar in bars.items():
-                module.tqdm = partial(bar, disable=True)
+                module.tqdm = _hidden(bar)
             random.seed(DEFAULT_RANDOM_SEED)
             np.random.seed(DEFAULT_OTHER_SEED)
             torch.manual_seed(DEFAULT_OTHER_SEED)
@@ -676,3 +676,10 @@ def _harness_at_rest() -> Iterator[None]:
                 module.tqdm = bar
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def _hidden(bar: Callable[..., Any]) -> Callable[..., Any]:
+    def make(*args: Any, **kwargs: Any) -> Any:
+        return bar(*args, **{**kwargs, "disable": True})
+
+    return make
