@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import reference
 import torch
@@ -22,6 +24,7 @@ from captum_cw import (
     remove_tokens,
     remove_values,
     scale_values,
+    sufficiency,
 )
 
 NAMES = {"attention": "attention", "vw": "vw", "vwon": "vwon", "contribution": "inter"}
@@ -418,3 +421,35 @@ def test_a_window_that_forgets_what_was_removed_is_refused() -> None:
         pytest.raises(RuntimeError, match="use a cache without a window"),
     ):
         model.generate(token_ids(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+
+# -- how models come ------------------------------------------------------------------------
+
+
+def test_a_model_whose_weights_lie_on_disk_is_changed_alike(tmp_path: Path) -> None:
+    ids = token_ids()
+    model = llama()
+    offloaded = accelerate.disk_offload(llama(), tmp_path, execution_device=torch.device("cpu"))
+    own = vars(offloaded).get("forward")
+    assert all(p.is_meta for p in offloaded.model.layers.parameters())
+    for scoring in ("online", "clean"):
+        with remove_tokens(model, "contribution", 0.5, scoring=scoring), torch.no_grad():
+            right = model(ids).logits
+        with remove_tokens(offloaded, "contribution", 0.5, scoring=scoring), torch.no_grad():
+            assert torch.allclose(offloaded(ids).logits, right, atol=1e-5)
+    assert vars(offloaded).get("forward") is own
+    found = sufficiency(offloaded, ids, "contribution", [0.5])
+    assert torch.allclose(found, sufficiency(model, ids, "contribution", [0.5]), rtol=1e-4)
+
+
+def test_a_compiled_model_is_changed_alike() -> None:
+    model, ids = llama(), token_ids()
+    with remove_tokens(model, "contribution", 0.5), torch.no_grad():
+        expected = model(ids).logits
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        alone = compiled(ids).logits
+        with remove_tokens(compiled, "contribution", 0.5):
+            found = compiled(ids).logits
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert torch.equal(compiled(ids).logits, alone)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 pytest.importorskip("lm_eval")
-import lm_eval.tasks  # noqa: E402  # only where it is installed
-from lm_eval.models.huggingface import HFLM  # noqa: E402
+import lm_eval.tasks  # only where it is installed
+from lm_eval.models.huggingface import HFLM
 
 matplotlib.use("Agg")
 
@@ -40,6 +40,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 QUIZ = """\
 task: quiz
+tag: tagged
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: options
@@ -273,11 +274,22 @@ def test_batches_give_what_texts_alone_give(
     assert alone.records == batches.records
 
 
-def test_chance_differs_between_texts_and_repeats(run: Run, answers: list[list[Any]]) -> None:
+def test_chance_differs_between_texts_and_repeats(
+    run: Run, answers: list[list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def noted(*args: Any, seed: int = 0, **options: Any) -> Any:
+        seeds.append(seed)
+        return remove_tokens(*args, seed=seed, **options)
+
+    monkeypatch.setattr("captum_cw.metrics.tasks.remove_tokens", noted)
     for seed in (0, 0, 1):
         run(["quiz"], {"chance": "random"}, [0.5], seed=seed)
     one, again, other = answers[1::2]
     assert one == again != other
+    texts = (len(seeds) - 3) // 3  # in each run, with one call that only checks
+    assert len(set(seeds[1 : texts + 1])) == texts > N
 
 
 def test_the_top_is_removed_too(run: Run) -> None:
@@ -476,8 +488,10 @@ def test_unknown_tasks_are_refused_with_names_like_them(run: Run) -> None:
 
 
 def test_tasks_without_one_accuracy_are_refused(run: Run) -> None:
-    with pytest.raises(ValueError, match="'apart' is made of tasks.*quiz, beginnings"):
+    with pytest.raises(ValueError, match="'apart' stands for tasks.*by name: quiz, beginnings"):
         run(["apart"])
+    with pytest.raises(ValueError, match="'tagged' stands for tasks.*by name: quiz"):
+        run(["tagged"])
     with pytest.raises(ValueError, match="no metric that is better if higher \\(word_perplexity"):
         run(["text"])
 

@@ -32,7 +32,8 @@ from captum_cw.attr.layer import evaluation_mode, unwrapped
 from captum_cw.capture import StateSpace
 from captum_cw.functional import Reduction
 from captum_cw.interventions import Scoring, remove_tokens
-from captum_cw.metrics.faithfulness import _rates, described, fingerprint
+from captum_cw.metrics.faithfulness import _rates
+from captum_cw.metrics.identity import described, fingerprint
 from captum_cw.progress import progress_bar
 from captum_cw.ranking import Scope, Which
 from captum_cw.records import Records
@@ -350,7 +351,7 @@ def evaluate_tasks(
     for method in methods.values():
         with removal(model, method, several[0]):
             pass  # raises where a choice is unknown
-    with _harness_at_rest():
+    with _quiet_and_seeded():
         lm = _harness_model()(model, tokenizer, batch_size)
         units = _load(list(dict.fromkeys(tasks)), task_path, num_fewshot)
         settings = {
@@ -390,7 +391,7 @@ def evaluate_tasks(
         for unit, (run, change) in product(units, runs.items()):
             key = _key(unit.name, run)
             if key not in known:
-                with _harness_at_rest(), evaluation_mode([model], model):
+                with _quiet_and_seeded(), evaluation_mode([model], model):
                     known[key] = unit.evaluate(lm, change, limit)
                 if kept is not None:
                     kept.add(key, known[key])
@@ -512,12 +513,18 @@ def _load(
 
 
 def _unit(manager: Any, name: str, num_fewshot: int | None) -> _Unit:
-    loaded = manager.load([name])
-    group = loaded["groups"].get(name)
-    if name not in loaded["tasks"] and (group is None or not group.has_aggregation):
+    parts: list[str] = []
+    if name in manager.all_tags:  # before their data are fetched
+        parts = sorted(manager.task_index[name].tags)
+    else:
+        loaded = manager.load([name])
+        group = loaded["groups"].get(name)
+        if group is not None and not group.has_aggregation:
+            parts = list(loaded["tasks"])
+    if parts:
         raise ValueError(
-            f"{name!r} is made of tasks without a score of their own together: give them by name: "
-            f"{', '.join(loaded['tasks'])}."
+            f"{name!r} stands for tasks that have no score together: give them by name: "
+            f"{', '.join(parts)}."
         )
     better = {m: x for task in loaded["tasks"].values() for m, x in task.higher_is_better().items()}
     metrics = list(better) if group is None else [x.metric for x in group.aggregate_metric_list]
@@ -644,7 +651,7 @@ def _tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @contextmanager
-def _harness_at_rest() -> Iterator[None]:
+def _quiet_and_seeded() -> Iterator[None]:
     """The harness without its bars and notes, and with its seeds; all is put back."""
     try:
         import lm_eval.api.model as api_model
