@@ -25,13 +25,14 @@ from captum_cw.attr import ContributionWeights, LLMTokenAttribution, TokenScores
 from captum_cw.capture import StateSpace
 from captum_cw.data import Bos, load_texts, token_batches
 from captum_cw.demo import DEMO_TEXT, IG, IG_STEPS, explain_prediction, save_pictures, sink
-from captum_cw.evaluation import evaluate_into
+from captum_cw.evaluation import evaluate_into, save_tasks
 from captum_cw.functional import Reduction
 from captum_cw.interventions import Scoring
 from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.quantities import MetricName
 from captum_cw.metrics.result import TITLES
+from captum_cw.metrics.tasks import TaskResult, evaluate_tasks
 from captum_cw.processes import Processes
 from captum_cw.ranking import RateOf, Scope
 from captum_cw.scoring import METHODS, known_names, pair_scorer
@@ -40,6 +41,7 @@ from captum_cw.visualization.text import normalized_scores
 
 __all__ = ["main"]
 
+TASK_RATES = (0.3, 0.5, 0.7)
 DTYPES = ("float32", "bfloat16", "float16")
 TOP = 10
 # Red and green as in Captum's pages, as the far ends of white.
@@ -158,7 +160,9 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     evaluate.set_defaults(run=_evaluate, parser=evaluate)
     _add_model(evaluate)
     add = evaluate.add_argument
-    add("--data", required=True, metavar="D", help="a set's name, such as gsm8k, or a file")
+    add("--data", metavar="D", help="a set's name, such as gsm8k, or a file")
+    add("--tasks", type=_words, metavar="A,B", help="tasks of lm-evaluation-harness, for accuracy")
+    add("--task-path", type=Path, metavar="DIR", help="folder of task files of your own")
     add(
         "--methods",
         type=_names,
@@ -189,6 +193,10 @@ def _names(text: str) -> list[str]:
     for name in names:
         pair_scorer(name)  # raises where it is unknown
     return names
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _numbers(text: str) -> list[float]:
@@ -251,9 +259,31 @@ def _print_scores(title: str, method: str, scores: Tensor, tokens: Sequence[str]
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.data is None and options.tasks is None:
+        options.parser.error("give --data, --tasks, or both")
     processes = Processes()
-    texts = load_texts(options.data, samples=None if options.pack else options.samples)
+    if options.tasks and processes.count > 1:
+        options.parser.error("--tasks run in one process; --data can be shared between several")
+    files = []
+    texts = None
+    if options.data is not None:  # first: that fails quickly
+        texts = load_texts(options.data, samples=None if options.pack else options.samples)
     model, tokenizer = _load(options, processes)
+    if texts is not None:
+        files += _evaluate_texts(options, model, tokenizer, texts, processes)
+    if options.tasks is not None:
+        files += _evaluate_tasks(options, model, tokenizer)
+    if processes.is_main:
+        print("\nSaved:", *files, sep="\n  ")
+
+
+def _evaluate_texts(
+    options: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    processes: Processes,
+) -> list[Path]:
     metric = ComprehensivenessSufficiency(
         model,
         options.rates,
@@ -277,18 +307,61 @@ def _evaluate(options: argparse.Namespace) -> None:
         bos=options.bos,
     )
     place = next(model.parameters()).device
-    batches = [{name: x.to(place) for name, x in batch.items()} for batch in batches]
     result, files = evaluate_into(
         options.out,
         metric,
         {name: name for name in options.methods},
-        batches,
+        [{name: x.to(place) for name, x in batch.items()} for batch in batches],
         shard=processes.count > 1,
         show_progress=True,
     )
     if processes.is_main:
         _print_result(result)
-        print("\nSaved:", *files, sep="\n  ")
+    return files
+
+
+def _evaluate_tasks(options: argparse.Namespace, model: Any, tokenizer: Any) -> list[Path]:
+    result = evaluate_tasks(
+        model,
+        tokenizer,
+        options.tasks,
+        {name: name for name in options.methods},
+        options.rates or TASK_RATES,
+        task_path=options.task_path,
+        limit=options.samples,
+        batch_size=options.batch_size,
+        scoring=options.scoring,
+        scope=options.scope,
+        reduction=options.reduction,
+        protect_sinks=not options.allow_sinks,
+        sink_space=options.sink_space,
+        seed=options.seed,
+        resume_from=options.out / "tasks.records",
+        show_progress=True,
+    )
+    _print_tasks(result)
+    return save_tasks(result, options.out)
+
+
+def _print_tasks(result: TaskResult) -> None:
+    console = Console(highlight=False)
+    for task in result.tasks:
+        baseline = result.baseline[task]
+        table = Table("method", *(f"{100 * rate:g}%" for rate in result.rates), "at most")
+        for name in result.methods:
+            rate = result.largest_rate(task, name)
+            cells = [f"{x:.3f}" for x in result.scores[task][name].tolist()]
+            table.add_row(name, *cells, "none" if rate is None else f"{100 * rate:g}%")
+        console.print(
+            f"\n{task}: {result.metric[task]} of {result.documents[task]} documents, bottom "
+            f"removed; unchanged {baseline.value:.3f} (standard error {baseline.stderr:.3f})"
+        )
+        console.print(table)
+    console.print(
+        "At most: the largest fraction removed that leaves the accuracy within the 95% interval of "
+        "the unchanged one.",
+        style="dim",
+    )
 
 
 def _print_result(result: FaithfulnessResult) -> None:

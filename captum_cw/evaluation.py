@@ -1,7 +1,8 @@
 """An evaluation in a folder: it goes on where it stopped, and ends in a table and figures.
 
 The folder holds ``run.records`` (every finished batch), and at the end ``result.json`` (read by
-``FaithfulnessResult.load``), ``result.csv`` and the curves.
+``FaithfulnessResult.load``), ``result.csv`` and the curves; of downstream tasks the same, as
+``tasks.records``, ``tasks.json``, ``tasks.csv`` and ``tasks.png``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import Statistic
+from captum_cw.metrics.tasks import TaskResult
 
-__all__ = ["evaluate_into"]
+__all__ = ["evaluate_into", "save_tasks"]
 
 
 def evaluate_into(
@@ -66,4 +68,16 @@ def save_result(result: FaithfulnessResult, folder: Path) -> list[Path]:
         figure, _ = result.plot(statistic=statistic, use_pyplot=False)
         save_figure(figure, folder / name)
         files.append(folder / name)
+    return files
+
+
+def save_tasks(result: TaskResult, folder: Path) -> list[Path]:
+    """Writes the numbers and the figure of downstream tasks."""
+    from captum_cw.visualization import save_figure
+
+    files = [folder / f"tasks.{suffix}" for suffix in ("json", "csv", "png")]
+    result.save(files[0])
+    result.to_dataframe().to_csv(files[1], index=False)
+    figure, _ = result.plot(use_pyplot=False)
+    save_figure(figure, files[2])
     return files

@@ -118,7 +118,7 @@ class ComprehensivenessSufficiency:
         check_scoring(scoring, scope)
         check_choice("reduction", reduction, Reduction)
         check_choice("granularity", granularity, Granularity)
-        self.rates = _rates(rates)
+        self.rates = checked_rates(rates)
         self.scoring: Scoring = scoring
         self.scope: Scope = scope
         self.rate_of: RateOf = rate_of
@@ -147,7 +147,7 @@ class ComprehensivenessSufficiency:
         target: int | Tensor | None = None,
         resume_from: str | Path | None = None,
         shard: bool = False,
-        show_progress: bool = False,
+        show_progress: bool = True,
     ) -> FaithfulnessResult:
         """Removes what each method ranks, at each rate, from each example.
 
@@ -303,6 +303,8 @@ def comprehensiveness(
     inputs: Batch,
     attributions: object,
     rates: Sequence[float] = DEFAULT_RATES["top"],
+    *,
+    target: int | Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     """How much the metric loses as what ``attributions`` rank highest is removed (Eq. 16).
@@ -313,7 +315,8 @@ def comprehensiveness(
         attributions: Scores ``(B, T)``, a measure, or a name, as for
             :meth:`ComprehensivenessSufficiency.evaluate`.
         rates: The fractions to remove.
-        settings: As for :class:`ComprehensivenessSufficiency`; and ``target``.
+        target: For the metrics ``"log_prob"`` and ``"prob"``.
+        settings: As for :class:`ComprehensivenessSufficiency`.
 
     Returns:
         ``(B, rates)``; higher is better.
@@ -322,7 +325,9 @@ def comprehensiveness(
         >>> comprehensiveness(model, input_ids, ContributionWeights(model), [0.25, 0.5]).shape
         torch.Size([1, 2])
     """
-    return _one_side("comprehensiveness", forward_func, inputs, attributions, rates, settings)
+    return _one_side(
+        "comprehensiveness", forward_func, inputs, attributions, rates, target, settings
+    )
 
 
 def sufficiency(
@@ -330,6 +335,8 @@ def sufficiency(
     inputs: Batch,
     attributions: object,
     rates: Sequence[float] = DEFAULT_RATES["bottom"],
+    *,
+    target: int | Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     """How much the metric loses as what ``attributions`` rank lowest is removed (Eq. 17).
@@ -343,7 +350,7 @@ def sufficiency(
         >>> sufficiency(model, input_ids, torch.tensor([[5.0, 4, 3, 2, 1]]), [0.5]).shape
         torch.Size([1, 1])
     """
-    return _one_side("sufficiency", forward_func, inputs, attributions, rates, settings)
+    return _one_side("sufficiency", forward_func, inputs, attributions, rates, target, settings)
 
 
 def _one_side(
@@ -352,11 +359,12 @@ def _one_side(
     inputs: Batch,
     method: object,
     rates: Sequence[float],
+    target: int | Tensor | None,
     settings: dict[str, Any],
 ) -> Tensor:
-    target = settings.pop("target", None)
     metric = ComprehensivenessSufficiency(model, {REMOVED[side]: rates}, **settings)
-    return metric.evaluate({"": method}, inputs, target=target).deltas("", side)
+    result = metric.evaluate({"": method}, inputs, target=target, show_progress=False)
+    return result.deltas("", side)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -414,13 +422,13 @@ def _batches(data: Batch | Iterable[Batch]) -> tuple[Iterable[Batch], int | None
     return data, len(data) if isinstance(data, Sized) else None
 
 
-def _rates(
+def checked_rates(
     rates: Sequence[float] | Mapping[Which, Sequence[float]] | None,
 ) -> dict[Which, tuple[float, ...]]:
     if rates is None:
         return dict(DEFAULT_RATES)
     if not isinstance(rates, Mapping):
-        return _rates({"top": rates, "bottom": rates})
+        return checked_rates({"top": rates, "bottom": rates})
     for which, several in rates.items():
         check_choice("which", which, Which)
         if not several or not all(0 < rate <= 1 for rate in several):

@@ -32,7 +32,7 @@ from captum_cw.attr.layer import evaluation_mode, unwrapped
 from captum_cw.capture import StateSpace
 from captum_cw.functional import Reduction
 from captum_cw.interventions import Scoring, remove_tokens
-from captum_cw.metrics.faithfulness import _rates
+from captum_cw.metrics.faithfulness import checked_rates
 from captum_cw.metrics.identity import described, fingerprint
 from captum_cw.progress import progress_bar
 from captum_cw.ranking import Scope, Which
@@ -337,7 +337,7 @@ def evaluate_tasks(
     for name, count in {"limit": limit, "batch_size": batch_size}.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}={count}: give one or more.")
-    several = _rates({which: rates})[which]
+    several = checked_rates({which: rates})[which]
     model = unwrapped(model)
     removal = partial(
         remove_tokens,
