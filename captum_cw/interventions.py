@@ -486,7 +486,7 @@ class CleanRemoval(_Intervention):
         _check_evaluation(self.model)
         # An empty cache, such as generate gives, would be filled twice.
         alone = {n: v for n, v in kwargs.items() if n not in ("past_key_values", "use_cache")}
-        if "use_cache" in inspect.signature(forward).parameters:
+        if "use_cache" in inspect.signature(self.model.forward).parameters:
             alone["use_cache"] = False
         clean = CleanPass.run(
             self.model,

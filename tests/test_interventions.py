@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,25 @@ def test_scaling_is_linear_in_the_output_of_one_layer() -> None:
                 model(ids)
     handle.remove()
     assert torch.allclose(outputs[1], (outputs[0] + outputs[2]) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["online", "clean"])
+def test_changes_within_changes_add_up(scoring: Any) -> None:
+    model, ids = llama(), token_ids()
+    removal = remove_tokens(model, "contribution", 0.5, scoring=scoring)
+    with scale_values(model, 0.0, positions=2, layers=[1]), removal, torch.no_grad():
+        found = model(ids).logits
+    changed = copy.deepcopy(model)  # the same by a hook, which removes what comes to layer 1
+
+    def zero(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out.masked_fill((torch.arange(9) == 2)[:, None], 0)
+
+    changed.model.layers[1].self_attn.v_proj.register_forward_hook(zero)
+    with remove_tokens(changed, "contribution", 0.5, scoring=scoring), torch.no_grad():
+        expected = changed(ids).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    with remove_tokens(model, "contribution", 0.5, scoring=scoring), torch.no_grad():
+        assert not torch.allclose(found, model(ids).logits, atol=1e-3)
 
 
 # -- generation -----------------------------------------------------------------------------

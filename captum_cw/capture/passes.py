@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ __all__ = ["Around", "around_passes"]
 
 Forward = Callable[..., Any]
 Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
-"""Takes the model's own forward and what it is about to be called with."""
+"""Takes what runs a pass, and what it is about to be called with."""
 
 _around: ContextVar[tuple[tuple[nn.Module, Around], ...]] = ContextVar(
     "captum_cw_around", default=()
@@ -36,13 +36,18 @@ def around_passes(model: nn.Module, around: Around) -> Iterator[None]:
 
 
 def _watched(model: nn.Module, forward: Forward) -> Forward:
+    def within(arounds: Sequence[Around], *args: Any, **kwargs: Any) -> Any:
+        if not arounds:
+            return forward(*args, **kwargs)
+        *outer, last = arounds
+        # A pass that the last one makes of its own is a whole pass of those around it.
+        inside = functools.partial(within, outer)
+        with last(inside, args, kwargs):
+            return inside(*args, **kwargs)
+
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            for watched, around in _around.get():
-                if watched is model:
-                    stack.enter_context(around(forward, args, kwargs))
-            return forward(*args, **kwargs)
+        return within([a for watched, a in _around.get() if watched is model], *args, **kwargs)
 
     return run
 
