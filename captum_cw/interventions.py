@@ -187,6 +187,16 @@ def kept(removed: Tensor) -> Tensor | None:
 # How it is done
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What runs a pass, what it is called with, and what that says of its tokens."""
+
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tokens: Tokens
+
+
 class _Intervention:
     """Changes the values that the attention layers of a model read, in each of its passes.
 
@@ -240,19 +250,13 @@ class _Intervention:
                 with self._changed(tokens):
                     yield
             else:
-                with self._prompt(forward, args, kwargs, tokens):
+                with self._prompt(_Call(forward, args, kwargs, tokens)):
                     yield
         finally:
             self._running = False
         self._length = tokens.cached + (tokens.T or 0)
 
-    def _prompt(
-        self,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tokens: Tokens,
-    ) -> AbstractContextManager[None]:
+    def _prompt(self, call: _Call) -> AbstractContextManager[None]:
         """Around a pass over a text from its start; leaves ``_factors`` behind."""
         raise NotImplementedError
 
@@ -306,14 +310,8 @@ class FixedChange(_Intervention):
         super().__init__(model)
         self._factors = factors
 
-    def _prompt(
-        self,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tokens: Tokens,
-    ) -> AbstractContextManager[None]:
-        return self._changed(tokens)
+    def _prompt(self, call: _Call) -> AbstractContextManager[None]:
+        return self._changed(call.tokens)
 
 
 class _Scaled(_Intervention):
@@ -326,13 +324,7 @@ class _Scaled(_Intervention):
         self._factor, self._positions, self._layers = factor, positions, layers
 
     @contextmanager
-    def _prompt(
-        self,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tokens: Tokens,
-    ) -> Iterator[None]:
+    def _prompt(self, call: _Call) -> Iterator[None]:
         self._factors = []
         scaled: list[int] = []
 
@@ -340,7 +332,7 @@ class _Scaled(_Intervention):
             number = len(self._factors)
             wanted = self._layers is None or number in self._layers
             changes = wanted and self._positions and self._factor != 1
-            factors = self._of(tokens, value) if changes else None
+            factors = self._of(call.tokens, value) if changes else None
             self._factors.append(factors)
             scaled.append(number)
             return factors
@@ -476,27 +468,21 @@ class CleanRemoval(_Intervention):
         self._scorer, self._ranking, self._sink_rule = scorer, ranking, sink_rule
 
     @contextmanager
-    def _prompt(
-        self,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tokens: Tokens,
-    ) -> Iterator[None]:
+    def _prompt(self, call: _Call) -> Iterator[None]:
         _check_evaluation(self.model)
         # An empty cache, such as generate gives, would be filled twice.
-        alone = {n: v for n, v in kwargs.items() if n not in ("past_key_values", "use_cache")}
+        alone = {n: v for n, v in call.kwargs.items() if n not in ("past_key_values", "use_cache")}
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             alone["use_cache"] = False
         clean = CleanPass.run(
             self.model,
-            partial(forward, *args, **alone),
+            partial(call.forward, *call.args, **alone),
             {"": self._scorer},
             self._sink_rule,
-            tokens.real,
+            call.tokens.real,
         )
         self._factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
-        with self._changed(tokens):
+        with self._changed(call.tokens):
             yield
 
 
@@ -524,13 +510,7 @@ class OnlineRemoval(_Intervention):
         self._sink_rule, self._sinks = sink_rule, sinks
 
     @contextmanager
-    def _prompt(
-        self,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tokens: Tokens,
-    ) -> Iterator[None]:
+    def _prompt(self, call: _Call) -> Iterator[None]:
         _check_evaluation(self.model)
         if is_observed():
             raise RuntimeError(
@@ -539,7 +519,7 @@ class OnlineRemoval(_Intervention):
             )
         self._factors = []
         space = self._sink_rule.needs if self._sinks is None else None
-        with Observation([self.model], self._remove, real=tokens.real, space=space):
+        with Observation([self.model], self._remove, real=call.tokens.real, space=space):
             yield
 
     @torch.no_grad()
