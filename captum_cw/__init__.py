@@ -1,5 +1,6 @@
 """Contribution Weights for Captum: which tokens made a transformer's output."""
 
+from captum_cw._version import __version__ as __version__
 from captum_cw.attr import (
     AttentionWeights,
     ContributionWeights,
@@ -10,8 +11,6 @@ from captum_cw.attr import (
 )
 from captum_cw.interventions import remove_tokens, remove_values, scale_values
 from captum_cw.metrics import ComprehensivenessSufficiency, comprehensiveness, sufficiency
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AttentionWeights",

@@ -14,6 +14,7 @@ from typing import Any
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import Statistic
 from captum_cw.metrics.tasks import TaskResult
+from captum_cw.processes import Processes
 
 __all__ = ["evaluate_into", "save_tasks"]
 
@@ -50,7 +51,7 @@ def evaluate_into(
         shard=shard,
         show_progress=show_progress,
     )
-    return result, save_result(result, folder)
+    return result, save_result(result, folder) if Processes(several=shard).is_main else []
 
 
 def save_result(result: FaithfulnessResult, folder: Path) -> list[Path]:

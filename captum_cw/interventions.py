@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from captum_cw.attr._inputs import Tokens, tokens_of
-from captum_cw.attr.layer import uncompiled, unwrapped
+from captum_cw.attr.layer import check_self_attention, no_attention, uncompiled, unwrapped
 from captum_cw.capture import (
     Execution,
     Observation,
@@ -197,6 +200,20 @@ class _Call:
     tokens: Tokens
 
 
+class _State(threading.local):
+    """Where a thread stands in an intervention: a context may be copied into several threads."""
+
+    def __init__(self) -> None:
+        self.factors: Factors = []
+        self.length = 0
+        self.cache: Callable[[], Any] = _no_cache
+        self.running = False
+
+
+def _no_cache() -> None:
+    return None
+
+
 class _Intervention:
     """Changes the values that the attention layers of a model read, in each of its passes.
 
@@ -211,10 +228,9 @@ class _Intervention:
         self.model: nn.Module = unwrapped(model)
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model is of type {type(model).__name__}: give the model itself.")
+        check_self_attention([self.model])
         self._modules = set(self.model.modules())
-        self._factors: Factors = []
-        self._length = 0
-        self._running = False
+        self._state = _State()
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -227,7 +243,7 @@ class _Intervention:
             yield
 
     def _only_in_passes(self, module: nn.Module, heads: int, value: Tensor) -> None:
-        if not self._running:
+        if not self._state.running:
             raise RuntimeError(
                 f"{type(module).__name__} runs outside of a pass of the {type(self.model).__name__}"
                 " whose values are changed: call the model itself, not a part of it."
@@ -236,54 +252,71 @@ class _Intervention:
     @contextmanager
     def _pass(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[None]:
-        tokens = tokens_of(self.model, args, kwargs)
-        if tokens.cached and tokens.cached != self._length:
-            raise RuntimeError(
-                f"The key-value cache holds {tokens.cached} tokens, but {self._length} have been "
-                "read since values are changed: what was removed from them is not known. Start "
-                "with the whole text and an empty cache."
-            )
-        self._running = True
+    ) -> Iterator[Callable[[Any], None]]:
+        tokens, state = tokens_of(self.model, args, kwargs), self._state
+        if tokens.cached:
+            self._check_cache(tokens)
+        state.running = True
         try:
             if tokens.cached:
                 with self._changed(tokens):
-                    yield
+                    yield _ignore
             else:
+                state.length, state.cache = 0, _no_cache
                 with self._prompt(_Call(forward, args, kwargs, tokens)):
-                    yield
+                    yield self._keep_cache
         finally:
-            self._running = False
-        self._length = tokens.cached + (tokens.T or 0)
+            state.running = False
+        state.length = tokens.cached + (tokens.T or 0)
+
+    def _keep_cache(self, output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        self._state.cache = _no_cache if cache is None else weakref.ref(cache)
+
+    def _check_cache(self, tokens: Tokens) -> None:
+        state = self._state
+        if state.cache() is not tokens.cache or tokens.cached != state.length:
+            raise RuntimeError(
+                f"The key-value cache holds {tokens.cached} tokens that were not read as the last "
+                "text since values are changed: what was removed from them is not known. Start "
+                "with the whole text and an empty cache."
+            )
+        if tokens.T != 1:
+            raise RuntimeError(
+                f"{tokens.T} tokens follow {tokens.cached} in a key-value cache: what is removed "
+                "is decided from a whole text, so give it at once, not in pieces."
+            )
 
     def _prompt(self, call: _Call) -> AbstractContextManager[None]:
-        """Around a pass over a text from its start; leaves ``_factors`` behind."""
+        """Around a pass over a text from its start; leaves the factors behind."""
         raise NotImplementedError
 
     @contextmanager
     def _changed(self, tokens: Tokens) -> Iterator[None]:
-        """Multiplies the values of the layers of a pass by ``_factors``."""
-        number = 0
+        """Multiplies the values of the layers of a pass by the factors that are known."""
+        known, number = self._state.factors, 0
 
         def change(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
             nonlocal number
             number += 1
-            if number > len(self._factors):
+            if number > len(known):
                 raise ValueError(
-                    f"Values are changed in {len(self._factors)} attention layers, but the model "
-                    "runs more: give one mask for each."
+                    f"Values are changed in {len(known)} attention layers, but the model runs "
+                    "more: give one mask for each."
                 )
-            factors = self._factors[number - 1]
+            factors = known[number - 1]
             if factors is not None:
                 _check_factors(factors, heads, value, tokens, number - 1)
             return factors
 
         with changed_values(self._modules, change):
             yield
-        if number != len(self._factors):
+        if not number:
+            raise no_attention([self.model])
+        if number != len(known):
             raise ValueError(
-                f"Values are changed in {len(self._factors)} attention layers, but the model ran "
-                f"{number}: give one mask for each."
+                f"Values are changed in {len(known)} attention layers, but the model ran {number}: "
+                "give one mask for each."
             )
 
 
@@ -308,9 +341,10 @@ class FixedChange(_Intervention):
 
     def __init__(self, model: nn.Module, factors: Factors) -> None:
         super().__init__(model)
-        self._factors = factors
+        self._given = factors
 
     def _prompt(self, call: _Call) -> AbstractContextManager[None]:
+        self._state.factors = self._given
         return self._changed(call.tokens)
 
 
@@ -325,23 +359,26 @@ class _Scaled(_Intervention):
 
     @contextmanager
     def _prompt(self, call: _Call) -> Iterator[None]:
-        self._factors = []
-        scaled: list[int] = []
+        made: Factors = []
+        self._state.factors = made
 
         def change(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
-            number = len(self._factors)
+            number = len(made)
             wanted = self._layers is None or number in self._layers
             changes = wanted and self._positions and self._factor != 1
             factors = self._of(call.tokens, value) if changes else None
-            self._factors.append(factors)
-            scaled.append(number)
+            made.append(factors)
             return factors
 
         with changed_values(self._modules, change):
             yield
-        missing = sorted({*(self._layers or ())} - {*scaled})
+        if not made:
+            raise no_attention([self.model])
+        missing = sorted({*(self._layers or ())} - {*range(len(made))})
         if missing:
-            raise IndexError(f"layers={missing}: the model has attention layers 0..{scaled[-1]}.")
+            raise IndexError(
+                f"layers={missing}: the model has attention layers 0..{len(made) - 1}."
+            )
 
     def _of(self, tokens: Tokens, value: Tensor) -> Tensor:
         B, T = value.shape[0], value.shape[2] if tokens.T is None else tokens.T
@@ -373,7 +410,11 @@ class Ranking:
     rate_of: RateOf = "removable"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
+        if (
+            isinstance(self.rate, bool)
+            or not isinstance(self.rate, Real)
+            or not 0 <= self.rate <= 1
+        ):
             raise ValueError(f"rate={self.rate!r} is no fraction: give a number in [0, 1].")
         check_choice("which", self.which, Which)
         check_choice("scope", self.scope, Scope)
@@ -426,9 +467,11 @@ class CleanPass:
         real: ``(B, S)``, False at padding.
         sinks: ``(B, S)``.
         scores: By name of the method, ``(B, H, S)``.
+        causal: Whether no query of any layer sees a later key.
         output: What the model returned.
     """
 
+    causal: bool = True
     real: list[Tensor] = field(default_factory=list)
     sinks: list[Tensor] = field(default_factory=list)
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -448,13 +491,20 @@ class CleanPass:
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> None:
             number = len(seen.real)
-            seen.real.append(real_tokens(layer))
-            seen.sinks.append(sink_rule.sinks(execution, layer))
+            # Layers may lie on several devices, and are ranked together.
+            home = seen.real[0].device if seen.real else layer.value.device
+            seen.real.append(real_tokens(layer).to(home))
+            seen.sinks.append(sink_rule.sinks(execution, layer).to(home))
+            seen.causal &= layer.mask.causal or layer.T == 1
             for name, scorer in scorers.items():
-                seen.scores[name].append(scorer(layer, number))
+                scores = scorer(layer, number)
+                check_finite(scores, execution.name)
+                seen.scores[name].append(scores.to(home))
 
         with torch.no_grad(), Observation([model], on_layer, real=real, space=sink_rule.needs):
             seen.output = forward()
+        if not seen.real:
+            raise no_attention([model])
         return seen
 
 
@@ -471,17 +521,20 @@ class CleanRemoval(_Intervention):
     def _prompt(self, call: _Call) -> Iterator[None]:
         _check_evaluation(self.model)
         # An empty cache, such as generate gives, would be filled twice.
-        alone = {n: v for n, v in call.kwargs.items() if n not in ("past_key_values", "use_cache")}
+        alone = {n: v for n, v in call.tokens.named.items() if n != "past_key_values"}
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             alone["use_cache"] = False
+        mask = alone.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 4:  # of a static cache
+            alone["attention_mask"] = mask[..., : call.tokens.T]
         clean = CleanPass.run(
             self.model,
-            partial(call.forward, *call.args, **alone),
+            partial(call.forward, **alone),
             {"": self._scorer},
             self._sink_rule,
             call.tokens.real,
         )
-        self._factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
+        self._state.factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
         with self._changed(call.tokens):
             yield
 
@@ -517,21 +570,34 @@ class OnlineRemoval(_Intervention):
                 "Under online removal a layer changes while it is scored, so it cannot be "
                 "attributed at the same time: use scoring='clean', or remove_values."
             )
-        self._factors = []
+        self._state.factors = []
         space = self._sink_rule.needs if self._sinks is None else None
         with Observation([self.model], self._remove, real=call.tokens.real, space=space):
             yield
+        if not self._state.factors:
+            raise no_attention([self.model])
 
     @torch.no_grad()
     def _remove(self, execution: Execution, layer: AttentionLayer) -> Tensor | None:
-        number = len(self._factors)
+        made = self._state.factors
         if self._sinks is None:
             sinks = self._sink_rule.sinks(execution, layer)
         else:
-            sinks = self._sinks[number]
-        scores = self._scorer(layer, number)
-        self._factors += self._ranking.factors([scores], [real_tokens(layer)], [sinks])
-        return self._factors[-1]
+            sinks = self._sinks[len(made)].to(layer.value.device)
+        scores = self._scorer(layer, len(made))
+        check_finite(scores, execution.name)
+        made += self._ranking.factors([scores], [real_tokens(layer)], [sinks])
+        return made[-1]
+
+
+def check_finite(scores: Tensor, name: str) -> None:
+    """Raises a ValueError where scores of a layer cannot be ranked."""
+    if not scores.isfinite().all():
+        raise ValueError(f"Scores of attention layer {name!r} are NaN or infinite.")
+
+
+def _ignore(output: Any) -> None:
+    return None
 
 
 def _check_evaluation(model: nn.Module) -> None:

@@ -59,7 +59,7 @@ class Records(Mapping[str, Any]):
         if lines:
             self._check_run(lines[0], run)
             for n, line in enumerate(lines[1:], 2):
-                if set(line) != {"key", "value"}:
+                if set(line) != {"key", "value"} or line["key"] in self._records:
                     raise self._damaged(n)
                 self._records[line["key"]] = line["value"]
         if torn:

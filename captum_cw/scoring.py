@@ -19,6 +19,7 @@ from captum_cw.attr import (
 )
 from captum_cw.attr.layer import _AttentionAttribution
 from captum_cw.functional import AttentionLayer, Measure, Reduction, check_choice, token_scores
+from captum_cw.sinks import real_tokens
 
 __all__ = ["CONTROLS", "METHODS", "PairScorer", "RandomPairs", "model_of", "pair_scorer"]
 
@@ -83,14 +84,16 @@ class RandomPairs:
 
     def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
         """Uniform numbers ``(B, H, S)``."""
-        B, H, S = layer.value.shape[0], layer.H, layer.S
-        examples = self.examples or tuple(map(str, range(B)))
-        rows = []
-        for example in examples:
+        real = real_tokens(layer).cpu()
+        examples = self.examples or tuple(map(str, range(len(real))))
+        scores = torch.zeros(len(real), layer.H, layer.S)
+        for b, example in enumerate(examples):
             seed = zlib.crc32(f"{self.seed}/{example}/{number}".encode())
             generator = torch.Generator().manual_seed(seed)
-            rows.append(torch.rand(H, S, generator=generator))
-        return torch.stack(rows).to(layer.value.device)
+            # Token by token, so that padding changes nothing.
+            drawn = torch.rand(int(real[b].sum()), layer.H, generator=generator)
+            scores[b, :, real[b]] = drawn.T
+        return scores.to(layer.value.device)
 
 
 def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) -> PairScorer:
@@ -116,8 +119,10 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
                 f"queries={method.queries!r}: pairs are ranked by all queries that see them; "
                 "leave queries='all'."
             )
+        _check_all_layers(method.method)
         return MeasuredPairs(method.method.measure, method.reduction, method.signed)
     if isinstance(method, _AttentionAttribution):
+        _check_all_layers(method)
         return MeasuredPairs(method.measure, reduction, signed=False)
     if not isinstance(method, str):
         raise TypeError(
@@ -132,6 +137,14 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
         measure, signed = CONTROLS[method]
         return MeasuredPairs(measure, reduction, signed)
     raise ValueError(f"method={method!r} is unknown; known: {known_names()}.")
+
+
+def _check_all_layers(method: _AttentionAttribution) -> None:
+    if method.layer is not None:
+        raise ValueError(
+            f"{method.get_name()} is of some layers, but pairs are ranked and removed in all: make "
+            "it without layer=."
+        )
 
 
 def model_of(method: object) -> nn.Module | None:

@@ -27,6 +27,7 @@ from captum_cw import (
     scale_values,
     sufficiency,
 )
+from captum_cw.capture import UnsupportedModelError
 
 NAMES = {"attention": "attention", "vw": "vw", "vwon": "vwon", "contribution": "inter"}
 
@@ -323,9 +324,49 @@ def test_a_cache_that_was_filled_before_is_refused() -> None:
         cache = model(ids[:, :6], use_cache=True).past_key_values
         with (
             remove_tokens(model, "contribution", 0.5),
-            pytest.raises(RuntimeError, match="holds 6 tokens, but 0 have been read"),
+            pytest.raises(RuntimeError, match="holds 6 tokens that were not read"),
         ):
             model(ids[:, 6:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("scoring", ["online", "clean"])
+def test_only_the_cache_of_the_last_text_is_known(scoring: Any) -> None:
+    model = llama()
+    first, second = token_ids(seed=1), token_ids(seed=2)
+    one = torch.ones(2, 1, dtype=torch.long)
+    with remove_tokens(model, "contribution", 0.5, scoring=scoring), torch.no_grad():
+        cache = model(first, use_cache=True).past_key_values
+        model(one, past_key_values=cache)
+        model(second, use_cache=True)
+        with pytest.raises(RuntimeError, match="not read as the last text"):
+            model(one, past_key_values=cache)
+        cache = model(first, use_cache=True).past_key_values
+        with contextlib.suppress(IndexError):
+            model(second + 1000)
+        with pytest.raises(RuntimeError, match="not read as the last text"):
+            model(one, past_key_values=cache)
+        cache = model(first, use_cache=True).past_key_values
+        with pytest.raises(RuntimeError, match="give it at once"):
+            model(second, past_key_values=cache)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_cache_that_is_given_is_filled_once(padded: bool) -> None:
+    model, ids = llama(), token_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = int(not padded)
+    cache = transformers.DynamicCache()
+    with remove_tokens(model, "vw", 0.5, scoring="clean"), torch.no_grad():
+        found = model(ids, mask, None, cache).logits  # by position
+        assert torch.allclose(found, model(ids, mask).logits, atol=1e-6)
+    assert cache.get_seq_length() == 9
+    if padded:
+        options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        written = []
+        for kind in ({}, {"cache_implementation": "static"}):
+            with remove_tokens(model, "vw", 0.5, scoring="clean"):
+                written.append(model.generate(ids, attention_mask=mask, **options, **kind))
+        assert torch.equal(*written)
 
 
 # -- what is refused ------------------------------------------------------------------------
@@ -352,6 +393,49 @@ def test_attributing_under_online_removal_is_refused_and_under_clean_is_right() 
     assert all(torch.allclose(c.sum((1, 3)), torch.ones(2, 9), atol=1e-5) for c in maps)
     removed = [(c == 0).all(2) for c in maps]
     assert all(int(r.sum()) >= 2 * 16 for r in removed)
+
+
+def unseen() -> nn.Module:
+    """A model whose attention does not go through the registry."""
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    return transformers.BloomForCausalLM(config).eval()
+
+
+def test_attention_that_cannot_be_seen_is_refused() -> None:
+    model = unseen()
+    for changed in (
+        remove_tokens(model, "contribution", 0.5),
+        remove_tokens(model, "contribution", 0.5, scoring="clean"),
+        scale_values(model, 0.0, positions=0),
+        remove_values(model, []),
+    ):
+        with pytest.raises(UnsupportedModelError, match="No attention was found"), changed:
+            model(token_ids())
+    with pytest.raises(UnsupportedModelError, match="No attention was found"):
+        sufficiency(model, token_ids(), "contribution", [0.5])
+
+
+def test_cross_attention_is_refused() -> None:
+    config = transformers.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config).eval()
+    with pytest.raises(UnsupportedModelError, match="cross-attention"):
+        sufficiency(model, token_ids(), "contribution", [0.5])
+    with pytest.raises(UnsupportedModelError, match="cross-attention"), scale_values(model, 0, 0):
+        pass
+
+
+def test_a_measure_of_some_layers_is_refused() -> None:
+    model = llama()
+    method = ContributionWeights(model, model.model.layers[0].self_attn)
+    with (
+        pytest.raises(ValueError, match="make it without layer="),
+        remove_tokens(model, method, 0.5),
+    ):
+        pass
 
 
 def test_training_mode_is_refused() -> None:
@@ -441,6 +525,90 @@ def test_a_window_that_forgets_what_was_removed_is_refused() -> None:
         pytest.raises(RuntimeError, match="use a cache without a window"),
     ):
         model.generate(token_ids(), max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+
+# -- what kernels and projections do --------------------------------------------------------
+
+
+def test_a_removed_value_may_be_infinite() -> None:
+    model, ids = llama(4), token_ids()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[0] = torch.inf
+        everything = [torch.ones(2, 4, 9, dtype=torch.bool) for _ in range(2)]
+        with remove_values(model, everything):
+            assert model(ids).logits.isfinite().all()
+
+
+@contextlib.contextmanager
+def implementation(name: str, kernel: Any) -> Any:
+    """An attention implementation of one's own."""
+    transformers.AttentionInterface.register(name, kernel)
+    masks = transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    transformers.AttentionMaskInterface.register(name, masks["sdpa"])
+    yield
+    for registry in (transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, masks):
+        registry._global_mapping.pop(name)
+
+
+def test_a_kernel_that_hands_over_to_another_is_changed_once() -> None:
+    model, ids = llama(4), token_ids()
+    registry = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    with torch.no_grad():
+        with scale_values(model, 0.5, positions=3):
+            expected = model(ids).logits
+        with implementation("relay", lambda *a, **k: registry["sdpa"](*a, **k)):
+            model.set_attn_implementation("relay")
+            with scale_values(model, 0.5, positions=3):
+                found = model(ids).logits
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_kernel_that_repeats_by_a_rule_of_its_own_is_refused() -> None:
+    model = llama(2)
+    registry = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+
+    def own(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return registry["sdpa"](module, *args, **kwargs)[0] * module.num_key_value_groups, None
+
+    with implementation("own", own), scale_values(model, 0.5, positions=3), torch.no_grad():
+        model.set_attn_implementation("own")
+        with pytest.raises(UnsupportedModelError, match="changed by head"):
+            model(token_ids())
+
+
+@pytest.mark.parametrize("make", [lambda: llama(2, attention_bias=True), gpt2])
+def test_an_output_bias_stays_under_online_removal(make: Any) -> None:
+    model, ids = make(), token_ids()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.bias", "c_proj.bias")):
+                parameter.fill_(3.0)
+        outputs: list[Tensor] = []
+        for name, module in model.named_modules():
+            if name.endswith(("layers.1.self_attn", "h.1.attn")):
+                module.register_forward_hook(lambda m, args, out: outputs.append(out[0]))
+        with remove_tokens(model, "random", 1.0, protect_sinks=False):
+            model(ids)
+    assert torch.allclose(outputs[0], torch.tensor(3.0), atol=1e-6)  # all else is removed
+
+
+def test_two_models_are_changed_each_by_its_own() -> None:
+    a, b, ids = llama(4), llama(4, rms_norm_eps=1e-3), token_ids()
+    masks = [torch.rand(2, 4, 9) < 0.3 for _ in range(2)]
+    with torch.no_grad():
+        with remove_values(a, masks):
+            expected = a(ids).logits
+        with remove_values(a, masks), remove_values(b, masks[:1]):
+            assert torch.equal(a(ids).logits, expected)
+
+
+def test_after_a_pass_that_failed_a_part_of_the_model_is_refused_still() -> None:
+    model = llama()
+    with remove_tokens(model, "contribution", 0.5):
+        with contextlib.suppress(IndexError):
+            model(token_ids() + 1000)
+        with pytest.raises(RuntimeError, match="call the model itself"):
+            model.model(token_ids())
 
 
 # -- how models come ------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from models import SIZES, build, gpt2, llama, look, token_ids
 from test_capture import padded_batch, positions, state_of
 from test_ranking import plain
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from captum_cw import (
     ComprehensivenessSufficiency,
@@ -218,6 +219,8 @@ def test_random_scores_of_an_example_do_not_depend_on_its_batch() -> None:
     alone = RandomPairs(0, ("8",))(AttentionLayer.from_tensors(a[1:2], v[1:2], w), 2)
     assert torch.equal(together[1:2], alone)
     assert not torch.equal(together[0], together[1])
+    other = RandomPairs(0, ("7", "8", "9"))(AttentionLayer.from_tensors(a, v, w), 3)
+    assert not torch.equal(together, other)
     assert not torch.equal(together, RandomPairs(1, ("7", "8", "9"))(
         AttentionLayer.from_tensors(a, v, w), 2))  # fmt: skip
 
@@ -262,7 +265,7 @@ def test_a_batch_equals_its_single_examples() -> None:
     together = metric.evaluate(methods, inputs)
     singly = metric.evaluate(methods, [inputs["input_ids"][b, real[b]][None] for b in range(2)])
     for side in SIDES:
-        for name in ("cw",):
+        for name in methods:
             assert torch.allclose(
                 together.per_example[name][side], singly.per_example[name][side], rtol=1e-4
             )
@@ -326,6 +329,62 @@ def test_scores_of_another_model_are_taken_in_its_own_pass() -> None:
         remove_tokens(model, VWONAttention(other), 0.5),
     ):
         pass
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_another_model_sees_no_padding_and_no_dropout(side: str) -> None:
+    model, other = gpt2(), with_shuffled_weights(gpt2())
+    inputs, real = padded_batch(side)
+    expected = [
+        sufficiency(model, inputs["input_ids"][b, real[b]][None], VWONAttention(other), [0.5])
+        for b in range(2)
+    ]
+    with pytest.warns(UserWarning, match="training mode"):
+        found = sufficiency(model, inputs, VWONAttention(other.train()), [0.5])
+    assert other.training
+    assert torch.allclose(found, torch.cat(expected), rtol=1e-3)
+
+
+def test_a_token_that_is_a_sink_in_one_layer_stays_in_all() -> None:
+    model, ids = llama(), token_ids()
+    threshold = 0.2
+    sinks = torch.stack(find_sinks(model, ids, threshold=threshold))
+    assert (sinks.any(0) & ~sinks.all(0)).any()  # some are sinks in one layer only
+    with remove_values(model, [(~sinks.any(0))[:, None]] * 2):
+        changed = plain_run(model, {"input_ids": ids})
+    real = torch.ones_like(ids, dtype=torch.bool)
+    nll, clean = (
+        torch.tensor(nll_of(x, ids, real)) for x in (changed, plain_run(model, {"input_ids": ids}))
+    )
+    options: dict[str, Any] = {"metric": "nll", "sink_threshold": threshold, "scoring": "clean"}
+    for scope in ("layer", "global"):
+        scores = torch.rand(2, 9)
+        found = comprehensiveness(model, ids, scores, [1.0], scope=scope, **options)
+        assert torch.allclose(found[:, 0].float(), nll - clean, rtol=1e-3, atol=1e-5)
+
+
+def test_sinks_of_online_removal_are_those_of_the_clean_pass() -> None:
+    model, ids = llama(), token_ids()
+    threshold = 0.2
+    sinks = find_sinks(model, ids, threshold=threshold)
+    with remove_values(model, [~s[:, None] for s in sinks]):
+        changed = plain_run(model, {"input_ids": ids})
+    with remove_tokens(model, "vw", 1.0, sink_threshold=threshold):  # takes them from that pass
+        in_flight = plain_run(model, {"input_ids": ids})
+    assert not torch.allclose(changed, in_flight, atol=1e-3)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    nll, clean = (
+        torch.tensor(nll_of(x, ids, real)) for x in (changed, plain_run(model, {"input_ids": ids}))
+    )
+    found = comprehensiveness(model, ids, "vw", [1.0], metric="nll", sink_threshold=threshold)
+    assert torch.allclose(found[:, 0].float(), nll - clean, rtol=1e-3, atol=1e-5)
+
+
+def test_chance_differs_between_batches() -> None:
+    model, ids = llama(), token_ids(B=1)
+    result = ComprehensivenessSufficiency(model, [0.5]).evaluate({"chance": "random"}, [ids, ids])
+    first, second = result.per_example["chance"]["sufficiency"]
+    assert first != second
 
 
 def test_shuffled_weights_are_the_same_numbers_elsewhere() -> None:
@@ -393,6 +452,31 @@ def test_intervals_are_those_of_paired_resamples(
     assert ((found.low - expected[0]).abs() < 0.15 * spread).all()
     assert ((found.high - expected[1]).abs() < 0.15 * spread).all()
     assert ((found.low < found.difference) & (found.difference < found.high)).all()
+
+
+def test_less_confidence_gives_a_narrower_interval(result: FaithfulnessResult) -> None:
+    wide, narrow = (result.compare("cw", "a", confidence=c) for c in (0.95, 0.5))
+    samples = result.per_example["cw"]["sufficiency"] - result.per_example["a"]["sufficiency"]
+    drawn = torch.randint(12, (10_000, 12), generator=torch.Generator().manual_seed(0))
+    quarters = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    low, high = torch.quantile(samples[drawn].mean(1), quarters, dim=0)
+    assert torch.allclose(narrow.low, low)
+    assert torch.allclose(narrow.high, high)
+    assert (wide.low < narrow.low).all()
+    assert (wide.high > narrow.high).all()
+
+
+def test_corpus_perplexity_weighs_texts_by_their_tokens() -> None:
+    model, ids = llama(), token_ids()
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    found = ComprehensivenessSufficiency(model, [0.5]).evaluate(
+        {"cw": "contribution"}, {"input_ids": ids, "attention_mask": mask}
+    )
+    nll = [r["clean_nll"] for r in found.records]
+    assert [r["count"] for r in found.records] == [8, 3]
+    expected = torch.tensor((8 * nll[0] + 3 * nll[1]) / 11).exp()
+    assert found.clean_corpus == pytest.approx(float(expected))
 
 
 def test_a_method_is_no_better_than_itself(result: FaithfulnessResult) -> None:
@@ -477,8 +561,8 @@ BATCHES = [token_ids(2, 7, seed) for seed in range(3)]
 
 def run(file: Path | None, model: nn.Module | None = None, at: int | None = None, **options: Any):  # type: ignore[no-untyped-def]
     batches = options.pop("batches", BATCHES)
+    methods = {"cw": options.pop("measure", "contribution"), "chance": "random", "own": Stops(at)}
     metric = ComprehensivenessSufficiency(model or llama(), [0.5], **options)
-    methods = {"cw": "contribution", "chance": "random", "own": Stops(at)}
     return metric.evaluate(methods, batches, resume_from=file)
 
 
@@ -510,12 +594,26 @@ def test_another_run_is_refused_and_its_file_left_alone(tmp_path: Path) -> None:
     before = file.read_bytes()
     other = llama()
     with torch.no_grad():
-        other.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+        other.model.layers[1].mlp.up_proj.weight[3, 5] += 1
+    same = llama()
     changes: list[dict[str, Any]] = [
         {"scoring": "clean"},
         {"seed": 1},
         {"metric": "nll"},
+        {"reduction": "sum"},
+        {"rate_of": "all"},
+        {"scope": "head"},
+        {"granularity": "token"},
+        {"protect_sinks": False},
+        {"sink_threshold": 0.9},
+        {"sink_space": "value"},
+        {"protected_ids": [5]},
+        {"measure": "vwon"},
+        {"measure": TokenScores(ContributionWeights(same), signed=True), "model": same},
+        {"measure": ContributionWeights(same, scope="intra"), "model": same},
         {"model": other},
+        {"model": llama(rms_norm_eps=1e-3)},
+        {"measure": ContributionWeights(with_shuffled_weights(llama()))},
         {"batches": [b + 1 for b in BATCHES]},
         {"batches": [torch.cat(BATCHES)]},
     ]
@@ -589,6 +687,49 @@ def test_a_text_of_sinks_is_refused() -> None:
     metric = ComprehensivenessSufficiency(llama(), [0.5], sink_threshold=-1.0)
     with pytest.raises(ValueError, match="All tokens of an example are protected"):
         metric.evaluate({"cw": "contribution"}, token_ids())
+
+
+def test_tensors_for_one_batch_are_not_taken_for_several() -> None:
+    metric = ComprehensivenessSufficiency(llama(), [0.5])
+    batches = [token_ids(seed=1), token_ids(seed=2)]
+    with pytest.raises(ValueError, match="belong to one batch"):
+        metric.evaluate({"ig": torch.rand(2, 9)}, batches)
+    with pytest.raises(ValueError, match="belong to one batch"):
+        metric.evaluate({"cw": "contribution"}, batches, target=torch.tensor([1, 2]))
+    metric.evaluate({"ig": torch.rand(2, 9)}, batches[:1])
+
+
+def test_batches_come_as_a_data_loader_gives_them() -> None:
+    model, ids = llama(), token_ids(4)
+    metric = ComprehensivenessSufficiency(model, [0.5])
+    loader = DataLoader(TensorDataset(ids), batch_size=2)
+    found = metric.evaluate({"cw": "contribution"}, loader).per_example["cw"]["sufficiency"]
+    expected = metric.evaluate({"cw": "contribution"}, [ids[:2], ids[2:]])
+    assert torch.equal(found, expected.per_example["cw"]["sufficiency"])
+    positions_first = {"position_ids": torch.arange(9)[None], "input_ids": ids}
+    assert len(metric.evaluate({"cw": "contribution"}, positions_first).records) == 4
+    with pytest.raises(TypeError, match="A batch is of type str"):
+        metric.evaluate({"cw": "contribution"}, ["text"])
+
+
+def test_methods_may_use_gradients() -> None:
+    model, ids = llama(), token_ids()
+
+    def gradients(batch: Tensor) -> Tensor:
+        embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()
+        model(inputs_embeds=embeddings).logits.log_softmax(-1)[:, -1, 5].sum().backward()
+        return embeddings.grad.abs().sum(-1)  # type: ignore[union-attr]
+
+    found = comprehensiveness(model, ids, gradients, [0.5])
+    assert torch.equal(found, comprehensiveness(model, ids, gradients(ids), [0.5]))
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="logits are NaN"):
+        sufficiency(model, token_ids(), "contribution", [0.5])
 
 
 def test_other_misuse_is_refused(result: FaithfulnessResult) -> None:
@@ -696,6 +837,13 @@ def test_masked_models_are_measured_by_pseudo_perplexity(scoring: Any) -> None:
     expected = pseudo_nll(True).exp() - clean.exp()
     assert torch.allclose(found, expected, rtol=1e-3) == (scoring == "clean")
     assert found.abs().min() > 1e-3
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="BERT uses the registry since 5.0")
+def test_a_masked_model_is_not_taken_for_a_causal_one() -> None:
+    model, inputs, _ = bert()
+    with pytest.raises(ValueError, match="give mask_token_id"):
+        sufficiency(model, inputs, "contribution", [0.5])
 
 
 def test_a_masked_model_predicts_no_next_token() -> None:

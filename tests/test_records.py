@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,20 @@ def test_another_run_is_refused_with_what_differs(file: Path) -> None:
 def test_a_key_is_recorded_once(file: Path) -> None:
     with Records(file, RUN) as records, pytest.raises(KeyError, match="'a' already"):
         records.add("a", 0)
+
+
+def test_a_line_that_is_no_record_is_refused(file: Path) -> None:
+    first, *_ = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + first)
+    with pytest.raises(RecordsError, match="damaged at line 2"):
+        Records(file, RUN)
+
+
+def test_each_record_is_synced(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(file.stat().st_size))
+    with Records(file, RUN) as records:
+        records.add("d", 1)
+        records.update({"e": 1, "f": 2})
+    assert len(synced) == 2
+    assert synced[-1] == file.stat().st_size

@@ -110,3 +110,8 @@ def test_bad_choices_are_refused() -> None:
         find_sinks(model, token_ids(), space="logits")  # type: ignore[arg-type]
     with pytest.raises(IndexError, match="token=9, but the text has 9"):
         sink_rate(model, token_ids(), token=9)
+
+
+def test_the_first_token_is_a_sink_whatever_its_state() -> None:
+    real = torch.tensor([[False, True, True]])
+    assert sinks_among(torch.zeros(1, 3, 4), real).tolist() == [[False, True, False]]

@@ -81,11 +81,15 @@ class Tokens:
         T: How many there are; None where the main input is no text.
         cached: How many stand before them in a key-value cache.
         real: ``(B, T)``, False at padding; None if there is none.
+        cache: That key-value cache.
+        named: The arguments of the call by their names.
     """
 
     T: int | None
     cached: int
     real: Tensor | None
+    cache: Any
+    named: dict[str, Any]
 
 
 def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tokens:
@@ -102,7 +106,8 @@ def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             "classes, which tell their length."
         )
     cached = 0 if cache is None else int(cache.get_seq_length())
-    return Tokens(None if tokens is None else tokens.shape[1], cached, _padding(named))
+    T = None if tokens is None else tokens.shape[1]
+    return Tokens(T, cached, _padding(named), cache, named)
 
 
 def _kind(x: object) -> str:

@@ -74,7 +74,7 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
         if layer is not None:
             self._chosen = [layer] if isinstance(layer, nn.Module) else list(layer)
         self._roots: list[nn.Module] = self._chosen or [] if self.model is None else [self.model]
-        _check_self_attention(self._roots)
+        check_self_attention(self._roots)
         self._layers: list[str] | None = None
 
     @classmethod
@@ -280,7 +280,8 @@ def unwrapped(forward_func: Any) -> Any:
             return forward_func
 
 
-def _check_self_attention(roots: list[nn.Module]) -> None:
+def check_self_attention(roots: list[nn.Module]) -> None:
+    """Raises an UnsupportedModelError where there is cross-attention."""
     for module in (m for root in roots for m in root.modules()):
         config = getattr(module, "config", None)
         if any(getattr(config, n, False) for n in ("is_encoder_decoder", "add_cross_attention")):
@@ -309,15 +310,20 @@ def _check_layers(layer: object, model: nn.Module | None) -> None:
             raise ValueError(f"layer {type(module).__name__} is no part of the model.")
 
 
+def no_attention(roots: Sequence[nn.Module]) -> UnsupportedModelError:
+    """What to raise where a pass made no attention call that can be seen."""
+    kinds = ", ".join(type(root).__name__ for root in roots)
+    return UnsupportedModelError(
+        f"No attention was found in {kinds}: attention is seen in Hugging Face models that use "
+        "the attention registry (transformers.AttentionInterface)."
+    )
+
+
 def _check_executions(
     executions: list[Execution], chosen: list[nn.Module] | None, roots: list[nn.Module]
 ) -> None:
     if not executions and chosen is None:
-        kinds = ", ".join(type(root).__name__ for root in roots)
-        raise UnsupportedModelError(
-            f"No attention was found in {kinds}: attention is seen in Hugging Face models that use "
-            "the attention registry (transformers.AttentionInterface)."
-        )
+        raise no_attention(roots)
     ran = {execution.module for execution in executions}
     missing = [module for module in chosen or () if module not in ran]
     if missing:

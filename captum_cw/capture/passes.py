@@ -16,8 +16,9 @@ from captum_cw.capture.wrapping import wrapping
 __all__ = ["Around", "around_passes"]
 
 Forward = Callable[..., Any]
-Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
-"""Takes what runs a pass, and what it is about to be called with."""
+Told = Callable[[Any], None]
+Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], AbstractContextManager[Told]]
+"""Takes what runs a pass, and what it is about to be called with; is told of what came out."""
 
 _around: ContextVar[tuple[tuple[nn.Module, Around], ...]] = ContextVar(
     "captum_cw_around", default=()
@@ -42,8 +43,10 @@ def _watched(model: nn.Module, forward: Forward) -> Forward:
         *outer, last = arounds
         # A pass that the last one makes of its own is a whole pass of those around it.
         inside = functools.partial(within, outer)
-        with last(inside, args, kwargs):
-            return inside(*args, **kwargs)
+        with last(inside, args, kwargs) as told:
+            output = inside(*args, **kwargs)
+            told(output)
+        return output
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,16 @@ from captum_cw.metrics.quantities import Logits, last_token, mean_nll
 from captum_cw.ranking import RateOf, Scope, Which
 from captum_cw.scoring import PairScorer, RandomPairs
 
-__all__ = ["Batch", "BatchRun", "Granularity", "Part", "Plan", "TokenMethod"]
+__all__ = [
+    "Batch",
+    "BatchRun",
+    "ForeignMethod",
+    "Granularity",
+    "Method",
+    "Part",
+    "Plan",
+    "TokenMethod",
+]
 
 Batch = Tensor | Mapping[str, Any]
 Granularity = Literal["pair", "token"]
@@ -76,11 +85,9 @@ class ForeignMethod:
     model: nn.Module
     scorer: PairScorer
 
-    def scores(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], real: Tensor | None
-    ) -> list[Tensor]:
+    def scores(self, inputs: Mapping[str, Any], real: Tensor | None) -> list[Tensor]:
         """For each layer ``(B, H, S)``."""
-        forward = partial(self.model, *args, **kwargs)
+        forward = partial(self.model, **inputs)
         with evaluation_mode([self.model], self.model):
             seen = CleanPass.run(
                 self.model, forward, {"": self.scorer}, SinkRule(threshold=None), real
@@ -116,11 +123,16 @@ class BatchRun:
             if not isinstance(method, (TokenMethod, ForeignMethod))
             and (plan.scoring == "clean" or plan.granularity == "token")
         }
-        forward = partial(plan.model, *call.args, **self.inputs)
+        forward = partial(plan.model, **self.inputs)
         self.clean = CleanPass.run(plan.model, forward, in_pass, plan.sink_rule, call.real)
         self.real = self.clean.real[0]
         protected = torch.isin(ids, ids.new_tensor(plan.protected_ids)).to(self.real.device)
         self.kept = [sinks | protected for sinks in self.clean.sinks]
+        if plan.mask_token_id is None and not self.clean.causal:
+            raise ValueError(
+                "The model sees later tokens, so it does not predict the next one: give "
+                "mask_token_id (and protected_ids) of a masked language model."
+            )
         if plan.mask_token_id is None:
             self.counted = self.real[:, 1:] & self.real[:, :-1]
             self.clean_logits = _logits(self.clean.output)
@@ -130,13 +142,10 @@ class BatchRun:
         self.unchanged = self.measured(self.clean_logits)
         self.target = self.unchanged.target
         self.pairs = {
-            name: method.scores(call.args, self.inputs, call.real)
+            name: method.scores(self.inputs, call.real)
             for name, method in self.methods.items()
             if isinstance(method, ForeignMethod)
         } | self.clean.scores
-        for name, layers in self.pairs.items():
-            for scores in layers:
-                _checked(name, scores, scores.shape)
         removable = [r & ~k for r, k in zip(self.clean.real, self.kept, strict=True)]
         if not torch.stack(removable).any(0).any(-1).all():
             raise ValueError(
@@ -153,7 +162,8 @@ class BatchRun:
         """``(B, T)``."""
         if not isinstance(method, TokenMethod):
             return torch.stack([layer.mean(1) for layer in self.pairs[name]]).mean(0)
-        scores = method.scores(self.batch)
+        with torch.enable_grad():  # gradients are how other methods score
+            scores = method.scores(self.batch)
         if isinstance(scores, tuple) and len(scores) == 1:
             (scores,) = scores
         return _checked(name, scores, self.real.shape).to(self.real.device)
@@ -165,8 +175,7 @@ class BatchRun:
         if name in self.tokens:
             # A token that is a sink anywhere stays everywhere.
             kept = torch.stack(self.kept).any(0)
-            alone = replace(ranking, scope="layer")
-            factors = alone.factors([self.tokens[name][:, None]], [self.real], [kept])
+            factors = ranking.factors([self.tokens[name][:, None]], [self.real], [kept])
             return FixedChange(plan.model, factors * len(self.kept))
         if name in self.pairs:
             factors = ranking.factors(self.pairs[name], self.clean.real, self.kept)
@@ -195,13 +204,20 @@ class BatchRun:
         else:
             nll, self.counts = mean_nll(logits, ids, self.counted)
         if target is None:
-            last = last_token(self.real)
+            last = last_token(self.real).to(logits.device)
             target = logits[torch.arange(len(last)), last].argmax(-1)
         elif isinstance(target, int):
             target = torch.full((len(ids),), target)
         if target.shape != (len(ids),):
             raise ValueError(f"target has shape {tuple(target.shape)}, not ({len(ids)},).")
-        return Logits(logits, self.inputs, self.real, self.clean_logits, target, nll)
+        if nll.isnan().any():
+            raise ValueError(
+                "The logits are NaN, so nothing can be measured: check the inputs and weights; in "
+                "float16, load the model in bfloat16 or float32."
+            )
+        # Where tokens are masked, only those that are predicted count.
+        real = self.real if self.plan.mask_token_id is None else self.counted
+        return Logits(logits, self.inputs, real, self.clean_logits, target, nll)
 
 
 def _logits(output: Any) -> Tensor:

@@ -18,8 +18,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from captum_cw._version import __version__
 from captum_cw.attr._captum import Attribution
-from captum_cw.attr.layer import evaluation_mode, uncompiled, unwrapped
+from captum_cw.attr.layer import (
+    check_self_attention,
+    evaluation_mode,
+    uncompiled,
+    unwrapped,
+)
 from captum_cw.capture import StateSpace
 from captum_cw.functional import Reduction, check_choice
 from captum_cw.interventions import Ranking, Scoring, SinkRule, check_scoring
@@ -115,6 +121,7 @@ class ComprehensivenessSufficiency:
         self.model: nn.Module = unwrapped(model)
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model is of type {type(model).__name__}: give the model itself.")
+        check_self_attention([self.model])
         check_scoring(scoring, scope)
         check_choice("reduction", reduction, Reduction)
         check_choice("granularity", granularity, Granularity)
@@ -200,7 +207,17 @@ class ComprehensivenessSufficiency:
                 bar.update(passes)
                 return done
 
+            fixed = isinstance(target, Tensor) or any(
+                isinstance(method, Tensor) for method in methods.values()
+            )
             for group in _groups(_parts(batches), processes.count):
+                _check_group(group, processes)
+                if fixed and (records or len(group) > 1):
+                    raise ValueError(
+                        "Scores or a target given as a tensor belong to one batch, but there are "
+                        "several: give scores as a callable of the batch, and evaluate targets "
+                        "batch by batch."
+                    )
                 # The last group may hold less than one part for each process.
                 mine = group[processes.index : processes.index + 1]
                 found = processes.gathered(partial(_each, records_of, mine))
@@ -249,10 +266,13 @@ class ComprehensivenessSufficiency:
             "mask_token_id": self.mask_token_id,
             "protected_ids": self.protected_ids,
             "target": target.tolist() if isinstance(target, Tensor) else target,
-            "methods": {name: described(method) for name, method in methods.items()},
+            "methods": {
+                str(name): described(method, self.model) for name, method in methods.items()
+            },
             "model": getattr(getattr(self.model, "config", None), "name_or_path", None),
             "weights": fingerprint(self.model),
-            "versions": {p: version(p) for p in ("torch", "transformers", "captum")},
+            "versions": {p: version(p) for p in ("torch", "transformers", "captum")}
+            | {"captum_cw": __version__},
         }
 
     def _evaluate(
@@ -374,14 +394,33 @@ def _one_side(
 def _parts(batches: Iterable[Batch]) -> Iterator[Part]:
     first = 0
     for batch in batches:
-        given = [batch] if isinstance(batch, Tensor) else list(batch.values())
-        tensors = [x for x in given if isinstance(x, Tensor) and x.dim()]
-        B = len(tensors[0]) if tensors else 0
+        if isinstance(batch, (list, tuple)) and all(isinstance(x, Tensor) for x in batch):
+            (batch,) = batch[:1]  # as a TensorDataset gives it
+        if not isinstance(batch, (Tensor, Mapping)):
+            raise TypeError(
+                f"A batch is of type {type(batch).__name__}: give token ids (B, T), a "
+                "BatchEncoding or a dict of tensors, or an iterable of these."
+            )
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        ids = given.get("input_ids")
+        B = len(ids) if isinstance(ids, Tensor) and ids.dim() else 0
         if not B:
-            raise ValueError("A batch is empty: give at least one example.")
-        whole = checksum(*tensors)
+            raise ValueError(
+                "A batch is empty, or has no tensor input_ids: give at least one example (for "
+                "texts, tokenize with return_tensors='pt')."
+            )
+        whole = checksum(*(x for x in given.values() if isinstance(x, Tensor)))
         yield Part(batch, [{"index": first + b, "batch": whole} for b in range(B)])
         first += B
+
+
+def _check_group(group: Sequence[Part], processes: Processes) -> None:
+    """All processes must see the same batches in the same order."""
+    here = [part.examples[0]["batch"] for part in group]
+    if processes.count > 1 and any(there != here for there in processes.gathered(lambda: here)):
+        raise ValueError(
+            "The processes see other batches, or another order: shuffle with the same seed, or not."
+        )
 
 
 def _groups(parts: Iterable[Part], size: int) -> Iterator[list[Part]]:

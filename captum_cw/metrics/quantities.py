@@ -23,7 +23,7 @@ class Logits:
     Args:
         logits: ``(B, T, V)``.
         batch: What the model was given.
-        real: ``(B, T)`` boolean, False at padding.
+        real: ``(B, T)`` boolean, the positions that count.
         clean: The logits of the unchanged pass.
         target: ``(B,)``, the token whose probability counts.
         nll: ``(B,)``, see :func:`mean_nll`.
@@ -83,7 +83,7 @@ def mean_nll(logits: Tensor, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tens
     sums = []
     for b in range(len(ids)):  # one by one: a copy of all logits may not fit
         rows = logits[b][counted[b].to(logits.device)].float()
-        targets = ids[b][counted[b]].to(rows.device)
+        targets = ids[b][counted[b].to(ids.device)].to(rows.device)
         losses = torch.nn.functional.cross_entropy(rows, targets, reduction="none")
         sums.append(losses.double().sum())
     return torch.stack(sums) / counts.to(sums[0].device), counts
@@ -91,8 +91,8 @@ def mean_nll(logits: Tensor, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tens
 
 def _log_probability(given: Logits) -> Tensor:
     """Of the target, after the last token."""
-    last = last_token(given.real)
-    rows = given.logits[torch.arange(len(last)), last.to(given.logits.device)].double()
+    last = last_token(given.real).to(given.logits.device)
+    rows = given.logits[torch.arange(len(last)), last].double()
     return rows.log_softmax(-1).gather(-1, given.target[:, None].to(rows.device))[:, 0]
 
 
@@ -100,8 +100,9 @@ def _kl(given: Logits) -> Tensor:
     """Of the changed from the unchanged distribution of the next token, mean over positions."""
     rows = []
     for b in range(len(given.real)):
-        clean = given.clean[b][given.real[b]].float().log_softmax(-1)
-        changed = given.logits[b][given.real[b]].float().log_softmax(-1)
+        real = given.real[b].to(given.logits.device)
+        clean = given.clean[b][real].float().log_softmax(-1)
+        changed = given.logits[b][real].float().log_softmax(-1)
         rows.append((clean.exp() * (clean - changed)).sum(-1).double().mean())
     return torch.stack(rows)
 

@@ -85,12 +85,12 @@ class FaithfulnessResult:
     @property
     def comprehensiveness(self) -> dict[str, Tensor]:
         """By method ``(rates,)``: the mean delta over examples (Eq. 16), top removed."""
-        return {name: self.deltas(name, "comprehensiveness").mean(0) for name in self.methods}
+        return self._means("comprehensiveness")
 
     @property
     def sufficiency(self) -> dict[str, Tensor]:
         """By method ``(rates,)``: the mean delta over examples (Eq. 17), bottom removed."""
-        return {name: self.deltas(name, "sufficiency").mean(0) for name in self.methods}
+        return self._means("sufficiency")
 
     @property
     def per_example(self) -> dict[str, dict[Side, Tensor]]:
@@ -162,6 +162,8 @@ class FaithfulnessResult:
         """
         check_choice("side", side, Side)
         check_choice("statistic", statistic, Statistic)
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence={confidence!r}: give a fraction between 0 and 1.")
         n = len(self.records)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(n, (samples, n), generator=generator)
@@ -174,7 +176,7 @@ class FaithfulnessResult:
         low, high = torch.quantile(found, bounds, dim=0)
         less = side == "sufficiency"
         better = tuple(
-            None if x <= 0 <= y else (a if (y < 0) == less else b)
+            (a if (y < 0) == less else b) if x > 0 or y < 0 else None
             for x, y in zip(low.tolist(), high.tolist(), strict=True)
         )
         return Comparison(self.rates[REMOVED[side]], here[0], low, high, better)
@@ -243,7 +245,9 @@ class FaithfulnessResult:
             "settings": dict(self.settings),
             "records": list(self.records),
         }
-        Path(path).write_text(json.dumps(content), encoding="utf-8")
+        whole = Path(f"{path}.part")  # a kill while writing leaves no half file
+        whole.write_text(json.dumps(content), encoding="utf-8")
+        whole.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> FaithfulnessResult:
@@ -261,6 +265,11 @@ class FaithfulnessResult:
             raise ValueError(f"{path} has version {version!r}; this release reads {VERSION}.")
         rates = {which: tuple(rates) for which, rates in content["rates"].items()}
         return cls(rates, content["settings"], content["records"])
+
+    def _means(self, side: Side) -> dict[str, Tensor]:
+        """Empty where the side was not evaluated."""
+        names = self.methods if side in self.sides else []
+        return {name: self.deltas(name, side).mean(0) for name in names}
 
     def _column(self, name: str) -> Tensor:
         return torch.tensor([record[name] for record in self.records], dtype=torch.float64)
