@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 __all__ = ["Records", "RecordsError"]
 
@@ -31,7 +32,7 @@ class Records(Mapping[str, Any]):
             JSON.
 
     Raises:
-        RecordsError: If the file is damaged, no file of records, or of another run.
+        RecordsError: If the file is damaged, no file of records, of another run, or being written.
 
     Example:
         >>> path = getfixture("tmp_path") / "run.records"
@@ -51,7 +52,15 @@ class Records(Mapping[str, Any]):
         self._records: dict[str, Any] = {}
         run = json.loads(json.dumps(run))  # tuples become lists, as on disk
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = self.path.read_bytes() if self.path.exists() else b""
+        self._file = self.path.open("ab")
+        try:
+            _lock(self._file, self.path)
+            self._open(self.path.read_bytes(), run)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, content: bytes, run: Mapping[str, Any]) -> None:
         *whole, torn = content.split(b"\n")
         lines = [self._read(line, n) for n, line in enumerate(whole, 1)]
         if not lines and torn and not _line({"run": run}).startswith(torn):
@@ -64,7 +73,6 @@ class Records(Mapping[str, Any]):
                 self._records[line["key"]] = line["value"]
         if torn:
             os.truncate(self.path, len(content) - len(torn))
-        self._file = self.path.open("ab")
         if not lines:
             self._append({"run": run})
 
@@ -136,6 +144,19 @@ class Records(Mapping[str, Any]):
         return RecordsError(
             f"{self.path} {what} at line {n}: restore it, or choose another file to start anew."
         )
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """One run at a time writes a file; the system unlocks it when it is closed, or the run dies."""
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecordsError(
+                f"{path} is being written by another run: wait for it, or choose another file."
+            ) from None
 
 
 def _checksum(text: bytes) -> bytes:

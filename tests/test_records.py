@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,19 @@ def test_records_come_back_bit_for_bit(file: Path) -> None:
         assert math.copysign(1, records["a"][2]) == -1
 
 
-def test_a_record_is_on_disk_before_the_file_is_closed(file: Path) -> None:
+def test_a_record_is_on_disk_before_the_file_is_closed(file: Path, tmp_path: Path) -> None:
     with Records(file, RUN) as records:
         records.add("d", 1)
-        with Records(file, RUN) as others:
+        (tmp_path / "copy").write_bytes(file.read_bytes())
+        with Records(tmp_path / "copy", RUN) as others:
             assert others["d"] == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_two_runs_do_not_write_one_file(file: Path) -> None:
+    with Records(file, RUN), pytest.raises(RecordsError, match="being written by another run"):
+        Records(file, RUN)
+    Records(file, RUN).close()
 
 
 def test_a_file_cut_anywhere_in_its_last_line_loses_that_record_only(file: Path) -> None:

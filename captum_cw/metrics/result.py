@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "FaithfulnessResult", "Side", "Statistic"]
 
 VERSION = 1
+#: Examples that are held at once while resampling.
+RESAMPLED = 1_000_000
 Side = Literal["comprehensiveness", "sufficiency"]
 REMOVED: dict[Side, Which] = {"comprehensiveness": "top", "sufficiency": "bottom"}
 TITLES: dict[Side, str] = {
@@ -168,8 +170,12 @@ class FaithfulnessResult:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(n, (samples, n), generator=generator)
         here = self._statistic(a, side, statistic, None) - self._statistic(b, side, statistic, None)
-        found = self._statistic(a, side, statistic, drawn) - self._statistic(
-            b, side, statistic, drawn
+        found = torch.cat(
+            [
+                self._statistic(a, side, statistic, some)
+                - self._statistic(b, side, statistic, some)
+                for some in torch.split(drawn, max(1, RESAMPLED // n))
+            ]
         )
         tail = (1 - confidence) / 2
         bounds = torch.tensor([tail, 1 - tail], dtype=found.dtype)
