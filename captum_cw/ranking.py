@@ -57,6 +57,14 @@ def chosen_pairs(
     Returns:
         For each layer ``(B, H, S)`` boolean. In each ranking exactly ``quota(rate, pairs)`` are
         chosen; of equal scores the one of the lower layer, head and token.
+
+    Example:
+        >>> scores = torch.tensor([[[0.9, 0.1, 0.5], [0.2, 0.8, 0.5]]])
+        >>> real = torch.ones(1, 3, dtype=torch.bool)
+        >>> sinks = torch.tensor([[True, False, False]])
+        >>> (pairs,) = chosen_pairs([scores], [real], [sinks], 0.5, "top")
+        >>> pairs.nonzero().tolist()
+        [[0, 0, 2], [0, 1, 1]]
     """
     ranked = [
         (r if rate_of == "all" else r & ~k)[:, None].expand_as(s)

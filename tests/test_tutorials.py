@@ -25,6 +25,26 @@ SHOWN = {
         "reduction": "image/png",
         "llm": "image/png",
     },
+    "02_which_method_finds_the_tokens_that_matter": {
+        "model": "text/plain",
+        "remove": "text/plain",
+        "sinks": "text/plain",
+        "sinks-matter": "text/plain",
+        "protect": "text/html",
+        "evaluate": "text/html",
+        "plot": "image/png",
+        "aopc": "text/html",
+        "perplexity": "text/html",
+        "compare": "text/html",
+        "reduction": "text/html",
+        "ig": "text/plain",
+        "fair": "text/html",
+        "fair-compare": "text/html",
+        "fair-scores": "image/png",
+        "agreement": "text/html",
+        "sanity": "text/html",
+        "long": "text/plain",
+    },
 }
 """What cells must produce, by their ids."""
 

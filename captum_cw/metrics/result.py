@@ -64,6 +64,18 @@ class FaithfulnessResult:
         settings: What the numbers depend on.
         records: For each example its ``index``, ``clean`` metric, and by method and side the
             metric (``values``) and mean negative log-likelihood (``nll``) at each rate.
+
+    Raises:
+        ValueError: If there is no example.
+
+    Example:
+        >>> metric = ComprehensivenessSufficiency(model, rates=[0.25, 0.5])
+        >>> texts = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
+        >>> result = metric.evaluate({"contribution": "contribution", "chance": "random"}, texts)
+        >>> result.per_example["contribution"]["sufficiency"].shape
+        torch.Size([2, 2])
+        >>> result.compare("contribution", "chance").rates
+        (0.25, 0.5)
     """
 
     rates: Mapping[Which, tuple[float, ...]]
