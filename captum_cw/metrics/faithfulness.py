@@ -82,6 +82,8 @@ class ComprehensivenessSufficiency:
             batch, clean_logits) -> (B,)``, better if lower unless it says ``higher_is_better``.
         reduction: Of scores over queries, where a method does not bring its own.
         granularity: ``"pair"``, or ``"token"``: measures remove whole tokens, as other methods do.
+            The mean over queries ranks whole tokens badly (it puts the last ones on top, which few
+            queries see): use ``reduction="sum"`` there.
         seed: Of ``"random"``.
         mask_token_id: Of a masked language model, such as BERT: the likelihood of each token is
             that at its place with this token there instead (pseudo-perplexity), so that a text

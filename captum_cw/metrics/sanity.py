@@ -13,8 +13,9 @@ __all__ = ["with_shuffled_weights"]
 def with_shuffled_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of a model that has learnt nothing: the entries of each weight change places.
 
-    Scores that a method takes from the copy should find the tokens that matter to the model no
-    better than chance does.
+    Scores that a method takes from the copy should find what matters to the model far worse than
+    those from the model itself. They may still beat chance: what follows from the causal mask
+    alone, such as that early tokens are seen more often, needs no learning.
 
     Args:
         model: The model, which is left as it is.
