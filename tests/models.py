@@ -4,6 +4,7 @@ with ``output_attentions``, and hooks on the modules that make the values."""
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -134,3 +135,23 @@ def last_tokens_and_cache(
         "attention_mask": inputs["attention_mask"],
         "past_key_values": cache,
     }
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Runs ``work(0)``, ``work(1)``, ... at the same time; fails if one of them does."""
+    wrong: list[str] = []
+    barrier = threading.Barrier(count)
+
+    def run(number: int) -> None:
+        try:
+            barrier.wait()
+            work(number)
+        except BaseException as error:  # a thread's errors would be lost
+            wrong.append(f"thread {number}: {error!r}")
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from models import (
     SIZES,
     build,
     gpt2,
+    in_threads,
     last_tokens_and_cache,
     llama,
     look,
@@ -369,26 +369,15 @@ def test_two_threads_on_one_model_do_not_hear_each_other() -> None:
     inputs = [token_ids(B=1, T=5 + 3 * n, seed=n) for n in range(4)]
     expected = [ContributionWeights(model).attribute(ids) for ids in inputs]
     before = state_of(model)
-    wrong: list[str] = []
-    barrier = threading.Barrier(len(inputs))
 
     def work(n: int) -> None:
-        try:
-            barrier.wait()
-            for _ in range(10):
-                found = ContributionWeights(model).attribute(inputs[n])
-                assert len(found) == 2
-                for x, y in zip(found, expected[n], strict=True):
-                    assert torch.allclose(x, y, atol=1e-6)
-        except BaseException as error:  # a thread's errors would be lost
-            wrong.append(f"thread {n}: {error!r}")
+        for _ in range(10):
+            found = ContributionWeights(model).attribute(inputs[n])
+            assert len(found) == 2
+            for x, y in zip(found, expected[n], strict=True):
+                assert torch.allclose(x, y, atol=1e-6)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong, wrong
+    in_threads(len(inputs), work)
     assert state_of(model) == before
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -17,11 +18,17 @@ from transformers import PreTrainedTokenizerBase
 
 from captum_cw.data import load_texts, token_batches
 
-datasets = pytest.importorskip("datasets")
-
 SHARED = Path(
     os.environ.get("CAPTUM_CW_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
 )
+
+
+def shared(name: str) -> Path:
+    """A set that is kept beside the repository."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"{SHARED / name} is missing: CAPTUM_CW_DATA names the folder of these sets")
+    return SHARED / name
+
 
 MMLU_TEXT = "Question: 1 + 1?\nA. 0.50\nB. None\nC. 2\nD. 3\nAnswer: C"
 BOOLQ = {"passage": "Ice is cold.", "question": "is ice cold"}
@@ -349,9 +356,7 @@ def test_without_datasets_the_install_is_named(
     ],
 )
 def test_real_sets_are_read_in_full(name: str, count: int, part: str) -> None:
-    if not (SHARED / name).exists():
-        pytest.skip(f"{SHARED / name} is missing: CAPTUM_CW_DATA names the folder of these sets")
-    texts = load_texts(SHARED / name)
+    texts = load_texts(shared(name))
     assert len(texts) == count
     assert part in texts[0]
 

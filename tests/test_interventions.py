@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 import transformers
-from models import MODELS, SIZES, build, gpt2, llama, token_ids
+from models import MODELS, SIZES, build, gpt2, in_threads, llama, token_ids
 from test_capture import IMPLEMENTATIONS, padded_batch, positions, state_of
 from test_ranking import plain
 from torch import Tensor, nn
@@ -201,23 +201,12 @@ def test_threads_with_removals_of_their_own_do_not_meet() -> None:
         return logits
 
     expected = [removed(n) for n in range(3)]
-    wrong: list[str] = []
-    barrier = threading.Barrier(3)
 
     def work(n: int) -> None:
-        try:
-            barrier.wait()
-            for _ in range(5):
-                assert torch.allclose(removed(n), expected[n], atol=1e-5)
-        except BaseException as error:  # a thread's errors would be lost
-            wrong.append(repr(error))
+        for _ in range(5):
+            assert torch.allclose(removed(n), expected[n], atol=1e-5)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    in_threads(3, work)
     assert "forward" not in vars(model)
 
 

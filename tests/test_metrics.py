@@ -479,6 +479,15 @@ def test_corpus_perplexity_weighs_texts_by_their_tokens() -> None:
     assert found.clean_corpus == pytest.approx(float(expected))
 
 
+def test_one_text_decides_nothing() -> None:
+    metric = ComprehensivenessSufficiency(llama(), [0.5])
+    found = metric.evaluate(METHODS_HERE, token_ids(1)).compare("cw", "a")
+    assert found.difference.isfinite().all()
+    assert found.low.isnan().all()
+    assert found.high.isnan().all()
+    assert found.better == (None,)
+
+
 def test_a_method_is_no_better_than_itself(result: FaithfulnessResult) -> None:
     found = result.compare("cw", "cw")
     assert found.better == (None, None, None)

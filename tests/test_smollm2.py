@@ -10,7 +10,7 @@ import reference
 import torch
 from models import look
 from test_capture import CLASSES, IMPLEMENTATIONS, state_of
-from test_data import SHARED
+from test_data import shared
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -22,8 +22,6 @@ from captum_cw import (
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import with_shuffled_weights
 from captum_cw.scoring import METHODS
-
-GSM8K = SHARED / "gsm8k_test.jsonl"
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -171,10 +169,13 @@ def test_the_answer_is_drawn_from_the_question(smollm2: tuple[nn.Module, Any]) -
 @pytest.fixture(scope="module")
 def problems(smollm2: tuple[nn.Module, Any]) -> Tensor:
     """Four texts of 128 tokens."""
-    if not GSM8K.exists():
-        pytest.skip(f"there is no {GSM8K.name} in {GSM8K.parent}")
     (batch,) = token_batches(
-        load_texts(GSM8K), smollm2[1], length=128, samples=4, batch_size=4, pack=True
+        load_texts(shared("gsm8k_test.jsonl")),
+        smollm2[1],
+        length=128,
+        samples=4,
+        batch_size=4,
+        pack=True,
     )
     return batch["input_ids"]
 

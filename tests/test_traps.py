@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import SIZES, build, gpt2, last_tokens_and_cache, llama, mistral, token_ids
+from models import SIZES, build, gpt2, in_threads, last_tokens_and_cache, llama, mistral, token_ids
 from test_capture import attention_modules, padded_batch, positions, state_of
 from torch import Tensor, nn
 
@@ -142,23 +142,12 @@ def test_threads_on_a_model_in_training_mode_agree() -> None:
     model = gpt2().train()
     before = state_of(model)
     expected = scores(ContributionWeights(gpt2()), token_ids())
-    wrong: list[str] = []
-    barrier = threading.Barrier(3)
 
-    def work() -> None:
-        try:
-            barrier.wait()
-            for _ in range(5):
-                assert torch.allclose(scores(ContributionWeights(model), token_ids()), expected)
-        except BaseException as error:
-            wrong.append(repr(error))
+    def work(number: int) -> None:
+        for _ in range(5):
+            assert torch.allclose(scores(ContributionWeights(model), token_ids()), expected)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong, wrong
+    in_threads(3, work)
     assert state_of(model) == before
 
 

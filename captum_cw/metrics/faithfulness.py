@@ -196,7 +196,9 @@ class ComprehensivenessSufficiency:
         with ExitStack() as stack:
             kept: Records | None = None
             if resume_from is not None and processes.is_main:
-                kept = stack.enter_context(Records(resume_from, settings))
+                # Reading all weights takes time, and only a file needs to know them again.
+                run = {**settings, "weights": fingerprint(self.model)}
+                kept = stack.enter_context(Records(resume_from, run))
             known = processes.from_main(lambda: dict(kept or {}))
             total = None if count is None else count * passes
             show = show_progress and processes.is_main
@@ -272,7 +274,6 @@ class ComprehensivenessSufficiency:
                 str(name): described(method, self.model) for name, method in methods.items()
             },
             "model": getattr(getattr(self.model, "config", None), "name_or_path", None),
-            "weights": fingerprint(self.model),
             "versions": {p: version(p) for p in ("torch", "transformers", "captum")}
             | {"captum_cw": __version__},
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from captum_cw.functional import check_choice
+from captum_cw.metrics.files import read_json, write_json
 from captum_cw.ranking import Which
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class FaithfulnessResult:
             seed: Of the resamples.
 
         Returns:
-            At each rate, ``a - b`` and its interval.
+            At each rate, ``a - b`` and its interval: NaN for a single example, which has no spread.
 
         Raises:
             KeyError: If a method was not evaluated.
@@ -192,6 +192,8 @@ class FaithfulnessResult:
         tail = (1 - confidence) / 2
         bounds = torch.tensor([tail, 1 - tail], dtype=found.dtype)
         low, high = torch.quantile(found, bounds, dim=0)
+        if n == 1:
+            low, high = torch.full_like(low, torch.nan), torch.full_like(high, torch.nan)
         less = side == "sufficiency"
         better = tuple(
             (a if (y < 0) == less else b) if x > 0 or y < 0 else None
@@ -263,9 +265,7 @@ class FaithfulnessResult:
             "settings": dict(self.settings),
             "records": list(self.records),
         }
-        whole = Path(f"{path}.part")  # a kill while writing leaves no half file
-        whole.write_text(json.dumps(content), encoding="utf-8")
-        whole.replace(path)
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> FaithfulnessResult:
@@ -274,13 +274,7 @@ class FaithfulnessResult:
         Raises:
             ValueError: If the file is no such result, or of an unknown version.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = content["version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no result of an evaluation.") from error
-        if version != VERSION:
-            raise ValueError(f"{path} has version {version!r}; this release reads {VERSION}.")
+        content = read_json(path, VERSION, "rates")
         rates = {which: tuple(rates) for which, rates in content["rates"].items()}
         return cls(rates, content["settings"], content["records"])
 

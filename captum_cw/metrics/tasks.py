@@ -33,6 +33,7 @@ from captum_cw.capture import StateSpace
 from captum_cw.functional import Reduction
 from captum_cw.interventions import Scoring, remove_tokens
 from captum_cw.metrics.faithfulness import checked_rates
+from captum_cw.metrics.files import read_json, write_json
 from captum_cw.metrics.identity import described, fingerprint
 from captum_cw.progress import progress_bar
 from captum_cw.ranking import Scope, Which
@@ -224,7 +225,7 @@ class TaskResult:
             "settings": dict(self.settings),
             "records": dict(self.records),
         }
-        Path(path).write_text(json.dumps(content), encoding="utf-8")
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> TaskResult:
@@ -233,14 +234,8 @@ class TaskResult:
         Raises:
             ValueError: If the file is no such result, or of an unknown version.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            found, rates = content["version"], content["task_rates"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no result of an evaluation of tasks.") from error
-        if found != VERSION:
-            raise ValueError(f"{path} has version {found!r}; this release reads {VERSION}.")
-        return cls(tuple(rates), content["settings"], content["records"])
+        content = read_json(path, VERSION, "task_rates")
+        return cls(tuple(content["task_rates"]), content["settings"], content["records"])
 
     def _table(self, place: int) -> dict[str, dict[str, Tensor]]:
         return {

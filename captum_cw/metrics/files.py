@@ -1,0 +1,35 @@
+"""Results on disk: JSON, with the version of its form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read_json", "write_json"]
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes a file at once: a kill leaves no half one."""
+    whole = Path(f"{path}.part")
+    whole.write_text(json.dumps(content), encoding="utf-8")
+    whole.replace(path)
+
+
+def read_json(path: str | Path, version: int, needed: str) -> dict[str, Any]:
+    """What :func:`write_json` wrote, of that version and with that entry.
+
+    Raises:
+        ValueError: If the file is another one, or of an unknown version.
+    """
+    try:
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = content["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no result of an evaluation.") from error
+    if found != version:
+        raise ValueError(f"{path} has version {found!r}; this release reads {version}.")
+    if needed not in content:
+        raise ValueError(f"{path} holds no result of an evaluation of this kind.")
+    return content
