@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, get_args
 
@@ -34,10 +34,12 @@ from torch import Tensor
 __all__ = [
     "AttentionLayer",
     "Decomposition",
+    "FrozenUpdate",
     "Measure",
     "QueryMask",
     "Reduction",
     "Scope",
+    "Space",
     "aggregate",
     "attention",
     "attention_cosine",
@@ -64,6 +66,9 @@ __all__ = [
 Scope = Literal["inter", "intra"]
 Reduction = Literal["mean", "sum", "max", "rms"]
 Aggregation = Literal["mean", "sum", "max"]
+Space = Literal["attention", "residual"]
+"""Where projections and norms are measured: at the attention layer's output, or at what is added
+to the residual stream, which differs where a model normalises that output first."""
 
 #: Rows whose output is this much smaller than its parts could make it are called zero: their
 #: direction is rounding noise.
@@ -312,6 +317,28 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
+class FrozenUpdate:
+    """What a model makes of an attention output before it adds it to the residual stream.
+
+    ``update_i = scale_i * gain * output_i``, of the centred output where ``centred``: a norm with
+    its scale held fixed at that output, which makes it linear, and without its bias.
+
+    Args:
+        gain: ``(d,)``.
+        scale: ``(B, T)``.
+        centred: Whether the mean over ``d`` is taken off, as by a layer norm.
+    """
+
+    gain: Tensor
+    scale: Tensor
+    centred: bool
+
+    def without_scale(self, x: Tensor) -> Tensor:
+        """``gain * x``, of the centred ``x`` where ``centred``; ``x`` is ``(..., d)``."""
+        return (x - x.mean(-1, keepdim=True) if self.centred else x) * self.gain
+
+
+@dataclass(frozen=True)
 class AttentionLayer:
     """One execution of an attention layer: what every measure is computed from.
 
@@ -323,6 +350,10 @@ class AttentionLayer:
         output: ``o_i = sum_h y_i^h W_O^h``, ``(B, T, d)``, without the output bias: only so do
             contributions sum to one.
         mask: Which keys a query can see.
+        scale: ``(B, T)``, what the output of each query is multiplied by beyond
+            ``output_weight``; None is one. It cancels in what is relative to the output.
+        update: What becomes of the output on its way to the residual stream; None if it is added
+            as it is.
 
     All tensors have one floating dtype, float32 or wider: geometry in half precision loses the
     small terms.
@@ -334,6 +365,8 @@ class AttentionLayer:
     output_weight: Tensor
     output: Tensor
     mask: QueryMask
+    scale: Tensor | None = None
+    update: FrozenUpdate | None = None
 
     @classmethod
     def from_tensors(
@@ -378,6 +411,22 @@ class AttentionLayer:
     def H(self) -> int:
         """Number of query heads."""
         return self.output_weight.shape[0]
+
+    def seen_in(self, space: Space) -> AttentionLayer:
+        """The layer with its output and values measured in that space."""
+        check_choice("space", space, Space)
+        return self if space == "attention" or self.update is None else self._in_residual
+
+    @cached_property
+    def _in_residual(self) -> AttentionLayer:
+        assert self.update is not None
+        return replace(
+            self,
+            output_weight=self.update.without_scale(self.output_weight),
+            output=self.update.without_scale(self.output),
+            scale=self.update.scale,
+            update=None,
+        )
 
     @cached_property
     def value_norms(self) -> Tensor:
@@ -446,14 +495,26 @@ def attention(layer: AttentionLayer) -> Block:
 
 def vw(layer: AttentionLayer) -> Block:
     """``|a_ij| ||v~_j||``."""
+    return _scaled(layer, _value_weighted(layer))
+
+
+def _value_weighted(layer: AttentionLayer) -> Block:
     norms = layer.value_norms[:, :, None]
     return lambda a, rows: a.abs_().mul_(norms[..., : a.shape[-1]])
+
+
+def _scaled(layer: AttentionLayer, block: Block) -> Block:
+    """In the unit of the output, where the layer's own leaves out a scale."""
+    if layer.scale is None:
+        return block
+    scale = layer.scale.abs()[:, None, :, None]
+    return lambda a, rows: block(a, rows).mul_(scale[:, :, rows])
 
 
 def vwon(layer: AttentionLayer) -> Block:
     """``|a_ij| ||v~_j|| / ||o_i||``."""
     scale = _reciprocal(layer.direction("inter")[1].sqrt())[..., None]
-    weighted = vw(layer)
+    weighted = _value_weighted(layer)
     return lambda a, rows: weighted(a, rows).mul_(scale[:, :, rows])
 
 
@@ -508,7 +569,7 @@ def projection(layer: AttentionLayer) -> Block:
     """``a_ij <o_i, v~_j> / ||o_i||``: how far a term reaches along the output, not its share."""
     share = contribution()(layer)
     norm = layer.direction("inter")[1].sqrt()[..., None]
-    return lambda a, rows: share(a, rows).mul_(norm[:, :, rows])
+    return _scaled(layer, lambda a, rows: share(a, rows).mul_(norm[:, :, rows]))
 
 
 def closeness(layer: AttentionLayer) -> Block:

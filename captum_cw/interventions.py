@@ -34,7 +34,7 @@ from captum_cw.capture import (
 )
 from captum_cw.functional import AttentionLayer, Reduction, check_choice
 from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
-from captum_cw.scoring import PairScorer, model_of, pair_scorer
+from captum_cw.scoring import PairScorer, model_of, pair_scorer, space_of
 from captum_cw.sinks import THRESHOLD, layer_sinks, real_tokens
 
 __all__ = ["Scoring", "remove_tokens", "remove_values", "scale_values"]
@@ -501,7 +501,9 @@ class CleanPass:
                 check_finite(scores, execution.name)
                 seen.scores[name].append(scores.to(home))
 
-        with torch.no_grad(), Observation([model], on_layer, real=real, space=sink_rule.needs):
+        space = space_of(scorers.values())
+        observation = Observation([model], on_layer, real=real, states=sink_rule.needs, space=space)
+        with torch.no_grad(), observation:
             seen.output = forward()
         if not seen.real:
             raise no_attention([model])
@@ -571,8 +573,10 @@ class OnlineRemoval(_Intervention):
                 "attributed at the same time: use scoring='clean', or remove_values."
             )
         self._state.factors = []
-        space = self._sink_rule.needs if self._sinks is None else None
-        with Observation([self.model], self._remove, real=call.tokens.real, space=space):
+        states = self._sink_rule.needs if self._sinks is None else None
+        space = space_of([self._scorer])
+        real = call.tokens.real
+        with Observation([self.model], self._remove, real=real, states=states, space=space):
             yield
         if not self._state.factors:
             raise no_attention([self.model])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,25 @@ from captum_cw.attr import (
     VWONAttention,
 )
 from captum_cw.attr.layer import _AttentionAttribution
-from captum_cw.functional import AttentionLayer, Measure, Reduction, check_choice, token_scores
+from captum_cw.functional import (
+    AttentionLayer,
+    Measure,
+    Reduction,
+    Space,
+    check_choice,
+    token_scores,
+)
 from captum_cw.sinks import real_tokens
 
-__all__ = ["CONTROLS", "METHODS", "PairScorer", "RandomPairs", "model_of", "pair_scorer"]
+__all__ = [
+    "CONTROLS",
+    "METHODS",
+    "PairScorer",
+    "RandomPairs",
+    "model_of",
+    "pair_scorer",
+    "space_of",
+]
 
 #: The measures, by the names that users type.
 METHODS: dict[str, type[_AttentionAttribution]] = {
@@ -29,16 +45,32 @@ METHODS: dict[str, type[_AttentionAttribution]] = {
     for method in (ContributionWeights, VWONAttention, VWAttention, AttentionWeights)
 }
 
-#: What the measures are compared with: each leaves out, or changes, one thing of a contribution.
-CONTROLS: dict[str, tuple[Measure, bool]] = {
-    "contribution-signed": (functional.contribution("inter"), True),
-    "contribution-intra": (functional.contribution("intra"), False),
-    "relative-norm": (functional.relative_norm, False),
-    "cosine": (functional.cosine, False),
-    "attention-cosine": (functional.attention_cosine, False),
-    "relative-norm-cosine": (functional.relative_norm_cosine, False),
-    "projection": (functional.projection, False),
-    "closeness": (functional.closeness, True),
+
+class Control(NamedTuple):
+    """What the measures are compared with.
+
+    Args:
+        measure: The measure.
+        signed: Whether signs are kept.
+        space: Where it is measured.
+    """
+
+    measure: Measure
+    signed: bool = False
+    space: Space = "attention"
+
+
+#: Each leaves out, or changes, one thing of a contribution.
+CONTROLS: dict[str, Control] = {
+    "contribution-signed": Control(functional.contribution("inter"), signed=True),
+    "contribution-intra": Control(functional.contribution("intra")),
+    "contribution-residual": Control(functional.contribution("inter"), space="residual"),
+    "relative-norm": Control(functional.relative_norm),
+    "cosine": Control(functional.cosine),
+    "attention-cosine": Control(functional.attention_cosine),
+    "relative-norm-cosine": Control(functional.relative_norm_cosine),
+    "projection": Control(functional.projection),
+    "closeness": Control(functional.closeness, signed=True),
 }
 
 RANDOM = "random"
@@ -46,6 +78,10 @@ RANDOM = "random"
 
 class PairScorer(Protocol):
     """Scores the pairs of a layer."""
+
+    @property
+    def space(self) -> Space:
+        """Where it must be possible to see the layer."""
 
     def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
         """``(B, H, S)`` for the layer that runs as the ``number``-th of a pass."""
@@ -60,14 +96,17 @@ class MeasuredPairs:
         measure: The measure.
         reduction: Over queries.
         signed: Whether signs are kept.
+        space: Where it is measured.
     """
 
     measure: Measure
     reduction: Reduction
     signed: bool
+    space: Space
 
     def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
-        return token_scores(layer, self.measure, self.reduction, signed=self.signed)
+        seen = layer.seen_in(self.space)
+        return token_scores(seen, self.measure, self.reduction, signed=self.signed)
 
 
 @dataclass(frozen=True)
@@ -81,6 +120,7 @@ class RandomPairs:
 
     seed: int = 0
     examples: tuple[str, ...] | None = None
+    space: ClassVar[Space] = "attention"
 
     def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
         """Uniform numbers ``(B, H, S)``."""
@@ -120,10 +160,11 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
                 "leave queries='all'."
             )
         _check_all_layers(method.method)
-        return MeasuredPairs(method.method.measure, method.reduction, method.signed)
+        inner = method.method
+        return MeasuredPairs(inner.measure, method.reduction, method.signed, inner.space)
     if isinstance(method, _AttentionAttribution):
         _check_all_layers(method)
-        return MeasuredPairs(method.measure, reduction, signed=False)
+        return MeasuredPairs(method.measure, reduction, False, method.space)
     if not isinstance(method, str):
         raise TypeError(
             f"method is of type {type(method).__name__}: give a measure such as "
@@ -132,10 +173,10 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
     if method == RANDOM:
         return RandomPairs(seed)
     if method in METHODS:
-        return MeasuredPairs(METHODS[method].measure, reduction, signed=False)
+        return MeasuredPairs(METHODS[method].measure, reduction, False, METHODS[method].space)
     if method in CONTROLS:
-        measure, signed = CONTROLS[method]
-        return MeasuredPairs(measure, reduction, signed)
+        measure, signed, space = CONTROLS[method]
+        return MeasuredPairs(measure, reduction, signed, space)
     raise ValueError(f"method={method!r} is unknown; known: {known_names()}.")
 
 
@@ -145,6 +186,11 @@ def _check_all_layers(method: _AttentionAttribution) -> None:
             f"{method.get_name()} is of some layers, but pairs are ranked and removed in all: make "
             "it without layer=."
         )
+
+
+def space_of(scorers: Iterable[PairScorer]) -> Space:
+    """Where layers must be seen so that all of these can score them."""
+    return "residual" if any(scorer.space == "residual" for scorer in scorers) else "attention"
 
 
 def model_of(method: object) -> nn.Module | None:

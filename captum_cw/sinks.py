@@ -118,7 +118,7 @@ def find_sinks(
         return layer_sinks(execution, seen, threshold)
 
     results, _ = method.observe(
-        inputs, additional_forward_args, on_layer, space=space, show_progress=show_progress
+        inputs, additional_forward_args, on_layer, states=space, show_progress=show_progress
     )
     return [sinks for _, sinks in results]
 

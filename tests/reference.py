@@ -26,13 +26,23 @@ def outputs(attention: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     return by_head, by_head.sum(1)
 
 
-def measures(attention: Tensor, value: Tensor, output_weight: Tensor) -> dict[str, Tensor]:
-    """Every measure ``(B, H, T, S)``, by the name that users type."""
+def measures(
+    attention: Tensor, value: Tensor, output_weight: Tensor, update: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Every measure ``(B, H, T, S)``, by the name that users type.
+
+    With an ``update`` ``(B, T, d, d)``, of what becomes of ``v~`` and ``o`` at each query.
+    """
     a = attention.double()
     v = projected_values(value, output_weight)
     o_head, o = outputs(attention, v)
-    terms = a[..., None] * v[:, :, None]  # (B, H, T, S, d)
-    norms = v.norm(dim=-1)[:, :, None]
+    v = v[:, :, None]  # (B, H, 1 or T, S, d)
+    if update is not None:
+        v = torch.einsum("bhtsd,btde->bhtse", v.expand(-1, -1, a.shape[2], -1, -1), update)
+        o_head = torch.einsum("bhtd,btde->bhte", o_head, update)
+        o = torch.einsum("btd,btde->bte", o, update)
+    terms = a[..., None] * v  # (B, H, T, S, d)
+    norms = v.norm(dim=-1)
     return {
         "attention": a,
         "vw": a.abs() * norms,
@@ -40,7 +50,7 @@ def measures(attention: Tensor, value: Tensor, output_weight: Tensor) -> dict[st
         "inter": (terms * o[:, None, :, None]).sum(-1) / o.square().sum(-1)[:, None, :, None],
         "intra": (terms * o_head[:, :, :, None]).sum(-1) / o_head.square().sum(-1)[..., None],
         "relative_norm": norms / o.norm(dim=-1)[:, None, :, None],
-        "cosine": torch.nn.functional.cosine_similarity(o[:, None, :, None], v[:, :, None], dim=-1),
+        "cosine": torch.nn.functional.cosine_similarity(o[:, None, :, None], v, dim=-1),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ from captum_cw import (
     remove_values,
     sufficiency,
 )
-from captum_cw.functional import AttentionLayer
+from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask
 from captum_cw.metrics import FaithfulnessResult, agreement, with_shuffled_weights
 from captum_cw.ranking import chosen_pairs
 from captum_cw.records import RecordsError
@@ -191,9 +192,16 @@ def test_controls_are_the_products_of_their_factors() -> None:
         layer.attention, reference.projected_values(layer.value, layer.output_weight)
     )[1].norm(dim=-1)[:, None, :, None]
     visible = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 4, 9, 9)
+    d = layer.output_weight.shape[-1]
+    gain, scale = torch.randn(d), torch.rand(2, 9)
+    centre = torch.eye(d, dtype=torch.float64) - 1 / d
+    after_norm = reference.measures(
+        layer.attention, layer.value, layer.output_weight, scale[..., None, None] * centre * gain
+    )
     expected = {
         "contribution-signed": (m["inter"], True),
         "contribution-intra": (m["intra"], False),
+        "contribution-residual": (after_norm["inter"], False),
         "relative-norm": (m["relative_norm"], False),
         "cosine": (m["cosine"], False),
         "attention-cosine": (m["attention"] * m["cosine"], False),
@@ -202,10 +210,9 @@ def test_controls_are_the_products_of_their_factors() -> None:
         "closeness": (2 * m["inter"] - m["vwon"] ** 2, True),
     }
     assert expected.keys() == CONTROLS.keys()
-    from captum_cw.functional import QueryMask
-
     mask = QueryMask(9, 9, causal=True)
     seen = AttentionLayer.from_tensors(layer.attention, layer.value, layer.output_weight, mask)
+    seen = dataclasses.replace(seen, update=FrozenUpdate(gain, scale, centred=True))
     for name, (g, signed) in expected.items():
         for reduction in ("mean", "sum", "max", "rms"):
             found = pair_scorer(name, reduction)(seen, 0)

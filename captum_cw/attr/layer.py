@@ -23,7 +23,7 @@ from captum_cw import functional
 from captum_cw.attr._captum import LayerAttribution, logged
 from captum_cw.attr._inputs import forward_call
 from captum_cw.capture import Execution, Observation, StateSpace, UnsupportedModelError, names_of
-from captum_cw.functional import AttentionLayer, Decomposition, Measure, Scope
+from captum_cw.functional import AttentionLayer, Decomposition, Measure, Scope, Space
 from captum_cw.progress import progress_bar
 
 __all__ = ["AttentionWeights", "ContributionWeights", "VWAttention", "VWONAttention"]
@@ -31,8 +31,6 @@ __all__ = ["AttentionWeights", "ContributionWeights", "VWAttention", "VWONAttent
 Result = TypeVar("Result")
 Kind = Literal["self"]
 """Cross-attention will be the other kind."""
-Space = Literal["attention"]
-"""Where projections and norms are measured: at the attention layer's output."""
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 
 
@@ -53,6 +51,8 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
     """What is computed from each layer."""
     normaliser: Scope | None = None
     """The output that the measure divides by, if any."""
+    space: Space = "attention"
+    """Where its projections and norms are measured."""
 
     def __init__(
         self,
@@ -106,12 +106,12 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
         additional_forward_args: object,
         on_layer: Callable[[Execution, AttentionLayer], Result],
         *,
-        space: StateSpace | None = None,
+        states: StateSpace | None = None,
         show_progress: bool = False,
     ) -> tuple[list[tuple[Execution, Result]], Any]:
         """Runs the model once and applies ``on_layer`` to each chosen layer, in order.
 
-        With a ``space``, executions bring the hidden states of their tokens.
+        With ``states``, executions bring the hidden states of their tokens.
 
         Returns:
             One result for each execution, and what the model returned.
@@ -127,6 +127,7 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
 
             def collect(execution: Execution, layer: AttentionLayer) -> None:
                 nonlocal vanishing
+                layer = layer.seen_in(self.space)
                 if bar.total is None:
                     bar.total = _expected_layers(self._roots, [execution])
                 result = on_layer(execution, layer)
@@ -135,7 +136,9 @@ class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum h
                     vanishing += layer.vanishing(self.normaliser)
                 bar.update()
 
-            observation = Observation(self._roots, collect, self._chosen, call.real, space)
+            observation = Observation(
+                self._roots, collect, self._chosen, call.real, states, self.space
+            )
             with (
                 torch.no_grad(),
                 evaluation_mode(self._roots, self.model),
@@ -409,7 +412,8 @@ class _ValueAttribution(_AttentionAttribution):
     """A measure that looks at values, in one of the spaces where they can be measured.
 
     Args:
-        space: Where projections and norms are measured: ``"attention"``, the layer's output.
+        space: Where projections and norms are measured: ``"attention"``, the layer's output; or
+            ``"residual"``, what is added to the residual stream.
     """
 
     def __init__(
@@ -423,7 +427,7 @@ class _ValueAttribution(_AttentionAttribution):
     ) -> None:
         functional.check_choice("space", space, Space)
         super().__init__(forward_func, layer, device_ids, kind=kind)
-        self.space: Space = space
+        self.space = space
 
 
 class AttentionWeights(_AttentionAttribution):
@@ -456,7 +460,8 @@ class VWAttention(_ValueAttribution):
         forward_func: The model, or any callable that runs it; a callable needs ``layer``.
         layer: An attention module, a list of them, or None for all.
         device_ids: As in Captum.
-        space: ``"attention"``: norms are those at the layer's output.
+        space: Where norms are taken: ``"attention"``, at the layer's output; or ``"residual"``, at
+            what is added to the residual stream, after a norm that follows attention.
         kind: ``"self"``, the attention layers that are attributed.
 
     Example:
@@ -477,7 +482,8 @@ class VWONAttention(_ValueAttribution):
         forward_func: The model, or any callable that runs it; a callable needs ``layer``.
         layer: An attention module, a list of them, or None for all.
         device_ids: As in Captum.
-        space: ``"attention"``: norms are those at the layer's output.
+        space: Where norms are taken: ``"attention"``, at the layer's output; or ``"residual"``, at
+            what is added to the residual stream, after a norm that follows attention.
         kind: ``"self"``, the attention layers that are attributed.
 
     Example:
@@ -502,7 +508,9 @@ class ContributionWeights(_ValueAttribution):
         device_ids: As in Captum.
         scope: ``"inter"`` projects on the layer's output (Eq. 12) and sums to one over heads and
             keys; ``"intra"`` projects on the head's own (Eq. 9) and sums to one over keys.
-        space: ``"attention"``: the output is that of the attention layer, before any later norm.
+        space: ``"attention"``: the output is that of the attention layer (the paper).
+            ``"residual"``: it is what is added to the residual stream, which differs where a norm
+            follows attention (Gemma 2 and 3, OLMo 2); the norm's scale is held fixed.
         kind: ``"self"``, the attention layers that are attributed.
 
     Example:

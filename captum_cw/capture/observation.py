@@ -14,7 +14,8 @@ from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, find_w
 from captum_cw.capture.huggingface import attention_calls, is_listening
 from captum_cw.capture.projections import LinearProduct, linear_products, output_and_weight
 from captum_cw.capture.states import HiddenStates, StateSpace
-from captum_cw.functional import AttentionLayer, QueryMask
+from captum_cw.capture.updates import ResidualUpdates
+from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, Space
 
 __all__ = ["Execution", "Observation", "UnsupportedModelError", "names_of"]
 
@@ -41,12 +42,14 @@ class Observation:
 
     Args:
         roots: The model, or the modules of it that are known.
-        on_layer: Told of each wanted layer right after its output projection has run, in order;
-            what it is given is not kept. Where it returns factors ``(B, H, S)``, the model goes
+        on_layer: Told of each wanted layer right after its output projection has run, in order
+            (in the residual's space: once it is known what is added to the stream); what it is
+            given is not kept. Where it returns factors ``(B, H, S)``, the model goes
             on with the output that the layer has with its values multiplied by them.
         wanted: The attention modules to hand over; None for all.
         real: ``(B, T)``, False at padded tokens; None if there are none.
-        space: The hidden states that each execution brings along; None for none.
+        states: The hidden states that each execution brings along; None for none.
+        space: Where layers can be seen: in the ``"residual"`` one only if that is asked for.
 
     Attributes:
         executions: Every attention call so far, wanted or not.
@@ -58,7 +61,8 @@ class Observation:
         on_layer: Callable[[Execution, AttentionLayer], Tensor | None],
         wanted: Collection[nn.Module] | None = None,
         real: Tensor | None = None,
-        space: StateSpace | None = None,
+        states: StateSpace | None = None,
+        space: Space = "attention",
     ) -> None:
         self.executions: list[Execution] = []
         self._names = names_of(roots)
@@ -68,7 +72,8 @@ class Observation:
         self._projected: tuple[Execution, Tensor] | None = None
         # Layers share their mask: one view of it serves all.
         self._masks: dict[tuple[int, bool, int, int], tuple[Tensor | None, QueryMask]] = {}
-        self._states = None if space is None else HiddenStates(roots, space)
+        self._states = None if states is None else HiddenStates(roots, states)
+        self._updates = ResidualUpdates(roots) if space == "residual" else None
         self._stack = ExitStack()
 
     def __enter__(self) -> Observation:
@@ -77,6 +82,8 @@ class Observation:
             stack.enter_context(linear_products(self._on_linear))
             if self._states is not None:
                 stack.enter_context(self._states.watching())
+            if self._updates is not None:
+                stack.enter_context(self._updates.watching())
             self._stack = stack.pop_all()
         return self
 
@@ -86,11 +93,15 @@ class Observation:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.close()
-        pending, self._pending, self._projected = self._pending, None, None
-        self._masks.clear()
-        if kind is None and pending is not None:
-            raise _no_projection(pending[0])
+        try:
+            if kind is None and self._pending is not None:
+                raise _no_projection(self._pending[0])
+            if kind is None and self._updates is not None:
+                self._updates.check_arrived()
+        finally:
+            self._stack.close()
+            self._pending = self._projected = None
+            self._masks.clear()
 
     def _on_call(self, call: AttentionCall) -> None:
         if call.module not in self._names:
@@ -111,17 +122,39 @@ class Observation:
         if self._pending is not None and product.reads(self._pending[1].head_output):
             execution, call = self._pending
             self._pending, self._projected = None, (execution, call.head_output)
-            # Geometry is float32 at least, whatever the model is cast to.
-            with torch.autocast(call.head_output.device.type, enabled=False):
-                factors = self._on_layer(execution, self._layer(execution, call, product))
-            if factors is not None:
-                return product.of(call.scaled(factors).reshape(product.input.shape))
+
+            def found(update: FrozenUpdate | None) -> Tensor | None:
+                return self._hand_over(execution, call, product, update)
+
+            if self._updates is None:
+                return found(None)
+            self._updates.follow(execution.name, product.result, found)
         elif self._projected is not None and product.reads(self._projected[1]):
             raise UnsupportedModelError(
                 f"Two linear layers read the head outputs of layer {self._projected[0].name!r}, so "
                 "neither is its output projection. With LoRA adapters, merge them first."
             )
         return None
+
+    def _hand_over(
+        self,
+        execution: Execution,
+        call: AttentionCall,
+        product: LinearProduct,
+        update: FrozenUpdate | None,
+    ) -> Tensor | None:
+        """The result that the projection is to have instead, if it is to have another."""
+        # What is computed here is not the model's: no second projection is looked for.
+        projected, self._projected = self._projected, None
+        # Geometry is float32 at least, whatever the model is cast to.
+        with torch.autocast(call.head_output.device.type, enabled=False):
+            layer = self._layer(execution, call, product)
+            factors = self._on_layer(execution, replace(layer, update=update))
+        changed = None
+        if factors is not None:
+            changed = product.of(call.scaled(factors).reshape(product.input.shape))
+        self._projected = projected
+        return changed
 
     def _layer(
         self, execution: Execution, call: AttentionCall, product: LinearProduct

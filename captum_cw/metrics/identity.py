@@ -66,6 +66,7 @@ def described(method: object, model: nn.Module | None = None) -> str:
         return f"{described(method.method, model)}, {choices}, signed={method.signed}"
     if isinstance(method, _AttentionAttribution):
         name = f"{method.get_name()} {getattr(method, 'scope', '')}".strip()
+        name += "" if method.space == "attention" else f" in the {method.space}'s space"
         own = method.model
         return name if own is None or own is model else f"{name} of {fingerprint(own)}"
     if isinstance(method, partial):
