@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr._inputs import Tokens, tokens_of
+from captum_cw.attr.inputs import Tokens, tokens_of
 from captum_cw.attr.layer import check_self_attention, no_attention, uncompiled, unwrapped
 from captum_cw.capture import (
     Execution,
@@ -468,10 +468,12 @@ class CleanPass:
         sinks: ``(B, S)``.
         scores: By name of the method, ``(B, H, S)``.
         causal: Whether no query of any layer sees a later key.
+        vanishing: How many layer outputs vanish, so that their rows count as zeros.
         output: What the model returned.
     """
 
     causal: bool = True
+    vanishing: int = 0
     real: list[Tensor] = field(default_factory=list)
     sinks: list[Tensor] = field(default_factory=list)
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -500,6 +502,7 @@ class CleanPass:
                 scores = scorer(layer, number)
                 check_finite(scores, execution.name)
                 seen.scores[name].append(scores.to(home))
+            seen.vanishing += layer.vanishing("inter")
 
         space = space_of(scorers.values())
         observation = Observation([model], on_layer, real=real, states=sink_rule.needs, space=space)

@@ -18,7 +18,7 @@ from captum_cw.attr import (
     VWAttention,
     VWONAttention,
 )
-from captum_cw.attr.layer import _AttentionAttribution
+from captum_cw.attr.layer import AttentionAttribution
 from captum_cw.functional import (
     AttentionLayer,
     Measure,
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 #: The measures, by the names that users type.
-METHODS: dict[str, type[_AttentionAttribution]] = {
+METHODS: dict[str, type[AttentionAttribution]] = {
     method.name: method
     for method in (ContributionWeights, VWONAttention, VWAttention, AttentionWeights)
 }
@@ -162,7 +162,7 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
         _check_all_layers(method.method)
         inner = method.method
         return MeasuredPairs(inner.measure, method.reduction, method.signed, inner.space)
-    if isinstance(method, _AttentionAttribution):
+    if isinstance(method, AttentionAttribution):
         _check_all_layers(method)
         return MeasuredPairs(method.measure, reduction, False, method.space)
     if not isinstance(method, str):
@@ -180,7 +180,7 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
     raise ValueError(f"method={method!r} is unknown; known: {known_names()}.")
 
 
-def _check_all_layers(method: _AttentionAttribution) -> None:
+def _check_all_layers(method: AttentionAttribution) -> None:
     if method.layer is not None:
         raise ValueError(
             f"{method.get_name()} is of some layers, but pairs are ranked and removed in all: make "
@@ -197,7 +197,7 @@ def model_of(method: object) -> nn.Module | None:
     """The model that a measure, or ``TokenScores`` around one, belongs to; None for others."""
     if isinstance(method, TokenScores):
         method = method.method
-    return method.model if isinstance(method, _AttentionAttribution) else None
+    return method.model if isinstance(method, AttentionAttribution) else None
 
 
 def known_names() -> str:

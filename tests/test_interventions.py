@@ -99,6 +99,21 @@ def test_clean_removal_equals_zeroing_by_hand(scope: Any, which: Any) -> None:
     assert torch.allclose(given, found, atol=1e-6)
 
 
+def test_a_copy_made_under_an_intervention_is_a_model_of_its_own() -> None:
+    model, ids = llama(), token_ids()
+    with torch.no_grad():
+        alone = model(ids).logits
+        with remove_tokens(model, "contribution", 0.5):
+            copied: Any = copy.deepcopy(model)
+            assert torch.equal(copied(ids).logits, alone)
+            copied.lm_head.weight.mul_(2)
+            assert torch.equal(copied(ids).logits, 2 * alone)
+            assert not torch.equal(model(ids).logits, alone)
+        assert torch.equal(copied(ids).logits, 2 * alone)
+        with remove_tokens(copied, "contribution", 0.5):
+            assert not torch.equal(copied(ids).logits, 2 * alone)
+
+
 def test_head_scope_and_layer_scope_differ() -> None:
     model, ids = llama(), token_ids()
     logits = []

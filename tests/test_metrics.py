@@ -35,6 +35,7 @@ from captum_cw.ranking import chosen_pairs
 from captum_cw.records import RecordsError
 from captum_cw.scoring import CONTROLS, METHODS, RandomPairs, pair_scorer
 from captum_cw.sinks import find_sinks
+from captum_cw.visualization.curves import plot_curves
 
 SIDES = {"comprehensiveness": "top", "sufficiency": "bottom"}
 METHODS_HERE = {"cw": "contribution", "a": "attention"}
@@ -163,6 +164,44 @@ def test_where_more_is_better_the_sign_is_turned() -> None:
     turned = comprehensiveness(model, ids, "contribution", [0.5], metric=good)
     assert torch.equal(plainly, -turned)
     assert plainly.abs().max() > 0
+
+
+def test_tokens_labelled_as_ignored_do_not_count() -> None:
+    model, ids = llama(), token_ids(2, 10)
+    labels = ids.clone()
+    labels[0, :6] = -100
+    metric = ComprehensivenessSufficiency(model, [0.5])
+    batch = {"input_ids": ids, "labels": labels}
+    result = metric.evaluate({"c": "contribution"}, batch, show_progress=False)
+    with torch.no_grad():
+        logits = model(ids).logits
+    for b, first in ((0, 6), (1, 1)):
+        rows = logits[b, first - 1 : -1].log_softmax(-1)
+        nll = -rows.gather(-1, ids[b, first:, None]).mean()
+        assert result.records[b]["count"] == 10 - first
+        assert result.records[b]["clean_nll"] == pytest.approx(float(nll), rel=1e-5)
+    with pytest.raises(ValueError, match=r"labels has shape \(2, 9\), input_ids \(2, 10\)"):
+        metric.evaluate({"c": "contribution"}, {**batch, "labels": labels[:, 1:]})
+
+
+def test_vanishing_outputs_are_told() -> None:
+    model: Any = llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.zero_()
+    metric = ComprehensivenessSufficiency(model, [0.5])
+    with pytest.warns(UserWarning, match="18 attention outputs of a batch vanish"):
+        metric.evaluate({"c": "contribution"}, token_ids(), show_progress=False)
+
+
+def test_both_panels_have_the_same_scale() -> None:
+    wide, narrow = torch.tensor([1.0, 1000.0]), torch.tensor([1.0, 2.0])
+    for values, scale in ((narrow, "log"), (-narrow, "linear")):
+        _, axes = plot_curves(
+            {"top": {"a": wide}, "bottom": {"a": values}},
+            {"top": [0.1, 0.2], "bottom": [0.1, 0.2]},
+            use_pyplot=False,
+        )
+        assert [ax.get_yscale() for ax in axes] == [scale, scale]
 
 
 # -- hand-made cases ------------------------------------------------------------------------

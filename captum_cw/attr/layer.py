@@ -1,6 +1,6 @@
 """The four measures as Captum layer attributions.
 
-Each class says what it computes from a layer; :class:`_AttentionAttribution` runs the model,
+Each class says what it computes from a layer; :class:`AttentionAttribution` runs the model,
 observes the layers and gives results in Captum's form.
 """
 
@@ -21,12 +21,18 @@ from torch import Tensor, nn
 
 from captum_cw import functional
 from captum_cw.attr._captum import LayerAttribution, logged
-from captum_cw.attr._inputs import forward_call
+from captum_cw.attr.inputs import forward_call
 from captum_cw.capture import Execution, Observation, StateSpace, UnsupportedModelError, names_of
 from captum_cw.functional import AttentionLayer, Decomposition, Measure, Scope, Space
 from captum_cw.progress import progress_bar
 
-__all__ = ["AttentionWeights", "ContributionWeights", "VWAttention", "VWONAttention"]
+__all__ = [
+    "AttentionAttribution",
+    "AttentionWeights",
+    "ContributionWeights",
+    "VWAttention",
+    "VWONAttention",
+]
 
 Result = TypeVar("Result")
 Kind = Literal["self"]
@@ -34,7 +40,7 @@ Kind = Literal["self"]
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 
 
-class _AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum has no types for it
+class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum has no types for it
     """What the measures have in common.
 
     Args:
@@ -408,7 +414,7 @@ def uncompiled() -> AbstractContextManager[None]:
     return stance
 
 
-class _ValueAttribution(_AttentionAttribution):
+class _ValueAttribution(AttentionAttribution):
     """A measure that looks at values, in one of the spaces where they can be measured.
 
     Args:
@@ -430,7 +436,7 @@ class _ValueAttribution(_AttentionAttribution):
         self.space = space
 
 
-class AttentionWeights(_AttentionAttribution):
+class AttentionWeights(AttentionAttribution):
     """The attention weights ``a_ij`` that the model used (Eq. 1).
 
     Its own mask, bias, soft-cap and sinks are included.

@@ -10,7 +10,7 @@ from captum.attr import LLMAttributionResult
 from torch import Tensor
 
 from captum_cw.attr._captum import BaseLLMAttribution, TextTokenInput
-from captum_cw.attr.layer import _AttentionAttribution
+from captum_cw.attr.layer import AttentionAttribution
 from captum_cw.attr.token_scores import TokenScores
 
 __all__ = ["LLMTokenAttribution"]
@@ -39,8 +39,8 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
     SUPPORTED_METHODS = (TokenScores,)
     SUPPORTED_INPUTS = (TextTokenInput,)
 
-    def __init__(self, attr_method: TokenScores | _AttentionAttribution, tokenizer: Any) -> None:
-        if isinstance(attr_method, _AttentionAttribution):
+    def __init__(self, attr_method: TokenScores | AttentionAttribution, tokenizer: Any) -> None:
+        if isinstance(attr_method, AttentionAttribution):
             attr_method = TokenScores(attr_method)
         if not isinstance(attr_method, TokenScores):
             raise TypeError(

@@ -11,8 +11,8 @@ from torch import Tensor
 from captum_cw import functional
 from captum_cw.attr._captum import Attribution, logged
 from captum_cw.attr.layer import (
+    AttentionAttribution,
     Inputs,
-    _AttentionAttribution,
     as_given,
     refuse_target,
     stack_layers,
@@ -55,14 +55,14 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
 
     def __init__(
         self,
-        method: _AttentionAttribution,
+        method: AttentionAttribution,
         reduction: Reduction = "mean",
         layers: Aggregation | None = "mean",
         heads: Aggregation | None = "mean",
         queries: Literal["all"] | int | slice = "all",
         signed: bool = False,
     ) -> None:
-        if not isinstance(method, _AttentionAttribution):
+        if not isinstance(method, AttentionAttribution):
             raise TypeError(
                 f"method is of type {type(method).__name__}: give ContributionWeights(model), "
                 "VWONAttention(model), VWAttention(model) or AttentionWeights(model)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr._inputs import forward_call
+from captum_cw.attr.inputs import forward_call
 from captum_cw.attr.layer import evaluation_mode
 from captum_cw.interventions import (
     CleanPass,
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 Batch = Tensor | Mapping[str, Any]
+#: The label of a token whose likelihood does not count, in PyTorch and transformers.
+IGNORED = -100
 Granularity = Literal["pair", "token"]
 
 
@@ -112,7 +115,10 @@ class BatchRun:
         keys = [str(example["index"]) for example in part.examples]
         self.methods = {name: _seeded(method, keys) for name, method in methods.items()}
         call = forward_call(plan.model, plan.model.forward, part.batch, None)
-        self.inputs = {name: x for name, x in call.kwargs.items() if name != "logits_to_keep"}
+        # Its own loss is not needed, and labels would make it compute one.
+        left_out = ("logits_to_keep", "labels")
+        self.given = call.kwargs
+        self.inputs = {name: x for name, x in call.kwargs.items() if name not in left_out}
         ids = self.inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ValueError("There are no input_ids, so the likelihood of the text is not known.")
@@ -125,6 +131,12 @@ class BatchRun:
         }
         forward = partial(plan.model, **self.inputs)
         self.clean = CleanPass.run(plan.model, forward, in_pass, plan.sink_rule, call.real)
+        if self.clean.vanishing:
+            warnings.warn(
+                f"{self.clean.vanishing} attention outputs of a batch vanish: their rows count as "
+                "zeros in what is relative to the output.",
+                stacklevel=4,
+            )
         self.real = self.clean.real[0]
         protected = torch.isin(ids, ids.new_tensor(plan.protected_ids)).to(self.real.device)
         self.kept = [sinks | protected for sinks in self.clean.sinks]
@@ -134,10 +146,10 @@ class BatchRun:
                 "mask_token_id (and protected_ids) of a masked language model."
             )
         if plan.mask_token_id is None:
-            self.counted = self.real[:, 1:] & self.real[:, :-1]
+            self.counted = (self.real & self._asked())[:, 1:] & self.real[:, :-1]
             self.clean_logits = _logits(self.clean.output)
         else:
-            self.counted = self.real & ~protected
+            self.counted = self.real & ~protected & self._asked()
             self.clean_logits = self.logits()
         self.unchanged = self.measured(self.clean_logits)
         self.target = self.unchanged.target
@@ -157,6 +169,18 @@ class BatchRun:
             for name, method in self.methods.items()
             if isinstance(method, TokenMethod) or plan.granularity == "token"
         }
+
+    def _asked(self) -> Tensor:
+        """``(B, T)``: the tokens whose likelihood counts, by the labels if there are any."""
+        labels = self.given.get("labels")
+        if not isinstance(labels, Tensor):
+            return torch.ones_like(self.real)
+        if labels.shape != self.ids.shape:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}, input_ids {tuple(self.ids.shape)}: give "
+                "one label a token, -100 where its likelihood does not count."
+            )
+        return (labels != IGNORED).to(self.real.device)
 
     def _token_scores(self, name: str, method: Method) -> Tensor:
         """``(B, T)``."""
@@ -217,7 +241,7 @@ class BatchRun:
             )
         # Where tokens are masked, only those that are predicted count.
         real = self.real if self.plan.mask_token_id is None else self.counted
-        return Logits(logits, self.inputs, real, self.clean_logits, target, nll)
+        return Logits(logits, self.given, real, self.clean_logits, target, nll)
 
 
 def _logits(output: Any) -> Tensor:

@@ -167,7 +167,8 @@ class ComprehensivenessSufficiency:
                 ``"random"``; or a callable that takes a batch, or a tensor, that gives ``(B, T)``
                 scores, ranked as they are (take absolute values where signs should not count).
             inputs_or_dataloader: Token ids ``(B, T)``, a ``BatchEncoding`` or dict; or an
-                iterable of these.
+                iterable of these. Tokens whose ``labels`` are -100, such as those of a prompt, do
+                not count in the likelihood.
             target: For ``"log_prob"`` and ``"prob"``: the token id after the text, one for all
                 or ``(B,)``; None for what the unchanged model predicts.
             resume_from: A file that keeps every finished batch; an interrupted run of the same

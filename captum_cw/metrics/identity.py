@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.attr import TokenScores
-from captum_cw.attr.layer import _AttentionAttribution
+from captum_cw.attr.layer import AttentionAttribution
 
 __all__ = ["checksum", "described", "fingerprint"]
 
@@ -64,7 +64,7 @@ def described(method: object, model: nn.Module | None = None) -> str:
     if isinstance(method, TokenScores):
         choices = [method.reduction, method.layers, method.heads, method.queries]
         return f"{described(method.method, model)}, {choices}, signed={method.signed}"
-    if isinstance(method, _AttentionAttribution):
+    if isinstance(method, AttentionAttribution):
         name = f"{method.get_name()} {getattr(method, 'scope', '')}".strip()
         name += "" if method.space == "attention" else f" in the {method.space}'s space"
         own = method.model

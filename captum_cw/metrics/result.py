@@ -31,9 +31,13 @@ TITLES: dict[Side, str] = {
     "sufficiency": "Bottom removed (lower is better)",
 }
 Statistic = Literal["mean", "corpus", "nll"]
-LABELS: dict[Statistic, str] = {
+#: Statistics and metrics, as an axis names them.
+LABELS: dict[str, str] = {
     "corpus": "corpus perplexity",
-    "nll": "mean negative log-likelihood",
+    "nll": "mean negative log-likelihood (nats)",
+    "log_prob": "log-probability (nats)",
+    "prob": "probability",
+    "kl": "KL divergence (nats)",
 }
 
 
@@ -235,7 +239,8 @@ class FaithfulnessResult:
 
         Args:
             statistic: As for :meth:`compare`.
-            log: A logarithmic scale; None where all deltas are positive and span two decades.
+            log: A logarithmic scale; None where all deltas are positive, and those of a side span
+                two decades.
             use_pyplot: Makes a pyplot figure, which notebooks show.
 
         Returns:
@@ -244,6 +249,7 @@ class FaithfulnessResult:
         from captum_cw.visualization.curves import plot_curves
 
         check_choice("statistic", statistic, Statistic)
+        what = self.settings["metric"] if statistic == "mean" else statistic
         return plot_curves(
             {
                 TITLES[side]: {
@@ -252,7 +258,7 @@ class FaithfulnessResult:
                 for side in self.sides
             },
             {TITLES[side]: self.rates[which] for side, which in self.sides.items()},
-            ylabel=f"delta of {LABELS.get(statistic, self.settings['metric'])}",
+            ylabel=f"delta of {LABELS.get(what, what)}",
             log=log,
             use_pyplot=use_pyplot,
         )

@@ -32,8 +32,8 @@ def plot_curves(
         panels: by title, by method ``(rates,)``.
         rates: by title, the fractions removed.
         ylabel: what the curves show.
-        log: a logarithmic scale; None where all values of a panel are positive and span two
-            decades.
+        log: a logarithmic scale; None where all values are positive, and those of a panel span
+            two decades.
         use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
 
     Returns:
@@ -48,6 +48,13 @@ def plot_curves(
         >>> axes[0].get_yscale()
         'linear'
     """
+    ends = [
+        (min(float(x.min()) for x in curves.values()), max(float(x.max()) for x in curves.values()))
+        for curves in panels.values()
+    ]
+    positive = all(lowest > 0 for lowest, _ in ends)
+    if log is None:  # the same in all panels, so that they can be compared
+        log = positive and any(highest > lowest * 10**_DECADES for lowest, highest in ends)
     fig, axes = new_figure(1, len(panels), (5.0 * len(panels), 3.8), use_pyplot)
     for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for number, (name, values) in enumerate(curves.items()):
@@ -58,11 +65,8 @@ def plot_curves(
                 marker=_MARKERS[number % len(_MARKERS)],
                 markersize=5,
             )
-        lowest = min(float(values.min()) for values in curves.values())
-        highest = max(float(values.max()) for values in curves.values())
-        wide = lowest > 0 and highest > lowest * 10**_DECADES
-        if wide if log is None else log:
-            ax.set_yscale("log" if lowest > 0 else "symlog")
+        if log:
+            ax.set_yscale("log" if positive else "symlog")
         ax.set_title(title)
         ax.set_xlabel("removed (%)")
         ax.set_ylabel(ylabel)
