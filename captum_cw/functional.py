@@ -178,6 +178,10 @@ def output_gram(output_weight: Tensor) -> Tensor:
 
     Returns:
         ``(H, d_h, d_h)``.
+
+    Example:
+        >>> output_gram(torch.eye(2)[None]).tolist()
+        [[[1.0, 0.0], [0.0, 1.0]]]
     """
     return output_weight @ output_weight.transpose(-1, -2)
 
@@ -191,6 +195,10 @@ def value_norms(value: Tensor, output_weight: Tensor) -> Tensor:
 
     Returns:
         ``(B, H, S)``, in the unit of the hidden states.
+
+    Example:
+        >>> value_norms(torch.tensor([[[[3.0, 4.0]]]]), torch.eye(2)[None]).tolist()
+        [[[5.0]]]
     """
     # In float64: a quadratic form in float32 loses what is below 3e-4 of its largest values.
     v = expand_heads(value, output_weight.shape[0]).double()
@@ -207,6 +215,10 @@ def pull_back(direction: Tensor, output_weight: Tensor) -> Tensor:
 
     Returns:
         ``(B, H, T, d_h)``.
+
+    Example:
+        >>> pull_back(torch.tensor([[[3.0, 4.0]]]), torch.eye(2)[None]).tolist()
+        [[[[3.0, 4.0]]]]
     """
     H, d_h, d = output_weight.shape
     flat = direction @ output_weight.reshape(H * d_h, d).T
@@ -230,6 +242,10 @@ class QueryMask:
             about that tensor, which lets blocks leave out the keys that none of them sees.
         real: ``(B, T)``, False where a query is padding; None if none is. Padded keys
             are hidden by ``visible``.
+
+    Example:
+        >>> QueryMask(2, 2, causal=True).block(slice(0, 2)).tolist()
+        [[[[True, False], [True, True]]]]
     """
 
     T: int
@@ -327,6 +343,11 @@ class FrozenUpdate:
         gain: ``(d,)``.
         scale: ``(B, T)``.
         centred: Whether the mean over ``d`` is taken off, as by a layer norm.
+
+    Example:
+        >>> update = FrozenUpdate(torch.tensor([1.0, 2.0]), torch.ones(1, 1), centred=True)
+        >>> update.without_scale(torch.tensor([3.0, 1.0])).tolist()
+        [1.0, -2.0]
     """
 
     gain: Tensor
@@ -357,6 +378,12 @@ class AttentionLayer:
 
     All tensors have one floating dtype, float32 or wider: geometry in half precision loses the
     small terms.
+
+    Example:
+        >>> layer = AttentionLayer.from_tensors(
+        ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
+        >>> layer.H, layer.T, layer.S, layer.value_norms.shape
+        (2, 3, 3, torch.Size([1, 2, 3]))
     """
 
     weights: Weights
@@ -614,7 +641,14 @@ def _run(
 
 
 def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
-    """The whole map of a measure, ``(B, H, T, S)``."""
+    """The whole map of a measure, ``(B, H, T, S)``.
+
+    Example:
+        >>> layer = AttentionLayer.from_tensors(
+        ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
+        >>> dense_map(layer, contribution("intra")).shape
+        torch.Size([1, 2, 3, 3])
+    """
     B = layer.value.shape[0]
     out = layer.value.new_zeros(B, layer.H, layer.T, layer.S)
     for rows, g in _run(layer, measure, None):
@@ -645,6 +679,14 @@ def token_scores(
 
     Returns:
         ``(B, H, S)``; zero for a key that none of the queries sees.
+
+    Example:
+        >>> a = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
+        >>> mask = QueryMask(2, 2, causal=True)
+        >>> values, weight = torch.ones(1, 1, 2, 3), torch.ones(1, 3, 3)
+        >>> layer = AttentionLayer.from_tensors(a, values, weight, mask)
+        >>> token_scores(layer, attention).tolist()
+        [[[0.75, 0.5]]]
     """
     check_choice("reduction", reduction, Reduction)
     B = layer.value.shape[0]
@@ -699,6 +741,12 @@ def query_scores(
 
     Returns:
         ``(B, t, S)``.
+
+    Example:
+        >>> layer = AttentionLayer.from_tensors(
+        ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
+        >>> query_scores(layer, vwon, slice(1, 3)).shape
+        torch.Size([1, 2, 3])
     """
     B = layer.value.shape[0]
     chosen = torch.zeros(B, layer.T, dtype=torch.bool, device=layer.value.device)
@@ -714,6 +762,12 @@ def head_share(layer: AttentionLayer) -> Tensor:
 
     Returns:
         ``(B, H, T)``; sums to one over ``H``. Padded queries have zeros.
+
+    Example:
+        >>> layer = AttentionLayer.from_tensors(
+        ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
+        >>> torch.allclose(head_share(layer).sum(1), torch.ones(1, 3), atol=1e-5)
+        True
     """
     u, norm2 = layer.direction("inter")
     share = (u * layer.head_output).sum(-1) * _reciprocal(norm2)
@@ -722,7 +776,12 @@ def head_share(layer: AttentionLayer) -> Tensor:
 
 
 def aggregate(scores: Tensor, how: Aggregation | None, dim: int) -> Tensor:
-    """Reduces heads or layers; None keeps them."""
+    """Reduces heads or layers; None keeps them.
+
+    Example:
+        >>> aggregate(torch.tensor([[1.0, 3.0]]), "mean", dim=1).tolist()
+        [2.0]
+    """
     if how is None:
         return scores
     check_choice("aggregation", how, Aggregation)

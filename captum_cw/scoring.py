@@ -116,6 +116,10 @@ class RandomPairs:
     Args:
         seed: Of all.
         examples: What tells the examples of a batch apart; by default their places in it.
+
+    Example:
+        >>> RandomPairs(seed=1) == pair_scorer("random", seed=1)
+        True
     """
 
     seed: int = 0

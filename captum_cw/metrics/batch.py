@@ -115,10 +115,9 @@ class BatchRun:
         keys = [str(example["index"]) for example in part.examples]
         self.methods = {name: _seeded(method, keys) for name, method in methods.items()}
         call = forward_call(plan.model, plan.model.forward, part.batch, None)
-        # Its own loss is not needed, and labels would make it compute one.
-        left_out = ("logits_to_keep", "labels")
-        self.given = call.kwargs
-        self.inputs = {name: x for name, x in call.kwargs.items() if name not in left_out}
+        self.given = {name: x for name, x in call.kwargs.items() if name != "logits_to_keep"}
+        # Its own loss is not needed, and labels would make the model compute one.
+        self.inputs = {name: x for name, x in self.given.items() if name != "labels"}
         ids = self.inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ValueError("There are no input_ids, so the likelihood of the text is not known.")

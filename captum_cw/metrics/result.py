@@ -46,6 +46,11 @@ class Comparison(NamedTuple):
 
     ``difference``, ``low`` and ``high`` are ``(rates,)``; ``better`` is the name of the method
     that is better at each rate, None where the interval holds zero.
+
+    Example:
+        >>> low, high = torch.tensor([-2.0]), torch.tensor([-1.0])
+        >>> Comparison((0.5,), torch.tensor([-1.5]), low, high, ("contribution",)).better
+        ('contribution',)
     """
 
     rates: tuple[float, ...]
