@@ -373,6 +373,8 @@ class AttentionLayer:
         mask: Which keys a query can see.
         scale: ``(B, T)``, what the output of each query is multiplied by beyond
             ``output_weight``; None is one. It cancels in what is relative to the output.
+        gate: ``(B, H, T, d_h)``, what the head outputs are multiplied by before ``output_weight``,
+            as by an output gate or a norm; None is one.
         update: What becomes of the output on its way to the residual stream; None if it is added
             as it is.
 
@@ -393,6 +395,7 @@ class AttentionLayer:
     output: Tensor
     mask: QueryMask
     scale: Tensor | None = None
+    gate: Tensor | None = None
     update: FrozenUpdate | None = None
 
     @classmethod
@@ -457,8 +460,40 @@ class AttentionLayer:
 
     @cached_property
     def value_norms(self) -> Tensor:
-        """``||v~_j^h||``, ``(B, H, S)``."""
+        """``||v~_j^h||``, ``(B, H, S)``, without scale and gate."""
         return value_norms(self.value, self.output_weight)
+
+    def norms(self, rows: slice, n: int) -> Tensor:
+        """``||v~_ij^h||`` of the first ``n`` keys for the queries ``rows``, without the scale.
+
+        Returns:
+            ``(B, H, t, n)``; of size 1 for ``t`` where nothing depends on the query.
+        """
+        if self.gate is None:
+            return self.value_norms[:, :, None, :n]
+        gate = self.gate[:, :, rows]
+        if self._gates_heads:
+            return self.value_norms[:, :, None, :n] * gate[..., :1].abs()
+        gram = output_gram(self.output_weight.double())[None, :, None]
+        v = expand_heads(self.value[:, :, :n], self.H).double()[:, :, None]
+        out = self.value.new_empty(*gate.shape[:3], n)
+        per_query = v.numel()
+        for some in blocks(gate.shape[2], max(1, BLOCK_ELEMENTS // per_query)):
+            gated = v * gate[:, :, some, None].double()
+            squares = ((gated @ gram) * gated).sum(-1)
+            out[:, :, some] = squares.clamp_(min=0).sqrt_().to(out.dtype)
+        return out
+
+    @cached_property
+    def _gates_heads(self) -> bool:
+        """Whether the gate is one number a head and query."""
+        assert self.gate is not None
+        return bool((self.gate == self.gate[..., :1]).all())
+
+    @cached_property
+    def _gated_output(self) -> Tensor:
+        """``y`` as the projection reads it, ``(B, H, T, d_h)``."""
+        return self.head_output if self.gate is None else self.head_output * self.gate
 
     @cached_property
     def _directions(self) -> dict[Scope, tuple[Tensor, Tensor]]:
@@ -480,16 +515,18 @@ class AttentionLayer:
         if scope == "inter":
             u = pull_back(self.output, self.output_weight)
             norm2 = self.output.square().sum(-1)[:, None]
-            y2 = self.head_output.square().sum((1, 3))[:, None]
+            y2 = self._gated_output.square().sum((1, 3))[:, None]
             w2 = self.output_weight.square().sum()
         else:
             # o_i^h itself is not needed: W_O^h o_i^h = G_h y_i^h.
-            y = self.head_output.double()
+            y = self._gated_output.double()
             u = y @ output_gram(self.output_weight.double())
             norm2 = (u * y).sum(-1).clamp_(min=0).to(self.value.dtype)
             u = u.to(self.value.dtype)
-            y2 = self.head_output.square().sum(-1)
+            y2 = self._gated_output.square().sum(-1)
             w2 = self.output_weight.square().sum((1, 2))[:, None]
+        if self.gate is not None:
+            u = u * self.gate
         return u, norm2.masked_fill(norm2 <= VANISHING**2 * y2 * w2, 0)
 
     def vanishing(self, scope: Scope) -> int:
@@ -526,8 +563,7 @@ def vw(layer: AttentionLayer) -> Block:
 
 
 def _value_weighted(layer: AttentionLayer) -> Block:
-    norms = layer.value_norms[:, :, None]
-    return lambda a, rows: a.abs_().mul_(norms[..., : a.shape[-1]])
+    return lambda a, rows: a.abs_().mul_(layer.norms(rows, a.shape[-1]))
 
 
 def _scaled(layer: AttentionLayer, block: Block) -> Block:
@@ -562,20 +598,18 @@ def contribution(scope: Scope = "inter") -> Measure:
 def relative_norm(layer: AttentionLayer) -> Block:
     """``||v~_j|| / ||o_i||`` where the query sees the key, else zero (a factor of Eq. 14)."""
     scale = _reciprocal(layer.direction("inter")[1].sqrt())[..., None]
-    norms = layer.value_norms[:, :, None]
-    return lambda a, rows: _seen(layer, rows, scale[:, :, rows] * norms[..., : a.shape[-1]])
+    return lambda a, rows: _seen(layer, rows, scale[:, :, rows] * layer.norms(rows, a.shape[-1]))
 
 
 def cosine(layer: AttentionLayer) -> Block:
     """``cos(o_i, v~_j)`` where the query sees the key, else zero (a factor of Eq. 14)."""
     u, norm2 = layer.direction("inter")
     u = u * _reciprocal(norm2.sqrt())[..., None]
-    inverse = _reciprocal(layer.value_norms)[:, :, None]
 
     def block(a: Tensor, rows: slice) -> Tensor:
         n = a.shape[-1]
         along = _grouped_matmul(u[:, :, rows], layer.value[:, :, :n])
-        return _seen(layer, rows, along.mul_(inverse[..., :n]))
+        return _seen(layer, rows, along.mul_(_reciprocal(layer.norms(rows, n))))
 
     return block
 

@@ -27,16 +27,28 @@ def outputs(attention: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measures(
-    attention: Tensor, value: Tensor, output_weight: Tensor, update: Tensor | None = None
+    attention: Tensor,
+    value: Tensor,
+    output_weight: Tensor,
+    update: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Every measure ``(B, H, T, S)``, by the name that users type.
 
-    With an ``update`` ``(B, T, d, d)``, of what becomes of ``v~`` and ``o`` at each query.
+    With an ``update`` ``(B, T, d, d)``, of what becomes of ``v~`` and ``o`` at each query; with a
+    ``gate`` ``(B, H, T, d_h)``, of what values are multiplied by before the projection.
     """
     a = attention.double()
     v = projected_values(value, output_weight)
     o_head, o = outputs(attention, v)
     v = v[:, :, None]  # (B, H, 1 or T, S, d)
+    if gate is not None:
+        H = len(output_weight)
+        repeated = torch.stack([value[:, h * value.shape[1] // H] for h in range(H)], 1).double()
+        gated = gate.double()[:, :, :, None] * repeated[:, :, None]
+        v = torch.einsum("bhtse,hed->bhtsd", gated, output_weight.double())
+        o_head = torch.einsum("bhts,bhtsd->bhtd", a, v)
+        o = o_head.sum(1)
     if update is not None:
         v = torch.einsum("bhtsd,btde->bhtse", v.expand(-1, -1, a.shape[2], -1, -1), update)
         o_head = torch.einsum("bhtd,btde->bhte", o_head, update)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, find_weights, query_mask
 from captum_cw.capture.huggingface import attention_calls, is_listening
-from captum_cw.capture.projections import LinearProduct, linear_products, output_and_weight
+from captum_cw.capture.projections import HeadFlow, LinearProduct, functions, projection
 from captum_cw.capture.states import HiddenStates, StateSpace
 from captum_cw.capture.updates import ResidualUpdates
 from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, Space
@@ -35,6 +35,28 @@ class Execution:
     name: str
     heads: int
     states: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How head outputs became the output.
+
+    Args:
+        product: The output projection.
+        flow: What led to it.
+        factors: What the head outputs were multiplied by on the way; None if by nothing.
+    """
+
+    product: LinearProduct
+    flow: HeadFlow
+    factors: Tensor | None
+
+    def output_of(self, head_output: Tensor) -> Tensor:
+        """The output that other head outputs would have."""
+        x = self.product.input
+        if self.factors is None:
+            return self.product.of(head_output.reshape(x.shape))
+        return self.product.of(self.flow.again(head_output, x))
 
 
 class Observation:
@@ -68,7 +90,7 @@ class Observation:
         self._names = names_of(roots)
         self._on_layer, self._wanted, self._real = on_layer, wanted, real
         # The layer whose projection has not run yet, and head outputs already projected.
-        self._pending: tuple[Execution, AttentionCall] | None = None
+        self._pending: tuple[Execution, AttentionCall, HeadFlow] | None = None
         self._projected: tuple[Execution, Tensor] | None = None
         # Layers share their mask: one view of it serves all.
         self._masks: dict[tuple[int, bool, int, int], tuple[Tensor | None, QueryMask]] = {}
@@ -79,7 +101,7 @@ class Observation:
     def __enter__(self) -> Observation:
         with ExitStack() as stack:
             stack.enter_context(attention_calls(self._names, self._on_call))
-            stack.enter_context(linear_products(self._on_linear))
+            stack.enter_context(functions(self._followed, self._on_linear))
             if self._states is not None:
                 stack.enter_context(self._states.watching())
             if self._updates is not None:
@@ -95,7 +117,7 @@ class Observation:
     ) -> None:
         try:
             if kind is None and self._pending is not None:
-                raise _no_projection(self._pending[0])
+                raise _no_projection(self._pending[0], self._pending[2])
             if kind is None and self._updates is not None:
                 self._updates.check_arrived()
         finally:
@@ -107,24 +129,36 @@ class Observation:
         if call.module not in self._names:
             return
         if self._pending is not None:
-            raise _no_projection(self._pending[0])
+            raise _no_projection(self._pending[0], self._pending[2])
         execution = Execution(call.module, self._names[call.module], call.query.shape[1])
         self.executions.append(execution)
         self._projected = None
         if self._wanted is None or call.module in self._wanted:
             if self._states is not None:
                 execution = replace(execution, states=self._states.of(call))
-            self._pending = execution, call
+            self._pending = execution, call, HeadFlow(call.head_output)
+
+    def _followed(self) -> HeadFlow | None:
+        # Not while an observation inside this one is at work.
+        return self._pending[2] if self._pending and is_listening(self._on_call) else None
 
     def _on_linear(self, product: LinearProduct) -> Tensor | None:
-        if not is_listening(self._on_call):  # an observation inside this one is at work
+        if not is_listening(self._on_call):
             return None
-        if self._pending is not None and product.reads(self._pending[1].head_output):
-            execution, call = self._pending
+        if self._pending is not None:
+            execution, call, flow = self._pending
+            factors = None
+            if not product.reads(call.head_output):
+                if not product.fits(call.head_output) or not flow.holds(product.input):
+                    return None
+                factors = flow.factors(product.input)
+                if factors is None:
+                    return None
             self._pending, self._projected = None, (execution, call.head_output)
+            way = _Way(product, flow, factors)
 
             def found(update: FrozenUpdate | None) -> Tensor | None:
-                return self._hand_over(execution, call, product, update)
+                return self._hand_over(execution, call, way, update)
 
             if self._updates is None:
                 return found(None)
@@ -140,7 +174,7 @@ class Observation:
         self,
         execution: Execution,
         call: AttentionCall,
-        product: LinearProduct,
+        way: _Way,
         update: FrozenUpdate | None,
     ) -> Tensor | None:
         """The result that the projection is to have instead, if it is to have another."""
@@ -148,19 +182,17 @@ class Observation:
         projected, self._projected = self._projected, None
         # Geometry is float32 at least, whatever the model is cast to.
         with torch.autocast(call.head_output.device.type, enabled=False):
-            layer = self._layer(execution, call, product)
+            layer = self._layer(execution, call, way)
             factors = self._on_layer(execution, replace(layer, update=update))
         changed = None
         if factors is not None:
-            changed = product.of(call.scaled(factors).reshape(product.input.shape))
+            changed = way.output_of(call.scaled(factors))
         self._projected = projected
         return changed
 
-    def _layer(
-        self, execution: Execution, call: AttentionCall, product: LinearProduct
-    ) -> AttentionLayer:
+    def _layer(self, execution: Execution, call: AttentionCall, way: _Way) -> AttentionLayer:
         mask = self._mask(call)
-        o, w = output_and_weight(product, call.head_output, call.dtype, execution.name)
+        o, w = projection(way.product, call.head_output, way.factors, call.dtype, execution.name)
         _check_finite(o, mask.real, execution.name)
         return AttentionLayer(
             weights=find_weights(call, mask, execution.name),
@@ -169,6 +201,7 @@ class Observation:
             output_weight=w,
             output=o,
             mask=mask,
+            gate=None if way.factors is None else way.factors.transpose(1, 2).to(call.dtype),
         )
 
     def _mask(self, call: AttentionCall) -> QueryMask:
@@ -192,11 +225,14 @@ def names_of(roots: Collection[nn.Module]) -> dict[nn.Module, str]:
     return names
 
 
-def _no_projection(execution: Execution) -> UnsupportedModelError:
+def _no_projection(execution: Execution, flow: HeadFlow) -> UnsupportedModelError:
+    # Autograd tells what stands between, but not where it is at other work, or is off.
+    other = flow.recorded or torch.is_inference_mode_enabled()
+    hint = "Run it under torch.no_grad()." if other else "Such models are not supported yet."
     return UnsupportedModelError(
         f"No linear layer reads the head outputs of attention layer {execution.name!r} "
-        f"({type(execution.module).__name__}), so its output projection W_O is not known: a gate, "
-        "a norm or a quantised layer stands between them. Such models are not supported yet."
+        f"({type(execution.module).__name__}), nor what becomes of them by a gate or a norm, so "
+        f"its output projection W_O is not known. {hint}"
     )
 
 

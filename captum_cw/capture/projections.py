@@ -1,9 +1,12 @@
 """The output projection of an attention layer, found by the data.
 
 ``W_O`` is the weight of the linear product that reads the head outputs which the kernel returned,
-whatever its name and wherever it stands (BERT keeps it beside the attention module). Products are
-seen as the functions that PyTorch runs, in this thread only: hooks on modules would be shared with
-whoever else runs the model.
+whatever its name and wherever it stands (BERT keeps it beside the attention module). Where a model
+multiplies the head outputs first, by a gate or by a norm, the product reads what comes of that:
+head outputs are followed through the functions that PyTorch runs, and autograd tells the factors.
+
+Functions are seen in this thread only: hooks on modules would be shared with whoever else runs
+the model.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.calls import UnsupportedModelError
 
-__all__ = ["LinearProduct", "linear_products", "output_and_weight"]
+__all__ = ["HeadFlow", "LinearProduct", "functions", "projection"]
+
+#: What norms make of the size of their input: it is held fixed, which makes them linear.
+SCALES = {"rsqrt", "sqrt"}
 
 
 @dataclass(frozen=True)
@@ -40,30 +46,176 @@ class LinearProduct:
     result: Tensor
     of: Callable[[Tensor], Tensor]
 
+    def fits(self, head_output: Tensor) -> bool:
+        """Whether the input is as large as the head outputs ``(B, T, H, d_h)``."""
+        x, y = self.input, head_output
+        return x.numel() == y.numel() and x.shape[-1] == y.shape[2] * y.shape[3]
+
     def reads(self, head_output: Tensor) -> bool:
         """Whether the input is the head outputs ``(B, T, H, d_h)``."""
         x, y = self.input, head_output
-        if x.numel() != y.numel() or x.dtype != y.dtype or x.shape[-1] != y.shape[2] * y.shape[3]:
+        if not self.fits(y) or x.dtype != y.dtype:
             return False
         return x.data_ptr() == y.data_ptr() or torch.equal(x.reshape(y.shape), y)
 
 
-@contextmanager
-def linear_products(listener: Callable[[LinearProduct], Tensor | None]) -> Iterator[None]:
-    """Tells ``listener`` of every linear product in this thread, right after it has run.
+@dataclass(frozen=True)
+class _Step:
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
 
-    Where it returns a tensor, the model goes on with that in place of the result.
+
+class HeadFlow:
+    """Head outputs on their way to the projection, and what is done to them.
+
+    Args:
+        head_output: ``(B, T, H, d_h)``, the tensor that the kernel gave to the model.
     """
-    with _Products(listener):
+
+    def __init__(self, head_output: Tensor) -> None:
+        self.start = head_output
+        # Whoever asks for gradients gets those of the model as it is.
+        self.recorded = head_output.requires_grad and torch.is_grad_enabled()
+        self.source = head_output
+        if not self.recorded:
+            self.source = head_output.detach().requires_grad_()
+        self.overwritten = False
+        self._known: dict[int, Tensor] = {id(head_output): head_output}
+        self._steps: list[_Step] = []
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether a tensor comes from the head outputs."""
+        return id(x) in self._known
+
+    def touched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a function is given something that comes from the head outputs."""
+        return any(id(x) in self._known for x in _flat((*args, *kwargs.values())))
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a function on something that comes from the head outputs."""
+        if self.recorded or _in_place(func):
+            self.overwritten |= _in_place(func)
+            result = func(*args, **kwargs)
+        else:
+            given = _replaced((args, kwargs), {id(self.start): self.source})
+            with torch.enable_grad():
+                result = _with_fixed_scale(func, *given)
+        for x in _flat((result,)):
+            self._known[id(x)] = x
+        self._steps.append(_Step(func, args, kwargs, result))
+        return result
+
+    def plain(self, given: Any) -> Any:
+        """Arguments as the model would have them if it were not followed."""
+        if self.recorded:
+            return given
+        return _replaced(given, {key: x.detach() for key, x in self._known.items()})
+
+    def again(self, head_output: Tensor, x: Tensor) -> Tensor:
+        """What ``x`` would be for other head outputs."""
+        now: dict[int, Tensor] = {id(self.start): head_output}
+        for step in self._steps:
+            args, kwargs = _replaced((step.args, step.kwargs), now)
+            result = step.func(*args, **kwargs)
+            for old, new in zip(_flat((step.result,)), _flat((result,)), strict=True):
+                now[id(old)] = new
+        return now[id(x)]
+
+    def factors(self, x: Tensor) -> Tensor | None:
+        """What head outputs were multiplied by to give ``x``; None if that is not all.
+
+        Returns:
+            ``(B, T, H, d_h)``.
+        """
+        if not x.requires_grad or self.overwritten:
+            return None
+        with torch.enable_grad():
+            (by,) = torch.autograd.grad(
+                x, self.source, torch.ones_like(x), retain_graph=True, allow_unused=True
+            )
+        if by is None:
+            return None
+        by, y = by.detach().float(), self.start.detach().float()
+        wrong = (by * y - x.detach().float().reshape(y.shape)).abs()
+        eps = max(1e-5, *(4 * torch.finfo(dtype).eps for dtype in (x.dtype, self.start.dtype)))
+        size = (by * y).abs()
+        size = size + 1e-3 * size.amax(-1, keepdim=True) + torch.finfo(size.dtype).tiny
+        # NaN is not wrong: padded queries may have it.
+        return None if (wrong > eps * size).any() else by
+
+
+def _flat(items: Any) -> Iterator[Tensor]:
+    for x in items:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _flat(x)
+
+
+def _replaced(x: Any, by: dict[int, Tensor]) -> Any:
+    if isinstance(x, Tensor):
+        return by.get(id(x), x)
+    if isinstance(x, (list, tuple)) and type(x) in (list, tuple):
+        return type(x)(_replaced(y, by) for y in x)
+    if isinstance(x, dict):
+        return {name: _replaced(y, by) for name, y in x.items()}
+    return x
+
+
+def _in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
+def _with_fixed_scale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a function; the scale of a norm counts as a constant, as ALTI has it."""
+    result = func(*args, **kwargs)
+    name = getattr(func, "__name__", "")
+    if name in SCALES or (name in ("pow", "__pow__") and _exponent(args, kwargs) < 1):
+        return result.detach()
+    if name == "rms_norm":
+        x, weight = args[0], _argument(args, kwargs, 2, "weight")
+        scaled = x if weight is None else x * weight
+        fixed = (result * scaled).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True)
+        linear = scaled * fixed.detach()
+        return result.detach() + (linear - linear.detach())  # bit for bit the result
+    return result
+
+
+def _exponent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    exponent = _argument(args, kwargs, 1, "exponent")
+    return float(exponent) if isinstance(exponent, (int, float)) else 1.0
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
+@contextmanager
+def functions(
+    flow: Callable[[], HeadFlow | None], listener: Callable[[LinearProduct], Tensor | None]
+) -> Iterator[None]:
+    """Follows head outputs through the functions that run in this thread.
+
+    Args:
+        flow: Says which ones are on their way.
+        listener: Is told of every linear product, right after it has run; where it returns a
+            tensor, the model goes on with that in place of the result.
+    """
+    with _Functions(flow, listener):
         yield
 
 
-class _Products(TorchFunctionMode):
-    """What ``nn.Linear`` and transformers' ``Conv1D`` run."""
-
-    def __init__(self, listener: Callable[[LinearProduct], Tensor | None]) -> None:
+class _Functions(TorchFunctionMode):
+    def __init__(
+        self,
+        flow: Callable[[], HeadFlow | None],
+        listener: Callable[[LinearProduct], Tensor | None],
+    ) -> None:
         super().__init__()
-        self.listener = listener
+        self.flow, self.listener = flow, listener
 
     def __torch_function__(
         self,
@@ -72,14 +224,22 @@ class _Products(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear:
-            product = _linear(result, *args, **(kwargs or {}))
-        elif func is torch.addmm and not kwargs:
+        kwargs = kwargs or {}
+        flow = self.flow()
+        linear = func is torch.nn.functional.linear or (func is torch.addmm and not kwargs)
+        touched = flow is not None and flow.touched(args, kwargs)
+        if flow is not None and touched and not linear:
+            return flow.run(func, args, kwargs)
+        # What autograd was asked for ends here.
+        given = flow.plain((args, kwargs)) if flow is not None and touched else (args, kwargs)
+        result = func(*given[0], **given[1])
+        if not linear:
+            return result
+        if func is torch.addmm:
             bias, x, weight = args
             product = LinearProduct(x, weight, bias, result, lambda x: func(bias, x, weight))
         else:
-            return result
+            product = _linear(result, *args, **kwargs)
         changed = self.listener(product)
         return result if changed is None else changed
 
@@ -96,14 +256,19 @@ def _linear(
     return LinearProduct(input, weight.T, bias, result, again)
 
 
-def output_and_weight(
-    product: LinearProduct, head_output: Tensor, dtype: torch.dtype, name: str
+def projection(
+    product: LinearProduct,
+    head_output: Tensor,
+    factors: Tensor | None,
+    dtype: torch.dtype,
+    name: str,
 ) -> tuple[Tensor, Tensor]:
     """``o`` without the bias, and ``W_O`` by heads.
 
     Args:
         product: What read the head outputs.
         head_output: ``(B, T, H, d_h)``.
+        factors: Likewise: what they were multiplied by before; None if by nothing.
         dtype: What to compute in.
         name: The attention layer, for messages.
 
@@ -121,9 +286,10 @@ def output_and_weight(
             f"{type(weight).__name__} ({weight.dtype}): load the model in floating point."
         )
     w = weight.to(dtype)
-    if product.bias is None and product.result.dtype == dtype:
+    if factors is None and product.bias is None and product.result.dtype == dtype:
         o = product.result.view(B, T, -1)
     else:
         # In half precision the result is rounded, and a bias is no part of the sum.
-        o = head_output.reshape(B, T, H * d_h).to(dtype) @ w
+        y = head_output.to(dtype) if factors is None else head_output.to(dtype) * factors
+        o = y.reshape(B, T, H * d_h) @ w
     return o, w.view(H, d_h, -1)
