@@ -59,7 +59,10 @@ SETTINGS = {
     "global-mean": Setting("All layers ranked jointly", {"scoring": "clean", "scope": "global"}),
     "head-mean": Setting("Each head ranked alone", {"scoring": "clean", "scope": "head"}),
     "sinks-mean": Setting("Sinks may be removed", {"scoring": "clean", "protect_sinks": False}),
-    "tokens-mean": Setting("Whole tokens", {"scoring": "clean", "granularity": "token"}),
+    "tokens-mean": Setting("Whole tokens, mean", {"scoring": "clean", "granularity": "token"}),
+    "tokens-sum": Setting(
+        "Whole tokens, sum", {"scoring": "clean", "granularity": "token", "reduction": "sum"}
+    ),
     "controls-mean": Setting(
         "Controls, clean scoring, mean",
         {"scoring": "clean"},
@@ -173,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{captum.__version__}: {options.samples} texts of {options.length} tokens, packed. "
         "Deltas of corpus perplexity, as measured: top removed, higher is better; bottom removed, "
         "lower is better. Sinks stay, pairs of a layer are ranked jointly, unless a title says "
-        "otherwise."
+        "otherwise. `contribution-residual` differs from `contribution` only in models with a norm "
+        "between attention and the residual stream."
     )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{name}.md").write_text("\n\n".join([head, *pages]) + "\n", encoding="utf-8")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["ForwardCall", "Tokens", "forward_call", "tokens_of"]
 
 Parameters = Mapping[str, inspect.Parameter]
+#: By which models are asked for the logits of the last tokens alone.
+LOGITS = "logits_to_keep"
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,20 @@ class ForwardCall:
     Args:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        real: ``(B, T)``, False at padded tokens; None if there are none.
+        real: ``(B, T)``, False at padded tokens; None where that is not told.
+        last_only: Whether the model was asked for the logits of the last token alone, though the
+            caller did not say so.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     real: Tensor | None
+    last_only: bool = False
+
+    def with_all_logits(self) -> ForwardCall:
+        """The same call, with the logits of all tokens."""
+        kwargs = {name: x for name, x in self.kwargs.items() if name != LOGITS}
+        return replace(self, kwargs=kwargs, last_only=False)
 
 
 def forward_call(
@@ -66,7 +77,9 @@ def forward_call(
             "tuple of tensors."
         )
     if model is None:
-        return ForwardCall(args, kwargs, _padding(kwargs))
+        # Nor is it known what it does about a mask that it is not given.
+        told = kwargs.get("attention_mask") is not None
+        return ForwardCall(args, kwargs, _padding(kwargs) if told else None)
     _check_weights(model)
     parameters = inspect.signature(forward).parameters
     args, kwargs = _by_name(model, parameters, args, kwargs)
@@ -80,7 +93,7 @@ class Tokens:
     Args:
         T: How many there are; None where the main input is no text.
         cached: How many stand before them in a key-value cache.
-        real: ``(B, T)``, False at padding; None if there is none.
+        real: ``(B, T)``, False at padding; None where that is not told.
         cache: That key-value cache.
         named: The arguments of the call by their names.
     """
@@ -175,7 +188,8 @@ def _checked(
         if positions is not None:
             kwargs = {**kwargs, "position_ids": positions}
     _check_length(model, main.shape[1], positions)
-    return ForwardCall(args, _lean(parameters, kwargs), real)
+    lean = _lean(parameters, kwargs)
+    return ForwardCall(args, lean, real, last_only=LOGITS in lean and LOGITS not in kwargs)
 
 
 def _check_ids(model: nn.Module, ids: Tensor) -> None:
@@ -204,11 +218,13 @@ def _tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Where the attention mask leaves tokens: ``(B, T)`` boolean; None where nothing is padded."""
+    """Where the attention mask leaves tokens: ``(B, T)`` boolean; None where it does not tell."""
     mask, tokens = kwargs.get("attention_mask"), _tokens(kwargs)
-    if not isinstance(mask, Tensor) or tokens is None:
+    if tokens is None or not isinstance(mask, Tensor | None):
         return None
     B, T = tokens.shape[:2]
+    if mask is None:
+        return torch.ones(B, T, dtype=torch.bool, device=tokens.device)
     cached = kwargs.get("past_key_values") is not None
     if mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[2] in (1, T):
         return None
@@ -223,7 +239,7 @@ def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
             f"Example {int((~real.any(-1)).nonzero()[0])} is empty: attention_mask is 0 at all of "
             "its tokens."
         )
-    return None if real.all() else real
+    return real
 
 
 def _positions(model: nn.Module, mask: object, T: int) -> Tensor | None:
@@ -265,6 +281,6 @@ def _lean(parameters: Parameters, kwargs: dict[str, Any]) -> dict[str, Any]:
     lean = dict(kwargs)
     if "use_cache" in parameters and "past_key_values" not in kwargs:
         lean.setdefault("use_cache", False)
-    if "logits_to_keep" in parameters and kwargs.get("labels") is None:
-        lean.setdefault("logits_to_keep", 1)
+    if LOGITS in parameters and kwargs.get("labels") is None:
+        lean.setdefault(LOGITS, 1)
     return lean

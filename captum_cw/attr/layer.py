@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from captum_cw import functional
 from captum_cw.attr._captum import LayerAttribution, logged
-from captum_cw.attr.inputs import forward_call
+from captum_cw.attr.inputs import ForwardCall, forward_call
 from captum_cw.capture import Execution, Observation, StateSpace, UnsupportedModelError, names_of
 from captum_cw.functional import AttentionLayer, Decomposition, Measure, Scope, Space
 from captum_cw.progress import progress_bar
@@ -38,6 +38,10 @@ Result = TypeVar("Result")
 Kind = Literal["self"]
 """Cross-attention will be the other kind."""
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
+
+
+class _ShortenedError(Exception):
+    """A model that is asked for the last logits alone leaves queries out (Gemma 4)."""
 
 
 class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum has no types for it
@@ -125,14 +129,43 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         forward = self.forward_func
         called = forward.forward if isinstance(forward, nn.Module) else forward
         call = forward_call(self.model, called, inputs, additional_forward_args)
+        try:
+            results, output, vanishing = self._pass(call, on_layer, states, show_progress)
+        except _ShortenedError:
+            results, output, vanishing = self._pass(
+                call.with_all_logits(), on_layer, states, show_progress
+            )
+        if vanishing:
+            warnings.warn(
+                f"{vanishing} attention outputs vanish: their rows are returned as zeros.",
+                stacklevel=3,
+            )
+        self._layers = [execution.name for execution, _ in results]
+        return results, output
+
+    def _pass(
+        self,
+        call: ForwardCall,
+        on_layer: Callable[[Execution, AttentionLayer], Result],
+        states: StateSpace | None,
+        show_progress: bool,
+    ) -> tuple[list[tuple[Execution, Result]], Any, int]:
+        """The results of the layers, the output of the model, and how many rows vanish.
+
+        Raises:
+            _ShortenedError: If later layers leave queries out, since we asked for no more logits.
+        """
         results: list[tuple[Execution, Result]] = []
-        vanishing = 0
+        vanishing = longest = 0
         expected = None if self._chosen is None else len(self._chosen)
 
         with progress_bar(expected, f"{self.get_name()}: layers", show=show_progress) as bar:
 
             def collect(execution: Execution, layer: AttentionLayer) -> None:
-                nonlocal vanishing
+                nonlocal vanishing, longest
+                longest = max(longest, layer.T)
+                if call.last_only and longest > layer.T:
+                    raise _ShortenedError
                 layer = layer.seen_in(self.space)
                 if bar.total is None:
                     bar.total = _expected_layers(self._roots, [execution])
@@ -151,15 +184,9 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                 observation,
                 uncompiled(),
             ):
-                output = forward(*call.args, **call.kwargs)
+                output = self.forward_func(*call.args, **call.kwargs)
         _check_executions(observation.executions, self._chosen, self._roots)
-        if vanishing:
-            warnings.warn(
-                f"{vanishing} attention outputs vanish: their rows are returned as zeros.",
-                stacklevel=3,
-            )
-        self._layers = [execution.name for execution, _ in results]
-        return results, output
+        return results, output, vanishing
 
     @logged
     def attribute(

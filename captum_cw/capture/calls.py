@@ -15,6 +15,9 @@ __all__ = ["AttentionCall", "UnsupportedModelError", "find_weights", "query_mask
 #: An additive mask at or below this leaves no weight, in any dtype that can hold it.
 HIDDEN = -1e8
 
+#: Below this a square is zero.
+TINY = 1e-30
+
 #: Queries at which recomputed weights are compared with the model's own, as fractions of T.
 PROBED = (0.0, 0.34, 0.67, 1.0)
 
@@ -74,22 +77,33 @@ def query_mask(call: AttentionCall, real: Tensor | None) -> QueryMask:
 
     Args:
         call: The call.
-        real: ``(B, T)``, False at padded tokens; None if there are none.
+        real: ``(B, T)``, False at padded tokens; None where that is not told, so that it is to be
+            inferred from the mask.
     """
+    told = real is not None
+    if real is not None and real.all():
+        real = None
     T, S = call.query.shape[2], call.key.shape[2]
     if call.mask is None:
         return QueryMask(T, S, causal=call.causal, real=real)
     visible = visible_keys(call.mask)
     future = torch.ones(T, S, dtype=torch.bool, device=visible.device).triu(S - T + 1)
-    # Padding need not have been told: a query that sees nothing is padding, and so is, where
-    # queries and keys are the same tokens, one that no other sees, itself included.
-    inferred = visible.any(-1).any(1).expand(call.query.shape[0], T)
-    if T == S and not (visible.shape[2] == 1 and visible.shape[3] == 1):
-        rows = visible & inferred[:, None, :, None]
-        inferred = inferred & rows.any(-2).any(1).expand(call.query.shape[0], T)
-    if not inferred.all():
-        real = inferred if real is None else inferred & real
+    if not told:
+        real = _inferred(visible, call.query.shape[0], T, S)
     return QueryMask(T, S, visible, causal=not bool((visible & future).any()), real=real)
+
+
+def _inferred(visible: Tensor, B: int, T: int, S: int) -> Tensor | None:
+    """``(B, T)``: which queries are no padding, by the mask alone; None for all.
+
+    A query that sees nothing is padding, and so is, where queries and keys are the same tokens, one
+    that no other sees, itself included.
+    """
+    real = visible.any(-1).any(1).expand(B, T)
+    if T == S and not (visible.shape[2] == 1 and visible.shape[3] == 1):
+        rows = visible & real[:, None, :, None]
+        real = real & rows.any(-2).any(1).expand(B, T)
+    return None if real.all() else real
 
 
 def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
@@ -104,7 +118,8 @@ def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
     Raises:
         UnsupportedModelError: If no source agrees with the head outputs.
     """
-    for weights in _sources(call, mask):
+    sources = list(_sources(call, mask))
+    for weights in (*sources, *(_Rescaled(source, call, mask) for source in sources)):
         if _reproduces(weights, call, mask):
             return weights
     raise UnsupportedModelError(
@@ -149,7 +164,7 @@ def _reproduces(weights: Weights, call: AttentionCall, mask: QueryMask) -> bool:
         y = (a @ v[:, :, :n]).transpose(1, 2)
         wrong = (y - call.head_output[:, rows]).abs() > tolerance * (
             a.abs() @ v[:, :, :n].abs()
-        ).transpose(1, 2) + 1e-30
+        ).transpose(1, 2) + TINY
         # NaN is not "wrong": it is reported as NaN, with its place.
         if mask.real is not None:
             wrong &= mask.real[:, rows, None, None]
@@ -192,6 +207,25 @@ class _Softmax:
             mask=seen,
             causal=seen is None and self.mask.causal,
         )
+
+
+class _Rescaled:
+    """Weights times what a kernel multiplies the head outputs of each query and head by.
+
+    So do kernels that apply a learned sink to the output, rather than to the weights (Granite).
+    """
+
+    def __init__(self, weights: Weights, call: AttentionCall, mask: QueryMask) -> None:
+        self.weights, self.mask = weights, mask
+        self.value = expand_heads(call.value, call.query.shape[1]).to(call.dtype)
+        self.output = call.head_output.transpose(1, 2).to(call.dtype)
+
+    def __call__(self, rows: slice) -> Tensor:
+        a = self.weights(rows)
+        y = a @ self.value[:, :, : a.shape[-1]]
+        size = y.square().sum(-1, keepdim=True)
+        scale = (y * self.output[:, :, rows]).sum(-1, keepdim=True) / size.clamp(min=TINY)
+        return a.mul_(scale)
 
 
 class _DenseKernel:

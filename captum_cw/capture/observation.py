@@ -69,7 +69,7 @@ class Observation:
             given is not kept. Where it returns factors ``(B, H, S)``, the model goes
             on with the output that the layer has with its values multiplied by them.
         wanted: The attention modules to hand over; None for all.
-        real: ``(B, T)``, False at padded tokens; None if there are none.
+        real: ``(B, T)``, False at padded tokens; None where that is not told.
         states: The hidden states that each execution brings along; None for none.
         space: Where layers can be seen: in the ``"residual"`` one only if that is asked for.
 
@@ -133,6 +133,12 @@ class Observation:
         execution = Execution(call.module, self._names[call.module], call.query.shape[1])
         self.executions.append(execution)
         self._projected = None
+        if call.key.shape[2] < call.query.shape[2]:
+            raise UnsupportedModelError(
+                f"Attention layer {execution.name!r} ({type(call.module).__name__}) has "
+                f"{call.key.shape[2]} keys for {call.query.shape[2]} queries: it attends to other "
+                "states than its own, and cross-attention is not supported yet."
+            )
         if self._wanted is None or call.module in self._wanted:
             if self._states is not None:
                 execution = replace(execution, states=self._states.of(call))
