@@ -52,7 +52,7 @@ def bitnet() -> nn.Module:
 class _HeadGate(nn.Module):
     """One factor a head, after the heads are side by side."""
 
-    def __init__(self, o_proj: nn.Linear, gate: nn.Linear) -> None:
+    def __init__(self, o_proj: nn.Linear, gate: nn.Module) -> None:
         super().__init__()
         self.o_proj, self.gate = o_proj, gate
         self.hidden: Tensor = torch.empty(0)
@@ -60,6 +60,24 @@ class _HeadGate(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         heads = y.unflatten(-1, (4, -1)) * self.gate(self.hidden).sigmoid()[..., None]
         return self.o_proj(heads.flatten(2))  # type: ignore[no-any-return]
+
+
+class _Normed(_HeadGate):
+    """PyTorch's own norm before the projection."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.o_proj(self.gate(y))  # type: ignore[no-any-return]
+
+
+def normed() -> nn.Module:
+    """A fused norm before the projection."""
+    model: Any = llama()
+    torch.manual_seed(3)
+    for layer in model.model.layers:
+        norm = nn.RMSNorm(32, eps=1e-6)
+        nn.init.normal_(norm.weight)
+        layer.self_attn.o_proj = _Normed(layer.self_attn.o_proj, norm)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def head_gated() -> nn.Module:
@@ -81,6 +99,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "afmoe": afmoe,
     "bitnet": bitnet,
     "head-gated": head_gated,
+    "rms-norm": normed,
 }
 METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "vw": VWAttention,
@@ -98,7 +117,8 @@ def gates(model: Any, **inputs: Tensor) -> list[Tensor]:
     def note(module: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
         if "Norm" in type(module).__name__:
             x = args[0].double()
-            scale = (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
+            eps = module.eps if isinstance(module, nn.RMSNorm) else module.variance_epsilon
+            scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
             gate = scale * module.weight.double()
         else:
             gate = out.sigmoid()
@@ -225,7 +245,7 @@ def test_gradients_pass_as_they_do_unobserved(model: Any) -> None:
 
     plainly = gradients(model(ids).logits)
     with remove_tokens(model, "contribution", 0.0):
-        if any("sub_norm" in name for name, _ in model.named_parameters()):
+        if any(type(m) is nn.RMSNorm or "sub_norm" in n for n, m in model.named_modules()):
             with pytest.raises(UnsupportedModelError, match="no_grad"):
                 model(ids)
             return
@@ -257,7 +277,19 @@ class _Mixed(_Overwriting):
         return self.inner(y + y.flip(-1))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", [_Overwriting, _Squared, _Mixed])
+class _Adapted(_Overwriting):
+    """An adapter reads what the projection reads."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.adapter = nn.Linear(32, 32)
+
+    def forward(self, y: Tensor) -> Tensor:
+        gated = y * 2
+        return self.inner(gated) + self.adapter(gated)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [_Overwriting, _Squared, _Mixed, _Adapted])
 def test_what_is_more_than_a_factor_is_refused(kind: type[_Overwriting]) -> None:
     model: Any = llama()
     with torch.no_grad():

@@ -633,6 +633,16 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path, at: int)
     assert run(file, at=0).records == resumed.records
 
 
+def test_a_model_may_lie_elsewhere_when_its_run_goes_on(tmp_path: Path) -> None:
+    file, moved = tmp_path / "run.records", llama()
+    with pytest.raises(KeyboardInterrupt):
+        run(file, at=1)
+    moved.config.name_or_path = "elsewhere"  # type: ignore[union-attr]
+    resumed = run(file, moved)
+    assert resumed.settings["model"] == "elsewhere"
+    assert resumed.records == run(None).records
+
+
 def test_a_batch_of_which_a_part_was_kept_is_run_again(tmp_path: Path) -> None:
     file = tmp_path / "run.records"
     whole = run(file).records

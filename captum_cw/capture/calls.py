@@ -225,7 +225,7 @@ class _Rescaled:
         y = a @ self.value[:, :, : a.shape[-1]]
         size = y.square().sum(-1, keepdim=True)
         scale = (y * self.output[:, :, rows]).sum(-1, keepdim=True) / size.clamp(min=TINY)
-        return a.mul_(scale)
+        return a.mul_(scale.clamp(0, 1))  # a sink takes attention, and gives none
 
 
 class _DenseKernel:

@@ -89,7 +89,7 @@ class Observation:
         self.executions: list[Execution] = []
         self._names = names_of(roots)
         self._on_layer, self._wanted, self._real = on_layer, wanted, real
-        # The layer whose projection has not run yet, and head outputs already projected.
+        # The layer whose projection has not run yet, and what the last projection has read.
         self._pending: tuple[Execution, AttentionCall, HeadFlow] | None = None
         self._projected: tuple[Execution, Tensor] | None = None
         # Layers share their mask: one view of it serves all.
@@ -154,13 +154,16 @@ class Observation:
         if self._pending is not None:
             execution, call, flow = self._pending
             factors = None
+            if flow.overwritten:  # what the kernel gave is no longer there to be compared
+                return None
             if not product.reads(call.head_output):
                 if not product.fits(call.head_output) or not flow.holds(product.input):
                     return None
                 factors = flow.factors(product.input)
                 if factors is None:
                     return None
-            self._pending, self._projected = None, (execution, call.head_output)
+            read = product.input.detach().reshape(call.head_output.shape)
+            self._pending, self._projected = None, (execution, read)
             way = _Way(product, flow, factors)
 
             def found(update: FrozenUpdate | None) -> Tensor | None:

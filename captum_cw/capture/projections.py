@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from captum_cw.capture.calls import UnsupportedModelError
+from captum_cw.capture.calls import TINY, UnsupportedModelError
 
 __all__ = ["HeadFlow", "LinearProduct", "functions", "projection"]
 
@@ -129,7 +129,7 @@ class HeadFlow:
         Returns:
             ``(B, T, H, d_h)``.
         """
-        if not x.requires_grad or self.overwritten:
+        if not x.requires_grad:
             return None
         with torch.enable_grad():
             (by,) = torch.autograd.grad(
@@ -137,9 +137,10 @@ class HeadFlow:
             )
         if by is None:
             return None
-        by, y = by.detach().float(), self.start.detach().float()
-        wrong = (by * y - x.detach().float().reshape(y.shape)).abs()
-        eps = max(1e-5, *(4 * torch.finfo(dtype).eps for dtype in (x.dtype, self.start.dtype)))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        by, y = by.detach().to(dtype), self.start.detach().to(dtype)
+        wrong = (by * y - x.detach().to(dtype).reshape(y.shape)).abs()
+        eps = max(1e-5, *(4 * torch.finfo(z.dtype).eps for z in (x, self.start)))
         size = (by * y).abs()
         size = size + 1e-3 * size.amax(-1, keepdim=True) + torch.finfo(size.dtype).tiny
         # NaN is not wrong: padded queries may have it.
@@ -176,12 +177,28 @@ def _with_fixed_scale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if name in SCALES or (name in ("pow", "__pow__") and _exponent(args, kwargs) < 1):
         return result.detach()
     if name == "rms_norm":
-        x, weight = args[0], _argument(args, kwargs, 2, "weight")
-        scaled = x if weight is None else x * weight
-        fixed = (result * scaled).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True)
-        linear = scaled * fixed.detach()
-        return result.detach() + (linear - linear.detach())  # bit for bit the result
+        x, weight = args[0].detach(), _argument(args, kwargs, 2, "weight")
+        gain = torch.ones_like(x) if weight is None else weight.detach().expand_as(x)
+        size = (x * gain).square().sum(-1, keepdim=True)
+        scale = (result.detach() * x * gain).sum(-1, keepdim=True) / size.clamp(min=TINY)
+        return _Times.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
+            args[0], result.detach(), scale * gain
+        )
     return result
+
+
+class _Times(torch.autograd.Function):
+    """What came of an input, as that input times constant factors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, result: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(factors)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (factors,) = ctx.saved_tensors
+        return grads[0] * factors, None, None
 
 
 def _exponent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -197,8 +197,10 @@ class ComprehensivenessSufficiency:
         with ExitStack() as stack:
             kept: Records | None = None
             if resume_from is not None and processes.is_main:
-                # Reading all weights takes time, and only a file needs to know them again.
-                run = {**settings, "weights": fingerprint(self.model)}
+                # Reading all weights takes time, and only a file needs to know them again. They
+                # say which model it is, wherever it lies.
+                run = {name: x for name, x in settings.items() if name != "model"}
+                run["weights"] = fingerprint(self.model)
                 kept = stack.enter_context(Records(resume_from, run))
             known = processes.from_main(lambda: dict(kept or {}))
             total = None if count is None else count * passes
