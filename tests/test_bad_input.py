@@ -222,11 +222,16 @@ def test_a_model_with_cross_attention_is_refused() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_model_whose_output_projection_is_not_found_is_refused(layers: int) -> None:
-    config = transformers.BitNetConfig(**SIZES, num_key_value_heads=2)
+    sizes = {name: size for name, size in SIZES.items() if name != "num_attention_heads"}
+    config = transformers.JetMoeConfig(
+        **sizes, num_key_value_heads=2, kv_channels=8, num_experts_per_tok=2, num_local_experts=4
+    )
     config.num_hidden_layers = layers
-    model = build(transformers.BitNetForCausalLM, config)  # a norm before W_O
+    model = build(transformers.JetMoeForCausalLM, config)  # each token has projections of its own
     before = state_of(model)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn.*BitNetAttention.*W_O"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.0\.self_attention.*JetMoeAttention.*W_O"
+    ):
         ContributionWeights(model).attribute(token_ids())
     assert state_of(model) == before
 
