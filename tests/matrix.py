@@ -182,20 +182,6 @@ def projected(model: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
     )
 
 
-def measures(attention: Tensor, v: Tensor) -> dict[str, Tensor]:
-    """Each measure from ``v~``, word by word."""
-    a = attention.double()
-    terms = a[..., None] * v
-    o = terms.sum((1, 3))
-    norms = v.norm(dim=-1)
-    return {
-        "attention": a,
-        "vw": a.abs() * norms,
-        "vwon": a.abs() * norms / o.norm(dim=-1)[:, None, :, None],
-        "inter": (terms * o[:, None, :, None]).sum(-1) / o.square().sum(-1)[:, None, :, None],
-    }
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What became of a model type.
@@ -234,7 +220,8 @@ def check(model: Any, inputs: dict[str, Tensor]) -> Outcome:
     assert len(calls) == len(maps["inter"]), (len(calls), len(maps["inter"]))
     for number, call in enumerate(calls):
         v, o = projected(model, call)
-        expected = measures(call.attention, v)
+        measured = reference.measures_of(call.attention, v)
+        expected = {name: measured[name] for name in METHODS}
         linear = (call.attention.double()[..., None] * v).sum((1, 3))
         assert torch.allclose(linear, o, atol=1e-3 * float(o.abs().max())), "no linear map"
         for name, g in expected.items():

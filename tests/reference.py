@@ -38,22 +38,24 @@ def measures(
     With an ``update`` ``(B, T, d, d)``, of what becomes of ``v~`` and ``o`` at each query; with a
     ``gate`` ``(B, H, T, d_h)``, of what values are multiplied by before the projection.
     """
-    a = attention.double()
-    v = projected_values(value, output_weight)
-    o_head, o = outputs(attention, v)
-    v = v[:, :, None]  # (B, H, 1 or T, S, d)
+    v = projected_values(value, output_weight)[:, :, None]  # (B, H, 1 or T, S, d)
+    T = attention.shape[2]
     if gate is not None:
         H = len(output_weight)
         repeated = torch.stack([value[:, h * value.shape[1] // H] for h in range(H)], 1).double()
         gated = gate.double()[:, :, :, None] * repeated[:, :, None]
         v = torch.einsum("bhtse,hed->bhtsd", gated, output_weight.double())
-        o_head = torch.einsum("bhts,bhtsd->bhtd", a, v)
-        o = o_head.sum(1)
     if update is not None:
-        v = torch.einsum("bhtsd,btde->bhtse", v.expand(-1, -1, a.shape[2], -1, -1), update)
-        o_head = torch.einsum("bhtd,btde->bhte", o_head, update)
-        o = torch.einsum("btd,btde->bte", o, update)
+        v = torch.einsum("bhtsd,btde->bhtse", v.expand(-1, -1, T, -1, -1), update)
+    return measures_of(attention, v)
+
+
+def measures_of(attention: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """Every measure from ``v~`` ``(B, H, 1 or T, S, d)``, as each query has it."""
+    a = attention.double()
     terms = a[..., None] * v  # (B, H, T, S, d)
+    o_head = terms.sum(3)
+    o = o_head.sum(1)
     norms = v.norm(dim=-1)
     return {
         "attention": a,

@@ -12,20 +12,17 @@ import torch
 import transformers
 from models import SIZES, build, llama, look, token_ids
 from test_capture import padded_batch, positions, state_of
-from test_ranking import plain
+from test_interventions import removed_layer_by_layer
 from torch import Tensor, nn
 
 from captum_cw import (
     ContributionWeights,
-    TokenScores,
     VWAttention,
     VWONAttention,
     remove_tokens,
-    remove_values,
 )
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.functional import AttentionLayer, dense_map, head_share, vw
-from captum_cw.sinks import find_sinks
 
 
 def afmoe() -> nn.Module:
@@ -80,18 +77,17 @@ def normed() -> nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
+def _keep(attention: Any, args: object, kwargs: dict[str, Tensor]) -> None:
+    attention.o_proj.hidden = kwargs["hidden_states"]
+
+
 def head_gated() -> nn.Module:
     """A gate of each head."""
     model: Any = llama()
     torch.manual_seed(2)
     for layer in model.model.layers:
-        gated = _HeadGate(layer.self_attn.o_proj, nn.Linear(32, 4))
-        layer.self_attn.o_proj = gated
-
-        def keep(_: object, args: object, kwargs: dict[str, Tensor], to: Any = gated) -> None:
-            to.hidden = kwargs["hidden_states"]
-
-        layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)
+        layer.self_attn.o_proj = _HeadGate(layer.self_attn.o_proj, nn.Linear(32, 4))
+        layer.self_attn.register_forward_pre_hook(_keep, with_kwargs=True)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -132,13 +128,7 @@ def gates(model: Any, **inputs: Tensor) -> list[Tensor]:
             if hasattr(attention, place):
                 getattr(attention, place).register_forward_hook(note)
         if isinstance(attention.o_proj, _HeadGate):
-            gated = attention.o_proj
-
-            def keep(_: object, args: object, kwargs: dict[str, Tensor], to: Any = gated) -> None:
-                to.hidden = kwargs["hidden_states"]
-
-            attention.register_forward_pre_hook(keep, with_kwargs=True)
-            gated.gate.register_forward_hook(note)
+            attention.o_proj.gate.register_forward_hook(note)
     with torch.no_grad():
         model(**inputs)
     return found
@@ -150,13 +140,6 @@ def bare(model: Any) -> Any:
     for layer in model.model.layers:
         if isinstance(layer.self_attn.o_proj, _HeadGate):
             layer.self_attn.o_proj.weight = layer.self_attn.o_proj.o_proj.weight
-
-            def keep(
-                _: object, args: object, kwargs: Any, to: Any = layer.self_attn.o_proj
-            ) -> None:
-                to.hidden = kwargs["hidden_states"]
-
-            layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)
     return model
 
 
@@ -218,15 +201,7 @@ def test_logits_are_those_of_the_unobserved_model(model: Any, dtype: torch.dtype
 def test_online_removal_equals_removal_layer_by_layer(model: Any, which: Any) -> None:
     inputs, real = padded_batch("left")
     given = {**inputs, "position_ids": positions(real)}
-    per_head = TokenScores(ContributionWeights(model), layers=None, heads=None)
-    masks = [torch.zeros(2, 4, real.shape[1], dtype=torch.bool)] * 2
-    for number in range(2):
-        with remove_values(model, masks):
-            scores = per_head.attribute(given)[:, number]
-            kept = find_sinks(model, given)[number]
-        masks[number] = plain([scores], real, [kept], "0.3", which, "layer", "removable")[0]
-    with remove_values(model, masks), torch.no_grad():
-        expected = model(**given).logits
+    expected = removed_layer_by_layer(ContributionWeights(model), given, real, which)
     with remove_tokens(model, "contribution", 0.3, which), torch.no_grad():
         found = model(**given).logits
     assert torch.allclose(found[real], expected[real], atol=1e-4)

@@ -28,6 +28,7 @@ from captum_cw import (
     sufficiency,
 )
 from captum_cw.capture import UnsupportedModelError
+from captum_cw.sinks import find_sinks
 
 NAMES = {"attention": "attention", "vw": "vw", "vwon": "vwon", "contribution": "inter"}
 
@@ -112,6 +113,22 @@ def test_a_copy_made_under_an_intervention_is_a_model_of_its_own() -> None:
         assert torch.equal(copied(ids).logits, 2 * alone)
         with remove_tokens(copied, "contribution", 0.5):
             assert not torch.equal(copied(ids).logits, 2 * alone)
+
+
+def removed_layer_by_layer(
+    method: Any, given: dict[str, Tensor], real: Tensor, which: Any
+) -> Tensor:
+    """Logits of online removal at 30%, from a pass for each layer with known removals before it."""
+    per_head = TokenScores(method, layers=None, heads=None)
+    masks = [torch.zeros(2, 4, real.shape[1], dtype=torch.bool)] * 2
+    for number in range(2):
+        with remove_values(method.model, masks):
+            scores = per_head.attribute(given)[:, number]
+            kept = find_sinks(method.model, given)[number]
+        masks[number] = plain([scores], real, [kept], "0.3", which, "layer", "removable")[0]
+    with remove_values(method.model, masks), torch.no_grad():
+        logits: Tensor = method.model(**given).logits
+    return logits
 
 
 def test_head_scope_and_layer_scope_differ() -> None:

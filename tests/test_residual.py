@@ -12,7 +12,7 @@ import torch
 import transformers
 from models import SIZES, build, in_threads, llama, look, token_ids
 from test_capture import padded_batch, positions, state_of
-from test_ranking import plain
+from test_interventions import removed_layer_by_layer
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -23,10 +23,8 @@ from captum_cw import (
     VWAttention,
     VWONAttention,
     remove_tokens,
-    remove_values,
 )
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.sinks import find_sinks
 
 
 def with_gains(model: nn.Module) -> nn.Module:
@@ -246,15 +244,9 @@ def test_what_is_no_norm_is_refused() -> None:
 def test_online_removal_equals_removal_layer_by_layer(model: Any, which: Any) -> None:
     inputs, real = padded_batch("left")
     given = {**inputs, "position_ids": positions(real)}
-    per_head = TokenScores(ContributionWeights(model, space="residual"), layers=None, heads=None)
-    masks = [torch.zeros(*real.shape, dtype=torch.bool)[:, None].expand(-1, 4, -1)] * 2
-    for number in range(2):
-        with remove_values(model, masks):
-            scores = per_head.attribute(given)[:, number]
-            kept = find_sinks(model, given)[number]
-        masks[number] = plain([scores], real, [kept], "0.3", which, "layer", "removable")[0]
-    with remove_values(model, masks), torch.no_grad():
-        expected = model(**given).logits
+    expected = removed_layer_by_layer(
+        ContributionWeights(model, space="residual"), given, real, which
+    )
     method = ContributionWeights(model, space="residual")
     with remove_tokens(model, method, 0.3, which), torch.no_grad():
         found = model(**given).logits

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.calls import TINY, UnsupportedModelError
 
-__all__ = ["HeadFlow", "LinearProduct", "functions", "projection"]
+__all__ = ["HeadFlow", "LinearProduct", "functions", "in_place", "projection"]
 
 #: What norms make of the size of their input: it is held fixed, which makes them linear.
 SCALES = {"rsqrt", "sqrt"}
@@ -95,8 +95,8 @@ class HeadFlow:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a function on something that comes from the head outputs."""
-        if self.recorded or _in_place(func):
-            self.overwritten |= _in_place(func)
+        if self.recorded or in_place(func):
+            self.overwritten |= in_place(func)
             result = func(*args, **kwargs)
         else:
             given = _replaced((args, kwargs), {id(self.start): self.source})
@@ -165,7 +165,8 @@ def _replaced(x: Any, by: dict[int, Tensor]) -> Any:
     return x
 
 
-def _in_place(func: Any) -> bool:
+def in_place(func: Any) -> bool:
+    """Whether a function changes its first argument, by PyTorch's naming."""
     name = getattr(func, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 

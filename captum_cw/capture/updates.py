@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.calls import UnsupportedModelError
+from captum_cw.capture.projections import in_place
 from captum_cw.functional import FrozenUpdate
 
 __all__ = ["ResidualUpdates"]
@@ -148,8 +149,8 @@ class ResidualUpdates(TorchFunctionMode):
         if not any(_same(x, path.now) for x in (*args, *given.values())):
             return func(*args, **given)
         name = getattr(func, "__name__", str(func))
-        in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
-        if not in_place and "out" not in given:
+        changes = in_place(func) or "out" in given
+        if not changes:
             result = func(*args, **given)
             if not isinstance(result, Tensor):  # a shape, or the like
                 return result
@@ -160,17 +161,19 @@ class ResidualUpdates(TorchFunctionMode):
                 return result
         if path.inside:
             path.norm = path.inside[-1]
-            return func(*args, **given) if in_place or "out" in given else result
+            return func(*args, **given) if changes else result
         if name not in SUMS:
             raise _unknown(path.name, f"{name!r}")
         self._path = None
-        ones = torch.ones_like(path.output[0, 0])
-        same = _same(path.now, path.output)
-        other = path.found(
-            None if same else _frozen(path.output, path.now.view_as(path.output), ones, 0 * ones)
-        )
+        update = None
+        if not _same(path.now, path.output):
+            ones = torch.ones_like(path.output[0, 0])
+            update = _frozen(path.output, path.now.view_as(path.output), ones, 0 * ones)
+            if update is None:
+                raise _unknown(path.name, "more than one factor")
+        other = path.found(update)
         if other is None:
-            return func(*args, **given) if in_place or "out" in given else result
+            return func(*args, **given) if changes else result
         return _with(func, args, given, path.now, path.taken(other))
 
 
