@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.attr.inputs import Tokens, tokens_of
-from captum_cw.attr.layer import check_self_attention, no_attention, uncompiled, unwrapped
+from captum_cw.attr.layer import no_attention, uncompiled, unwrapped
 from captum_cw.capture import (
     Execution,
     Observation,
     StateSpace,
+    UnsupportedModelError,
     around_passes,
     changed_values,
     is_observed,
@@ -228,7 +229,7 @@ class _Intervention:
         self.model: nn.Module = unwrapped(model)
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model is of type {type(model).__name__}: give the model itself.")
-        check_self_attention([self.model])
+        check_self_attention(self.model)
         self._modules = set(self.model.modules())
         self._state = _State()
 
@@ -323,7 +324,8 @@ class _Intervention:
 def _check_factors(factors: Tensor, heads: int, value: Tensor, tokens: Tokens, number: int) -> None:
     B, H, S = factors.shape
     here = tokens.cached + (value.shape[2] if tokens.T is None else tokens.T)
-    fits = here == S or (tokens.cached and here > S)
+    # A model may put prompt tokens of its own before those that it is given.
+    fits = here > S if tokens.cached and here != S else S in (here, value.shape[2])
     if B not in (1, value.shape[0]) or H not in (1, heads) or not fits:
         raise ValueError(
             f"Layer {number} has {value.shape[0]} examples, {heads} heads and {here} tokens, but "
@@ -486,9 +488,9 @@ class CleanPass:
         forward: Callable[[], Any],
         scorers: Mapping[str, PairScorer],
         sink_rule: SinkRule,
-        real: Tensor | None,
+        told: Sequence[Tensor],
     ) -> CleanPass:
-        """Runs ``forward``, a pass of ``model`` over a whole text with padding as ``real`` says."""
+        """Runs ``forward``, a pass of ``model`` over a whole text, told of its padding."""
         seen = cls(scores={name: [] for name in scorers})
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> None:
@@ -505,7 +507,7 @@ class CleanPass:
             seen.vanishing += layer.vanishing("inter")
 
         space = space_of(scorers.values())
-        observation = Observation([model], on_layer, real=real, states=sink_rule.needs, space=space)
+        observation = Observation([model], on_layer, real=told, states=sink_rule.needs, space=space)
         with torch.no_grad(), observation:
             seen.output = forward()
         if not seen.real:
@@ -537,7 +539,7 @@ class CleanRemoval(_Intervention):
             partial(call.forward, **alone),
             {"": self._scorer},
             self._sink_rule,
-            call.tokens.real,
+            call.tokens.told,
         )
         self._state.factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
         with self._changed(call.tokens):
@@ -578,8 +580,8 @@ class OnlineRemoval(_Intervention):
         self._state.factors = []
         states = self._sink_rule.needs if self._sinks is None else None
         space = space_of([self._scorer])
-        real = call.tokens.real
-        with Observation([self.model], self._remove, real=real, states=states, space=space):
+        told = call.tokens.told
+        with Observation([self.model], self._remove, real=told, states=states, space=space):
             yield
         if not self._state.factors:
             raise no_attention([self.model])
@@ -605,6 +607,17 @@ def check_finite(scores: Tensor, name: str) -> None:
 
 def _ignore(output: Any) -> None:
     return None
+
+
+def check_self_attention(model: nn.Module) -> None:
+    """Raises an UnsupportedModelError where there is cross-attention."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if any(getattr(config, n, False) for n in ("is_encoder_decoder", "add_cross_attention")):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} belongs to a model with cross-attention, whose values "
+                "cannot be removed or scaled yet: use a model of an encoder or a decoder only."
+            )
 
 
 def _check_evaluation(model: nn.Module) -> None:

@@ -202,24 +202,6 @@ def test_a_model_without_attention_is_refused() -> None:
         ContributionWeights(nn.Linear(4, 4)).attribute(torch.ones(1, 4))
 
 
-def test_a_model_without_the_registry_is_refused() -> None:
-    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
-    model = build(transformers.BloomForCausalLM, config)
-    with pytest.raises(UnsupportedModelError, match="No attention was found in BloomForCausalLM"):
-        ContributionWeights(model).attribute(token_ids())
-
-
-def test_a_model_with_cross_attention_is_refused() -> None:
-    config = transformers.BartConfig(
-        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    model = build(transformers.BartForConditionalGeneration, config)
-    with pytest.raises(UnsupportedModelError, match="BartForConditionalGeneration.*cross-attent"):
-        ContributionWeights(model)
-
-
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_model_whose_output_projection_is_not_found_is_refused(layers: int) -> None:
     sizes = {name: size for name, size in SIZES.items() if name != "num_attention_heads"}

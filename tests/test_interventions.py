@@ -417,9 +417,9 @@ def test_attributing_under_online_removal_is_refused_and_under_clean_is_right() 
 
 
 def unseen() -> nn.Module:
-    """A model whose attention does not go through the registry."""
-    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
-    return transformers.BloomForCausalLM(config).eval()
+    """A model that has no attention."""
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)
+    return transformers.MambaForCausalLM(config).eval()
 
 
 def test_attention_that_cannot_be_seen_is_refused() -> None:

@@ -25,14 +25,14 @@ class ForwardCall:
     Args:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        real: ``(B, T)``, False at padded tokens; None where that is not told.
+        real: For each sequence of tokens that the call tells of, ``(B, T)``, False at padding.
         last_only: Whether the model was asked for the logits of the last token alone, though the
             caller did not say so.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    real: Tensor | None
+    real: tuple[Tensor, ...]
     last_only: bool = False
 
     def with_all_logits(self) -> ForwardCall:
@@ -79,7 +79,7 @@ def forward_call(
     if model is None:
         # Nor is it known what it does about a mask that it is not given.
         told = kwargs.get("attention_mask") is not None
-        return ForwardCall(args, kwargs, _padding(kwargs) if told else None)
+        return ForwardCall(args, kwargs, _told(kwargs) if told else ())
     _check_weights(model)
     parameters = inspect.signature(forward).parameters
     args, kwargs = _by_name(model, parameters, args, kwargs)
@@ -103,6 +103,11 @@ class Tokens:
     real: Tensor | None
     cache: Any
     named: dict[str, Any]
+
+    @property
+    def told(self) -> tuple[Tensor, ...]:
+        """``real``, where that is told."""
+        return () if self.real is None else (self.real,)
 
 
 def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tokens:
@@ -176,12 +181,13 @@ def _checked(
             )
         if isinstance(value, list):
             raise TypeError(f"Argument {name!r} is a list: tokenize with return_tensors='pt'.")
-    if isinstance(kwargs.get("input_ids"), Tensor):
-        _check_ids(model, kwargs["input_ids"])
-    main = _tokens(kwargs)
+    for name in ("input_ids", "decoder_input_ids"):
+        if isinstance(kwargs.get(name), Tensor):
+            _check_ids(model, name, kwargs[name])
+    main, real = _tokens(kwargs), _told(kwargs)
     if main is None:
-        return ForwardCall(args, kwargs, None)
-    real = _padding(kwargs)
+        return ForwardCall(args, kwargs, real)
+    _check_decoder(parameters, kwargs)
     positions = kwargs.get("position_ids")
     if positions is None and "position_ids" in parameters:
         positions = _positions(model, kwargs.get("attention_mask"), main.shape[1])
@@ -192,10 +198,19 @@ def _checked(
     return ForwardCall(args, lean, real, last_only=LOGITS in lean and LOGITS not in kwargs)
 
 
-def _check_ids(model: nn.Module, ids: Tensor) -> None:
+def _check_decoder(parameters: Parameters, kwargs: dict[str, Any]) -> None:
+    given = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "encoder_outputs")
+    if given[0] in parameters and all(kwargs.get(name) is None for name in given):
+        raise ValueError(
+            "The model has an encoder and a decoder, but the inputs say nothing of the decoder's "
+            "tokens: give a dict with input_ids and decoder_input_ids (or labels)."
+        )
+
+
+def _check_ids(model: nn.Module, name: str, ids: Tensor) -> None:
     if ids.dim() != 2:
         raise ValueError(
-            f"input_ids has shape {tuple(ids.shape)}: expected (B, T); for one text, ids[None]."
+            f"{name} has shape {tuple(ids.shape)}: expected (B, T); for one text, ids[None]."
         )
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     size = getattr(embeddings, "num_embeddings", None)
@@ -208,18 +223,24 @@ def _check_ids(model: nn.Module, ids: Tensor) -> None:
         )
 
 
-def _tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
+def _tokens(kwargs: Mapping[str, Any], prefix: str = "") -> Tensor | None:
     """What holds one entry a token: ids ``(B, T)`` or embeddings ``(B, T, d)``."""
     for name in ("input_ids", "inputs_embeds"):
-        tokens = kwargs.get(name)
+        tokens = kwargs.get(f"{prefix}{name}")
         if isinstance(tokens, Tensor) and tokens.dim() > 1:
             return tokens
     return None
 
 
-def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
+def _told(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """What a call tells of the tokens of an encoder and of a decoder."""
+    told = _padding(kwargs), _padding(kwargs, "decoder_")
+    return tuple(real for real in told if real is not None)
+
+
+def _padding(kwargs: Mapping[str, Any], prefix: str = "") -> Tensor | None:
     """Where the attention mask leaves tokens: ``(B, T)`` boolean; None where it does not tell."""
-    mask, tokens = kwargs.get("attention_mask"), _tokens(kwargs)
+    mask, tokens = kwargs.get(f"{prefix}attention_mask"), _tokens(kwargs, prefix)
     if tokens is None or not isinstance(mask, Tensor | None):
         return None
     B, T = tokens.shape[:2]
@@ -230,14 +251,14 @@ def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
         return None
     if mask.dim() != 2 or mask.shape[0] != B or (mask.shape[1] != T and not cached):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but the inputs are {B} x {T} tokens: "
-            f"it must be ({B}, {T}), 1 at tokens and 0 at padding (or four-dimensional)."
+            f"{prefix}attention_mask has shape {tuple(mask.shape)}, but the inputs are {B} x {T} "
+            f"tokens: it must be ({B}, {T}), 1 at tokens and 0 at padding (or four-dimensional)."
         )
     real = mask[:, -T:] != 0
     if not real.any(-1).all():
         raise ValueError(
-            f"Example {int((~real.any(-1)).nonzero()[0])} is empty: attention_mask is 0 at all of "
-            "its tokens."
+            f"Example {int((~real.any(-1)).nonzero()[0])} is empty: {prefix}attention_mask is 0 at "
+            "all of its tokens."
         )
     return real
 

@@ -6,6 +6,7 @@ observes the layers and gives results in Captum's form.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import warnings
@@ -35,8 +36,7 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
-Kind = Literal["self"]
-"""Cross-attention will be the other kind."""
+Kind = Literal["self", "cross", "all"]
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 
 
@@ -52,7 +52,9 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         layer: An attention module, a list of them (an ``nn.ModuleList`` counts as one), or None
             for every attention layer in the order in which they run.
         device_ids: As in Captum; not needed where ``forward_func`` is the model.
-        kind: Which attention layers: ``"self"``.
+        kind: Which attention layers, where ``layer`` does not say: those whose tokens attend to
+            each other (``"self"``), those of a decoder that attend to the states of an encoder
+            (``"cross"``: ``S`` is the encoder's length), or ``"all"``.
     """
 
     name: str
@@ -84,7 +86,6 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         if layer is not None:
             self._chosen = [layer] if isinstance(layer, nn.Module) else list(layer)
         self._roots: list[nn.Module] = self._chosen or [] if self.model is None else [self.model]
-        check_self_attention(self._roots)
         self._layers: list[str] | None = None
 
     @classmethod
@@ -105,8 +106,11 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                     "The layers are found by running the model: call attribute once, then read "
                     ".layers."
                 )
-            device = next(model.parameters()).device
-            self.observe(torch.zeros(1, 2, dtype=torch.long, device=device), None, _ignore)
+            ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+            inputs = {"input_ids": ids}
+            if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+                inputs["decoder_input_ids"] = ids
+            self.observe(inputs, None, _ignore)
         assert self._layers is not None
         return self._layers
 
@@ -176,7 +180,13 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                 bar.update()
 
             observation = Observation(
-                self._roots, collect, self._chosen, call.real, states, self.space
+                self._roots,
+                collect,
+                self._chosen,
+                kind=self.kind if self._chosen is None else "all",
+                real=call.real,
+                states=states,
+                space=self.space,
             )
             with (
                 torch.no_grad(),
@@ -185,7 +195,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                 uncompiled(),
             ):
                 output = self.forward_func(*call.args, **call.kwargs)
-        _check_executions(observation.executions, self._chosen, self._roots)
+        _check_executions(observation.executions, self._chosen, self._roots, self.kind)
         return results, output, vanishing
 
     @logged
@@ -316,17 +326,6 @@ def unwrapped(forward_func: Any) -> Any:
             return forward_func
 
 
-def check_self_attention(roots: list[nn.Module]) -> None:
-    """Raises an UnsupportedModelError where there is cross-attention."""
-    for module in (m for root in roots for m in root.modules()):
-        config = getattr(module, "config", None)
-        if any(getattr(config, n, False) for n in ("is_encoder_decoder", "add_cross_attention")):
-            raise UnsupportedModelError(
-                f"{type(module).__name__} belongs to a model with cross-attention, which cannot be "
-                "told from self-attention yet: use a model of an encoder or a decoder only."
-            )
-
-
 def _check_layers(layer: object, model: nn.Module | None) -> None:
     if layer is None:
         if model is None:
@@ -350,16 +349,25 @@ def no_attention(roots: Sequence[nn.Module]) -> UnsupportedModelError:
     """What to raise where a pass made no attention call that can be seen."""
     kinds = ", ".join(type(root).__name__ for root in roots)
     return UnsupportedModelError(
-        f"No attention was found in {kinds}: attention is seen in Hugging Face models that use "
-        "the attention registry (transformers.AttentionInterface)."
+        f"No attention was found in {kinds}: it is seen where a model uses the attention registry "
+        "of transformers, torch.nn.functional.scaled_dot_product_attention, or a softmax over keys "
+        "and a product with values, each (B, H, T, S). For other modules, use register_adapter."
     )
 
 
 def _check_executions(
-    executions: list[Execution], chosen: list[nn.Module] | None, roots: list[nn.Module]
+    executions: list[Execution],
+    chosen: list[nn.Module] | None,
+    roots: list[nn.Module],
+    kind: Kind,
 ) -> None:
     if not executions and chosen is None:
         raise no_attention(roots)
+    if chosen is None and kind != "all" and all(e.kind != kind for e in executions):
+        raise ValueError(
+            f"kind={kind!r}, but all {len(executions)} attention layers that ran are of the kind "
+            f"{executions[0].kind!r}: choose that, or 'all'."
+        )
     ran = {execution.module for execution in executions}
     missing = [module for module in chosen or () if module not in ran]
     if missing:
@@ -472,7 +480,7 @@ class AttentionWeights(AttentionAttribution):
         forward_func: The model, or any callable that runs it; a callable needs ``layer``.
         layer: An attention module, a list of them, or None for all.
         device_ids: As in Captum.
-        kind: ``"self"``, the attention layers that are attributed.
+        kind: Which layers, where ``layer`` is None: ``"self"``, ``"cross"`` or ``"all"``.
 
     Example:
         >>> a = AttentionWeights(model).attribute(input_ids)
@@ -495,7 +503,7 @@ class VWAttention(_ValueAttribution):
         device_ids: As in Captum.
         space: Where norms are taken: ``"attention"``, at the layer's output; or ``"residual"``, at
             what is added to the residual stream, after a norm that follows attention.
-        kind: ``"self"``, the attention layers that are attributed.
+        kind: Which layers, where ``layer`` is None: ``"self"``, ``"cross"`` or ``"all"``.
 
     Example:
         >>> VWAttention(model, model.model.layers[0].self_attn).attribute(input_ids).shape
@@ -517,7 +525,7 @@ class VWONAttention(_ValueAttribution):
         device_ids: As in Captum.
         space: Where norms are taken: ``"attention"``, at the layer's output; or ``"residual"``, at
             what is added to the residual stream, after a norm that follows attention.
-        kind: ``"self"``, the attention layers that are attributed.
+        kind: Which layers, where ``layer`` is None: ``"self"``, ``"cross"`` or ``"all"``.
 
     Example:
         >>> VWONAttention(model).attribute(input_ids)[1].shape
@@ -544,7 +552,7 @@ class ContributionWeights(_ValueAttribution):
         space: ``"attention"``: the output is that of the attention layer (the paper).
             ``"residual"``: it is what is added to the residual stream, which differs where a norm
             follows attention (Gemma 2 and 3, OLMo 2); the norm's scale is held fixed.
-        kind: ``"self"``, the attention layers that are attributed.
+        kind: Which layers, where ``layer`` is None: ``"self"``, ``"cross"`` or ``"all"``.
 
     Example:
         >>> c = ContributionWeights(model).attribute(input_ids)

@@ -6,7 +6,9 @@ the queries, keys and values at the attention call, the weights recomputed from 
 checked against the head outputs, and the linear layer that reads those head outputs.
 """
 
-from captum_cw.capture.huggingface import ValueChange, changed_values, is_observed
+from captum_cw.capture.attention import changed_values
+from captum_cw.capture.calls import Kind
+from captum_cw.capture.listening import ValueChange, is_observed
 from captum_cw.capture.observation import (
     Execution,
     Observation,
@@ -18,6 +20,7 @@ from captum_cw.capture.states import StateSpace
 
 __all__ = [
     "Execution",
+    "Kind",
     "Observation",
     "StateSpace",
     "UnsupportedModelError",

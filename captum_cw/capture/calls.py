@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from captum_cw.capture.running import Run
 from captum_cw.functional import QueryMask, Weights, attention_weights, expand_heads
 
-__all__ = ["AttentionCall", "UnsupportedModelError", "find_weights", "query_mask", "visible_keys"]
+__all__ = [
+    "AttentionCall",
+    "Kind",
+    "UnsupportedModelError",
+    "find_weights",
+    "padding_of",
+    "query_mask",
+    "visible_keys",
+]
+
+Kind = Literal["self", "cross"]
+
+#: What attention modules call the states that keys are made of, where these are not those that
+#: queries are made of.
+OTHER_STATES = (
+    "key_value_states", "encoder_hidden_states", "cross_attention_states", "encoder_outputs",
+    "context", "context_hidden_states", "memory", "key", "keys", "k", "key_tensor",
+)  # fmt: skip
 
 #: An additive mask at or below this leaves no weight, in any dtype that can hold it.
 HIDDEN = -1e8
@@ -26,41 +47,100 @@ class UnsupportedModelError(RuntimeError):
     """The model does something that would make the measures wrong, so nothing is computed."""
 
 
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and (a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr()))
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """What went into an attention kernel, and what came out.
 
     Args:
         module: The attention module that made the call.
-        query, key, value: ``(B, H, T, d_k)``, ``(B, H_kv, S, d_k)``, ``(B, H_kv, S, d_h)``.
+        running: The modules that were running, ``module`` among them, the innermost last.
+        query, key: ``(B, H, T, d_k)`` and ``(B, H_kv, S, d_k)``; None where the weights are all
+            that is known.
+        value: ``(B, H_kv, S, d_h)``.
         mask: Boolean (True = visible) or additive, broadcastable to ``(B, H, T, S)``, or None.
         causal: Whether the kernel takes no mask to mean that queries see no later key.
         scaling: Factor of the inner products; None is ``1 / sqrt(d_k)``.
-        head_output: ``y``, ``(B, T, H, d_h)``.
+        returned: What the kernel gave to the model.
+        by_token: Puts something of the shape of ``returned`` into that of ``y``,
+            ``(B, T, H, d_h)``.
         weights: ``(B, H, T, S)`` where the kernel returned them, else None.
         dense_kernel: The model's own kernel that returns weights, with all of its
             peculiarities: ``(rows, query, key, value, mask) -> (B, H, t, S)``. None where it
             has none.
-        scaled: The head outputs that the same kernel gives once the values are multiplied by
-            factors ``(B, H, S)``.
+        scaled: What the same kernel gives once the values are multiplied by factors
+            ``(B, H, S)``.
     """
 
     module: nn.Module
-    query: Tensor
-    key: Tensor
+    running: tuple[Run, ...]
+    query: Tensor | None
+    key: Tensor | None
     value: Tensor
     mask: Tensor | None
     causal: bool
     scaling: float | None
-    head_output: Tensor
+    returned: Tensor
+    by_token: Callable[[Tensor], Tensor]
     weights: Tensor | None
     dense_kernel: Callable[[slice, Tensor, Tensor, Tensor, Tensor], Tensor] | None
     scaled: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def head_output(self) -> Tensor:
+        """``y``, ``(B, T, H, d_h)``."""
+        return self.by_token(self.returned)
+
+    @property
+    def B(self) -> int:
+        """Number of examples."""
+        return self.head_output.shape[0]
+
+    @property
+    def T(self) -> int:
+        """Number of queries."""
+        return self.head_output.shape[1]
+
+    @property
+    def H(self) -> int:
+        """Number of query heads."""
+        return self.head_output.shape[2]
+
+    @property
+    def S(self) -> int:
+        """Number of keys."""
+        return self.value.shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that geometry is computed in: the model's, but float32 at least."""
         return torch.promote_types(self.value.dtype, torch.float32)
+
+    @property
+    def own(self) -> Run | None:
+        """What the attention module was given; None where that was not seen."""
+        return next((run for run in reversed(self.running) if run.module is self.module), None)
+
+    @cached_property
+    def kind(self) -> Kind:
+        """Whether keys are made of the tokens that queries are made of."""
+        if self.S < self.T:
+            return "cross"
+        if self.own is None:
+            return "self"
+        parameters = inspect.signature(self.own.module.forward).parameters
+        given = {**dict(zip(parameters, self.own.args, strict=False)), **self.own.kwargs}
+        states = self.own.states()
+        for name, other in given.items():
+            if not isinstance(other, Tensor) or other.dim() != 3 or _same(other, states):
+                continue
+            # Where lengths differ, it tells itself by its own.
+            if name in OTHER_STATES or self.T != self.S == other.shape[1]:
+                return "cross"
+        return "self"
 
 
 def visible_keys(mask: Tensor) -> Tensor:
@@ -83,27 +163,67 @@ def query_mask(call: AttentionCall, real: Tensor | None) -> QueryMask:
     told = real is not None
     if real is not None and real.all():
         real = None
-    T, S = call.query.shape[2], call.key.shape[2]
+    T, S = call.T, call.S
     if call.mask is None:
         return QueryMask(T, S, causal=call.causal, real=real)
     visible = visible_keys(call.mask)
     future = torch.ones(T, S, dtype=torch.bool, device=visible.device).triu(S - T + 1)
     if not told:
-        real = _inferred(visible, call.query.shape[0], T, S)
+        real = _inferred(call, visible)
     return QueryMask(T, S, visible, causal=not bool((visible & future).any()), real=real)
 
 
-def _inferred(visible: Tensor, B: int, T: int, S: int) -> Tensor | None:
+def _inferred(call: AttentionCall, visible: Tensor) -> Tensor | None:
     """``(B, T)``: which queries are no padding, by the mask alone; None for all.
 
     A query that sees nothing is padding, and so is, where queries and keys are the same tokens, one
     that no other sees, itself included.
     """
+    B, T = call.B, call.T
     real = visible.any(-1).any(1).expand(B, T)
-    if T == S and not (visible.shape[2] == 1 and visible.shape[3] == 1):
+    same = T == call.S and call.kind == "self"
+    if same and not (visible.shape[2] == 1 and visible.shape[3] == 1):
         rows = visible & real[:, None, :, None]
         real = real & rows.any(-2).any(1).expand(B, T)
     return None if real.all() else real
+
+
+def padding_of(call: AttentionCall, told: Sequence[Tensor]) -> Tensor | None:
+    """Which tokens of a call are no padding, of what was told of all sequences of a model.
+
+    An encoder and a decoder, or an image beside a text, may be of one length: a call's own padding
+    is the one that its mask bears out, and of several the one that explains most of it.
+
+    Args:
+        call: A call of self-attention.
+        told: Each ``(B, T)``, False at padded tokens of one sequence.
+
+    Returns:
+        ``(B, T)``; None where none fits.
+    """
+    best: Tensor | None = None
+    for real in told:
+        if real.shape != (call.B, call.T):
+            continue
+        real = real.to(call.value.device)
+        if (best is None or real.sum() < best.sum()) and (real.all() or _hides(call, real)):
+            best = real
+    return best
+
+
+def _hides(call: AttentionCall, real: Tensor) -> bool:
+    """Whether a call's mask hides the padded keys."""
+    if call.S != call.T:  # earlier tokens are not told of
+        return True
+    if call.mask is None:
+        return False
+    seen = visible_keys(call.mask).any(1).expand(call.B, call.T, call.S)
+    ahead = seen.triu(1).any(-1)
+    rows = torch.ones_like(real)
+    if not (ahead & real).any():
+        # A causal mask may show everything to a padded query, which would see nothing.
+        rows = real | ~ahead
+    return not (seen & rows[:, :, None] & ~real[:, None]).any()
 
 
 def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
@@ -157,7 +277,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 def _reproduces(weights: Weights, call: AttentionCall, mask: QueryMask) -> bool:
     """Whether ``sum_j a_ij v_j`` is what the model computed, at a few real queries."""
     tolerance = max(1e-4, 4 * torch.finfo(call.value.dtype).eps)
-    v = expand_heads(call.value, call.query.shape[1]).to(call.dtype)
+    v = expand_heads(call.value, call.H).to(call.dtype)
     for rows in _probed(mask):
         a = weights(rows)
         n = a.shape[-1]
@@ -188,6 +308,8 @@ class _Softmax:
     """Weights by the plain softmax of Eq. 1, with the mask of the call."""
 
     def __init__(self, call: AttentionCall, mask: QueryMask) -> None:
+        assert call.query is not None
+        assert call.key is not None
         self.scaling = call.scaling
         self.query, self.key = call.query.to(call.dtype), call.key.to(call.dtype)
         self.mask = mask
@@ -217,7 +339,7 @@ class _Rescaled:
 
     def __init__(self, weights: Weights, call: AttentionCall, mask: QueryMask) -> None:
         self.weights, self.mask = weights, mask
-        self.value = expand_heads(call.value, call.query.shape[1]).to(call.dtype)
+        self.value = expand_heads(call.value, call.H).to(call.dtype)
         self.output = call.head_output.transpose(1, 2).to(call.dtype)
 
     def __call__(self, rows: slice) -> Tensor:
@@ -233,6 +355,8 @@ class _DenseKernel:
 
     def __init__(self, call: AttentionCall, mask: QueryMask) -> None:
         assert call.dense_kernel is not None
+        assert call.query is not None
+        assert call.key is not None
         self.kernel, self.mask, self.call = call.dense_kernel, mask, call
         self.query, self.key, self.value = (
             x.to(call.dtype) for x in (call.query, call.key, call.value)

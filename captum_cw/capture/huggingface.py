@@ -21,8 +21,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,59 +30,20 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, visible_keys
+from captum_cw.capture.listening import taken_over
+from captum_cw.capture.running import running
 from captum_cw.capture.wrapping import wrapping
 from captum_cw.functional import expand_heads
 
-__all__ = ["ValueChange", "attention_calls", "changed_values", "is_listening", "is_observed"]
+__all__ = ["registered_kernels"]
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 EAGER = "eager_attention_forward"
 
-Listener = Callable[[AttentionCall], None]
-
-ValueChange = Callable[[nn.Module, int, Tensor], Tensor | None]
-"""Takes an attention module, ``H`` and its values ``(B, H_kv, S, d_h)``; gives the factors
-``(B|1, H|1, S)`` that they are multiplied by, or None to leave them."""
-
-_listener: ContextVar[Listener | None] = ContextVar("captum_cw_listener", default=None)
-_changes: ContextVar[tuple[ValueChange, ...]] = ContextVar("captum_cw_changes", default=())
-
 
 @contextmanager
-def attention_calls(modules: Iterable[nn.Module], listener: Listener) -> Iterator[None]:
-    """Tells ``listener`` of every attention call that ``modules`` make in this context.
-
-    An observation within an observation hears its own calls only, and so does the outer one.
-    """
-    with _wrapped_kernels(modules):
-        token = _listener.set(listener)
-        try:
-            yield
-        finally:
-            _listener.reset(token)
-
-
-@contextmanager
-def changed_values(modules: Iterable[nn.Module], change: ValueChange) -> Iterator[None]:
-    """Changes the values that the attention kernels of ``modules`` read in this context.
-
-    Changes within changes add up, and an observation hears of what is left.
-    """
-    known = set(modules)
-
-    def of_known(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
-        return change(module, heads, value) if module in known else None
-
-    with _wrapped_kernels(known):
-        token = _changes.set((*_changes.get(), of_known))
-        try:
-            yield
-        finally:
-            _changes.reset(token)
-
-
-@contextmanager
-def _wrapped_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
+def registered_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Attention kernels that ``modules`` take from the registry are seen, and can be changed."""
     with ExitStack() as stack:
         for file in _modeling_files(modules):
             registry = getattr(file, REGISTRY)
@@ -92,16 +52,6 @@ def _wrapped_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
             for name in _eager_kernels(file):
                 stack.enter_context(wrapping(_Global(file, name), _EagerKernel))
         yield
-
-
-def is_observed() -> bool:
-    """Whether anyone listens to attention calls that are made now, in this context."""
-    return _listener.get() is not None
-
-
-def is_listening(listener: Listener) -> bool:
-    """Whether attention calls made now, in this context, are told to ``listener``."""
-    return _listener.get() == listener
 
 
 def _modeling_files(modules: Iterable[nn.Module]) -> list[ModuleType]:
@@ -183,11 +133,8 @@ class _Kernel:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        listener, changes = _listener.get(), _changes.get()
         acting: Any = module
-        # A kernel may hand over to another one: that is still one attention call.
-        tokens = _listener.set(None), _changes.set(())
-        try:
+        with taken_over() as (listener, changes):
             for change in changes:
                 factors = change(module, query.shape[1], value)
                 if factors is not None:
@@ -195,9 +142,6 @@ class _Kernel:
                         acting, query, key, value, attention_mask, kwargs, factors
                     )
             result = self.kernel(acting, query, key, value, attention_mask, **kwargs)
-        finally:
-            _listener.reset(tokens[0])
-            _changes.reset(tokens[1])
         if listener is not None:
             output, weights = result[0], result[1] if len(result) > 1 else None
             listener(
@@ -237,22 +181,16 @@ class _Kernel:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         causal = bool(causal) and not self.eager and mask is None and T > 1
-        if causal and key.shape[2] > T:
-            # Without a mask the first query sees the first key, whatever a static cache holds.
-            key, value = key[:, :, :T], value[:, :, :T]
-        if mask is not None and mask.shape[-1] > key.shape[2]:  # of a static cache
-            mask = mask[..., : key.shape[2]]
-        if mask is not None and mask.shape[-1] > T:
-            # The empty places of a static cache, which no query sees, are no keys.
-            used = visible_keys(mask).flatten(0, -2).any(0).nonzero()
-            n = max(T, int(used.max()) + 1 if len(used) else 0)
-            key, value, mask = key[:, :, :n], value[:, :, :n], mask[..., :n]
-        if weights is not None and weights.shape != (*query.shape[:3], key.shape[2]):
-            weights = None
-        return AttentionCall(
-            module, query, key, value, mask, causal, kwargs.get("scaling"), output, weights,
-            self._dense_kernel(module, acting, T, kwargs), scaled,
+        call = AttentionCall(
+            module, running(), query, key, value, mask, causal, kwargs.get("scaling"),
+            output, lambda y: y, weights, self._dense_kernel(module, acting, T, kwargs), scaled,
         )  # fmt: skip
+        used = _used_keys(call) if call.kind == "self" else call.S
+        if mask is not None and mask.shape[-1] > used:
+            mask = mask[..., :used]  # else the same tensor, by which layers share what it says
+        call = replace(call, key=key[:, :, :used], value=value[:, :, :used], mask=mask)
+        fits = weights is not None and weights.shape == (call.B, call.H, call.T, call.S)
+        return call if fits else replace(call, weights=None)
 
     def _scaled(
         self,
@@ -303,6 +241,17 @@ class _Kernel:
             return result
 
         return weights
+
+
+def _used_keys(call: AttentionCall) -> int:
+    """How many keys there are, without the empty places of a static cache."""
+    if call.causal:
+        # Without a mask the first query sees the first key, whatever a cache holds.
+        return min(call.S, call.T)
+    if call.mask is None or min(call.S, call.mask.shape[-1]) <= call.T:
+        return call.S
+    seen = visible_keys(call.mask).flatten(0, -2).any(0).nonzero()
+    return min(call.S, max(call.T, int(seen.max()) + 1 if len(seen) else 0))
 
 
 class _EagerKernel(_Kernel):

@@ -71,11 +71,12 @@ class HeadFlow:
     """Head outputs on their way to the projection, and what is done to them.
 
     Args:
-        head_output: ``(B, T, H, d_h)``, the tensor that the kernel gave to the model.
+        head_output: The tensor that the kernel gave to the model.
+        by_token: Puts something of its shape into ``(B, T, H, d_h)``.
     """
 
-    def __init__(self, head_output: Tensor) -> None:
-        self.start = head_output
+    def __init__(self, head_output: Tensor, by_token: Callable[[Tensor], Tensor]) -> None:
+        self.start, self.by_token = head_output, by_token
         # Whoever asks for gradients gets those of the model as it is.
         self.recorded = head_output.requires_grad and torch.is_grad_enabled()
         self.source = head_output
@@ -138,7 +139,7 @@ class HeadFlow:
         if by is None:
             return None
         dtype = torch.promote_types(x.dtype, torch.float32)
-        by, y = by.detach().to(dtype), self.start.detach().to(dtype)
+        by, y = (self.by_token(z).detach().to(dtype) for z in (by, self.start))
         wrong = (by * y - x.detach().to(dtype).reshape(y.shape)).abs()
         eps = max(1e-5, *(4 * torch.finfo(z.dtype).eps for z in (x, self.start)))
         size = (by * y).abs()
@@ -244,7 +245,7 @@ class _Functions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         flow = self.flow()
-        linear = func is torch.nn.functional.linear or (func is torch.addmm and not kwargs)
+        linear = _is_linear(func, args, kwargs)
         touched = flow is not None and flow.touched(args, kwargs)
         if flow is not None and touched and not linear:
             return flow.run(func, args, kwargs)
@@ -256,10 +257,24 @@ class _Functions(TorchFunctionMode):
         if func is torch.addmm:
             bias, x, weight = args
             product = LinearProduct(x, weight, bias, result, lambda x: func(bias, x, weight))
-        else:
+        elif func is torch.nn.functional.linear:
             product = _linear(result, *args, **kwargs)
+        else:
+            x, weight = args
+            product = LinearProduct(x, weight, None, result, lambda x: func(x, weight))
         changed = self.listener(product)
         return result if changed is None else changed
+
+
+def _is_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function is the product of states and a weight."""
+    if func is torch.nn.functional.linear:
+        return True
+    if kwargs:
+        return False
+    if getattr(func, "__name__", "") in ("matmul", "__matmul__"):
+        return len(args) == 2 and all(isinstance(x, Tensor) for x in args) and args[1].dim() == 2
+    return func is torch.addmm
 
 
 def _linear(

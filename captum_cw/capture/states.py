@@ -1,99 +1,54 @@
-"""The hidden states that go into attention layers, in the spaces where sinks are looked for."""
+"""The hidden states of the tokens of an attention call, by which sinks are found."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError
+from captum_cw.capture.running import Run
 
-__all__ = ["HiddenStates", "StateSpace"]
+__all__ = ["StateSpace", "hidden_states"]
 
 StateSpace = Literal["normed", "residual", "key", "value"]
 
-_watching: ContextVar[HiddenStates | None] = ContextVar("captum_cw_hidden_states", default=None)
 
-
-class HiddenStates:
-    """Watches what modules are given, in this thread, while :meth:`watching` lasts.
+def hidden_states(call: AttentionCall, space: StateSpace, before: Sequence[Run]) -> Tensor:
+    """The states of the tokens of a call, ``(B, S, n)``; heads are put side by side.
 
     Args:
-        roots: The model, or the modules of it that are known.
-        space: Which states are asked for: the ``"normed"`` input of an attention layer, the
-            ``"residual"`` stream that was normalised to it, or its ``"key"`` or ``"value"``
-            vectors.
+        call: The call.
+        space: Which states: the ``"normed"`` input of the attention layer, the ``"residual"``
+            stream that was normalised to it, or its ``"key"`` or ``"value"`` vectors.
+        before: What was running at the call before: what it was given is of an earlier layer.
+
+    Raises:
+        UnsupportedModelError: If the attention module is not given hidden states.
     """
-
-    def __init__(self, roots: Collection[nn.Module], space: StateSpace) -> None:
-        self.space = space
-        self._inputs: dict[nn.Module, Tensor] = {}
-        self._above = {
-            child: parent
-            for root in roots
-            for parent in root.modules()
-            for child in parent.children()
-        }
-        # No attention layer is a leaf: it has projections.
-        self._watched = {*self._above.values()} if space in ("normed", "residual") else set()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Notes the inputs of modules, where the space needs them."""
-        with ExitStack() as stack:
-            for module in self._watched:
-                handle = module.register_forward_pre_hook(self._note, with_kwargs=True)
-                stack.callback(handle.remove)
-            token = _watching.set(self)
-            try:
-                yield
-            finally:
-                _watching.reset(token)
-                self._inputs.clear()
-
-    def _note(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> None:
-        # Another thread may run a hook that has been registered but not yet marked as one
-        # that takes keyword arguments; it is not the one that watches.
-        if _watching.get() is self:
-            for x in (*args, *(kwargs or {}).values()):
-                if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3:
-                    self._inputs[module] = x.detach()
-                    break
-
-    def of(self, call: AttentionCall) -> Tensor:
-        """The states of the tokens of a call, ``(B, S, n)``; heads are put side by side.
-
-        Raises:
-            UnsupportedModelError: If the attention module is not given hidden states.
-        """
-        if self.space == "key":
-            return call.key.transpose(1, 2).flatten(2)
-        if self.space == "value":
-            return call.value.transpose(1, 2).flatten(2)
-        normed = self._inputs.get(call.module)
-        if normed is None:
+    if space in ("key", "value"):
+        vectors = call.key if space == "key" else call.value
+        if vectors is None:
             raise UnsupportedModelError(
-                f"{type(call.module).__name__} is given no hidden states (B, T, d), so sinks "
-                "cannot be found by them: choose the space 'key' or 'value'."
+                f"{type(call.module).__name__} multiplies queries and keys by itself, so sinks "
+                "cannot be found by keys: choose another space."
             )
-        states = normed if self.space == "normed" else self._before_norm(call.module, normed)
-        self._inputs.clear()  # what is kept here is kept in memory
-        return states
-
-    def _before_norm(self, module: nn.Module, normed: Tensor) -> Tensor:
-        """The input of the innermost module around that was given something else."""
-        while module in self._above:
-            module = self._above[module]
-            states = self._inputs.get(module)
-            if states is not None and not _same(states, normed):
-                return states
+        return vectors.transpose(1, 2).flatten(2)
+    # Modules of a layer are often given the same: the layer around them is what differs.
+    fresh = [run.states() for run in reversed(call.running) if run not in before]
+    given = [states for states in fresh if states is not None]
+    if not given or call.own is None or call.own.states() is None:
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} is given no hidden states (B, T, d), so sinks "
+            "cannot be found by them: choose the space 'key' or 'value'."
+        )
+    normed = call.own.states()
+    assert normed is not None
+    if space == "normed":
         return normed
+    return next((states for states in given if not _same(states, normed)), normed)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -88,12 +88,12 @@ class ForeignMethod:
     model: nn.Module
     scorer: PairScorer
 
-    def scores(self, inputs: Mapping[str, Any], real: Tensor | None) -> list[Tensor]:
+    def scores(self, inputs: Mapping[str, Any], told: Sequence[Tensor]) -> list[Tensor]:
         """For each layer ``(B, H, S)``."""
         forward = partial(self.model, **inputs)
         with evaluation_mode([self.model], self.model):
             seen = CleanPass.run(
-                self.model, forward, {"": self.scorer}, SinkRule(threshold=None), real
+                self.model, forward, {"": self.scorer}, SinkRule(threshold=None), told
             )
         return seen.scores[""]
 

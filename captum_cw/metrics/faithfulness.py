@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from captum_cw._version import __version__
 from captum_cw.attr._captum import Attribution
 from captum_cw.attr.layer import (
-    check_self_attention,
     evaluation_mode,
     uncompiled,
     unwrapped,
 )
 from captum_cw.capture import StateSpace
 from captum_cw.functional import Reduction, check_choice
-from captum_cw.interventions import Ranking, Scoring, SinkRule, check_scoring
+from captum_cw.interventions import Ranking, Scoring, SinkRule, check_scoring, check_self_attention
 from captum_cw.metrics.batch import (
     Batch,
     BatchRun,
@@ -123,7 +122,7 @@ class ComprehensivenessSufficiency:
         self.model: nn.Module = unwrapped(model)
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model is of type {type(model).__name__}: give the model itself.")
-        check_self_attention([self.model])
+        check_self_attention(self.model)
         check_scoring(scoring, scope)
         check_choice("reduction", reduction, Reduction)
         check_choice("granularity", granularity, Granularity)

@@ -1,0 +1,315 @@
+"""Attention that a model computes by itself, seen in the functions that PyTorch runs.
+
+Either it calls :func:`torch.nn.functional.scaled_dot_product_attention`, or it takes a softmax
+over keys and multiplies values by what becomes of it. The attention module is the innermost one
+that is running, and its queries are the tokens whose states it was given: what attends to anything
+else, such as the states of one token in all layers, is no attention between tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from captum_cw.capture.calls import AttentionCall, UnsupportedModelError
+from captum_cw.capture.listening import ValueChange, is_heard, taken_over
+from captum_cw.capture.running import running
+from captum_cw.functional import expand_heads
+
+__all__ = ["DirectAttention"]
+
+#: A logit this far below the largest of its query is that of a hidden key, whatever number a model
+#: writes for it.
+FAR_BELOW = 1e3
+
+#: Products of weights and values.
+PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> dict[str, Any]:
+    """The arguments of scaled_dot_product_attention, by name."""
+    return locals()
+
+
+@dataclass
+class _Probabilities:
+    """A softmax on its way to the values.
+
+    Args:
+        logits: What it was taken of, ``(..., T, S)``.
+        known: What became of it so far, by id, so that the ids stay their own.
+    """
+
+    logits: Tensor
+    known: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """``weights @ value``, with the operands and the result in our order.
+
+    Args:
+        module: What computes it.
+        weights: ``(B, H, T, S)``.
+        value: ``(B, H|1, S, d_h)``.
+        given: Puts values in our order back into that of the operand.
+        by_token: Puts the result, or something of its shape, into ``(B, T, H, d_h)``.
+    """
+
+    module: nn.Module
+    weights: Tensor
+    value: Tensor
+    given: Callable[[Tensor], Tensor]
+    by_token: Callable[[Tensor], Tensor]
+
+
+class DirectAttention(TorchFunctionMode):
+    """Sees the attention that runs in this thread outside of registered kernels, and changes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._softmax: _Probabilities | None = None
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not is_heard():
+            return func(*args, **kwargs)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return self._fused(func, _arguments(*args, **kwargs))
+        if getattr(func, "__name__", "") in ("softmax", "softmax_"):
+            return self._started(func, args, kwargs)
+        if self._softmax is not None and any(id(x) in self._softmax.known for x in _flat(args)):
+            return self._followed(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    # -- fused
+
+    def _fused(self, func: Any, given: dict[str, Any]) -> Tensor:
+        query, key, value, mask = (given[n] for n in ("query", "key", "value", "attn_mask"))
+        found = _attention_module(query.shape[:-1]) if query.dim() == 4 else None
+        if found is None:
+            result: Tensor = func(**given)
+            return result
+        module, H, T = found[0], query.shape[1], query.shape[2]
+        with taken_over() as (listener, changes):
+            value = _changed(changes, module, H, value)
+            if value.shape[1] != key.shape[1]:  # heads no longer share values
+                key = expand_heads(key, H)
+            given = {**given, "key": key, "value": value}
+            result = func(**given)
+        if listener is None:
+            return result
+        if given["dropout_p"]:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} drops attention weights though it is not in training: "
+                "set the dropout of scaled_dot_product_attention to 0 in evaluation."
+            )
+        if given["is_causal"] and key.shape[2] != T:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has {key.shape[2]} keys for {T} queries and "
+                "is_causal=True: what its queries see is not known. Run it without a cache."
+            )
+
+        def scaled(factors: Tensor) -> Tensor:
+            H_kv = max(value.shape[1], H)
+            again: Tensor = func(
+                **{
+                    **given,
+                    "key": expand_heads(key, H_kv),
+                    "value": _times(expand_heads(value, H_kv), factors),
+                }
+            )
+            return again
+
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())]
+        call = AttentionCall(
+            module, running(), query, key, value, mask, bool(given["is_causal"]) and T > 1,
+            given["scale"], result, _heads_second, None, None, scaled,
+        )  # fmt: skip
+        listener(call)
+        return result
+
+    # -- a softmax, and the product with values
+
+    def _started(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        logits = args[0] if args else kwargs.get("input")
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if isinstance(logits, Tensor) and logits.dim() > 2 and dim in (-1, logits.dim() - 1):
+            self._softmax = _Probabilities(logits, {id(result): result})
+        return result
+
+    def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        softmax = self._softmax
+        assert softmax is not None
+        product = None
+        if getattr(func, "__name__", "") in PRODUCTS:
+            product = _product(args, softmax)
+        if product is None:
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and result.numel() == softmax.logits.numel():
+                softmax.known[id(result)] = result
+            return result
+        self._softmax = None
+        module, H = product.module, product.weights.shape[1]
+
+        def of(value: Tensor) -> Tensor:
+            operands = [
+                x if id(x) in softmax.known or not isinstance(x, Tensor) else product.given(value)
+                for x in _flat(args)
+            ]
+            again: Tensor = func(*operands, **kwargs)
+            return again
+
+        with taken_over() as (listener, changes):
+            value = _changed(changes, module, H, product.value)
+            result = func(*args, **kwargs) if value is product.value else of(value)
+        if listener is not None:
+            visible = _visible(softmax.logits.view_as(product.weights), product.weights)
+            call = AttentionCall(
+                module, running(), None, None, value, visible, False, None,
+                result, product.by_token, product.weights, None,
+                lambda factors: of(_times(expand_heads(value, H), factors)),
+            )  # fmt: skip
+            listener(call)
+        return result
+
+
+def _attention_module(queries: Sequence[int]) -> tuple[nn.Module, int] | None:
+    """The module that computes attention, and ``B``; None if this is no attention between tokens.
+
+    Args:
+        queries: ``(B, H, T)`` or ``(B * H, T)``.
+    """
+    if len(queries) not in (2, 3) or not running():
+        return None
+    run, T = running()[-1], queries[-1]
+    for x in run.tensors():
+        if x.dim() == 3 and x.is_floating_point():
+            # Some modules take tokens before examples.
+            for B, length in (x.shape[:2], (x.shape[1], x.shape[0])):
+                if length == T and (queries[0] == B if len(queries) == 3 else not queries[0] % B):
+                    return run.module, B
+    return None
+
+
+def _flat(args: Sequence[Any]) -> list[Any]:
+    return [y for x in args for y in (x if isinstance(x, (list, tuple)) else (x,))]
+
+
+def _heads_second(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _changed(
+    changes: Sequence[ValueChange], module: nn.Module, heads: int, value: Tensor
+) -> Tensor:
+    for change in changes:
+        factors = change(module, heads, value)
+        if factors is not None:
+            value = _times(expand_heads(value, heads), factors)
+    return value
+
+
+def _times(value: Tensor, factors: Tensor) -> Tensor:
+    """Values ``(B, H, S, d_h)`` times factors ``(B|1, H|1, n)`` of the first ``n`` keys."""
+    missing = value.shape[2] - factors.shape[-1]  # keys that came later
+    factors = torch.nn.functional.pad(factors, (0, missing), value=1.0).to(value)[..., None]
+    # Not a product alone: a value may be infinite.
+    return (value * factors).masked_fill(factors == 0, 0)
+
+
+def _visible(logits: Tensor, weights: Tensor) -> Tensor | None:
+    """Which keys queries see, by the logits, which a mask has been added to; None for all."""
+    lowest = logits.amax(-1, keepdim=True) - FAR_BELOW
+    visible = (weights != 0) | (logits > lowest)
+    return None if visible.all() else visible
+
+
+def _product(args: tuple[Any, ...], softmax: _Probabilities) -> _Product | None:
+    """How an attention output is made of these operands; None if it is none."""
+    equation = args[0] if args and isinstance(args[0], str) else None
+    operands = _flat(args[1:] if equation else args)
+    if len(operands) != 2 or not all(isinstance(x, Tensor) for x in operands):
+        return None
+    weights, value = operands
+    found = _attention_module(softmax.logits.shape[:-1])
+    if found is None:
+        return None
+    module, B = found
+    if equation is not None:
+        return _by_equation(module, equation, weights, value, softmax)
+    if id(weights) not in softmax.known or id(value) in softmax.known:
+        return None
+    if weights.dim() != value.dim() or weights.shape[-1] != value.shape[-2]:
+        return None
+    *batch, T, S = weights.shape
+    H = math.prod(batch) // B
+    d_h = value.shape[-1]
+    if value.dim() == 3:
+        return _Product(
+            module,
+            weights.view(B, H, T, S),
+            value.reshape(B, H, S, d_h),
+            lambda v: v.reshape(B * H, S, d_h),
+            lambda y: y.view(B, H, T, d_h).transpose(1, 2),
+        )
+    if value.dim() != 4 or value.shape[0] != B or value.shape[1] not in (1, H):
+        return None
+    return _Product(module, weights, value, lambda v: v, _heads_second)
+
+
+def _by_equation(
+    module: nn.Module, equation: str, weights: Tensor, value: Tensor, softmax: _Probabilities
+) -> _Product | None:
+    equation = equation.replace(" ", "")
+    if id(value) in softmax.known:
+        left, _, out = equation.partition("->")
+        a, _, b = left.partition(",")
+        weights, value, equation = value, weights, f"{b},{a}->{out}"
+    left, _, out = equation.partition("->")
+    a, _, b = left.partition(",")
+    if id(weights) not in softmax.known or len(a) != 4 or not a.isalpha() or not b.isalpha():
+        return None
+    batch, heads, t, s = tuple(a)
+    size = "".join(set(b) - set(a))
+    ours = batch + heads + s + size
+    if (
+        len(size) != 1
+        or sorted(b) != sorted(ours)
+        or sorted(out) != sorted(batch + heads + t + size)
+    ):
+        return None
+
+    def by_token(y: Tensor) -> Tensor:
+        return y.permute([out.index(x) for x in (batch, t, heads, size)])
+
+    return _Product(
+        module,
+        weights,
+        value.permute([b.index(x) for x in ours]),
+        lambda v: v.permute([ours.index(x) for x in b]),
+        by_token,
+    )

@@ -1,0 +1,85 @@
+"""Which modules of a model are running, and what they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Run", "running", "watching"]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a module.
+
+    Args:
+        module: The module.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that it was given, those in lists and the like left out."""
+        for x in (*self.args, *self.kwargs.values()):
+            if isinstance(x, Tensor):
+                yield x
+
+    def states(self) -> Tensor | None:
+        """The hidden states ``(B, T, d)`` that it was given; None if there were none."""
+        return next((x for x in self.tensors() if x.is_floating_point() and x.dim() == 3), None)
+
+
+class _Stack:
+    def __init__(self, modules: Collection[nn.Module]) -> None:
+        self.modules = frozenset(modules)
+        self.runs: list[Run] = []
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        # Hooks are shared with other threads, which may run one that has been registered but not
+        # yet marked as one that takes keyword arguments.
+        if _stack.get() is self:
+            self.runs.append(Run(module, args, kwargs or {}))
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        if _stack.get() is self and any(run.module is module for run in self.runs):
+            while self.runs.pop().module is not module:
+                pass
+
+
+_stack: ContextVar[_Stack | None] = ContextVar("captum_cw_running", default=None)
+
+
+@contextmanager
+def watching(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Keeps track of which of the modules are running in this context."""
+    current = _stack.get()
+    if current is not None and current.modules.issuperset(modules):
+        yield
+        return
+    stack = _Stack(modules)
+    with ExitStack() as hooks:
+        for module in stack.modules:
+            hooks.callback(module.register_forward_pre_hook(stack.enter, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(stack.leave, always_call=True).remove)
+        token = _stack.set(stack)
+        try:
+            yield
+        finally:
+            _stack.reset(token)
+
+
+def running() -> tuple[Run, ...]:
+    """The modules that are running, the innermost last."""
+    stack = _stack.get()
+    return () if stack is None else tuple(stack.runs)
