@@ -117,8 +117,9 @@ def remove_values(model: nn.Module, masks: Sequence[Tensor]) -> Iterator[None]:
 
     Args:
         model: The model.
-        masks: For each attention layer, in execution order, ``(B, H, T)`` boolean, True where
-            the value is removed; of size 1 in ``B`` or ``H`` for all examples or heads.
+        masks: For each attention layer, cross-attention included, in execution order,
+            ``(B, H, S)`` boolean, True where the value is removed; of size 1 in ``B`` or ``H`` for
+            all examples or heads.
 
     Raises:
         TypeError, ValueError: If the masks are not boolean, or do not fit the pass that is run.
@@ -229,7 +230,6 @@ class _Intervention:
         self.model: nn.Module = unwrapped(model)
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model is of type {type(model).__name__}: give the model itself.")
-        check_self_attention(self.model)
         self._modules = set(self.model.modules())
         self._state = _State()
 
@@ -256,6 +256,7 @@ class _Intervention:
     ) -> Iterator[Callable[[Any], None]]:
         tokens, state = tokens_of(self.model, args, kwargs), self._state
         if tokens.cached:
+            check_self_attention(self.model)
             self._check_cache(tokens)
         state.running = True
         try:
@@ -331,7 +332,7 @@ def _check_factors(factors: Tensor, heads: int, value: Tensor, tokens: Tokens, n
             f"Layer {number} has {value.shape[0]} examples, {heads} heads and {here} tokens, but "
             f"what changes its values has shape {(B, H, S)}: expected (B, H, T)."
         )
-    if value.shape[2] < here:
+    if tokens.cached and value.shape[2] < here:
         raise RuntimeError(
             f"Layer {number} holds {value.shape[2]} of {here} tokens in its cache, so it is not "
             "known which are removed: use a cache without a window, or none."
@@ -357,6 +358,7 @@ class _Scaled(_Intervention):
         self, model: nn.Module, factor: float, positions: list[int], layers: list[int] | None
     ) -> None:
         super().__init__(model)
+        check_self_attention(self.model)
         self._factor, self._positions, self._layers = factor, positions, layers
 
     @contextmanager
@@ -522,6 +524,7 @@ class CleanRemoval(_Intervention):
         self, model: nn.Module, scorer: PairScorer, ranking: Ranking, sink_rule: SinkRule
     ) -> None:
         super().__init__(model)
+        check_self_attention(self.model)
         self._scorer, self._ranking, self._sink_rule = scorer, ranking, sink_rule
 
     @contextmanager
@@ -566,6 +569,7 @@ class OnlineRemoval(_Intervention):
         sinks: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__(model)
+        check_self_attention(self.model)
         self._scorer, self._ranking = scorer, ranking
         self._sink_rule, self._sinks = sink_rule, sinks
 
@@ -615,8 +619,8 @@ def check_self_attention(model: nn.Module) -> None:
         config = getattr(module, "config", None)
         if any(getattr(config, n, False) for n in ("is_encoder_decoder", "add_cross_attention")):
             raise UnsupportedModelError(
-                f"{type(module).__name__} belongs to a model with cross-attention, whose values "
-                "cannot be removed or scaled yet: use a model of an encoder or a decoder only."
+                f"{type(module).__name__} belongs to a model with cross-attention, whose tokens "
+                "cannot be ranked for removal yet: use remove_values, in passes over whole texts."
             )
 
 

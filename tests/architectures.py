@@ -1,4 +1,4 @@
-"""A small random model of every causal type that transformers maps.
+"""A small random model of every type of a group that transformers maps.
 
 A type's default configuration is made anew with small sizes and one layer of each kind. The few
 types that need other values stand in ``SPECIAL``, those that cannot be built in ``CANNOT``.
@@ -6,6 +6,7 @@ types that need other values stand in ``SPECIAL``, those that cannot be built in
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 VOCABULARY = 64
@@ -52,18 +53,18 @@ SIZES: dict[str, Any] = sizes(
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "is_decoder": True,
     "initializer_range": 0.2,  # for experts and others that are linear, but no modules
 }
 
 # Given where the default is a number: None says that a model goes without.
 LIMITS: dict[str, Any] = sizes(
+    (9, "max_source_positions"),
     # Shorter than the inputs, so that they have an effect.
     (4, "sliding_window sliding_window_size attention_window_size window_size"),
     (4, "attention_chunk_size keep_window_size index_topk"),
     (4, "rotary_dim mamba_dt_rank time_step_rank"),
     (8, "local_attention patch_size chunk_size mamba_chunk_size hidden_size_per_layer_input"),
-    (8, "hc_lowrank query_pre_attn_scalar"),
+    (8, "num_mel_bins hc_lowrank query_pre_attn_scalar"),
     (1, "n_group topk_group"),
     (2, "index_block_size index_topk_blocks zero_expert_num"),
     (16, "q_lora_rank o_lora_rank image_size moe_intermediate_size expert_ffn_hidden_size"),
@@ -95,6 +96,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "full_attention": None,
         }
     },
+    "esmc": {"num_key_value_heads": 4},
+    "neomme": {"head_dim": 16},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},  # asked for, without defaults
     "deepseek_v4": {  # else longer than the inputs
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}
@@ -149,6 +152,8 @@ SPECIAL["zamba2"] = SPECIAL["zamba"]
 
 DRAFTER = "drafts from the hidden states and keys of a larger model, without tokens"
 CANNOT: dict[str, str] = {
+    "encoder-decoder": "is made of two others",
+    "perceiver": "needs inputs of its own",
     "gemma3n": "needs timm",
     "gemma4_assistant": DRAFTER,
     "gemma4_unified_assistant": DRAFTER,
@@ -159,20 +164,53 @@ class CannotBuild(Exception):
     """Says why a type has no small model here."""
 
 
-def causal_types() -> list[str]:
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+GROUPS = {
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "encoder": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "encoder-decoder": {
+        name: kind
+        for name, kind in (
+            modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+            | {"whisper": "WhisperForConditionalGeneration"}
+        ).items()
+        if getattr(transformers.CONFIG_MAPPING[name], "is_encoder_decoder", False)
+    },
+    "vision": {
+        "beit": "BeitForImageClassification",
+        "clip": "CLIPModel",
+        "data2vec-vision": "Data2VecVisionForImageClassification",
+        "deit": "DeiTForImageClassification",
+        "dinov2": "Dinov2ForImageClassification",
+        "dinov2_with_registers": "Dinov2WithRegistersForImageClassification",
+        "dinov3_vit": "DINOv3ViTModel",
+        "ijepa": "IJepaForImageClassification",
+        "metaclip_2": "MetaClip2Model",
+        "siglip": "SiglipModel",
+        "vit": "ViTForImageClassification",
+        "vit_msn": "ViTMSNForImageClassification",
+    },
+}
 
 
-def build(model_type: str) -> nn.Module:
+def types(group: str) -> list[str]:
+    return sorted(GROUPS[group])
+
+
+def build(model_type: str, group: str = "causal") -> nn.Module:
     if model_type in CANNOT:
         raise CannotBuild(f"{model_type}: {CANNOT[model_type]}")
-    model_kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    name = GROUPS[group][model_type]
+    model_kind = getattr(transformers, name if isinstance(name, str) else name[0])
     kind = transformers.CONFIG_MAPPING[model_type]
     if model_kind.config_class in map(type, walk(kind())):
         # Some types name a larger model, of which the causal one is a part.
         kind = model_kind.config_class
     torch.manual_seed(0)
-    model: nn.Module = model_kind(shrink(kind)).eval()
+    given = {"is_decoder": True} if group == "causal" else {}
+    config = shrink(kind, **given)
+    for part in walk(config):
+        part._attn_implementation = "eager"  # which lets its weights be seen
+    model: nn.Module = model_kind(config).eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear | Conv1D):
@@ -183,13 +221,29 @@ def build(model_type: str) -> nn.Module:
     return model
 
 
-def inputs(model: nn.Module) -> dict[str, Tensor]:
+def inputs(model: nn.Module, group: str = "causal") -> dict[str, Tensor]:
     config: Any = model.config
-    rows = 2
-    if config.model_type.startswith("musicgen"):
-        rows *= config.num_codebooks  # a text has a row for each of them
+    parameters = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(RESERVED, VOCABULARY, (rows, 9), generator=generator)}
+
+    def tokens(n: int) -> Tensor:
+        rows = 2
+        if config.model_type.startswith("musicgen"):
+            rows *= config.num_codebooks  # a text has a row for each of them
+        return torch.randint(RESERVED, VOCABULARY, (rows, n), generator=generator)
+
+    made = {}
+    if model.main_input_name == "input_features":
+        shape = 2, config.num_mel_bins, 2 * config.max_source_positions
+        made["input_features"] = torch.randn(shape, generator=generator)
+    if "pixel_values" in parameters and group == "vision":
+        size = getattr(config, "vision_config", config).image_size
+        made["pixel_values"] = torch.randn(2, 3, size, size, generator=generator)
+    if "input_ids" in parameters:
+        made["input_ids"] = tokens(9)
+    if "decoder_input_ids" in parameters:
+        made["decoder_input_ids"] = tokens(7)
+    return made
 
 
 def shrink(kind: type[PreTrainedConfig], **given: Any) -> PreTrainedConfig:
@@ -198,6 +252,7 @@ def shrink(kind: type[PreTrainedConfig], **given: Any) -> PreTrainedConfig:
     All goes through the constructor, which derives many values from others.
     """
     given = SPECIAL.get(kind.model_type, {}) | given
+    given = {name: x for name, x in given.items() if name != "is_decoder" or name in known(kind())}
     default = kind()
     values = {} if "num_hidden_layers" in given else layers(default)
     token = SIZES["eos_token_id"]

@@ -15,6 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+#: What grows with every run.
+CACHES = ("cache", "past_key_values")
+
 
 @dataclass
 class Call:
@@ -22,11 +25,13 @@ class Call:
 
     module: nn.Module
     attention: Tensor
-    shape: torch.Size
+    visible: Tensor
     given: tuple[tuple[Any, ...], dict[str, Any]]
     output: Tensor | None = None
     linear: nn.Module | None = None
     """What reads the module's output, where that is the head outputs."""
+    inner: nn.Module | None = None
+    """The first linear layer in the module after its softmax."""
 
 
 @dataclass
@@ -41,6 +46,8 @@ class Softmaxes:
     calls: list[Call] = field(default_factory=list)
     runs: list[tuple[nn.Module, Any]] = field(default_factory=list)
     inside: bool = False
+    projected: Tensor | None = None
+    """What the first linear layer after a softmax gave."""
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -51,6 +58,7 @@ class Softmaxes:
                 handles.append(module.register_forward_hook(self._leave))
             elif "Linear" in type(module).__name__:
                 handles.append(module.register_forward_pre_hook(self._reads))
+                handles.append(module.register_forward_hook(self._projects))
         with ExitStack() as stack:
             places = (torch, "softmax"), (nn.functional, "softmax"), (Tensor, "softmax")
             for holder, name in places:
@@ -77,6 +85,11 @@ class Softmaxes:
             if x.numel() == y.numel() and torch.equal(x.flatten(), y.flatten()):
                 call.linear = module
 
+    def _projects(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        call = self.calls[-1] if self.calls else None
+        if call is not None and call.output is None and call.inner is None:
+            call.inner, self.projected = module, _first(out)
+
     def _around(self, model: nn.Module, softmax: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.inside:  # one softmax calls another
@@ -84,13 +97,17 @@ class Softmaxes:
             self.inside = True
             weights = softmax(logits, *args, **kwargs)
             self.inside = False
-            module, given = self.runs[-1] if self.runs else (model, ((), {}))
-            states = next((x for x in _flat(given) if x.dim() == 3), None)
+            module, given, states = next(
+                ((m, g, x) for m, g in reversed(self.runs) for x in _flat(g) if x.dim() == 3),
+                (model, None, None),
+            )
             if states is None or logits.dim() < 3 or logits.shape[-2] != states.shape[1]:
                 return weights
             B = states.shape[0]
             by_head = weights.reshape(B, -1, *weights.shape[-2:])
-            self.calls.append(Call(module, by_head, weights.shape, given))
+            masked = logits.reshape(by_head.shape)
+            visible = masked > masked.amax(-1, keepdim=True) - 1e3
+            self.calls.append(Call(module, by_head, visible, given))
             if self.instead is None:
                 return weights
             return self.instead(len(self.calls) - 1, by_head).reshape(weights.shape)
@@ -105,22 +122,27 @@ def _flat(given: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[Tensor]:
 
 
 def _first(out: Any) -> Tensor:
-    first: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    while isinstance(out, (tuple, list)):
+        out = out[0]
+    first: Tensor = out
     return first
 
 
-def look(model: nn.Module, inputs: dict[str, Tensor]) -> list[Call]:
+def look(model: nn.Module, inputs: dict[str, Any]) -> list[Call]:
     """The attention calls of a pass."""
     softmaxes = Softmaxes()
     with torch.no_grad(), softmaxes.watching(model):
-        model(**inputs, use_cache=False)
+        model(**inputs)
     return softmaxes.calls
 
 
-def projected(model: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
-    """``v~`` ``(B, H, T, S, d)``, and the output ``(B, T, d)`` without what is there for none."""
+def projected(model: nn.Module, call: Call, inner: bool = False) -> tuple[Tensor, Tensor]:
+    """``v~`` ``(B, H, T, S, d)``, and the output ``(B, T, d)`` without what is there for none.
+
+    With ``inner``, the output is that of the first linear layer: a norm may come after it.
+    """
     args, kwargs = call.given
-    kwargs = {name: None if name == "cache" else x for name, x in kwargs.items()}  # XLM's grows
+    kwargs = kwargs | {name: None for name in CACHES if name in kwargs}
     B, H, T, S = call.attention.shape
 
     def output(weights: Tensor) -> Tensor:
@@ -128,7 +150,12 @@ def projected(model: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), softmaxes.watching(model):
             # Of a module that is not called by another there are no hooks.
             out = _first(call.module(*args, **kwargs))
-            return (out if call.linear is None else call.linear(out)).double()
+            if inner:
+                assert softmaxes.projected is not None
+                out = softmaxes.projected
+            elif call.linear is not None:
+                out = _first(call.linear(out))
+            return out.double()
 
     base = output(torch.zeros(B, H, T, S))
     v = torch.zeros(B, H, T, S, base.shape[-1], dtype=torch.float64)
@@ -140,13 +167,12 @@ def projected(model: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
     return v, output(call.attention) - base
 
 
-def logits_without(model: Any, inputs: dict[str, Tensor], masks: list[Tensor]) -> Tensor:
-    """The logits once values ``(B, H, S)`` are removed."""
+def without_values(model: Any, inputs: dict[str, Any], masks: list[Tensor]) -> Any:
+    """What the model returns once values ``(B, H, S)`` are removed."""
 
     def without(number: int, weights: Tensor) -> Tensor:
         return weights * ~masks[number][:, :, None]
 
     softmaxes = Softmaxes(without)
     with torch.no_grad(), softmaxes.watching(model):
-        logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits
+        return model(**inputs)

@@ -1,4 +1,4 @@
-"""Every causal model type of transformers against a reference that knows none of them.
+"""Every model type of transformers against a reference that knows none of them.
 
     python tests/matrix.py
 
@@ -10,6 +10,7 @@ returns, whatever lies in between.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import by_hand
 import reference
 import torch
 import transformers
-from architectures import CannotBuild, build, causal_types
+from architectures import GROUPS, CannotBuild, build, types
 from architectures import inputs as inputs_of
 from torch import Tensor, nn
 
@@ -56,6 +57,7 @@ class Call:
 
     module: nn.Module
     attention: Tensor
+    visible: Tensor
     value: Tensor
     head_output: Tensor
     given: tuple[tuple[Any, ...], dict[str, Any]]
@@ -65,6 +67,8 @@ class Call:
     """What it multiplies them by."""
     linear: nn.Module | None = None
     """What reads the head outputs, where the attention module returns them as they are."""
+    inner: nn.Module | None = None
+    """What reads them in the attention module."""
 
 
 @dataclass
@@ -106,22 +110,28 @@ class Kernels:
             # A kernel may multiply its output by a learned sink, rather than its weights.
             scale = ((plain * out).sum(-1) / plain.square().sum(-1)).nan_to_num(1)
             weights_used = weights * scale.transpose(1, 2)[..., None]
-            if args and isinstance(args[0], Tensor) and q.shape[2] != k.shape[2]:
+            mask = args[0] if args else kwargs.get("attention_mask")
+            visible = torch.ones_like(weights, dtype=torch.bool)
+            if mask is not None:
+                lowest = torch.finfo(q.dtype).min
+                visible &= (mask if mask.dtype == torch.bool else mask > lowest / 2)[
+                    ..., : weights.shape[-1]
+                ]
+            if q.shape[2] != k.shape[2]:
                 # A query that sees nothing (of other states than its own) has no row.
-                nothing = (args[0] < torch.finfo(q.dtype).min / 2).all(-1, keepdim=True)
-                weights_used = weights_used.masked_fill(nothing, 0)
+                weights_used = weights_used * visible.any(-1, keepdim=True)
             if self.values is not None:
                 changed = self.values(len(self.calls), repeated)
                 out = out + (weights_used @ (changed - repeated)).transpose(1, 2)
             self.calls.append(
-                Call(module, weights_used, repeated, out, self.given.get(module, ((), {})))
+                Call(module, weights_used, visible, repeated, out, self.given.get(module, ((), {})))
             )
             return out, weights
 
         return run
 
 
-def look(model: nn.Module, inputs: dict[str, Tensor]) -> list[Call]:
+def look(model: nn.Module, inputs: dict[str, Any]) -> list[Call]:
     """The attention calls of a pass, with what their modules were given."""
     kernels = Kernels()
 
@@ -135,7 +145,8 @@ def look(model: nn.Module, inputs: dict[str, Tensor]) -> list[Call]:
         kernels.given[module] = args, kwargs
         if isinstance(module, nn.Linear) and reads_heads(args):
             call = kernels.calls[-1]
-            call.linear = None if module in call.module.modules() else module
+            inside = module in call.module.modules()
+            call.linear, call.inner = (None, module) if inside else (module, call.inner)
 
     def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if "Norm" in type(module).__name__ and reads_heads(args):
@@ -145,23 +156,28 @@ def look(model: nn.Module, inputs: dict[str, Tensor]) -> list[Call]:
     handles += [m.register_forward_hook(after) for m in model.modules()]
     try:
         with torch.no_grad(), kernels.watching(model):
-            model(**inputs, use_cache=False)
+            model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
     return kernels.calls
 
 
-def projected(model: nn.Module, call: Call) -> tuple[Tensor, Tensor]:
-    """``v~`` ``(B, H, T, S, d)``, and the output ``(B, T, d)`` without what is there for none."""
+def projected(model: nn.Module, call: Call, inner: bool = False) -> tuple[Tensor, Tensor]:
+    """``v~`` ``(B, H, T, S, d)``, and the output ``(B, T, d)`` without what is there for none.
+
+    With ``inner``, the output is that of the linear layer: a norm may come after it.
+    """
+    linear = call.inner if inner else call.linear
     args, kwargs = call.given
+    kwargs = kwargs | {name: None for name in by_hand.CACHES if name in kwargs}
     B, T, H, d_h = call.head_output.shape
     kernels = Kernels()
 
     def output(head_output: Tensor) -> Tensor:
-        if call.linear is not None:
+        if linear is not None:
             with torch.no_grad():
-                return call.linear(head_output.float().flatten(2)).double()  # type: ignore[no-any-return]
+                return linear(head_output.float().flatten(2)).double()  # type: ignore[no-any-return]
         kernels.instead = lambda out: head_output.to(out)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -194,28 +210,26 @@ class Outcome:
     Args:
         status: ``"works"``, ``"refused"`` or why there is nothing to be right about.
         reason: Of a refusal.
-        way: How its attention is computed: through the ``"registry"``, or ``"by itself"``.
         layers: How many attention layers were seen.
         kinds: The classes of their modules.
+        way: How its attention is computed: through the ``"registry"``, or ``"by itself"``.
     """
 
     status: str
     reason: str = ""
-    way: str = ""
     layers: int = 0
     kinds: tuple[str, ...] = ()
+    way: str = ""
 
 
-def check(model: Any, inputs: dict[str, Tensor]) -> Outcome:
+def check(model: Any, inputs: dict[str, Any]) -> Outcome:
     """Holds all measures, scores and a removal to the reference.
 
     Raises:
         AssertionError: If a number is wrong.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.set_attn_implementation("eager")
-        model.config._attn_implementation = "eager"  # of models that cannot be asked
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         calls: list[Any] = look(model, inputs)
         by_itself = not calls
         if by_itself:
@@ -227,16 +241,22 @@ def check(model: Any, inputs: dict[str, Tensor]) -> Outcome:
                 for name, method in METHODS.items()
             }
         except UnsupportedModelError as error:
-            return Outcome("refused", str(error), way="" if by_itself else "registry", kinds=kinds)
+            return Outcome("refused", str(error), 0, kinds, "" if by_itself else "registry")
         scores = _scores(model, inputs)
         _check_logits(model, inputs)
+    if len(calls) != len(maps["inter"]):  # some go through the registry, some do not
+        calls, by_itself = by_hand.look(model, inputs), True
     assert len(calls) == len(maps["inter"]), (len(calls), len(maps["inter"]))
     for number, call in enumerate(calls):
-        v, o = (by_hand.projected if by_itself else projected)(model, call)
-        linear = (call.attention.double()[..., None] * v).sum((1, 3))
         seeing = call.attention.sum((1, 3)) > 0  # (B, T)
-        o = o * seeing[..., None]
-        assert torch.allclose(linear, o, atol=1e-3 * float(o.abs().max())), "no linear map"
+        for inner in (False, True):
+            v, o = (by_hand.projected if by_itself else projected)(model, call, inner)
+            total = (call.attention.double()[..., None] * v).sum((1, 3))
+            o = o * seeing[..., None]
+            linear = torch.allclose(total, o, atol=1e-3 * float(o.abs().max()))
+            if linear or call.inner is None:
+                break
+        assert linear, "no linear map"
         measured = reference.measures_of(call.attention, v)
         expected = {name: measured[name] for name in METHODS}
         expected = {n: torch.where(seeing[:, None, :, None], g, 0) for n, g in expected.items()}
@@ -245,16 +265,20 @@ def check(model: Any, inputs: dict[str, Tensor]) -> Outcome:
             found = maps[name][number].double()
             assert found.shape == g.shape, (name, number, found.shape, g.shape)
             assert torch.allclose(found, g, atol=1e-3 * scale), (name, number)
-        visible = call.attention > 0
-        right = reference.token_scores(expected["inter"], visible, "mean").sum(1)
+        right = reference.token_scores(expected["inter"], call.visible, "mean").sum(1)
         found = scores[number].double()
         assert torch.allclose(found, right, atol=1e-3 * float(right.abs().max())), number
     _check_removal(model, inputs, calls, by_itself)
+    if not by_itself:
+        _check_sdpa(model, inputs, maps["inter"])
     way = "by itself" if by_itself else "registry"
-    return Outcome("works", layers=len(calls), kinds=kinds, way=way)
+    left_out = [str(w.message) for w in told if "left out" in str(w.message)]
+    if left_out:
+        return Outcome("in part", left_out[0], len(calls), kinds, way)
+    return Outcome("works", "", len(calls), kinds, way)
 
 
-def _scores(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+def _scores(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
     """For each layer ``(B, S)``; layers need not be of one length."""
     try:
         scores = TokenScores(ContributionWeights(model, kind="all"), layers=None, heads="sum")
@@ -271,100 +295,142 @@ def _scores(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     ]
 
 
-def _check_logits(model: Any, inputs: dict[str, Tensor]) -> None:
+def _check_logits(model: Any, inputs: dict[str, Any]) -> None:
     with torch.no_grad():
-        alone = model(**inputs, use_cache=False)
-        _, observed = ContributionWeights(model).observe(
-            {**inputs, "logits_to_keep": 0} if _keeps(model) else inputs, None, lambda e, x: None
+        alone = model(**inputs)
+        _, observed = ContributionWeights(model, kind="all").observe(
+            {**inputs, "logits_to_keep": 0} if _takes(model, "logits_to_keep") else inputs,
+            None,
+            lambda e, x: None,
         )
-        assert torch.equal(alone.logits, observed.logits), "logits change when observed"
+        assert torch.equal(answer(alone), answer(observed)), "logits change when observed"
 
 
-def _keeps(model: Any) -> bool:
-    import inspect
+def _check_sdpa(model: Any, inputs: dict[str, Any], eager: list[Tensor]) -> None:
+    """Holds contributions under SDPA to those under eager, where the model computes the same."""
+    with torch.no_grad():
+        slow = answer(model(**inputs))
+        try:
+            model.set_attn_implementation("sdpa")
+        except ValueError:  # it has none
+            return
+        fast = answer(model(**inputs))
+    if not torch.allclose(slow, fast, atol=1e-3 * float(slow.abs().max())):
+        return
+    found = ContributionWeights(model, kind="all").attribute(inputs)
+    for number, (a, b) in enumerate(zip(eager, found, strict=True)):
+        assert torch.allclose(a, b, atol=1e-3 * float(a.abs().max())), ("sdpa", number)
 
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+def _takes(model: Any, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
-def _check_removal(
-    model: Any, inputs: dict[str, Tensor], calls: list[Any], by_itself: bool
-) -> None:
+def answer(output: Any) -> Tensor:
+    """What a model is run for."""
+    names = ("logits", "logits_per_image", "last_hidden_state")
+    return next(getattr(output, name) for name in names if getattr(output, name, None) is not None)
+
+
+def _check_removal(model: Any, inputs: dict[str, Any], calls: list[Any], by_itself: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     masks = []
     for call in calls:
         B, H, _, S = call.attention.shape
         masks.append(torch.rand(B, H, S, generator=generator) < 0.3)
     if by_itself:
-        expected = by_hand.logits_without(model, inputs, masks)
+        expected = answer(by_hand.without_values(model, inputs, masks))
     else:
         kernels = Kernels(values=lambda n, v: v.masked_fill(masks[n][..., None], 0))
         with torch.no_grad(), kernels.watching(model):
-            expected = model(**inputs, use_cache=False).logits
+            expected = answer(model(**inputs))
     with torch.no_grad(), remove_values(model, masks):
-        found = model(**inputs, use_cache=False).logits
+        found = answer(model(**inputs))
         scale = float(expected.abs().max())
     assert torch.allclose(found, expected, atol=1e-3 * scale), "removal"
     with torch.no_grad():
-        unchanged = model(**inputs, use_cache=False).logits
+        unchanged = answer(model(**inputs))
     assert not torch.allclose(unchanged, expected, atol=1e-3 * scale), "nothing was removed"
 
 
-def outcome(model_type: str) -> Outcome:
+def outcome(model_type: str, group: str = "causal") -> Outcome:
     """What becomes of a type.
 
     Raises:
         AssertionError: If a number is wrong.
     """
     try:
-        model = build(model_type)
+        model = build(model_type, group)
     except CannotBuild as reason:
         return Outcome("not built", str(reason).partition(": ")[2])
-    found = check(model, inputs_of(model))
+    inputs: dict[str, Any] = inputs_of(model, group)
+    if _takes(model, "use_cache"):
+        inputs["use_cache"] = False  # modules run again, and would append to it
+    found = check(model, inputs)
     if found.status == "refused" and model_type in NO_SOFTMAX:
         return Outcome("no softmax attention", "scores of tokens are not what its layers have")
     return found
 
 
-def page(found: dict[str, Outcome]) -> str:
-    """All types in a table."""
-    counts = dict.fromkeys(("works", "refused", "no softmax attention", "not built"), 0)
-    for x in found.values():
-        counts[x.status] += 1
-    through = [t for t, x in found.items() if x.kinds or x.status == "works"]
-    works = sum(found[t].status == "works" for t in through)
+TITLES = {
+    "causal": "Causal language models",
+    "encoder": "Masked language models",
+    "encoder-decoder": "Encoder-decoders",
+    "vision": "Vision",
+}
+STATUSES = "works", "in part", "refused", "no softmax attention", "not built"
+
+
+def page(found: dict[str, dict[str, Outcome]]) -> str:
+    """All types of each group in a table."""
     lines = [
         "# Architectures",
         "",
         f"Made by `python tests/matrix.py` with transformers {transformers.__version__}, torch "
-        f"{torch.__version__}: the {len(found)} causal language model types, each small and with "
-        "random weights. A type works if all four measures, token scores and a removal are those "
-        "of a slow reference that asks the attention modules themselves, and if its logits do not "
-        "change by a bit while it is observed. What is not supported is refused with its reason.",
-        "",
-        f"Of the {len(through)} types whose attention goes through the attention registry, {works} "
-        f"work. In all: {', '.join(f'{n} {status}' for status, n in counts.items())}.",
-        "",
-        "| type | attention | layers seen | status | reason |",
-        "| --- | --- | ---: | --- | --- |",
+        f"{torch.__version__}: model types of transformers, each small and with random weights. A "
+        "type works if all four measures, token scores and a removal are those of a slow reference "
+        "that asks the attention modules themselves, and if what it returns does not change by a "
+        "bit while it is observed. Attention is computed through the attention registry of "
+        "transformers, there under the eager kernel and under SDPA, or by the model itself. What "
+        "is not supported is refused with its reason; what is left out of a model is said in a "
+        "warning.",
     ]
-    for model_type, x in found.items():
-        kinds = ", ".join(f"`{kind}`" for kind in x.kinds)
-        reason = x.reason.partition(". ")[0].rstrip(".")
-        lines.append(f"| {model_type} | {kinds} | {x.layers or ''} | {x.status} | {reason} |")
+    for group, of_group in found.items():
+        lines += ["", f"## {TITLES[group]}", "", _counts(of_group), ""]
+        lines += ["| type | attention | computed | layers seen | status | reason |"]
+        lines += ["| --- | --- | --- | ---: | --- | --- |"]
+        for model_type, x in of_group.items():
+            kinds = ", ".join(f"`{kind}`" for kind in x.kinds)
+            reason = x.reason.partition(". ")[0].rstrip(".")
+            cells = model_type, kinds, x.way, str(x.layers or ""), x.status, reason
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _counts(found: dict[str, Outcome]) -> str:
+    registered = [x for x in found.values() if x.way == "registry"]
+    works = sum(x.status == "works" for x in registered)
+    counts = [(sum(x.status == status for x in found.values()), status) for status in STATUSES]
+    in_all = ", ".join(f"{n} {status}" for n, status in counts if n)
+    return (
+        f"Of the {len(registered)} types whose attention goes through the registry, {works} work. "
+        f"In all {len(found)} types: {in_all}."
+    )
 
 
 def main() -> int:
     """Checks every type, and writes the page if none is wrong."""
-    found: dict[str, Outcome] = {}
+    found: dict[str, dict[str, Outcome]] = {}
     wrong = []
-    for model_type in causal_types():
-        try:
-            found[model_type] = outcome(model_type)
-            print(f"{model_type}: {found[model_type].status}", file=sys.stderr)
-        except Exception as error:  # noqa: PERF203  all are to be seen, not the first alone
-            wrong.append(model_type)
-            print(f"{model_type}: {type(error).__name__}: {error}", file=sys.stderr)
+    for group in GROUPS:
+        found[group] = {}
+        for model_type in types(group):
+            try:
+                found[group][model_type] = outcome(model_type, group)
+                print(f"{model_type}: {found[group][model_type].status}", file=sys.stderr)
+            except Exception as error:  # noqa: PERF203  all are to be seen, not the first alone
+                wrong.append(model_type)
+                print(f"{model_type}: {type(error).__name__}: {error}", file=sys.stderr)
     if wrong:
         print(f"Wrong: {', '.join(wrong)}. No page was written.", file=sys.stderr)
         return 1

@@ -212,7 +212,10 @@ def _check_ids(model: nn.Module, name: str, ids: Tensor) -> None:
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)}: expected (B, T); for one text, ids[None]."
         )
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # of a model that has several
+        embeddings = None
     size = getattr(embeddings, "num_embeddings", None)
     low, high = int(ids.min()), int(ids.max())
     if size is not None and (low < 0 or high >= size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -16,13 +16,16 @@ __all__ = ["attention_calls", "changed_values"]
 
 
 @contextmanager
-def attention_calls(modules: Collection[nn.Module], listener: Listener) -> Iterator[None]:
+def attention_calls(
+    modules: Collection[nn.Module], listener: Listener
+) -> Iterator[Callable[[], list[nn.Module]]]:
     """Tells ``listener`` of every attention call that ``modules`` make in this context.
 
-    An observation within an observation hears its own calls only, and so does the outer one.
+    An observation within an observation hears its own calls only, and so does the outer one. Gives
+    what tells which modules seem to have attention that could not be seen.
     """
-    with _seen(modules), listening(listener):
-        yield
+    with _seen(modules) as direct, listening(listener):
+        yield direct.missed
 
 
 @contextmanager
@@ -41,6 +44,6 @@ def changed_values(modules: Collection[nn.Module], change: ValueChange) -> Itera
 
 
 @contextmanager
-def _seen(modules: Collection[nn.Module]) -> Iterator[None]:
-    with watching(modules), registered_kernels(modules), DirectAttention():
-        yield
+def _seen(modules: Collection[nn.Module]) -> Iterator[DirectAttention]:
+    with watching(modules), registered_kernels(modules), DirectAttention() as direct:
+        yield direct

@@ -51,10 +51,12 @@ class _Probabilities:
     """A softmax on its way to the values.
 
     Args:
+        module: What was running.
         logits: What it was taken of, ``(..., T, S)``.
         known: What became of it so far, by id, so that the ids stay their own.
     """
 
+    module: nn.Module | None
     logits: Tensor
     known: dict[int, Tensor]
 
@@ -84,6 +86,21 @@ class DirectAttention(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._softmax: _Probabilities | None = None
+        self._missed: dict[nn.Module, None] = {}
+
+    def missed(self) -> list[nn.Module]:
+        """The modules that took a softmax over heads of which no attention was made.
+
+        That may be attention within windows or chunks, or between tokens that are not those which
+        the module was given.
+        """
+        self._lost()
+        return list(self._missed)
+
+    def _lost(self) -> None:
+        softmax, self._softmax = self._softmax, None
+        if softmax is not None and softmax.module is not None and softmax.logits.dim() > 3:
+            self._missed[softmax.module] = None
 
     def __torch_function__(
         self,
@@ -158,7 +175,9 @@ class DirectAttention(TorchFunctionMode):
         logits = args[0] if args else kwargs.get("input")
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if isinstance(logits, Tensor) and logits.dim() > 2 and dim in (-1, logits.dim() - 1):
-            self._softmax = _Probabilities(logits, {id(result): result})
+            self._lost()
+            module = running()[-1].module if running() else None
+            self._softmax = _Probabilities(module, logits, {id(result): result})
         return result
 
     def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -135,11 +136,12 @@ class Observation:
         self._real: Tensor | None = None
         self._states = states
         self._updates = ResidualUpdates(roots) if space == "residual" else None
+        self._missed: Callable[[], list[nn.Module]] = list
         self._stack = ExitStack()
 
     def __enter__(self) -> Observation:
         with ExitStack() as stack:
-            stack.enter_context(attention_calls(self._names, self._on_call))
+            self._missed = stack.enter_context(attention_calls(self._names, self._on_call))
             stack.enter_context(functions(self._followed, self._on_linear))
             if self._updates is not None:
                 stack.enter_context(self._updates.watching())
@@ -157,11 +159,31 @@ class Observation:
                 raise _no_projection(self._pending)
             if kind is None and self._updates is not None:
                 self._updates.check_arrived()
+            if kind is None and self.executions:
+                self._tell_of_missed()
         finally:
             self._stack.close()
             self._pending = self._projected = None
             self._masks.clear()
             self._before, self._real = (), None
+
+    def _tell_of_missed(self) -> None:
+        modules = [module for module in self._missed() if module in self._names]
+        missed = [self._names[module] for module in modules]
+        for execution in self.executions:
+            if execution.module in modules:
+                raise UnsupportedModelError(
+                    f"Attention layer {execution.name!r} ({type(execution.module).__name__}) also "
+                    "computes attention that is not between the tokens it was given, as within "
+                    "chunks or windows, so what it makes of its values is not known."
+                )
+        if missed:
+            others = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
+            warnings.warn(
+                f"Module {missed[0]!r}{others} seems to compute attention that is not between the "
+                "tokens it was given, as within chunks or windows: it is left out.",
+                stacklevel=6,
+            )
 
     def _on_call(self, call: AttentionCall) -> None:
         if call.module not in self._names:
