@@ -351,7 +351,8 @@ def no_attention(roots: Sequence[nn.Module]) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"No attention was found in {kinds}: it is seen where a model uses the attention registry "
         "of transformers, torch.nn.functional.scaled_dot_product_attention, or a softmax over keys "
-        "and a product with values, each (B, H, T, S). For other modules, use register_adapter."
+        "and a product with values, each (B, H, T, S). For others, see "
+        "captum_cw.capture.register_adapter."
     )
 
 

@@ -6,6 +6,7 @@ the queries, keys and values at the attention call, the weights recomputed from 
 checked against the head outputs, and the linear layer that reads those head outputs.
 """
 
+from captum_cw.capture.adapters import register_adapter
 from captum_cw.capture.attention import changed_values
 from captum_cw.capture.calls import Kind
 from captum_cw.capture.listening import ValueChange, is_observed
@@ -29,4 +30,5 @@ __all__ = [
     "changed_values",
     "is_observed",
     "names_of",
+    "register_adapter",
 ]

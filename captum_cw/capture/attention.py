@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from captum_cw.capture.adapters import adapted
 from captum_cw.capture.direct import DirectAttention
 from captum_cw.capture.huggingface import registered_kernels
 from captum_cw.capture.listening import Listener, ValueChange, changing, listening
@@ -45,5 +46,10 @@ def changed_values(modules: Collection[nn.Module], change: ValueChange) -> Itera
 
 @contextmanager
 def _seen(modules: Collection[nn.Module]) -> Iterator[DirectAttention]:
-    with watching(modules), registered_kernels(modules), DirectAttention() as direct:
+    with (
+        watching(modules),
+        adapted(modules),
+        registered_kernels(modules),
+        DirectAttention() as direct,
+    ):
         yield direct

@@ -226,9 +226,10 @@ def _attention_module(queries: Sequence[int]) -> tuple[nn.Module, int] | None:
         return None
     run, T = running()[-1], queries[-1]
     for x in run.tensors():
-        if x.dim() == 3 and x.is_floating_point():
-            # Some modules take tokens before examples.
-            for B, length in (x.shape[:2], (x.shape[1], x.shape[0])):
+        if x.dim() in (2, 3) and x.is_floating_point():
+            # Some modules take tokens before examples, or one example alone.
+            first, second = x.shape[:2] if x.dim() == 3 else (1, x.shape[0])
+            for B, length in ((first, second), (second, first)):
                 if length == T and (queries[0] == B if len(queries) == 3 else not queries[0] % B):
                     return run.module, B
     return None

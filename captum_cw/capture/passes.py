@@ -7,12 +7,11 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from captum_cw.capture.wrapping import wrapping
+from captum_cw.capture.wrapping import ForwardOf, wrapping
 
 __all__ = ["Around", "around_passes"]
 
@@ -29,7 +28,7 @@ _around: ContextVar[tuple[tuple[nn.Module, Around], ...]] = ContextVar(
 @contextmanager
 def around_passes(model: nn.Module, around: Around) -> Iterator[None]:
     """Runs each forward pass that ``model`` makes in this context inside of ``around(...)``."""
-    with wrapping(_Forward(model), functools.partial(_Watched, model)):
+    with wrapping(ForwardOf(model, "passes"), functools.partial(_Watched, model)):
         token = _around.set((*_around.get(), (model, around)))
         try:
             yield
@@ -62,26 +61,3 @@ class _Watched:
             output = inside(*args, **kwargs)
             told(output)
         return output
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """A model's forward: of its class, or put on the model itself, as accelerate does."""
-
-    model: nn.Module
-
-    @property
-    def key(self) -> tuple[int, str]:
-        return id(self.model), "forward"
-
-    def get(self) -> Forward:
-        forward: Forward = self.model.forward
-        return forward
-
-    def put(self, wrapper: Forward) -> None:
-        self.model.forward = wrapper
-
-    def restore(self, original: Forward) -> None:
-        del self.model.forward
-        if self.model.forward != original:
-            self.model.forward = original

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Place", "wrapping"]
+from torch import nn
+
+__all__ = ["ForwardOf", "Place", "wrapping"]
 
 
 class Place(Protocol):
@@ -58,3 +60,36 @@ def wrapping(
             _wrapped[place.key].users -= 1
             if not _wrapped[place.key].users:
                 place.restore(_wrapped.pop(place.key).original)
+
+
+@dataclass(frozen=True)
+class ForwardOf:
+    """A module's forward: of its class, or put on the module itself, as accelerate does.
+
+    Args:
+        module: The module.
+        use: What it is wrapped for; each use has a wrapper of its own.
+    """
+
+    module: nn.Module
+    use: str
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """The module, and the use."""
+        return id(self.module), self.use
+
+    def get(self) -> Callable[..., Any]:
+        """The forward."""
+        forward: Callable[..., Any] = self.module.forward
+        return forward
+
+    def put(self, wrapper: Callable[..., Any]) -> None:
+        """Puts one on the module."""
+        self.module.forward = wrapper
+
+    def restore(self, original: Callable[..., Any]) -> None:
+        """Takes it off."""
+        del self.module.forward
+        if self.module.forward != original:
+            self.module.forward = original

@@ -1,0 +1,191 @@
+"""Modules that are run, while they are observed, in a way that lets their attention be seen.
+
+An adapter computes what a module's ``forward`` computes, with
+:func:`torch.nn.functional.scaled_dot_product_attention` and a linear layer that reads the head
+outputs. It stands in for ``forward`` while someone listens to attention or changes it; where it
+gives something else than ``forward``, the module is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captum_cw.capture.calls import UnsupportedModelError
+from captum_cw.capture.listening import is_heard, taken_over
+from captum_cw.capture.wrapping import ForwardOf, wrapping
+
+__all__ = ["adapted", "register_adapter"]
+
+Adapter = TypeVar("Adapter", bound=Callable[..., Any])
+
+_adapters: dict[type[nn.Module], Callable[..., Any]] = {}
+#: The ways in which modules have been called and their adapters found right.
+_checked: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
+
+
+def register_adapter(kind: type[nn.Module]) -> Callable[[Adapter], Adapter]:
+    """Says how modules of a class can be run so that their attention is seen.
+
+    For attention in a kernel of one's own, or in an order that is not recognised. The adapter is
+    called as ``adapter(module, *args, **kwargs)`` with the arguments of ``module.forward``, and
+    must return the same. The first call of each module runs both, and they are compared.
+
+    Args:
+        kind: The class of the attention module; subclasses with a ``forward`` of their own are
+            left alone.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> class Attention(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.qkv, self.out = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+        ...     def forward(self, x):  # heads in a loop: not recognised
+        ...         q, k, v = (z.split(4, -1) for z in self.qkv(x).chunk(3, -1))
+        ...         heads = [((a @ b.mT / 2).softmax(-1) @ c) for a, b, c in zip(q, k, v)]
+        ...         return self.out(torch.cat(heads, -1))
+        >>> @register_adapter(Attention)
+        ... def see(module, x):
+        ...     qkv = module.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        ...     heads = F.scaled_dot_product_attention(*qkv)
+        ...     return module.out(heads.transpose(1, 2).flatten(2))
+        >>> from captum_cw import ContributionWeights
+        >>> ContributionWeights(Attention()).attribute(torch.randn(1, 5, 8))[0].shape
+        torch.Size([1, 2, 5, 5])
+    """
+
+    def register(adapter: Adapter) -> Adapter:
+        _adapters[kind] = adapter
+        return adapter
+
+    return register
+
+
+@contextmanager
+def adapted(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Runs adapters in place of the modules that they are for."""
+    with ExitStack() as stack:
+        for module in modules:
+            adapter = _adapter_of(type(module))
+            if adapter is not None:
+                wrap = functools.partial(_Adapted, module, adapter)
+                stack.enter_context(wrapping(ForwardOf(module, "adapter"), wrap))
+        yield
+
+
+def _adapter_of(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    known = next((k for k in kind.__mro__ if k in _adapters), None)
+    return _adapters[known] if known is not None and known.forward is kind.forward else None
+
+
+class _Adapted:
+    """A forward that an adapter stands in for where someone wants to know of its attention."""
+
+    def __init__(
+        self, module: nn.Module, adapter: Callable[..., Any], forward: Callable[..., Any]
+    ) -> None:
+        functools.update_wrapper(self, forward)
+        self._module, self._adapter, self._forward = module, adapter, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_heard():
+            return self._forward(*args, **kwargs)
+        self._check(args, kwargs)
+        return self._adapter(self._module, *args, **kwargs)
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {name: x for name, x in kwargs.items() if x is not None and x is not False}
+        way = len(args), frozenset(given)
+        checked = _checked.setdefault(self._module, set())
+        if way in checked:
+            return
+        with taken_over(), torch.no_grad():
+            right = self._forward(*args, **kwargs)
+            found = self._adapter(self._module, *args, **kwargs)
+        for a, b in zip(_tensors(right), _tensors(found), strict=False):
+            tolerance = max(1e-4, 8 * torch.finfo(a.dtype).eps) * float(a.nan_to_num().abs().max())
+            if a.shape != b.shape or not torch.allclose(a, b, 0, tolerance, equal_nan=True):
+                raise UnsupportedModelError(
+                    f"The adapter for {type(self._module).__name__} does not give what its forward "
+                    "gives, so what it shows would be wrong: correct the function that "
+                    "register_adapter was given."
+                )
+        checked.add(way)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    items = result if isinstance(result, (list, tuple)) else (result,)
+    return [x for x in items if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+@register_adapter(nn.MultiheadAttention)
+def _multi_head_attention(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,  # a hint: the mask says the same
+) -> tuple[Tensor, Tensor | None]:
+    """``torch.nn.MultiheadAttention``, whose own kernel keeps what is between to itself."""
+    if module.bias_k is not None or module.add_zero_attn:
+        raise UnsupportedModelError(
+            "MultiheadAttention with add_bias_kv or add_zero_attn has a key that is no token: it "
+            "is not supported."
+        )
+    batched, H = query.dim() == 3, module.num_heads
+    if not batched:
+        query, key, value = (x[None] for x in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+    elif not module.batch_first:
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+
+    if module.in_proj_weight is not None:
+        weights = module.in_proj_weight.chunk(3)
+    else:
+        weights = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    q, k, v = (
+        F.linear(x, w, b).view(*x.shape[:2], H, -1).transpose(1, 2)
+        for x, w, b in zip((query, key, value), weights, biases, strict=True)
+    )
+    mask = None
+    if attn_mask is not None:
+        mask = _additive(attn_mask, q)
+        mask = mask[None, None] if mask.dim() == 2 else mask.view(-1, H, *mask.shape[1:])
+    if key_padding_mask is not None:
+        padding = _additive(key_padding_mask, q)[:, None, None]
+        mask = padding if mask is None else mask + padding
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, dropout_p=module.dropout if module.training else 0.0
+    )
+    out = F.linear(y.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
+
+    attention = None
+    if need_weights:
+        with taken_over():
+            logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+            attention = (logits if mask is None else logits + mask).softmax(-1)
+            attention = attention.mean(1) if average_attn_weights else attention
+            attention = attention if batched else attention[0]
+    if not batched:
+        return out[0], attention
+    return out if module.batch_first else out.transpose(0, 1), attention
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of MultiheadAttention, True where a key is hidden, as one that is added."""
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)

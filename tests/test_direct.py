@@ -1,0 +1,429 @@
+"""Attention that models compute by themselves: PyTorch's own modules, and written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captum_cw import (
+    AttentionWeights,
+    ContributionWeights,
+    TokenScores,
+    VWAttention,
+    VWONAttention,
+    remove_tokens,
+    remove_values,
+)
+from captum_cw.capture import UnsupportedModelError, register_adapter
+
+B, T, H, D = 2, 7, 4, 16
+METHODS = {
+    "attention": AttentionWeights,
+    "vw": VWAttention,
+    "vwon": VWONAttention,
+    "inter": ContributionWeights,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def states(n: int = T) -> Tensor:
+    return torch.randn(B, n, D)
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (H, -1)).transpose(1, 2)
+
+
+def definition(a: Tensor, v: Tensor, w: Tensor) -> dict[str, Tensor]:
+    """The measures by ``v~`` in full; ``w`` is the weight ``(d, H * d_h)`` of the projection."""
+    by_head = w.T.unflatten(0, (H, -1)).double()
+    projected = torch.einsum("bhsd,hde->bhse", v.double(), by_head)
+    expanded = projected[:, :, None].expand(-1, -1, a.shape[2], -1, -1)
+    return reference.measures_of(a.double(), expanded)
+
+
+def agree(module: nn.Module, inputs: Any, right: dict[str, Tensor], number: int = 0) -> None:
+    for name, method in METHODS.items():
+        found = method(module, kind="all").attribute(inputs)[number]
+        assert torch.allclose(found.double(), right[name], atol=1e-5), name
+
+
+class Written(nn.Module):
+    """Causal attention by hand, in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (heads(z) for z in self.qkv(x).chunk(3, -1))
+        return self.out(getattr(self, self.way)(q, k, v, x.shape[1]))
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+        return self.drop(F.softmax(logits.masked_fill(future, -1e4), dim=-1))
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y.transpose(1, 2).contiguous().view(-1, n, D)
+
+    def masked(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        mask = torch.ones(n, n, dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+    def product(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        return (self.weights(q, k) @ v).permute(0, 2, 1, 3).reshape(-1, n, D)
+
+    def folded(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        q, k, v = (x.reshape(-1, n, D // H) for x in (q, k, v))
+        y = torch.bmm(self.weights(q, k), v)
+        return y.view(-1, H, n, D // H).transpose(1, 2).reshape(-1, n, D)
+
+    def summed(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        y = torch.einsum("bhij,bjhd->bihd", self.weights(q, k), v.transpose(1, 2))
+        return y.reshape(-1, n, D)
+
+    def summed_last(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        y = torch.einsum("bjhd, bhij -> bihd", v.transpose(1, 2), self.weights(q, k))
+        return y.reshape(-1, n, D)
+
+    def right(self, x: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            q, k, v = (heads(z) for z in self.qkv(x).chunk(3, -1))
+            return definition(self.weights(q, k), v, self.out.weight)
+
+
+WAYS = ["fused", "masked", "product", "folded", "summed", "summed_last"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_attention_written_by_hand(way: str) -> None:
+    module, x = Written(way).eval(), states()
+    agree(module, x, module.right(x))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_count_the_queries_that_see_a_key(way: str) -> None:
+    module, x = Written(way).eval(), states()
+    visible = torch.ones(T, T, dtype=torch.bool).tril().expand(B, H, T, T)
+    right = reference.token_scores(module.right(x)["inter"], visible, "mean")
+    found = TokenScores(ContributionWeights(module), layers=None, heads=None).attribute(x)
+    assert torch.allclose(found[:, 0].double(), right, atol=1e-5)
+
+
+class Blocks(nn.Module):
+    """Two layers of attention and a residual stream."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Written(way) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_values_are_removed_by_head(way: str) -> None:
+    model, x = Blocks(way).eval(), states()
+    masks = [torch.rand(B, H, T) < 0.4 for _ in range(2)]
+    with torch.no_grad():
+        expected = x
+        for layer, mask in zip(model.layers, masks, strict=True):
+            assert isinstance(layer, Written)
+            q, k, v = (heads(z) for z in layer.qkv(expected).chunk(3, -1))
+            y = layer.weights(q, k) @ v.masked_fill(mask[..., None], 0)
+            expected = expected + layer.out(y.transpose(1, 2).flatten(2))
+        clean = model(x)
+        with remove_values(model, masks):
+            found = model(x)
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert torch.equal(model(x), clean)
+
+
+@pytest.mark.parametrize("scoring", ["online", "clean"])
+def test_all_ways_remove_the_same_tokens(scoring: Any) -> None:
+    outputs = []
+    x = states()
+    for way in WAYS:
+        torch.manual_seed(1)
+        model = Blocks(way).eval()
+        with torch.no_grad(), remove_tokens(model, "contribution", 0.5, scoring=scoring):
+            outputs.append(model(x))
+    for output in outputs[1:]:
+        assert torch.allclose(output, outputs[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_observed_is_what_runs(way: str) -> None:
+    model, x = Blocks(way).eval(), states()
+    with torch.no_grad():
+        _, observed = ContributionWeights(model).observe(x, None, lambda e, layer: None)
+        assert torch.equal(observed, model(x))
+
+
+def test_attention_over_anything_but_the_tokens_is_none() -> None:
+    class Depth(nn.Module):
+        """Each token attends to its own states in earlier layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.query = Written("fused"), nn.Parameter(torch.randn(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = torch.stack([x, self.inner(x)], 2)  # (B, T, 2, D)
+            query = self.query.expand(*x.shape[:2], 1, D)
+            return F.scaled_dot_product_attention(query, both, both)[:, :, 0]
+
+    method = ContributionWeights(Depth().eval())
+    assert [c.shape for c in method.attribute(states())] == [(B, H, T, T)]
+    assert method.layers == ["inner"]
+
+
+def test_attention_that_is_left_out_is_named() -> None:
+    class Windows(nn.Module):
+        """Attention within windows of two tokens, beside attention between all of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.all, self.near = Written("product"), Near()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.near(self.all(x))
+
+    class Near(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            pairs = x.unflatten(1, (-1, 1, 2))
+            return (pairs @ pairs.mT).softmax(-1).matmul(pairs).flatten(1, 3)
+
+    with pytest.warns(UserWarning, match="'near' seems to compute attention.*left out"):
+        maps = ContributionWeights(Windows().eval()).attribute(states(8))
+    assert len(maps) == 1
+
+
+def test_dropout_that_stays_on_is_refused() -> None:
+    class Dropping(Written):
+        def fused(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5).transpose(1, 2).flatten(2)
+
+    with pytest.raises(UnsupportedModelError, match="Dropping drops attention weights"):
+        ContributionWeights(Dropping("fused").eval()).attribute(states())
+
+
+# ---------------------------------------------------------------------------------------------
+# PyTorch's own
+
+
+def own(module: nn.MultiheadAttention, q: Tensor, kv: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The measures of a MultiheadAttention (batch first); ``mask`` is True where a key is seen."""
+    with torch.no_grad():
+        if module.in_proj_weight is not None:
+            ws = module.in_proj_weight.chunk(3)
+        else:
+            ws = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+        assert module.in_proj_bias is not None
+        bs = module.in_proj_bias.chunk(3)
+        query, key, value = (
+            heads(x @ w.T + b) for x, w, b in zip((q, kv, kv), ws, bs, strict=True)
+        )
+        logits = query @ key.transpose(-1, -2) / (D // H) ** 0.5
+        a = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+        return definition(a, value, module.out_proj.weight)
+
+
+def perturbed(module: nn.Module) -> nn.Module:
+    """With biases that are not zero."""
+    for name, p in module.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(p)
+    return module.eval()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("masking", ["none", "causal", "float", "by head", "padding", "both"])
+def test_multihead_attention(batch_first: bool, need_weights: bool, masking: str) -> None:
+    module = perturbed(nn.MultiheadAttention(D, H, batch_first=batch_first))
+    assert isinstance(module, nn.MultiheadAttention)
+    x = states()
+    given = x if batch_first else x.transpose(0, 1)
+    kwargs: dict[str, Any] = {"query": given, "key": given, "value": given}
+    kwargs["need_weights"] = need_weights
+    visible = torch.ones(B, H, T, T, dtype=torch.bool)
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    padding = torch.zeros(B, T, dtype=torch.bool)
+    padding[1, -2:] = True
+    if masking in ("causal", "both"):
+        kwargs["attn_mask"] = future
+        visible &= ~future
+    if masking == "float":
+        kwargs["attn_mask"] = torch.zeros(T, T).masked_fill(future, -torch.inf)
+        visible &= ~future
+    if masking == "by head":
+        hidden = torch.rand(B * H, T, T) < 0.3
+        hidden[:, :, 0] = False
+        kwargs["attn_mask"] = hidden
+        visible &= ~hidden.view(B, H, T, T)
+    if masking in ("padding", "both"):
+        kwargs["key_padding_mask"] = padding
+        visible &= ~padding[:, None, None]
+    right = own(module, x, x, visible)
+    if masking in ("padding", "both"):
+        right = {n: g.masked_fill(padding[:, None, :, None], 0) for n, g in right.items()}
+    agree(module, kwargs, right)
+    with torch.no_grad():
+        alone = module(**kwargs)
+        _, seen = ContributionWeights(module).observe(kwargs, None, lambda e, layer: None)
+    assert torch.allclose(alone[0], seen[0], atol=1e-6)
+    assert (alone[1] is None) == (seen[1] is None)
+    if alone[1] is not None:
+        assert torch.allclose(alone[1], seen[1], atol=1e-6)
+
+
+def test_multihead_attention_between_sequences_of_other_widths() -> None:
+    module = perturbed(nn.MultiheadAttention(D, H, kdim=6, vdim=6, batch_first=True))
+    assert isinstance(module, nn.MultiheadAttention)
+    q, kv = states(), torch.randn(B, 5, 6)
+    inputs = {"query": q, "key": kv, "value": kv}
+    agree(module, inputs, own(module, q, kv, torch.ones(1, 1, T, 5, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="kind='self', but all 1 .* are of the kind 'cross'"):
+        ContributionWeights(module).attribute(inputs)
+
+
+def test_multihead_attention_of_one_example() -> None:
+    module = perturbed(nn.MultiheadAttention(D, H))
+    assert isinstance(module, nn.MultiheadAttention)
+    x = states()[:1]
+    inputs = dict.fromkeys(("query", "key", "value"), x[0])
+    agree(module, inputs, own(module, x, x, torch.ones(1, 1, T, T, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("option", [{"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_multihead_attention_with_a_key_that_is_no_token_is_refused(
+    option: dict[str, bool],
+) -> None:
+    module = nn.MultiheadAttention(D, H, batch_first=True, **option).eval()
+    with pytest.raises(UnsupportedModelError, match="a key that is no token"):
+        ContributionWeights(module).attribute(dict.fromkeys(("query", "key", "value"), states()))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_transformer_encoder_though_it_has_a_fused_path(norm_first: bool, padded: bool) -> None:
+    layer = nn.TransformerEncoderLayer(D, H, 32, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval()
+    x = states()
+    kwargs: dict[str, Any] = {"src": x}
+    real = torch.ones(B, T, dtype=torch.bool)
+    if padded:
+        real[1, -2:] = False
+        kwargs["src_key_padding_mask"] = ~real
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        plain = model(**kwargs)
+        states_now = x
+        for block in model.layers:
+            assert isinstance(block, nn.TransformerEncoderLayer)
+            inside = block.norm1(states_now) if norm_first else states_now
+            right = own(block.self_attn, inside, inside, real[:, None, None])["inter"]
+            seen.append(right.masked_fill(~real[:, None, :, None], 0))
+            hidden = None if real.all() else ~real
+            states_now = block(states_now, src_key_padding_mask=hidden)
+    found = ContributionWeights(model).attribute(kwargs)
+    for a, b in zip(found, seen, strict=True):
+        assert torch.allclose(a.double(), b, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(model(**kwargs), plain)  # left as it was
+
+
+def test_transformer_decoder_has_both_kinds() -> None:
+    layer = nn.TransformerDecoderLayer(D, H, 32, batch_first=True)
+    model = nn.TransformerDecoder(layer, 2).eval()
+    x, memory = states(), states(5)
+    inputs = {"tgt": x, "memory": memory}
+    shapes = {
+        kind: [tuple(c.shape) for c in ContributionWeights(model, kind=kind).attribute(inputs)]
+        for kind in ("self", "cross", "all")
+    }
+    own_, other = (B, H, T, T), (B, H, T, 5)
+    assert shapes == {"self": [own_] * 2, "cross": [other] * 2, "all": [own_, other] * 2}
+    same = {"tgt": x, "memory": states()}  # of one length: told by what the module was given
+    assert len(ContributionWeights(model, kind="cross").attribute(same)) == 2
+    named = ContributionWeights(model, model.layers[1].multihead_attn)  # type: ignore[union-attr]
+    assert named.attribute(inputs).shape == other
+
+
+def test_values_of_pytorchs_own_modules_are_removed() -> None:
+    layer = nn.TransformerEncoderLayer(D, H, 32, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), states()
+    masks = [torch.ones(B, H, T, dtype=torch.bool) for _ in range(2)]
+    with torch.no_grad(), remove_values(model, masks):
+        removed = model(x)
+    with torch.no_grad():
+        expected = x
+        for block in model.layers:
+            assert isinstance(block, nn.TransformerEncoderLayer)
+            expected = block.norm1(expected + block.self_attn.out_proj.bias)
+            expected = block.norm2(expected + block.linear2(F.relu(block.linear1(expected))))
+    assert torch.allclose(removed, expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Adapters
+
+
+class Looped(Written):
+    """Heads in a loop, which nobody recognises."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (z.split(D // H, -1) for z in self.qkv(x).chunk(3, -1))
+        parts = [self.weights(a, b) @ c for a, b, c in zip(q, k, v, strict=True)]
+        return self.out(torch.cat(parts, -1))
+
+
+@pytest.fixture
+def _adapters() -> Any:
+    from captum_cw.capture import adapters
+
+    before = dict(adapters._adapters)
+    yield
+    adapters._adapters.clear()
+    adapters._adapters.update(before)
+
+
+def adapt(change: Callable[[Tensor], Tensor]) -> None:
+    @register_adapter(Looped)
+    def see(module: Looped, x: Tensor) -> Tensor:
+        q, k, v = (heads(z) for z in module.qkv(x).chunk(3, -1))
+        return change(module.out(module.fused(q, k, v, x.shape[1])))
+
+
+@pytest.mark.usefixtures("_adapters")
+def test_an_adapter_shows_what_was_not_seen() -> None:
+    module, x = Looped("fused").eval(), states()
+    with pytest.raises(UnsupportedModelError):
+        ContributionWeights(module).attribute(x)
+    adapt(lambda out: out)
+    agree(module, x, module.right(x))
+    assert "forward" not in vars(module)
+
+
+@pytest.mark.usefixtures("_adapters")
+def test_an_adapter_that_computes_something_else_is_refused() -> None:
+    adapt(lambda out: 1.01 * out)
+    with pytest.raises(UnsupportedModelError, match="adapter for Looped does not give"):
+        ContributionWeights(Looped("fused").eval()).attribute(states())
