@@ -8,7 +8,6 @@ later ones included: right for an explanation, wrong for a cache policy.
 
 from __future__ import annotations
 
-import inspect
 import math
 import threading
 import weakref
@@ -22,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.inputs import Tokens, tokens_of
+from captum_cw.attr.inputs import Tokens, parameters_of, tokens_of
 from captum_cw.attr.layer import no_attention, uncompiled, unwrapped
 from captum_cw.capture import (
     Execution,
@@ -247,7 +246,8 @@ class _Intervention:
         if not self._state.running:
             raise RuntimeError(
                 f"{type(module).__name__} runs outside of a pass of the {type(self.model).__name__}"
-                " whose values are changed: call the model itself, not a part of it."
+                " whose values are changed: call the model itself, not a part of it, and turn off "
+                "gradient checkpointing, which runs parts again."
             )
 
     @contextmanager
@@ -532,7 +532,7 @@ class CleanRemoval(_Intervention):
         _check_evaluation(self.model)
         # An empty cache, such as generate gives, would be filled twice.
         alone = {n: v for n, v in call.tokens.named.items() if n != "past_key_values"}
-        if "use_cache" in inspect.signature(self.model.forward).parameters:
+        if "use_cache" in parameters_of(self.model):
             alone["use_cache"] = False
         mask = alone.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 4:  # of a static cache

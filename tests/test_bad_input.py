@@ -218,17 +218,6 @@ def test_a_model_whose_output_projection_is_not_found_is_refused(layers: int) ->
     assert state_of(model) == before
 
 
-def test_weights_that_are_no_plain_numbers_are_refused() -> None:
-    class Quantised(torch.Tensor):
-        pass
-
-    model = llama()
-    projection = model.model.layers[0].self_attn.o_proj
-    projection.weight = nn.Parameter(projection.weight.detach().as_subclass(Quantised))
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn.*Quantised.*floating"):
-        ContributionWeights(model).attribute(token_ids())
-
-
 def test_a_model_on_the_meta_device_is_refused() -> None:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(MODEL.config)

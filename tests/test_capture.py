@@ -456,22 +456,6 @@ def test_a_linear_layer_that_reads_something_else_is_not_the_projection() -> Non
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-def test_lora_beside_the_output_projection_is_refused() -> None:
-    class Adapted(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base, self.a, self.b = base, nn.Linear(32, 2), nn.Linear(2, 32)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base(x) + self.b(self.a(x))
-
-    model = llama()
-    attention = model.model.layers[0].self_attn
-    attention.o_proj = Adapted(attention.o_proj).eval()
-    with pytest.raises(UnsupportedModelError, match=r"Two linear layers.*layers\.0.*merge"):
-        ContributionWeights(model).attribute(token_ids())
-
-
 @pytest.mark.parametrize("queries", [slice(None), slice(-1, None)], ids=["all", "last"])
 def test_recomputed_weights_that_do_not_give_the_head_outputs_are_refused(queries: slice) -> None:
     """A kernel that does something of its own is not taken for plain attention."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ForwardCall", "Tokens", "forward_call", "tokens_of"]
+__all__ = ["ForwardCall", "Tokens", "forward_call", "parameters_of", "tokens_of"]
 
 Parameters = Mapping[str, inspect.Parameter]
 #: By which models are asked for the logits of the last tokens alone.
@@ -81,9 +81,24 @@ def forward_call(
         told = kwargs.get("attention_mask") is not None
         return ForwardCall(args, kwargs, _told(kwargs) if told else ())
     _check_weights(model)
-    parameters = inspect.signature(forward).parameters
+    parameters = parameters_of(model, forward)
     args, kwargs = _by_name(model, parameters, args, kwargs)
     return _checked(model, parameters, args, kwargs)
+
+
+def parameters_of(model: nn.Module, forward: Callable[..., Any] | None = None) -> Parameters:
+    """What a model's forward, or another function of it, can be called with.
+
+    Where it passes on what it does not name, as PEFT's and FSDP's do, to the model that is wrapped.
+    """
+    own = inspect.signature(forward or model.forward).parameters
+    base = getattr(model, "get_base_model", lambda: getattr(model, "module", None))()
+    passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values())
+    if not isinstance(base, nn.Module) or not passes_on:
+        return own
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {name: p for name, p in own.items() if p.kind not in variable}
+    return {**named, **{n: p for n, p in parameters_of(base).items() if n not in named}}
 
 
 @dataclass(frozen=True)
@@ -116,7 +131,7 @@ def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     Raises:
         TypeError: If the call has a cache that does not tell its length.
     """
-    _, named = _by_name(model, inspect.signature(model.forward).parameters, args, dict(kwargs))
+    _, named = _by_name(model, parameters_of(model), args, dict(kwargs))
     tokens, cache = _tokens(named), named.get("past_key_values")
     if cache is not None and not hasattr(cache, "get_seq_length"):
         raise TypeError(

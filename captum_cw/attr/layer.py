@@ -6,7 +6,6 @@ observes the layers and gives results in Captum's form.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 import warnings
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from captum_cw import functional
 from captum_cw.attr._captum import LayerAttribution, logged
-from captum_cw.attr.inputs import ForwardCall, forward_call
+from captum_cw.attr.inputs import ForwardCall, forward_call, parameters_of
 from captum_cw.capture import Execution, Observation, StateSpace, UnsupportedModelError, names_of
 from captum_cw.functional import AttentionLayer, Decomposition, Measure, Scope, Space
 from captum_cw.progress import progress_bar
@@ -108,7 +107,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                 )
             ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
             inputs = {"input_ids": ids}
-            if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+            if "decoder_input_ids" in parameters_of(model):
                 inputs["decoder_input_ids"] = ids
             self.observe(inputs, None, _ignore)
         assert self._layers is not None

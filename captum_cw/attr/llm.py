@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from captum.attr import LLMAttributionResult
 from torch import Tensor
 
 from captum_cw.attr._captum import BaseLLMAttribution, TextTokenInput
+from captum_cw.attr.inputs import LOGITS, parameters_of
 from captum_cw.attr.layer import AttentionAttribution
 from captum_cw.attr.token_scores import TokenScores
 
@@ -114,5 +114,4 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
 
     def _last_logits(self, count: int) -> dict[str, int]:
         """Asks the model for its last logits only, where it can be asked."""
-        parameters = inspect.signature(self.model.forward).parameters
-        return {"logits_to_keep": count} if "logits_to_keep" in parameters else {}
+        return {LOGITS: count} if LOGITS in parameters_of(self.model) else {}

@@ -89,7 +89,7 @@ class DirectAttention(TorchFunctionMode):
         self._missed: dict[nn.Module, None] = {}
 
     def missed(self) -> list[nn.Module]:
-        """The modules that took a softmax over heads of which no attention was made.
+        """The modules that seem to have computed attention which could not be seen.
 
         That may be attention within windows or chunks, or between tokens that are not those which
         the module was given.
@@ -126,6 +126,8 @@ class DirectAttention(TorchFunctionMode):
         query, key, value, mask = (given[n] for n in ("query", "key", "value", "attn_mask"))
         found = _attention_module(query.shape[:-1]) if query.dim() == 4 else None
         if found is None:
+            if running():
+                self._missed[running()[-1].module] = None
             result: Tensor = func(**given)
             return result
         module, H, T = found[0], query.shape[1], query.shape[2]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,15 @@ from captum_cw.capture.calls import (
     query_mask,
 )
 from captum_cw.capture.listening import is_listening, taken_over
-from captum_cw.capture.projections import HeadFlow, LinearProduct, functions, projection
-from captum_cw.capture.running import Run
+from captum_cw.capture.projections import (
+    HeadFlow,
+    LinearProduct,
+    fits,
+    functions,
+    projection,
+    reads,
+)
+from captum_cw.capture.running import Run, entries
 from captum_cw.capture.states import StateSpace, hidden_states
 from captum_cw.capture.updates import ResidualUpdates
 from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, Space
@@ -53,28 +60,19 @@ class Execution:
 
 
 @dataclass(frozen=True)
-class _Way:
-    """How head outputs became the output.
+class _Reading:
+    """That something is given the head outputs.
 
     Args:
-        product: The output projection.
-        flow: What led to it.
-        factors: What the head outputs were multiplied by on the way; None if by nothing.
+        input: What it is given.
+        factors: What the head outputs were multiplied by before; None if by nothing.
     """
 
-    product: LinearProduct
-    flow: HeadFlow
+    input: Tensor
     factors: Tensor | None
 
-    def output_of(self, head_output: Tensor) -> Tensor:
-        """The output that other head outputs, as a kernel gives them, would have."""
-        x = self.product.input
-        if self.factors is None:
-            return self.product.of(self.flow.by_token(head_output).reshape(x.shape))
-        return self.product.of(self.flow.again(head_output, x))
 
-
-@dataclass(frozen=True)
+@dataclass
 class _Pending:
     """A layer whose projection has not run yet.
 
@@ -83,12 +81,37 @@ class _Pending:
         call: Its attention call.
         mask: Which keys its queries can see.
         flow: Its head outputs on their way.
+        container: A module that is given the head outputs alone, and runs.
+        parts: The linear products in it that read them: several where it adds up a weight and an
+            adapter.
     """
 
     execution: Execution
     call: AttentionCall
     mask: QueryMask
     flow: HeadFlow
+    container: nn.Module | None = None
+    parts: list[tuple[LinearProduct, _Reading]] = field(default_factory=list)
+
+    def reading(self, x: Tensor) -> _Reading | None:
+        """How ``x`` is made of the head outputs; None if it is not."""
+        if self.flow.overwritten:  # what the kernel gave is no longer there to be compared
+            return None
+        if reads(x, self.call.head_output):
+            return _Reading(x, None)
+        if not fits(x, self.call.head_output) or not self.flow.holds(x):
+            return None
+        factors = self.flow.factors(x)
+        return None if factors is None else _Reading(x, factors)
+
+    def output_of(
+        self, run: Callable[[Tensor], Tensor], reading: _Reading, factors: Tensor
+    ) -> Tensor:
+        """What ``run`` gives once values are multiplied by factors."""
+        heads = self.call.scaled(factors)
+        if reading.factors is None:
+            return run(self.call.by_token(heads).reshape(reading.input.shape))
+        return run(self.flow.again(heads, reading.input))
 
 
 class Observation:
@@ -142,6 +165,7 @@ class Observation:
     def __enter__(self) -> Observation:
         with ExitStack() as stack:
             self._missed = stack.enter_context(attention_calls(self._names, self._on_call))
+            stack.enter_context(entries(self._on_enter))
             stack.enter_context(functions(self._followed, self._on_linear))
             if self._updates is not None:
                 stack.enter_context(self._updates.watching())
@@ -210,50 +234,101 @@ class Observation:
     def _on_linear(self, product: LinearProduct) -> Tensor | None:
         if not is_listening(self._on_call):
             return None
-        if self._pending is not None:
-            pending = self._pending
-            call, flow = pending.call, pending.flow
-            factors = None
-            if flow.overwritten:  # what the kernel gave is no longer there to be compared
+        pending = self._pending
+        if pending is not None:
+            reading = pending.reading(product.input)
+            if reading is None:
                 return None
-            if not product.reads(call.head_output):
-                if not product.fits(call.head_output) or not flow.holds(product.input):
-                    return None
-                factors = flow.factors(product.input)
-                if factors is None:
-                    return None
-            read = product.input.detach().reshape(call.head_output.shape)
-            self._pending, self._projected = None, (pending.execution, read)
-            way = _Way(product, flow, factors)
-
-            def found(update: FrozenUpdate | None) -> Tensor | None:
-                return self._hand_over(pending, way, update)
-
-            if self._updates is None:
-                return found(None)
-            self._updates.follow(pending.execution.name, product.result, found)
-        elif self._projected is not None and product.reads(self._projected[1]):
-            raise UnsupportedModelError(
-                f"Two linear layers read the head outputs of layer {self._projected[0].name!r}, so "
-                "neither is its output projection. With LoRA adapters, merge them first."
-            )
+            if pending.container is None:
+                return self._found(pending, product, reading, product.of)
+            pending.parts.append((product, reading))
+        elif self._projected is not None and reads(product.input, self._projected[1]):
+            raise _two_projections(self._projected[0])
         return None
 
-    def _hand_over(
-        self, pending: _Pending, way: _Way, update: FrozenUpdate | None
-    ) -> Tensor | None:
-        """The result that the projection is to have instead, if it is to have another."""
-        call = pending.call
-        # What is computed here is not the model's. Geometry is float32 at least, whatever the
-        # model is cast to.
-        with taken_over(), torch.autocast(call.value.device.type, enabled=False):
-            layer = self._layer(pending, way)
-            factors = self._on_layer(pending.execution, replace(layer, update=update))
-            return None if factors is None else way.output_of(call.scaled(factors))
+    def _on_enter(self, run: Run) -> None:
+        pending = self._pending
+        if pending is None or pending.container is not None or not is_listening(self._on_call):
+            return
+        given = list(run.tensors())
+        # A plain linear layer is one product, which is seen.
+        if len(given) != 1 or type(run.module).forward is nn.Linear.forward:
+            return
+        reading = pending.reading(given[0])
+        if reading is None:
+            return
+        pending.container = run.module
 
-    def _layer(self, pending: _Pending, way: _Way) -> AttentionLayer:
+        def left(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+            if self._pending is not pending or not is_listening(self._on_call):
+                return None  # another thread runs it
+            handle.remove()
+            return self._left(pending, reading, result)
+
+        handle = run.module.register_forward_hook(left)
+        self._stack.callback(handle.remove)
+
+    def _left(self, pending: _Pending, reading: _Reading, result: Any) -> Tensor | None:
+        """Takes what a module made of the head outputs as a whole, if that is linear."""
+        container, parts = pending.container, pending.parts
+        assert container is not None
+        pending.container, pending.parts = None, []
+        if not isinstance(result, Tensor):
+            return None
+        if len(parts) == 1 and _same(parts[0][0].result, result):
+            return self._found(pending, *parts[0], container.forward, reading)
+        whole = LinearProduct(reading.input, None, None, result, container.forward)
+        with taken_over(), torch.no_grad():
+            product = whole.read()
+        if product is not None:
+            return self._found(pending, product, reading, container.forward)
+        if len(parts) > 1:
+            raise _two_projections(pending.execution)
+        if parts:  # and something else, as a norm, before or after it
+            return self._found(pending, *parts[0], container.forward, reading)
+        return None
+
+    def _found(
+        self,
+        pending: _Pending,
+        product: LinearProduct,
+        reading: _Reading,
+        run: Callable[[Tensor], Tensor],
+        given: _Reading | None = None,
+    ) -> Tensor | None:
+        """Hands the layer over; the result that there is to be instead, if there is.
+
+        Args:
+            pending: The layer.
+            product: Its output projection.
+            reading: Of the head outputs, by the projection.
+            run: What gives the result.
+            given: What ``run`` reads, where that is not what the projection reads.
+        """
+        read = product.input.detach().reshape(pending.call.head_output.shape)
+        self._pending, self._projected = None, (pending.execution, read)
+
+        def found(update: FrozenUpdate | None) -> Tensor | None:
+            # What is computed here is not the model's. Geometry is float32 at least, whatever the
+            # model is cast to.
+            device = pending.call.value.device.type
+            with taken_over(), torch.autocast(device, enabled=False):
+                layer = replace(self._layer(pending, product, reading.factors), update=update)
+                factors = self._on_layer(pending.execution, layer)
+                if factors is None:
+                    return None
+                return pending.output_of(run, given or reading, factors)
+
+        if self._updates is None:
+            return found(None)
+        self._updates.follow(pending.execution.name, product.result, found)
+        return None
+
+    def _layer(
+        self, pending: _Pending, product: LinearProduct, gate: Tensor | None
+    ) -> AttentionLayer:
         call, mask, name = pending.call, pending.mask, pending.execution.name
-        o, w = projection(way.product, call.head_output, way.factors, call.dtype, name)
+        o, w = projection(product, call.head_output, gate, call.dtype, name)
         _check_finite(o, mask.real, name)
         return AttentionLayer(
             weights=find_weights(call, mask, name),
@@ -262,7 +337,7 @@ class Observation:
             output_weight=w,
             output=o,
             mask=mask,
-            gate=None if way.factors is None else way.factors.transpose(1, 2).to(call.dtype),
+            gate=None if gate is None else gate.transpose(1, 2).to(call.dtype),
         )
 
     def _mask(self, call: AttentionCall) -> QueryMask:
@@ -305,6 +380,17 @@ def _no_projection(pending: _Pending) -> UnsupportedModelError:
         f"({type(execution.module).__name__}), nor what becomes of them by a gate or a norm, so "
         f"its output projection W_O is not known. {hint}"
     )
+
+
+def _two_projections(execution: Execution) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Two linear layers read the head outputs of layer {execution.name!r}, so neither is its "
+        "output projection, and no module makes one output of both."
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.numel() == b.numel() and a.data_ptr() == b.data_ptr())
 
 
 def _check_finite(output: Tensor, real: Tensor | None, name: str) -> None:

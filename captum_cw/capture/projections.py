@@ -13,16 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.calls import TINY, UnsupportedModelError
 
-__all__ = ["HeadFlow", "LinearProduct", "functions", "in_place", "projection"]
+__all__ = [
+    "HeadFlow",
+    "LinearProduct",
+    "fits",
+    "functions",
+    "in_place",
+    "projection",
+    "reads",
+]
+
+#: How far a product with a quantised input may be from that of its weight.
+ROUNDING = 0.03
 
 #: What norms make of the size of their input: it is held fixed, which makes them linear.
 SCALES = {"rsqrt", "sqrt"}
@@ -34,29 +45,53 @@ class LinearProduct:
 
     Args:
         input: ``(..., n)``.
-        weight: ``(n, d)``.
+        weight: ``(n, d)``; None where it cannot be read as numbers, as where it is quantised.
         bias: ``(d,)`` or None.
         result: ``(..., d)``.
-        of: The same product of another input of that shape.
+        of: The same product of another input of that shape, or of another number of rows.
     """
 
     input: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     result: Tensor
     of: Callable[[Tensor], Tensor]
 
-    def fits(self, head_output: Tensor) -> bool:
-        """Whether the input is as large as the head outputs ``(B, T, H, d_h)``."""
-        x, y = self.input, head_output
-        return x.numel() == y.numel() and x.shape[-1] == y.shape[2] * y.shape[3]
+    def read(self) -> LinearProduct | None:
+        """The product with its weight, asked for row by row; None if it is not linear.
 
-    def reads(self, head_output: Tensor) -> bool:
-        """Whether the input is the head outputs ``(B, T, H, d_h)``."""
-        x, y = self.input, head_output
-        if not self.fits(y) or x.dtype != y.dtype:
-            return False
-        return x.data_ptr() == y.data_ptr() or torch.equal(x.reshape(y.shape), y)
+        Nor is it a projection where it only multiplies each feature.
+        """
+        n = self.input.shape[-1]
+        rows = torch.eye(n, dtype=self.input.dtype, device=self.input.device)
+        rows = rows[(None,) * (self.input.dim() - 2)]
+        nothing = self.of(torch.zeros_like(rows[..., :1, :])).detach()
+        weight = (self.of(rows).detach() - nothing).reshape(n, -1)
+        if weight.shape == (n, n) and torch.equal(weight, weight.diag().diag()):
+            return None
+        dtype = torch.promote_types(self.result.dtype, torch.float32)
+        bias = nothing.flatten()
+        again = self.input.detach().to(dtype) @ weight.to(dtype) + bias.to(dtype)
+        wrong = (again - self.result.detach().to(dtype)).norm(dim=-1)
+        if (wrong > ROUNDING * again.norm(dim=-1) + TINY).any():
+            return None
+        return replace(self, weight=weight, bias=bias)
+
+
+def fits(x: Tensor, head_output: Tensor) -> bool:
+    """Whether a product's input is as large as the head outputs ``(B, T, H, d_h)``."""
+    y = head_output
+    if type(x) is not type(y):  # a shard of it, say
+        return False
+    return x.numel() == y.numel() and x.shape[-1] == y.shape[2] * y.shape[3]
+
+
+def reads(x: Tensor, head_output: Tensor) -> bool:
+    """Whether a product's input is the head outputs ``(B, T, H, d_h)``."""
+    y = head_output
+    if not fits(x, y) or x.dtype != y.dtype:
+        return False
+    return x.data_ptr() == y.data_ptr() or torch.equal(x.reshape(y.shape), y)
 
 
 @dataclass(frozen=True)
@@ -286,7 +321,9 @@ def _linear(
     def again(x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, weight, bias)
 
-    return LinearProduct(input, weight.T, bias, result, again)
+    plain = isinstance(weight, nn.Parameter) or type(weight) is Tensor
+    plain = plain and type(weight.detach()) is Tensor
+    return LinearProduct(input, weight.detach().T if plain else None, bias, result, again)
 
 
 def projection(
@@ -309,16 +346,16 @@ def projection(
         ``(B, T, d)`` and ``(H, d_h, d)``.
 
     Raises:
-        UnsupportedModelError: If the weight cannot be read as numbers, as where it is quantised.
+        UnsupportedModelError: If the product is not linear.
     """
     B, T, H, d_h = head_output.shape
-    weight = product.weight.detach()
-    if type(weight) is not Tensor or not weight.is_floating_point() or weight.is_meta:
+    known = product if product.weight is not None else product.read()
+    if known is None or known.weight is None or known.weight.is_meta:
         raise UnsupportedModelError(
-            f"The output projection of layer {name!r} has weights of type "
-            f"{type(weight).__name__} ({weight.dtype}): load the model in floating point."
+            f"The weight of the output projection of layer {name!r} cannot be read, nor asked for: "
+            "load the model in floating point."
         )
-    w = weight.to(dtype)
+    product, w = known, known.weight.detach().to(dtype)
     if factors is None and product.bias is None and product.result.dtype == dtype:
         o = product.result.view(B, T, -1)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Run", "running", "watching"]
+__all__ = ["Run", "entries", "running", "watching"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,9 @@ class _Stack:
         # yet marked as one that takes keyword arguments.
         if _stack.get() is self:
             self.runs.append(Run(module, args, kwargs or {}))
+            told = _entered.get()
+            if told is not None:
+                told(self.runs[-1])
 
     def leave(self, module: nn.Module, *_: Any) -> None:
         if _stack.get() is self and any(run.module is module for run in self.runs):
@@ -58,6 +61,19 @@ class _Stack:
 
 
 _stack: ContextVar[_Stack | None] = ContextVar("captum_cw_running", default=None)
+
+
+_entered: ContextVar[Callable[[Run], None] | None] = ContextVar("captum_cw_entered", default=None)
+
+
+@contextmanager
+def entries(told: Callable[[Run], None]) -> Iterator[None]:
+    """Tells ``told``, and nobody else, of each module that begins to run in this context."""
+    token = _entered.set(told)
+    try:
+        yield
+    finally:
+        _entered.reset(token)
 
 
 @contextmanager
