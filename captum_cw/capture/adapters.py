@@ -2,8 +2,8 @@
 
 An adapter computes what a module's ``forward`` computes, with
 :func:`torch.nn.functional.scaled_dot_product_attention` and a linear layer that reads the head
-outputs. It stands in for ``forward`` while someone listens to attention or changes it; where it
-gives something else than ``forward``, the module is refused.
+outputs. It runs beside ``forward`` while someone listens to attention, and in its place where
+something is changed; where the two give something else, the module is refused.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_cw.capture.calls import UnsupportedModelError
-from captum_cw.capture.listening import is_heard, taken_over
+from captum_cw.capture.listening import altered, is_heard, taken_over
 from captum_cw.capture.wrapping import ForwardOf, wrapping
 
 __all__ = ["adapted", "register_adapter"]
@@ -27,8 +26,6 @@ __all__ = ["adapted", "register_adapter"]
 Adapter = TypeVar("Adapter", bound=Callable[..., Any])
 
 _adapters: dict[type[nn.Module], Callable[..., Any]] = {}
-#: The ways in which modules have been called and their adapters found right.
-_checked: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
 
 
 def register_adapter(kind: type[nn.Module]) -> Callable[[Adapter], Adapter]:
@@ -36,7 +33,8 @@ def register_adapter(kind: type[nn.Module]) -> Callable[[Adapter], Adapter]:
 
     For attention in a kernel of one's own, or in an order that is not recognised. The adapter is
     called as ``adapter(module, *args, **kwargs)`` with the arguments of ``module.forward``, and
-    must return the same. The first call of each module runs both, and they are compared.
+    must return the same. Both run, and are compared; the model goes on with what its own
+    ``forward`` gave, unless values are changed.
 
     Args:
         kind: The class of the attention module; subclasses with a ``forward`` of their own are
@@ -98,19 +96,19 @@ class _Adapted:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not is_heard():
             return self._forward(*args, **kwargs)
-        self._check(args, kwargs)
-        return self._adapter(self._module, *args, **kwargs)
+        before = altered()
+        found = self._adapter(self._module, *args, **kwargs)
+        with taken_over():
+            own = self._forward(*args, **kwargs)
+            if altered() == before:
+                # The model goes on with its own, to the last bit.
+                self._check(own, found)
+                return own
+            self._check(own, self._adapter(self._module, *args, **kwargs))
+        return found
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {name: x for name, x in kwargs.items() if x is not None and x is not False}
-        way = len(args), frozenset(given)
-        checked = _checked.setdefault(self._module, set())
-        if way in checked:
-            return
-        with taken_over(), torch.no_grad():
-            right = self._forward(*args, **kwargs)
-            found = self._adapter(self._module, *args, **kwargs)
-        for a, b in zip(_tensors(right), _tensors(found), strict=False):
+    def _check(self, own: Any, found: Any) -> None:
+        for a, b in zip(_tensors(own), _tensors(found), strict=False):
             tolerance = max(1e-4, 8 * torch.finfo(a.dtype).eps) * float(a.nan_to_num().abs().max())
             if a.shape != b.shape or not torch.allclose(a, b, 0, tolerance, equal_nan=True):
                 raise UnsupportedModelError(
@@ -118,7 +116,6 @@ class _Adapted:
                     "gives, so what it shows would be wrong: correct the function that "
                     "register_adapter was given."
                 )
-        checked.add(way)
 
 
 def _tensors(result: Any) -> list[Tensor]:

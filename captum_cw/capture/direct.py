@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError
-from captum_cw.capture.listening import ValueChange, is_heard, taken_over
+from captum_cw.capture.listening import ValueChange, alter, is_heard, taken_over
 from captum_cw.capture.running import running
 from captum_cw.functional import expand_heads
 
@@ -251,7 +251,7 @@ def _changed(
     for change in changes:
         factors = change(module, heads, value)
         if factors is not None:
-            value = _times(expand_heads(value, heads), factors)
+            value = alter(_times(expand_heads(value, heads), factors))
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +14,8 @@ from captum_cw.capture.calls import AttentionCall
 __all__ = [
     "Listener",
     "ValueChange",
+    "alter",
+    "altered",
     "changing",
     "is_heard",
     "is_listening",
@@ -49,6 +52,24 @@ def changing(change: ValueChange) -> Iterator[None]:
         yield
     finally:
         _changes.reset(token)
+
+
+class _Altered(threading.local):
+    times = 0
+
+
+_altered = _Altered()
+
+
+def altered() -> int:
+    """How often this thread has given a model something else than it had computed."""
+    return _altered.times
+
+
+def alter(x: Tensor) -> Tensor:
+    """``x``, which the model is given in place of what it had computed."""
+    _altered.times += 1
+    return x
 
 
 @contextmanager

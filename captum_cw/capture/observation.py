@@ -21,7 +21,7 @@ from captum_cw.capture.calls import (
     padding_of,
     query_mask,
 )
-from captum_cw.capture.listening import is_listening, taken_over
+from captum_cw.capture.listening import alter, is_listening, taken_over
 from captum_cw.capture.projections import (
     HeadFlow,
     LinearProduct,
@@ -268,11 +268,15 @@ class Observation:
         handle = run.module.register_forward_hook(left)
         self._stack.callback(handle.remove)
 
-    def _left(self, pending: _Pending, reading: _Reading, result: Any) -> Tensor | None:
+    def _left(self, pending: _Pending, reading: _Reading, result: Any) -> Any:
         """Takes what a module made of the head outputs as a whole, if that is linear."""
         container, parts = pending.container, pending.parts
         assert container is not None
         pending.container, pending.parts = None, []
+        if isinstance(result, tuple) and len(parts) == 1 and _same(parts[0][0].result, result[0]):
+            part, given = parts[0]
+            changed = self._found(pending, part, given, part.of)
+            return None if changed is None else (changed, *result[1:])
         if not isinstance(result, Tensor):
             return None
         if len(parts) == 1 and _same(parts[0][0].result, result):
@@ -317,7 +321,7 @@ class Observation:
                 factors = self._on_layer(pending.execution, layer)
                 if factors is None:
                     return None
-                return pending.output_of(run, given or reading, factors)
+                return alter(pending.output_of(run, given or reading, factors))
 
         if self._updates is None:
             return found(None)
