@@ -45,6 +45,16 @@ SHOWN = {
         "sanity": "text/html",
         "long": "text/plain",
     },
+    "03_images_speech_and_other_models": {
+        "encoder-view": "text/html",
+        "encoder-found": "text/plain",
+        "speech-map": "image/png",
+        "speech-found": "text/plain",
+        "image-view": "image/png",
+        "image-found": "text/plain",
+        "own-encoder": "text/plain",
+        "adapter": "text/plain",
+    },
 }
 """What cells must produce, by their ids."""
 

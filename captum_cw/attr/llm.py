@@ -12,6 +12,7 @@ from captum_cw.attr._captum import BaseLLMAttribution, TextTokenInput
 from captum_cw.attr.inputs import LOGITS, parameters_of
 from captum_cw.attr.layer import AttentionAttribution
 from captum_cw.attr.token_scores import TokenScores
+from captum_cw.capture import UnsupportedModelError
 
 __all__ = ["LLMTokenAttribution"]
 
@@ -49,6 +50,12 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
             )
         if not isinstance(attr_method.forward_func, torch.nn.Module):
             raise TypeError("forward_func of attr_method must be the model: it generates text.")
+        if getattr(getattr(attr_method.forward_func, "config", None), "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                "The model has an encoder and a decoder, whose tokens are not one text: use "
+                "TokenScores(ContributionWeights(model, kind='cross'), queries=position) with "
+                "input_ids and decoder_input_ids."
+            )
         super().__init__(attr_method, tokenizer)
         self.attr_method = attr_method
 

@@ -4,6 +4,7 @@ Everything here takes plain tensors; nothing here runs a model.
 """
 
 from captum_cw.visualization._output import save_figure
+from captum_cw.visualization.image import PatchScores, fold_patches, plot_image_scores
 from captum_cw.visualization.maps import (
     plot_attention_and_contribution,
     plot_decomposition,
@@ -12,8 +13,11 @@ from captum_cw.visualization.maps import (
 from captum_cw.visualization.text import readable_tokens, save_text, text_html, text_records
 
 __all__ = [
+    "PatchScores",
+    "fold_patches",
     "plot_attention_and_contribution",
     "plot_decomposition",
+    "plot_image_scores",
     "plot_token_scores",
     "readable_tokens",
     "save_figure",
