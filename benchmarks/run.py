@@ -242,7 +242,7 @@ def alternating_removals(settings: Settings, length: int) -> list[dict[str, floa
     model = _load(settings)
     ids = _ids(model, length)
     scorer, rule, ranking = pair_scorer("contribution"), SinkRule(), Ranking(REMOVED, "bottom")
-    clean = CleanPass.run(model, partial(model, ids), {"": scorer}, rule, None)
+    clean = CleanPass.run(model, partial(model, ids), {"": scorer}, rule, ())
 
     def removed_by_clean_scores() -> object:
         factors = ranking.factors(clean.scores[""], clean.real, clean.sinks)
