@@ -202,6 +202,7 @@ def test_a_model_without_attention_is_refused() -> None:
         ContributionWeights(nn.Linear(4, 4)).attribute(torch.ones(1, 4))
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="JetMoe uses the registry since 5.0")
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_model_whose_output_projection_is_not_found_is_refused(layers: int) -> None:
     sizes = {name: size for name, size in SIZES.items() if name != "num_attention_heads"}

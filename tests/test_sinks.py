@@ -73,7 +73,6 @@ def test_a_planted_copy_of_the_first_token_is_a_sink() -> None:
     assert sinks_among(states, real).nonzero().tolist() == [[0, 0], [0, 4], [1, 1]]
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="BERT uses the registry since 5.0")
 def test_a_model_that_normalises_afterwards_has_one_state() -> None:
     """BERT's attention reads the residual stream itself."""
     config = transformers.BertConfig(**{**SIZES, "bos_token_id": None, "eos_token_id": None})

@@ -237,6 +237,8 @@ class _Kernel:
                 return x[:, :, rows] if by_query else x
 
             given = {name: block(x) for name, x in kwargs.items()}
+            if "output_attentions" in given:  # some kernels ask whether to return them
+                given["output_attentions"] = True
             result: Tensor = kernel(acting, q, k, v, mask, **given)[1]
             return result
 
