@@ -496,6 +496,7 @@ class CleanPass:
         seen = cls(scores={name: [] for name in scorers})
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> None:
+            _check_kind(execution)
             number = len(seen.real)
             # Layers may lie on several devices, and are ranked together.
             home = seen.real[0].device if seen.real else layer.value.device
@@ -592,6 +593,7 @@ class OnlineRemoval(_Intervention):
 
     @torch.no_grad()
     def _remove(self, execution: Execution, layer: AttentionLayer) -> Tensor | None:
+        _check_kind(execution)
         made = self._state.factors
         if self._sinks is None:
             sinks = self._sink_rule.sinks(execution, layer)
@@ -618,10 +620,7 @@ def check_self_attention(model: nn.Module) -> None:
     for module in model.modules():
         config = getattr(module, "config", None)
         if any(getattr(config, n, False) for n in ("is_encoder_decoder", "add_cross_attention")):
-            raise UnsupportedModelError(
-                f"{type(module).__name__} belongs to a model with cross-attention, whose tokens "
-                "cannot be ranked for removal yet: use remove_values, in passes over whole texts."
-            )
+            raise _of_two_texts(type(module).__name__)
 
 
 def _check_evaluation(model: nn.Module) -> None:
@@ -629,3 +628,15 @@ def _check_evaluation(model: nn.Module) -> None:
         raise ValueError(
             "The model is in training mode, and dropout changes what is scored: call model.eval()."
         )
+
+
+def _check_kind(execution: Execution) -> None:
+    if execution.kind == "cross":
+        raise _of_two_texts(f"{execution.name!r} ({type(execution.module).__name__})")
+
+
+def _of_two_texts(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{what} belongs to a model with cross-attention, whose tokens cannot be ranked for "
+        "removal yet: use remove_values, in passes over whole texts."
+    )

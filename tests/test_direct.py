@@ -21,6 +21,7 @@ from captum_cw import (
     remove_values,
 )
 from captum_cw.capture import UnsupportedModelError, register_adapter
+from captum_cw.sinks import find_sinks
 
 B, T, H, D = 2, 7, 4, 16
 METHODS = {
@@ -122,6 +123,193 @@ def test_scores_count_the_queries_that_see_a_key(way: str) -> None:
     right = reference.token_scores(module.right(x)["inter"], visible, "mean")
     found = TokenScores(ContributionWeights(module), layers=None, heads=None).attribute(x)
     assert torch.allclose(found[:, 0].double(), right, atol=1e-5)
+
+
+def test_attention_with_heads_folded_into_examples_by_einsum() -> None:
+    class Folded(Written):
+        def folded(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+            q, k, v = (x.reshape(-1, n, D // H) for x in (q, k, v))
+            y = torch.einsum("bij,bjd->bid", self.weights(q, k), v)
+            return y.view(-1, H, n, D // H).transpose(1, 2).reshape(-1, n, D)
+
+    module, x = Folded("folded").eval(), states()
+    agree(module, x, module.right(x))
+    masks = [torch.rand(B, H, T) < 0.4]
+    other = Written("product").eval()
+    other.load_state_dict(module.state_dict())
+    with torch.no_grad(), remove_values(module, masks):
+        found = module(x)
+    with torch.no_grad(), remove_values(other, masks):
+        assert torch.allclose(found, other(x), atol=1e-6)
+
+
+def test_attention_in_a_part_of_the_module() -> None:
+    class Core(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    class Parted(Written):
+        def __init__(self) -> None:
+            super().__init__("parted")
+            self.core = Core()
+
+        def parted(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+            return self.core(q, k, v).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
+
+    module, x = Parted().eval(), states()
+    agree(module, x, module.right(x))
+
+
+def test_values_that_all_examples_share() -> None:
+    class Shared(Written):
+        def fused(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+            y = F.scaled_dot_product_attention(q, k[:1], v[:1])
+            return y.transpose(1, 2).flatten(2)
+
+    c = ContributionWeights(Shared("fused").eval()).attribute(states())[0]
+    assert torch.allclose(c.sum((1, 3)), torch.ones(B, T), atol=1e-5)
+
+
+class TokensFirst(Written):
+    """Its stream is (T, B, d)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (z.unflatten(-1, (H, -1)).permute(1, 2, 0, 3) for z in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.permute(2, 0, 1, 3).flatten(2))  # type: ignore[no-any-return]
+
+
+class Untransposed(Written):
+    """Mixes tokens and heads up, as where a transpose is forgotten."""
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v).reshape(-1, n, D)
+
+
+@pytest.mark.parametrize("kind", [TokensFirst, Untransposed])
+@pytest.mark.parametrize("bias", [True, False])
+def test_head_outputs_in_another_order_are_not_taken_for_them(
+    kind: type[Written], bias: bool
+) -> None:
+    module = kind("fused").eval()
+    module.out = nn.Linear(D, D, bias=bias)
+    with pytest.raises(UnsupportedModelError, match="output projection"):
+        ContributionWeights(module).attribute(states())
+
+
+def test_a_bias_that_is_added_in_place_is_no_part_of_the_output() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(D, D)), nn.Parameter(torch.randn(D))
+
+        def forward(self, y: Tensor) -> Tensor:
+            out = F.linear(y, self.weight)
+            out += self.bias
+            return out
+
+    module, x = Written("fused"), states()
+    inner = Biased()
+    module.out = inner  # type: ignore[assignment]
+    agree(module.eval(), x, module.right(x))
+
+
+def test_linear_attention_is_none() -> None:
+    class Linear(Written):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (heads(z) for z in self.qkv(x).chunk(3, -1))
+            y = q.softmax(-1) @ (k.softmax(-2).transpose(-1, -2) @ v)
+            return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    for n in (T, D // H):  # where there are as many tokens as features, too
+        model = nn.Sequential(Linear("fused"), Written("product")).eval()
+        with pytest.warns(UserWarning, match="'0' seems to compute attention.*left out"):
+            maps = ContributionWeights(model).attribute(states(n))
+        assert [c.shape for c in maps] == [(B, H, n, n)]
+
+
+def test_attention_that_torch_keeps_to_itself_is_named() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, x, x, need_weights=False)[0]
+
+    model = nn.Sequential(Written("product"), Own(D, H)).eval()
+    with pytest.warns(UserWarning, match="'1' seems to compute attention.*left out"):
+        assert len(ContributionWeights(model).attribute(states())) == 1
+
+
+def test_a_position_bias_hides_no_key() -> None:
+    """A slope of one a token takes all weight from far keys, which are seen all the same."""
+
+    class Sloping(Written):
+        def bias(self, n: int) -> Tensor:
+            distance = torch.arange(n)[:, None] - torch.arange(n)
+            slopes = torch.tensor([1.0, 0.5, 0.25, 0.1])[:, None, None]
+            return (-slopes * distance).masked_fill(distance < 0, -torch.inf)
+
+        def weights(self, q: Tensor, k: Tensor) -> Tensor:
+            return F.softmax(q @ k.mT / q.shape[-1] ** 0.5 + self.bias(q.shape[2]), dim=-1)
+
+        def masked(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+            y = F.scaled_dot_product_attention(q, k, v, self.bias(n)[None])
+            return y.transpose(1, 2).flatten(2)
+
+    x, scores = torch.randn(1, 1500, D), []
+    for way in ("product", "masked"):
+        torch.manual_seed(0)
+        method = ContributionWeights(Sloping(way).eval())
+        scores.append(TokenScores(method, heads=None).attribute(x))
+    assert torch.allclose(*scores, rtol=1e-3, atol=1e-7)
+
+
+def test_the_kind_is_told_by_numbers_rather_than_by_objects() -> None:
+    class Thrice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(D)
+            self.attention = nn.MultiheadAttention(D, H, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.attention(self.norm(x), self.norm(x), self.norm(x))[0]
+            return x + out
+
+    assert len(ContributionWeights(Thrice().eval(), kind="self").attribute(states())) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_left_of_removed_values_is_attributed(way: str) -> None:
+    model, x = Blocks(way).eval(), states()
+    masks = [torch.zeros(B, H, T, dtype=torch.bool) for _ in range(2)]
+    masks[1][:, :, 2] = True
+    with remove_values(model, masks):
+        maps = ContributionWeights(model).attribute(x)
+    assert not maps[1][..., 2].any()
+    assert maps[0][..., 2].any()
+
+
+def test_ranking_the_tokens_of_two_texts_is_refused() -> None:
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(D, H, 32, batch_first=True), 2).eval()
+    for scoring in ("online", "clean"):
+        with (
+            torch.no_grad(),
+            remove_tokens(model, "contribution", 0.5, scoring=scoring),  # type: ignore[arg-type]
+            pytest.raises(UnsupportedModelError, match="multihead_attn.*cross-attention"),
+        ):
+            model(states(), states())
+
+
+def test_sinks_of_a_model_with_tokens_first() -> None:
+    for n in (T, B):  # as many tokens as examples, too
+        x = states(n)
+        x[:, 1] = 2 * x[:, 0]
+        found = []
+        for batch_first in (True, False):
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(D, H, 32, batch_first=batch_first)
+            model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+            found.append(find_sinks(model, x if batch_first else x.transpose(0, 1))[0])
+        assert torch.equal(*found)
+        assert found[0][:, :2].all()
 
 
 class Blocks(nn.Module):

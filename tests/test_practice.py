@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from models import gpt2, llama, token_ids
 from torch import Tensor, nn
 
@@ -179,6 +182,41 @@ def test_what_is_not_linear_is_no_projection() -> None:
         ContributionWeights(model).attribute(token_ids())
 
 
+class _Nearly(_Mixed):
+    """Beside the weight stands a small adapter that is not linear."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.inner(y) + 0.01 * self.inner(y).relu()  # type: ignore[no-any-return]
+
+
+class _ByToken(_Mixed):
+    """A gate for each place, before the projection: of one length alone."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__(inner)
+        self.gate = nn.Parameter(torch.rand(9, 32))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.inner(y * self.gate)  # type: ignore[no-any-return]
+
+
+def test_what_is_nearly_linear_is_refused() -> None:
+    model = llama()
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = _Nearly(attention.o_proj).eval()
+    with pytest.raises(UnsupportedModelError, match=r"Two linear layers.*layers\.1\.self_attn"):
+        ContributionWeights(model).attribute(token_ids())
+
+
+def test_a_projection_of_one_length_alone_is_followed_inside() -> None:
+    model = llama()
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = _ByToken(attention.o_proj).eval()
+    c = ContributionWeights(model).attribute(token_ids())[1]
+    assert torch.allclose(c.sum((1, 3)), torch.ones(2, 9), atol=1e-5)
+    untouched(model)
+
+
 class _Thinned(nn.Module):
     """A dropout of its own before the projection: no projection itself."""
 
@@ -303,3 +341,18 @@ def test_scores_of_a_compiled_model() -> None:
     model = torch.compile(llama(), backend="eager")
     right = TokenScores(ContributionWeights(llama())).attribute(token_ids())
     assert torch.equal(TokenScores(ContributionWeights(model)).attribute(token_ids()), right)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="loads on CPUs since 5.0")
+def test_heads_that_are_spread_over_processes_are_refused(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    script = Path(__file__).parent / "tensor_parallel.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "--master_port", "29571", str(script), str(tmp_path)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for process in (0, 1):
+        assert f"process {process}: The output projection" in done.stdout
+    assert "reads 16 of 32 features" in done.stdout

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor, nn
 
@@ -16,6 +18,12 @@ from captum_cw.capture.running import watching
 __all__ = ["attention_calls", "changed_values"]
 
 
+#: What sees attention that a model computes by itself, with its thread: it must not be seen twice.
+_direct: ContextVar[tuple[int, DirectAttention] | None] = ContextVar(
+    "captum_cw_direct", default=None
+)
+
+
 @contextmanager
 def attention_calls(
     modules: Collection[nn.Module], listener: Listener
@@ -26,6 +34,7 @@ def attention_calls(
     what tells which modules seem to have attention that could not be seen.
     """
     with _seen(modules) as direct, listening(listener):
+        direct.begin()
         yield direct.missed
 
 
@@ -46,10 +55,14 @@ def changed_values(modules: Collection[nn.Module], change: ValueChange) -> Itera
 
 @contextmanager
 def _seen(modules: Collection[nn.Module]) -> Iterator[DirectAttention]:
-    with (
-        watching(modules),
-        adapted(modules),
-        registered_kernels(modules),
-        DirectAttention() as direct,
-    ):
-        yield direct
+    with watching(modules), adapted(modules), registered_kernels(modules):
+        thread, active = threading.get_ident(), _direct.get()
+        if active is not None and active[0] == thread:
+            yield active[1]
+            return
+        with DirectAttention() as direct:
+            token = _direct.set((thread, direct))
+            try:
+                yield direct
+            finally:
+                _direct.reset(token)

@@ -30,7 +30,8 @@ Kind = Literal["self", "cross"]
 #: queries are made of.
 OTHER_STATES = (
     "key_value_states", "encoder_hidden_states", "cross_attention_states", "encoder_outputs",
-    "context", "context_hidden_states", "memory", "key", "keys", "k", "key_tensor",
+    "encoder_output", "encoder_out", "enc_out", "enc", "context", "context_hidden_states", "ctx",
+    "memory", "mem", "source", "kv", "key", "keys", "k", "key_tensor",
 )  # fmt: skip
 
 #: An additive mask at or below this leaves no weight, in any dtype that can hold it.
@@ -48,7 +49,9 @@ class UnsupportedModelError(RuntimeError):
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and (a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr()))
+    if b is None or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return a is b or torch.equal(a, b)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,12 @@ from captum_cw.functional import expand_heads
 
 __all__ = ["DirectAttention"]
 
-#: A logit this far below the largest of its query is that of a hidden key, whatever number a model
-#: writes for it.
-FAR_BELOW = 1e3
+#: A logit this far below the largest of its query is that of a hidden key: models write -1e4 and
+#: less, and a position bias, which hides nothing, falls with the distance (ALiBi).
+FAR_BELOW = 9e3
+
+#: How deep in an attention module the product may stand.
+PARTS = 2
 
 #: Products of weights and values.
 PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
@@ -53,11 +56,13 @@ class _Probabilities:
     Args:
         module: What was running.
         logits: What it was taken of, ``(..., T, S)``.
+        of_tokens: Whether its rows are the tokens that the module was given.
         known: What became of it so far, by id, so that the ids stay their own.
     """
 
     module: nn.Module | None
     logits: Tensor
+    of_tokens: bool
     known: dict[int, Tensor]
 
 
@@ -87,6 +92,13 @@ class DirectAttention(TorchFunctionMode):
         super().__init__()
         self._softmax: _Probabilities | None = None
         self._missed: dict[nn.Module, None] = {}
+        # Where queries or keys are normalised over another dimension: that is linear attention.
+        self._sideways: nn.Module | None = None
+
+    def begin(self) -> None:
+        """Forgets what was missed before."""
+        self._softmax, self._sideways = None, None
+        self._missed.clear()
 
     def missed(self) -> list[nn.Module]:
         """The modules that seem to have computed attention which could not be seen.
@@ -99,7 +111,10 @@ class DirectAttention(TorchFunctionMode):
 
     def _lost(self) -> None:
         softmax, self._softmax = self._softmax, None
-        if softmax is not None and softmax.module is not None and softmax.logits.dim() > 3:
+        if softmax is None or softmax.module is None:
+            return
+        *_, T, S = softmax.logits.shape
+        if softmax.logits.dim() > 3 or (T == S and softmax.of_tokens):
             self._missed[softmax.module] = None
 
     def __torch_function__(
@@ -112,6 +127,8 @@ class DirectAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if not is_heard():
             return func(*args, **kwargs)
+        if func is torch.nn.functional.multi_head_attention_forward and running():
+            self._missed[running()[-1].module] = None  # what is in it cannot be seen
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self._fused(func, _arguments(*args, **kwargs))
         if getattr(func, "__name__", "") in ("softmax", "softmax_"):
@@ -131,6 +148,8 @@ class DirectAttention(TorchFunctionMode):
             result: Tensor = func(**given)
             return result
         module, H, T = found[0], query.shape[1], query.shape[2]
+        if value.shape[0] != query.shape[0]:  # all examples share them
+            key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
         with taken_over() as (listener, changes):
             value = _changed(changes, module, H, value)
             if value.shape[1] != key.shape[1]:  # heads no longer share values
@@ -161,7 +180,7 @@ class DirectAttention(TorchFunctionMode):
             )
             return again
 
-        if mask is not None:
+        if mask is not None and mask.dim() < 4:
             mask = mask[(None,) * (4 - mask.dim())]
         call = AttentionCall(
             module, running(), query, key, value, mask, bool(given["is_causal"]) and T > 1,
@@ -179,7 +198,10 @@ class DirectAttention(TorchFunctionMode):
         if isinstance(logits, Tensor) and logits.dim() > 2 and dim in (-1, logits.dim() - 1):
             self._lost()
             module = running()[-1].module if running() else None
-            self._softmax = _Probabilities(module, logits, {id(result): result})
+            of_tokens = _attention_module(logits.shape[:-1]) is not None
+            self._softmax = _Probabilities(module, logits, of_tokens, {id(result): result})
+        elif isinstance(logits, Tensor) and logits.dim() > 2 and running():
+            self._sideways = running()[-1].module
         return result
 
     def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -188,6 +210,8 @@ class DirectAttention(TorchFunctionMode):
         product = None
         if getattr(func, "__name__", "") in PRODUCTS:
             product = _product(args, softmax)
+        if product is not None and product.module is self._sideways:
+            product = None
         if product is None:
             result = func(*args, **kwargs)
             if isinstance(result, Tensor) and result.numel() == softmax.logits.numel():
@@ -224,17 +248,33 @@ def _attention_module(queries: Sequence[int]) -> tuple[nn.Module, int] | None:
     Args:
         queries: ``(B, H, T)`` or ``(B * H, T)``.
     """
-    if len(queries) not in (2, 3) or not running():
+    if len(queries) not in (2, 3):
         return None
-    run, T = running()[-1], queries[-1]
-    for x in run.tensors():
-        if x.dim() in (2, 3) and x.is_floating_point():
+    T = queries[-1]
+    # The product may stand in a part of the module, which is given queries, keys and values.
+    for run in running()[: -1 - PARTS : -1]:
+        for x in run.tensors():
+            if x.dim() not in (2, 3) or not x.is_floating_point():
+                continue
             # Some modules take tokens before examples, or one example alone.
             first, second = x.shape[:2] if x.dim() == 3 else (1, x.shape[0])
             for B, length in ((first, second), (second, first)):
                 if length == T and (queries[0] == B if len(queries) == 3 else not queries[0] % B):
                     return run.module, B
     return None
+
+
+def _are_tokens(S: int) -> bool:
+    """Whether as many keys are tokens that a module was given, or of a cache that it was."""
+    for run in running()[: -1 - PARTS : -1]:
+        for x in run.tensors():
+            if x.dim() in (2, 3) and S in x.shape[:2]:
+                return True
+        if any(hasattr(x, "get_seq_length") for x in (*run.args, *run.kwargs.values())):
+            return True
+        if any("past" in name and x is not None for name, x in run.kwargs.items()):
+            return True
+    return False
 
 
 def _flat(args: Sequence[Any]) -> list[Any]:
@@ -282,12 +322,14 @@ def _product(args: tuple[Any, ...], softmax: _Probabilities) -> _Product | None:
         return None
     module, B = found
     if equation is not None:
-        return _by_equation(module, equation, weights, value, softmax)
+        return _by_equation(module, B, equation, weights, value, softmax)
     if id(weights) not in softmax.known or id(value) in softmax.known:
         return None
     if weights.dim() != value.dim() or weights.shape[-1] != value.shape[-2]:
         return None
     *batch, T, S = weights.shape
+    if not _are_tokens(S):
+        return None
     H = math.prod(batch) // B
     d_h = value.shape[-1]
     if value.dim() == 3:
@@ -304,7 +346,12 @@ def _product(args: tuple[Any, ...], softmax: _Probabilities) -> _Product | None:
 
 
 def _by_equation(
-    module: nn.Module, equation: str, weights: Tensor, value: Tensor, softmax: _Probabilities
+    module: nn.Module,
+    B: int,
+    equation: str,
+    weights: Tensor,
+    value: Tensor,
+    softmax: _Probabilities,
 ) -> _Product | None:
     equation = equation.replace(" ", "")
     if id(value) in softmax.known:
@@ -313,25 +360,28 @@ def _by_equation(
         weights, value, equation = value, weights, f"{b},{a}->{out}"
     left, _, out = equation.partition("->")
     a, _, b = left.partition(",")
-    if id(weights) not in softmax.known or len(a) != 4 or not a.isalpha() or not b.isalpha():
+    if id(weights) not in softmax.known or len(a) not in (3, 4) or not (a + b).isalpha():
         return None
-    batch, heads, t, s = tuple(a)
+    *batch, t, s = list(a)
     size = "".join(set(b) - set(a))
-    ours = batch + heads + s + size
-    if (
-        len(size) != 1
-        or sorted(b) != sorted(ours)
-        or sorted(out) != sorted(batch + heads + t + size)
-    ):
+    ours, theirs = [*batch, s, size], [*batch, t, size]
+    if len(size) != 1 or sorted(b) != sorted(ours) or sorted(out) != sorted(theirs):
+        return None
+    if not _are_tokens(weights.shape[-1]):
         return None
 
-    def by_token(y: Tensor) -> Tensor:
-        return y.permute([out.index(x) for x in (batch, t, heads, size)])
+    def unfolded(x: Tensor) -> Tensor:
+        """With examples and heads apart."""
+        return x if len(batch) == 2 else x.reshape(B, -1, *x.shape[1:])
+
+    def given(v: Tensor) -> Tensor:
+        v = v if len(batch) == 2 else v.flatten(0, 1)
+        return v.permute([ours.index(x) for x in b])
 
     return _Product(
         module,
-        weights,
-        value.permute([b.index(x) for x in ours]),
-        lambda v: v.permute([ours.index(x) for x in b]),
-        by_token,
+        unfolded(weights),
+        unfolded(value.permute([b.index(x) for x in ours])),
+        given,
+        lambda y: unfolded(y.permute([out.index(x) for x in theirs])).transpose(1, 2),
     )

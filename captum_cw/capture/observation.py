@@ -30,7 +30,7 @@ from captum_cw.capture.projections import (
     projection,
     reads,
 )
-from captum_cw.capture.running import Run, entries
+from captum_cw.capture.running import Run, entries, running
 from captum_cw.capture.states import StateSpace, hidden_states
 from captum_cw.capture.updates import ResidualUpdates
 from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, Space
@@ -84,6 +84,7 @@ class _Pending:
         container: A module that is given the head outputs alone, and runs.
         parts: The linear products in it that read them: several where it adds up a weight and an
             adapter.
+        versions: Of their results, which what comes after may change in place.
     """
 
     execution: Execution
@@ -92,6 +93,7 @@ class _Pending:
     flow: HeadFlow
     container: nn.Module | None = None
     parts: list[tuple[LinearProduct, _Reading]] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
 
     def reading(self, x: Tensor) -> _Reading | None:
         """How ``x`` is made of the head outputs; None if it is not."""
@@ -239,9 +241,11 @@ class Observation:
             reading = pending.reading(product.input)
             if reading is None:
                 return None
+            _check_whole(pending.execution, product)
             if pending.container is None:
                 return self._found(pending, product, reading, product.of)
             pending.parts.append((product, reading))
+            pending.versions.append(_version(product.result))
         elif self._projected is not None and reads(product.input, self._projected[1]):
             raise _two_projections(self._projected[0])
         return None
@@ -270,20 +274,29 @@ class Observation:
 
     def _left(self, pending: _Pending, reading: _Reading, result: Any) -> Any:
         """Takes what a module made of the head outputs as a whole, if that is linear."""
-        container, parts = pending.container, pending.parts
+        container, parts, versions = pending.container, pending.parts, pending.versions
         assert container is not None
-        pending.container, pending.parts = None, []
-        if isinstance(result, tuple) and len(parts) == 1 and _same(parts[0][0].result, result[0]):
+        pending.container, pending.parts, pending.versions = None, [], []
+
+        def is_part(x: Any) -> bool:
+            """Whether a result is that of the one product, as it was."""
+            if len(parts) != 1 or not isinstance(x, Tensor):
+                return False
+            own = parts[0][0].result
+            return _same(own, x) and _version(own) == versions[0]
+
+        if isinstance(result, tuple) and is_part(result[0]):
             part, given = parts[0]
             changed = self._found(pending, part, given, part.of)
             return None if changed is None else (changed, *result[1:])
         if not isinstance(result, Tensor):
             return None
-        if len(parts) == 1 and _same(parts[0][0].result, result):
+        if is_part(result):
             return self._found(pending, *parts[0], container.forward, reading)
         whole = LinearProduct(reading.input, None, None, result, container.forward)
         with taken_over(), torch.no_grad():
-            product = whole.read()
+            # What is made of weights that can be read is not rounded.
+            product = whole.read(1e-3) if parts else whole.read()
         if product is not None:
             return self._found(pending, product, reading, container.forward)
         if len(parts) > 1:
@@ -346,6 +359,8 @@ class Observation:
 
     def _mask(self, call: AttentionCall) -> QueryMask:
         key = id(call.mask), call.causal, call.kind, call.B, call.T, call.S
+        if call.query is None:  # its mask is its own
+            self._masks.pop(key, None)
         if key not in self._masks:
             if len(self._masks) == MASKS:
                 del self._masks[next(iter(self._masks))]
@@ -357,6 +372,8 @@ class Observation:
             # The tensor is kept, so that its id stays its own.
             self._masks[key] = call.mask, query_mask(call, real)
         mask = self._masks[key][1]
+        if call.query is None:
+            del self._masks[key]
         if call.kind == "self":
             self._real = mask.real
             if self._real is None:
@@ -391,6 +408,22 @@ def _two_projections(execution: Execution) -> UnsupportedModelError:
         f"Two linear layers read the head outputs of layer {execution.name!r}, so neither is its "
         "output projection, and no module makes one output of both."
     )
+
+
+def _check_whole(execution: Execution, product: LinearProduct) -> None:
+    """Raises an UnsupportedModelError where other processes hold the rest of a projection."""
+    module = running()[-1].module if running() else None
+    declared, here = getattr(module, "in_features", None), product.input.shape[-1]
+    if isinstance(declared, int) and declared != here:
+        raise UnsupportedModelError(
+            f"The output projection of layer {execution.name!r} reads {here} of {declared} "
+            "features: its heads are spread over processes (tensor parallel), and the output is a "
+            "sum over them. Load the model without tp_plan; device_map spreads whole layers."
+        )
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

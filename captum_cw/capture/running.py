@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -38,7 +39,8 @@ class Run:
         return next((x for x in self.tensors() if x.is_floating_point() and x.dim() == 3), None)
 
 
-class _Stack:
+class _Stack(threading.local):
+    # Its own in each thread: a context may be copied into several.
     def __init__(self, modules: Collection[nn.Module]) -> None:
         self.modules = frozenset(modules)
         self.runs: list[Run] = []

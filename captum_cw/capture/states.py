@@ -37,18 +37,31 @@ def hidden_states(call: AttentionCall, space: StateSpace, before: Sequence[Run])
             )
         return vectors.transpose(1, 2).flatten(2)
     # Modules of a layer are often given the same: the layer around them is what differs.
-    fresh = [run.states() for run in reversed(call.running) if run not in before]
+    fresh = [_by_example(run.states(), call) for run in reversed(call.running) if run not in before]
     given = [states for states in fresh if states is not None]
     if not given or call.own is None or call.own.states() is None:
         raise UnsupportedModelError(
             f"{type(call.module).__name__} is given no hidden states (B, T, d), so sinks "
             "cannot be found by them: choose the space 'key' or 'value'."
         )
-    normed = call.own.states()
+    normed = _by_example(call.own.states(), call)
     assert normed is not None
     if space == "normed":
         return normed
     return next((states for states in given if not _same(states, normed)), normed)
+
+
+def _by_example(states: Tensor | None, call: AttentionCall) -> Tensor | None:
+    """States ``(B, S, d)``, where some modules have tokens before examples."""
+    if states is None:
+        return None
+    shape = tuple(states.shape[:2])
+    swapped = shape == (call.T, call.B) and (shape != (call.B, call.T) or _tokens_first(call))
+    return states.transpose(0, 1) if swapped else states
+
+
+def _tokens_first(call: AttentionCall) -> bool:
+    return not getattr(call.module, "batch_first", True)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
