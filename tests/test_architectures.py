@@ -18,15 +18,14 @@ REFUSED = {
 
 
 #: Types with attention that is left out, within windows or chunks, beside attention that is seen.
-IN_PART = {"inkling2_text", "led", "longt5", "prophetnet"}
+IN_PART = {"inkling2_text", "led", "longt5", "pegasus_x", "prophetnet"}
 REFUSED_ENCODERS = {
-    "convbert": "output projection",  # what reads heads reads a convolution beside them
+    "convbert": "No attention",  # what reads heads reads a convolution beside them
     "fnet": "No attention",
     "fsmt": "output projection",  # tokens before examples
     "longformer": "No attention",  # within windows
     "mra": "No attention",  # approximates attention by blocks
     "nystromformer": "output projection",  # approximates attention by landmarks
-    "pegasus_x": "also computes",  # within blocks, beside global tokens
     "reformer": "No attention",
     "squeezebert": "No attention",  # features before tokens
     "yoso": "No attention",  # samples keys by hashes
