@@ -331,7 +331,8 @@ class Observation:
             device = pending.call.value.device.type
             with taken_over(), torch.autocast(device, enabled=False):
                 layer = replace(self._layer(pending, product, reading.factors), update=update)
-                factors = self._on_layer(pending.execution, layer)
+                with torch._C.DisableTorchFunction():  # nobody follows what is computed of it
+                    factors = self._on_layer(pending.execution, layer)
                 if factors is None:
                     return None
                 return alter(pending.output_of(run, given or reading, factors))
@@ -347,8 +348,10 @@ class Observation:
         call, mask, name = pending.call, pending.mask, pending.execution.name
         o, w = projection(product, call.head_output, gate, call.dtype, name)
         _check_finite(o, mask.real, name)
+        with torch._C.DisableTorchFunction():
+            weights = find_weights(call, mask, name)
         return AttentionLayer(
-            weights=find_weights(call, mask, name),
+            weights=weights,
             value=call.value.to(call.dtype),
             head_output=call.head_output.transpose(1, 2).to(call.dtype),
             output_weight=w,
