@@ -248,3 +248,19 @@ def test_an_image_and_a_text_in_one_sequence() -> None:
     assert (scores > 0).all()
     with pytest.raises(ValueError, match="differ in heads or length"):
         TokenScores(ContributionWeights(model)).attribute(inputs)
+
+
+def test_a_module_that_runs_in_every_layer_gives_one_map_for_each() -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=64, embedding_size=16, hidden_size=32, intermediate_size=32,
+        num_hidden_layers=3, num_attention_heads=4,
+    )  # fmt: skip
+    model: Any = build(transformers.AlbertModel, config)
+    every = ContributionWeights(model)
+    maps = every.attribute(tokens(5))
+    assert len(maps) == 3
+    assert len(set(every.layers)) == 1
+    of_module = ContributionWeights(model, model.get_submodule(every.layers[0]))
+    again = of_module.attribute(tokens(5))
+    assert isinstance(again, tuple)
+    assert all(torch.equal(x, y) for x, y in zip(again, maps, strict=True))

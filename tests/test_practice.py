@@ -349,7 +349,7 @@ def test_heads_that_are_spread_over_processes_are_refused(tmp_path: Path) -> Non
     script = Path(__file__).parent / "tensor_parallel.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "--master_port", "29571", str(script), str(tmp_path)],
+        [*command, "--standalone", str(script), str(tmp_path)],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
