@@ -45,6 +45,10 @@ class _Stack(threading.local):
         self.modules = frozenset(modules)
         self.runs: list[Run] = []
 
+    def __reduce__(self) -> tuple[type[_Stack], tuple[tuple[()]]]:
+        # A copy of a model, and of the hooks on it, has nothing to do with this.
+        return _Stack, ((),)
+
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
