@@ -228,6 +228,24 @@ def test_linear_attention_is_none() -> None:
         assert [c.shape for c in maps] == [(B, H, n, n)]
 
 
+def test_products_with_what_are_no_keys_are_no_attention() -> None:
+    class Latent(Written):
+        """A softmax over features, times a table that all tokens share."""
+
+        def __init__(self) -> None:
+            super().__init__("fused")
+            self.table = nn.Parameter(torch.randn(B, H, D // H, D // H))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = heads(x).softmax(-1) @ self.table
+            return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    model = nn.Sequential(Latent(), Written("product")).eval()
+    with pytest.warns(UserWarning, match="'0' seems to compute attention.*left out"):
+        maps = ContributionWeights(model, kind="all").attribute(states())
+    assert [c.shape for c in maps] == [(B, H, T, T)]
+
+
 def test_attention_that_torch_keeps_to_itself_is_named() -> None:
     class Own(nn.MultiheadAttention):
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]

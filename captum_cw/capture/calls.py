@@ -21,6 +21,8 @@ __all__ = [
     "find_weights",
     "padding_of",
     "query_mask",
+    "same_numbers",
+    "times",
     "visible_keys",
 ]
 
@@ -48,7 +50,16 @@ class UnsupportedModelError(RuntimeError):
     """The model does something that would make the measures wrong, so nothing is computed."""
 
 
-def _same(a: Tensor, b: Tensor | None) -> bool:
+def times(value: Tensor, factors: Tensor) -> Tensor:
+    """Values ``(B, H, S, d_h)`` times factors ``(B|1, H|1, n)`` of the first ``n`` keys."""
+    missing = value.shape[2] - factors.shape[-1]  # keys that came later, or empty places
+    factors = torch.nn.functional.pad(factors, (0, missing), value=1.0).to(value)[..., None]
+    # Not a product alone: a value may be infinite.
+    return (value * factors).masked_fill(factors == 0, 0)
+
+
+def same_numbers(a: Tensor, b: Tensor | None) -> bool:
+    """Whether two tensors are equal, wherever they lie."""
     if b is None or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     return a is b or torch.equal(a, b)
@@ -138,7 +149,7 @@ class AttentionCall:
         given = {**dict(zip(parameters, self.own.args, strict=False)), **self.own.kwargs}
         states = self.own.states()
         for name, other in given.items():
-            if not isinstance(other, Tensor) or other.dim() != 3 or _same(other, states):
+            if not isinstance(other, Tensor) or other.dim() != 3 or same_numbers(other, states):
                 continue
             # Where lengths differ, it tells itself by its own.
             if name in OTHER_STATES or self.T != self.S == other.shape[1]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_cw.capture.calls import AttentionCall, UnsupportedModelError
+from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, times
 from captum_cw.capture.listening import ValueChange, alter, is_heard, taken_over
 from captum_cw.capture.running import running
 from captum_cw.functional import expand_heads
@@ -175,7 +175,7 @@ class DirectAttention(TorchFunctionMode):
                 **{
                     **given,
                     "key": expand_heads(key, H_kv),
-                    "value": _times(expand_heads(value, H_kv), factors),
+                    "value": times(expand_heads(value, H_kv), factors),
                 }
             )
             return again
@@ -236,7 +236,7 @@ class DirectAttention(TorchFunctionMode):
             call = AttentionCall(
                 module, running(), None, None, value, visible, False, None,
                 result, product.by_token, product.weights, None,
-                lambda factors: of(_times(expand_heads(value, H), factors)),
+                lambda factors: of(times(expand_heads(value, H), factors)),
             )  # fmt: skip
             listener(call)
         return result
@@ -291,16 +291,8 @@ def _changed(
     for change in changes:
         factors = change(module, heads, value)
         if factors is not None:
-            value = alter(_times(expand_heads(value, heads), factors))
+            value = alter(times(expand_heads(value, heads), factors))
     return value
-
-
-def _times(value: Tensor, factors: Tensor) -> Tensor:
-    """Values ``(B, H, S, d_h)`` times factors ``(B|1, H|1, n)`` of the first ``n`` keys."""
-    missing = value.shape[2] - factors.shape[-1]  # keys that came later
-    factors = torch.nn.functional.pad(factors, (0, missing), value=1.0).to(value)[..., None]
-    # Not a product alone: a value may be infinite.
-    return (value * factors).masked_fill(factors == 0, 0)
 
 
 def _visible(logits: Tensor, weights: Tensor) -> Tensor | None:

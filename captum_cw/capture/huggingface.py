@@ -29,7 +29,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, visible_keys
+from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, times, visible_keys
 from captum_cw.capture.listening import taken_over
 from captum_cw.capture.running import running
 from captum_cw.capture.wrapping import wrapping
@@ -217,11 +217,7 @@ class _Kernel:
                     )
                 _checked[module] = self.kernel
             module, key, value = repeated
-        missing = value.shape[2] - factors.shape[-1]  # keys that came later, or empty places
-        factors = torch.nn.functional.pad(factors, (0, missing), value=1.0)
-        factors = factors.to(value)[..., None]
-        # Not a product alone: a value may be infinite.
-        return module, key, (value * factors).masked_fill(factors == 0, 0)
+        return module, key, times(value, factors)
 
     def _dense_kernel(
         self, module: nn.Module, acting: Any, T: int, kwargs: dict[str, Any]

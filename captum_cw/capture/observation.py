@@ -29,6 +29,7 @@ from captum_cw.capture.projections import (
     functions,
     projection,
     reads,
+    same_place,
 )
 from captum_cw.capture.running import Run, entries, running
 from captum_cw.capture.states import StateSpace, hidden_states
@@ -283,7 +284,7 @@ class Observation:
             if len(parts) != 1 or not isinstance(x, Tensor):
                 return False
             own = parts[0][0].result
-            return _same(own, x) and _version(own) == versions[0]
+            return same_place(own, x) and _version(own) == versions[0]
 
         if isinstance(result, tuple) and is_part(result[0]):
             part, given = parts[0]
@@ -361,27 +362,27 @@ class Observation:
         )
 
     def _mask(self, call: AttentionCall) -> QueryMask:
-        key = id(call.mask), call.causal, call.kind, call.B, call.T, call.S
-        if call.query is None:  # its mask is its own
-            self._masks.pop(key, None)
-        if key not in self._masks:
-            if len(self._masks) == MASKS:
-                del self._masks[next(iter(self._masks))]
-            real = self._real
-            if call.kind == "self":
-                real = padding_of(call, self._told)
-            elif real is not None and real.shape != (call.B, call.T):
-                real = None
-            # The tensor is kept, so that its id stays its own.
-            self._masks[key] = call.mask, query_mask(call, real)
-        mask = self._masks[key][1]
-        if call.query is None:
-            del self._masks[key]
+        if call.query is None:  # it was made of this call's weights: nothing shares it
+            mask = self._new_mask(call)
+        else:
+            key = id(call.mask), call.causal, call.kind, call.B, call.T, call.S
+            if key not in self._masks:
+                if len(self._masks) == MASKS:
+                    del self._masks[next(iter(self._masks))]
+                # The tensor is kept, so that its id stays its own.
+                self._masks[key] = call.mask, self._new_mask(call)
+            mask = self._masks[key][1]
         if call.kind == "self":
             self._real = mask.real
             if self._real is None:
                 self._real = torch.ones(call.B, call.T, dtype=torch.bool, device=call.value.device)
         return mask
+
+    def _new_mask(self, call: AttentionCall) -> QueryMask:
+        if call.kind == "self":
+            return query_mask(call, padding_of(call, self._told))
+        fits_queries = self._real is not None and self._real.shape == (call.B, call.T)
+        return query_mask(call, self._real if fits_queries else None)
 
 
 def names_of(roots: Collection[nn.Module]) -> dict[nn.Module, str]:
@@ -427,10 +428,6 @@ def _check_whole(execution: Execution, product: LinearProduct) -> None:
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.numel() == b.numel() and a.data_ptr() == b.data_ptr())
 
 
 def _check_finite(output: Tensor, real: Tensor | None, name: str) -> None:

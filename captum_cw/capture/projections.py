@@ -30,6 +30,7 @@ __all__ = [
     "in_place",
     "projection",
     "reads",
+    "same_place",
 ]
 
 #: How far a product with a quantised input may be from that of its weight.
@@ -208,6 +209,17 @@ def _replaced(x: Any, by: dict[int, Tensor]) -> Any:
     if isinstance(x, dict):
         return {name: _replaced(y, by) for name, y in x.items()}
     return x
+
+
+def same_place(a: object, b: Tensor) -> bool:
+    """Whether ``a`` is the numbers of ``b`` in the same place, whatever its shape."""
+    return (
+        isinstance(a, Tensor)
+        and a.numel() == b.numel()
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and a.data_ptr() == b.data_ptr()
+    )
 
 
 def in_place(func: Any) -> bool:

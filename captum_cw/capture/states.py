@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from captum_cw.capture.calls import AttentionCall, UnsupportedModelError
+from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, same_numbers
 from captum_cw.capture.running import Run
 
 __all__ = ["StateSpace", "hidden_states"]
@@ -48,7 +47,7 @@ def hidden_states(call: AttentionCall, space: StateSpace, before: Sequence[Run])
     assert normed is not None
     if space == "normed":
         return normed
-    return next((states for states in given if not _same(states, normed)), normed)
+    return next((states for states in given if not same_numbers(states, normed)), normed)
 
 
 def _by_example(states: Tensor | None, call: AttentionCall) -> Tensor | None:
@@ -62,7 +61,3 @@ def _by_example(states: Tensor | None, call: AttentionCall) -> Tensor | None:
 
 def _tokens_first(call: AttentionCall) -> bool:
     return not getattr(call.module, "batch_first", True)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() or (a.shape == b.shape and torch.equal(a, b))

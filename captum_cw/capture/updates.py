@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.calls import UnsupportedModelError
-from captum_cw.capture.projections import in_place
+from captum_cw.capture.projections import in_place, same_place
 from captum_cw.functional import FrozenUpdate
 
 __all__ = ["ResidualUpdates"]
@@ -112,7 +112,7 @@ class ResidualUpdates(TorchFunctionMode):
         path = self._path
         if _following.get() is self and path is not None and path.norm is None:
             given = (*args, *(kwargs or {}).values())
-            if any(_same(x, path.now) for x in given):
+            if any(same_place(x, path.now) for x in given):
                 path.inside.append(module)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
@@ -146,7 +146,7 @@ class ResidualUpdates(TorchFunctionMode):
         path = self._path
         if path is None or path.norm is not None or _following.get() is not self:
             return func(*args, **given)
-        if not any(_same(x, path.now) for x in (*args, *given.values())):
+        if not any(same_place(x, path.now) for x in (*args, *given.values())):
             return func(*args, **given)
         name = getattr(func, "__name__", str(func))
         changes = in_place(func) or "out" in given
@@ -154,7 +154,7 @@ class ResidualUpdates(TorchFunctionMode):
             result = func(*args, **given)
             if not isinstance(result, Tensor):  # a shape, or the like
                 return result
-            if _same(result, path.now) or (not path.inside and _follows(name, args, given)):
+            if same_place(result, path.now) or (not path.inside and _follows(name, args, given)):
                 before = path.now
                 path.steps.append(lambda x: _with(func, args, given, before, x))
                 path.now = result
@@ -166,7 +166,7 @@ class ResidualUpdates(TorchFunctionMode):
             raise _unknown(path.name, f"{name!r}")
         self._path = None
         update = None
-        if not _same(path.now, path.output):
+        if not same_place(path.now, path.output):
             ones = torch.ones_like(path.output[0, 0])
             update = _frozen(path.output, path.now.view_as(path.output), ones, 0 * ones)
             if update is None:
@@ -175,17 +175,6 @@ class ResidualUpdates(TorchFunctionMode):
         if other is None:
             return func(*args, **given) if changes else result
         return _with(func, args, given, path.now, path.taken(other))
-
-
-def _same(a: object, b: Tensor) -> bool:
-    """Whether ``a`` is the numbers of ``b`` in the same place, whatever its shape."""
-    return (
-        isinstance(a, Tensor)
-        and a.numel() == b.numel()
-        and a.dtype == b.dtype
-        and a.device == b.device
-        and a.data_ptr() == b.data_ptr()
-    )
 
 
 def _follows(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -202,7 +191,7 @@ def _with(
     """The function with another tensor in the place of one."""
 
     def changed(x: Any) -> Any:
-        return new.view(x.shape) if _same(x, old) else x
+        return new.view(x.shape) if same_place(x, old) else x
 
     return func(*map(changed, args), **{name: changed(x) for name, x in kwargs.items()})
 
