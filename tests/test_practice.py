@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from models import gpt2, llama, token_ids
+from models import gpt2, llama, qwen2, token_ids
+from test_residual import gemma2
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -344,15 +345,18 @@ def test_scores_of_a_compiled_model() -> None:
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="loads on CPUs since 5.0")
-def test_heads_that_are_spread_over_processes_are_refused(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path)
-    script = Path(__file__).parent / "tensor_parallel.py"
+def test_models_that_are_spread_over_processes_are_as_the_whole(tmp_path: Path) -> None:
+    models = {"llama": llama(), "qwen2": qwen2(), "gemma2": gemma2()}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    folders = [str(tmp_path / name) for name in models]
+    script = Path(__file__).parent / "two_processes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "--standalone", str(script), str(tmp_path)],
-        capture_output=True, text=True, timeout=120, check=False,
+        [*command, "--standalone", str(script), *folders],
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     for process in (0, 1):
-        assert f"process {process}: The output projection" in done.stdout
-    assert "reads 16 of 32 features" in done.stdout
+        for name in models:
+            assert f"process {process}: {name}: 23 results" in done.stdout

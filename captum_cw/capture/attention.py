@@ -14,6 +14,7 @@ from captum_cw.capture.direct import DirectAttention
 from captum_cw.capture.huggingface import registered_kernels
 from captum_cw.capture.listening import Listener, ValueChange, changing, listening
 from captum_cw.capture.running import watching
+from captum_cw.capture.spread import head_group
 
 __all__ = ["attention_calls", "changed_values"]
 
@@ -47,7 +48,13 @@ def changed_values(modules: Collection[nn.Module], change: ValueChange) -> Itera
     known = set(modules)
 
     def of_known(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
-        return change(module, heads, value) if module in known else None
+        if module not in known:
+            return None
+        spread = head_group(module, heads, value.shape[3])
+        if spread is None:
+            return change(module, heads, value)
+        factors = change(module, spread.H, value)
+        return None if factors is None else spread.part(factors)
 
     with _seen(known), changing(of_known):
         yield

@@ -32,6 +32,7 @@ from captum_cw.capture.projections import (
     same_place,
 )
 from captum_cw.capture.running import Run, entries, running
+from captum_cw.capture.spread import HeadGroup, head_group
 from captum_cw.capture.states import StateSpace, hidden_states
 from captum_cw.capture.updates import ResidualUpdates
 from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, Space
@@ -82,6 +83,7 @@ class _Pending:
         call: Its attention call.
         mask: Which keys its queries can see.
         flow: Its head outputs on their way.
+        spread: The processes that its heads are spread over; None for this one alone.
         container: A module that is given the head outputs alone, and runs.
         parts: The linear products in it that read them: several where it adds up a weight and an
             adapter.
@@ -92,6 +94,7 @@ class _Pending:
     call: AttentionCall
     mask: QueryMask
     flow: HeadFlow
+    spread: HeadGroup | None = None
     container: nn.Module | None = None
     parts: list[tuple[LinearProduct, _Reading]] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -111,6 +114,8 @@ class _Pending:
         self, run: Callable[[Tensor], Tensor], reading: _Reading, factors: Tensor
     ) -> Tensor:
         """What ``run`` gives once values are multiplied by factors."""
+        if self.spread is not None:
+            factors = self.spread.part(factors)
         heads = self.call.scaled(factors)
         if reading.factors is None:
             return run(self.call.by_token(heads).reshape(reading.input.shape))
@@ -227,7 +232,8 @@ class Observation:
                 states = hidden_states(call, self._states, self._before)
                 execution = replace(execution, states=states)
             flow = HeadFlow(call.returned, call.by_token)
-            self._pending = _Pending(execution, call, mask, flow)
+            spread = head_group(call.module, call.H, call.value.shape[3])
+            self._pending = _Pending(execution, call, mask, flow, spread)
         self._before = call.running
 
     def _followed(self) -> HeadFlow | None:
@@ -242,7 +248,7 @@ class Observation:
             reading = pending.reading(product.input)
             if reading is None:
                 return None
-            _check_whole(pending.execution, product)
+            _check_whole(pending, product)
             if pending.container is None:
                 return self._found(pending, product, reading, product.of)
             pending.parts.append((product, reading))
@@ -336,6 +342,12 @@ class Observation:
                     factors = self._on_layer(pending.execution, layer)
                 if factors is None:
                     return None
+                if self._updates is not None and pending.spread is not None:
+                    raise UnsupportedModelError(
+                        f"The heads of layer {pending.execution.name!r} are spread over processes: "
+                        "their values cannot be changed by what is measured in the residual's "
+                        "space in the same pass. Use scoring='clean' or space='attention'."
+                    )
                 return alter(pending.output_of(run, given or reading, factors))
 
         if self._updates is None:
@@ -351,7 +363,7 @@ class Observation:
         _check_finite(o, mask.real, name)
         with torch._C.DisableTorchFunction():
             weights = find_weights(call, mask, name)
-        return AttentionLayer(
+        layer = AttentionLayer(
             weights=weights,
             value=call.value.to(call.dtype),
             head_output=call.head_output.transpose(1, 2).to(call.dtype),
@@ -360,6 +372,9 @@ class Observation:
             mask=mask,
             gate=None if gate is None else gate.transpose(1, 2).to(call.dtype),
         )
+        if pending.spread is not None:
+            layer = pending.spread.whole(layer)
+        return layer
 
     def _mask(self, call: AttentionCall) -> QueryMask:
         if call.query is None:  # it was made of this call's weights: nothing shares it
@@ -414,15 +429,15 @@ def _two_projections(execution: Execution) -> UnsupportedModelError:
     )
 
 
-def _check_whole(execution: Execution, product: LinearProduct) -> None:
-    """Raises an UnsupportedModelError where other processes hold the rest of a projection."""
+def _check_whole(pending: _Pending, product: LinearProduct) -> None:
+    """Raises an UnsupportedModelError where processes that are not known hold other heads."""
     module = running()[-1].module if running() else None
     declared, here = getattr(module, "in_features", None), product.input.shape[-1]
-    if isinstance(declared, int) and declared != here:
+    if isinstance(declared, int) and declared != here and pending.spread is None:
         raise UnsupportedModelError(
-            f"The output projection of layer {execution.name!r} reads {here} of {declared} "
-            "features: its heads are spread over processes (tensor parallel), and the output is a "
-            "sum over them. Load the model without tp_plan; device_map spreads whole layers."
+            f"The output projection of layer {pending.execution.name!r} reads {here} of {declared} "
+            "features: its heads are spread over processes (tensor parallel) in a way that is not "
+            "known. Load the model without tp_plan; device_map spreads whole layers."
         )
 
 
