@@ -47,7 +47,7 @@ def heads(x: Tensor) -> Tensor:
 
 def definition(a: Tensor, v: Tensor, w: Tensor) -> dict[str, Tensor]:
     """The measures by ``v~`` in full; ``w`` is the weight ``(d, H * d_h)`` of the projection."""
-    by_head = w.T.unflatten(0, (H, -1)).double()
+    by_head = w.T.unflatten(0, (v.shape[1], -1)).double()
     projected = torch.einsum("bhsd,hde->bhse", v.double(), by_head)
     expanded = projected[:, :, None].expand(-1, -1, a.shape[2], -1, -1)
     return reference.measures_of(a.double(), expanded)
