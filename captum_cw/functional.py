@@ -47,9 +47,12 @@ __all__ = [
     "closeness",
     "contribution",
     "contribution_weights",
+    "cosine_with",
     "decompose",
     "dense_map",
+    "geometry",
     "head_share",
+    "map_blocks",
     "output_gram",
     "projection",
     "pull_back",
@@ -603,15 +606,39 @@ def relative_norm(layer: AttentionLayer) -> Block:
 
 def cosine(layer: AttentionLayer) -> Block:
     """``cos(o_i, v~_j)`` where the query sees the key, else zero (a factor of Eq. 14)."""
-    u, norm2 = layer.direction("inter")
-    u = u * _reciprocal(norm2.sqrt())[..., None]
+    return cosine_with("inter")(layer)
 
-    def block(a: Tensor, rows: slice) -> Tensor:
-        n = a.shape[-1]
-        along = _grouped_matmul(u[:, :, rows], layer.value[:, :, :n])
-        return _seen(layer, rows, along.mul_(_reciprocal(layer.norms(rows, n))))
 
-    return block
+def cosine_with(scope: Scope) -> Measure:
+    """The cosine of a value with the layer's output, or with the head's own, where it is seen."""
+    check_choice("scope", scope, Scope)
+
+    def prepare(layer: AttentionLayer) -> Block:
+        u, norm2 = layer.direction(scope)
+        u = u * _reciprocal(norm2.sqrt())[..., None]
+
+        def block(a: Tensor, rows: slice) -> Tensor:
+            n = a.shape[-1]
+            along = _grouped_matmul(u[:, :, rows], layer.value[:, :, :n])
+            return _seen(layer, rows, along.mul_(_reciprocal(layer.norms(rows, n))))
+
+        return block
+
+    return prepare
+
+
+def geometry(scope: Scope) -> Measure:
+    """``<o_i, v~_j> / ||o_i||^2`` where seen: what a contribution is beyond attention (Eq. 24)."""
+    check_choice("scope", scope, Scope)
+
+    def prepare(layer: AttentionLayer) -> Block:
+        u, norm2 = layer.direction(scope)
+        u = u * _reciprocal(norm2)[..., None]
+        return lambda a, rows: _seen(
+            layer, rows, _grouped_matmul(u[:, :, rows], layer.value[:, :, : a.shape[-1]])
+        )
+
+    return prepare
 
 
 def attention_cosine(layer: AttentionLayer) -> Block:
@@ -622,8 +649,7 @@ def attention_cosine(layer: AttentionLayer) -> Block:
 
 def relative_norm_cosine(layer: AttentionLayer) -> Block:
     """``<o_i, v~_j> / ||o_i||^2``: a contribution without its attention (two factors of Eq. 14)."""
-    norms, factor = relative_norm(layer), cosine(layer)
-    return lambda a, rows: norms(a, rows).mul_(factor(a, rows))
+    return geometry("inter")(layer)
 
 
 def projection(layer: AttentionLayer) -> Block:
@@ -656,22 +682,40 @@ def _seen(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:
 # The engine: one pass over a layer in blocks of queries
 
 
-def _run(
-    layer: AttentionLayer, measure: Measure, chosen: Tensor | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """The measure's blocks in order, rows of padded or unchosen queries zero."""
-    apply = measure(layer)
+def map_blocks(
+    layer: AttentionLayer, *measures: Measure, chosen: Tensor | None = None
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """The maps of measures in blocks of queries, so that none has to exist as a whole.
+
+    Args:
+        layer: The layer.
+        measures: What to make of its weights, which are computed once.
+        chosen: ``(B, T)`` boolean, which queries count; None for all. Rows of others, and of
+            padding, are zero, and blocks without any are left out.
+
+    Yields:
+        Rows, and for each measure ``(B, H, t, n)`` at the first ``n`` keys; it may be overwritten.
+
+    Example:
+        >>> layer = AttentionLayer.from_tensors(
+        ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
+        >>> [(rows, a.shape, c.shape) for rows, (a, c) in map_blocks(layer, attention, vwon)]
+        [(slice(0, 3, None), torch.Size([1, 2, 3, 3]), torch.Size([1, 2, 3, 3]))]
+    """
+    *first, last = (measure(layer) for measure in measures)
     chosen = layer.mask.chosen(chosen)
     wanted = None if chosen is None else chosen.any(0).cpu()
     per_query = layer.value.shape[0] * layer.H * layer.S
     for rows in blocks(layer.T, max(1, BLOCK_ELEMENTS // per_query)):
         if wanted is not None and not wanted[rows].any():
             continue
-        g = apply(layer.weights(rows), rows)
+        a = layer.weights(rows)
+        found = (*(apply(a.clone(), rows) for apply in first), last(a, rows))
         if chosen is not None and not chosen[:, rows].all():
-            # Not a product: what a padded query computes may be NaN.
-            g.masked_fill_(~chosen[:, None, rows, None], 0)
-        yield rows, g
+            for g in found:
+                # Not a product: what a padded query computes may be NaN.
+                g.masked_fill_(~chosen[:, None, rows, None], 0)
+        yield rows, found
 
 
 def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
@@ -685,7 +729,7 @@ def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
     """
     B = layer.value.shape[0]
     out = layer.value.new_zeros(B, layer.H, layer.T, layer.S)
-    for rows, g in _run(layer, measure, None):
+    for rows, (g,) in map_blocks(layer, measure):
         out[:, :, rows, : g.shape[-1]] = g
     return out
 
@@ -728,7 +772,7 @@ def token_scores(
     if reduction == "max" and signed:
         total.fill_(-math.inf)
     chosen = layer.mask.chosen(queries)
-    for rows, g in _run(layer, measure, queries):
+    for rows, (g,) in map_blocks(layer, measure, chosen=queries):
         if not signed:
             g.abs_()
         part = total[..., : g.shape[-1]]
@@ -786,7 +830,7 @@ def query_scores(
     chosen = torch.zeros(B, layer.T, dtype=torch.bool, device=layer.value.device)
     chosen[:, queries] = True
     out = layer.value.new_zeros(B, layer.T, layer.S)
-    for rows, g in _run(layer, measure, chosen):
+    for rows, (g,) in map_blocks(layer, measure, chosen=chosen):
         out[:, rows, : g.shape[-1]] = aggregate(g if signed else g.abs_(), heads, dim=1)
     return out[:, queries]
 

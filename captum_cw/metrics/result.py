@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from captum_cw.files import read_json, write_json
 from captum_cw.functional import check_choice
-from captum_cw.metrics.files import read_json, write_json
 from captum_cw.ranking import Which
 
 if TYPE_CHECKING:

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from captum_cw.attr.layer import evaluation_mode, unwrapped
 from captum_cw.capture import StateSpace
+from captum_cw.files import read_json, write_json
 from captum_cw.functional import Reduction
 from captum_cw.interventions import Scoring, remove_tokens
 from captum_cw.metrics.faithfulness import checked_rates
-from captum_cw.metrics.files import read_json, write_json
 from captum_cw.metrics.identity import described, fingerprint
 from captum_cw.progress import progress_bar
 from captum_cw.ranking import Scope, Which

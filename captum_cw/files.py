@@ -27,9 +27,9 @@ def read_json(path: str | Path, version: int, needed: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         found = content["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no result of an evaluation.") from error
+        raise ValueError(f"{path} holds no result of this package.") from error
     if found != version:
         raise ValueError(f"{path} has version {found!r}; this release reads {version}.")
     if needed not in content:
-        raise ValueError(f"{path} holds no result of an evaluation of this kind.")
+        raise ValueError(f"{path} holds no result of this kind.")
     return content

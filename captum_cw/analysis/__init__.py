@@ -1,0 +1,1 @@
+"""What value geometry does: analyses of a model over texts."""
