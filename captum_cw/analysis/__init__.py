@@ -1,1 +1,36 @@
-"""What value geometry does: analyses of a model over texts."""
+"""What value geometry does: analyses of a model over texts.
+
+Each is a function of a model and token batches that gives a small result: numbers, tables, a
+picture, on disk and back. They need the extra ``captum-cw[analysis]``.
+"""
+
+from captum_cw.analysis.components import (
+    component_correlations,
+    component_dispersion,
+    component_regression,
+    interference,
+)
+from captum_cw.analysis.first_token import (
+    first_token_weight,
+    sink_scaling,
+    value_alignment,
+    weight_entropy,
+)
+from captum_cw.analysis.maps import weight_maps
+from captum_cw.analysis.result import AnalysisResult
+from captum_cw.analysis.suppression import output_norms, semantic_cone
+
+__all__ = [
+    "AnalysisResult",
+    "component_correlations",
+    "component_dispersion",
+    "component_regression",
+    "first_token_weight",
+    "interference",
+    "output_norms",
+    "semantic_cone",
+    "sink_scaling",
+    "value_alignment",
+    "weight_entropy",
+    "weight_maps",
+]

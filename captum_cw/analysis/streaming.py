@@ -96,6 +96,7 @@ def run_texts(
     texts: Iterable[Tensor],
     on_layer: Callable[[SeenLayer], None],
     *,
+    after_text: Callable[[Tensor], None] | None = None,
     causal: bool = True,
     space: Space = "attention",
     description: str = "texts",
@@ -107,6 +108,7 @@ def run_texts(
         model: The model.
         texts: Token ids ``(T,)`` each, as of :func:`texts_of`.
         on_layer: Takes each layer of each text; what it is given is not kept.
+        after_text: Takes the token ids of each text once its layers have run.
         causal: Whether a layer whose queries see later keys is refused.
         space: Where outputs and values are measured.
         description: Of the progress bar.
@@ -135,6 +137,8 @@ def run_texts(
                 number += 1
 
             method.observe(ids[None].to(device), None, seen)
+            if after_text is not None:
+                after_text(ids)
             bar.update()
     return method.layers
 

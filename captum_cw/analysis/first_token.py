@@ -1,0 +1,384 @@
+"""What the first token takes, and how weights are spread without it.
+
+Its mean weight (Table 4 of arXiv 2606.07604), the entropy of weights (Table 5), the alignment of
+its value with the others (Fig. 5a), and what happens as that value is scaled down (Fig. 5c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from captum_cw.analysis.geometry import inner_products, projected
+from captum_cw.analysis.result import AnalysisResult, Picture
+from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
+from captum_cw.attr.layer import evaluation_mode, unwrapped
+from captum_cw.functional import Measure, attention, contribution, map_blocks, vw
+from captum_cw.interventions import scale_values
+from captum_cw.metrics.quantities import mean_nll
+from captum_cw.progress import progress_bar
+
+__all__ = [
+    "FirstTokenWeight",
+    "SinkScaling",
+    "ValueAlignment",
+    "WeightEntropy",
+    "first_token_weight",
+    "sink_scaling",
+    "value_alignment",
+    "weight_entropy",
+]
+
+#: A token that takes more of the mean attention is a sink (Gu et al. 2024).
+EPSILON = 0.3
+
+
+class FirstTokenWeight(AnalysisResult):
+    """The mean weight on the first token (Table 4).
+
+    Attributes:
+        numbers: By measure the mean over layers and texts: ``"attention"``, ``"vw"`` as the paper
+            prints it, ``"vw, rows normalised"`` and ``"contribution"``.
+        tables: ``"texts"``: ``text``, ``measure`` and its ``weight``, a mean over layers;
+            ``"layers"``: ``layer``, ``measure`` and ``weight``, a mean over texts.
+    """
+
+    def plot(self, *, use_pyplot: bool = True) -> Picture:
+        """The weight by layer, a curve for each measure that is a share."""
+        from captum_cw.visualization.analysis import plot_first_token_weight
+
+        return plot_first_token_weight(self.tables["layers"], use_pyplot=use_pyplot)
+
+
+def first_token_weight(
+    model: nn.Module, batches: Batches, *, show_progress: bool = False
+) -> FirstTokenWeight:
+    """The mean weight that queries put on the first token (Eq. 22; Table 4).
+
+    Inter-head contributions are summed over heads, with their signs; attention and value-weighted
+    attention are averaged over heads. The latter is no share: it is given as printed, in the unit
+    of the hidden states, and with its rows normalised.
+
+    Args:
+        model: A causal model.
+        batches: Token ids ``(B, T)``, a dict with ``attention_mask``, or an iterable of these.
+        show_progress: Shows a bar over the texts once it has taken two seconds.
+
+    Raises:
+        ValueError: If a text has less than two tokens, or the model is not causal.
+
+    Example:
+        >>> sorted(first_token_weight(model, input_ids).numbers)
+        ['attention', 'contribution', 'vw', 'vw, rows normalised']
+    """
+    import pandas as pd
+
+    texts, rows = texts_of(batches), list[dict[str, Any]]()
+
+    def on_layer(seen: SeenLayer) -> None:
+        total = dict.fromkeys(("attention", "vw", "vw, rows normalised", "contribution"), 0.0)
+        for _, (a, weighted, c) in map_blocks(seen.layer, attention, vw, contribution()):
+            total["attention"] += float(a[..., 0].double().sum()) / seen.layer.H
+            total["vw"] += float(weighted[..., 0].double().sum()) / seen.layer.H
+            shares = weighted[..., 0].double() / weighted.double().sum(-1)
+            total["vw, rows normalised"] += float(shares.nan_to_num().sum()) / seen.layer.H
+            total["contribution"] += float(c[..., 0].double().sum())
+        rows.extend(
+            {"text": seen.text, "layer": seen.number, "measure": name, "weight": x / seen.T}
+            for name, x in total.items()
+        )
+
+    run_texts(model, texts, on_layer, description="first token", show_progress=show_progress)
+    table = pd.DataFrame(rows)
+    by_text = table.groupby(["text", "measure"], sort=False).weight.mean().reset_index()
+    by_layer = table.groupby(["layer", "measure"], sort=False).weight.mean().reset_index()
+    numbers = by_text.groupby("measure").weight.mean().to_dict()
+    settings = {"texts": len(texts), "tokens": sum(map(len, texts))}
+    return FirstTokenWeight(settings, numbers, {"texts": by_text, "layers": by_layer})
+
+
+class WeightEntropy(AnalysisResult):
+    """The entropy of rows of weights, in nats (Table 5).
+
+    Attributes:
+        numbers: By measure the mean over queries, heads, layers and texts, with the first token, as
+            ``"contribution"``, and without it, as ``"contribution, without first"``; ``"empty
+            rows"``, those without any weight, which do not count.
+        tables: ``"texts"``: ``text``, ``measure``, ``first`` (whether it counts) and ``entropy``, a
+            mean over layers; ``"layers"``: likewise by ``layer``.
+    """
+
+    def plot(self, *, use_pyplot: bool = True) -> Picture:
+        """The entropy by layer, with and without the first token."""
+        from captum_cw.visualization.analysis import plot_entropy
+
+        return plot_entropy(self.tables["layers"], use_pyplot=use_pyplot)
+
+
+def weight_entropy(
+    model: nn.Module, batches: Batches, *, show_progress: bool = False
+) -> WeightEntropy:
+    """The entropy of ``|g|``, its rows normalised (Eq. 23; Table 5).
+
+    For attention, value-weighted attention and contributions, inter- and intra-head; with the
+    first token, and without it, where rows are normalised anew over the others and the first query
+    is left out. Less is more concentrated.
+
+    Args and errors as :func:`first_token_weight`.
+
+    Example:
+        >>> weight_entropy(model, input_ids).numbers["attention"] > 0
+        True
+    """
+    import pandas as pd
+
+    texts, rows, empty = texts_of(batches), list[dict[str, Any]](), 0
+    measures: dict[str, Measure] = {
+        "attention": attention,
+        "vw": vw,
+        "contribution": contribution("inter"),
+        "contribution, intra": contribution("intra"),
+    }
+
+    def on_layer(seen: SeenLayer) -> None:
+        nonlocal empty
+        sums = {(name, first): [0.0, 0] for name in measures for first in (True, False)}
+        for block, maps in map_blocks(seen.layer, *measures.values()):
+            for name, g in zip(measures, maps, strict=True):
+                for first in (True, False):
+                    # The first query sees the first token alone.
+                    part = g if first else g[:, :, max(0, 1 - block.start) :, 1:]
+                    found = row_entropy(part)
+                    empty += int(found.isnan().sum())
+                    sums[name, first][0] += float(found.nansum())
+                    sums[name, first][1] += int((~found.isnan()).sum())
+        rows.extend(
+            {
+                "text": seen.text,
+                "layer": seen.number,
+                "measure": name,
+                "first": first,
+                "entropy": total / count if count else float("nan"),
+            }
+            for (name, first), (total, count) in sums.items()
+        )
+
+    run_texts(model, texts, on_layer, description="entropy", show_progress=show_progress)
+    table = pd.DataFrame(rows)
+    tables = {
+        f"{by}s": table.groupby([by, "measure", "first"], sort=False).entropy.mean().reset_index()
+        for by in ("text", "layer")
+    }
+    means = tables["texts"].groupby(["measure", "first"]).entropy.mean()
+    numbers = {
+        name + ("" if first else ", without first"): float(x) for (name, first), x in means.items()
+    }
+    settings = {"texts": len(texts), "tokens": sum(map(len, texts))}
+    return WeightEntropy(settings, {**numbers, "empty rows": empty}, tables)
+
+
+def row_entropy(g: Tensor) -> Tensor:
+    """The entropy in nats of the magnitudes along the last dimension; NaN where all are zero.
+
+    Example:
+        >>> row_entropy(torch.tensor([[0.5, -0.5, 0.0], [0.0, 0.0, 0.0]])).exp()
+        tensor([2., nan], dtype=torch.float64)
+    """
+    g = g.double().abs()
+    shares = g / g.sum(-1, keepdim=True)
+    return -torch.xlogy(shares, shares).sum(-1)
+
+
+class ValueAlignment(AnalysisResult):
+    """How the first token's value lies to the others, and they to each other (Fig. 5a).
+
+    Attributes:
+        numbers: ``"first to others"`` and ``"among others"``, mean cosines over layers, heads and
+            texts (the paper: about -0.2 and 0.2); ``"layers opposed"``, the share of layers in
+            which the former is negative.
+        tables: ``"layers"``: ``layer``, relative ``depth`` from 0 to 1, and for each of the two the
+            mean over heads and texts and its quartiles over heads; ``"texts"``: by ``text``.
+    """
+
+    def plot(self, *, use_pyplot: bool = True) -> Picture:
+        """Both against relative depth, with the middle half of the heads."""
+        from captum_cw.visualization.analysis import plot_alignment
+
+        return plot_alignment(self.tables["layers"], use_pyplot=use_pyplot)
+
+
+def value_alignment(
+    model: nn.Module, batches: Batches, *, show_progress: bool = False
+) -> ValueAlignment:
+    """Mean cosines of projected values within a head: of the first with the others, and among them.
+
+    Args and errors as :func:`first_token_weight`, but a text needs three tokens; and an
+    UnsupportedModelError where a gate makes projected values differ from query to query.
+
+    Example:
+        >>> value_alignment(model, input_ids).tables["layers"].shape
+        (2, 8)
+    """
+    import pandas as pd
+
+    texts = texts_of(batches, shortest=3)
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def on_layer(seen: SeenLayer) -> None:
+        value, gram = projected(seen)
+        found.setdefault(seen.number, []).append(alignment(value, gram))
+
+    run_texts(model, texts, on_layer, description="alignment", show_progress=show_progress)
+    layers = []
+    for number, pairs in found.items():
+        row: dict[str, float] = {"layer": number, "depth": number / max(1, len(found) - 1)}
+        for name, several in zip(("first", "among"), zip(*pairs, strict=True), strict=True):
+            heads = torch.stack(several).mean(0)
+            quarters = torch.quantile(heads, torch.tensor([0.25, 0.75], dtype=heads.dtype)).tolist()
+            row |= {name: float(heads.mean()), f"{name}_25": quarters[0], f"{name}_75": quarters[1]}
+        layers.append(row)
+    by_layer = pd.DataFrame(layers)
+    by_text = pd.DataFrame(
+        {
+            "text": n,
+            "first": float(torch.stack([pairs[n][0].mean() for pairs in found.values()]).mean()),
+            "among": float(torch.stack([pairs[n][1].mean() for pairs in found.values()]).mean()),
+        }
+        for n in range(len(texts))
+    )
+    numbers = {
+        "first to others": float(by_layer["first"].mean()),
+        "among others": float(by_layer["among"].mean()),
+        "layers opposed": float((by_layer["first"] < 0).mean()),
+    }
+    settings = {"texts": len(texts), "tokens": sum(map(len, texts))}
+    return ValueAlignment(settings, numbers, {"layers": by_layer, "texts": by_text})
+
+
+def alignment(value: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cosines of projected values: the first with the others, and among the others.
+
+    Args:
+        value: ``(H, S, d_h)``.
+        gram: ``(H, d_h, d_h)``, so that ``<v~_i, v~_j> = v_i gram v_j``.
+
+    Returns:
+        Both ``(H,)``. Values of norm zero have cosine zero.
+
+    Example:
+        >>> value = torch.tensor([[[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
+        >>> first, among = alignment(value, torch.eye(2)[None])
+        >>> first.tolist(), among.tolist()
+        ([-0.5], [0.0])
+    """
+    norms = inner_products(value, gram, value).clamp(min=0).sqrt()[..., None]
+    units = torch.where(norms > 0, value / norms, 0)
+    total = units[:, 1:].sum(1, keepdim=True)
+    n = value.shape[1] - 1
+    first = inner_products(units[:, :1], gram, total)[:, 0] / n
+    # The square of a sum holds each pair twice, and each vector with itself once.
+    own = (norms[:, 1:, 0] > 0).sum(1)
+    among = (inner_products(total, gram, total)[:, 0] - own) / (n * (n - 1))
+    return first, among
+
+
+class SinkScaling(AnalysisResult):
+    """Perplexity as the first token's value is scaled down (Fig. 5c).
+
+    Attributes:
+        settings: With the ``"layers"`` in which it was scaled.
+        numbers: ``"clean"``, the mean perplexity of the unchanged texts, and the mean delta at each
+            factor, as ``"delta at 0.5"``.
+        tables: ``"texts"``: ``text``, ``factor``, ``perplexity``, ``delta``.
+    """
+
+    def plot(self, *, use_pyplot: bool = True) -> Picture:
+        """The mean of the differences against the factor, and their middle half."""
+        from captum_cw.visualization.analysis import plot_sink_scaling
+
+        return plot_sink_scaling(self.to_dataframe(), use_pyplot=use_pyplot)
+
+
+def sink_scaling(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    factors: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    epsilon: float = EPSILON,
+    show_progress: bool = False,
+) -> SinkScaling:
+    """Scales the first token's value in the layers where it is a sink (section 6.2; Fig. 5c).
+
+    The attention of a layer stays as it is; later layers compute on what comes of it.
+
+    Args:
+        model: A causal language model.
+        batches: As :func:`first_token_weight`.
+        factors: Of the value, from 0 (nothing is left) to 1 (as it is).
+        epsilon: A layer counts where the first token's mean attention, over queries, heads and
+            texts, exceeds this.
+        show_progress: Shows a bar once it has taken two seconds.
+
+    Raises:
+        ValueError: If no layer has such a sink, and as :func:`first_token_weight`.
+
+    Example:
+        >>> scaled = sink_scaling(model, input_ids, epsilon=0.1, factors=[0, 1])
+        >>> scaled.numbers["delta at 1"]
+        0.0
+    """
+    import pandas as pd
+
+    texts = texts_of(batches)
+    weights = first_token_weight(model, texts_as_batches(texts), show_progress=show_progress)
+    table = weights.tables["layers"]
+    mass = table[table.measure == "attention"].set_index("layer").weight
+    layers = [int(n) for n in mass.index[mass > epsilon]]
+    if not layers:
+        raise ValueError(
+            f"epsilon={epsilon}: in no layer does the first token draw that much; the most is "
+            f"{mass.max():.3f}. Without a sink there is nothing to scale."
+        )
+    rows = []
+    model = unwrapped(model)
+    device = next(model.parameters()).device
+    with progress_bar(len(texts), "sink scaling", show=show_progress) as bar, torch.no_grad():
+        for number, ids in enumerate(texts):
+            clean = _perplexity(model, ids.to(device))
+            for factor in factors:
+                with scale_values(model, factor, positions=[0], layers=layers):
+                    changed = _perplexity(model, ids.to(device))
+                rows.append(
+                    {"text": number, "factor": float(factor), "perplexity": changed,
+                     "delta": changed - clean, "clean": clean}
+                )  # fmt: skip
+            bar.update()
+    found = pd.DataFrame(rows)
+    numbers = {"clean": float(found.groupby("text").clean.first().mean())}
+    numbers |= {
+        f"delta at {x:g}": float(d) for x, d in found.groupby("factor").delta.mean().items()
+    }
+    settings = {
+        "texts": len(texts), "tokens": sum(map(len, texts)), "epsilon": epsilon, "layers": layers,
+        "factors": [float(x) for x in factors],
+    }  # fmt: skip
+    return SinkScaling(settings, numbers, {"texts": found})
+
+
+def texts_as_batches(texts: Sequence[Tensor]) -> list[Tensor]:
+    """Each text as a batch of one."""
+    return [ids[None] for ids in texts]
+
+
+def _perplexity(model: Callable[..., Any], ids: Tensor) -> float:
+    """Of a text ``(T,)``."""
+    assert isinstance(model, nn.Module)
+    with evaluation_mode([model], model):
+        logits = model(ids[None]).logits
+    counted = torch.ones(1, len(ids) - 1, dtype=torch.bool, device=ids.device)
+    nll, _ = mean_nll(logits[:, :-1], ids[None, 1:], counted)
+    return float(np.exp(float(nll)))

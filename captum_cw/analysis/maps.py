@@ -1,0 +1,140 @@
+"""Maps of a few heads: attention beside contribution, and its factors (Figs. 1, 2, 12-14)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from captum_cw.analysis.result import AnalysisResult, Picture
+from captum_cw.analysis.streaming import Batches, texts_of
+from captum_cw.attr import ContributionWeights
+
+__all__ = ["WeightMaps", "weight_maps"]
+
+PARTS = ("attention", "relative norm", "cosine", "contribution")
+
+
+class WeightMaps(AnalysisResult):
+    """The maps of some heads over the start of a text.
+
+    Attributes:
+        settings: With the ``"tokens"`` of the text, and the ``"pairs"`` of layer and head.
+        numbers: ``"first: attention"`` and ``"first: contribution"``, the mean weight on the first
+            token in these heads.
+        tables: ``"maps"``: by ``layer``, ``head``, ``query`` and ``key`` the factors and the
+            ``contribution``.
+    """
+
+    def plot(self, *, paper_scale: bool = False, use_pyplot: bool = True) -> Picture:
+        """Attention above contribution, a column for each head (Figs. 1, 12-14).
+
+        Args:
+            paper_scale: The scales of the paper, [0, 1] and [-0.01, 0.15].
+            use_pyplot: Makes a figure that notebooks show.
+        """
+        from captum_cw.visualization import plot_attention_and_contribution
+
+        maps = self._tensors()
+        pairs = self.settings["pairs"]
+        return plot_attention_and_contribution(
+            [x["attention"] for x in maps],
+            [x["contribution"] for x in maps],
+            self.settings["tokens"],
+            pairs=[(n, head) for n, (_, head) in enumerate(pairs)],
+            layer_names=[f"layer {layer}" for layer, _ in pairs],
+            paper_scale=paper_scale,
+            quantile=1.0 if paper_scale else 0.99,
+            use_pyplot=use_pyplot,
+        )
+
+    def plot_factors(self, *, use_pyplot: bool = True) -> Picture:
+        """The four panels of the first head: attention, relative norm, cosine, contribution."""
+        from captum_cw.visualization import plot_decomposition
+
+        maps = self._tensors()[0]
+        return plot_decomposition(
+            [maps[part] for part in PARTS],
+            self.settings["tokens"],
+            head=self.settings["pairs"][0][1],
+            quantile=0.99,
+            use_pyplot=use_pyplot,
+        )
+
+    def _tensors(self) -> list[dict[str, Tensor]]:
+        """For each pair the maps of its layer, ``(1, H, T, S)``, of which that head's are known."""
+        T = len(self.settings["tokens"])
+        table = self.to_dataframe()
+        found = []
+        for layer, head in self.settings["pairs"]:
+            rows = table[(table["layer"] == layer) & (table["head"] == head)]
+            maps = {part: torch.zeros(1, head + 1, T, T, dtype=torch.float64) for part in PARTS}
+            for part, x in maps.items():
+                x[0, head] = torch.tensor(rows[part].to_numpy()).view(T, T)
+            found.append(maps)
+        return found
+
+
+def weight_maps(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    tokens: Sequence[str] | None = None,
+    length: int = 48,
+    count: int = 4,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    seed: int = 0,
+) -> WeightMaps:
+    """Attention and contribution maps of some heads, over the start of the first text.
+
+    Args:
+        model: A model whose layers have one length.
+        batches: Token ids ``(B, T)``, a dict with ``attention_mask``, or an iterable of these.
+        tokens: Readable tokens of the first text; None for their numbers.
+        length: The most tokens that are shown.
+        count: How many heads are drawn at random, from different layers where there are as many.
+        pairs: Layers and heads of your choice instead, both from 0.
+        seed: Of the random choice.
+
+    Raises:
+        IndexError: If there is no such head.
+        ValueError: If the text has less than two tokens.
+
+    Example:
+        >>> weight_maps(model, input_ids, pairs=[(0, 1)]).to_dataframe().shape
+        (25, 8)
+    """
+    import pandas as pd
+
+    ids = texts_of(batches)[0][:length]
+    device = next(model.parameters()).device
+    layers = ContributionWeights(model).decompose(ids[None].to(device))
+    heads = [x.attention.shape[1] for x in layers]
+    if pairs is None:
+        random = np.random.default_rng(seed)
+        chosen = np.sort(random.choice(len(layers), count, replace=count > len(layers)))
+        pairs = [(int(n), int(random.integers(heads[n]))) for n in chosen]
+    for layer, head in pairs:
+        if not 0 <= layer < len(layers) or not 0 <= head < heads[layer]:
+            raise IndexError(
+                f"pair {(layer, head)}: the model has {len(layers)} layers of {max(heads)} heads."
+            )
+    T = len(ids)
+    query, key = np.divmod(np.arange(T * T), T)
+    parts = []
+    for layer, head in pairs:
+        maps = {
+            name: x[0, head].flatten().double().cpu().numpy()
+            for name, x in zip(PARTS, layers[layer], strict=True)
+        }
+        parts.append(
+            pd.DataFrame({"layer": layer, "head": head, "query": query, "key": key, **maps})
+        )
+    table = pd.concat(parts, ignore_index=True)
+    first = table[table.key == 0]
+    by_head = {name: float(first[name].mean()) for name in ("attention", "contribution")}
+    names = [str(n) for n in range(T)] if tokens is None else [str(x) for x in tokens[:T]]
+    settings = {"tokens": names, "pairs": [list(pair) for pair in pairs], "seed": seed}
+    return WeightMaps(settings, {f"first: {n}": x for n, x in by_head.items()}, {"maps": table})
