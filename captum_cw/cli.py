@@ -1,4 +1,4 @@
-"""The command line: ``captum-cw attribute``, ``evaluate`` and ``demo``.
+"""The command line: ``captum-cw attribute``, ``evaluate``, ``reproduce`` and ``demo``.
 
 Results go to standard output; progress and errors to standard error. The exit code is 0 for
 success, 1 for a failure, 2 for wrong usage.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,6 +36,16 @@ from captum_cw.metrics.result import TITLES
 from captum_cw.metrics.tasks import TaskResult, evaluate_tasks
 from captum_cw.processes import Processes
 from captum_cw.ranking import RateOf, Scope
+from captum_cw.reproduce import (
+    ITEMS,
+    PAPER_DATA,
+    PAPER_MODELS,
+    PLANS,
+    Study,
+    StudyResults,
+    reproduce,
+)
+from captum_cw.reproduce.claims import CLAIMS
 from captum_cw.scoring import METHODS, known_names, pair_scorer
 from captum_cw.visualization import readable_tokens, save_text, text_records
 from captum_cw.visualization.text import normalized_scores
@@ -117,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--json", action="store_true", help="print the scores as JSON")
 
     _add_evaluate(commands, common)
+    _add_reproduce(commands, common)
 
     demo = commands.add_parser(
         "demo",
@@ -141,6 +153,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="M", help="hub id, local folder or .gguf file"
     )
+    _add_place(parser)
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     parser.add_argument(
         "--device", default="cpu", help="such as cuda, or auto to spread it (default: %(default)s)"
@@ -186,6 +202,40 @@ def _add_evaluate(commands: Any, common: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=8, metavar="B", help="texts in one pass")
     add("--seed", type=int, default=0, help="of random scores")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+
+
+def _add_reproduce(commands: Any, common: argparse.ArgumentParser) -> None:
+    reproduce = commands.add_parser(
+        "reproduce",
+        parents=[common],
+        help="compute the tables and figures of the paper, in one report",
+        description="Compute every table and figure of arXiv 2606.07604 on models and texts, judge "
+        "its claims, and write one HTML report beside the numbers. Goes on where a run of the same "
+        "settings into the same folder stopped.",
+    )
+    reproduce.set_defaults(run=_reproduce, parser=reproduce)
+    add = reproduce.add_argument
+    add("--model", action="append", metavar="M", help="hub id, local folder or .gguf file; repeats")
+    _add_place(reproduce)
+    add(
+        "--data",
+        action="append",
+        metavar="D",
+        help="a set's name, such as gsm8k, or a file; repeats",
+    )
+    add("--only", type=_words, metavar="T1,F5b", help=f"of {', '.join(ITEMS)}")
+    size = reproduce.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a first look, in minutes")
+    size.add_argument(
+        "--preset",
+        choices=PLANS,
+        default="full",
+        help="how much is run; paper brings its models and sets, too (default: %(default)s)",
+    )
+    add("--samples", type=int, metavar="N", help="at most so many texts, of all items")
+    add("--length", type=int, metavar="T", help="at most so many tokens a text, of all items")
+    add("--seed", type=int, default=0, help="of random choices (default: %(default)s)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
 
 
 def _names(text: str) -> list[str]:
@@ -341,6 +391,41 @@ def _evaluate_tasks(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
     )
     _print_tasks(result)
     return save_tasks(result, options.out)
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    plan = PLANS["quick" if options.quick else options.preset]
+    plan = replace(plan.resized(options.samples, options.length), seed=options.seed)
+    paper = plan.name == "paper"
+    models = options.model or (PAPER_MODELS if paper else ())
+    data = options.data or (PAPER_DATA if paper else ())
+    if not models or not data:
+        options.parser.error("give --model and --data, or --preset paper, which brings its own")
+    needed = max(plan.texts, plan.correlations[0], plan.scaling[0], plan.removal[0])
+    texts = {name: load_texts(name, samples=needed) for name in data}  # first: that fails quickly
+    console = Console(highlight=False, stderr=True)
+
+    def studies() -> Iterator[Study]:
+        for name in models:
+            model, tokenizer = _load(argparse.Namespace(**{**vars(options), "model": name}))
+            for of, several in texts.items():
+                yield Study(model, tokenizer, several, name, of, plan)
+
+    found, files = reproduce(studies(), options.out, only=options.only, tell=console.print)
+    for study in found:
+        _print_claims(study)
+    print("\nSaved:", *files, sep="\n  ")
+
+
+def _print_claims(study: StudyResults) -> None:
+    console = Console(highlight=False)
+    table = Table("claim", "verdict", "figures")
+    for claim in CLAIMS:
+        judgement = study.judgement(claim)
+        if judgement.verdict != "not run":
+            table.add_row(claim.name, judgement.verdict, judgement.figures)
+    console.print(f"\n{study.model} on {study.data}")
+    console.print(table)
 
 
 def _print_tasks(result: TaskResult) -> None:

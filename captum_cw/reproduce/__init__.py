@@ -1,0 +1,121 @@
+"""Every table and figure of the paper, on models and texts of your choice, in one report.
+
+Each item of each study (a model on a set of texts) is on disk as soon as it is finished, so that a
+run that was stopped, even killed, goes on to the same numbers.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from captum_cw.capture import UnsupportedModelError
+from captum_cw.records import Records
+from captum_cw.reproduce.items import ITEMS, Item
+from captum_cw.reproduce.report import Done, StudyResults, write_report
+from captum_cw.reproduce.study import PAPER_DATA, PAPER_MODELS, PLANS, Plan, Study
+
+__all__ = [
+    "ITEMS",
+    "PAPER_DATA",
+    "PAPER_MODELS",
+    "PLANS",
+    "Plan",
+    "Study",
+    "StudyResults",
+    "reproduce",
+    "run_study",
+]
+
+Told = Callable[[str], None]
+
+
+def reproduce(
+    studies: Iterable[Study],
+    out: Path,
+    *,
+    only: Sequence[str] | None = None,
+    tell: Told = print,
+) -> tuple[list[StudyResults], list[Path]]:
+    """Runs all items of all studies, and writes the report.
+
+    Args:
+        studies: Models with texts; one after the other, so that models need not be held together.
+        out: The folder; made where there is none.
+        only: Names of items; None for all.
+        tell: Is told what runs.
+
+    Returns:
+        What was found, and the files of the report.
+
+    Raises:
+        RecordsError: If the folder holds another run.
+        ValueError: If there is no such item, or no study.
+
+    Example:
+        >>> from captum_cw.reproduce import reproduce
+        >>> reproduce([], getfixture("tmp_path"), only=["T9"])
+        Traceback (most recent call last):
+        ...
+        ValueError: only='T9' is unknown; known: F1, F2, ...
+    """
+    chosen = list(ITEMS.values()) if only is None else [_item(name) for name in only]
+    found = [run_study(study, out, chosen, tell=tell) for study in studies]
+    if not found:
+        raise ValueError("There is no study: give a model and texts.")
+    return found, write_report(out, found)
+
+
+def _item(name: str) -> Item:
+    if name not in ITEMS:
+        raise ValueError(f"only={name!r} is unknown; known: {', '.join(ITEMS)}.")
+    return ITEMS[name]
+
+
+def run_study(
+    study: Study, out: Path, items: Sequence[Item], *, tell: Told = print
+) -> StudyResults:
+    """Runs items of a study in a folder of its own, and keeps each as JSON and its tables as CSV.
+
+    What the model cannot give is recorded with the reason.
+    """
+    folder = out / folder_name(study.model_name, study.data_name)
+    done = []
+    with Records(folder / "items.records", study.identity()) as records:
+        for item in items:
+            file = folder / f"{item.name}.json"
+            known = records.get(item.name)
+            if known is None:
+                tell(f"{study.model_name} on {study.data_name}: {item.name}, {item.title}")
+                known = _run(item, study, folder, file)
+                records.add(item.name, known)
+            result = None if known["refused"] else item.load(file)
+            done.append(Done(item, result, known["seconds"], known["refused"]))
+    return StudyResults(study.model_name, study.data_name, study.plan, done)
+
+
+def _run(item: Item, study: Study, folder: Path, file: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        result = item.run(study, folder)
+    except (UnsupportedModelError, ValueError, IndexError) as error:
+        return {"seconds": time.perf_counter() - start, "refused": str(error)}
+    result.save(file)
+    tables = getattr(result, "tables", None) or {"": result.to_dataframe()}
+    for name, table in tables.items():
+        table.to_csv(folder / f"{'-'.join(filter(None, (item.name, name)))}.csv", index=False)
+    return {"seconds": time.perf_counter() - start, "refused": ""}
+
+
+def folder_name(model: str, data: str) -> str:
+    """A folder for a model and texts, of which either may be a path.
+
+    Example:
+        >>> folder_name("meta-llama/Llama-3.1-8B", "texts/gsm8k_test.jsonl")
+        'Llama-3.1-8B-gsm8k_test'
+    """
+    names = (Path(model).name, Path(data).stem if Path(data).suffix else Path(data).name)
+    return re.sub(r"[^\w.-]+", "_", "-".join(names))

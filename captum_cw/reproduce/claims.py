@@ -1,0 +1,435 @@
+"""The papers' claims, each with the rule by which it holds, does not hold, or is undecided.
+
+The rules are stated before a run and are the same for every model. Where a claim speaks of a mean
+over texts, it is judged by a 95% bootstrap interval over them; too few texts leave it open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from captum_cw.metrics import FaithfulnessResult
+from captum_cw.metrics.result import Side
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["CLAIMS", "Claim", "Judgement", "Verdict", "judge"]
+
+Verdict = Literal["holds", "does not hold", "undecided", "not run"]
+#: Fewer texts have no spread to speak of.
+FEWEST = 5
+RESAMPLES = 9999
+ATTENTION_BASED = ("attention", "vw", "vwon")
+
+
+class Judgement(NamedTuple):
+    """A verdict, and the figures that it rests on."""
+
+    verdict: Verdict
+    figures: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper.
+
+    Args:
+        name: A short one.
+        statement: What is claimed, and where.
+        rule: When it holds; it does not where the opposite is found, else it is undecided.
+        needs: The items whose results it is judged by.
+        decide: Judges it.
+    """
+
+    name: str
+    statement: str
+    rule: str
+    needs: tuple[str, ...]
+    decide: Callable[..., Judgement]
+
+
+def judge(claim: Claim, results: Mapping[str, Any]) -> Judgement:
+    """The verdict on a claim by the results of a study, by item."""
+    missing = [name for name in claim.needs if name not in results]
+    if missing:
+        return Judgement("not run", f"without {', '.join(missing)}")
+    return claim.decide(*(results[name] for name in claim.needs))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% bootstrap interval of a mean; NaN of fewer than five values.
+
+    Example:
+        >>> interval([1.0] * 4)
+        (nan, nan)
+        >>> low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+        >>> 1 < low < 3 < high < 5
+        True
+    """
+    from scipy.stats import bootstrap
+
+    x = np.asarray(values, dtype=float)
+    if len(x) < FEWEST:
+        return float("nan"), float("nan")
+    if (x == x[0]).all():
+        return float(x[0]), float(x[0])
+    found = bootstrap(
+        (x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def above(values: Sequence[float], bound: float = 0.0, unit: str = "") -> Judgement:
+    """Whether a mean over texts is above a bound."""
+    low, high = interval(values)
+    verdict: Verdict = "undecided"
+    if low > bound:
+        verdict = "holds"
+    elif high < bound:
+        verdict = "does not hold"
+    mean = float(np.mean(values))
+    return Judgement(
+        verdict, f"mean {mean:.3g}{unit} ({low:.3g} to {high:.3g}), {len(values)} texts"
+    )
+
+
+def below(values: Sequence[float], bound: float = 0.0, unit: str = "") -> Judgement:
+    """Whether a mean over texts is below a bound."""
+    verdict, figures = above(values, bound, unit)
+    turned: dict[Verdict, Verdict] = {"holds": "does not hold", "does not hold": "holds"}
+    return Judgement(turned.get(verdict, verdict), figures)
+
+
+def _by_text(table: pd.DataFrame, column: str, value: str) -> dict[Any, np.ndarray[Any, Any]]:
+    """The values of each kind of row, in the order of the texts."""
+    return {
+        kind: rows.sort_values("text")[value].to_numpy() for kind, rows in table.groupby(column)
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Removal
+
+
+def _better(
+    result: FaithfulnessResult, a: str, others: Sequence[str], sides: Sequence[Side]
+) -> Judgement:
+    """Whether ``a`` is better than others, rate by rate."""
+    ahead = behind = cells = 0
+    for other in others:
+        for side in sides:
+            winners = result.compare(a, other, side, statistic="nll").better
+            ahead += winners.count(a)
+            behind += winners.count(other)
+            cells += len(winners)
+    figures = (
+        f"ahead in {ahead}, behind in {behind} of {cells} comparisons, {len(result.records)} texts"
+    )
+    if len(result.records) < FEWEST:
+        return Judgement("undecided", figures)
+    if ahead > cells / 2 and not behind:
+        return Judgement("holds", figures)
+    return Judgement("does not hold" if behind > cells / 2 else "undecided", figures)
+
+
+_BETTER = (
+    "by paired 95% intervals of the language modelling loss at each rate: ahead in more than half "
+    "of the comparisons and behind in none; does not hold if behind in more than half"
+)
+
+
+def _loss(result: FaithfulnessResult, method: str, side: Side) -> np.ndarray[Any, Any]:
+    """Deltas of the language modelling loss, ``(texts, rates)``."""
+    which = result.sides[side]
+    changed = np.array([record["nll"][method][which] for record in result.records])
+    clean = np.array([record["clean_nll"] for record in result.records])
+    deltas: np.ndarray[Any, Any] = changed - clean[:, None]
+    return deltas
+
+
+def _gap(result: FaithfulnessResult) -> np.ndarray[Any, Any]:
+    """By text: how far attention is behind contributions, bottom removed, mean over rates."""
+    of = [_loss(result, name, "sufficiency").mean(1) for name in ("attention", "contribution")]
+    gap: np.ndarray[Any, Any] = of[0] - of[1]
+    return gap
+
+
+def _collapse(kept: FaithfulnessResult, free: FaithfulnessResult) -> Judgement:
+    of = [_loss(result, "attention", "comprehensiveness")[:, 0] for result in (free, kept)]
+    rate = kept.rates["top"][0]
+    found = above(of[0] - of[1], unit=" nats")
+    return Judgement(found.verdict, f"{found.figures}, at {100 * rate:g}%")
+
+
+# ---------------------------------------------------------------------------------------------
+# Geometry
+
+
+def _more(result: Any, group: str, winner: str, losers: Sequence[str]) -> Judgement:
+    """Whether a product of factors explains more than others in every held-out fold."""
+    folds = result.tables["folds"]
+    folds = folds[folds.group == group].pivot_table(index="fold", columns="components", values="r2")
+    rest = folds[list(losers)].max(axis=1)
+    table = result.to_dataframe()
+    r2 = table[table.group == group].set_index("components").r2
+    best = r2[list(losers)].idxmax()
+    figures = f"R2 {r2[winner]:.3f}, {best} {r2[best]:.3f}"
+    if (folds[winner] > rest).all():
+        return Judgement("holds", figures)
+    return Judgement("does not hold" if (folds[winner] < rest).all() else "undecided", figures)
+
+
+_FOLDS = "more held-out R2 in each of five folds; does not hold if less in each"
+_SINGLE = ("attention", "relative norm", "cosine")
+_PAIRS = ("attention x relative norm", "attention x cosine", "relative norm x cosine")
+
+
+def _explains_best(winner: str, group: str) -> Callable[[Any], Judgement]:
+    losers = [name for name in (*_SINGLE, *_PAIRS) if name != winner]
+    return lambda result: _more(result, group, winner, losers)
+
+
+def _orientation(group: str) -> Callable[[Any], Judgement]:
+    return lambda result: _more(result, group, "attention x cosine", ["attention x relative norm"])
+
+
+def _weakly(result: Any) -> Judgement:
+    names = [name for name in result.numbers if "," in name]
+    most = max(abs(result.numbers[name]) for name in names)
+    figures = ", ".join(f"{name}: {result.numbers[name]:.3f}" for name in names)
+    return Judgement(
+        "holds" if most < 0.3 else "does not hold" if most >= 0.5 else "undecided", figures
+    )
+
+
+def _first_weight(measure: str) -> Callable[[Any], Judgement]:
+    def decide(result: Any) -> Judgement:
+        of = _by_text(result.tables["texts"], "measure", "weight")
+        return below(of["contribution"] - of[measure])
+
+    return decide
+
+
+def _concentrated(result: Any) -> Judgement:
+    table = result.tables["texts"]
+    of = _by_text(table[~table["first"].astype(bool)], "measure", "entropy")
+    return below(of["contribution"] - of["attention"], unit=" nats")
+
+
+def _interference(result: Any) -> Judgement:
+    r = result.numbers["r"]
+    return Judgement(
+        "holds" if r > 0.9 else "does not hold" if r < 0.5 else "undecided", f"r = {r:.3f}"
+    )
+
+
+def _opposed(result: Any) -> Judgement:
+    return below(result.tables["texts"]["first"].to_numpy())
+
+
+def _agree(result: Any) -> Judgement:
+    return above(result.tables["texts"]["among"].to_numpy())
+
+
+def _rises(result: Any) -> Judgement:
+    table = result.to_dataframe()
+    wide = table.pivot_table(index="text", columns="factor", values="delta")
+    steps = -np.diff(wide.mean().to_numpy())  # from the largest loss down
+    found = above(wide[wide.columns.min()].to_numpy())
+    if found.verdict == "holds" and not (steps > 0).all():
+        return Judgement("undecided", f"{found.figures}, but not at every step")
+    return found
+
+
+def _least(result: Any) -> Judgement:
+    n, of = int(result.numbers["least below 1"]), int(result.numbers["heads"])
+    without = int(result.numbers["least below 1 without g"])
+    figures = f"{n} of {of} heads ({without} with g = 0)"
+    return Judgement("holds" if n == of else "does not hold", figures)
+
+
+def _fits(result: Any) -> Judgement:
+    medians = result.tables["heads"].groupby("layer")[["r2_k", "r2_g"]].median()
+    shares = (medians.r2_k > 0.8).mean(), (medians.r2_g > 0.7).mean()
+    figures = (
+        f"above 0.8 in {100 * shares[0]:.0f}%, above 0.7 in {100 * shares[1]:.0f}% of the layers; "
+        f"medians over all heads {result.numbers['median r2 of k']:.2f} and "
+        f"{result.numbers['median r2 of g']:.2f}"
+    )
+    return Judgement("holds" if min(shares) > 0.5 else "does not hold", figures)
+
+
+def _outside(result: Any) -> Judgement:
+    return below(result.tables["texts"].with_sink.to_numpy(), 0.5)
+
+
+def _inside(result: Any) -> Judgement:
+    return above(result.tables["texts"].without.to_numpy(), 0.9)
+
+
+def _centred(result: Any) -> Judgement:
+    mean = result.numbers["mean cosine"]
+    verdict: Verdict = "holds" if abs(mean) < 0.05 else "does not hold"
+    return Judgement(verdict, f"mean {mean:.3f}")
+
+
+CLAIMS = (
+    Claim(
+        "most faithful",
+        "Contributions outperform attention-based measures at every rate (section 5.3, Fig. 3).",
+        _BETTER,
+        ("F3",),
+        lambda r: _better(r, "contribution", ATTENTION_BASED, list(r.sides)),
+    ),
+    Claim(
+        "VW-ON over VW",
+        "VW-ON improves on VW (section 5.3).",
+        _BETTER,
+        ("F3",),
+        lambda r: _better(r, "vwon", ["vw"], list(r.sides)),
+    ),
+    Claim(
+        "global narrows the gap",
+        "With a ranking over all layers contributions stay ahead by less (Appendix C.2).",
+        "by text, how much more likelihood attention loses than contributions, bottom removed, "
+        "mean over rates: more by layer than over all layers, both scored in a clean pass, by its "
+        "95% interval",
+        ("F9a", "F9"),
+        lambda layer, every: above(_gap(layer) - _gap(every), unit=" nats"),
+    ),
+    Claim(
+        "sinks unprotected",
+        "Where sinks may be removed, attention does so, and the model collapses (Appendix C.3).",
+        "attention loses more likelihood at the lowest rate from the top with sinks unprotected "
+        "than with sinks kept, by its 95% interval",
+        ("F3", "F10"),
+        _collapse,
+    ),
+    Claim(
+        "orientation over magnitude, all tokens",
+        "Geometric orientation matters more than magnitude, across all positions (section 1; "
+        "Table 1 itself says otherwise: 0.305 against 0.489).",
+        f"attention x cosine explains more than attention x relative norm: {_FOLDS}",
+        ("T1",),
+        _orientation("all"),
+    ),
+    Claim(
+        "orientation over magnitude, all but the first",
+        "The same of the other tokens (section 6.1).",
+        f"attention x cosine explains more than attention x relative norm: {_FOLDS}",
+        ("T1",),
+        _orientation("others"),
+    ),
+    Claim(
+        "attention and cosine for the tail",
+        "Attention and alignment together explain the other tokens best (section 6.1).",
+        f"attention x cosine explains more than all five others: {_FOLDS}",
+        ("T1",),
+        _explains_best("attention x cosine", "others"),
+    ),
+    Claim(
+        "geometry for the first token",
+        "Relative norm and cosine explain the first token best (section 6.1).",
+        f"relative norm x cosine explains more than all five others: {_FOLDS}",
+        ("T1",),
+        _explains_best("relative norm x cosine", "first"),
+    ),
+    Claim(
+        "components weakly correlated",
+        "The factors' logarithms are weakly correlated (Appendix D.1).",
+        "all three |r| below 0.3; does not hold if one is 0.5 or more",
+        ("T2",),
+        _weakly,
+    ),
+    Claim(
+        "cosines centred",
+        "Cosines of values with the output are centred near zero (Appendix B).",
+        "the mean's magnitude is below 0.05",
+        ("F7",),
+        _centred,
+    ),
+    Claim(
+        "first token below VW, as printed",
+        "Contributions lower the first token's weight below VW (D.4; in print not for 1B).",
+        "the difference of contribution and VW as printed, in the unit of the hidden states, has a "
+        "95% interval below zero",
+        ("T4",),
+        _first_weight("vw"),
+    ),
+    Claim(
+        "first token below VW, rows normalised",
+        "The same, both as shares.",
+        "the difference of contribution and VW with its rows normalised has a 95% interval below "
+        "zero",
+        ("T4",),
+        _first_weight("vw, rows normalised"),
+    ),
+    Claim(
+        "tail more concentrated",
+        "Without the first token, contributions are more concentrated than attention (D.5).",
+        "the difference of entropies has a 95% interval below zero",
+        ("T5",),
+        _concentrated,
+    ),
+    Claim(
+        "alignment refines",
+        "Contribution over attention follows the cosine (Appendix D.6: r = 0.949).",
+        "r above 0.9; does not hold below 0.5",
+        ("D.6",),
+        _interference,
+    ),
+    Claim(
+        "first value opposes",
+        "The first token's value opposes the others (section 6.2).",
+        "the mean cosine has a 95% interval below zero",
+        ("F5a",),
+        _opposed,
+    ),
+    Claim(
+        "others agree",
+        "The other values agree with each other (section 6.2).",
+        "the mean cosine has a 95% interval above zero",
+        ("F5a",),
+        _agree,
+    ),
+    Claim(
+        "least below 1",
+        "The norm of every head's output is least below a sink rate of 1 (Appendix E: never at 1).",
+        "in all heads",
+        ("F5b",),
+        _least,
+    ),
+    Claim(
+        "linear in the sink rate",
+        "Both fits have medians above 0.8 and 0.7 in most layers (Appendix E).",
+        "in more than half of the layers, centred R2",
+        ("F5b",),
+        _fits,
+    ),
+    Claim(
+        "perplexity rises",
+        "Perplexity rises as the first token's value shrinks (section 6.2, Fig. 5c).",
+        "the delta with nothing left has a 95% interval above zero, and the mean rises each step",
+        ("F5c",),
+        _rises,
+    ),
+    Claim(
+        "low norms outside the cone",
+        "With the sink, outputs of low norm lie outside the cone of values (section 6.2, Fig. 6).",
+        "the share of the lowest quarter inside, mean over heads, has a 95% interval below a half",
+        ("F6",),
+        _outside,
+    ),
+    Claim(
+        "low norms inside without the sink",
+        "Without the sink's value they lie inside (section 6.2, Fig. 6; nearly by construction).",
+        "that share has a 95% interval above 0.9",
+        ("F6",),
+        _inside,
+    ),
+)

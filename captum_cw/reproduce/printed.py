@@ -1,0 +1,74 @@
+"""The figures that arXiv 2606.07604 prints, to stand beside those that are computed."""
+
+from __future__ import annotations
+
+__all__ = ["PAPER", "PRINTED"]
+
+PAPER = "arXiv 2606.07604"
+
+_COMPONENTS = (
+    "attention",
+    "relative norm",
+    "cosine",
+    "attention x relative norm",
+    "attention x cosine",
+    "relative norm x cosine",
+)
+
+
+def _regression(**groups: tuple[float, ...]) -> dict[str, dict[str, float]]:
+    return {group: dict(zip(_COMPONENTS, values, strict=True)) for group, values in groups.items()}
+
+
+#: By item, by column of its table, by row.
+PRINTED: dict[str, dict[str, dict[str, float]]] = {
+    "T1": {
+        f"{group}, printed (LLaMA-3.1-8B, FineWeb-Edu)": values
+        for group, values in _regression(
+            all=(0.055, 0.000, 0.036, 0.489, 0.305, 0.020),
+            first=(0.079, 0.027, 0.518, 0.157, 0.611, 0.725),
+            others=(0.449, 0.000, 0.028, 0.579, 0.834, 0.021),
+        ).items()
+    },
+    "T3": {
+        f"{group}, printed (LLaMA-3.1-8B, GSM8K)": values
+        for group, values in _regression(
+            all=(0.060, 0.000, 0.034, 0.511, 0.303, 0.026),
+            first=(0.085, 0.022, 0.496, 0.145, 0.602, 0.689),
+            others=(0.455, 0.000, 0.028, 0.587, 0.863, 0.026),
+        ).items()
+    },
+    "T2": {
+        "printed (LLaMA-3.1-8B)": {
+            "attention, relative norm": -0.287,
+            "attention, cosine": 0.147,
+            "relative norm, cosine": -0.070,
+        }
+    },
+    # The row of LLaMA-3B repeats that of 8B, so it is no target.
+    "T4": {
+        "printed, LLaMA-1B": {"attention": 0.632, "vw": 0.147, "contribution": 0.243},
+        "printed, LLaMA-8B": {"attention": 0.708, "vw": 0.159, "contribution": 0.142},
+    },
+    "T5": {
+        f"printed, {model}": {
+            "attention": a,
+            "vw": b,
+            "contribution": c,
+            "attention, without first": d,
+            "vw, without first": e,
+            "contribution, without first": f,
+        }
+        for model, (a, b, c, d, e, f) in {
+            "LLaMA-1B": (1.40, 2.15, 1.71, 2.42, 2.39, 2.14),
+            "LLaMA-3B": (1.21, 2.22, 1.72, 2.54, 2.51, 2.20),
+            "LLaMA-8B": (1.21, 2.30, 1.79, 2.61, 2.58, 2.27),
+        }.items()
+    },
+    "D.6": {"printed (LLaMA-3.1-8B)": {"r": 0.949}},
+    "F5a": {"printed (LLaMA-3.1-8B, about)": {"first to others": -0.2, "among others": 0.2}},
+    "F5b": {
+        "printed (LLaMA-3.1-8B, more than)": {"median r2 of k": 0.8, "median r2 of g": 0.7},
+    },
+    "F7": {"printed (LLaMA-3.1-8B)": {"mean cosine": 0.012}},
+}

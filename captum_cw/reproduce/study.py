@@ -1,0 +1,127 @@
+"""One model on one set of texts, and how much of it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from captum_cw.data import token_batches
+from captum_cw.metrics.identity import checksum, fingerprint
+
+__all__ = ["FULL", "PAPER_DATA", "PAPER_MODELS", "PLANS", "QUICK", "Plan", "Study"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many texts, how long, and at how many rates.
+
+    Args:
+        name: Of the plan.
+        texts: Of the analyses.
+        length: The most tokens of each.
+        correlations: Texts and tokens for the correlation of components.
+        scaling: Texts and tokens for the scaling of the first token's value.
+        removal: Texts and tokens for comprehensiveness and sufficiency.
+        top: Fractions that are removed from the top.
+        bottom: Fractions that are removed from the bottom.
+        points: Of the sample of a regression.
+        batch_size: Texts in a pass of the metric.
+        seed: Of all random choices.
+    """
+
+    name: str
+    texts: int
+    length: int
+    correlations: tuple[int, int]
+    scaling: tuple[int, int]
+    removal: tuple[int, int]
+    top: tuple[float, ...]
+    bottom: tuple[float, ...]
+    points: int
+    batch_size: int = 8
+    seed: int = 0
+
+    def resized(self, texts: int | None, length: int | None) -> Plan:
+        """With no more texts and tokens than these."""
+
+        def smaller(pair: tuple[int, int]) -> tuple[int, int]:
+            return min(pair[0], texts or pair[0]), min(pair[1], length or pair[1])
+
+        most, longest = smaller((self.texts, self.length))
+        return replace(
+            self,
+            texts=most,
+            length=longest,
+            correlations=smaller(self.correlations),
+            scaling=smaller(self.scaling),
+            removal=smaller(self.removal),
+        )
+
+
+QUICK = Plan("quick", 6, 128, (6, 128), (6, 128), (6, 96), (0.01, 0.1), (0.3, 0.5, 0.7), 200_000)
+FULL = Plan(
+    "full", 32, 512, (32, 128), (32, 512), (32, 512), (0.01, 0.02, 0.05, 0.1, 0.2),
+    (0.1, 0.3, 0.5, 0.7, 0.9), 1_000_000,
+)  # fmt: skip
+#: The counts of arXiv 2606.07604, where it gives them.
+PAPER = Plan(
+    "paper", 32, 512, (32, 128), (128, 1024), (64, 512), (0.01, 0.02, 0.05, 0.1, 0.2),
+    (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), 5_000_000,
+)  # fmt: skip
+PLANS = {plan.name: plan for plan in (QUICK, FULL, PAPER)}
+
+PAPER_MODELS = (
+    "meta-llama/Llama-3.1-8B",
+    "meta-llama/Llama-3.2-3B",
+    "meta-llama/Llama-3.2-1B",
+    "mistralai/Mistral-7B-v0.1",
+    "Qwen/Qwen3-8B",
+    "deepseek-ai/deepseek-llm-7b-base",
+)
+PAPER_DATA = ("fineweb-edu", "gsm8k")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model and texts for it.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        texts: The texts, at least as many as the plan takes.
+        model_name: What the model is called.
+        data_name: What the texts are called.
+        plan: How much is run.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    texts: Sequence[str]
+    model_name: str
+    data_name: str
+    plan: Plan
+
+    def batches(self, texts: int, length: int, batch_size: int = 1) -> list[dict[str, Tensor]]:
+        """The first texts, cut to ``length`` tokens."""
+        device = next(self.model.parameters()).device
+        batches = token_batches(
+            self.texts, self.tokenizer, length=length, samples=texts, batch_size=batch_size
+        )
+        return [{name: x.to(device) for name, x in batch.items()} for batch in batches]
+
+    @cached_property
+    def analysed(self) -> list[dict[str, Tensor]]:
+        """The texts of most analyses, one by one."""
+        return self.batches(self.plan.texts, self.plan.length)
+
+    def identity(self) -> Mapping[str, Any]:
+        """What has to be the same for results to belong together."""
+        return {
+            "weights": fingerprint(self.model),
+            "texts": checksum(*(batch["input_ids"] for batch in self.analysed)),
+            "plan": {name: x for name, x in vars(self.plan).items() if name != "name"},
+        }
