@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -403,18 +404,24 @@ def _reproduce(options: argparse.Namespace) -> None:
         options.parser.error("give --model and --data, or --preset paper, which brings its own")
     needed = max(plan.texts, plan.correlations[0], plan.scaling[0], plan.removal[0])
     texts = {name: load_texts(name, samples=needed) for name in data}  # first: that fails quickly
-    console = Console(highlight=False, stderr=True)
 
     def studies() -> Iterator[Study]:
         for name in models:
             model, tokenizer = _load(argparse.Namespace(**{**vars(options), "model": name}))
             for of, several in texts.items():
-                yield Study(model, tokenizer, several, name, of, plan)
+                yield Study(model, tokenizer, several, _called(name), _called(of), plan)
 
-    found, files = reproduce(studies(), options.out, only=options.only, tell=console.print)
+    tell = partial(print, file=sys.stderr)
+    found, files = reproduce(studies(), options.out, only=options.only, tell=tell)
     for study in found:
         _print_claims(study)
     print("\nSaved:", *files, sep="\n  ")
+
+
+def _called(name: str) -> str:
+    """A file or folder by its own name, since its place means nothing to a reader."""
+    path = Path(name)
+    return path.stem if path.exists() else name
 
 
 def _print_claims(study: StudyResults) -> None:

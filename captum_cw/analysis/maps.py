@@ -94,7 +94,7 @@ def weight_maps(
         batches: Token ids ``(B, T)``, a dict with ``attention_mask``, or an iterable of these.
         tokens: Readable tokens of the first text; None for their numbers.
         length: The most tokens that are shown.
-        count: How many heads are drawn at random, from different layers where there are as many.
+        count: How many heads are drawn at random.
         pairs: Layers and heads of your choice instead, both from 0.
         seed: Of the random choice.
 
@@ -114,8 +114,9 @@ def weight_maps(
     heads = [x.attention.shape[1] for x in layers]
     if pairs is None:
         random = np.random.default_rng(seed)
-        chosen = np.sort(random.choice(len(layers), count, replace=count > len(layers)))
-        pairs = [(int(n), int(random.integers(heads[n]))) for n in chosen]
+        every = [(layer, head) for layer, n in enumerate(heads) for head in range(n)]
+        drawn = random.choice(len(every), min(count, len(every)), replace=False)
+        pairs = [every[n] for n in sorted(drawn.tolist())]
     for layer, head in pairs:
         if not 0 <= layer < len(layers) or not 0 <= head < heads[layer]:
             raise IndexError(

@@ -111,11 +111,10 @@ def _run(item: Item, study: Study, folder: Path, file: Path) -> dict[str, Any]:
 
 
 def folder_name(model: str, data: str) -> str:
-    """A folder for a model and texts, of which either may be a path.
+    """A folder for a model and texts.
 
     Example:
-        >>> folder_name("meta-llama/Llama-3.1-8B", "texts/gsm8k_test.jsonl")
-        'Llama-3.1-8B-gsm8k_test'
+        >>> folder_name("meta-llama/Llama-3.1-8B", "gsm8k")
+        'Llama-3.1-8B-gsm8k'
     """
-    names = (Path(model).name, Path(data).stem if Path(data).suffix else Path(data).name)
-    return re.sub(r"[^\w.-]+", "_", "-".join(names))
+    return re.sub(r"[^\w.-]+", "_", f"{model.rpartition('/')[2]}-{data.rpartition('/')[2]}")

@@ -122,7 +122,7 @@ def _study(number: int, study: StudyResults) -> dict[str, Any]:
         "plan": f"{plan.name}: {plan.texts} texts of up to {plan.length} tokens; correlations "
         f"{_pair(plan.correlations)}, scaling {_pair(plan.scaling)}, removal {_pair(plan.removal)}",
         "time": _time(sum(done.seconds for done in study.items)),
-        "items": [_item(done) for done in study.items],
+        "contents": [_item(done) for done in study.items],
     }
 
 
@@ -159,7 +159,8 @@ def _item(done: Done) -> dict[str, Any]:
 
 def _settings(settings: Mapping[str, Any]) -> str:
     """In a line; what takes a table of its own stays in the files."""
-    short = {name: x for name, x in settings.items() if not isinstance(x, Mapping)}
+    # The model stands in the heading, by a name that means something elsewhere too.
+    short = {n: x for n, x in settings.items() if not isinstance(x, Mapping) and n != "model"}
     return "; ".join(
         f"{name} {x}" for name, x in short.items() if x not in (None, []) and len(str(x)) <= 120
     )
