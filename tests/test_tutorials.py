@@ -45,7 +45,19 @@ SHOWN = {
         "sanity": "text/html",
         "long": "text/plain",
     },
-    "03_images_speech_and_other_models": {
+    "03_what_attention_sinks_do": {
+        "model": "text/plain",
+        "maps": "image/png",
+        "first": "image/png",
+        "alignment": "image/png",
+        "norms": "image/png",
+        "cone": "image/png",
+        "scaling": "image/png",
+        "regimes": "image/png",
+        "frames": "image/png",
+        "save": "text/html",
+    },
+    "04_images_speech_and_other_models": {
         "encoder-view": "text/html",
         "encoder-found": "text/plain",
         "speech-map": "image/png",
