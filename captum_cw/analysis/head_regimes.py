@@ -1,0 +1,265 @@
+"""What kind of chooser each head is: Retriever, Mixer or Reset.
+
+Heads differ in how their ``N`` keys of the most attention stand apart from the others, and in what
+they give to the first token (arXiv 2602.01893;
+:mod:`~captum_cw.analysis.selection_geometry` has the equations). The paper's names are kept; how
+heads are assigned to them is not in our sources, and the rule here is ours.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from captum_cw.analysis.result import AnalysisResult, Picture
+from captum_cw.analysis.selection_geometry import (
+    Distance,
+    Terms,
+    attention_ranks,
+    check_count,
+    draw_queries,
+    separation,
+    terms_of,
+)
+from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
+from captum_cw.functional import AttentionLayer, check_choice
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["REGIMES", "HeadRegimes", "head_regimes", "label_regimes"]
+
+REGIMES = ("Retriever", "Mixer", "Reset")
+MEASURED = ["precision", "recall", "f", "sink_similarity", "first_weight", "top_weight"]
+CLUSTERED = ["precision", "recall", "sink_similarity", "first_weight"]
+#: A head whose mean weight on the first token is above this has a dominant sink.
+DOMINANT = 0.5
+
+
+class HeadRegimes(AnalysisResult):
+    """What :func:`head_regimes` found.
+
+    ``numbers``: the share of heads in each regime (``retriever``, ``mixer``, ``reset``); how many
+    regimes have their signature in full (``signatures``); and the ``silhouette`` of three
+    clusters.
+
+    ``tables``, of which the first is the main one:
+
+    * ``heads``: by ``layer`` and ``head``, the means over queries of ``precision``, ``recall``,
+      ``f``, ``sink_similarity`` (``cos(v_1, s_N)``), ``first_weight`` (``a_1``) and ``top_weight``
+      (the weight of the ``N`` keys together), ``output_norm`` (``||o_i^h||``, over the median of
+      the layer's heads) and the ``regime``.
+    * ``regimes``: for each regime, how many ``heads``, the means of the same, and whether the
+      cluster ``has_signature``.
+    * ``clusters``: the mean ``silhouette`` (1 where clusters are far apart, 0 where they touch) for
+      ``k`` clusters, ``k`` from 2 to 6.
+    """
+
+    def plot(self, *, use_pyplot: bool = True) -> Picture:
+        """The regime of each head by layer, and the heads by sink weight and F."""
+        from captum_cw.visualization.token_selection import plot_head_regimes
+
+        return plot_head_regimes(self.tables, self.settings["size"], use_pyplot=use_pyplot)
+
+
+def head_regimes(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    size: int = 8,
+    distance: Distance = "euclidean",
+    queries: int | None = 32,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> HeadRegimes:
+    """Assigns each head to the regime Retriever, Mixer or Reset.
+
+    K-means with three clusters on precision, recall, sink similarity and the weight of the first
+    token, each standardised over all heads. The clusters are then named all at once, so that the
+    sum of their scores is largest; a score is the mean of standardised figures (``-`` counts the
+    other way):
+
+    * Retriever: ``f``, ``-first_weight``;
+    * Mixer: ``-precision``, ``-recall``, ``-top_weight``;
+    * Reset: ``first_weight``, ``-output_norm``, the norm ``x`` taken as ``x / (1 + x)``.
+
+    Three clusters get three names whether or not the model has three kinds of heads. So each is
+    held to its signature, by its means: a Retriever has ``f`` above the mean of all heads and
+    ``first_weight`` below 0.5; a Mixer has ``precision``, ``recall`` and ``top_weight`` below the
+    means of all heads; a Reset has ``first_weight`` above 0.5 and ``output_norm`` below 1. Rule and
+    thresholds are ours.
+
+    Args:
+        model: A causal language model.
+        batches: Token ids, or an iterable of batches.
+        size: The size ``N`` of the sets. Queries that see no more keys are left out.
+        distance: ``"euclidean"`` or ``"cosine"``.
+        queries: How many random queries of each text are looked at, the same in all layers; None
+            for all of them.
+        seed: Of the queries and of k-means.
+        show_progress: Shows a bar over the texts.
+
+    Returns:
+        A :class:`HeadRegimes`.
+
+    Raises:
+        ValueError: If ``size``, ``queries`` or ``distance`` cannot be, a text or the window of a
+            layer has no more than ``size`` tokens, fewer than three heads differ, or the model is
+            not causal.
+
+    Example:
+        >>> found = head_regimes(model, input_ids, size=2)
+        >>> found.to_dataframe()[["layer", "head"]].shape
+        (8, 2)
+        >>> found.tables["regimes"]["regime"].tolist()
+        ['Retriever', 'Mixer', 'Reset']
+    """
+    check_count("size", size)
+    check_choice("distance", distance, Distance)
+    if queries is not None:
+        check_count("queries", queries)
+    texts = texts_of(batches, shortest=size + 1)
+    drawn = [draw_queries(len(ids), size, queries, seed, text) for text, ids in enumerate(texts)]
+    sums: dict[int, Tensor] = {}
+
+    def on_layer(seen: SeenLayer) -> None:
+        found = head_sums(seen.layer, drawn[seen.text], size, distance)
+        sums[seen.number] = sums.get(seen.number, 0) + found
+
+    layers = run_texts(
+        model, texts, on_layer, description="head regimes", show_progress=show_progress
+    )
+    tables = label_regimes(_heads_table(sums, layers, size), seed)
+    regimes, clusters = tables["regimes"], tables["clusters"]
+    numbers = {
+        name.lower(): count / len(tables["heads"])
+        for name, count in zip(regimes["regime"], regimes["heads"], strict=True)
+    }
+    numbers["signatures"] = float(regimes["has_signature"].sum())
+    numbers["silhouette"] = float(clusters.set_index("k")["silhouette"].get(3, float("nan")))
+    settings = {
+        "size": size, "distance": distance, "queries": queries, "seed": seed,
+        "texts": len(texts), "tokens": sum(map(len, texts)), "layers": layers,
+    }  # fmt: skip
+    return HeadRegimes(settings, numbers, tables)
+
+
+def head_sums(layer: AttentionLayer, queries: Tensor, size: int, distance: Distance) -> Tensor:
+    """Sums over some queries of a layer: those of ``MEASURED``, of the output norm, and of ones.
+
+    Returns:
+        ``(H, 8)``, float64.
+
+    Example:
+        >>> layer = AttentionLayer.from_tensors(
+        ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
+        >>> head_sums(layer, torch.arange(3), 2, "euclidean").shape
+        torch.Size([2, 8])
+    """
+    norms = layer.direction("intra")[1][0].double().sqrt()
+    if layer.scale is not None:
+        norms = norms * layer.scale[0].abs()
+    out = torch.zeros(layer.H, len(MEASURED) + 2, dtype=torch.float64, device=norms.device)
+    for places, terms in terms_of(layer, queries):
+        found = torch.cat([_features(terms, size, distance), norms[:, places, None]], -1)
+        found = torch.nn.functional.pad(found, (0, 1), value=1.0)
+        out += found.masked_fill((terms.seen <= size)[..., None], 0).sum(1)
+    return out.cpu()
+
+
+def _features(terms: Terms, size: int, distance: Distance) -> Tensor:
+    """``(H, Q, 6)``: what ``MEASURED`` names."""
+    top = attention_ranks(terms) < size
+    a = terms.attention
+    weights = (a[..., 0], (a * top).sum(-1))
+    return torch.stack([*separation(terms, top, distance), *weights], dim=-1)
+
+
+def _heads_table(sums: dict[int, Tensor], layers: list[str], size: int) -> pd.DataFrame:
+    import pandas as pd
+
+    parts = []
+    for layer, total in sorted(sums.items()):
+        if not total[:, -1].all():
+            raise ValueError(
+                f"In layer {layers[layer]!r} no query sees more than {size} keys: give a smaller "
+                "size."
+            )
+        means = total[:, :-1] / total[:, -1:]
+        norms = means[:, -1].numpy()
+        median = np.median(norms)
+        part = pd.DataFrame(means[:, :-1].numpy(), columns=MEASURED)
+        part.insert(0, "layer", layer)
+        part.insert(1, "head", range(len(part)))
+        # Where most heads of a layer give nothing, those that do are infinitely above the median.
+        infinite = np.where(norms > 0, np.inf, 0.0)
+        part["output_norm"] = np.divide(norms, median, out=infinite, where=median > 0)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def label_regimes(heads: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """Names the regime of each head; :func:`head_regimes` states the rule.
+
+    Args:
+        heads: A row a head, with the columns of the table ``heads`` but ``regime``.
+        seed: Of k-means.
+
+    Returns:
+        The tables of :class:`HeadRegimes`.
+
+    Raises:
+        ValueError: If fewer than three heads differ.
+    """
+    import pandas as pd
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
+    from sklearn.preprocessing import StandardScaler
+
+    distinct = len(heads[CLUSTERED].drop_duplicates())
+    if distinct < len(REGIMES):
+        raise ValueError(
+            f"Of {len(heads)} heads {distinct} differ in what they select, but three regimes need "
+            "three or more: give a model with more heads."
+        )
+    points = StandardScaler().fit_transform(heads[CLUSTERED])
+
+    def clusters_of(k: int) -> np.ndarray:
+        found: np.ndarray = KMeans(k, n_init=10, random_state=seed).fit_predict(points)
+        return found
+
+    cluster = clusters_of(len(REGIMES))
+    figures = heads[[*MEASURED, "output_norm"]].copy()
+    figures["output_norm"] = 1 - 1 / (1 + figures["output_norm"])
+    standard = pd.DataFrame(StandardScaler().fit_transform(figures), columns=figures.columns)
+    z = standard.groupby(cluster).mean()
+    scores = np.stack(
+        [
+            (z["f"] - z["first_weight"]) / 2,
+            -(z["precision"] + z["recall"] + z["top_weight"]) / 3,
+            (z["first_weight"] - z["output_norm"]) / 2,
+        ]
+    )
+    _, named = linear_sum_assignment(scores, maximize=True)
+    names = dict(zip(named, REGIMES, strict=True))
+    heads = heads.assign(regime=[names[c] for c in cluster])
+
+    means = heads.groupby("regime")[[*MEASURED, "output_norm"]].mean().loc[list(REGIMES)]
+    every = heads[MEASURED].mean()
+    retriever, mixer, reset = (means.loc[name] for name in REGIMES)
+    has_signature = [
+        retriever["f"] > every["f"] and retriever["first_weight"] < DOMINANT,
+        all(mixer[name] < every[name] for name in ("precision", "recall", "top_weight")),
+        reset["first_weight"] > DOMINANT and reset["output_norm"] < 1,
+    ]
+    regimes = means.reset_index()
+    regimes.insert(1, "heads", heads["regime"].value_counts()[list(REGIMES)].to_numpy())
+    regimes["has_signature"] = [bool(has) for has in has_signature]
+    ks = [k for k in range(2, 7) if k <= distinct and k < len(heads)]
+    silhouettes = [float(silhouette_score(points, clusters_of(k))) for k in ks]
+    clusters = pd.DataFrame({"k": ks, "silhouette": silhouettes})
+    return {"heads": heads, "regimes": regimes, "clusters": clusters}

@@ -1,0 +1,223 @@
+"""How well the keys that attention selects stand apart, on plain tensors.
+
+In one head, a query makes of its keys the terms ``z_j = a_j v_j`` (before ``W_O``, and before any
+gate). A set ``S`` of ``N`` keys has the sum ``s_N = sum_S z_j``, not renormalised, and each key its
+distance from that sum, ``D_j = ||z_j - s_N||`` or ``1 - cos(z_j, s_N)`` (*Geometric Analysis of
+Token Selection in Multi-Head Attention*, arXiv 2602.01893). With ``r_max`` the largest distance in
+``S`` and ``r_min`` the smallest outside,
+
+    precision = N / (N + #{j not in S: D_j <= r_max})
+    recall    = #{j in S: D_j < r_min} / N
+
+and F is their harmonic mean. A distance that only touches the other set's counts against both.
+Nothing of size ``T x S x d_h`` exists: distances are compared through ``||z_j||^2 - 2 <z_j, s_N>``,
+in float64. The ``||s_N||^2`` that makes it a squared distance is the same for all keys, and would
+only drown the terms that are small beside it.
+
+``Q`` are the queries that are looked at, among the ``T`` of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captum_cw.functional import AttentionLayer, attention, check_choice, expand_heads, map_blocks
+
+__all__ = [
+    "Distance",
+    "Separation",
+    "Terms",
+    "attention_ranks",
+    "check_count",
+    "draw_queries",
+    "random_ranks",
+    "separation",
+    "terms_of",
+]
+
+Distance = Literal["euclidean", "cosine"]
+"""Between a term and the sum of a set: ``||z_j - s||``, or ``1 - cos(z_j, s)``."""
+
+EPSILON = torch.finfo(torch.float64).eps
+
+
+class Terms(NamedTuple):
+    """The terms ``z_j = a_j v_j`` of some queries, never built as such; float64.
+
+    Args:
+        attention: ``a_j``, ``(H, Q, S)``, zero at keys that a query does not see.
+        value: ``v_j``, ``(H, S, d_h)``.
+        visible: ``(H or 1, Q, S)`` boolean.
+        norms: ``||z_j||``, ``(H, Q, S)``.
+    """
+
+    attention: Tensor
+    value: Tensor
+    visible: Tensor
+    norms: Tensor
+
+    @classmethod
+    def of(cls, attention: Tensor, value: Tensor, visible: Tensor | None = None) -> Terms:
+        """From ``(H, Q, S)`` weights and ``(H, S, d_h)`` values; without ``visible`` all are seen.
+
+        Example:
+            >>> Terms.of(torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[2.0], [4.0]]])).norms
+            tensor([[[1., 2.]]], dtype=torch.float64)
+        """
+        attention, value = attention.double(), value.double()
+        if visible is None:
+            visible = torch.ones_like(attention[:1], dtype=torch.bool)
+        attention = attention.masked_fill(~visible, 0)
+        norms = attention.abs() * value.norm(dim=-1)[:, None]
+        return cls(attention, value, visible, norms)
+
+    @property
+    def seen(self) -> Tensor:
+        """How many keys each query sees, ``(H or 1, Q)``."""
+        return self.visible.sum(-1)
+
+
+class Separation(NamedTuple):
+    """How a set stands apart from the other keys, ``(H, Q)`` each.
+
+    ``sink_similarity`` is ``cos(v_1, s_N)``, of the first key's value and the sum: our reading of
+    the paper's measure, whose formula is not in our sources.
+    """
+
+    precision: Tensor
+    recall: Tensor
+    f: Tensor
+    sink_similarity: Tensor
+
+
+def separation(terms: Terms, chosen: Tensor, distance: Distance = "euclidean") -> Separation:
+    """Precision, recall and F of one set of keys a query, around the sum of its own terms.
+
+    Distances that differ by no more than the rounding of an inner product count as equal. A
+    cosine with what is zero is zero.
+
+    Args:
+        terms: The terms.
+        chosen: ``(H or 1, Q, S)`` boolean: for each query as many keys as for the others, at
+            least one, and fewer than it sees. What is said of other queries means nothing.
+        distance: ``"euclidean"`` or ``"cosine"``.
+
+    Returns:
+        Four numbers a query, the first three between 0 and 1.
+
+    Raises:
+        ValueError: If ``distance`` is unknown.
+
+    Example:
+        >>> terms = Terms.of(torch.tensor([[[0.6, 0.3, 0.1]]]), torch.ones(1, 3, 1))
+        >>> found = separation(terms, torch.tensor([[[True, True, False]]]))
+        >>> found.precision.item(), found.recall.item(), found.sink_similarity.item()
+        (1.0, 1.0, 1.0)
+    """
+    check_choice("distance", distance, Distance)
+    a, v, visible, norms = terms
+    total = (a * chosen) @ v
+    along = (total @ v.transpose(-1, -2)).mul_(a)  # <z_j, s>
+    length = total.norm(dim=-1, keepdim=True)
+    rounding = 4 * v.shape[-1] * EPSILON
+    if distance == "euclidean":
+        squares = norms.square()
+        far = along.mul_(-2).add_(squares)
+        error = squares.addcmul_(norms, length, value=2).mul_(rounding)
+    else:
+        sizes = norms * length
+        far = torch.where(sizes > 0, along / sizes, 0).neg_()  # grows as 1 - cos does
+        error = torch.full_like(length, rounding)
+    infinite = torch.inf
+    inside = torch.where(chosen, far + error, -infinite)
+    outside = torch.where(visible & ~chosen, far - error, infinite)
+    r_max, r_min = inside.amax(-1, keepdim=True), outside.amin(-1, keepdim=True)
+    size = chosen.sum(-1)
+    precision = size / (size + (outside <= r_max).sum(-1)).double()
+    recall = 1 - (inside >= r_min).sum(-1).double() / size
+    f = 2 * precision * recall / (precision + recall)
+    sizes = length * v[:, :1].norm(dim=-1, keepdim=True)
+    similarity = torch.where(sizes > 0, total @ v[:, 0, :, None] / sizes, 0)[..., 0]
+    return Separation(precision, recall, f, similarity)
+
+
+def attention_ranks(terms: Terms) -> Tensor:
+    """Each key's place in the order of attention, from 0: ``(H, Q, S)``.
+
+    Of equal weights the lower index comes first; unseen keys come last.
+
+    Example:
+        >>> attention_ranks(Terms.of(torch.tensor([[[0.2, 0.4, 0.4]]]), torch.ones(1, 3, 1)))
+        tensor([[[2, 0, 1]]])
+    """
+    return _ranks(terms.attention.masked_fill(~terms.visible, -torch.inf))
+
+
+def random_ranks(visible: Tensor, generator: torch.Generator) -> Tensor:
+    """A random order of the keys that each query sees, others last; of the shape of ``visible``.
+
+    The first ``N`` are a uniform sample of ``N`` seen keys.
+    """
+    keys = torch.rand(visible.shape, generator=generator).to(visible.device)
+    return _ranks(keys.masked_fill(~visible, -1))
+
+
+def _ranks(score: Tensor) -> Tensor:
+    """Places by falling score along the last dimension."""
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def draw_queries(T: int, lowest: int, count: int | None, seed: int, text: int) -> Tensor:
+    """Some of the queries ``lowest, ..., T - 1`` of a text, ascending; all where ``count`` is None.
+
+    Example:
+        >>> draw_queries(6, 2, None, seed=0, text=0).tolist()
+        [2, 3, 4, 5]
+    """
+    places = np.arange(lowest, T)
+    if count is not None and count < len(places):
+        places = np.random.default_rng([seed, text]).choice(places, count, replace=False)
+    return torch.from_numpy(np.sort(places))
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises a ValueError that names ``value`` unless it is an integer from 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: give an integer from 1.")
+
+
+def terms_of(layer: AttentionLayer, queries: Tensor) -> Iterator[tuple[Tensor, Terms]]:
+    """The terms of some queries of a layer that runs over one text, in blocks.
+
+    Args:
+        layer: The layer, of one example.
+        queries: Which queries, ``(Q,)``.
+
+    Yields:
+        The queries of a block, and their terms over the keys that any query of it can see.
+
+    Example:
+        >>> layer = AttentionLayer.from_tensors(
+        ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
+        >>> [(some.tolist(), terms.attention.shape)
+        ...  for some, terms in terms_of(layer, torch.tensor([0, 2]))]
+        [([0, 2], torch.Size([2, 2, 3]))]
+    """
+    device = layer.value.device
+    chosen = torch.zeros(1, layer.T, dtype=torch.bool, device=device)
+    chosen[0, queries.to(device)] = True
+    value = expand_heads(layer.value, layer.H)[0]
+    for rows, (a,) in map_blocks(layer, attention, chosen=chosen):
+        picked = chosen[0, rows]
+        visible = layer.mask.block(rows)
+        if visible is not None:
+            visible = visible[0].to(device).expand(-1, len(picked), a.shape[-1])[:, picked]
+        places = picked.nonzero()[:, 0].cpu() + rows.start
+        yield places, Terms.of(a[0][:, picked], value[:, : a.shape[-1]], visible)

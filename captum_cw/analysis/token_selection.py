@@ -1,0 +1,314 @@
+"""Attention as a choice of ``N`` keys: how far they stand apart from the others.
+
+For each layer, head and query, the ``N`` keys of the largest weights are set against the rest by
+precision, recall and F in the space of values (arXiv 2602.01893;
+:mod:`~captum_cw.analysis.selection_geometry` has the equations), for several ``N``. Any key alone
+has an F of one, around itself, so that the figures mean something only beside those of random sets
+of the same size around their own sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from captum_cw.analysis.result import AnalysisResult, Picture
+from captum_cw.analysis.selection_geometry import (
+    Distance,
+    Separation,
+    Terms,
+    attention_ranks,
+    check_count,
+    draw_queries,
+    random_ranks,
+    separation,
+    terms_of,
+)
+from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
+from captum_cw.functional import check_choice
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["TokenSelection", "token_selection"]
+
+SETS = ("top", "random")
+MEANS = ["precision", "recall", "f", "sink_similarity"]
+PRODUCTS = ["similarity_squared", "recall_squared", "similarity_recall"]
+#: Contexts of ``2^k + 1`` to ``2^(k + 1)`` keys are put together, for ``k`` below this.
+CONTEXTS = 32
+
+
+class TokenSelection(AnalysisResult):
+    """What :func:`token_selection` found.
+
+    ``numbers``: ``best_size``, the size above one of the largest excess, ``F - F of random sets``
+    (the smaller of two that are equal), with its ``best_excess``, ``best_f`` and ``best_f_random``;
+    there, ``sink_recall_r`` and ``sink_recall_r_random``, the Pearson correlation of sink
+    similarity and recall over all sets, and ``sink_recall_r_heads``, over the means of heads; and
+    ``largest_f_size``, the size above one of the largest F. Which of the two the paper calls best
+    is not in our sources. The rule of the excess is ours, since F alone falls with the size for
+    random sets, too. Where it gives the largest size measured, it says no more than that larger
+    ones may be better.
+
+    ``tables``, of which the first is the main one:
+
+    * ``sizes``: by ``size`` and ``set`` (``"top"`` or ``"random"``), the number of ``sets``, the
+      means ``precision``, ``recall``, ``f`` and ``sink_similarity``, and both correlations,
+      ``sink_recall_r`` and ``sink_recall_r_heads``. Larger sizes have fewer queries.
+    * ``heads``: the same means by ``layer``, ``head``, ``size`` and ``set``.
+    * ``contexts``: by the keys that a query sees, ``above`` so many and ``up_to`` so many, and by
+      ``size``: the number of ``queries`` (over layers and heads), ``f``, ``f_random``, ``excess``.
+      All sizes of a context have the same queries.
+    * ``best``: for each context, by the same rules, its best ``size`` and that size's ``excess``;
+      ``largest_f_size`` and that size's ``f``.
+
+    Correlations are NaN where one side does not vary.
+    """
+
+    def plot(self, *, use_pyplot: bool = True) -> Picture:
+        """Precision, recall and F by size; the excess of F; the best size; sinks and recall."""
+        from captum_cw.visualization.token_selection import plot_token_selection
+
+        return plot_token_selection(self.tables, self.numbers, use_pyplot=use_pyplot)
+
+
+def token_selection(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    distance: Distance = "euclidean",
+    queries: int | None = 32,
+    random_sets: int = 16,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> TokenSelection:
+    """How well the ``N`` keys with the most attention stand apart from the others.
+
+    A query counts for the sizes below the number of keys that it sees, and sizes that no query
+    counts for are left out. In a causal model a query that sees ``T`` keys is the last one of the
+    prefix of ``T`` tokens, so that the best size against ``T`` needs no runs of its own. Sink
+    similarity, ``cos(v_1, s_N)``, is our reading: the paper's formula and its bounds are not in
+    our sources.
+
+    Args:
+        model: A causal language model.
+        batches: Token ids, or an iterable of batches.
+        sizes: The sizes ``N`` of the sets, of which one at least is above 1.
+        distance: ``"euclidean"`` or ``"cosine"``.
+        queries: How many random queries of each text are looked at, the same in all layers; None
+            for all of them.
+        random_sets: How many random sets a query and size, from the keys that it sees. The heads
+            of a layer share them.
+        seed: Of the queries and the random sets.
+        show_progress: Shows a bar over the texts.
+
+    Returns:
+        A :class:`TokenSelection`.
+
+    Raises:
+        ValueError: If ``sizes``, ``queries``, ``random_sets`` or ``distance`` cannot be, a text or
+            the window of every layer has no more tokens than the smallest size above 1, or the
+            model is not causal.
+
+    Example:
+        >>> found = token_selection(model, input_ids, sizes=(1, 2), queries=None)
+        >>> found.to_dataframe()[["size", "set", "sets"]].values.tolist()
+        [[1, 'random', 512], [1, 'top', 32], [2, 'random', 384], [2, 'top', 24]]
+        >>> found.tables["best"].columns.tolist()
+        ['above', 'up_to', 'size', 'excess', 'largest_f_size', 'f']
+    """
+    sizes = _checked_sizes(sizes)
+    check_choice("distance", distance, Distance)
+    check_count("random_sets", random_sets)
+    if queries is not None:
+        check_count("queries", queries)
+    least = next(size for size in sizes if size > 1)
+    texts = texts_of(batches, shortest=least + 1)
+    drawn = [
+        draw_queries(len(ids), sizes[0], queries, seed, text) for text, ids in enumerate(texts)
+    ]
+    totals: dict[int, Tensor] = {}
+
+    def on_layer(seen: SeenLayer) -> None:
+        state = np.random.SeedSequence([seed, seen.text, seen.number]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        for _, terms in terms_of(seen.layer, drawn[seen.text]):
+            found = selection_sums(terms, sizes, distance, random_sets, generator)
+            totals[seen.number] = totals.get(seen.number, 0) + found
+
+    layers = run_texts(
+        model, texts, on_layer, description="token selection", show_progress=show_progress
+    )
+    sums = _sums_table(totals, sizes)
+    if not (sums["size"] > 1).any():
+        raise ValueError(
+            f"No query sees more than {least} keys: give smaller sizes than {list(sizes)}."
+        )
+    tables = _tables(sums)
+    settings = {
+        "sizes": list(sizes), "distance": distance, "queries": queries, "seed": seed,
+        "random_sets": random_sets, "texts": len(texts), "tokens": sum(map(len, texts)),
+        "layers": layers,
+    }  # fmt: skip
+    return TokenSelection(settings, _numbers(tables["sizes"]), tables)
+
+
+def selection_sums(
+    terms: Terms,
+    sizes: Sequence[int],
+    distance: Distance,
+    random_sets: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """What means and correlations need of some queries, by context.
+
+    Args:
+        terms: Of the queries.
+        sizes: The sizes of the sets.
+        distance: Which.
+        random_sets: How many random sets a query and size.
+        generator: Of the random sets.
+
+    Returns:
+        ``(2, sizes, H, contexts, 8)``, for the sets of the most attention and the random ones: the
+        sums of precision, recall, F, sink similarity, of the squares of similarity and recall, and
+        of their product; and how many sets there were.
+    """
+    H, Q, _ = terms.attention.shape
+    # Exact for powers of two, where a logarithm might round to the wrong side.
+    context = torch.frexp((terms.seen - 1).double().clamp(min=1))[1] - 1
+    context = torch.nn.functional.one_hot(context.long(), CONTEXTS).double().expand(H, Q, -1)
+    out = torch.zeros(2, len(sizes), H, CONTEXTS, len(MEANS) + len(PRODUCTS) + 1)
+    out = out.double().to(context.device)
+    top = attention_ranks(terms)
+    orders = [random_ranks(terms.visible, generator) for _ in range(random_sets)]
+    for n, size in enumerate(sizes):
+        counts = terms.seen > size
+        if not counts.any():
+            continue
+        for kind, ranks in enumerate(([top], orders)):
+            found = sum(_quantities(separation(terms, order < size, distance)) for order in ranks)
+            found = cast(Tensor, found).masked_fill(~counts[..., None], 0)
+            out[kind, n] = context.transpose(-1, -2) @ found
+    return out.cpu()
+
+
+def _quantities(found: Separation) -> Tensor:
+    """``(H, Q, 8)``: the means' terms, those of the correlation, and a one."""
+    _, recall, _, similarity = found
+    products = (similarity.square(), recall.square(), similarity * recall)
+    return torch.stack([*found, *products, torch.ones_like(recall)], dim=-1)
+
+
+def _checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Ascending."""
+    for size in sizes:
+        check_count("a size", size)
+    if not sizes or len(set(sizes)) != len(sizes):
+        raise ValueError(f"sizes={list(sizes)}: give at least one, and none twice.")
+    if max(sizes) == 1:
+        raise ValueError("sizes=[1]: any key alone has an F of one; give larger sizes, too.")
+    return tuple(sorted(sizes))
+
+
+def _sums_table(totals: Mapping[int, Tensor], sizes: Sequence[int]) -> pd.DataFrame:
+    """A row a set, size, layer, head and context that has any."""
+    import pandas as pd
+
+    parts = []
+    for layer, total in sorted(totals.items()):
+        found = total.numpy()
+        kind, size, head, context = np.nonzero(found[..., -1])
+        keys = {
+            "set": np.array(SETS)[kind], "size": np.array(sizes)[size],
+            "layer": np.full(len(head), layer), "head": head, "above": 2**context,
+        }  # fmt: skip
+        rows = pd.DataFrame(found[kind, size, head, context], columns=[*MEANS, *PRODUCTS, "sets"])
+        parts.append(pd.concat([pd.DataFrame(keys), rows], axis=1))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _means(sums: pd.DataFrame, *by: str) -> pd.DataFrame:
+    """The means of each group, and ``sink_recall_r`` over its sets."""
+    found = sums.groupby(list(by))[[*MEANS, *PRODUCTS, "sets"]].sum().reset_index()
+    found[MEANS + PRODUCTS] = found[MEANS + PRODUCTS].div(found["sets"], axis=0)
+    found["sets"] = found["sets"].astype(int)
+    x, y = found["sink_similarity"], found["recall"]
+    # Below this a variance is rounding.
+    variance = [
+        v.where(v > 1e-12)
+        for v in (found["similarity_squared"] - x**2, found["recall_squared"] - y**2)
+    ]
+    covariance = found["similarity_recall"] - x * y
+    found["sink_recall_r"] = (covariance / (variance[0] * variance[1]) ** 0.5).clip(-1, 1)
+    return found[[*by, "sets", *MEANS, "sink_recall_r"]]
+
+
+def _tables(sums: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    heads = _means(sums, "layer", "head", "size", "set").drop(columns="sink_recall_r")
+    by_size = _means(sums, "size", "set")
+    over_heads = [
+        _pearson(
+            *(
+                heads.loc[(heads["size"] == size) & (heads["set"] == kind), name].to_numpy()
+                for name in ("sink_similarity", "recall")
+            )
+        )
+        for size, kind in zip(by_size["size"], by_size["set"], strict=True)
+    ]
+    by_size["sink_recall_r_heads"] = over_heads
+
+    # Below a context's lower end, so that all its queries count for every size.
+    inside = _means(sums[sums["size"] <= sums["above"]], "above", "size", "set")
+    contexts = _beside_random(inside, "above", "size").reset_index()
+    contexts.insert(1, "up_to", 2 * contexts["above"])
+    return {"sizes": by_size, "heads": heads, "contexts": contexts, "best": _best(contexts)}
+
+
+def _best(contexts: pd.DataFrame) -> pd.DataFrame:
+    """The best size of each context by either rule."""
+    several = contexts[contexts["size"] > 1]
+    best = several.loc[several.groupby("above")["excess"].idxmax()]
+    by_f = several.loc[several.groupby("above")["f"].idxmax(), ["above", "size", "f"]]
+    by_f = by_f.rename(columns={"size": "largest_f_size"})
+    return best[["above", "up_to", "size", "excess"]].merge(by_f, on="above")
+
+
+def _beside_random(means: pd.DataFrame, *by: str) -> pd.DataFrame:
+    """``queries``, ``f``, ``f_random`` and ``excess`` of each group."""
+    top, random = (means[means["set"] == kind].set_index(list(by)) for kind in SETS)
+    found = top[["sets", "f"]].rename(columns={"sets": "queries"})
+    found["f_random"] = random["f"]
+    found["excess"] = found["f"] - found["f_random"]
+    return found
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Their correlation; NaN where one does not vary, or there are fewer than two."""
+    from scipy.stats import pearsonr
+
+    if len(x) < 2 or np.ptp(x) < 1e-12 or np.ptp(y) < 1e-12:
+        return float("nan")
+    return float(pearsonr(x, y).statistic)
+
+
+def _numbers(by_size: pd.DataFrame) -> dict[str, float]:
+    found = _beside_random(by_size[by_size["size"] > 1], "size")
+    best = found["excess"].idxmax()
+    at = by_size[by_size["size"] == best].set_index("set")
+    return {
+        "best_size": float(best),
+        "best_excess": float(found.loc[best, "excess"]),
+        "best_f": float(found.loc[best, "f"]),
+        "best_f_random": float(found.loc[best, "f_random"]),
+        "largest_f_size": float(found["f"].idxmax()),
+        "sink_recall_r": float(at.loc["top", "sink_recall_r"]),
+        "sink_recall_r_random": float(at.loc["random", "sink_recall_r"]),
+        "sink_recall_r_heads": float(at.loc["top", "sink_recall_r_heads"]),
+    }

@@ -1,0 +1,266 @@
+"""Figures of token selection: sets by size, regimes of heads, what the theory assumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from captum_cw.visualization._output import new_figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["plot_head_regimes", "plot_selection_assumptions", "plot_token_selection"]
+
+Tables = Mapping[str, "pd.DataFrame"]
+Picture = tuple[Figure, npt.NDArray[Any]]
+
+# Told apart without colours, too.
+_MEASURES = {"precision": ("C0", "o"), "recall": ("C1", "s"), "f": ("C2", "D")}
+_REGIMES = {"Retriever": ("C0", "o"), "Mixer": ("C1", "s"), "Reset": ("C3", "^")}
+_BLANK = "0.85"
+
+
+def plot_token_selection(
+    tables: Tables, numbers: Mapping[str, float], *, use_pyplot: bool = True
+) -> Picture:
+    """Separation by size, its excess over random sets, the best size, and sinks against recall.
+
+    Args:
+        tables: Of a ``TokenSelection``.
+        numbers: Of the same.
+        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
+
+    Returns:
+        The figure, and its ``(2, 2)`` axes.
+    """
+    fig, axes = new_figure(2, 2, (11.0, 8.0), use_pyplot)
+    (by_size, excess), (best, sinks) = axes
+    _separation(by_size, tables["sizes"])
+    _excess(excess, tables["contexts"], tables["best"])
+    _best_size(best, tables["best"], tables["contexts"])
+    _sinks_and_recall(fig, sinks, tables["heads"], numbers)
+    return fig, axes
+
+
+def _separation(ax: Axes, sizes: pd.DataFrame) -> None:
+    for name, (colour, marker) in _MEASURES.items():
+        for kind, style in (("top", "-"), ("random", "--")):
+            rows = sizes[sizes["set"] == kind]
+            ax.plot(rows["size"], rows[name], style, color=colour, marker=marker, markersize=5)
+    labels = {"precision": "precision", "recall": "recall", "f": "F"}
+    handles = [
+        Line2D([], [], color=colour, marker=marker, markersize=5, label=labels[name])
+        for name, (colour, marker) in _MEASURES.items()
+    ]
+    handles += [
+        Line2D([], [], color="0.3", linestyle="-", label="most attention"),
+        Line2D([], [], color="0.3", linestyle="--", label="random sets"),
+    ]
+    ax.legend(handles=handles, fontsize=8)
+    _powers_of_two(ax.xaxis, sizes["size"].unique())
+    ax.set(title="Sets and the other keys", xlabel="size N (keys)", ylabel="mean over queries")
+    ax.set_ylim(-0.02, 1.02)
+    ax.grid(alpha=0.3)
+
+
+def _excess(ax: Axes, contexts: pd.DataFrame, best: pd.DataFrame) -> None:
+    groups = list(contexts.groupby("above"))
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(groups)))
+    for (above, rows), colour in zip(groups, colours, strict=True):
+        label = f"{above + 1} to {2 * above}" if above > 1 else "2"
+        ax.plot(rows["size"], rows["excess"], color=colour, marker="o", markersize=4, label=label)
+    ax.plot(
+        best["size"], best["excess"], "*", color="black", markersize=10, zorder=3, label="best N"
+    )
+    ax.axhline(0, color="0.5", linewidth=0.8)
+    _powers_of_two(ax.xaxis, contexts["size"].unique())
+    ax.set(title="Beyond random sets", xlabel="size N (keys)", ylabel="F - F of random sets")
+    ax.legend(title="keys seen (T)", fontsize=8, title_fontsize=8)
+    ax.grid(alpha=0.3)
+
+
+def _best_size(ax: Axes, best: pd.DataFrame, contexts: pd.DataFrame) -> None:
+    largest = contexts.groupby("above")["size"].max()[best["above"]]
+    ax.plot(
+        best["up_to"], best["size"], color="black", marker="*", markersize=10,
+        label="largest F - F of random sets",
+    )  # fmt: skip
+    ax.plot(
+        best["up_to"], best["largest_f_size"], color="C2", marker="D", markersize=5,
+        label="largest F, N > 1",
+    )  # fmt: skip
+    ax.plot(best["up_to"], largest, ":", color="0.5", label="largest N measured")
+    _powers_of_two(ax.xaxis, best["up_to"])
+    _powers_of_two(ax.yaxis, largest)
+    ax.set(title="Best size by context", xlabel="keys seen, up to (T)", ylabel="size N (keys)")
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+
+
+def _sinks_and_recall(
+    fig: Figure, ax: Axes, heads: pd.DataFrame, numbers: Mapping[str, float]
+) -> None:
+    size = int(numbers["best_size"])
+    rows = heads[(heads["set"] == "top") & (heads["size"] == size)]
+    points = ax.scatter(
+        rows["sink_similarity"], rows["recall"], c=rows["layer"], s=14, cmap="viridis"
+    )
+    bar = fig.colorbar(points, ax=ax)
+    bar.set_label("layer")
+    bar.locator = MaxNLocator(integer=True)
+    bar.update_ticks()
+    over_heads, over_queries = numbers["sink_recall_r_heads"], numbers["sink_recall_r"]
+    ax.set(
+        title=f"Sinks and recall, N = {size}\n"
+        f"r = {over_heads:.2f} over heads, {over_queries:.2f} over queries",
+        xlabel="sink similarity cos(v_1, s_N), mean of a head",
+        ylabel="recall, mean of a head",
+    )
+    ax.grid(alpha=0.3)
+
+
+def _powers_of_two(axis: XAxis | YAxis, values: Any) -> None:
+    """A logarithmic axis that names these values as they are."""
+    (axis.axes.set_xscale if isinstance(axis, XAxis) else axis.axes.set_yscale)("log", base=2)
+    axis.set_major_locator(FixedLocator(sorted(set(values))))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def plot_head_regimes(tables: Tables, size: int, *, use_pyplot: bool = True) -> Picture:
+    """The regime of each head by layer; beside it the heads by weight of the first token and F.
+
+    Args:
+        tables: Of a ``HeadRegimes``.
+        size: The size of the sets.
+        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
+
+    Returns:
+        The figure, and its two axes.
+    """
+    heads, regimes = tables["heads"], tables["regimes"].set_index("regime")
+    layers, most = int(heads["layer"].max()) + 1, int(heads["head"].max()) + 1
+    codes = np.full((layers, most), np.nan)
+    names = list(_REGIMES)
+    codes[heads["layer"], heads["head"]] = heads["regime"].map(names.index)
+    width = min(max(2.5 + 0.25 * most, 4.0), 12.0)
+    height = min(max(1.5 + 0.2 * layers, 4.0), 12.0)
+    fig, axes = new_figure(1, 2, (width + 5.0, height), use_pyplot)
+    map_ax, plane = axes[0]
+    map_ax.set_facecolor(_BLANK)  # layers may have fewer heads than others
+    colours = ListedColormap([colour for colour, _ in _REGIMES.values()])
+    map_ax.imshow(
+        np.ma.masked_invalid(codes), cmap=colours, vmin=-0.5, vmax=2.5, aspect="auto",
+        interpolation="nearest",
+    )  # fmt: skip
+    for axis in (map_ax.xaxis, map_ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    map_ax.set(title="Regime of each head", xlabel="head", ylabel="layer")
+    labels = {
+        name: f"{name} ({regimes.loc[name, 'heads']})"
+        + ("" if regimes.loc[name, "has_signature"] else ", no signature")
+        for name in names
+    }
+    handles = [Patch(color=colour, label=labels[name]) for name, (colour, _) in _REGIMES.items()]
+    map_ax.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), fontsize=8,
+        ncols=3 if width > 5 else 1,
+    )  # fmt: skip
+    for name, (colour, marker) in _REGIMES.items():
+        rows = heads[heads["regime"] == name]
+        plane.scatter(
+            rows["first_weight"], rows["f"], s=18, color=colour, marker=marker, label=labels[name],
+            alpha=0.8, linewidths=0,
+        )  # fmt: skip
+    plane.set(
+        title=f"Heads, means over queries, N = {size}",
+        xlabel="attention on the first token",
+        ylabel="F of the keys with the most attention",
+        xlim=(-0.03, 1.03),
+        ylim=(-0.03, 1.03),
+    )
+    plane.legend(fontsize=8)
+    plane.grid(alpha=0.3)
+    return fig, axes[0]
+
+
+def plot_selection_assumptions(
+    tables: Tables, numbers: Mapping[str, float], *, use_pyplot: bool = True
+) -> Picture:
+    """Norms of values by layer, similarity by distance, and attention by rank, with their fits.
+
+    Args:
+        tables: Of a ``SelectionAssumptions``.
+        numbers: Of the same.
+        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
+
+    Returns:
+        The figure, and its three axes.
+    """
+    fig, axes = new_figure(1, 3, (15.0, 4.2), use_pyplot)
+    norms, similarity, profile = axes[0]
+
+    values = tables["value_norms"]
+    for name, label, colour, marker in (
+        ("cv", "variation of ||v_j||, j > 1", "C0", "o"),
+        ("first_over_mean", "||v_1|| / mean ||v_j||", "C3", "^"),
+    ):
+        norms.scatter(
+            values["layer"],
+            values[name],
+            s=12,
+            color=colour,
+            marker=marker,
+            alpha=0.5,
+            linewidths=0,
+        )
+        medians = values.groupby("layer")[name].median()
+        norms.plot(medians.index, medians, color=colour, marker=marker, markersize=4, label=label)
+    norms.axhline(1, color="0.5", linewidth=0.8)
+    norms.set_ylim(bottom=0)
+    norms.xaxis.set_major_locator(MaxNLocator(integer=True))
+    norms.set(title="Norms of values (line: median of heads)", xlabel="layer", ylabel="ratio")
+    norms.legend(fontsize=8)
+
+    rows = tables["similarity"]
+    similarity.plot(rows["distance"], rows["cosine"], ".", color="0.4", label="measured")
+    for form, r2, style in (
+        ("exponential", "similarity_r2", "--"),
+        ("exponential + constant", "similarity_r2_constant", "-"),
+    ):
+        label = f"{form}, R2 = {numbers[r2]:.2f}"
+        similarity.plot(rows["distance"], rows[form], style, label=label)
+    similarity.axhline(
+        np.average(rows["cosine"], weights=rows["pairs"]), color="0.5", linestyle=":",
+        label="constant, R2 = 0",
+    )  # fmt: skip
+    similarity.set(
+        title="Similarity of values", xlabel="distance (tokens)", ylabel="mean cos(v_i, v_j)"
+    )
+    similarity.legend(fontsize=8)
+
+    rows = tables["profile"]
+    profile.loglog(rows["rank"], rows["weight"], ".", color="0.4", label="measured")
+    for form, label, style in (("one_piece", "one line", "--"), ("two_piece", "two lines", "-")):
+        label = f"{label}, R2 = {numbers[form + '_r2']:.4f}"
+        profile.plot(rows["rank"], rows[form], style, label=label)
+    if np.isfinite(numbers["break_rank"]):
+        label = f"break at rank {numbers['break_rank']:.0f}"
+        profile.axvline(numbers["break_rank"], color="0.5", linestyle=":", label=label)
+    profile.set(title="Attention by rank", xlabel="rank of the key", ylabel="mean attention weight")
+    profile.legend(fontsize=8)
+    for ax in axes[0]:
+        ax.grid(alpha=0.3)
+    return fig, axes[0]
