@@ -26,7 +26,7 @@ from captum_cw.analysis.attention_graph import (
     received_attention,
     sinks_above,
 )
-from captum_cw.analysis.reference_frames import (
+from captum_cw.analysis.frames import (
     Anchors,
     FrameEvidence,
     FramesOverCheckpoints,

@@ -14,14 +14,7 @@ from models import SIZES, build, gpt2, llama, look, mistral, token_ids
 from scipy.stats import pearsonr
 from torch import Tensor, nn
 
-from captum_cw.analysis.head_regimes import (
-    HeadRegimes,
-    head_regimes,
-    head_sums,
-    label_regimes,
-)
-from captum_cw.analysis.result import AnalysisResult
-from captum_cw.analysis.selection_assumptions import (
+from captum_cw.analysis.assumptions import (
     SelectionAssumptions,
     fit_decay,
     fit_profile,
@@ -30,6 +23,14 @@ from captum_cw.analysis.selection_assumptions import (
     selection_assumptions,
     similarity_sums,
 )
+from captum_cw.analysis.regimes import (
+    HeadRegimes,
+    head_regimes,
+    head_sums,
+    label_regimes,
+)
+from captum_cw.analysis.result import AnalysisResult
+from captum_cw.analysis.selection import TokenSelection, selection_sums, token_selection
 from captum_cw.analysis.selection_geometry import (
     Terms,
     attention_ranks,
@@ -38,7 +39,6 @@ from captum_cw.analysis.selection_geometry import (
     separation,
     terms_of,
 )
-from captum_cw.analysis.token_selection import TokenSelection, selection_sums, token_selection
 from captum_cw.functional import AttentionLayer, QueryMask
 
 # ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Each is a function of a model and token batches that gives a small result: numbe
 picture, on disk and back. They need the extra ``captum-cw[analysis]``.
 """
 
+from captum_cw.analysis.assumptions import selection_assumptions
 from captum_cw.analysis.components import (
     component_correlations,
     component_dispersion,
@@ -16,8 +17,11 @@ from captum_cw.analysis.first_token import (
     value_alignment,
     weight_entropy,
 )
+from captum_cw.analysis.frames import frames_over_checkpoints, reference_frames
 from captum_cw.analysis.maps import weight_maps
+from captum_cw.analysis.regimes import head_regimes
 from captum_cw.analysis.result import AnalysisResult
+from captum_cw.analysis.selection import token_selection
 from captum_cw.analysis.suppression import output_norms, semantic_cone
 
 __all__ = [
@@ -26,10 +30,15 @@ __all__ = [
     "component_dispersion",
     "component_regression",
     "first_token_weight",
+    "frames_over_checkpoints",
+    "head_regimes",
     "interference",
     "output_norms",
+    "reference_frames",
+    "selection_assumptions",
     "semantic_cone",
     "sink_scaling",
+    "token_selection",
     "value_alignment",
     "weight_entropy",
     "weight_maps",

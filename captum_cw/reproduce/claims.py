@@ -24,6 +24,8 @@ Verdict = Literal["holds", "does not hold", "undecided", "not run"]
 #: Fewer texts have no spread to speak of.
 FEWEST = 5
 RESAMPLES = 9999
+#: A level of 5% for a type that is one of three.
+SEVERAL_TYPES = 0.05 / 3
 ATTENTION_BASED = ("attention", "vw", "vwon")
 
 
@@ -272,6 +274,87 @@ def _inside(result: Any) -> Judgement:
     return above(result.tables["texts"].without.to_numpy(), 0.9)
 
 
+def _selected(result: Any) -> Judgement:
+    heads = result.tables["heads"]
+    heads = heads[heads["size"] > 1]
+    wide = heads.pivot_table(index=["layer", "head"], columns=["size", "set"], values="f")
+    verdicts, figures = [], []
+    for size in sorted(set(heads["size"])):
+        found = above((wide[size]["top"] - wide[size]["random"]).dropna().to_numpy())
+        verdicts.append(found.verdict)
+        figures.append(f"N = {size}: {found.figures.partition(' (')[0]}")
+    verdict = verdicts[0] if len(set(verdicts)) == 1 else "undecided"
+    return Judgement(verdict, ", ".join(figures))
+
+
+def _small(result: Any) -> Judgement:
+    best = result.tables["best"].iloc[-1]
+    sizes = result.tables["contexts"]
+    largest = sizes[sizes.above == best.above]["size"].max()
+    figures = (
+        f"best N = {best['size']:.0f} in contexts of {best.above:.0f} to {best.up_to:.0f} keys"
+    )
+    if best["size"] <= 8 and best["size"] < largest:
+        return Judgement("holds", figures)
+    return Judgement("does not hold" if best["size"] == largest else "undecided", figures)
+
+
+def _recalled(result: Any) -> Judgement:
+    table = result.to_dataframe()
+    r = table[(table["set"] == "top") & (table["size"] > 1)].set_index("size").sink_recall_r_heads
+    figures = ", ".join(f"N = {size}: r = {x:.2f}" for size, x in r.items())
+    if (r > 0).all():
+        return Judgement("holds", figures)
+    return Judgement("does not hold" if (r < 0).all() else "undecided", figures)
+
+
+def _regimes(result: Any) -> Judgement:
+    clusters = result.tables["clusters"].set_index("k").silhouette
+    signatures = int(result.numbers["signatures"])
+    figures = f"{signatures} of 3 signatures; silhouette {clusters[3]:.2f}, best at k = "
+    figures += f"{clusters.idxmax()} ({clusters.max():.2f})"
+    if signatures < 3:
+        return Judgement("does not hold", figures)
+    return Judgement("holds" if clusters.idxmax() == 3 else "undecided", figures)
+
+
+def _stable_norms(result: Any) -> Judgement:
+    cv, first = result.numbers["value_norm_cv"], result.numbers["first_over_mean"]
+    holds = cv < 0.3 and first < 0.5
+    figures = f"coefficient of variation {cv:.2f}, first over mean {first:.2f} (medians over heads)"
+    return Judgement("holds" if holds else "does not hold", figures)
+
+
+def _decays(result: Any) -> Judgement:
+    r2 = result.numbers["similarity_r2"]
+    constant = result.numbers["similarity_r2_constant"]
+    figures = f"R2 {r2:.2f}, with a constant {constant:.2f}"
+    return Judgement("holds" if r2 > 0.9 else "does not hold" if r2 < 0.5 else "undecided", figures)
+
+
+def _in_pieces(result: Any) -> Judgement:
+    two, gain = result.numbers["two_piece_r2"], result.numbers["two_piece_gain"]
+    figures = f"R2 {two:.4f} in two pieces, {result.numbers['one_piece_r2']:.4f} in one; median "
+    figures += f"gain by head {gain:.3f}"
+    if two <= 0.95:
+        return Judgement("does not hold", figures)
+    return Judgement("holds" if gain >= 0.01 else "undecided", figures)
+
+
+def _framed(result: Any) -> Judgement:
+    figures = f"{result.frame}, p = {result.p_value:.3f}"
+    if result.frame == "none":
+        return Judgement("does not hold", figures)
+    return Judgement("holds" if result.p_value < SEVERAL_TYPES else "undecided", figures)
+
+
+def _centralised(result: Any) -> Judgement:
+    verdict, figures = _framed(result)
+    if verdict == "holds" and result.frame != "centralised":
+        verdict = "does not hold"
+    return Judgement(verdict, figures)
+
+
 def _centred(result: Any) -> Judgement:
     mean = result.numbers["mean cosine"]
     verdict: Verdict = "holds" if abs(mean) < 0.05 else "does not hold"
@@ -431,5 +514,73 @@ CLAIMS = (
         "that share has a 95% interval above 0.9",
         ("F6",),
         _inside,
+    ),
+    Claim(
+        "selection separates",
+        "The N keys with the most attention stand apart in value space (2602.01893).",
+        "at every N above 1, F exceeds that of random sets: the difference, by head, has a 95% "
+        "interval above zero",
+        ("selection",),
+        _selected,
+    ),
+    Claim(
+        "small N",
+        "Separation is strongest at a small N (2602.01893).",
+        "the best N in the longest contexts, by the excess of F over random sets, is 2 to 8; does "
+        "not hold if it is the largest that was measured there",
+        ("selection",),
+        _small,
+    ),
+    Claim(
+        "sink similarity and recall",
+        "Similarity to the sink correlates with recall (2602.01893).",
+        "over heads, r above zero at every N above 1; does not hold if below zero at every one",
+        ("selection",),
+        _recalled,
+    ),
+    Claim(
+        "three regimes",
+        "Heads specialise into retrievers, mixers and resets (2602.01893, of LLaMA-2-7B).",
+        "all three clusters have their signature, and three has the best silhouette of 2 to 6; "
+        "does not hold without the signatures",
+        ("regimes",),
+        _regimes,
+    ),
+    Claim(
+        "stable value norms",
+        "Value norms are stable, with a compressed sink (2602.01893).",
+        "medians over heads: a coefficient of variation below 0.3, and a first value of less than "
+        "half the mean norm",
+        ("assumptions",),
+        _stable_norms,
+    ),
+    Claim(
+        "similarity decays",
+        "The similarity of values decays exponentially with distance (2602.01893).",
+        "an exponential without a constant has R2 above 0.9; does not hold below 0.5",
+        ("assumptions",),
+        _decays,
+    ),
+    Claim(
+        "profile in pieces",
+        "The profile of attention is piecewise (2602.01893).",
+        "by rank, in logarithms: two lines have R2 above 0.95 (else it does not hold), and more by "
+        "0.01 than one line in the median head",
+        ("assumptions",),
+        _in_pieces,
+    ),
+    Claim(
+        "a frame of reference",
+        "Sinks anchor a frame of reference (2508.02546).",
+        "there is a frame, and the permutation test of its type has p below a third of 0.05",
+        ("frames",),
+        _framed,
+    ),
+    Claim(
+        "centralised",
+        "The frame is centralised (2508.02546, of Llama models; Qwen's are distributed).",
+        "the same, and the type is centralised; does not hold of another type",
+        ("frames",),
+        _centralised,
     ),
 )

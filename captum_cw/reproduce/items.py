@@ -122,6 +122,20 @@ def _scaling(study: Study, folder: Path) -> Result:
     return analysis.sink_scaling(study.model, batches, show_progress=True)
 
 
+def _selection_table(item: str, result: Result) -> pd.DataFrame:
+    table = result.to_dataframe()
+    wide: pd.DataFrame = table.pivot_table(
+        index="size", columns="set", values=["precision", "recall", "f"], sort=False
+    )
+    wide.columns = [f"{what}, {of}" for what, of in wide.columns]
+    wide.index = [f"N = {size}" for size in wide.index]
+    return wide
+
+
+def _frame_table(item: str, result: Result) -> pd.DataFrame:
+    return result.tables["frames"].set_index("percentile").rename("percentile {:g}".format).T
+
+
 # ---------------------------------------------------------------------------------------------
 # Removal
 
@@ -279,6 +293,36 @@ _ITEMS = (
         "sink's value and without; that nearly all are inside without it follows nearly by "
         "construction.",
         _simple(analysis.semantic_cone),
+    ),
+    Item(
+        "selection",
+        "Do the tokens that attention selects stand apart? (arXiv 2602.01893)",
+        "Precision, recall and F of the N keys with the most attention, beside random sets of the "
+        "same size. F at N = 1 is one by definition.",
+        _simple(analysis.token_selection, seed=True),
+        _selection_table,
+    ),
+    Item(
+        "regimes",
+        "Retrievers, mixers and resets (arXiv 2602.01893)",
+        "Heads in three clusters, by their separation and what the sink takes; where each begins "
+        "is our choice. The silhouette says whether three is a good number.",
+        _simple(analysis.head_regimes, seed=True),
+    ),
+    Item(
+        "assumptions",
+        "What the theory of token selection assumes (arXiv 2602.01893)",
+        "Value norms that are stable but for a compressed sink, similarity that decays with "
+        "distance, and a profile of attention in pieces.",
+        _simple(analysis.selection_assumptions, seed=True),
+    ),
+    Item(
+        "frames",
+        "The frame of reference (arXiv 2508.02546)",
+        "Attention as a graph, and where its sinks stand: at one place (centralised), at several "
+        "or varying ones (distributed), or at both ends (bidirectional). The rule is ours.",
+        _simple(analysis.reference_frames, seed=True),
+        _frame_table,
     ),
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from captum_cw.visualization._output import new_figure
 
 if TYPE_CHECKING:
-    from captum_cw.analysis.reference_frames import FramesOverCheckpoints, ReferenceFrames
+    from captum_cw.analysis.frames import FramesOverCheckpoints, ReferenceFrames
 
 __all__ = ["plot_checkpoints", "plot_reference_frames"]
 
@@ -41,7 +41,7 @@ def plot_reference_frames(
 
     Example::
 
-        >>> from captum_cw.analysis.reference_frames import reference_frames
+        >>> from captum_cw.analysis.frames import reference_frames
         >>> fig, axes = plot_reference_frames(
         ...     reference_frames(model, input_ids, permutations=9), use_pyplot=False)
         >>> axes[0, 0].get_ylabel()
@@ -163,7 +163,7 @@ def plot_checkpoints(
 
     Example::
 
-        >>> from captum_cw.analysis.reference_frames import frames_over_checkpoints
+        >>> from captum_cw.analysis.frames import frames_over_checkpoints
         >>> found = frames_over_checkpoints(
         ...     lambda revision: model, ["a", "b"], input_ids, permutations=9)
         >>> fig, axes = plot_checkpoints(found, use_pyplot=False)
