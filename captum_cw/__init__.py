@@ -2,6 +2,7 @@
 
 from captum_cw._version import __version__ as __version__
 from captum_cw.attr import (
+    ALTIWeights,
     AttentionWeights,
     ContributionWeights,
     LLMTokenAttribution,
@@ -13,6 +14,7 @@ from captum_cw.interventions import remove_tokens, remove_values, scale_values
 from captum_cw.metrics import ComprehensivenessSufficiency, comprehensiveness, sufficiency
 
 __all__ = [
+    "ALTIWeights",
     "AttentionWeights",
     "ComprehensivenessSufficiency",
     "ContributionWeights",

@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ __all__ = [
     "Measure",
     "QueryMask",
     "Reduction",
+    "ResidualSum",
     "Scope",
     "Space",
     "aggregate",
@@ -52,6 +53,7 @@ __all__ = [
     "dense_map",
     "geometry",
     "head_share",
+    "heads_of",
     "map_blocks",
     "output_gram",
     "projection",
@@ -278,6 +280,11 @@ class QueryMask:
         n = self.keys(rows) if v.shape[3] > 1 else None
         return v[:, :, rows if v.shape[2] > 1 else slice(None), :n]
 
+    def of_any_head(self) -> QueryMask:
+        """What the heads see together."""
+        v = self.visible
+        return self if v is None or v.shape[1] == 1 else replace(self, visible=v.any(1, True))
+
     def counts(self, chosen: Tensor | None, device: torch.device) -> Tensor:
         """How many chosen queries see each key.
 
@@ -363,6 +370,25 @@ class FrozenUpdate:
 
 
 @dataclass(frozen=True)
+class ResidualSum:
+    """The residual stream that an attention output is added to, and what goes on from there.
+
+    Args:
+        stream: ``x_i`` before the sum, ``(B, T, d)``.
+        result: The sum, biases included, or what ``norm`` makes of it, ``(B, T, d)``.
+        norm: What the sum goes through before it goes on, as in BERT; None if it goes on as it is.
+    """
+
+    stream: Tensor
+    result: Tensor
+    norm: FrozenUpdate | None = None
+
+    def to(self, dtype: torch.dtype) -> ResidualSum:
+        """The same in another floating dtype."""
+        return replace(self, stream=self.stream.to(dtype), result=self.result.to(dtype))
+
+
+@dataclass(frozen=True)
 class AttentionLayer:
     """One execution of an attention layer: what every measure is computed from.
 
@@ -380,6 +406,7 @@ class AttentionLayer:
             as by an output gate or a norm; None is one.
         update: What becomes of the output on its way to the residual stream; None if it is added
             as it is.
+        residual: The stream that it is added to; None where that was not asked for.
 
     All tensors have one floating dtype, float32 or wider: geometry in half precision loses the
     small terms.
@@ -400,6 +427,7 @@ class AttentionLayer:
     scale: Tensor | None = None
     gate: Tensor | None = None
     update: FrozenUpdate | None = None
+    residual: ResidualSum | None = None
 
     @classmethod
     def from_tensors(
@@ -475,7 +503,7 @@ class AttentionLayer:
         if self.gate is None:
             return self.value_norms[:, :, None, :n]
         gate = self.gate[:, :, rows]
-        if self._gates_heads:
+        if self.gates_heads:
             return self.value_norms[:, :, None, :n] * gate[..., :1].abs()
         gram = output_gram(self.output_weight.double())[None, :, None]
         v = expand_heads(self.value[:, :, :n], self.H).double()[:, :, None]
@@ -488,7 +516,7 @@ class AttentionLayer:
         return out
 
     @cached_property
-    def _gates_heads(self) -> bool:
+    def gates_heads(self) -> bool:
         """Whether the gate is one number a head and query."""
         assert self.gate is not None
         return bool((self.gate == self.gate[..., :1]).all())
@@ -553,6 +581,24 @@ Block = Callable[[Tensor, slice], Tensor]
 
 Measure = Callable[[AttentionLayer], Block]
 """Prepares what one layer needs once, and returns what to do with each block of its weights."""
+
+MeasureT = TypeVar("MeasureT", bound=Measure)
+
+
+def of_whole_tokens(measure: MeasureT) -> MeasureT:
+    """Marks a measure that puts heads together: its blocks are ``(B, 1, t, n)``."""
+    measure.puts_heads_together = True  # type: ignore[attr-defined]
+    return measure
+
+
+def heads_of(measure: Measure, heads: int) -> int:
+    """How many maps a measure gives of a layer of ``heads`` heads: as many, or one.
+
+    Example:
+        >>> heads_of(attention, 12)
+        12
+    """
+    return 1 if getattr(measure, "puts_heads_together", False) else heads
 
 
 def attention(layer: AttentionLayer) -> Block:
@@ -727,8 +773,8 @@ def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
         >>> dense_map(layer, contribution("intra")).shape
         torch.Size([1, 2, 3, 3])
     """
-    B = layer.value.shape[0]
-    out = layer.value.new_zeros(B, layer.H, layer.T, layer.S)
+    B, H = layer.value.shape[0], heads_of(measure, layer.H)
+    out = layer.value.new_zeros(B, H, layer.T, layer.S)
     for rows, (g,) in map_blocks(layer, measure):
         out[:, :, rows, : g.shape[-1]] = g
     return out
@@ -756,7 +802,8 @@ def token_scores(
         queries: ``(B, T)`` boolean, which queries count; None for all.
 
     Returns:
-        ``(B, H, S)``; zero for a key that none of the queries sees.
+        ``(B, H, S)``; zero for a key that none of the queries sees. ``H`` is 1 for a measure that
+        puts heads together.
 
     Example:
         >>> a = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
@@ -767,25 +814,26 @@ def token_scores(
         [[[0.75, 0.5]]]
     """
     check_choice("reduction", reduction, Reduction)
-    B = layer.value.shape[0]
-    total = layer.value.new_zeros(B, layer.H, layer.S)
+    B, H = layer.value.shape[0], heads_of(measure, layer.H)
+    total = layer.value.new_zeros(B, H, layer.S)
     if reduction == "max" and signed:
         total.fill_(-math.inf)
-    chosen = layer.mask.chosen(queries)
+    mask = layer.mask if H == layer.H else layer.mask.of_any_head()
+    chosen = mask.chosen(queries)
     for rows, (g,) in map_blocks(layer, measure, chosen=queries):
         if not signed:
             g.abs_()
         part = total[..., : g.shape[-1]]
         if reduction == "max":
             if signed:
-                g.masked_fill_(~_counted(layer, rows, chosen, g), -math.inf)
+                g.masked_fill_(~_counted(mask, rows, chosen, g), -math.inf)
             torch.maximum(part, g.amax(-2), out=part)
         else:
             # A product with ones, since summing over rows reads memory in the wrong order.
             part += (g.new_ones(1, g.shape[-2]) @ (g.square_() if reduction == "rms" else g))[
                 ..., 0, :
             ]
-    counts = layer.mask.counts(queries, total.device).to(total.dtype)
+    counts = mask.counts(queries, total.device).to(total.dtype)
     if reduction in ("mean", "rms"):
         total /= counts.clamp(min=1)
     if reduction == "rms":
@@ -793,9 +841,9 @@ def token_scores(
     return total.masked_fill_(counts == 0, 0)
 
 
-def _counted(layer: AttentionLayer, rows: slice, chosen: Tensor | None, g: Tensor) -> Tensor:
+def _counted(mask: QueryMask, rows: slice, chosen: Tensor | None, g: Tensor) -> Tensor:
     """Where in a block a chosen query sees the key; elsewhere its zero is no value."""
-    seen = layer.mask.block(rows)
+    seen = mask.block(rows)
     seen = torch.ones_like(g, dtype=torch.bool) if seen is None else seen.to(g.device)
     return seen if chosen is None else seen & chosen[:, None, rows, None]
 

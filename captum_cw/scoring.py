@@ -37,6 +37,7 @@ __all__ = [
     "model_of",
     "pair_scorer",
     "space_of",
+    "whole_token_scorer",
 ]
 
 #: The measures, by the names that users type.
@@ -157,6 +158,14 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
         True
     """
     check_choice("reduction", reduction, Reduction)
+    whole = whole_token_scorer(method, reduction)
+    if whole is not None:
+        what = f"layers={whole.layers!r}" if whole is method else type(method).__name__
+        raise ValueError(
+            f"{what} gives scores of whole tokens, but pairs of head and token are ranked here: "
+            "use ComprehensivenessSufficiency, which removes whole tokens by such scores, or "
+            "remove_values."
+        )
     if isinstance(method, TokenScores):
         if method.queries != "all":
             raise ValueError(
@@ -182,6 +191,22 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
         measure, signed, space = CONTROLS[method]
         return MeasuredPairs(measure, reduction, signed, space)
     raise ValueError(f"method={method!r} is unknown; known: {known_names()}.")
+
+
+def whole_token_scorer(method: object, reduction: Reduction = "mean") -> TokenScores | None:
+    """What scores whole tokens as ``method`` says; None if it scores pairs, or is no measure.
+
+    Args:
+        method: A measure, or a ``TokenScores`` around one.
+        reduction: Over queries, where ``method`` does not bring its own.
+
+    Example:
+        >>> whole_token_scorer(ALTIWeights(model)).layers, whole_token_scorer("alti")
+        ('mean', None)
+    """
+    if isinstance(method, AttentionAttribution):
+        method = TokenScores(method, reduction)
+    return method if isinstance(method, TokenScores) and method.ranks_whole_tokens else None
 
 
 def _check_all_layers(method: AttentionAttribution) -> None:

@@ -163,9 +163,9 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "reduction='median'.*'mean', 'sum', 'max', 'rms'",
     ),
     "unknown aggregation": (
-        lambda: TokenScores(ContributionWeights(MODEL), layers="flow"),
+        lambda: TokenScores(ContributionWeights(MODEL), layers="product"),
         ValueError,
-        "layers='flow'.*'mean'",
+        "layers='product'.*'mean'",
     ),
     "unknown queries": (
         lambda: TokenScores(ContributionWeights(MODEL), queries="last"),

@@ -1,10 +1,17 @@
 """Attribution classes in Captum's form: thin, over ``captum_cw.capture`` and ``functional``."""
 
-from captum_cw.attr.layer import AttentionWeights, ContributionWeights, VWAttention, VWONAttention
+from captum_cw.attr.layer import (
+    ALTIWeights,
+    AttentionWeights,
+    ContributionWeights,
+    VWAttention,
+    VWONAttention,
+)
 from captum_cw.attr.llm import LLMTokenAttribution
 from captum_cw.attr.token_scores import TokenScores
 
 __all__ = [
+    "ALTIWeights",
     "AttentionWeights",
     "ContributionWeights",
     "LLMTokenAttribution",

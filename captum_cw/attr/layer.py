@@ -1,4 +1,4 @@
-"""The four measures as Captum layer attributions.
+"""The measures as Captum layer attributions.
 
 Each class says what it computes from a layer; :class:`AttentionAttribution` runs the model,
 observes the layers and gives results in Captum's form.
@@ -12,21 +12,29 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
 from torch import Tensor, nn
 
-from captum_cw import functional
+from captum_cw import aggregation, functional
 from captum_cw.attr._captum import LayerAttribution, logged
 from captum_cw.attr.inputs import ForwardCall, forward_call, parameters_of
 from captum_cw.capture import Execution, Observation, StateSpace, UnsupportedModelError, names_of
-from captum_cw.functional import AttentionLayer, Decomposition, Measure, Scope, Space
+from captum_cw.functional import (
+    Aggregation,
+    AttentionLayer,
+    Decomposition,
+    Measure,
+    Scope,
+    Space,
+)
 from captum_cw.progress import progress_bar
 
 __all__ = [
+    "ALTIWeights",
     "AttentionAttribution",
     "AttentionWeights",
     "ContributionWeights",
@@ -37,6 +45,15 @@ __all__ = [
 Result = TypeVar("Result")
 Kind = Literal["self", "cross", "all"]
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """What is asked for beside the layers; see :meth:`AttentionAttribution.observe`."""
+
+    states: StateSpace | None
+    stream: bool
+    one_text: bool
 
 
 class _ShortenedError(Exception):
@@ -64,6 +81,10 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
     """The output that the measure divides by, if any."""
     space: Space = "attention"
     """Where its projections and norms are measured."""
+    needs_stream = False
+    """Whether it looks at the residual stream that attention adds to."""
+    mixes_stream = True
+    """Whether :meth:`mixing` does."""
 
     def __init__(
         self,
@@ -113,6 +134,23 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         assert self._layers is not None
         return self._layers
 
+    def mixing(self, heads: Aggregation | None) -> Measure:
+        """How a layer mixes tokens by this measure, for what goes through all layers.
+
+        Args:
+            heads: How they are aggregated; ``"mean"`` is each measure's own way.
+
+        Returns:
+            A measure whose rows sum to one (see :mod:`captum_cw.aggregation`).
+
+        Raises:
+            ValueError: If heads cannot be aggregated so, or the measure has no such map.
+        """
+        raise ValueError(
+            f"{self.get_name()} does not say how a layer mixes tokens: use layers='mean', or "
+            "another measure."
+        )
+
     def observe(
         self,
         inputs: Inputs,
@@ -120,23 +158,28 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         on_layer: Callable[[Execution, AttentionLayer], Result],
         *,
         states: StateSpace | None = None,
+        stream: bool = False,
+        one_text: bool = False,
         show_progress: bool = False,
     ) -> tuple[list[tuple[Execution, Result]], Any]:
         """Runs the model once and applies ``on_layer`` to each chosen layer, in order.
 
-        With ``states``, executions bring the hidden states of their tokens.
+        With ``states``, executions bring the hidden states of their tokens; with ``stream``, layers
+        bring the residual stream, and are seen in its space; with ``one_text``, there must be no
+        cross-attention from the first of them to the last.
 
         Returns:
             One result for each execution, and what the model returned.
         """
+        watched = _Watched(states, stream or self.needs_stream, one_text)
         forward = self.forward_func
         called = forward.forward if isinstance(forward, nn.Module) else forward
         call = forward_call(self.model, called, inputs, additional_forward_args)
         try:
-            results, output, vanishing = self._pass(call, on_layer, states, show_progress)
+            results, output, vanishing = self._pass(call, on_layer, watched, show_progress)
         except _ShortenedError:
             results, output, vanishing = self._pass(
-                call.with_all_logits(), on_layer, states, show_progress
+                call.with_all_logits(), on_layer, watched, show_progress
             )
         if vanishing:
             warnings.warn(
@@ -150,7 +193,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         self,
         call: ForwardCall,
         on_layer: Callable[[Execution, AttentionLayer], Result],
-        states: StateSpace | None,
+        watched: _Watched,
         show_progress: bool,
     ) -> tuple[list[tuple[Execution, Result]], Any, int]:
         """The results of the layers, the output of the model, and how many rows vanish.
@@ -160,21 +203,24 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         """
         results: list[tuple[Execution, Result]] = []
         vanishing = longest = 0
+        space: Space = "residual" if watched.stream else self.space
         expected = None if self._chosen is None else len(self._chosen)
 
         with progress_bar(expected, f"{self.get_name()}: layers", show=show_progress) as bar:
 
             def collect(execution: Execution, layer: AttentionLayer) -> None:
                 nonlocal vanishing, longest
+                if watched.one_text:
+                    _check_own_text(execution)
                 longest = max(longest, layer.T)
                 if call.last_only and longest > layer.T:
                     raise _ShortenedError
-                layer = layer.seen_in(self.space)
+                layer = layer.seen_in(space)
                 if bar.total is None:
                     bar.total = _expected_layers(self._roots, [execution])
                 result = on_layer(execution, layer)
                 results.append((replace(execution, states=None), result))
-                if self.normaliser is not None:
+                if self.normaliser is not None and not watched.stream:
                     vanishing += layer.vanishing(self.normaliser)
                 bar.update()
 
@@ -184,8 +230,9 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                 self._chosen,
                 kind=self.kind if self._chosen is None else "all",
                 real=call.real,
-                states=states,
-                space=self.space,
+                states=watched.states,
+                space=space,
+                stream=watched.stream,
             )
             with (
                 torch.no_grad(),
@@ -195,6 +242,8 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
             ):
                 output = self.forward_func(*call.args, **call.kwargs)
         _check_executions(observation.executions, self._chosen, self._roots, self.kind)
+        if watched.one_text:
+            _check_one_text(observation.executions, self._chosen)
         return results, output, vanishing
 
     @logged
@@ -262,13 +311,17 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
             seen.append(execution)
             chosen = self._chosen
             total = _expected_layers(self._roots, seen) if chosen is None else len(chosen)
-            _check_memory(layer, max(total - len(seen) + 1, 1), maps)
+            _check_memory(layer, max(total - len(seen) + 1, 1), maps, self.maps_of(layer.H))
             return on_layer(execution, layer)
 
         results, _ = self.observe(
             inputs, additional_forward_args, if_it_fits, show_progress=show_progress
         )
         return self._in_captums_form(results)
+
+    def maps_of(self, heads: int) -> int:
+        """How many maps it makes of a layer of so many heads: as many, or one of all of them."""
+        return functional.heads_of(self.measure, heads)
 
     def _in_captums_form(self, results: list[tuple[Execution, Result]]) -> Any:
         """One module: its result; a list or None: a list; several executions: a tuple."""
@@ -380,22 +433,38 @@ def _check_executions(
         )
 
 
+def _check_one_text(executions: list[Execution], chosen: list[nn.Module] | None) -> None:
+    """Raises an UnsupportedModelError if what is chosen is of more than one text."""
+    places = [n for n, e in enumerate(executions) if chosen is None or e.module in chosen]
+    for execution in executions[places[0] : places[-1] + 1]:
+        _check_own_text(execution)
+
+
+def _check_own_text(execution: Execution) -> None:
+    if execution.kind == "cross":
+        raise UnsupportedModelError(
+            f"Layer {execution.name!r} ({type(execution.module).__name__}) is cross-attention, "
+            "between two texts, and influence can only be followed through layers over one: "
+            "choose those of the encoder (layer=...), or another choice of layers, such as 'mean'."
+        )
+
+
 def _expected_layers(roots: list[nn.Module], seen: list[Execution]) -> int:
     """At least how many layers a pass will have, before it has ended."""
     kinds = {type(execution.module) for execution in seen}
     return max(len(seen), sum(type(m) in kinds for root in roots for m in root.modules()))
 
 
-def _check_memory(layer: AttentionLayer, layers: int, maps: int) -> None:
+def _check_memory(layer: AttentionLayer, layers: int, maps: int, heads: int) -> None:
     B, T, device = layer.value.shape[0], layer.T, layer.value.device
-    needed = 4 * B * layer.H * T * layer.S * layers * maps
+    needed = 4 * B * heads * T * layer.S * layers * maps
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = psutil.virtual_memory().available
     if needed > free:
         raise MemoryError(
-            f"The maps need {needed / 1e9:.1f} GB ({layers} layers of {B} x {layer.H} x {T} x "
+            f"The maps need {needed / 1e9:.1f} GB ({layers} layers of {B} x {heads} x {T} x "
             f"{layer.S}, float32), but {free / 1e9:.1f} GB are free. Choose fewer layers "
             "(layer=...), or use TokenScores, which never holds a map."
         )
@@ -470,6 +539,19 @@ class _ValueAttribution(AttentionAttribution):
         super().__init__(forward_func, layer, device_ids, kind=kind)
         self.space = space
 
+    def mixing(self, heads: Aggregation | None) -> Measure:
+        """The norms of what each token, and the stream itself, add to the stream."""
+        _check_together(heads)
+        return aggregation.norm_mixing
+
+
+def _check_together(heads: Aggregation | None) -> None:
+    if heads != "mean":
+        raise ValueError(
+            f"heads={heads!r}: what heads add to the residual stream is added up; leave "
+            "heads='mean'."
+        )
+
 
 class AttentionWeights(AttentionAttribution):
     """The attention weights ``a_ij`` that the model used (Eq. 1).
@@ -490,6 +572,16 @@ class AttentionWeights(AttentionAttribution):
 
     name = "attention"
     measure = staticmethod(functional.attention)
+    mixes_stream = False
+
+    def mixing(self, heads: Aggregation | None) -> Measure:
+        """Half of it attention, aggregated over heads, and half of it the stream."""
+        if heads not in ("mean", "max"):
+            raise ValueError(
+                f"heads={heads!r}: the stream counts as much as the attention of all heads "
+                "together, so heads are averaged; use 'mean', or 'max'."
+            )
+        return aggregation.attention_mixing(heads)
 
 
 class VWAttention(_ValueAttribution):
@@ -576,6 +668,16 @@ class ContributionWeights(_ValueAttribution):
         super().__init__(forward_func, layer, device_ids, space=space, kind=kind)
         self.measure = functional.contribution(scope)
         self.normaliser = self.scope = scope
+
+    def mixing(self, heads: Aggregation | None) -> Measure:
+        """The shares of each token, and of the stream itself, in what goes on."""
+        if self.scope != "inter":
+            raise ValueError(
+                f"scope={self.scope!r} speaks of the output of one head, but what goes through "
+                "all layers is the residual stream: use scope='inter'."
+            )
+        _check_together(heads)
+        return aggregation.contribution_mixing
 
     def has_convergence_delta(self) -> bool:
         """True: contributions sum to one, and the delta says how nearly."""
@@ -674,6 +776,48 @@ class ContributionWeights(_ValueAttribution):
             inputs, additional_forward_args, on_layer, show_progress=show_progress
         )
         return stack_layers([share for _, share in results], "head_share")
+
+
+class ALTIWeights(AttentionAttribution):
+    """How near each token's part comes to what a layer makes of a token (ALTI).
+
+    ``T_i(x_j) = sum_h a_ij^h v~_j^h``, with the residual stream ``x_i`` added for ``j = i``, are
+    the parts of ``y_i``, the stream after attention; the weight is ``max(0, ||y_i||_1 - ||y_i -
+    T_i(x_j)||_1)``, rows normalised (Ferrando, Gallego & Costa-jussa 2022). Heads are put
+    together. The aggregation over layers that gives ALTI its name is
+    ``TokenScores(ALTIWeights(model), layers="rollout")``.
+
+    It needs vectors of size ``T x S x d`` a layer, made in blocks: about as many times dearer than
+    contributions as there are heads.
+
+    Args:
+        forward_func: The model, or any callable that runs it; a callable needs ``layer``.
+        layer: An attention module, a list of them, or None for all.
+        device_ids: As in Captum.
+
+    Example:
+        >>> mixing = ALTIWeights(model).attribute(input_ids)
+        >>> mixing[0].shape, torch.allclose(mixing[0].sum(-1), torch.ones(1, 1, 5))
+        (torch.Size([1, 1, 5, 5]), True)
+    """
+
+    name = "alti"
+    measure = staticmethod(aggregation.alti)
+    space: Space = "residual"
+    needs_stream = True
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | Sequence[nn.Module] | None = None,
+        device_ids: list[int] | None = None,
+    ) -> None:
+        super().__init__(forward_func, layer, device_ids)
+
+    def mixing(self, heads: Aggregation | None) -> Measure:
+        """The weights themselves."""
+        _check_together(heads)
+        return aggregation.alti
 
 
 def stack_layers(results: list[Tensor], what: str) -> Tensor:

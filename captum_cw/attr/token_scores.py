@@ -1,14 +1,20 @@
-"""One score a token from a measure: reductions over queries, heads and layers (Eq. 15)."""
+"""One score a token from a measure: reductions over queries, heads and layers (Eq. 15).
+
+Layers are reduced each for itself, or followed from the last one to the first (see
+:mod:`captum_cw.aggregation`).
+"""
 
 from __future__ import annotations
 
 import operator
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from captum_cw import functional
+from captum_cw.aggregation import Flow, LayerPath, Rollout, Through
 from captum_cw.attr._captum import Attribution, logged
 from captum_cw.attr.layer import (
     AttentionAttribution,
@@ -30,20 +36,32 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
     see it (arXiv 2606.07604, Eq. 15); heads and layers are then aggregated. Layers are
     reduced while the model runs, so memory grows linearly with the text.
 
+    With ``layers="rollout"`` or ``"flow"``, influence is followed through the layers first, each
+    seen as a map of how much of the residual stream after attention each token makes, heads put
+    together: for :class:`AttentionWeights` half attention and half the stream itself, for
+    :class:`ContributionWeights` the absolute shares of the stream, for :class:`ALTIWeights` the
+    weights. That is measured where the sum goes on, whatever the method's ``space``. The one map of
+    all layers is then reduced over the queries that a token reaches. Such a map, of size ``T x T``,
+    is held; for a flow one for each layer.
+
     Args:
         method: A measure, such as ``ContributionWeights(model)``.
         reduction: Over queries: ``"mean"`` (Eq. 15), ``"sum"``, ``"max"`` or ``"rms"``. The mean
             overrates late tokens, which few queries see; the sum does not.
-        layers: Over layers: ``"mean"``, ``"sum"``, ``"max"``, or None to keep them.
-        heads: Over heads: likewise. With ``"sum"``, contributions are shares of a layer's output,
-            which sum to one for each query where ``signed`` is True.
+        layers: Over layers: ``"mean"``, ``"sum"``, ``"max"``, or None to keep them; ``"rollout"``,
+            the product of their maps (Abnar & Zuidema 2020); ``"flow"``, the maximum flow through
+            them, for given ``queries`` (likewise; slow, and needs SciPy).
+        heads: Over heads: ``"mean"``, ``"sum"``, ``"max"``, or None to keep them. With ``"sum"``,
+            contributions are shares of a layer's output, which sum to one for each query where
+            ``signed`` is True. Where layers are followed, leave ``"mean"`` (attention can be put
+            together by ``"max"`` too).
         queries: ``"all"``, the index of one query (explains one prediction), or a slice. They
             count the real tokens of each example, padding left out, so -1 is its last token.
         signed: Keeps signs; by default absolute values are reduced.
 
     Raises:
         TypeError: If ``method`` is no measure.
-        ValueError: If a choice is unknown.
+        ValueError: If a choice is unknown, or does not go with ``layers``.
 
     Example:
         >>> TokenScores(ContributionWeights(model)).attribute(input_ids).shape
@@ -51,13 +69,16 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         >>> per_head = TokenScores(ContributionWeights(model), layers=None, heads=None)
         >>> per_head.attribute(input_ids).shape
         torch.Size([1, 2, 4, 5])
+        >>> last = TokenScores(ContributionWeights(model), layers="rollout", queries=-1)
+        >>> torch.allclose(last.attribute(input_ids).sum(), torch.tensor(1.0))
+        True
     """
 
     def __init__(
         self,
         method: AttentionAttribution,
         reduction: Reduction = "mean",
-        layers: Aggregation | None = "mean",
+        layers: Aggregation | Through | None = "mean",
         heads: Aggregation | None = "mean",
         queries: Literal["all"] | int | slice = "all",
         signed: bool = False,
@@ -68,15 +89,26 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 "VWONAttention(model), VWAttention(model) or AttentionWeights(model)."
             )
         check_choice("reduction", reduction, Reduction)
-        for name, how in (("layers", layers), ("heads", heads)):
-            if how is not None and how not in get_args(Aggregation):
+        aggregations = get_args(Aggregation)
+        for name, how, known in (
+            ("layers", layers, aggregations + get_args(Through)),
+            ("heads", heads, aggregations),
+        ):
+            if how is not None and how not in known:
                 raise ValueError(
-                    f"{name}={how!r} is unknown: choose 'mean', 'sum', 'max', or None to keep them."
+                    f"{name}={how!r} is unknown: choose {', '.join(map(repr, known))}, or None to "
+                    "keep them."
+                )
+        if layers in get_args(Through):
+            method.mixing(heads)  # raises where it has none
+            if signed:
+                raise ValueError(
+                    f"signed=True, but layers={layers!r} follows absolute values: leave it out."
                 )
         super().__init__(method.forward_func)
         self.method = method
         self.reduction: Reduction = reduction
-        self.layers: Aggregation | None = layers
+        self.layers: Aggregation | Through | None = layers
         self.heads: Aggregation | None = heads
         self.queries = _readable_queries(queries)
         self.signed = signed
@@ -85,6 +117,11 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
     def get_name(cls) -> str:
         """The class's name."""
         return cls.__name__
+
+    @property
+    def ranks_whole_tokens(self) -> bool:
+        """Whether heads are put together before tokens have scores, so that none are of a head."""
+        return self.layers in get_args(Through) or self.method.maps_of(2) == 1
 
     @logged
     def attribute(
@@ -110,10 +147,14 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
 
         Raises:
             IndexError: If an example has no query at the index ``queries``.
-            ValueError: As the method's ``attribute``, and where layers of different shape are
-                to be put together.
+            ValueError: As the method's ``attribute``, where layers of different shape are to be put
+                together, and where flows would take too long.
+            UnsupportedModelError: As the method's ``attribute``, and where layers are followed
+                through cross-attention, or a residual stream that is not found.
         """
         refuse_target(target)
+        if self.layers in get_args(Through):
+            return as_given(inputs, self._through(inputs, additional_forward_args, show_progress))
         chosen: dict[int, Tensor | None] = {}
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor:
@@ -131,7 +172,48 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
             inputs, additional_forward_args, on_layer, show_progress=show_progress
         )
         scores = stack_layers([r for _, r in results], "the scores")
-        return as_given(inputs, functional.aggregate(scores, self.layers, dim=1))
+        return as_given(inputs, self._over_layers(scores))
+
+    def _over_layers(self, scores: Tensor) -> Tensor:
+        assert self.layers not in get_args(Through)
+        return functional.aggregate(scores, cast(Aggregation | None, self.layers), dim=1)
+
+    def _through(
+        self, inputs: Inputs, additional_forward_args: object, show_progress: bool
+    ) -> Tensor:
+        """``(B, T)``, by layers that are followed."""
+        if self.layers == "flow" and self.queries == "all":
+            raise ValueError(
+                "queries='all', but layers='flow' takes one flow for each query and token: give "
+                "the index of a query (-1 for the last), or a slice."
+            )
+        path, chosen, _ = self._path(inputs, additional_forward_args, self._chosen, show_progress)
+        return path.scores(self.reduction, chosen).float()
+
+    def _path(
+        self,
+        inputs: Inputs,
+        additional_forward_args: object,
+        choose: Callable[[AttentionLayer], Tensor | None],
+        show_progress: bool,
+    ) -> tuple[LayerPath, Tensor | None, Any]:
+        """The way through all layers, the chosen queries, and the output of the model."""
+        path: LayerPath = Rollout() if self.layers == "rollout" else Flow()
+        mixing = self.method.mixing(self.heads)
+
+        def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor | None:
+            path.add(layer, mixing, execution.name)
+            return choose(layer)
+
+        results, output = self.method.observe(
+            inputs,
+            additional_forward_args,
+            on_layer,
+            stream=self.method.mixes_stream,
+            one_text=True,
+            show_progress=show_progress,
+        )
+        return path, results[0][1], output
 
     def _chosen(self, layer: AttentionLayer) -> Tensor | None:
         """``(B, T)``: the queries that count, by their place among the real tokens."""
@@ -172,6 +254,8 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 f"layers={self.layers!r}, heads={self.heads!r}, queries={self.queries!r}: one row "
                 "a query needs layers and heads aggregated, and queries='all'."
             )
+        if self.layers in get_args(Through):
+            return self._rows_through(inputs, queries, show_progress)
         heads = self.heads
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor:
@@ -181,7 +265,18 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
 
         results, output = self.method.observe(inputs, None, on_layer, show_progress=show_progress)
         scores = stack_layers([r for _, r in results], "the scores")
-        return functional.aggregate(scores, self.layers, dim=1), output
+        return self._over_layers(scores), output
+
+    def _rows_through(
+        self, inputs: Inputs, queries: slice, show_progress: bool
+    ) -> tuple[Tensor, Any]:
+        def choose(layer: AttentionLayer) -> Tensor:
+            chosen = torch.zeros(len(layer.value), layer.T, dtype=torch.bool)
+            chosen[:, queries] = True
+            return chosen
+
+        path, chosen, output = self._path(inputs, None, choose, show_progress)
+        return path.rows(chosen)[:, queries].float(), output
 
 
 def _readable_queries(queries: Any) -> Literal["all"] | int | slice:

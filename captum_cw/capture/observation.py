@@ -33,9 +33,9 @@ from captum_cw.capture.projections import (
 )
 from captum_cw.capture.running import Run, entries, running
 from captum_cw.capture.spread import HeadGroup, head_group
-from captum_cw.capture.states import StateSpace, hidden_states
+from captum_cw.capture.states import GivenStates, StateSpace, hidden_states
 from captum_cw.capture.updates import ResidualUpdates
-from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, Space
+from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, ResidualSum, Space
 
 __all__ = ["Execution", "Observation", "UnsupportedModelError", "names_of"]
 
@@ -84,6 +84,7 @@ class _Pending:
         mask: Which keys its queries can see.
         flow: Its head outputs on their way.
         spread: The processes that its heads are spread over; None for this one alone.
+        given: What the modules of the layer were given; None if the stream is not asked for.
         container: A module that is given the head outputs alone, and runs.
         parts: The linear products in it that read them: several where it adds up a weight and an
             adapter.
@@ -95,6 +96,7 @@ class _Pending:
     mask: QueryMask
     flow: HeadFlow
     spread: HeadGroup | None = None
+    given: GivenStates | None = None
     container: nn.Module | None = None
     parts: list[tuple[LinearProduct, _Reading]] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -137,6 +139,8 @@ class Observation:
             False at padding.
         states: The hidden states that each execution brings along; None for none.
         space: Where layers can be seen: in the ``"residual"`` one only if that is asked for.
+        stream: Whether layers come with the residual stream, which needs that space. They may come
+            a little later then, and return no factors.
 
     Attributes:
         executions: Every attention call so far, wanted or not.
@@ -152,6 +156,7 @@ class Observation:
         real: Sequence[Tensor] = (),
         states: StateSpace | None = None,
         space: Space = "attention",
+        stream: bool = False,
     ) -> None:
         self.executions: list[Execution] = []
         self._names = names_of(roots)
@@ -167,6 +172,7 @@ class Observation:
         self._real: Tensor | None = None
         self._states = states
         self._updates = ResidualUpdates(roots) if space == "residual" else None
+        self._stream = stream
         self._missed: Callable[[], list[nn.Module]] = list
         self._stack = ExitStack()
 
@@ -233,8 +239,24 @@ class Observation:
                 execution = replace(execution, states=states)
             flow = HeadFlow(call.returned, call.by_token)
             spread = head_group(call.module, call.H, call.value.shape[3])
-            self._pending = _Pending(execution, call, mask, flow, spread)
+            given = self._given(call, execution, spread) if self._stream else None
+            self._pending = _Pending(execution, call, mask, flow, spread, given)
         self._before = call.running
+
+    def _given(
+        self, call: AttentionCall, execution: Execution, spread: HeadGroup | None
+    ) -> GivenStates:
+        given = GivenStates.of(call, self._before)
+        if given is None or spread is not None:
+            why = "is given no hidden states (B, T, d)"
+            if given is not None:
+                why = "has its heads spread over processes"
+            raise UnsupportedModelError(
+                f"Attention layer {execution.name!r} ({type(call.module).__name__}) {why}, so the "
+                "residual stream is not known: use another choice of layers, such as 'mean', or "
+                "roll out AttentionWeights, which do not need it."
+            )
+        return given
 
     def _followed(self) -> HeadFlow | None:
         # Not while an observation inside this one is at work.
@@ -332,12 +354,15 @@ class Observation:
         read = product.input.detach().reshape(pending.call.head_output.shape)
         self._pending, self._projected = None, (pending.execution, read)
 
-        def found(update: FrozenUpdate | None) -> Tensor | None:
+        def found(update: FrozenUpdate | None, residual: ResidualSum | None) -> Tensor | None:
             # What is computed here is not the model's. Geometry is float32 at least, whatever the
             # model is cast to.
             device = pending.call.value.device.type
             with taken_over(), torch.autocast(device, enabled=False):
-                layer = replace(self._layer(pending, product, reading.factors), update=update)
+                layer = self._layer(pending, product, reading.factors)
+                if residual is not None:
+                    residual = residual.to(pending.call.dtype)
+                layer = replace(layer, update=update, residual=residual)
                 with torch._C.DisableTorchFunction():  # nobody follows what is computed of it
                     factors = self._on_layer(pending.execution, layer)
                 if factors is None:
@@ -351,8 +376,8 @@ class Observation:
                 return alter(pending.output_of(run, given or reading, factors))
 
         if self._updates is None:
-            return found(None)
-        self._updates.follow(pending.execution.name, product.result, found)
+            return found(None, None)
+        self._updates.follow(pending.execution.name, product.result, found, pending.given)
         return None
 
     def _layer(

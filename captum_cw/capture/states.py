@@ -1,8 +1,13 @@
-"""The hidden states of the tokens of an attention call, by which sinks are found."""
+"""The hidden states that the modules of an attention layer were given.
+
+Sinks are found by them, and the residual stream is told by them from what else is added to an
+attention output.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -10,7 +15,7 @@ from torch import Tensor
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, same_numbers
 from captum_cw.capture.running import Run
 
-__all__ = ["StateSpace", "hidden_states"]
+__all__ = ["GivenStates", "StateSpace", "hidden_states"]
 
 StateSpace = Literal["normed", "residual", "key", "value"]
 
@@ -35,19 +40,51 @@ def hidden_states(call: AttentionCall, space: StateSpace, before: Sequence[Run])
                 "cannot be found by keys: choose another space."
             )
         return vectors.transpose(1, 2).flatten(2)
-    # Modules of a layer are often given the same: the layer around them is what differs.
-    fresh = [_by_example(run.states(), call) for run in reversed(call.running) if run not in before]
-    given = [states for states in fresh if states is not None]
-    if not given or call.own is None or call.own.states() is None:
+    states = GivenStates.of(call, before)
+    if states is None:
         raise UnsupportedModelError(
             f"{type(call.module).__name__} is given no hidden states (B, T, d), so sinks "
             "cannot be found by them: choose the space 'key' or 'value'."
         )
-    normed = _by_example(call.own.states(), call)
-    assert normed is not None
+    normed = states.by_example(states.own)
     if space == "normed":
         return normed
-    return next((states for states in given if not same_numbers(states, normed)), normed)
+    # Modules of a layer are often given the same: the layer around them is what differs.
+    given = [states.by_example(x) for x in states.given]
+    return next((x for x in given if not same_numbers(x, normed)), normed)
+
+
+@dataclass(frozen=True)
+class GivenStates:
+    """The hidden states that the modules of an attention layer were given, as they were given.
+
+    Args:
+        call: The attention call of the layer.
+        own: Those of the attention module.
+        given: Those of all modules that began since the call before, the innermost first.
+    """
+
+    call: AttentionCall
+    own: Tensor
+    given: list[Tensor]
+
+    @classmethod
+    def of(cls, call: AttentionCall, before: Sequence[Run]) -> GivenStates | None:
+        """None where the attention module was given none."""
+        own = None if call.own is None else call.own.states()
+        fresh = [run.states() for run in reversed(call.running) if run not in before]
+        given = [states for states in fresh if states is not None]
+        return None if own is None or not given else cls(call, own, given)
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether a module of the layer was given ``x``."""
+        return any(same_numbers(x, states) for states in self.given)
+
+    def by_example(self, x: Tensor) -> Tensor:
+        """``x`` as ``(B, S, n)``."""
+        arranged = _by_example(x, self.call)
+        assert arranged is not None
+        return arranged
 
 
 def _by_example(states: Tensor | None, call: AttentionCall) -> Tensor | None:

@@ -45,7 +45,7 @@ from captum_cw.processes import Processes
 from captum_cw.progress import progress_bar
 from captum_cw.ranking import RateOf, Scope, Which
 from captum_cw.records import Records, RecordsError
-from captum_cw.scoring import model_of, pair_scorer
+from captum_cw.scoring import model_of, pair_scorer, whole_token_scorer
 from captum_cw.sinks import THRESHOLD
 
 __all__ = ["ComprehensivenessSufficiency", "comprehensiveness", "sufficiency"]
@@ -163,8 +163,10 @@ class ComprehensivenessSufficiency:
             methods: By a name of your choice: a measure, ``TokenScores`` around one (whose
                 ``reduction`` and ``signed`` count; one of another model of the same shape scores
                 in a clean pass of that model), the name of a measure or control,
-                ``"random"``; or a callable that takes a batch, or a tensor, that gives ``(B, T)``
-                scores, ranked as they are (take absolute values where signs should not count).
+                ``"random"``; ``TokenScores`` with ``layers="rollout"`` or ``"flow"``, or
+                ``ALTIWeights``, which score whole tokens in an unchanged pass; or a callable that
+                takes a batch, or a tensor, that gives ``(B, T)`` scores, ranked as they are (take
+                absolute values where signs should not count).
             inputs_or_dataloader: Token ids ``(B, T)``, a ``BatchEncoding`` or dict; or an
                 iterable of these. Tokens whose ``labels`` are -100, such as those of a prompt, do
                 not count in the likelihood.
@@ -239,6 +241,9 @@ class ComprehensivenessSufficiency:
             return TokenMethod(lambda batch: method)
         if callable(method) and not isinstance(method, Attribution):
             return TokenMethod(method)
+        whole = whole_token_scorer(method, self.reduction)
+        if whole is not None:
+            return TokenMethod(whole.attribute)
         scorer = pair_scorer(method, self.reduction, self.seed)
         model = model_of(method)
         return scorer if model in (None, self.model) else ForeignMethod(model, scorer)
