@@ -348,9 +348,9 @@ class Flow(LayerPath):
         steps = queries * L * T**3
         if steps > FLOW_STEPS:
             raise ValueError(
-                f"Flows through {L} layers to {T} tokens from {queries} of them need {steps:.1e} "
-                f"steps, and {FLOW_STEPS:.1e} are the most that is waited for: choose fewer "
-                "queries, a shorter text, or layers='rollout'."
+                f"Flows to {T} tokens from {queries} of them, through {L} layers or more, need "
+                f"{steps:.1e} steps, and {FLOW_STEPS:.1e} are the most that is waited for: choose "
+                "fewer queries, a shorter text, or layers='rollout'."
             )
 
     def rows(self, chosen: Tensor | None = None) -> Tensor:

@@ -533,9 +533,7 @@ def test_flows_that_would_take_too_long_are_refused(monkeypatch: pytest.MonkeyPa
     model = llama()
     monkeypatch.setattr(aggregation, "FLOW_STEPS", 3 * 2 * 9**3)
     four = TokenScores(AttentionWeights(model), layers="flow", queries=slice(0, 4))
-    with pytest.raises(
-        ValueError, match=r"2 layers to 9 tokens from 4 of them need 5\.8e\+03.*rollout"
-    ):
+    with pytest.raises(ValueError, match=r"to 9 tokens from 4 of them.* need 5\.8e\+03.*rollout"):
         four.attribute(token_ids())
     TokenScores(AttentionWeights(model), layers="flow", queries=slice(0, 3)).attribute(token_ids())
 
