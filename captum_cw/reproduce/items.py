@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from captum_cw import analysis
 from captum_cw.analysis import AnalysisResult
+from captum_cw.attr import ALTIWeights, AttentionWeights, ContributionWeights, TokenScores
+from captum_cw.attr.layer import AttentionAttribution
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.reproduce.printed import PRINTED
 from captum_cw.reproduce.study import Study
@@ -140,14 +142,37 @@ def _frame_table(item: str, result: Result) -> pd.DataFrame:
 # Removal
 
 
-def _removal(name: str, **choices: Any) -> Callable[[Study, Path], Result]:
+def _by_name(study: Study) -> dict[str, Any]:
+    return {method: method for method in (*METHODS, "random")}
+
+
+def _across(study: Study) -> dict[str, Any]:
+    """Aggregators of the same reduction over queries."""
+    attention, contribution = AttentionWeights(study.model), ContributionWeights(study.model)
+
+    def through(method: AttentionAttribution) -> TokenScores:
+        return TokenScores(method, reduction="sum", layers="rollout")
+
+    return {
+        "attention, mean": attention,
+        "contribution, mean": contribution,
+        "attention, rollout": through(attention),
+        "contribution, rollout": through(contribution),
+        "ALTI, rollout": through(ALTIWeights(study.model)),
+        "random": "random",
+    }
+
+
+def _removal(
+    name: str, methods: Callable[[Study], dict[str, Any]] = _by_name, **choices: Any
+) -> Callable[[Study, Path], Result]:
     def run(study: Study, folder: Path) -> Result:
         plan = study.plan
         metric = ComprehensivenessSufficiency(
             study.model, {"top": plan.top, "bottom": plan.bottom}, seed=plan.seed, **choices
         )
         return metric.evaluate(
-            {method: method for method in (*METHODS, "random")},
+            methods(study),
             study.batches(*plan.removal, plan.batch_size),
             resume_from=folder / f"{name}.records",
         )
@@ -218,6 +243,16 @@ _ITEMS = (
         "Removal with sinks unprotected (Fig. 10)",
         "From the top, attention removes the sinks at once, and the model collapses.",
         protect_sinks=False,
+    ),
+    _removal_item(
+        "across",
+        "Whole tokens removed, by scores across layers",
+        "Ours: rollout of attention (Abnar & Zuidema 2020), of contributions through the residual "
+        "stream, and ALTI (Ferrando et al. 2022), beside means over layers. Sums over queries, "
+        "since the mean ranks whole tokens badly.",
+        methods=_across,
+        granularity="token",
+        reduction="sum",
     ),
     Item(
         "T1",

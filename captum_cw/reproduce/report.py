@@ -167,7 +167,9 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def _readable(x: Any) -> str:
-    if isinstance(x, float) and math.isnan(x):
+    if not isinstance(x, (int, float)):
+        return str(x)
+    if math.isnan(x):
         return ""
     if isinstance(x, float) and x.is_integer() and abs(x) >= 10:
         return f"{x:,.0f}"
