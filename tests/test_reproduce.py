@@ -29,7 +29,7 @@ BY_NAME = {claim.name: claim for claim in CLAIMS}
 @pytest.fixture
 def texts() -> list[str]:
     chance = random.Random(0)
-    return [" ".join(chance.choices(string.ascii_letters, k=14)) for _ in range(5)]
+    return [" ".join(chance.choices(string.ascii_letters, k=20)) for _ in range(5)]
 
 
 @pytest.fixture
