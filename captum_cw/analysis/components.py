@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from captum_cw.functional import (
     map_blocks,
     relative_norm,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "ComponentCorrelations",
@@ -77,7 +74,8 @@ class ComponentRegression(AnalysisResult):
     """How much of contributions each product of their factors explains (Tables 1 and 3).
 
     Attributes:
-        numbers: For each group and product of factors R2, as ``"others: attention x cosine"``.
+        numbers: For each group and product of factors R2, as ``"others: attention x cosine"``; for
+            logarithms ``"dropped"``, points of the samples with a factor of zero.
         tables: ``"regression"``: a row for each ``components`` and ``group`` with the ``slope``,
             ``r2`` (centred), ``r2_uncentred``, ``r2_held_out`` (mean over folds) and ``points``;
             ``"folds"``: the held-out ``r2`` of each ``fold``.
@@ -173,8 +171,11 @@ def regression_of(
             ]
     table = pd.DataFrame(rows)
     numbers = {f"{row.group}: {row.components}": row.r2 for row in table.itertuples()}
-    tables = {"regression": table, "folds": pd.DataFrame(folds)}
-    return ComponentRegression({**settings, "dropped": dropped}, numbers, tables)
+    if log:
+        numbers["dropped"] = dropped
+    return ComponentRegression(
+        settings, numbers, {"regression": table, "folds": pd.DataFrame(folds)}
+    )
 
 
 def _fit(x: Array, y: Array, seed: int) -> tuple[dict[str, float], list[float]]:
@@ -206,6 +207,8 @@ def r2(y: Array, found: Array, *, centred: bool = True) -> float:
 
     NaN where there is nothing to explain.
     """
+    if centred and np.ptp(y) == 0:  # its mean may be another number in the last place
+        return float("nan")
     total = float(((y - (y.mean() if centred else 0)) ** 2).sum())
     return 1 - float(((y - found) ** 2).sum()) / total if total > 0 else float("nan")
 
@@ -289,23 +292,30 @@ class Moments:
 
     def __init__(self, n: int) -> None:
         self.count = 0
+        # Sums are of differences to the first point: those of large numbers drown what varies.
+        self._origin: Tensor | None = None
         self._sum = torch.zeros(n, dtype=torch.float64)
         self._products = torch.zeros(n, n, dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
         """Counts ``(n, points)``."""
+        if not values.shape[1]:
+            return
         values = values.double()
+        if self._origin is None:
+            self._origin = values[:, 0].cpu()
+        values = values - self._origin.to(values.device)[:, None]
         self.count += values.shape[1]
         self._sum += values.sum(1).cpu()
         self._products += (values @ values.T).cpu()
 
     def means(self) -> Tensor:
         """``(n,)``; NaN where nothing was counted."""
-        return self._sum / self.count
+        return self._sum / self.count + (0 if self._origin is None else self._origin)
 
     def correlations(self) -> Array:
         """``(n, n)``, Pearson's; NaN where a variable is constant."""
-        means = self.means()
+        means = self._sum / self.count
         covariance = self._products / self.count - means[:, None] * means
         deviation = covariance.diagonal().clamp(min=0).sqrt()
         found: Array = (covariance / (deviation[:, None] * deviation)).numpy()
@@ -380,8 +390,8 @@ def _norms(layer: AttentionLayer) -> Block:
     scale = None if layer.scale is None else layer.scale.abs()[:, None, :, None]
 
     def block(a: Tensor, rows: slice) -> Tensor:
-        norms = layer.norms(rows, a.shape[-1]).expand(a.shape)
-        return norms if scale is None else norms * scale[:, :, rows]
+        a.copy_(layer.norms(rows, a.shape[-1]))
+        return a if scale is None else a.mul_(scale[:, :, rows])
 
     return block
 
@@ -390,7 +400,8 @@ class Interference(AnalysisResult):
     """What the alignment of values does to attention within a head (section D.6).
 
     Attributes:
-        numbers: ``"r"``, Pearson's correlation of ``c / a`` with the cosine (the paper: 0.949).
+        numbers: ``"r"``, Pearson's correlation of ``c / a`` with the cosine (the paper: 0.949);
+            ``"points"`` and ``"dropped"``, those of a value or an output of norm zero.
         tables: ``"sample"``: ``ratio`` and ``cosine`` of a uniform sample.
     """
 
@@ -432,15 +443,21 @@ def interference(
     import pandas as pd
 
     texts, sample, moments = texts_of(batches), Reservoir(points, seed), Moments(2)
+    dropped = 0
 
     def on_layer(seen: SeenLayer) -> None:
+        nonlocal dropped
         for visible, maps in _blocks(seen, geometry("intra"), cosine_with("intra")):
             several = visible & (visible.sum(-1, keepdim=True) > 1)
-            moments.add(torch.stack([x[several] for x in maps]))
-            _columns(several, maps, sample)
+            known = several & (maps[1] != 0)
+            dropped += int(several.sum() - known.sum())
+            moments.add(torch.stack([x[known] for x in maps]))
+            _columns(known, maps, sample)
 
     run_texts(model, texts, on_layer, description="interference", show_progress=show_progress)
-    table = pd.DataFrame(sample.rows.astype(np.float64), columns=["ratio", "cosine"])
-    numbers = {"r": float(moments.correlations()[0, 1]), "points": moments.count}
+    rows = sample.rows.astype(np.float64).reshape(-1, 2)
+    table = pd.DataFrame(rows, columns=["ratio", "cosine"])
+    r = float(moments.correlations()[0, 1])
+    numbers = {"r": r, "points": moments.count, "dropped": dropped}
     settings = {"texts": len(texts), "tokens": sum(map(len, texts)), "points": points, "seed": seed}
     return Interference(settings, numbers, {"sample": table})

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from captum_cw.analysis.geometry import inner_products, projected
 from captum_cw.analysis.result import AnalysisResult, Picture
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
+from captum_cw.attr.inputs import device_of
 from captum_cw.attr.layer import evaluation_mode, unwrapped
 from captum_cw.functional import Measure, attention, contribution, map_blocks, vw
 from captum_cw.interventions import scale_values
-from captum_cw.metrics.quantities import mean_nll
+from captum_cw.metrics.quantities import logits_of, mean_nll
 from captum_cw.progress import progress_bar
 
 __all__ = [
@@ -230,7 +231,8 @@ def value_alignment(
 
     def on_layer(seen: SeenLayer) -> None:
         value, gram = projected(seen)
-        found.setdefault(seen.number, []).append(alignment(value, gram))
+        first, among = alignment(value, gram)
+        found.setdefault(seen.number, []).append((first.cpu(), among.cpu()))
 
     run_texts(model, texts, on_layer, description="alignment", show_progress=show_progress)
     layers = []
@@ -293,7 +295,8 @@ class SinkScaling(AnalysisResult):
         settings: With the ``"layers"`` in which it was scaled.
         numbers: ``"clean"``, the mean perplexity of the unchanged texts, and the mean delta at each
             factor, as ``"delta at 0.5"``.
-        tables: ``"texts"``: ``text``, ``factor``, ``perplexity``, ``delta``.
+        tables: ``"texts"``: ``text``, ``factor``, ``perplexity``, ``delta``, and the ``clean``
+            perplexity of the text.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
@@ -324,7 +327,9 @@ def sink_scaling(
         show_progress: Shows a bar once it has taken two seconds.
 
     Raises:
-        ValueError: If no layer has such a sink, and as :func:`first_token_weight`.
+        TypeError: If the model gives no logits.
+        ValueError: If no layer has such a sink, there is no factor or one is not finite, and as
+            :func:`first_token_weight`.
 
     Example:
         >>> scaled = sink_scaling(model, input_ids, epsilon=0.1, factors=[0, 1])
@@ -333,6 +338,8 @@ def sink_scaling(
     """
     import pandas as pd
 
+    if not len(factors):
+        raise ValueError("factors is empty: give one or more, such as 0.")
     texts = texts_of(batches)
     weights = first_token_weight(model, texts_as_batches(texts), show_progress=show_progress)
     table = weights.tables["layers"]
@@ -345,7 +352,7 @@ def sink_scaling(
         )
     rows = []
     model = unwrapped(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with progress_bar(len(texts), "sink scaling", show=show_progress) as bar, torch.no_grad():
         for number, ids in enumerate(texts):
             clean = _perplexity(model, ids.to(device))
@@ -378,7 +385,7 @@ def _perplexity(model: Callable[..., Any], ids: Tensor) -> float:
     """Of a text ``(T,)``."""
     assert isinstance(model, nn.Module)
     with evaluation_mode([model], model):
-        logits = model(ids[None]).logits
+        logits = logits_of(model(ids[None]))
     counted = torch.ones(1, len(ids) - 1, dtype=torch.bool, device=ids.device)
     nll, _ = mean_nll(logits[:, :-1], ids[None, 1:], counted)
     return float(np.exp(float(nll)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_cw.analysis.result import AnalysisResult, Picture
 from captum_cw.analysis.streaming import Batches, texts_of
 from captum_cw.attr import ContributionWeights
+from captum_cw.attr.inputs import device_of
 
 __all__ = ["WeightMaps", "weight_maps"]
 
@@ -94,13 +95,15 @@ def weight_maps(
         batches: Token ids ``(B, T)``, a dict with ``attention_mask``, or an iterable of these.
         tokens: Readable tokens of the first text; None for their numbers.
         length: The most tokens that are shown.
-        count: How many heads are drawn at random.
+        count: How many heads are drawn at random (all, if there are less), from different layers
+            where there are as many.
         pairs: Layers and heads of your choice instead, both from 0.
         seed: Of the random choice.
 
     Raises:
         IndexError: If there is no such head.
-        ValueError: If the text has less than two tokens.
+        ValueError: If a text has less than two tokens, ``tokens`` are less than are shown, or no
+            head or less than two tokens are asked for.
 
     Example:
         >>> weight_maps(model, input_ids, pairs=[(0, 1)]).to_dataframe().shape
@@ -108,16 +111,21 @@ def weight_maps(
     """
     import pandas as pd
 
+    if length < 2 or count < 1 or (pairs is not None and not len(pairs)):
+        raise ValueError(
+            f"length={length}, count={count}, pairs={pairs}: give two tokens and one head or more."
+        )
     ids = texts_of(batches)[0][:length]
-    device = next(model.parameters()).device
+    if tokens is not None and len(tokens) < len(ids):
+        raise ValueError(f"{len(tokens)} tokens are named, but {len(ids)} are shown: name all.")
+    device = device_of(model)
     layers = ContributionWeights(model).decompose(ids[None].to(device))
     heads = [x.attention.shape[1] for x in layers]
     if pairs is None:
-        random = np.random.default_rng(seed)
-        every = [(layer, head) for layer, n in enumerate(heads) for head in range(n)]
-        drawn = random.choice(len(every), min(count, len(every)), replace=False)
-        pairs = [every[n] for n in sorted(drawn.tolist())]
-    for layer, head in pairs:
+        chosen = _drawn(heads, count, seed)
+    else:
+        chosen = list(dict.fromkeys((int(n), int(head)) for n, head in pairs))
+    for layer, head in chosen:
         if not 0 <= layer < len(layers) or not 0 <= head < heads[layer]:
             raise IndexError(
                 f"pair {(layer, head)}: the model has {len(layers)} layers of {max(heads)} heads."
@@ -125,7 +133,7 @@ def weight_maps(
     T = len(ids)
     query, key = np.divmod(np.arange(T * T), T)
     parts = []
-    for layer, head in pairs:
+    for layer, head in chosen:
         maps = {
             name: x[0, head].flatten().double().cpu().numpy()
             for name, x in zip(PARTS, layers[layer], strict=True)
@@ -137,5 +145,16 @@ def weight_maps(
     first = table[table.key == 0]
     by_head = {name: float(first[name].mean()) for name in ("attention", "contribution")}
     names = [str(n) for n in range(T)] if tokens is None else [str(x) for x in tokens[:T]]
-    settings = {"tokens": names, "pairs": [list(pair) for pair in pairs], "seed": seed}
+    settings = {"tokens": names, "pairs": [list(pair) for pair in chosen], "seed": seed}
     return WeightMaps(settings, {f"first: {n}": x for n, x in by_head.items()}, {"maps": table})
+
+
+def _drawn(heads: Sequence[int], count: int, seed: int) -> list[tuple[int, int]]:
+    """Different heads, by layer: one of each layer before there are two of one."""
+    random = np.random.default_rng(seed)
+    rounds = [
+        (turn, random.random(), layer, int(head))
+        for layer, several in enumerate(heads)
+        for turn, head in enumerate(random.permutation(several))
+    ]
+    return sorted((layer, head) for _, _, layer, head in sorted(rounds)[:count])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.attr import AttentionWeights
+from captum_cw.attr.inputs import device_of
 from captum_cw.attr.layer import unwrapped
 from captum_cw.capture import Execution
 from captum_cw.functional import AttentionLayer, Space
@@ -60,7 +61,7 @@ def texts_of(batches: Batches, shortest: int = 2) -> list[Tensor]:
 
     Raises:
         TypeError: If ``batches`` is none of these.
-        ValueError: If there is no text, or one is too short.
+        ValueError: If there is no text, one is too short, or a mask has another shape.
 
     Example:
         >>> ids = torch.tensor([[0, 5, 6], [7, 8, 9]])
@@ -73,13 +74,17 @@ def texts_of(batches: Batches, shortest: int = 2) -> list[Tensor]:
     for batch in several:
         ids, mask = batch, None
         if isinstance(batch, Mapping):
-            ids, mask = batch["input_ids"], batch.get("attention_mask")
+            ids, mask = batch.get("input_ids"), batch.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
             raise TypeError(
                 f"A batch is of type {type(batch).__name__}: give token ids (B, T), or a dict of "
                 "input_ids and attention_mask, or an iterable of these."
             )
         mask = torch.ones_like(ids) if mask is None else mask
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, but input_ids {tuple(ids.shape)}."
+            )
         texts += [row[real.bool()] for row, real in zip(ids, mask, strict=True)]
     if not texts:
         raise ValueError("There is no text: give at least one.")
@@ -122,8 +127,11 @@ def run_texts(
     """
     model = unwrapped(model)
     method = AttentionWeights(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     texts = list(texts)
+    if texts:
+        # Before anything is counted: a model that leaves queries out runs its first layers twice.
+        method.observe(texts[0][None, :2].to(device), None, lambda execution, layer: None)
     with progress_bar(len(texts), description, show=show_progress) as bar:
         for text, ids in enumerate(texts):
             number = 0

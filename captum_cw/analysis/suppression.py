@@ -61,7 +61,9 @@ def predicted_norm(a: Array, v1: float, g: float, k: float) -> Array:
 
 
 def sink_rate_of_least_norm(v1: float, g: float, k: float) -> float:
-    """The sink rate at which Eq. 20 is least over [0, 1] (Eq. 31); NaN where it is constant.
+    """The sink rate at which Eq. 20 is least over [0, 1] (Eq. 31).
+
+    NaN where it is constant, or bends down between two ends of the same height.
 
     Example:
         >>> sink_rate_of_least_norm(v1=1.0, g=0.0, k=1.0), sink_rate_of_least_norm(1.0, 4.0, 2.0)
@@ -162,7 +164,8 @@ def output_norms(
 
     def after_text(ids: Tensor) -> None:
         # A row for each query: its place from 0 to 1, and the numbers of all heads.
-        numbers = np.concatenate(parts).transpose(1, 0, 2).reshape(len(queries), -1)
+        heads = sum(len(part) for part in parts)
+        numbers = np.concatenate(parts).transpose(1, 0, 2).reshape(len(queries), 4 * heads)
         rows = np.concatenate([queries[:, None] / (len(ids) - 1), numbers], 1)
         sample.add(rows.astype(np.float32))
         parts.clear()
@@ -184,7 +187,7 @@ def output_norms(
             mean_norm = float(np.mean([others[n] for _, others in pairs]))
             of = rest[:, len(heads)]
             heads.append({"layer": number, "head": n, **fit_norms(of, first, mean_norm)})
-    return _output_norms(settings, heads, rest, position, layer, head)
+    return _output_norms(settings, heads, rest, position, layer, head, seed)
 
 
 class HeadNorms:
@@ -204,10 +207,9 @@ class HeadNorms:
 def head_norms(seen: SeenLayer) -> HeadNorms:
     """The norms of head outputs and of their parts, in float64."""
     value, gram = projected(seen)
-    a, sees = _first_column(seen)
-    y = seen.layer.head_output[0].double()
+    a, w, sees = _parts(seen, value)
     first = value[:, :1]
-    w = y - a[..., None] * first
+    y = a[..., None] * first + w
     norms = [inner_products(x, gram, x).clamp(min=0).sqrt() for x in (y, w, value)]
     along = inner_products(w, gram, first)
     a = a.masked_fill(~sees, torch.nan)
@@ -215,16 +217,30 @@ def head_norms(seen: SeenLayer) -> HeadNorms:
     return HeadNorms(queries, norms[2][:, 0], norms[2][:, 1:].mean(1))
 
 
-def _first_column(seen: SeenLayer) -> tuple[Tensor, Tensor]:
-    """The attention of queries on the first token, ``(H, T)`` float64, and whether they see it."""
-    columns, visible = [], []
-    for rows, (a,) in map_blocks(seen.layer, attention):
-        columns.append(a[0, ..., 0].double())
+def _parts(seen: SeenLayer, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What head outputs are made of, before they are projected.
+
+    What others than the first token give is summed anew, as a difference to the head output would
+    be nothing but its rounding where nearly all attention is on the first, and in half precision.
+
+    Args:
+        seen: The layer.
+        value: ``(H, S, d_h)``, float64.
+
+    Returns:
+        The attention on the first token ``(H, T)``, what the others give ``(H, T, d_h)``, float64,
+        and whether a query sees the first, ``(H, T)``.
+    """
+    columns, rest, visible = [], [], []
+    for rows, (weights,) in map_blocks(seen.layer, attention):
+        a = weights[0].double()
+        columns.append(a[..., 0])
+        rest.append(a[..., 1:] @ value[:, 1 : a.shape[-1]])
         block = seen.layer.mask.block(rows)
         shape = columns[-1].shape
         whole = torch.ones(shape, dtype=torch.bool, device=a.device)
         visible.append(whole if block is None else block[0, ..., 0].expand(shape))
-    return torch.cat(columns, 1), torch.cat(visible, 1)
+    return torch.cat(columns, 1), torch.cat(rest, 1), torch.cat(visible, 1)
 
 
 def fit_norms(points: Array, v1: float, mean_norm: float) -> dict[str, float]:
@@ -247,6 +263,10 @@ def fit_norms(points: Array, v1: float, mean_norm: float) -> dict[str, float]:
     x = (1 - a)[:, None]
     slopes, fits = [], []
     for y in (rest, along):
+        if not x.any():  # all attention is on the first token: no line is better than another
+            slopes.append(float("nan"))
+            fits.append(float("nan"))
+            continue
         line = LinearRegression(fit_intercept=False).fit(x, y)
         slopes.append(float(line.coef_[0]))
         fits.append(r2(y, line.predict(x)))
@@ -274,6 +294,7 @@ def _output_norms(
     position: Array,
     layer: int | None,
     head: int | None,
+    seed: int,
 ) -> OutputNorms:
     import pandas as pd
 
@@ -285,10 +306,12 @@ def _output_norms(
         if not len(of):
             raise IndexError(f"layer={layer}, head={head}: there is no such head.")
         shown = int(of[0])
-    points = rest[:SHOWN, shown].astype(np.float64)
+    # Of all texts: the sample is in the order of texts.
+    few = np.random.default_rng(seed).choice(len(rest), min(SHOWN, len(rest)), replace=False)
+    few.sort()
     names = ("sink_rate", "norm", "rest", "along")
-    sample = pd.DataFrame(points, columns=list(names))
-    sample.insert(0, "position", position[:SHOWN].astype(np.float64))
+    sample = pd.DataFrame(rest[few, shown].astype(np.float64), columns=list(names))
+    sample.insert(0, "position", position[few].astype(np.float64))
     numbers = {
         "heads": float(len(table)),
         "least below 1": float((table.least < 1).sum()),
@@ -316,7 +339,7 @@ class SemanticCone(AnalysisResult):
             and the ``sink_angle``; ``"texts"``: by ``text``; ``"points"``: of one head and text,
             coordinates ``along`` the mean value and ``across`` it (the sink's orthogonal part),
             with the ``norm``, for ``outputs`` ``with`` the sink and ``without``; ``"sink"``: its
-            coordinates.
+            coordinates, and the ``angle`` of the cone there.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
@@ -324,13 +347,7 @@ class SemanticCone(AnalysisResult):
         from captum_cw.visualization.analysis import plot_cone
 
         place = self.settings["layer"], self.settings["head"]
-        heads = self.tables["heads"]
-        angle = float(
-            heads[(heads["layer"] == place[0]) & (heads["head"] == place[1])].angle.iloc[0]
-        )
-        return plot_cone(
-            self.tables["points"], self.tables["sink"], angle, place, use_pyplot=use_pyplot
-        )
+        return plot_cone(self.tables["points"], self.tables["sink"], place, use_pyplot=use_pyplot)
 
 
 def semantic_cone(
@@ -358,7 +375,7 @@ def semantic_cone(
         show_progress: Shows a bar over the texts once it has taken two seconds.
 
     Raises:
-        IndexError, UnsupportedModelError, ValueError: As :func:`output_norms`; a text needs six
+        IndexError, UnsupportedModelError, ValueError: As :func:`output_norms`; a text needs five
             tokens, for a quarter of its queries to be one.
 
     Example:
@@ -370,14 +387,14 @@ def semantic_cone(
 
     if (layer is None) != (head is None):
         raise ValueError(f"layer={layer}, head={head}: give both, or none.")
-    texts = texts_of(batches, shortest=6)
+    texts = texts_of(batches, shortest=5)
     rows = []
-    pictures: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    pictures: dict[tuple[int, int], tuple[Tensor, list[float]]] = {}
 
     def on_layer(seen: SeenLayer) -> None:
         value, gram = projected(seen)
-        a, _ = _first_column(seen)
-        found = cone(value, gram, seen.layer.head_output[0].double(), a)
+        a, rest, _ = _parts(seen, value)
+        found = cone(value, gram, a, rest)
         for n, shares in enumerate(found.shares.tolist()):
             names = ("with_sink", "without", "others_with_sink", "others_without")
             rows.append(
@@ -386,14 +403,15 @@ def semantic_cone(
                  "angle": float(found.angle[n]), "sink_angle": float(found.sink_angle[n])}
             )  # fmt: skip
             if seen.text == 0:
-                pictures[seen.number, n] = found.plane[:, n].cpu(), found.sink[n].cpu()
+                arrow = [*found.sink[n].tolist(), float(found.angle[n])]
+                pictures[seen.number, n] = found.plane[:, n].cpu(), arrow
 
     run_texts(model, texts, on_layer, description="cone", show_progress=show_progress)
     table = pd.DataFrame(rows)
     heads = table.drop(columns="text").groupby(["layer", "head"]).mean().reset_index()
     by_text = table.drop(columns=["layer", "head"]).groupby("text").mean().reset_index()
     place = _shown(heads, layer, head)
-    plane, sink = pictures[place]
+    plane, arrow = pictures[place]
     points = pd.concat(
         [
             pd.DataFrame(part.numpy(), columns=["along", "across", "norm"]).assign(outputs=name)
@@ -401,7 +419,7 @@ def semantic_cone(
         ],
         ignore_index=True,
     )
-    arrow = pd.DataFrame([sink.tolist()], columns=["along", "across"])
+    sink = pd.DataFrame([arrow], columns=["along", "across", "angle"])
     numbers = {
         "inside with sink": float(heads.with_sink.mean()),
         "inside without": float(heads.without.mean()),
@@ -411,7 +429,7 @@ def semantic_cone(
     settings = {
         "texts": len(texts), "tokens": sum(map(len, texts)), "layer": place[0], "head": place[1],
     }  # fmt: skip
-    tables = {"heads": heads, "texts": by_text, "points": points, "sink": arrow}
+    tables = {"heads": heads, "texts": by_text, "points": points, "sink": sink}
     return SemanticCone(settings, numbers, tables)
 
 
@@ -421,7 +439,7 @@ def _shown(heads: pd.DataFrame, layer: int | None, head: int | None) -> tuple[in
         return int(row["layer"]), int(row["head"])
     if not ((heads["layer"] == layer) & (heads["head"] == head)).any():
         raise IndexError(f"layer={layer}, head={head}: there is no such head.")
-    return layer, head
+    return int(layer), int(head)
 
 
 class Cone:
@@ -444,20 +462,22 @@ class Cone:
         self.plane, self.sink = plane, sink
 
 
-def cone(value: Tensor, gram: Tensor, head_output: Tensor, a: Tensor) -> Cone:
+def cone(value: Tensor, gram: Tensor, a: Tensor, rest: Tensor) -> Cone:
     """Where head outputs lie beside the cone of the values but the first.
+
+    The first query, whose output is the sink itself, is left out.
 
     Args:
         value: ``(H, S, d_h)``.
         gram: ``(H, d_h, d_h)``.
-        head_output: ``(H, T, d_h)``; the first query, which is the sink itself, is left out.
         a: ``(H, T)``, the attention on the first token.
+        rest: ``(H, T, d_h)``, what the others give to head outputs.
     """
     first, others = value[:, :1], value[:, 1:]
     mean = others.mean(1, keepdim=True)
     size = _norm(mean, gram)
-    y, a = head_output[:, 1:], a[:, 1:, None]
-    w = y - a * first
+    w = rest[:, 1:]
+    y = a[:, 1:, None] * first + w
 
     def angles(x: Tensor) -> Tensor:
         cosines = inner_products(x, gram, mean) / (_norm(x, gram) * size)
@@ -466,9 +486,8 @@ def cone(value: Tensor, gram: Tensor, head_output: Tensor, a: Tensor) -> Cone:
 
     angle = torch.quantile(angles(others), INSIDE, dim=1)
     norms = _norm(y, gram)
-    quarter = max(1, norms.shape[1] // 4)
-    lowest = torch.zeros_like(norms, dtype=torch.bool)
-    lowest.scatter_(1, norms.argsort(dim=1, stable=True)[:, :quarter], True)
+    quarter = norms.argsort(dim=1, stable=True)[:, : norms.shape[1] // 4]
+    lowest = torch.zeros_like(norms, dtype=torch.bool).scatter_(1, quarter, True)
     shares = []
     for which in (lowest, ~lowest):
         for x in (y, w):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ForwardCall", "Tokens", "forward_call", "parameters_of", "tokens_of"]
+__all__ = ["ForwardCall", "Tokens", "device_of", "forward_call", "parameters_of", "tokens_of"]
 
 Parameters = Mapping[str, inspect.Parameter]
 #: By which models are asked for the logits of the last tokens alone.
@@ -99,6 +99,12 @@ def parameters_of(model: nn.Module, forward: Callable[..., Any] | None = None) -
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {name: p for name, p in own.items() if p.kind not in variable}
     return {**named, **{n: p for n, p in parameters_of(base).items() if n not in named}}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens from: anywhere if it is offloaded, as its hooks move them."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 @dataclass(frozen=True)

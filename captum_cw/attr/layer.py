@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from captum_cw import aggregation, functional
 from captum_cw.attr._captum import LayerAttribution, logged
-from captum_cw.attr.inputs import ForwardCall, forward_call, parameters_of
+from captum_cw.attr.inputs import ForwardCall, device_of, forward_call, parameters_of
 from captum_cw.capture import Execution, Observation, StateSpace, UnsupportedModelError, names_of
 from captum_cw.functional import (
     Aggregation,
@@ -107,6 +107,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
             self._chosen = [layer] if isinstance(layer, nn.Module) else list(layer)
         self._roots: list[nn.Module] = self._chosen or [] if self.model is None else [self.model]
         self._layers: list[str] | None = None
+        self._all_logits = False  # whether the model leaves queries out that have no logits
 
     @classmethod
     def get_name(cls) -> str:
@@ -126,7 +127,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                     "The layers are found by running the model: call attribute once, then read "
                     ".layers."
                 )
-            ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
             inputs = {"input_ids": ids}
             if "decoder_input_ids" in parameters_of(model):
                 inputs["decoder_input_ids"] = ids
@@ -166,7 +167,8 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
 
         With ``states``, executions bring the hidden states of their tokens; with ``stream``, layers
         bring the residual stream, and are seen in its space; with ``one_text``, there must be no
-        cross-attention from the first of them to the last.
+        cross-attention from the first of them to the last. Where the first pass shows that the
+        model leaves queries out, ``on_layer`` is applied anew, once and for all.
 
         Returns:
             One result for each execution, and what the model returned.
@@ -175,9 +177,12 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         forward = self.forward_func
         called = forward.forward if isinstance(forward, nn.Module) else forward
         call = forward_call(self.model, called, inputs, additional_forward_args)
+        if call.last_only and self._all_logits:
+            call = call.with_all_logits()
         try:
             results, output, vanishing = self._pass(call, on_layer, watched, show_progress)
         except _ShortenedError:
+            self._all_logits = True
             results, output, vanishing = self._pass(
                 call.with_all_logits(), on_layer, watched, show_progress
             )

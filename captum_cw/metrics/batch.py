@@ -21,7 +21,7 @@ from captum_cw.interventions import (
     Scoring,
     SinkRule,
 )
-from captum_cw.metrics.quantities import Logits, last_token, mean_nll
+from captum_cw.metrics.quantities import Logits, last_token, logits_of, mean_nll
 from captum_cw.ranking import RateOf, Scope, Which
 from captum_cw.scoring import PairScorer, RandomPairs
 
@@ -146,7 +146,7 @@ class BatchRun:
             )
         if plan.mask_token_id is None:
             self.counted = (self.real & self._asked())[:, 1:] & self.real[:, :-1]
-            self.clean_logits = _logits(self.clean.output)
+            self.clean_logits = logits_of(self.clean.output)
         else:
             self.counted = self.real & ~protected & self._asked()
             self.clean_logits = self.logits()
@@ -210,13 +210,13 @@ class BatchRun:
         """``(B, T, V)``: of the next token, or of each masked token at its own place."""
         model, mask = self.plan.model, self.plan.mask_token_id
         if mask is None:
-            return _logits(model(**self.inputs))
+            return logits_of(model(**self.inputs))
         rows = []
         for place in range(self.ids.shape[1]):
             masked = self.ids.clone()
             masked[:, place] = mask
             # A copy, since what was computed for the other places need not be kept.
-            rows.append(_logits(model(**{**self.inputs, "input_ids": masked}))[:, place].clone())
+            rows.append(logits_of(model(**{**self.inputs, "input_ids": masked}))[:, place].clone())
         return torch.stack(rows, 1)
 
     def measured(self, logits: Tensor) -> Logits:
@@ -241,16 +241,6 @@ class BatchRun:
         # Where tokens are masked, only those that are predicted count.
         real = self.real if self.plan.mask_token_id is None else self.counted
         return Logits(logits, self.given, real, self.clean_logits, target, nll)
-
-
-def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.dim() != 3:
-        raise TypeError(
-            f"The model returned {type(output).__name__} without logits (B, T, V): give a "
-            "language model."
-        )
-    return logits
 
 
 def _seeded(method: Method, keys: Sequence[str]) -> Method:

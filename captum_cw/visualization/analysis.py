@@ -48,6 +48,8 @@ def plot_regression(table: pd.DataFrame, *, use_pyplot: bool = True) -> Picture:
             ax.text(max(value, 0) + 0.02, place, f"{value:.3f}", va="center", fontsize=8)
         ax.set_yticks(places, rows.components if group == groups[0] else [""] * len(rows))
         ax.invert_yaxis()
+        if group == groups[0]:
+            ax.set_ylabel("product of factors")
         ax.set_xlim(min(0, float(rows.r2.min())), 1.2)
         ax.set_title(GROUPS[group])
         ax.set_xlabel("$R^2$ of contribution")
@@ -64,6 +66,8 @@ def plot_correlations(table: pd.DataFrame, *, use_pyplot: bool = True) -> Pictur
         ax.text(j, i, f"{r:.3f}", ha="center", va="center", color="w" if abs(r) > 0.6 else "k")
     ax.set_xticks(range(len(names)), names)
     ax.set_yticks(range(len(names)), names)
+    ax.set_xlabel("factor")
+    ax.set_ylabel("factor")
     ax.set_title("logarithms of magnitudes")
     fig.colorbar(image, ax=ax, label="Pearson's r")
     return fig, axes[0]
@@ -91,10 +95,12 @@ def plot_interference(table: pd.DataFrame, r: float, *, use_pyplot: bool = True)
     ax = axes[0, 0]
     ax.scatter(table.cosine, table.ratio, **POINTS)
     ax.axhline(0, color="0.6", linewidth=0.8)
-    # A few outputs that nearly vanish would press all others flat.
-    limit = 1.3 * float(np.quantile(np.abs(table.ratio), 0.99))
-    ax.set_ylim(-limit, limit)
-    beyond = int((table.ratio.abs() > limit).sum())
+    beyond = 0
+    if len(table):
+        # A few outputs that nearly vanish would press all others flat.
+        limit = 1.3 * float(np.quantile(np.abs(table.ratio), 0.99))
+        ax.set_ylim(-limit, limit)
+        beyond = int((table.ratio.abs() > limit).sum())
     ax.set_title(f"r = {r:.3f}; {beyond} of {len(table)} points lie beyond the axis", fontsize=10)
     ax.set_xlabel("cosine with the head's output")
     ax.set_ylabel("contribution / attention")
@@ -212,7 +218,7 @@ def plot_output_norms(
     ax.set_title("fits of all heads (below -1 and outliers not shown)")
     _layers(ax)
     ax.set_ylabel("centred $R^2$")
-    ax.legend(fontsize=8, loc="lower left")
+    ax.legend(fontsize=8)
 
     for ax, column, slope, label in (
         (axes[1, 0], "rest", of.k, r"$\Vert w\Vert$"),
@@ -232,7 +238,6 @@ def plot_output_norms(
 def plot_cone(
     points: pd.DataFrame,
     sink: pd.DataFrame,
-    angle: float,
     place: tuple[int, int],
     *,
     use_pyplot: bool = True,
@@ -241,9 +246,10 @@ def plot_cone(
     fig, axes = new_figure(1, 2, (11, 4.6), use_pyplot)
     titles = {"with": "as it is", "without": "first value set to zero"}
     arrow = sink.iloc[0]
+    angle = arrow.angle
     x = [*points.along, arrow.along, 0.0]
     y = [*points.across, arrow.across, 0.0]
-    margin = 0.08 * max(max(x) - min(x), max(y) - min(y), 1e-6)
+    margin = 0.08 * (max(max(x) - min(x), max(y) - min(y)) or 1.0)
     reach = 2 * float(np.hypot(x, y).max())
     for ax, (outputs, title) in zip(axes[0], titles.items(), strict=True):
         of = points[points.outputs == outputs]
