@@ -41,6 +41,7 @@ from captum_cw.reproduce import (
     ITEMS,
     PAPER_DATA,
     PAPER_MODELS,
+    PAPER_TASKS,
     PLANS,
     Study,
     StudyResults,
@@ -235,6 +236,8 @@ def _add_reproduce(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     add("--samples", type=int, metavar="N", help="at most so many texts, of all items")
     add("--length", type=int, metavar="T", help="at most so many tokens a text, of all items")
+    add("--tasks", type=_words, metavar="A,B", help="tasks of lm-evaluation-harness, for F4")
+    add("--task-path", type=Path, metavar="DIR", help="folder of task files of your own")
     add("--seed", type=int, default=0, help="of random choices (default: %(default)s)")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
 
@@ -408,8 +411,11 @@ def _reproduce(options: argparse.Namespace) -> None:
     def studies() -> Iterator[Study]:
         for name in models:
             model, tokenizer = _load(argparse.Namespace(**{**vars(options), "model": name}))
+            asked = options.tasks or (PAPER_TASKS if paper else ())
             for of, several in texts.items():
-                yield Study(model, tokenizer, several, _called(name), _called(of), plan)
+                named = _called(name), _called(of)
+                yield Study(model, tokenizer, several, *named, plan, asked, options.task_path)
+                asked = ()  # they are the same beside other texts
 
     tell = partial(print, file=sys.stderr)
     found, files = reproduce(studies(), options.out, only=options.only, tell=tell)

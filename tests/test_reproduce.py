@@ -18,11 +18,24 @@ import pytest
 
 from captum_cw.cli import main
 from captum_cw.metrics import FaithfulnessResult
+from captum_cw.metrics.tasks import TaskResult
 from captum_cw.records import RecordsError
 from captum_cw.reproduce import ITEMS, PLANS, Plan, Study, reproduce
 from captum_cw.reproduce.claims import CLAIMS, Claim, Judgement, above, below, judge
 
-PLAN = Plan("tiny", 5, 12, (5, 8), (5, 8), (5, 8), (0.2, 0.4), (0.3, 0.6), points=500, batch_size=5)
+PLAN = Plan(
+    "tiny",
+    5,
+    12,
+    (5, 8),
+    (5, 8),
+    (5, 8),
+    (0.2, 0.4),
+    (0.3, 0.6),
+    points=500,
+    documents=10,
+    batch_size=5,
+)
 BY_NAME = {claim.name: claim for claim in CLAIMS}
 
 
@@ -57,7 +70,9 @@ def test_the_report_holds_every_item_and_claim(study: Study, tmp_path: Path) -> 
             shown = page.count(f'alt="{done.item.name}: ')
             assert shown == len(done.item.pictures(done.result))
     refused = {done.item.name: done.refused for done in found.items if done.result is None}
-    assert set(refused) <= {"F5c", "assumptions"}  # no sink; texts that are too short
+    assert "no tasks were asked for" in refused["F4"]
+    # A random model need not have a sink, and these texts are short.
+    assert set(refused) <= {"F4", "F5c", "assumptions"}
     for reason in refused.values():
         assert reason in unescape(page)
     for claim in CLAIMS:
@@ -332,6 +347,34 @@ def test_fits_are_judged_by_layer(r2: float, verdict: str) -> None:
     ]
     found = of_table("heads", rows, numbers={"median r2 of k": r2, "median r2 of g": r2})
     assert judge(BY_NAME["linear in the sink rate"], {"F5b": found}).verdict == verdict
+
+
+def test_accuracy_is_kept_at_the_largest_rate_within_the_interval() -> None:
+    def tasks(**accuracies: list[float]) -> TaskResult:
+        record = {
+            "metric": "acc,none", "documents": 100, "baseline": {"acc,none": [0.7, 0.05]},
+            "removed": {
+                name: [{"acc,none": [x, 0.05]} for x in accuracies.get(name, [0.1, 0.1])]
+                for name in ("contribution", "attention", "vw", "vwon")
+            },
+        }  # fmt: skip
+        return TaskResult((0.3, 0.5), {}, {"quiz": record})
+
+    claim = BY_NAME["accuracy is kept"]
+    assert judge(claim, {"F4": tasks(contribution=[0.7, 0.65], vw=[0.7, 0.1])}).verdict == "holds"
+    assert (
+        judge(claim, {"F4": tasks(contribution=[0.7, 0.1], vw=[0.7, 0.1])}).verdict == "undecided"
+    )
+    assert judge(claim, {"F4": tasks(vw=[0.7, 0.1])}).verdict == "does not hold"
+
+
+def test_the_table_of_tasks_has_a_row_for_each_method() -> None:
+    removed = {"contribution": [{"acc,none": [0.7, 0.1]}, {"acc,none": [0.4, 0.1]}]}
+    quiz = {"metric": "acc,none", "documents": 20, "baseline": {"acc,none": [0.75, 0.1]},
+            "removed": removed}  # fmt: skip
+    table = ITEMS["F4"].table("F4", TaskResult((0.3, 0.5), {}, {"quiz": quiz}))
+    row = table.loc["quiz, contribution"]
+    assert row.tolist() == [0.75, 0.7, 0.4, 0.3]
 
 
 def test_every_claim_is_judged_by_items_that_exist() -> None:

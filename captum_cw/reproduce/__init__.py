@@ -16,12 +16,13 @@ from captum_cw.capture import UnsupportedModelError
 from captum_cw.records import Records
 from captum_cw.reproduce.items import ITEMS, Item
 from captum_cw.reproduce.report import Done, StudyResults, write_report
-from captum_cw.reproduce.study import PAPER_DATA, PAPER_MODELS, PLANS, Plan, Study
+from captum_cw.reproduce.study import PAPER_DATA, PAPER_MODELS, PAPER_TASKS, PLANS, Plan, Study
 
 __all__ = [
     "ITEMS",
     "PAPER_DATA",
     "PAPER_MODELS",
+    "PAPER_TASKS",
     "PLANS",
     "Plan",
     "Study",
@@ -101,7 +102,7 @@ def _run(item: Item, study: Study, folder: Path, file: Path) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         result = item.run(study, folder)
-    except (UnsupportedModelError, ValueError, IndexError) as error:
+    except (UnsupportedModelError, ValueError, IndexError, ImportError, OSError) as error:
         return {"seconds": time.perf_counter() - start, "refused": str(error)}
     result.save(file)
     tables = getattr(result, "tables", None) or {"": result.to_dataframe()}

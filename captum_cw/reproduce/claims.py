@@ -14,6 +14,7 @@ import numpy as np
 
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.metrics.result import Side
+from captum_cw.metrics.tasks import TaskResult
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,6 +144,21 @@ _BETTER = (
     "by paired 95% intervals of the language modelling loss at each rate: ahead in more than half "
     "of the comparisons and behind in none; does not hold if behind in more than half"
 )
+
+
+def _kept(result: TaskResult) -> Judgement:
+    ahead = behind = 0
+    for task in result.tasks:
+        own, *others = [
+            result.largest_rate(task, name) or 0 for name in ("contribution", *ATTENTION_BASED)
+        ]
+        ahead += own > max(others)
+        behind += own < max(others)
+    n = len(result.tasks)
+    figures = f"ahead in {ahead}, behind in {behind} of {n} tasks"
+    if ahead > n / 2 and not behind:
+        return Judgement("holds", figures)
+    return Judgement("does not hold" if behind > n / 2 else "undecided", figures)
 
 
 def _loss(result: FaithfulnessResult, method: str, side: Side) -> np.ndarray[Any, Any]:
@@ -368,6 +384,15 @@ CLAIMS = (
         _BETTER,
         ("F3",),
         lambda r: _better(r, "contribution", ATTENTION_BASED, list(r.sides)),
+    ),
+    Claim(
+        "accuracy is kept",
+        "Contributions keep the accuracy of tasks at higher rates (section 5.3, Fig. 4).",
+        "in more than half of the tasks, the largest rate within the unchanged accuracy's interval "
+        "is above that of every other measure, and below in none; does not hold if below that of "
+        "another in more than half",
+        ("F4",),
+        _kept,
     ),
     Claim(
         "VW-ON over VW",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from captum_cw.data import token_batches
 from captum_cw.metrics.identity import checksum, fingerprint
 
-__all__ = ["FULL", "PAPER_DATA", "PAPER_MODELS", "PLANS", "QUICK", "Plan", "Study"]
+__all__ = ["FULL", "PAPER_DATA", "PAPER_MODELS", "PAPER_TASKS", "PLANS", "QUICK", "Plan", "Study"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Plan:
         top: Fractions that are removed from the top.
         bottom: Fractions that are removed from the bottom.
         points: Of the sample of a regression.
+        documents: Of each downstream task.
         batch_size: Texts in a pass of the metric.
         seed: Of all random choices.
     """
@@ -42,6 +44,7 @@ class Plan:
     top: tuple[float, ...]
     bottom: tuple[float, ...]
     points: int
+    documents: int
     batch_size: int = 8
     seed: int = 0
 
@@ -59,18 +62,21 @@ class Plan:
             correlations=smaller(self.correlations),
             scaling=smaller(self.scaling),
             removal=smaller(self.removal),
+            documents=min(self.documents, texts or self.documents),
         )
 
 
-QUICK = Plan("quick", 6, 128, (6, 128), (6, 128), (6, 96), (0.01, 0.1), (0.3, 0.5, 0.7), 200_000)
+QUICK = Plan(
+    "quick", 6, 128, (6, 128), (6, 128), (6, 96), (0.01, 0.1), (0.3, 0.5, 0.7), 200_000, 50
+)
 FULL = Plan(
     "full", 32, 512, (32, 128), (32, 512), (32, 512), (0.01, 0.02, 0.05, 0.1, 0.2),
-    (0.1, 0.3, 0.5, 0.7, 0.9), 1_000_000,
+    (0.1, 0.3, 0.5, 0.7, 0.9), 1_000_000, 500,
 )  # fmt: skip
 #: The counts of arXiv 2606.07604, where it gives them.
 PAPER = Plan(
     "paper", 32, 512, (32, 128), (128, 1024), (64, 512), (0.01, 0.02, 0.05, 0.1, 0.2),
-    (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), 5_000_000,
+    (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), 5_000_000, 2000,
 )  # fmt: skip
 PLANS = {plan.name: plan for plan in (QUICK, FULL, PAPER)}
 
@@ -82,6 +88,7 @@ PAPER_MODELS = (
     "Qwen/Qwen3-8B",
     "deepseek-ai/deepseek-llm-7b-base",
 )
+PAPER_TASKS = ("mmlu", "boolq", "lambada_openai", "winogrande")
 PAPER_DATA = ("fineweb-edu", "gsm8k")
 
 
@@ -96,6 +103,8 @@ class Study:
         model_name: What the model is called.
         data_name: What the texts are called.
         plan: How much is run.
+        tasks: Downstream tasks, as lm-evaluation-harness names them.
+        task_path: A folder of task files of your own.
     """
 
     model: nn.Module
@@ -104,6 +113,8 @@ class Study:
     model_name: str
     data_name: str
     plan: Plan
+    tasks: Sequence[str] = ()
+    task_path: Path | None = None
 
     def batches(self, texts: int, length: int, batch_size: int = 1) -> list[dict[str, Tensor]]:
         """The first texts, cut to ``length`` tokens."""
@@ -124,4 +135,5 @@ class Study:
             "weights": fingerprint(self.model),
             "texts": checksum(*(batch["input_ids"] for batch in self.analysed)),
             "plan": {name: x for name, x in vars(self.plan).items() if name != "name"},
+            "tasks": list(self.tasks),
         }
