@@ -42,15 +42,16 @@ def plot_regression(table: pd.DataFrame, *, use_pyplot: bool = True) -> Picture:
     fig, axes = new_figure(1, len(groups), (3.2 * len(groups) + 1.4, 3.4), use_pyplot)
     for ax, group in zip(axes[0], groups, strict=True):
         rows = table[table.group == group]
-        places = np.arange(len(rows))
+        places, lowest = np.arange(len(rows)), min(0, float(rows.r2.min()))
         ax.barh(places, rows.r2, color="tab:blue")
         for place, value in zip(places, rows.r2, strict=True):
-            ax.text(max(value, 0) + 0.02, place, f"{value:.3f}", va="center", fontsize=8)
+            end = max(value, 0) + 0.02 * (1 - lowest)
+            ax.text(end, place, f"{value:.3f}", va="center", fontsize=8)
         ax.set_yticks(places, rows.components if group == groups[0] else [""] * len(rows))
         ax.invert_yaxis()
         if group == groups[0]:
             ax.set_ylabel("product of factors")
-        ax.set_xlim(min(0, float(rows.r2.min())), 1.2)
+        ax.set_xlim(lowest, 1 + 0.25 * (1 - lowest))  # with room for the numbers
         ax.set_title(GROUPS[group])
         ax.set_xlabel("$R^2$ of contribution")
     return fig, axes[0]
