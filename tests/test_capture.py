@@ -22,6 +22,7 @@ from models import (
     token_ids,
 )
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from captum_cw import (
     AttentionWeights,
@@ -138,13 +139,14 @@ def test_an_observed_model_computes_bit_for_bit_what_it_computes_alone(
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Everything that an observation touches."""
     file = sys.modules[type(model).__module__]
-    registry = file.ALL_ATTENTION_FUNCTIONS
+    # Some models have no part in it before transformers 5.
+    registry = getattr(file, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     return {
         "implementation": model.config._attn_implementation,
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
         "registry": {name: registry[name] for name in registry},
         "local": dict(registry._local_mapping),
-        "eager": file.eager_attention_forward,
+        "eager": getattr(file, "eager_attention_forward", None),
         "training": [m.training for m in model.modules()],
         "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters()},
     }
