@@ -267,7 +267,7 @@ def _attribute(options: argparse.Namespace) -> None:
     if not text:
         usage_error("the text is empty: give at least one token")
 
-    model, tokenizer = _load(options)
+    model, tokenizer = _load(options.model, options)
     reduction: Reduction = options.reduction or "mean"
     scorer = TokenScores(METHODS[options.method](model), reduction=reduction)
     if options.target is None:
@@ -322,7 +322,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     texts = None
     if options.data is not None:  # first: that fails quickly
         texts = load_texts(options.data, samples=None if options.pack else options.samples)
-    model, tokenizer = _load(options, processes)
+    model, tokenizer = _load(options.model, options, processes)
     if texts is not None:
         files += _evaluate_texts(options, model, tokenizer, texts, processes)
     if options.tasks is not None:
@@ -410,7 +410,7 @@ def _reproduce(options: argparse.Namespace) -> None:
 
     def studies() -> Iterator[Study]:
         for name in models:
-            model, tokenizer = _load(argparse.Namespace(**{**vars(options), "model": name}))
+            model, tokenizer = _load(name, options)
             asked = options.tasks or (PAPER_TASKS if paper else ())
             for of, several in texts.items():
                 named = _called(name), _called(of)
@@ -551,18 +551,20 @@ def _read(file: Path) -> str:
         raise ValueError(f"{file} is no UTF-8 text: convert it first. {error}") from error
 
 
-def _load(options: argparse.Namespace, processes: Processes | None = None) -> tuple[Any, Any]:
+def _load(
+    name: str, options: argparse.Namespace, processes: Processes | None = None
+) -> tuple[Any, Any]:
     """The model, on the device of its process where there are several, and its tokenizer."""
     several = processes is not None and processes.count > 1
     if processes is None or processes.is_main:
-        _announce(options.model)
+        _announce(name)
     place: dict[str, Any] = {
         "dtype": getattr(torch, options.dtype),
         "device": processes.device if several and processes else options.device,
     }
-    if options.model == DEMO_MODEL:  # has another source than the hub
+    if name == DEMO_MODEL:  # has another source than the hub
         return load_demo_model(**place)
-    return load_model(options.model, **place)
+    return load_model(name, **place)
 
 
 def _announce(model: str) -> None:

@@ -63,7 +63,7 @@ def test_the_report_holds_every_item_and_claim(study: Study, tmp_path: Path) -> 
     assert "tiny &lt;b&gt;model&lt;/b&gt;" in page
     assert "<b>model" not in page
     # Self-contained: every picture lies in it.
-    assert not re.search(r'(src|href)="(?!data:image/png;base64,|#)', page)
+    assert not re.search(r'(src|href)="(?!data:image/webp;base64,|#)', page)
     for done in found.items:
         assert f"{done.item.name}: {done.item.title}" in unescape(page)
         if done.result is not None:
@@ -121,6 +121,9 @@ def test_what_a_model_cannot_give_is_told(study: Study, tmp_path: Path) -> None:
     assert correlations.result is not None
     assert "Not computed: Text 0 has 3 tokens" in (tmp_path / "report.html").read_text()
     assert found.judgement(BY_NAME["low norms outside the cone"]).verdict == "not run"
+    # Only what was refused is tried again.
+    _, told = run(replace(study, texts=["a b c", "d e f"]), tmp_path, ["F6", "T2"])
+    assert [line.partition(": ")[2][:2] for line in told] == ["F6"]
 
 
 def test_the_command_line(

@@ -6,7 +6,7 @@ its value with the others (Fig. 5a), and what happens as that value is scaled do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -341,7 +341,7 @@ def sink_scaling(
     if not len(factors):
         raise ValueError("factors is empty: give one or more, such as 0.")
     texts = texts_of(batches)
-    weights = first_token_weight(model, texts_as_batches(texts), show_progress=show_progress)
+    weights = first_token_weight(model, [x[None] for x in texts], show_progress=show_progress)
     table = weights.tables["layers"]
     mass = table[table.measure == "attention"].set_index("layer").weight
     layers = [int(n) for n in mass.index[mass > epsilon]]
@@ -376,14 +376,8 @@ def sink_scaling(
     return SinkScaling(settings, numbers, {"texts": found})
 
 
-def texts_as_batches(texts: Sequence[Tensor]) -> list[Tensor]:
-    """Each text as a batch of one."""
-    return [ids[None] for ids in texts]
-
-
-def _perplexity(model: Callable[..., Any], ids: Tensor) -> float:
+def _perplexity(model: nn.Module, ids: Tensor) -> float:
     """Of a text ``(T,)``."""
-    assert isinstance(model, nn.Module)
     with evaluation_mode([model], model):
         logits = logits_of(model(ids[None]))
     counted = torch.ones(1, len(ids) - 1, dtype=torch.bool, device=ids.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from captum_cw.files import read_json, write_json
 
@@ -18,11 +18,8 @@ __all__ = ["AnalysisResult", "Picture"]
 
 VERSION = 1
 
-if TYPE_CHECKING:
-    Picture = tuple[Figure, npt.NDArray[Any]]
-    """A figure and its array of axes."""
-else:
-    Picture = tuple
+Picture: TypeAlias = "tuple[Figure, npt.NDArray[Any]]"
+"""A figure and its array of axes."""
 
 
 @dataclass(frozen=True)

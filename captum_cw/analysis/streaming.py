@@ -19,7 +19,7 @@ from captum_cw.attr import AttentionWeights
 from captum_cw.attr.inputs import device_of
 from captum_cw.attr.layer import unwrapped
 from captum_cw.capture import Execution
-from captum_cw.functional import AttentionLayer, Space
+from captum_cw.functional import AttentionLayer
 from captum_cw.progress import progress_bar
 
 __all__ = ["Batches", "Reservoir", "SeenLayer", "check_causal", "run_texts", "texts_of"]
@@ -103,7 +103,6 @@ def run_texts(
     *,
     after_text: Callable[[Tensor], None] | None = None,
     causal: bool = True,
-    space: Space = "attention",
     description: str = "texts",
     show_progress: bool = False,
 ) -> list[str]:
@@ -115,7 +114,6 @@ def run_texts(
         on_layer: Takes each layer of each text; what it is given is not kept.
         after_text: Takes the token ids of each text once its layers have run.
         causal: Whether a layer whose queries see later keys is refused.
-        space: Where outputs and values are measured.
         description: Of the progress bar.
         show_progress: Shows a bar once it has taken two seconds.
 
@@ -140,8 +138,7 @@ def run_texts(
                 nonlocal number
                 if causal:
                     check_causal(execution.name, layer)
-                of = layer.seen_in(space)
-                on_layer(SeenLayer(text, number, execution.name, of, ids))  # noqa: B023
+                on_layer(SeenLayer(text, number, execution.name, layer, ids))  # noqa: B023
                 number += 1
 
             method.observe(ids[None].to(device), None, seen)

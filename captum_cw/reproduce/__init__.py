@@ -81,7 +81,7 @@ def run_study(
 ) -> StudyResults:
     """Runs items of a study in a folder of its own, and keeps each as JSON and its tables as CSV.
 
-    What the model cannot give is recorded with the reason.
+    What cannot be computed is told with the reason, and tried again the next time.
     """
     folder = out / folder_name(study.model_name, study.data_name)
     done = []
@@ -92,7 +92,8 @@ def run_study(
             if known is None:
                 tell(f"{study.model_name} on {study.data_name}: {item.name}, {item.title}")
                 known = _run(item, study, folder, file)
-                records.add(item.name, known)
+                if not known["refused"]:  # what was missing may be there the next time
+                    records.add(item.name, known)
             result = None if known["refused"] else item.load(file)
             done.append(Done(item, result, known["seconds"], known["refused"]))
     return StudyResults(study.model_name, study.data_name, study.plan, done)

@@ -90,16 +90,11 @@ def _regression(log: bool) -> Callable[[Study, Path], Result]:
 
 
 def _regression_table(item: str, result: Result) -> pd.DataFrame:
-    table = result.to_dataframe()
-    wide = table.pivot_table(index="components", columns="group", values="r2", sort=False)
-    wide.columns = [f"{group}, here" for group in wide.columns]
-    held_out = table.pivot_table(
-        index="components", columns="group", values="r2_held_out", sort=False
-    )
-    wide[[f"{group}, held out" for group in held_out]] = held_out
-    wide[[f"{group}, uncentred" for group in held_out]] = table.pivot_table(
-        index="components", columns="group", values="r2_uncentred", sort=False
-    )
+    names = {"r2": "here", "r2_held_out": "held out", "r2_uncentred": "uncentred"}
+    wide: pd.DataFrame = result.to_dataframe().pivot_table(
+        index="components", columns="group", values=list(names), sort=False
+    )[list(names)]
+    wide.columns = [f"{group}, {names[value]}" for value, group in wide.columns]
     for name, column in PRINTED[item].items():
         wide[name] = wide.index.map(column)
     return wide

@@ -18,6 +18,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 # What matplotlib would stamp into a file, and what must not differ between two runs.
 _METADATA: dict[str, dict[str, str | None]] = {"svg": {"Date": None}, "png": {"Software": None}}
 
+Picture = tuple[Figure, npt.NDArray[Any]]
+"""A figure and its array of axes."""
+
 _STYLE = """\
 body { font-family: sans-serif; margin: 2em; color: #222; background: #fff; }
 h1 { font-size: 1.3em; }

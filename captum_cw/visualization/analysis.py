@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Wedge
 from matplotlib.ticker import MaxNLocator
 
-from captum_cw.visualization._output import new_figure
+from captum_cw.visualization._output import Picture, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +29,6 @@ __all__ = [
     "plot_sink_scaling",
 ]
 
-Picture = tuple[Figure, npt.NDArray[Any]]
 
 GROUPS = {"all": "all tokens", "first": "first token", "others": "all but the first"}
 POINTS = {"s": 5, "alpha": 0.5, "linewidths": 0}

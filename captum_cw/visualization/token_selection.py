@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
@@ -16,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from captum_cw.visualization._output import new_figure
+from captum_cw.visualization._output import Picture, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["plot_head_regimes", "plot_selection_assumptions", "plot_token_selection"]
 
 Tables = Mapping[str, "pd.DataFrame"]
-Picture = tuple[Figure, npt.NDArray[Any]]
 
 # Told apart without colours, too.
 _MEASURES = {"precision": ("C0", "o"), "recall": ("C1", "s"), "f": ("C2", "D")}
