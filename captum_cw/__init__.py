@@ -10,6 +10,7 @@ from captum_cw.attr import (
     VWAttention,
     VWONAttention,
 )
+from captum_cw.explanation import Explanation, explain
 from captum_cw.interventions import remove_tokens, remove_values, scale_values
 from captum_cw.metrics import ComprehensivenessSufficiency, comprehensiveness, sufficiency
 
@@ -18,11 +19,13 @@ __all__ = [
     "AttentionWeights",
     "ComprehensivenessSufficiency",
     "ContributionWeights",
+    "Explanation",
     "LLMTokenAttribution",
     "TokenScores",
     "VWAttention",
     "VWONAttention",
     "comprehensiveness",
+    "explain",
     "remove_tokens",
     "remove_values",
     "scale_values",

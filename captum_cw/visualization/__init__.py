@@ -3,6 +3,7 @@
 Everything here takes plain tensors; nothing here runs a model.
 """
 
+from captum_cw.tokens import readable_tokens
 from captum_cw.visualization._output import save_figure
 from captum_cw.visualization.image import PatchScores, fold_patches, plot_image_scores
 from captum_cw.visualization.maps import (
@@ -10,7 +11,7 @@ from captum_cw.visualization.maps import (
     plot_decomposition,
     plot_token_scores,
 )
-from captum_cw.visualization.text import readable_tokens, save_text, text_html, text_records
+from captum_cw.visualization.text import save_text, text_html, text_records
 
 __all__ = [
     "PatchScores",
