@@ -52,7 +52,7 @@ from captum_cw.scoring import METHODS, known_names, pair_scorer
 from captum_cw.visualization import readable_tokens, save_text, text_records
 from captum_cw.visualization.text import normalized_scores
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 TASK_RATES = (0.3, 0.5, 0.7)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["attribute", "--model", "no/such.gguf", "--text", "Hello"])
         1
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -97,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """What reads the arguments of all commands."""
     parser = argparse.ArgumentParser(prog="captum-cw", description=captum_cw.__doc__)
     parser.add_argument("--version", action="version", version=captum_cw.__version__)
     common = argparse.ArgumentParser(add_help=False)
