@@ -1146,6 +1146,7 @@ def test_heads_that_give_nothing_make_no_nan(name: str, tmp_path: Path) -> None:
     equal(result, AnalysisResult.load(tmp_path / "result.json"))
 
 
+@pytest.mark.filterwarnings("ignore:.*attention outputs vanish")
 def test_what_dead_heads_do_is_counted() -> None:
     model = with_dead_heads()
     pairs = sum(T * (T + 1) // 2 for T in LENGTHS[:2])

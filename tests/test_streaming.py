@@ -141,6 +141,16 @@ def test_a_layer_is_causal_if_its_first_query_sees_itself_alone(
             check_causal("a", layer)
 
 
+def test_outputs_that_vanish_are_counted_once_for_all_texts() -> None:
+    model = llama()
+    texts = texts_of(token_ids(2, 5))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.zero_()
+    with pytest.warns(UserWarning, match="10 attention outputs vanish") as told:
+        run_texts(model, texts, lambda seen: None)
+    assert len(told) == 1
+
+
 def test_a_wrapped_model_runs_as_what_is_wrapped() -> None:
     model = llama()
     wrapped = nn.DataParallel(model)

@@ -7,6 +7,7 @@ uniform sample of what went by.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +123,11 @@ def run_texts(
 
     Raises:
         ValueError: If the model has to be causal, and is not.
+
+    Warns:
+        UserWarning: If outputs of layers vanish: what is relative to them counts as zero.
     """
+    vanishing = 0
     model = unwrapped(model)
     method = AttentionWeights(model)
     device = device_of(model)
@@ -135,9 +140,10 @@ def run_texts(
             number = 0
 
             def seen(execution: Execution, layer: AttentionLayer) -> None:
-                nonlocal number
+                nonlocal number, vanishing
                 if causal:
                     check_causal(execution.name, layer)
+                vanishing += layer.vanishing("inter")
                 on_layer(SeenLayer(text, number, execution.name, layer, ids))  # noqa: B023
                 number += 1
 
@@ -145,6 +151,11 @@ def run_texts(
             if after_text is not None:
                 after_text(ids)
             bar.update()
+    if vanishing:
+        warnings.warn(
+            f"{vanishing} attention outputs vanish: what is relative to them counts as zero.",
+            stacklevel=3,
+        )
     return method.layers
 
 
