@@ -39,6 +39,8 @@ def tidied(notebook: Any) -> Any:
             html = data.get("text/html", "")
             if 'class="dataframe"' in html:
                 del data["text/html"]
+            elif html.startswith("<style"):  # a styled table, whose names are random
+                data["text/html"] = re.sub(r'(?s)<style.*?</style>| (?:id|class)="[^"]*"', "", html)
             elif "<body>" in html:  # a page of its own, whose style would be that of the site
                 data["text/html"] = re.sub(r"(?s)^.*<body>|</body>.*$", "", html)
     return notebook
