@@ -34,7 +34,7 @@ FORMS = ("exponential", "exponential + constant")
 
 
 class SelectionAssumptions(AnalysisResult):
-    """What :func:`selection_assumptions` found.
+    """What :func:`captum_cw.analysis.selection_assumptions` found.
 
     ``numbers``: the medians over layers and heads of ``value_norm_cv`` and ``first_over_mean``, and
     the share of heads with a ``compressed_first`` value; of the similarity by distance, its

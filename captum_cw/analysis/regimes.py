@@ -40,7 +40,7 @@ DOMINANT = 0.5
 
 
 class HeadRegimes(AnalysisResult):
-    """What :func:`head_regimes` found.
+    """What :func:`captum_cw.analysis.head_regimes` found.
 
     ``numbers``: the share of heads in each regime (``retriever``, ``mixer``, ``reset``); how many
     regimes have their signature in full (``signatures``); and the ``silhouette`` of three
@@ -202,7 +202,7 @@ def _heads_table(sums: dict[int, Tensor], layers: list[str], size: int) -> pd.Da
 
 
 def label_regimes(heads: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]:
-    """Names the regime of each head; :func:`head_regimes` states the rule.
+    """Names the regime of each head; :func:`captum_cw.analysis.head_regimes` states the rule.
 
     Args:
         heads: A row a head, with the columns of the table ``heads`` but ``regime``.

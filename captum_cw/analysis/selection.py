@@ -44,7 +44,7 @@ CONTEXTS = 32
 
 
 class TokenSelection(AnalysisResult):
-    """What :func:`token_selection` found.
+    """What :func:`captum_cw.analysis.token_selection` found.
 
     ``numbers``: ``best_size``, the size above one of the largest excess, ``F - F of random sets``
     (the smaller of two that are equal), with its ``best_excess``, ``best_f`` and ``best_f_random``;

@@ -716,7 +716,8 @@ class ContributionWeights(_ValueAttribution):
         """The contribution of every key to every query's output.
 
         Args:
-            inputs: As for every measure (see :meth:`AttentionWeights.attribute`).
+            inputs: As for every measure (see
+                :meth:`~captum_cw.attr.layer.AttentionAttribution.attribute`).
             additional_forward_args: Further positional arguments, as in Captum.
             target: Must be None.
             return_convergence_delta: Also returns :meth:`compute_convergence_delta`.
