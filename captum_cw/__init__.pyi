@@ -1,0 +1,34 @@
+from . import attr, capture, functional, metrics, sinks
+from ._version import __version__ as __version__
+from .attr import (
+    ALTIWeights,
+    AttentionWeights,
+    ContributionWeights,
+    LLMTokenAttribution,
+    TokenScores,
+    VWAttention,
+    VWONAttention,
+)
+from .interventions import remove_tokens, remove_values, scale_values
+from .metrics import ComprehensivenessSufficiency, comprehensiveness, sufficiency
+
+__all__ = [
+    "ALTIWeights",
+    "AttentionWeights",
+    "ComprehensivenessSufficiency",
+    "ContributionWeights",
+    "LLMTokenAttribution",
+    "TokenScores",
+    "VWAttention",
+    "VWONAttention",
+    "attr",
+    "capture",
+    "comprehensiveness",
+    "functional",
+    "metrics",
+    "remove_tokens",
+    "remove_values",
+    "scale_values",
+    "sinks",
+    "sufficiency",
+]
