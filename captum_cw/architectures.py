@@ -12,7 +12,7 @@ from pathlib import Path
 
 from captum_cw.files import read_json, write_json
 
-__all__ = ["STATUSES", "TITLES", "Outcome", "ModelTypes"]
+__all__ = ["STATUSES", "TITLES", "ModelTypes", "Outcome"]
 
 VERSION = 1
 FILE = Path(__file__).with_name("architectures.json")

@@ -2,10 +2,10 @@
 
     python tests/matrix.py
 
-writes docs/architectures.md, and the same for ``captum-cw models``. The model's own eager kernel tells attention weights and values. What
-comes of head outputs is asked of the attention module itself: it runs once more for each feature
-of each head, its kernel giving that feature alone, so that ``v~`` follows from what the module
-returns, whatever lies in between.
+writes docs/architectures.md, and the same for ``captum-cw models``. The model's own eager kernel
+tells attention weights and values. What comes of head outputs is asked of the attention module
+itself: it runs once more for each feature of each head, its kernel giving that feature alone, so
+that ``v~`` follows from what the module returns, whatever lies in between.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from captum_cw import (
     VWONAttention,
     remove_values,
 )
-from captum_cw.architectures import TITLES, Outcome, ModelTypes
+from captum_cw.architectures import TITLES, ModelTypes, Outcome
 from captum_cw.capture import UnsupportedModelError
 
 METHODS = {
@@ -400,7 +400,7 @@ def main() -> int:
                 reason = found.reason.partition(". ")[0].rstrip(".")
                 groups[group][model_type] = replace(found, reason=reason)
                 print(f"{model_type}: {found.status}", file=sys.stderr)
-            except Exception as error:  # all are to be seen, not the first alone
+            except Exception as error:  # noqa: PERF203  all are to be seen, not the first alone
                 wrong.append(model_type)
                 print(f"{model_type}: {type(error).__name__}: {error}", file=sys.stderr)
     if wrong:

@@ -6,7 +6,7 @@ import pytest
 from architectures import GROUPS, types
 from matrix import NO_SOFTMAX, PAGE, outcome, page
 
-from captum_cw.architectures import Outcome, ModelTypes
+from captum_cw.architectures import ModelTypes, Outcome
 
 #: What is known not to work, so that nothing else comes to be refused unnoticed.
 REFUSED = {
@@ -78,7 +78,9 @@ def test_the_readme_counts_what_is_tested() -> None:
     readme = " ".join((PAGE.parent.parent / "README.md").read_text(encoding="utf-8").split())
     tested = ModelTypes.load()
     registered, works = tested.of_registry("causal")
-    of = {group: (len(types), tested.counts(group)["works"]) for group, types in tested.groups.items()}
+    of = {
+        group: (len(types), tested.counts(group)["works"]) for group, types in tested.groups.items()
+    }
     assert f"Of the {registered} causal model types" in readme
     assert f"{works} are tested to be right" in readme
     assert "of all {} causal types {};".format(*of["causal"]) in readme
