@@ -6,7 +6,6 @@ one, and with it torch, is imported only then.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from argparse import Namespace
@@ -15,6 +14,7 @@ from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from typing import Any
 
+from captum_cw.cli.answer import as_json
 from captum_cw.cli.parsing import UsageError, parser
 from captum_cw.cli.problems import message_of
 
@@ -75,11 +75,11 @@ def _run(options: Namespace) -> int:
     return 0
 
 
-def _tell(error: BaseException, line: str, as_json: bool) -> None:
+def _tell(error: BaseException, line: str, json: bool) -> None:
     print(line, file=sys.stderr)
-    if as_json and os.environ.get("RANK", "0") == "0":  # one of several processes
+    if json and os.environ.get("RANK", "0") == "0":  # one of several processes
         _print_json({"error": message_of(error), "type": type(error).__name__})
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps({"version": VERSION, **document}, allow_nan=False))
+    print(as_json({"version": VERSION, **document}))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-__all__ = ["Answer", "numbers", "show_files"]
+__all__ = ["Answer", "as_json", "show_files"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,22 @@ class Answer:
     show: Callable[[], None]
 
 
-def numbers(values: Iterable[float]) -> list[float | None]:
-    """Numbers as JSON has them, None for those that it has not.
+def as_json(document: Mapping[str, Any]) -> str:
+    """A document in one line; numbers that JSON has not are null.
 
     Example:
-        >>> numbers(torch.tensor([0.5, torch.nan]))
-        [0.5, None]
+        >>> as_json({"scores": [0.5, float("nan")]})
+        '{"scores": [0.5, null]}'
     """
-    return [x if isfinite(x) else None for x in map(float, values)]
+    return json.dumps(_finite(document), allow_nan=False)
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return {name: _finite(y) for name, y in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(y) for y in x]
+    return None if isinstance(x, float) and not isfinite(x) else x
 
 
 def show_files(files: Iterable[object]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from captum_cw.attr import LLMTokenAttribution, TokenScores
 from captum_cw.attr.inputs import longest_text
-from captum_cw.cli.answer import Answer, numbers, show_files
+from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.output import SINK_NOTE, coloured_text, load, token_table
 from captum_cw.demo import sink
 from captum_cw.functional import Reduction
@@ -65,7 +65,7 @@ def run(options: Namespace) -> Answer:
         "reduction": reduction if options.target is None else None,
         "target": options.target,
         "tokens": tokens,
-        "scores": numbers(scores),
+        "scores": scores.tolist(),
         "files": [] if options.out is None else [str(options.out)],
     }
     return Answer(document, show)

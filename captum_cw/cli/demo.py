@@ -7,7 +7,7 @@ from argparse import Namespace
 from rich.console import Console
 from rich.text import Text
 
-from captum_cw.cli.answer import Answer, numbers, show_files
+from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.output import SINK_NOTE, announce, token_table
 from captum_cw.demo import (
     DEMO_TEXT,
@@ -42,7 +42,7 @@ def run(options: Namespace) -> Answer:
         "prediction": explanation.prediction,
         "probability": explanation.probability,
         "tokens": explanation.tokens,
-        "scores": {name: numbers(scores) for name, scores in explanation.scores.items()},
+        "scores": {name: scores.tolist() for name, scores in explanation.scores.items()},
         "seconds": explanation.seconds,
         "files": [str(file) for file in files],
     }

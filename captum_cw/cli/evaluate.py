@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from captum_cw.attr.inputs import longest_text
-from captum_cw.cli.answer import Answer, numbers, show_files
+from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.output import load
 from captum_cw.cli.problems import need
 from captum_cw.data import load_texts, token_batches
@@ -152,9 +152,9 @@ def _document_of_texts(result: FaithfulnessResult) -> dict[str, Any]:
         **{
             side: {
                 "rates": list(result.rates[which]),
-                "delta": {name: numbers(result.deltas(name, side).mean(0)) for name in aopc},
+                "delta": {name: result.deltas(name, side).mean(0).tolist() for name in aopc},
                 "aopc": {name: aopc[name][side] for name in aopc},
-                "better_than": _comparisons(result, side),
+                "better": _comparisons(result, side),
             }
             for side, which in result.sides.items()
         },
@@ -172,9 +172,9 @@ def _document_of_tasks(result: TaskResult) -> dict[str, Any]:
         task: {
             "metric": result.metric[task],
             "documents": result.documents[task],
-            "baseline": numbers(result.baseline[task]),
+            "baseline": list(result.baseline[task]),
             "rates": list(result.rates),
-            "accuracy": {name: numbers(result.scores[task][name]) for name in result.methods},
+            "accuracy": {name: result.scores[task][name].tolist() for name in result.methods},
             "at_most": {name: result.largest_rate(task, name) for name in result.methods},
         }
         for task in result.tasks
