@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from captum_cw import aggregation, functional
 from captum_cw.attr._captum import LayerAttribution, logged
-from captum_cw.attr.inputs import ForwardCall, device_of, forward_call, parameters_of
+from captum_cw.attr.inputs import ForwardCall, forward_call, two_tokens
 from captum_cw.capture import Execution, Observation, StateSpace, UnsupportedModelError, names_of
 from captum_cw.functional import (
     Aggregation,
@@ -121,16 +121,12 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         Known after the first ``attribute``; before that, a pass over two tokens finds them.
         """
         if self._layers is None:
-            model = self.model
-            if model is None or getattr(model, "main_input_name", None) != "input_ids":
+            inputs = None if self.model is None else two_tokens(self.model)
+            if inputs is None:
                 raise RuntimeError(
                     "The layers are found by running the model: call attribute once, then read "
                     ".layers."
                 )
-            ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
-            inputs = {"input_ids": ids}
-            if "decoder_input_ids" in parameters_of(model):
-                inputs["decoder_input_ids"] = ids
             self.observe(inputs, None, _ignore)
         assert self._layers is not None
         return self._layers

@@ -1,0 +1,37 @@
+from . import attr, capture, functional, metrics, sinks
+from ._version import __version__ as __version__
+from .attr import (
+    ALTIWeights,
+    AttentionWeights,
+    ContributionWeights,
+    LLMTokenAttribution,
+    TokenScores,
+    VWAttention,
+    VWONAttention,
+)
+from .explanation import Explanation, explain
+from .interventions import remove_tokens, remove_values, scale_values
+from .metrics import ComprehensivenessSufficiency, comprehensiveness, sufficiency
+
+__all__ = [
+    "ALTIWeights",
+    "AttentionWeights",
+    "ComprehensivenessSufficiency",
+    "ContributionWeights",
+    "Explanation",
+    "LLMTokenAttribution",
+    "TokenScores",
+    "VWAttention",
+    "VWONAttention",
+    "attr",
+    "capture",
+    "comprehensiveness",
+    "explain",
+    "functional",
+    "metrics",
+    "remove_tokens",
+    "remove_values",
+    "scale_values",
+    "sinks",
+    "sufficiency",
+]
