@@ -189,10 +189,10 @@ class Explanation:
         probability = result.output_probs
         found = cls(
             tokens=list(result.input_tokens),
-            scores={name: _plain(result.seq_attr)},
-            maps={} if result.token_attr is None else {name: _plain(result.token_attr)},
+            scores={name: result.seq_attr.detach().cpu()},
+            maps={} if result.token_attr is None else {name: result.token_attr.detach().cpu()},
             queries=list(result.output_tokens),
-            probability=None if probability is None else _plain(probability),
+            probability=None if probability is None else probability.detach().cpu(),
             settings={"method": name, **versions()},
         )
         ids = getattr(result.inp, "itp_tensor", None)  # tokens are the features
@@ -328,8 +328,8 @@ class Explanation:
     def to_xarray(self) -> Dataset:
         """An xarray data set with named dimensions.
 
-        ``scores`` is ``(method, key)`` and ``maps`` ``(method, query, key)``, NaN for a method that
-        has none. Heads are ``(layer, head, query, rank)``, ``rank`` from the key that matters most:
+        ``scores`` is ``(measure, key)`` and ``maps`` ``(measure, query, key)``, NaN for a method
+        that has none. Heads are ``(layer, head, query, rank)``, from the key that matters most:
         ``head_key``, ``attention``, ``relative_norm`` and ``cosine``, with ``share`` ``(layer,
         head, query)`` and ``output_norm`` ``(layer, query)``. Layers with fewer heads than others
         are filled up with NaN, and with -1 in ``head_key``. Tokens, words, queries, what is
@@ -343,7 +343,7 @@ class Explanation:
 
         Example:
             >>> dict(explain(model, tokenizer, "a b c").to_xarray().sizes)
-            {'method': 5, 'key': 3, 'query': 3, 'layer': 2, 'head': 4, 'rank': 3}
+            {'measure': 5, 'key': 3, 'query': 3, 'layer': 2, 'head': 4, 'rank': 3}
         """
         return interchange.to_xarray(self)
 
@@ -494,10 +494,6 @@ def mean_of_layers(layers: list[Tensor]) -> Tensor:
     return torch.stack(layers).mean(0)
 
 
-def _plain(x: Tensor) -> Tensor:
-    return x.detach().cpu().float()
-
-
 def _readable_entry(tokenizer: Any, token: str) -> str:
     """An entry of the vocabulary as a person reads it; other strings as they are."""
     number = tokenizer.get_vocab().get(token)
@@ -532,7 +528,7 @@ def _of_one_text(name: str, x: Any) -> Tensor:
             f"maps[{name!r}] holds shape {tuple(x.shape)}, expected (1, H, T, S): give one text of "
             "a batch, x[:1]."
         )
-    return _plain(x[0])
+    return x[0].detach().cpu().float()
 
 
 def _one_decomposition(d: Any) -> Decomposition:

@@ -88,24 +88,38 @@ def load(path: str | Path, kind: Callable[..., E], layer: type[HeadMaps]) -> E:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}.") from error
-    parts = [part.name for part in fields(layer) if part.name != "name"]
     try:
-        plain = {name: content[name] for name in PLAIN}
-        of = {
-            kind: {name: tensors[f"{kind}/{n}"] for n, name in enumerate(content[kind])}
-            for kind in ("scores", "maps")
-        }
-        heads = [
-            layer(name, *(tensors[f"heads/{n}/{part}"] for part in parts))
-            for n, name in enumerate(content["heads"])
-        ]
+        return _made(content, tensors, kind, layer)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: it lacks {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _made(
+    content: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    kind: Callable[..., E],
+    layer: type[HeadMaps],
+) -> E:
+    plain = {name: content[name] for name in PLAIN}
     if plain["offsets"] is not None:
         plain["offsets"] = [tuple(span) for span in plain["offsets"]]
     if plain["messages"] is not None:
         plain["messages"] = [Message(*message) for message in plain["messages"]]
-    return kind(**plain, **of, heads=heads, probability=tensors.get("probability"))
+    parts = [part.name for part in fields(layer) if part.name != "name"]
+    return kind(
+        **plain,
+        **{
+            of: {name: tensors[f"{of}/{n}"] for n, name in enumerate(content[of])}
+            for of in ("scores", "maps")
+        },
+        heads=[
+            layer(name, *(tensors[f"heads/{n}/{part}"] for part in parts))
+            for n, name in enumerate(content["heads"])
+        ],
+        probability=tensors.get("probability"),
+    )
 
 
 def _content(path: str | Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -159,10 +173,11 @@ def to_xarray(explanation: Explanation) -> Dataset:
     T, S = len(queries), len(explanation.tokens)
     methods = list(dict.fromkeys([*explanation.scores, *explanation.maps]))
     variables: dict[str, Any] = {
-        "scores": (("method", "key"), _stacked(explanation.scores, methods, (S,)))
+        "scores": (("measure", "key"), _stacked(explanation.scores, methods, (S,)))
     }
     coordinates: dict[str, Any] = {
-        "method": methods,
+        # Not "method", which for xarray is a way to look up.
+        "measure": methods,
         "key": range(S),
         "token": ("key", list(explanation.tokens)),
         "query": range(T),
@@ -177,7 +192,7 @@ def to_xarray(explanation: Explanation) -> Dataset:
         coordinates["probability"] = ("query", _array(explanation.probability))
     if explanation.maps:
         maps = _stacked(explanation.maps, methods, (T, S))
-        variables["maps"] = (("method", "query", "key"), maps)
+        variables["maps"] = (("measure", "query", "key"), maps)
     if explanation.heads:
         coordinates["layer_name"] = ("layer", [layer.name for layer in explanation.heads])
         variables.update(_head_variables(explanation.heads))
@@ -215,7 +230,8 @@ def _head_variables(heads: Sequence[HeadMaps]) -> dict[str, Any]:
 
 def _stacked(tensors: Mapping[str, Tensor], methods: Sequence[str], shape: tuple[int, ...]) -> Any:
     missing = torch.full(shape, torch.nan)
-    return _array(torch.stack([tensors.get(method, missing).cpu() for method in methods]))
+    rows = [tensors.get(method, missing).cpu() for method in methods]
+    return _array(torch.stack(rows) if rows else missing.expand(0, *shape))
 
 
 def _array(x: Tensor) -> Any:
