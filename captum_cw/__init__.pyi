@@ -3,19 +3,22 @@ from ._version import __version__ as __version__
 from .attr import (
     ALTIWeights,
     AttentionWeights,
+    ChatTokenInput,
     ContributionWeights,
     LLMTokenAttribution,
     TokenScores,
     VWAttention,
     VWONAttention,
 )
-from .explanation import Explanation, explain
+from .explaining import explain
+from .explanation import Explanation
 from .interventions import remove_tokens, remove_values, scale_values
 from .metrics import ComprehensivenessSufficiency, comprehensiveness, sufficiency
 
 __all__ = [
     "ALTIWeights",
     "AttentionWeights",
+    "ChatTokenInput",
     "ComprehensivenessSufficiency",
     "ContributionWeights",
     "Explanation",
