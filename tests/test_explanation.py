@@ -35,6 +35,7 @@ from captum_cw import (
     VWAttention,
     VWONAttention,
     explain,
+    functional,
 )
 from captum_cw.attr import layer as attr_layer
 from captum_cw.capture import UnsupportedModelError
@@ -53,18 +54,12 @@ def bert() -> nn.Module:
     return build(transformers.BertForMaskedLM, transformers.BertConfig(**SIZES))
 
 
-def diff_llama() -> nn.Module:
-    """Its attention may be negative."""
-    return build(transformers.DiffLlamaForCausalLM, transformers.DiffLlamaConfig(**SIZES))
-
-
 MODELS: dict[str, Any] = {
     "llama": llama,
     "gpt2": gpt2,
     "window": mistral,
     "bert": bert,
     "gemma3": gemma3,
-    "negative attention": diff_llama,
     **GATED,
 }
 
@@ -265,6 +260,18 @@ def test_dense_maps_make_the_same_explanation(tiny_tokenizer: Any) -> None:
             )
             close(one.share, other.share)
             assert one.output_norm.isnan().all()
+
+
+def test_measures_of_negative_attention_are_absolute_but_for_its_own() -> None:
+    a, relative_norm, cosine = torch.tensor([[[[[0.2, -0.8]]]], [[[[2.0, 1.0]]]], [[[[1.0, 1.0]]]]])
+    d = functional.Decomposition(a, relative_norm, cosine, a * relative_norm * cosine)
+    (layer,) = Explanation.from_maps(["a", "b"], [d], queries=["q"]).heads
+    assert layer.keys.tolist() == [[[1, 0]]]
+    assert torch.allclose(layer.measure("attention"), torch.tensor([-0.8, 0.2]))
+    assert torch.allclose(layer.measure("vwon"), torch.tensor([0.8, 0.4]))
+    assert torch.allclose(layer.measure("signed"), torch.tensor([-0.8, 0.4]))
+    with pytest.raises(ValueError, match="measure='norm'.*signed"):
+        layer.measure("norm")
 
 
 def test_queries_may_be_other_tokens() -> None:

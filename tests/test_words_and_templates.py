@@ -224,6 +224,7 @@ def test_a_token_belongs_to_what_holds_most_of_it() -> None:
     text = "the dog ran"
     # " dog" begins in the text between, but its space does not count.
     assert owners(text, [(0, 3), (3, 7), (7, 11)], [(4, 7)]) == [None, 0, None]
+    assert owners("as I go", [(2, 4)], [(3, 4)]) == [0]
     assert owners(text, [(0, 6), (6, 11)], [(4, 7)]) == [None, None]
     assert owners(text, [(0, 4), (4, 9), (9, 11)], [(4, 7)]) == [None, 0, None]
     # Two characters each: the one where it begins.
@@ -347,6 +348,8 @@ def test_a_template_that_strips_is_followed_and_one_that_rewrites_is_not(
     assert chat.messages is None
     with pytest.raises(ValueError, match="skip_tokens='template'"):
         ChatTokenInput(CHAT, tokenizer, skip_tokens="template")
+    with pytest.raises(ValueError, match="skip_tokens='Z': give a list"):
+        ChatTokenInput(CHAT, tokenizer, skip_tokens="Z")  # type: ignore[arg-type]  # the point
     tokenizer.chat_template = TEMPLATE
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     assert render_chat(tokenizer, CHAT, add_generation_prompt=False).messages is None

@@ -74,6 +74,8 @@ class ChatTokenInput(TextTokenInput):  # type: ignore[misc]  # captum has no typ
 
     def _kept(self, tokenizer: Any, skip_tokens: list[int] | list[str] | str) -> torch.Tensor:
         """``(1, T)``."""
+        if isinstance(skip_tokens, str) and skip_tokens != "template":
+            raise ValueError(f"skip_tokens={skip_tokens!r}: give a list, or 'template'.")
         if skip_tokens != "template":
             skipped = [
                 token if isinstance(token, int) else tokenizer.convert_tokens_to_ids(token)
