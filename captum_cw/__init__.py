@@ -1,33 +1,7 @@
 """Contribution Weights for Captum: which tokens made a transformer's output."""
 
-from captum_cw._version import __version__ as __version__
-from captum_cw.attr import (
-    ALTIWeights,
-    AttentionWeights,
-    ContributionWeights,
-    LLMTokenAttribution,
-    TokenScores,
-    VWAttention,
-    VWONAttention,
-)
-from captum_cw.explanation import Explanation, explain
-from captum_cw.interventions import remove_tokens, remove_values, scale_values
-from captum_cw.metrics import ComprehensivenessSufficiency, comprehensiveness, sufficiency
+import lazy_loader
 
-__all__ = [
-    "ALTIWeights",
-    "AttentionWeights",
-    "ComprehensivenessSufficiency",
-    "ContributionWeights",
-    "Explanation",
-    "LLMTokenAttribution",
-    "TokenScores",
-    "VWAttention",
-    "VWONAttention",
-    "comprehensiveness",
-    "explain",
-    "remove_tokens",
-    "remove_values",
-    "scale_values",
-    "sufficiency",
-]
+# The names are in the stub beside this file. Each is imported when it is first used: what needs no
+# model, as the help of the command line, would wait seconds for torch and Captum.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

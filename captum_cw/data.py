@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from captum_cw.functional import check_choice
+from captum_cw.suggestions import suggestion_of_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -222,7 +223,7 @@ def _import_datasets() -> ModuleType:
         return import_module("datasets")
     except ImportError as error:
         raise ImportError(
-            "Texts are read by `datasets`, which is missing: pip install captum-cw[evaluate]"
+            "Texts are read by `datasets`, which is missing: pip install 'captum-cw[evaluate]'"
         ) from error
 
 
@@ -232,7 +233,7 @@ def _files(path: Path) -> tuple[list[Path], str]:
     if not path.exists():
         raise ValueError(
             f"{str(path)!r} is neither a known data set ({', '.join(_HUB_SETS)}) nor a file or "
-            f"folder that exists ({suffixes})."
+            f"folder that exists ({suffixes}).{suggestion_of_path(path, _HUB_SETS)}"
         )
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in inside if file.suffix.lower() in _BUILDERS]

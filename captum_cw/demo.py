@@ -33,7 +33,7 @@ __all__ = [
     "DEMO_TEXT",
     "IG",
     "IG_STEPS",
-    "Explanation",
+    "ExplainedPrediction",
     "explain_prediction",
     "save_pictures",
     "sink",
@@ -47,7 +47,7 @@ IG_STEPS = 50
 
 
 @dataclass(frozen=True)
-class Explanation:
+class ExplainedPrediction:
     """What a model predicts after a text, and the scores of the text's tokens.
 
     Args:
@@ -85,7 +85,7 @@ def sink(tokens: Sequence[str]) -> tuple[int, ...]:
     return (0,) if len(tokens) > 1 else ()
 
 
-def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> Explanation:
+def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> ExplainedPrediction:
     """Explains a model's next token by contributions, attention and Integrated Gradients.
 
     Args:
@@ -116,7 +116,7 @@ def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> Explanati
     start = time.perf_counter()
     scores[IG], delta = _integrated_gradients(model, ids, prediction, _baseline(tokenizer, ids))
     seconds[IG] = time.perf_counter() - start
-    return Explanation(
+    return ExplainedPrediction(
         input_ids=ids,
         tokens=readable_tokens(tokenizer, ids[0]),
         prediction=readable_tokens(tokenizer, [prediction])[0],
@@ -162,7 +162,7 @@ def _integrated_gradients(
     return scores, float(delta)
 
 
-def save_pictures(model: nn.Module, explanation: Explanation, folder: Path) -> list[Path]:
+def save_pictures(model: nn.Module, explanation: ExplainedPrediction, folder: Path) -> list[Path]:
     """Saves the explanation as a page, and maps of a few heads as pictures.
 
     Args:

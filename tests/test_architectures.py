@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 from architectures import GROUPS, types
-from matrix import NO_SOFTMAX, Outcome, outcome, page
+from matrix import NO_SOFTMAX, PAGE, outcome, page
+
+from captum_cw.architectures import ModelTypes, Outcome
 
 #: What is known not to work, so that nothing else comes to be refused unnoticed.
 REFUSED = {
@@ -53,17 +55,38 @@ def test_type(group: str, model_type: str) -> None:
 
 
 def test_the_page_counts_what_it_lists() -> None:
-    text = page(
-        {
-            "causal": {
-                "a": Outcome("works", "", 2, ("AAttention",), "registry"),
-                "b": Outcome("refused", "No layer. More of it.", 1, ("BAttention",), "registry"),
-                "c": Outcome("no softmax attention", "why"),
-            },
-            "vision": {"d": Outcome("works", "", 1, ("DAttention",), "by itself")},
-        }
-    )
+    groups = {
+        "causal": {
+            "a": Outcome("works", "", 2, ("AAttention",), "registry"),
+            "b": Outcome("refused", "No layer", 1, ("BAttention",), "registry"),
+            "c": Outcome("no softmax attention", "why"),
+        },
+        "vision": {"d": Outcome("works", "", 1, ("DAttention",), "by itself")},
+    }
+    text = page(ModelTypes("5", "2", groups))
     assert "Of the 2 types whose attention goes through the registry, 1 work." in text
     assert "In all 3 types: 1 works, 1 refused, 1 no softmax attention." in text
     assert "| b | `BAttention` | registry | 1 | refused | No layer |" in text
     assert "## Vision" in text
+
+
+def test_the_package_carries_what_the_page_says() -> None:
+    assert page(ModelTypes.load()) == PAGE.read_text(encoding="utf-8")
+
+
+def test_the_readme_counts_what_is_tested() -> None:
+    readme = " ".join((PAGE.parent.parent / "README.md").read_text(encoding="utf-8").split())
+    tested = ModelTypes.load()
+    registered, works = tested.of_registry("causal")
+    of = {
+        group: (len(types), tested.counts(group)["works"]) for group, types in tested.groups.items()
+    }
+    assert f"Of the {registered} causal model types" in readme
+    assert f"{works} are tested to be right" in readme
+    assert "of all {} causal types {};".format(*of["causal"]) in readme
+    for group, name in (
+        ("encoder", "masked language models"),
+        ("encoder-decoder", "encoder-decoders"),
+        ("vision", "vision transformers"),
+    ):
+        assert f"{of[group][1]} of {of[group][0]} {name}" in readme

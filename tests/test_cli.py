@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
 
 import captum_cw
-from captum_cw import cli, loading
-from captum_cw.cli import main
+from captum_cw import loading, overview
+from captum_cw.architectures import ModelTypes
+from captum_cw.capture import StateSpace
+from captum_cw.cli import attribute, choices, main, output, parser, problems
+from captum_cw.cli import demo as demo_command
+from captum_cw.data import _HUB_SETS, Bos
+from captum_cw.functional import Reduction
+from captum_cw.interventions import Scoring
+from captum_cw.metrics.batch import Granularity
+from captum_cw.metrics.quantities import MetricName
+from captum_cw.ranking import RateOf, Scope
+from captum_cw.reproduce import ITEMS, PLANS
+from captum_cw.scoring import CONTROLS, METHODS, RANDOM
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +50,45 @@ def folder(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
-@pytest.mark.parametrize("method", cli.METHODS)
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """A file of texts."""
+    file = tmp_path / "letters.jsonl"
+    rows = ("a b c d e f g h i j", "k l m n o p q r s t", "u v w x y z A B C D")
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return str(file)
+
+
+def started(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "captum_cw", *arguments],
+        env=environment, capture_output=True, text=True, check=False, **settings,
+    )  # fmt: skip
+
+
+def commands() -> dict[str, ArgumentParser]:
+    """The parser of each command."""
+    (action,) = (a for a in parser()._actions if a.metavar == "COMMAND")
+    assert action.choices is not None
+    return dict(action.choices)  # type: ignore[call-overload]  # it is a mapping for commands
+
+
+def documented(command: str) -> set[str]:
+    """The keys that the documentation of a command's JSON lists."""
+    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n### {command}\n")[2].partition("\n### ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+
+
+def printed_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert document.pop("version") == 1
+    return document
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("target", [[], ["--target", "d e"]])
 def test_attribute_prints_each_token_with_its_score(
     folder: str, method: str, target: list[str], capsys: pytest.CaptureFixture[str]
@@ -51,7 +108,7 @@ def test_attribute_colours_the_text_where_colours_are_shown(
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLORTERM", "truecolor")
     assert main(["attribute", "--model", folder, "--text", "a [bold] c"]) == 0
-    strongest = "48;2;{};{};{}m".format(*cli.POSITIVE)
+    strongest = "48;2;{};{};{}m".format(*output.POSITIVE)
     assert strongest in capsys.readouterr().out
 
 
@@ -61,14 +118,15 @@ def test_json_holds_the_scores_of_the_library(
     file = tmp_path / "text.txt"
     file.write_text("a b c d")
     assert main(["attribute", "--model", folder, "--file", str(file), "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = printed_json(capsys)
+    assert printed.keys() == documented("attribute")
     model, tokenizer = loading.load_model(folder)
     ids = tokenizer("a b c d", return_tensors="pt").input_ids
     expected = captum_cw.TokenScores(captum_cw.ContributionWeights(model)).attribute(ids)
     torch.testing.assert_close(torch.tensor([printed.pop("scores")]), expected)
     assert [token.strip() for token in printed.pop("tokens")] == ["a", "b", "c", "d"]
     settings = {"method": "contribution", "reduction": "mean", "target": None}
-    assert printed == {"model": folder, **settings}
+    assert printed == {"model": folder, **settings, "files": []}
 
 
 def test_json_with_a_target_holds_the_scores_of_the_prompt(
@@ -135,7 +193,7 @@ def test_the_demo_explains_a_prediction_and_saves_what_it_lists(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli, "load_demo_model", lambda: smollm2)
+    monkeypatch.setattr(demo_command, "load_demo_model", lambda: smollm2)
     assert main(["demo", "--text", "The capital of France is", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "' Paris'" in printed
@@ -150,8 +208,371 @@ def test_the_demo_explains_a_prediction_and_saves_what_it_lists(
     assert "integrated gradients" in page
 
 
-def test_the_package_runs_as_a_module() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "captum_cw", "--version"], capture_output=True, text=True, check=True
+def test_the_demo_as_json_has_the_keys_that_are_documented(
+    tiny_model: Any,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_tokenizer.eos_token = "a"
+    monkeypatch.setattr(demo_command, "load_demo_model", lambda: (tiny_model, tiny_tokenizer))
+    assert main(["demo", "--text", "b c d", "--out", str(tmp_path / "out"), "--json"]) == 0
+    printed = printed_json(capsys)
+    assert printed.keys() == documented("demo")
+    assert {len(scores) for scores in printed["scores"].values()} == {len(printed["tokens"])}
+    assert all(Path(file).exists() for file in printed["files"])
+
+
+def test_evaluate_as_json_holds_what_it_measured(
+    folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--model", folder, "--data", data, "--methods", "contribution,random"]
+    arguments += ["--rates", "0.25,0.5", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--json"]) == 0
+    printed = printed_json(capsys)
+    assert printed.keys() == documented("evaluate")
+    texts, saved = printed["texts"], tmp_path / "out" / "result.json"
+    assert str(saved) in printed["files"]
+    result = captum_cw.metrics.FaithfulnessResult.load(saved)
+    for side in ("comprehensiveness", "sufficiency"):
+        assert texts[side]["rates"] == [0.25, 0.5]
+        assert (
+            texts[side]["delta"]["contribution"] == getattr(result, side)["contribution"].tolist()
+        )
+        assert texts[side]["better"].keys() == {"random"}
+    for key in texts:  # what is inside is documented, too
+        assert f"`{key}`" in (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+
+
+def test_reproduce_as_json_holds_the_verdicts(
+    folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["reproduce", "--model", folder, "--data", data, "--quick", "--length", "10"]
+    arguments += ["--only", "T2,F4", "--out", str(tmp_path / "out"), "--json"]
+    assert main(arguments) == 0
+    printed = printed_json(capsys)
+    assert printed.keys() == documented("reproduce")
+    (study,) = printed["studies"]
+    assert [item["name"] for item in study["items"]] == ["T2", "F4"]
+    assert study["items"][0]["refused"] is None
+    assert "no tasks were asked for" in study["items"][1]["refused"]
+    verdicts = {claim["verdict"] for claim in study["claims"]}
+    assert "not run" in verdicts
+    assert verdicts & {"holds", "does not hold", "undecided"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Models
+
+
+def test_models_counts_what_was_tested(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    printed = capsys.readouterr().out
+    tested = ModelTypes.load()
+    assert str(tested.counts("causal")["works"]) in printed
+    assert "deepseek_v4" in printed
+    assert main(["models", "--json"]) == 0
+    document = printed_json(capsys)
+    assert document.keys() == documented("models")
+    assert document["groups"]["causal"]["llama"] == {
+        "status": "works", "way": "registry", "reason": None
+    }  # fmt: skip
+    assert {x["way"] for types in document["groups"].values() for x in types.values()} <= {
+        None, *document["ways"]
+    }  # fmt: skip
+
+
+def test_models_shows_the_layers_of_a_model(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", folder]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"model.layers.{n}.self_attn" in printed for n in range(2))
+    assert all(word in printed for word in ("LlamaAttention", "4/2", "causal", "o_proj", "8.4 MB"))
+    assert main(["models", folder, "--json", "--length", "64"]) == 0
+    document = printed_json(capsys)
+    assert document.keys() == documented("models M")
+    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    assert all(f"`{key}`" in page for key in document["layers"][0])
+    assert document["maps_bytes"] == 2 * 4 * 64**2 * 4
+
+
+def test_models_of_other_kinds_need_no_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    assert main(["models", str(tmp_path), "--json"]) == 0
+    layers = printed_json(capsys)["layers"]
+    assert [(layer["kind"], layer["causal"]) for layer in layers] == [
+        ("self", False), ("self", True), ("cross", False)
+    ]  # fmt: skip
+
+
+def test_a_model_that_is_refused_is_told_with_the_reason(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(model: object) -> None:
+        raise captum_cw.capture.UnsupportedModelError("Its heads are spread.")
+
+    monkeypatch.setattr(overview, "attention_layers", refuse)
+    assert main(["models", folder, "--json"]) == 1
+    assert printed_json(capsys) == {
+        "error": "Its heads are spread.", "type": "UnsupportedModelError"
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["atribute"], "Did you mean 'attribute'?"),
+        (["attribute", "--method", "contributon"], "Did you mean 'contribution'?"),
+        (["evaluate", "--methods", "vw,atention"], "'atention' is unknown; known: contribution"),
+        (["evaluate", "--methods", "vw,atention"], "Did you mean 'attention'?"),
+        (["evaluate", "--rates", "a"], "'a' is no list of numbers"),
+        (["evaluate", "--samples", "0"], "give 1 or more"),
+        (["reproduce", "--only", "T1,f5B"], "Did you mean 'F5b'?"),
+        (["evaluate", "--out", "x"], "captum-cw evaluate --help shows"),
+    ],
+)
+def test_wrong_usage_is_told_with_what_may_be_meant(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_usage_is_json_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["attribute", "--model", "x", "--text", "", "--json"])
+    document = printed_json(capsys)
+    assert document["type"] == "UsageError"
+    assert "the text is empty" in document["error"]
+
+
+def test_a_folder_that_is_not_there_is_told_with_one_that_is(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", f"{folder}s"]) == 1
+    assert f"Did you mean {folder!r}?" in capsys.readouterr().err
+    assert main(["models", str(tmp_path)]) == 1
+    assert f"no config.json. There is one in {folder}." in capsys.readouterr().err
+    assert main(["models", "HuggingFaceTB/SmolLM2-135M-instruct"]) == 1
+    err = capsys.readouterr().err
+    assert "the hub does not answer. Did you mean 'HuggingFaceTB/SmolLM2-135M-Instruct'?" in err
+
+
+def test_a_file_that_is_not_there_is_told_with_one_that_is(
+    data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = data.replace("letters", "letter")
+    assert main(["attribute", "--model", "unused", "--file", wrong]) == 1
+    assert f"There is no {wrong}. Did you mean {data!r}?" in capsys.readouterr().err
+    for name, meant in ((wrong, data), ("gsm8", "gsm8k")):
+        assert main(["evaluate", "--model", "unused", "--data", name, "--out", "x"]) == 1
+        assert f"Did you mean {meant!r}?" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told_before_anything_is_loaded(
+    data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(problems, "find_spec", lambda name: None if name == "pandas" else name)
+    assert main(["evaluate", "--model", "unused", "--data", data, "--out", "x", "--json"]) == 1
+    assert printed_json(capsys) == {
+        "error": "pandas is missing: pip install 'captum-cw[evaluate]'",
+        "type": "ModuleNotFoundError",
+    }
+
+
+def test_a_text_that_is_too_long_is_told_with_the_way_out(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "a " * 100
+    attribute = ["attribute", "--model", folder, "--text", long]
+    assert main([*attribute, "--target", long]) == 1
+    assert "The text has 200 tokens, but the model has positions for 128: give a shorter one" in (
+        capsys.readouterr().err
     )
+    file = tmp_path / "long.txt"
+    file.write_text(long * 2)
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["evaluate", "--model", folder, "--data", str(file), *out]) == 1
+    assert "200 tokens, but the model has positions for 128: give --length 128" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_text_without_a_token_is_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attribute", "--model", folder, "--text", " "]) == 1
+    assert "makes no token" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attribute, "run", interrupted)
+    assert main(["attribute", "--model", "x", "--text", "a", "--json"]) == 130
+    assert printed_json(capsys) == {"error": "Interrupted.", "type": "KeyboardInterrupt"}
+
+
+# ---------------------------------------------------------------------------------------------
+# The program
+
+
+def test_a_program_reads_json_alone(folder: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["attribute", "--model", folder, "--text", "a b", "--json"]) == 0
+    printed = capfd.readouterr()
+    assert json.loads(printed.out)["scores"]
+    assert "Loading" in printed.err
+
+
+def test_a_program_reads_the_exit_code_of_a_failure(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    failed = started("attribute", "--model", "unused", "--file", missing, "--json")
+    assert failed.returncode == 1
+    assert json.loads(failed.stdout)["type"] == "FileNotFoundError"
+    assert "Traceback" not in failed.stderr
+
+
+def test_what_libraries_print_is_no_part_of_the_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(options: object) -> SimpleNamespace:
+        print("a note")
+        return SimpleNamespace(document={"found": [float("inf")]})
+
+    monkeypatch.setattr(attribute, "run", run)
+    assert main(["attribute", "--model", "x", "--text", "a", "--json"]) == 0
+    assert printed_json(capsys) == {"found": [None]}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["evaluate", "--help"], ["models"], ["--version"]]
+)
+def test_what_needs_no_model_does_not_wait_for_torch(arguments: list[str]) -> None:
+    program = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        f"from captum_cw.cli import main; main({arguments!r})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stderr.strip() == "False"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    run = started("--version")
     assert run.stdout.strip() == captum_cw.__version__
+    wrong = started("attribute", "--json")
+    assert wrong.returncode == 2
+    assert "required" in json.loads(wrong.stdout)["error"]
+
+
+# ---------------------------------------------------------------------------------------------
+# What can be typed
+
+
+def test_choices_are_those_of_the_library() -> None:
+    assert tuple(METHODS) == choices.METHODS
+    assert tuple(CONTROLS) == choices.CONTROLS
+    assert choices.RANDOM == RANDOM
+    assert tuple(_HUB_SETS) == choices.DATA
+    assert tuple(ITEMS) == choices.ITEMS
+    assert tuple(PLANS) == choices.PRESETS
+    for known, of in (
+        (choices.REDUCTIONS, Reduction),
+        (choices.SCORINGS, Scoring),
+        (choices.SCOPES, Scope),
+        (choices.RATES_OF, RateOf),
+        (choices.METRICS, MetricName),
+        (choices.GRANULARITIES, Granularity),
+        (choices.STATES, StateSpace),
+        (choices.STARTS, Bos),
+    ):
+        assert known == get_args(of)
+
+
+def test_every_option_is_explained() -> None:
+    for command in commands().values():
+        assert all(action.help for action in command._actions)
+
+
+def examples(text: str) -> Iterator[list[str]]:
+    """The arguments of the commands in a help text."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        if "captum-cw" in words[:1]:
+            yield words[1 : words.index(">") if ">" in words else None]
+        elif "captum_cw" in words:
+            yield words[words.index("captum_cw") + 1 :]
+
+
+@pytest.mark.parametrize("name", commands())
+def test_examples_of_the_help_can_be_typed(name: str) -> None:
+    found = list(examples((commands()[name].epilog or "").partition("examples:")[2]))
+    assert 2 <= len(found) <= 4
+    for arguments in found:
+        assert parser().parse_args(arguments).command == name
+
+
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What bash offers after some words."""
+    folder = tmp_path_factory.mktemp("completion")
+    (folder / "script").write_text(started("--print-completion", "bash").stdout)
+    (folder / "texts.jsonl").touch()
+    asked = """\
+source ./script
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+function=$(complete -p captum-cw | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+$function captum-cw "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+    def complete(*words: str) -> list[str]:
+        run = subprocess.run(
+            ["bash", "-c", asked, "bash", "captum-cw", *words],
+            cwd=folder, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return run.stdout.split()
+
+    return complete
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ([""], ["attribute", "evaluate", "reproduce", "models", "demo"]),
+        (["ev"], ["evaluate"]),
+        (["attribute", "--meth"], ["--method"]),
+        (["attribute", "--model", "M", "--method", "v"], ["vwon", "vw"]),
+        (["evaluate", "--methods", "relative"], ["relative-norm", "relative-norm-cosine"]),
+        (["evaluate", "--data", "te"], ["texts.jsonl"]),
+        (["reproduce", "--only", "F5"], ["F5a", "F5b", "F5c"]),
+    ],
+)
+def test_bash_completes(completed: Any, words: list[str], offered: list[str]) -> None:
+    assert completed(*words) == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_shell_has_a_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("captum-cw", "attribute", "contribution", "--reduction"))

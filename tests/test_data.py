@@ -336,7 +336,7 @@ def test_without_datasets_the_install_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install captum-cw\[evaluate\]"):
+    with pytest.raises(ImportError, match=r"pip install 'captum-cw\[evaluate\]'"):
         load_texts(written(folder / "a.jsonl", [{"text": "a"}]))
 
 

@@ -37,6 +37,7 @@ from captum_cw import (
     sinks,
     visualization,
 )
+from captum_cw.cli.parsing import UsageError
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -52,8 +53,12 @@ WORDS = r"\n|\w+|[^\w\s]"
 def parsed_command(example: Example) -> None:
     """Runs nothing: what a command is given must be what it takes."""
     for command in re.split(r"&&|\n", str(example.parsed).replace("\\\n", " ")):
-        if ours := re.match(r"\s*(?:captum-cw|torchrun .*-m captum_cw) (.*)", command):
-            cli.parser().parse_args(shlex.split(ours[1], comments=True))
+        if ours := re.match(r"\s*(?:captum-cw|torchrun .*-m captum_cw) ([^>]*)", command):
+            try:
+                cli.parser().parse_args(shlex.split(ours[1], comments=True))
+            except SystemExit as end:
+                if end.code:  # else it printed, and was done
+                    raise
         if script := re.match(r"\s*python (\S+\.py)", command):
             assert (ROOT / script[1]).is_file(), script[1]
 
@@ -170,7 +175,7 @@ def test_a_wrong_command_would_be_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```sh\ncaptum-cw attribute --modell M --text T\n```\n")
     (example,) = SYBIL.parse(page).examples()
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError):
         example.evaluate()
 
 
@@ -190,8 +195,12 @@ def test_public_names_are_in_the_api(module: ModuleType) -> None:
     pages = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.rst"))
     whole = f".. automodule:: {module.__name__}\n" in pages  # brings all its names
     one_by_one = re.findall(r"\.\. auto(?:class|function):: (\w+)$", pages, re.MULTILINE)
-    missing = set() if whole else set(module.__all__) - set(one_by_one)
-    assert not missing
+    names = {
+        name
+        for name in module.__all__
+        if not (name.startswith("_") or isinstance(getattr(module, name), ModuleType))
+    }
+    assert whole or names <= set(one_by_one)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tutorials").glob("*.ipynb")), ids=lambda p: p.stem)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from captum_cw import loading
-from captum_cw.loading import load_demo_model, load_model
+from captum_cw.loading import load_as_saved, load_demo_model, load_model
 
 WEIGHTS = {
     "token_embd": (6, 8),
@@ -115,6 +115,16 @@ def test_a_gguf_file_gives_its_weights_and_tokens(tiny_gguf: Path) -> None:
     expected = torch.randn(WEIGHTS["token_embd"], generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.get_input_embeddings().weight, expected)
     assert tokenizer("aba", add_special_tokens=False).input_ids == [4, 2]
+
+
+def test_a_model_of_any_kind_comes_in_its_own_class(tiny_gguf: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM, BertModel
+
+    assert type(load_as_saved(tiny_gguf)).__name__ == "LlamaForCausalLM"
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    for kind in (BertModel, BertForMaskedLM):
+        kind(config).save_pretrained(tmp_path / "bert")
+        assert type(load_as_saved(tmp_path / "bert")) is kind
 
 
 @pytest.mark.usefixtures("offline")

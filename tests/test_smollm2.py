@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from captum_cw import (
     ComprehensivenessSufficiency,
     ContributionWeights,
+    Explanation,
     LLMTokenAttribution,
     TokenScores,
+    explain,
 )
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import with_shuffled_weights
@@ -212,3 +215,27 @@ def test_scores_of_a_model_that_has_learnt_nothing_find_nothing(
     loss = {name: float(x[0]) for name, x in metric.evaluate(methods, problems).sufficiency.items()}
     assert loss["contribution"] < 0.2 * loss["of nothing"]
     assert loss["of nothing"] > 0.5 * loss["random"]
+
+
+def test_a_chat_is_explained_by_word_and_by_message(
+    smollm2: tuple[nn.Module, Any], tmp_path: Path
+) -> None:
+    chat = [
+        {"role": "user", "content": "Which city is the capital of France?"},
+        {"role": "assistant", "content": "Paris, of course."},
+    ]
+    found = explain(*smollm2, chat, keys=4)
+    assert [message.role for message in found.messages or ()] == ["user", "assistant"]
+    words = found.by_word()
+    assert words.tokens[-7:-1] == ["Paris", ",", " of", " course", ".", "<|im_end|>"]
+    for x in (found, words):
+        sums = x.maps["signed"].sum(-1)
+        assert torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
+    for name, x in found.scores.items():
+        assert torch.allclose(words.scores[name].sum(), x.sum(), rtol=1e-5)
+    by_message = found.by_message().maps["signed"]
+    assert by_message[0, 1] == 0  # causal
+    assert (by_message.diag() > 0).all()
+    found.save(tmp_path / "chat.safetensors")
+    loaded = Explanation.load(tmp_path / "chat.safetensors")
+    assert torch.equal(loaded.by_word().maps["signed"], words.maps["signed"])

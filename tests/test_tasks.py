@@ -540,7 +540,7 @@ def test_without_the_harness_it_is_told_how_to_get_it(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match="pip install captum-cw\\[tasks\\]"):
+    with pytest.raises(ImportError, match=r"pip install 'captum-cw\[tasks\]'"):
         run(["quiz"])
 
 

@@ -1,5 +1,6 @@
 """Attribution classes in Captum's form: thin, over ``captum_cw.capture`` and ``functional``."""
 
+from captum_cw.attr.chat import ChatTokenInput
 from captum_cw.attr.layer import (
     ALTIWeights,
     AttentionWeights,
@@ -13,6 +14,7 @@ from captum_cw.attr.token_scores import TokenScores
 __all__ = [
     "ALTIWeights",
     "AttentionWeights",
+    "ChatTokenInput",
     "ContributionWeights",
     "LLMTokenAttribution",
     "TokenScores",

@@ -5,10 +5,17 @@ from typing import TypeVar
 
 from captum.attr._core.llm_attr import BaseLLMAttribution
 from captum.attr._utils.attribution import Attribution, LayerAttribution
-from captum.attr._utils.interpretable_input import TextTokenInput
+from captum.attr._utils.interpretable_input import TextTemplateInput, TextTokenInput
 from captum.log import log_usage
 
-__all__ = ["Attribution", "BaseLLMAttribution", "LayerAttribution", "TextTokenInput", "logged"]
+__all__ = [
+    "Attribution",
+    "BaseLLMAttribution",
+    "LayerAttribution",
+    "TextTemplateInput",
+    "TextTokenInput",
+    "logged",
+]
 
 F = TypeVar("F", bound=Callable[..., object])
 

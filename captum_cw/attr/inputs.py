@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ForwardCall", "Tokens", "device_of", "forward_call", "parameters_of", "tokens_of"]
+__all__ = [
+    "ForwardCall",
+    "Tokens",
+    "device_of",
+    "forward_call",
+    "longest_text",
+    "parameters_of",
+    "tokens_of",
+    "two_tokens",
+]
 
 Parameters = Mapping[str, inspect.Parameter]
 #: By which models are asked for the logits of the last tokens alone.
@@ -99,6 +108,27 @@ def parameters_of(model: nn.Module, forward: Callable[..., Any] | None = None) -
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {name: p for name, p in own.items() if p.kind not in variable}
     return {**named, **{n: p for n, p in parameters_of(base).items() if n not in named}}
+
+
+def two_tokens(model: nn.Module) -> dict[str, Tensor] | None:
+    """The shortest text that a model can be run on; None where it takes no text."""
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return None
+    # The embedding of padding is often zero, and so would be all that comes of it.
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    ids = torch.tensor([[n for n in range(3) if n != padding][:2]], device=device_of(model))
+    inputs = {"input_ids": ids}
+    if "decoder_input_ids" in parameters_of(model):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def longest_text(model: nn.Module) -> int | None:
+    """How many positions a model has, by its configuration; None where that does not tell."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -310,11 +340,9 @@ def _counts_itself(module: nn.Module) -> bool:
 
 
 def _check_length(model: nn.Module, T: int, positions: object) -> None:
-    config = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", lambda: config)()
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = longest_text(model)
     length = int(positions.max()) + 1 if isinstance(positions, Tensor) else T
-    if isinstance(limit, int) and length > limit > 0:
+    if limit is not None and length > limit:
         raise ValueError(
             f"The text has {length} tokens, but the model has positions for {limit}: cut the "
             "text (truncation=True, max_length=...) or use a model with a longer context."

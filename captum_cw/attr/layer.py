@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from captum_cw import aggregation, functional
 from captum_cw.attr._captum import LayerAttribution, logged
-from captum_cw.attr.inputs import ForwardCall, device_of, forward_call, parameters_of
+from captum_cw.attr.inputs import ForwardCall, forward_call, two_tokens
 from captum_cw.capture import Execution, Observation, StateSpace, UnsupportedModelError, names_of
 from captum_cw.functional import (
     Aggregation,
@@ -121,16 +121,12 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         Known after the first ``attribute``; before that, a pass over two tokens finds them.
         """
         if self._layers is None:
-            model = self.model
-            if model is None or getattr(model, "main_input_name", None) != "input_ids":
+            inputs = None if self.model is None else two_tokens(self.model)
+            if inputs is None:
                 raise RuntimeError(
                     "The layers are found by running the model: call attribute once, then read "
                     ".layers."
                 )
-            ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
-            inputs = {"input_ids": ids}
-            if "decoder_input_ids" in parameters_of(model):
-                inputs["decoder_input_ids"] = ids
             self.observe(inputs, None, _ignore)
         assert self._layers is not None
         return self._layers
@@ -222,7 +218,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                     raise _ShortenedError
                 layer = layer.seen_in(space)
                 if bar.total is None:
-                    bar.total = _expected_layers(self._roots, [execution])
+                    bar.total = expected_layers(self._roots, [execution])
                 result = on_layer(execution, layer)
                 results.append((replace(execution, states=None), result))
                 if self.normaliser is not None and not watched.stream:
@@ -315,7 +311,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         def if_it_fits(execution: Execution, layer: AttentionLayer) -> Result:
             seen.append(execution)
             chosen = self._chosen
-            total = _expected_layers(self._roots, seen) if chosen is None else len(chosen)
+            total = expected_layers(self._roots, seen) if chosen is None else len(chosen)
             _check_memory(layer, max(total - len(seen) + 1, 1), maps, self.maps_of(layer.H))
             return on_layer(execution, layer)
 
@@ -454,24 +450,32 @@ def _check_own_text(execution: Execution) -> None:
         )
 
 
-def _expected_layers(roots: list[nn.Module], seen: list[Execution]) -> int:
+def expected_layers(roots: list[nn.Module], seen: list[Execution]) -> int:
     """At least how many layers a pass will have, before it has ended."""
     kinds = {type(execution.module) for execution in seen}
     return max(len(seen), sum(type(m) in kinds for root in roots for m in root.modules()))
 
 
 def _check_memory(layer: AttentionLayer, layers: int, maps: int, heads: int) -> None:
-    B, T, device = layer.value.shape[0], layer.T, layer.value.device
-    needed = 4 * B * heads * T * layer.S * layers * maps
+    B, T = layer.value.shape[0], layer.T
+    check_fits(
+        4 * B * heads * T * layer.S * layers * maps,
+        layer.value.device,
+        f"{layers} layers of {B} x {heads} x {T} x {layer.S}, float32",
+        "Choose fewer layers (layer=...), or use TokenScores, which never holds a map.",
+    )
+
+
+def check_fits(needed: int, device: torch.device, what: str, way_out: str) -> None:
+    """Raises a MemoryError if maps of ``needed`` bytes exceed what is free."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = psutil.virtual_memory().available
     if needed > free:
         raise MemoryError(
-            f"The maps need {needed / 1e9:.1f} GB ({layers} layers of {B} x {heads} x {T} x "
-            f"{layer.S}, float32), but {free / 1e9:.1f} GB are free. Choose fewer layers "
-            "(layer=...), or use TokenScores, which never holds a map."
+            f"The maps need {needed / 1e9:.1f} GB ({what}), but {free / 1e9:.1f} GB are free. "
+            f"{way_out}"
         )
 
 

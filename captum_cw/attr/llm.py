@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from captum.attr import LLMAttributionResult
 from torch import Tensor
 
-from captum_cw.attr._captum import BaseLLMAttribution, TextTokenInput
+from captum_cw.attr._captum import BaseLLMAttribution, TextTemplateInput, TextTokenInput
+from captum_cw.attr.chat import ChatTokenInput
 from captum_cw.attr.inputs import LOGITS, parameters_of
 from captum_cw.attr.layer import AttentionAttribution
 from captum_cw.attr.token_scores import TokenScores
 from captum_cw.capture import UnsupportedModelError
+from captum_cw.templates import Encoded, Messages, encode, owners, places_of
 
 __all__ = ["LLMTokenAttribution"]
 
@@ -35,10 +38,14 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         >>> result = llm.attribute("a b c", target="d e")
         >>> result.token_attr.shape, result.seq_attr.shape
         (torch.Size([2, 3]), torch.Size([3]))
+        >>> from captum.attr import TextTemplateInput
+        >>> template = TextTemplateInput("a {} c {}", ["b d e", "f"])
+        >>> llm.attribute(template, target="d e").token_attr.shape
+        torch.Size([2, 2])
     """
 
     SUPPORTED_METHODS = (TokenScores,)
-    SUPPORTED_INPUTS = (TextTokenInput,)
+    SUPPORTED_INPUTS = (TextTokenInput, TextTemplateInput)
 
     def __init__(self, attr_method: TokenScores | AttentionAttribution, tokenizer: Any) -> None:
         if isinstance(attr_method, AttentionAttribution):
@@ -61,7 +68,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
 
     def attribute(
         self,
-        inp: str | TextTokenInput,
+        inp: str | Messages | TextTokenInput | TextTemplateInput,
         target: str | Tensor | None = None,
         gen_args: dict[str, Any] | None = None,
         *,
@@ -69,9 +76,16 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
     ) -> LLMAttributionResult:
         """Scores of the input tokens at the positions that predict the output tokens.
 
+        Of Captum's ``TextTemplateInput``, the features are its values, and a value's score is the
+        sum over its tokens. A token belongs to what holds most of its characters, white space left
+        out, be it a value or the text between; where two hold as much, to the first. Values that a
+        ``mask`` puts together have one score, their sum, each. Baselines play no role: nothing is
+        ablated.
+
         Args:
-            inp: The prompt, as text or as Captum's ``TextTokenInput`` (tokens that it skips are
-                left out of the result).
+            inp: The prompt: a text; the messages of a chat (:class:`~captum_cw.ChatTokenInput`), to
+                which the tokenizer's chat template is applied; or Captum's ``TextTokenInput``
+                (tokens that it skips are left out of the result) or ``TextTemplateInput``.
             target: The output, as text or token ids ``(n,)``; None generates it.
             gen_args: Arguments for ``model.generate``; only without ``target``.
             show_progress: Shows a bar over the layers once it has taken two seconds.
@@ -82,17 +96,19 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
             ``o``, and ``output_probs`` the model's probability of each output token.
 
         Raises:
-            ValueError: If the prompt or the output is empty, or both ``target`` and ``gen_args``
-                are given.
+            TypeError: If ``inp`` is of another kind.
+            ValueError: If the prompt or the output is empty, both ``target`` and ``gen_args`` are
+                given, there is no chat template for a chat, or it cannot be told where a template
+                puts its values.
         """
         if target is not None and gen_args is not None:
             raise ValueError("gen_args generate an output, but target is one: give one of the two.")
-        if isinstance(inp, str):
-            inp = TextTokenInput(inp, self.tokenizer)
-        prompt = inp.to_model_input().to(self.device)
+        given = self._as_captums(inp)
+        ids, features = self._read(given)
+        prompt = ids.to(self.device)
         if not prompt.numel():
             raise ValueError("The prompt is empty: give at least one token.")
-        output = self._get_target_tokens(inp, target, gen_args).to(self.device)
+        output = self._get_target_tokens(given, target, gen_args).to(self.device)
         n, m = prompt.shape[1], len(output)
         if not m:
             raise ValueError(
@@ -105,20 +121,73 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
             slice(n - 1, n + m - 1),
             show_progress=show_progress,
         )
-        token_attr = rows[0, :, :n]
-        if inp.itp_mask is not None:
-            token_attr = token_attr[:, inp.itp_mask[0].to(token_attr.device)]
+        token_attr = features(rows[0, :, :n].cpu())
         logits = result.logits[0, -m - 1 : -1].float()
         probs = logits.softmax(-1).gather(-1, output[:, None].to(logits.device))[:, 0]
         return LLMAttributionResult(
-            seq_attr=token_attr.mean(0).cpu(),
-            token_attr=token_attr.cpu(),
-            input_tokens=inp.values,
+            seq_attr=token_attr.mean(0),
+            token_attr=token_attr,
+            input_tokens=given.values,
             output_tokens=self.tokenizer.convert_ids_to_tokens(output.tolist()),
             output_probs=probs.cpu(),
-            inp=inp,
+            inp=given,
         )
+
+    def _as_captums(self, inp: object) -> Any:
+        if isinstance(inp, str):
+            return TextTokenInput(inp, self.tokenizer)
+        if isinstance(inp, (list, tuple)):
+            return ChatTokenInput(inp, self.tokenizer)
+        if not isinstance(inp, self.SUPPORTED_INPUTS):
+            raise TypeError(
+                f"inp is of type {type(inp).__name__}: give a text, the messages of a chat, or "
+                "Captum's TextTokenInput or TextTemplateInput."
+            )
+        return inp
+
+    def _read(self, inp: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The prompt, ``(1, n)``, and what makes scores of features of those of its tokens."""
+        if isinstance(inp, TextTemplateInput):
+            encoded = encode(self.tokenizer, inp.to_model_input())
+            return encoded.ids, _values_of(inp, encoded)
+        if inp.itp_mask is None:
+            return inp.to_model_input(), lambda attr: attr
+        return inp.to_model_input(), lambda attr: attr[:, inp.itp_mask[0].cpu()]
 
     def _last_logits(self, count: int) -> dict[str, int]:
         """Asks the model for its last logits only, where it can be asked."""
         return {LOGITS: count} if LOGITS in parameters_of(self.model) else {}
+
+
+def _values_of(inp: Any, encoded: Encoded) -> Callable[[Tensor], Tensor]:
+    """What sums scores of tokens, ``(m, n)``, to those of a template's values, ``(m, values)``."""
+
+    def render(values: list[str]) -> str:
+        if not inp.dict_keys:
+            return str(inp.format_fn(*values))
+        return str(inp.format_fn(**dict(zip(inp.dict_keys, values, strict=True))))
+
+    if encoded.offsets is None:
+        raise ValueError(
+            "The tokenizer does not tell where its tokens stand, so those of a template's values "
+            "are not known: use a fast tokenizer, or TextTokenInput."
+        )
+    places = places_of(render, inp.values)
+    if places is None:
+        raise ValueError(
+            f"It cannot be told where the template puts its values {inp.values!r}, since it "
+            "changes them or depends on them: use one that puts them in as they are, or "
+            "TextTokenInput."
+        )
+    group = range(len(inp.values)) if inp.mask is None else inp.formatted_mask
+    ranges = [(span, group[value]) for value, spans in enumerate(places) for span in spans]
+    owner = owners(encoded.text, encoded.offsets, [span for span, _ in ranges])
+    tokens = [place for place, number in enumerate(owner) if number is not None]
+    features = torch.tensor([ranges[number][1] for number in owner if number is not None]).long()
+
+    def summed(attr: Tensor) -> Tensor:
+        sums = attr.new_zeros(len(attr), inp.n_itp_features)
+        formatted: Tensor = inp.format_attr(sums.index_add(1, features, attr[:, tokens]))
+        return formatted
+
+    return summed

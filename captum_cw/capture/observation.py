@@ -53,12 +53,15 @@ class Execution:
         name: Its name in the model.
         kind: Whether it attends to its own tokens (``"self"``) or to others (``"cross"``).
         states: The hidden states of its tokens, ``(B, S, n)``, where they are asked for.
+        projection: The name of the module that its output projection was found in; None before it
+            has run.
     """
 
     module: nn.Module
     name: str
     kind: Kind
     states: Tensor | None = None
+    projection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,8 @@ class Observation:
                 return None
             _check_whole(pending, product)
             if pending.container is None:
-                return self._found(pending, product, reading, product.of)
+                module = running()[-1].module if running() else None
+                return self._found(pending, product, module, reading, product.of)
             pending.parts.append((product, reading))
             pending.versions.append(_version(product.result))
         elif self._projected is not None and reads(product.input, self._projected[1]):
@@ -316,28 +320,31 @@ class Observation:
 
         if isinstance(result, tuple) and is_part(result[0]):
             part, given = parts[0]
-            changed = self._found(pending, part, given, part.of)
+            changed = self._found(pending, part, container, given, part.of)
             return None if changed is None else (changed, *result[1:])
         if not isinstance(result, Tensor):
             return None
         if is_part(result):
-            return self._found(pending, *parts[0], container.forward, reading)
+            part, given = parts[0]
+            return self._found(pending, part, container, given, container.forward, reading)
         whole = LinearProduct(reading.input, None, None, result, container.forward)
         with taken_over(), torch.no_grad():
             # What is made of weights that can be read is not rounded.
             product = whole.read(1e-3) if parts else whole.read()
         if product is not None:
-            return self._found(pending, product, reading, container.forward)
+            return self._found(pending, product, container, reading, container.forward)
         if len(parts) > 1:
             raise _two_projections(pending.execution)
         if parts:  # and something else, as a norm, before or after it
-            return self._found(pending, *parts[0], container.forward, reading)
+            part, given = parts[0]
+            return self._found(pending, part, container, given, container.forward, reading)
         return None
 
     def _found(
         self,
         pending: _Pending,
         product: LinearProduct,
+        module: nn.Module | None,
         reading: _Reading,
         run: Callable[[Tensor], Tensor],
         given: _Reading | None = None,
@@ -347,12 +354,16 @@ class Observation:
         Args:
             pending: The layer.
             product: Its output projection.
+            module: What made it.
             reading: Of the head outputs, by the projection.
             run: What gives the result.
             given: What ``run`` reads, where that is not what the projection reads.
         """
         read = product.input.detach().reshape(pending.call.head_output.shape)
-        self._pending, self._projected = None, (pending.execution, read)
+        execution = pending.execution
+        if module is not None:
+            execution = replace(execution, projection=self._names.get(module))
+        self._pending, self._projected = None, (execution, read)
 
         def found(update: FrozenUpdate | None, residual: ResidualSum | None) -> Tensor | None:
             # What is computed here is not the model's. Geometry is float32 at least, whatever the
@@ -364,7 +375,7 @@ class Observation:
                     residual = residual.to(pending.call.dtype)
                 layer = replace(layer, update=update, residual=residual)
                 with torch._C.DisableTorchFunction():  # nobody follows what is computed of it
-                    factors = self._on_layer(pending.execution, layer)
+                    factors = self._on_layer(execution, layer)
                 if factors is None:
                     return None
                 if self._updates is not None and pending.spread is not None:

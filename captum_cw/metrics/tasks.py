@@ -656,7 +656,7 @@ def _quiet_and_seeded() -> Iterator[None]:
     except ImportError as error:
         raise ImportError(
             "Tasks are run by lm-evaluation-harness, which cannot be imported "
-            f"({error}): pip install captum-cw[tasks]."
+            f"({error}): pip install 'captum-cw[tasks]'"
         ) from error
     import numpy as np
 

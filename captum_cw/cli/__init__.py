@@ -1,0 +1,85 @@
+"""The command line: ``captum-cw attribute``, ``evaluate``, ``reproduce``, ``models`` and ``demo``.
+
+:mod:`captum_cw.cli.parsing` says what can be typed, and a module for each command does it; that
+one, and with it torch, is imported only then.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from importlib import import_module
+from typing import Any
+
+from captum_cw.cli.answer import as_json
+from captum_cw.cli.parsing import UsageError, parser
+from captum_cw.cli.problems import message_of
+
+__all__ = ["VERSION", "main", "parser"]
+
+#: Of the form of JSON documents.
+VERSION = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: What follows the program's name; None takes them from the shell.
+
+    Returns:
+        The exit code: 0, 1 for a failure, of which one line on standard error tells, or 130 where
+        the run was interrupted.
+
+    Raises:
+        SystemExit: With code 2 for wrong usage, with 0 after ``--help`` or ``--version``.
+
+    Example:
+        >>> main(["attribute", "--model", "no/such.gguf", "--text", "Hello"])
+        1
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return _run(parser().parse_args(given))
+    except UsageError as error:
+        _tell(error, f"{error.of.prog}: error: {error}", "--json" in given)
+        print(f"{error.of.prog} --help shows all options, and examples.", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _run(options: Namespace) -> int:
+    try:
+        command = import_module(f"captum_cw.cli.{options.command}")
+        # What libraries may print would be no JSON.
+        with redirect_stdout(sys.stderr) if options.json else nullcontext():
+            answer = command.run(options)
+    except UsageError:
+        raise
+    except KeyboardInterrupt as error:
+        _tell(error, "Interrupted.", options.json)
+        return 130
+    except Exception as error:  # whatever fails: a person wants its message, not our stack
+        if options.debug:
+            raise
+        _tell(error, f"{options.parser.prog}: error: {message_of(error)}", options.json)
+        return 1
+    if answer is None:  # another process tells
+        return 0
+    if options.json:
+        _print_json(answer.document)
+    else:
+        answer.show()
+    return 0
+
+
+def _tell(error: BaseException, line: str, json: bool) -> None:
+    print(line, file=sys.stderr)
+    if json and os.environ.get("RANK", "0") == "0":  # one of several processes
+        _print_json({"error": message_of(error), "type": type(error).__name__})
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(as_json({"version": VERSION, **document}))

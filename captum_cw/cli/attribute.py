@@ -1,0 +1,108 @@
+"""``captum-cw attribute``: the scores of a text's tokens."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from captum_cw.attr import LLMTokenAttribution, TokenScores
+from captum_cw.attr.inputs import longest_text
+from captum_cw.cli.answer import Answer, show_files
+from captum_cw.cli.output import SINK_NOTE, coloured_text, load, token_table
+from captum_cw.demo import sink
+from captum_cw.functional import Reduction
+from captum_cw.scoring import METHODS
+from captum_cw.visualization import readable_tokens, save_text, text_records
+from captum_cw.visualization.text import normalized_scores
+
+#: Tokens that are shown in a table.
+TOP = 10
+
+
+def run(options: Namespace) -> Answer:
+    """Scores the tokens of a text, or of a prompt for an output."""
+    usage_error = options.parser.error
+    if options.target is not None and options.reduction is not None:
+        usage_error("--reduction is over all positions, --target explains some: give one of them")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        usage_error(f"--out {options.out}: there is no folder {options.out.parent}")
+    text = options.text if options.file is None else _read(options.file)
+    if not text:
+        usage_error("the text is empty: give at least one token")
+
+    model, tokenizer = load(options, options.model)
+    _check_length(model, tokenizer, text, options.target or "")
+    reduction: Reduction = options.reduction or "mean"
+    scorer = TokenScores(METHODS[options.method](model), reduction=reduction)
+    if options.target is None:
+        ids = tokenizer(text, return_tensors="pt").input_ids.to(options.device)
+        scores = scorer.attribute(ids, show_progress=True)[0].cpu()
+        title = f"{options.method}, {reduction} over the positions of the text"
+    else:
+        result = LLMTokenAttribution(scorer, tokenizer).attribute(
+            text, target=options.target, show_progress=True
+        )
+        ids, scores = result.inp.to_model_input(), result.seq_attr
+        title = f"{options.method}, for the output {options.target!r}"
+    tokens = readable_tokens(tokenizer, ids[0])
+    if options.out is not None:
+        _save_page(options, title, tokens, scores)
+
+    def show() -> None:
+        _show(title, options.method, scores, tokens)
+        if options.out is not None:
+            show_files([options.out])
+
+    document = {
+        "model": options.model,
+        "method": options.method,
+        "reduction": reduction if options.target is None else None,
+        "target": options.target,
+        "tokens": tokens,
+        "scores": scores.tolist(),
+        "files": [] if options.out is None else [str(options.out)],
+    }
+    return Answer(document, show)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text: convert it first. {error}") from error
+
+
+def _check_length(model: Any, tokenizer: Any, text: str, target: str) -> None:
+    # Beginning and end of texts apart, since that is how an output is explained.
+    counted = [tokenizer(part, verbose=False).input_ids for part in (text, target)]
+    if not counted[0]:
+        raise ValueError(f"The text {text!r} makes no token: give at least one.")
+    limit, length = longest_text(model), len(counted[0]) + len(counted[1])
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"The text has {length} tokens, but the model has positions for {limit}: give a "
+            "shorter one, or a model with a longer context."
+        )
+
+
+def _save_page(options: Namespace, title: str, tokens: Sequence[str], scores: Tensor) -> None:
+    records = text_records(
+        {options.method: scores}, tokens, target=options.target or "", skip=sink(tokens)
+    )
+    save_text(records, options.out, title=title)
+
+
+def _show(title: str, method: str, scores: Tensor, tokens: Sequence[str]) -> None:
+    console = Console(highlight=False)
+    console.print(Text(title, style="bold"), end="\n\n")
+    normalized = normalized_scores({method: scores}, tokens, sink(tokens))
+    coloured_text(console, tokens, normalized[method])
+    top = scores.abs().topk(min(TOP, len(tokens))).indices.tolist()
+    console.print(token_table(tokens, {method: scores}, normalized, top))
+    console.print(SINK_NOTE, style="dim")

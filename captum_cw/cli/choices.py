@@ -1,0 +1,52 @@
+"""What options can be.
+
+The library knows the same names, but imports torch for them, which would make ``--help`` and
+completion wait for seconds; a test holds the two together.
+"""
+
+__all__ = [
+    "CONTROLS",
+    "DATA",
+    "DTYPES",
+    "GRANULARITIES",
+    "ITEMS",
+    "METHODS",
+    "METRICS",
+    "PRESETS",
+    "RANDOM",
+    "RATES_OF",
+    "REDUCTIONS",
+    "SCOPES",
+    "SCORINGS",
+    "STARTS",
+    "STATES",
+]
+
+METHODS = ("contribution", "vwon", "vw", "attention")
+CONTROLS = (
+    "contribution-signed",
+    "contribution-intra",
+    "contribution-residual",
+    "relative-norm",
+    "cosine",
+    "attention-cosine",
+    "relative-norm-cosine",
+    "projection",
+    "closeness",
+)
+RANDOM = "random"
+DATA = ("boolq", "fineweb-edu", "gsm8k", "lambada", "mmlu", "wikitext", "winogrande")
+DTYPES = ("float32", "bfloat16", "float16")
+REDUCTIONS = ("mean", "sum", "max", "rms")
+SCORINGS = ("online", "clean")
+SCOPES = ("layer", "global", "head")
+RATES_OF = ("removable", "all")
+METRICS = ("perplexity", "nll", "log_prob", "prob", "kl")
+GRANULARITIES = ("pair", "token")
+STATES = ("normed", "residual", "key", "value")
+STARTS = ("auto", "always", "never")
+ITEMS = (
+    "F1", "F2", "F3", "F4", "F9a", "F9", "F10", "across", "T1", "T3", "T2", "F7", "T4", "T5", "D.6",
+    "F5a", "F5b", "F5c", "F6", "selection", "regimes", "assumptions", "frames",
+)  # fmt: skip
+PRESETS = ("quick", "full", "paper")

@@ -1,0 +1,78 @@
+"""``captum-cw demo``: why a small model predicts its next token."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from rich.console import Console
+from rich.text import Text
+
+from captum_cw.cli.answer import Answer, show_files
+from captum_cw.cli.output import SINK_NOTE, announce, token_table
+from captum_cw.demo import (
+    DEMO_TEXT,
+    IG,
+    IG_STEPS,
+    Explanation,
+    explain_prediction,
+    save_pictures,
+    sink,
+)
+from captum_cw.loading import DEMO_MODEL, load_demo_model
+from captum_cw.visualization.text import normalized_scores
+
+
+def run(options: Namespace) -> Answer:
+    """Explains a prediction, and saves pictures."""
+    text = DEMO_TEXT if options.text is None else options.text
+    if not text:
+        options.parser.error("the text is empty: give at least one token")
+    announce(DEMO_MODEL)
+    model, tokenizer = load_demo_model()
+    explanation = explain_prediction(model, tokenizer, text)
+    files = save_pictures(model, explanation, options.out)
+
+    def show() -> None:
+        _show(text, explanation)
+        show_files(files)
+
+    document = {
+        "model": DEMO_MODEL,
+        "text": text,
+        "prediction": explanation.prediction,
+        "probability": explanation.probability,
+        "tokens": explanation.tokens,
+        "scores": {name: scores.tolist() for name, scores in explanation.scores.items()},
+        "seconds": explanation.seconds,
+        "files": [str(file) for file in files],
+    }
+    return Answer(document, show)
+
+
+def _show(text: str, explanation: Explanation) -> None:
+    console = Console(highlight=False)
+    console.print(Text.assemble("\n", text, (explanation.prediction, "bold underline")))
+    console.print(
+        Text(
+            f"The model predicts {explanation.prediction!r} with probability "
+            f"{explanation.probability:.2f}. Why?"
+        ),
+        end="\n\n",
+    )
+    tokens, scores = explanation.tokens, explanation.scores
+    normalized = normalized_scores(scores, tokens, sink(tokens))
+    console.print(token_table(tokens, scores, normalized, range(len(tokens))))
+    console.print(
+        "Contributions and attention explain the attention outputs at the last position, "
+        "Integrated Gradients the log-probability of the prediction. " + SINK_NOTE,
+        style="dim",
+        end="\n\n",
+    )
+    for name, seconds in explanation.seconds.items():
+        passes = f"{IG_STEPS} forward and backward passes" if name == IG else "one forward pass"
+        console.print(f"{name:<20} {seconds:6.1f} s  {passes}")
+    total = float(scores[IG].sum())
+    console.print(
+        f"\nIn {IG_STEPS} steps, Integrated Gradients sum to {total:.1f}; exact ones would sum to "
+        f"{total - explanation.ig_delta:.1f}, the change of the log-probability."
+    )

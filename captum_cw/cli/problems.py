@@ -1,0 +1,53 @@
+"""What went wrong, in a line that says what to do."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from captum_cw.suggestions import suggestion_of_path
+
+__all__ = ["message_of", "need"]
+
+#: The extra that brings a module.
+EXTRAS = {
+    "datasets": "evaluate",
+    "jinja2": "analysis",
+    "lm_eval": "tasks",
+    "pandas": "evaluate",
+    "scipy": "analysis",
+    "sklearn": "analysis",
+}
+
+
+def need(*modules: str) -> None:
+    """Refuses what would fail for want of a module, after a long run as a rule.
+
+    Raises:
+        ModuleNotFoundError: If one is missing.
+
+    Example:
+        >>> need("json", "no_such_module")
+        Traceback (most recent call last):
+        ...
+        ModuleNotFoundError: No module named 'no_such_module'
+    """
+    for module in modules:
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+
+def message_of(error: BaseException) -> str:
+    """What to tell of an error, in one line.
+
+    Example:
+        >>> message_of(ModuleNotFoundError("No module named 'pandas'", name="pandas"))
+        "pandas is missing: pip install 'captum-cw[evaluate]'"
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted."
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"{error.name} is missing: pip install 'captum-cw[{EXTRAS[error.name]}]'"
+    if isinstance(error, FileNotFoundError) and isinstance(error.filename, str | Path):
+        return f"There is no {error.filename}.{suggestion_of_path(Path(error.filename))}"
+    return " ".join(str(error).split()) or type(error).__name__

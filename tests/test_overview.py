@@ -1,0 +1,87 @@
+"""A model's attention layers at a glance, of two tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from captum_cw import ContributionWeights
+from captum_cw.overview import attention_layers
+
+
+def test_shared_heads_and_the_projection_are_named(tiny_model: Any) -> None:
+    layers = attention_layers(tiny_model)
+    assert [layer.name for layer in layers] == ContributionWeights(tiny_model).layers
+    for layer in layers:
+        assert (layer.heads, layer.key_value_heads, layer.head_size) == (4, 2, 8)
+        assert layer.projection == f"{layer.name}.o_proj"
+        assert (layer.causal, layer.window, layer.gate, layer.sinks) == (True, None, False, False)
+
+
+def test_windows_and_learned_sinks_are_told() -> None:
+    transformers = pytest.importorskip("transformers", "5")
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=32, num_local_experts=2,
+        num_experts_per_tok=1, sliding_window=16, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    layers = attention_layers(transformers.GptOssForCausalLM(config).eval())
+    assert [layer.window for layer in layers] == [16, None]
+    assert all(layer.sinks for layer in layers)
+
+
+def test_a_gate_is_told() -> None:
+    transformers = pytest.importorskip("transformers", "5")
+    config = transformers.AfmoeConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=32, num_dense_layers=1,
+        pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    (layer,) = attention_layers(transformers.AfmoeForCausalLM(config).eval())
+    assert layer.gate
+
+
+def test_both_directions_and_projections_beside_the_module_are_told() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64,
+    )  # fmt: skip
+    (layer,) = attention_layers(BertForMaskedLM(config).eval())
+    assert not layer.causal
+    assert layer.projection == "bert.encoder.layer.0.attention.output.dense"
+
+
+def test_a_projection_in_a_module_of_another_kind_is_named() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4)
+    (layer,) = attention_layers(GPT2LMHeadModel(config).eval())
+    assert layer.projection == "transformer.h.0.attn.c_proj"
+    (layer,) = attention_layers(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(1, 4, 16)
+    )
+    assert layer.projection == "self_attn"
+
+
+def test_an_empty_embedding_of_padding_is_no_text() -> None:
+    """Zeros would be read by many a layer, so that none were the output projection."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=64, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    assert ContributionWeights(model).layers == ["model.layers.0.self_attn"]
+
+
+def test_a_model_that_reads_no_tokens_asks_for_inputs() -> None:
+    with pytest.raises(ValueError, match=r"attention_layers\(model, inputs\)"):
+        attention_layers(nn.TransformerEncoderLayer(16, 2, 32))
