@@ -13,7 +13,7 @@ from captum_cw.demo import (
     DEMO_TEXT,
     IG,
     IG_STEPS,
-    Explanation,
+    ExplainedPrediction,
     explain_prediction,
     save_pictures,
     sink,
@@ -49,7 +49,7 @@ def run(options: Namespace) -> Answer:
     return Answer(document, show)
 
 
-def _show(text: str, explanation: Explanation) -> None:
+def _show(text: str, explanation: ExplainedPrediction) -> None:
     console = Console(highlight=False)
     console.print(Text.assemble("\n", text, (explanation.prediction, "bold underline")))
     console.print(
