@@ -8,7 +8,7 @@ grows with the text, not with its square; only the maps of all heads and layers 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -303,6 +303,45 @@ class Explanation:
             ValueError: If the file is damaged, another one, or of a version that is not known.
         """
         return interchange.load(path, cls, HeadMaps)
+
+    def page(self, *, sinks: Collection[int] = (0,)) -> str:
+        """One interactive HTML page, which needs no other file and no network.
+
+        Args:
+            sinks: Places of tokens that the page can leave out of its colours.
+
+        Raises:
+            ValueError: As :func:`captum_cw.visualization.explanation_page`.
+
+        Example:
+            >>> explain(model, tokenizer, "a b c").page().startswith("<!DOCTYPE html>")
+            True
+        """
+        from captum_cw.visualization import explanation_page
+
+        return explanation_page(self, sinks=sinks)
+
+    def save_page(self, path: str | Path, *, sinks: Collection[int] = (0,)) -> None:
+        """Saves :meth:`page` to a file, usually ending in ``.html``.
+
+        Args:
+            path: Of the file.
+            sinks: As of :meth:`page`.
+
+        Raises:
+            ValueError: As :meth:`page`.
+
+        Example:
+            >>> path = getfixture("tmp_path") / "page.html"
+            >>> explain(model, tokenizer, "a b c").save_page(path)
+        """
+        Path(path).write_text(self.page(sinks=sinks), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, for notebooks."""
+        from captum_cw.visualization.page import framed
+
+        return framed(self.page())
 
     def to_dataframe(self, of: Literal["scores", "maps"] = "scores") -> DataFrame:
         """A pandas table, a column a method.

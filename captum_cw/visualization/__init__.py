@@ -11,10 +11,12 @@ from captum_cw.visualization.maps import (
     plot_decomposition,
     plot_token_scores,
 )
+from captum_cw.visualization.page import explanation_page
 from captum_cw.visualization.text import save_text, text_html, text_records
 
 __all__ = [
     "PatchScores",
+    "explanation_page",
     "fold_patches",
     "plot_attention_and_contribution",
     "plot_decomposition",

@@ -1,0 +1,226 @@
+"""An explanation as one interactive HTML page, which needs no server, no network and no other file.
+
+Numbers travel as small integers, zlib-compressed in base64, and are unpacked in the browser when
+they are first looked at. A map of all heads has 16 bits a number: it is off by at most 1/65534 of
+its row's largest. Single heads have 8, so that a page of 512 tokens and 270 heads stays below
+25 MB: ``x = ±m (n / N)^3`` where ``m`` is the largest of the row, which small numbers need beside a
+sink's large one. With ``N = 255`` for attention and relative norms, and 127 where there are signs,
+``x`` is off by at most 0.6% of ``m``, or 1.2%; of a number a hundredth as large as ``m`` that is
+2.7%, or 5.5%. Contributions are kept, not made from the factors, whose errors would multiply; the
+cosine is what the two factors leave of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Collection
+from html import escape
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from captum_cw.explanation import Explanation, HeadMaps
+
+__all__ = ["explanation_page", "framed"]
+
+LABELS = {
+    "attention": "attention",
+    "vw": "VW: attention × value norm",  # noqa: RUF001
+    "vwon": "VW-ON: VW / output norm",
+    "contribution": "contribution, size",
+    "signed": "contribution, signed",
+}
+ABOUT = {
+    "attention": "How much a query looks at a key, 0 to 1.",
+    "vw": "How long a vector a key adds to a query's output, in the unit of the hidden states.",
+    "vwon": "How long a vector a key adds to a query's output, over the length of that output.",
+    "contribution": "Which share of a query's output a key made, whether for it or against it.",
+    "signed": "Which share of a query's output a key made; below zero it worked against it. All "
+    "shares of one query sum to 1.",
+}
+TOGETHER = dict.fromkeys(LABELS, "Mean over all layers and heads.") | {
+    "signed": "Summed over heads, mean over layers."
+}
+OWN_UNIT = "Numbers as this method gave them, in its own unit."
+LEVELS, SIGNED_LEVELS, MAP_LEVELS = 255, 127, 32767
+POWER = 3
+
+
+def explanation_page(explanation: Explanation, *, sinks: Collection[int] = (0,)) -> str:
+    """One HTML page that shows an explanation, for reading with mouse, finger or keyboard.
+
+    Args:
+        explanation: Scores, maps and heads, or only some of them.
+        sinks: Places of tokens that the page can leave out of its colours, such as those that
+            :func:`captum_cw.sinks.find_sinks` finds.
+
+    Returns:
+        The page; the same for the same explanation.
+
+    Raises:
+        ValueError: If a number is not finite, there is nothing to show, or a sink lies outside the
+            text.
+
+    Example:
+        >>> page = explanation_page(explain(model, tokenizer, "a b c"))
+        >>> page.startswith("<!DOCTYPE html>"), "//" in page.partition("<script>")[0]
+        (True, False)
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    _check(explanation, sinks)
+    layers = [layer for layer in explanation.heads if layer.keys.numel()]
+    blobs = [_map(x) for x in explanation.maps.values()] + [_heads(layer) for layer in layers]
+    environment = Environment(
+        loader=PackageLoader("captum_cw.visualization", "."), autoescape=True,
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    here = files("captum_cw.visualization")
+    return environment.get_template("page.html.jinja").render(
+        title=_title(explanation),
+        style=here.joinpath("page.css").read_text("utf-8"),
+        script=here.joinpath("page.js").read_text("utf-8"),
+        data=_json(_description(explanation, layers, sinks)),
+        blobs=blobs,
+    )
+
+
+def framed(page: str) -> str:
+    """A page inside another, as tall as a notebook shows at once, that cannot touch its host."""
+    return (
+        f'<iframe srcdoc="{escape(page)}" sandbox="allow-scripts" title="Explanation" '
+        'style="width: 100%; height: 800px; border: 0"></iframe>'
+    )
+
+
+def _check(explanation: Explanation, sinks: Collection[int]) -> None:
+    S = len(explanation.tokens)
+    if not (explanation.scores or explanation.maps or explanation.heads):
+        raise ValueError("The explanation has no scores, maps or heads: there is nothing to show.")
+    for place in sinks:
+        if not 0 <= place < S:
+            raise ValueError(f"sinks holds {place}, outside the {S} tokens: give 0 to {S - 1}.")
+    for kind, tensors in (("scores", explanation.scores), ("maps", explanation.maps)):
+        for name, x in tensors.items():
+            if not x.isfinite().all():
+                value = x[~x.isfinite()][0].item()
+                raise ValueError(
+                    f"{kind}[{name!r}] holds {value}: replace it, for instance by nan_to_num()."
+                )
+
+
+def _title(explanation: Explanation) -> str:
+    text = "".join(explanation.tokens).strip()
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _description(
+    explanation: Explanation, layers: list[HeadMaps], sinks: Collection[int]
+) -> dict[str, Any]:
+    """What the page knows before it unpacks a number."""
+    names = [*explanation.maps, *explanation.scores, *(LABELS if layers else ())]
+    known = explanation.probability
+    return {
+        "tokens": list(explanation.tokens),
+        "queries": None if explanation.queries is None else list(explanation.queries),
+        "predicted": None if explanation.predicted is None else list(explanation.predicted),
+        "probability": None if known is None else _rounded(known),
+        "methods": [
+            {
+                "name": name,
+                "label": LABELS.get(name, name),
+                "about": ABOUT.get(name, OWN_UNIT),
+                "together": TOGETHER.get(name, ""),
+                "ofHeads": name in LABELS,
+            }
+            for name in dict.fromkeys(names)
+        ],
+        "scores": {name: _rounded(x) for name, x in explanation.scores.items()},
+        "maps": list(explanation.maps),
+        "layers": [
+            {
+                "name": layer.name,
+                "heads": layer.keys.shape[0],
+                "kept": layer.keys.shape[2],
+                "negative": bool((layer.attention < 0).any()),
+            }
+            for layer in layers
+        ],
+        "sinks": sorted(set(sinks)),
+        "settings": {name: str(value) for name, value in explanation.settings.items()},
+    }
+
+
+def _rounded(x: Tensor) -> list[float]:
+    """Six digits, as float32 has them."""
+    return [float(f"{value:.6g}") for value in x.double().tolist()]
+
+
+def _json(description: dict[str, Any]) -> str:
+    """ASCII without a ``<``, so that no token can end the element that holds it."""
+    return json.dumps(description, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _map(x: Tensor) -> str:
+    """A map ``(T, S)``: the largest of each row, then the numbers' low and high bytes."""
+    largest = x.abs().amax(-1, keepdim=True)
+    numbers = (x.double() / largest.double()).nan_to_num(0) * MAP_LEVELS
+    return _packed(_float32(largest), *_low_and_high(numbers.round().long()))
+
+
+def _heads(layer: HeadMaps) -> str:
+    """One layer: its ``(T,)`` norms, ``(H, T)`` shares and attention, and the keys that are kept.
+
+    Keys stand in the order of the text, each as its distance from the one before, which compresses
+    well.
+    """
+    order = layer.keys.argsort(dim=-1, stable=True)
+    keys = layer.keys.long().gather(-1, order)
+    attention, relative_norm, contribution = (
+        x.gather(-1, order) for x in (layer.attention, layer.relative_norm, layer.measure("signed"))
+    )
+    relative_norm = torch.where(attention != 0, relative_norm, 0)  # others would set the scale
+    steps = keys.diff(dim=-1, prepend=torch.zeros_like(keys[..., :1]))
+    negative = bool((attention < 0).any())
+    coded = [
+        _coded(attention, SIGNED_LEVELS if negative else LEVELS),
+        _coded(relative_norm, LEVELS),
+        _coded(contribution, SIGNED_LEVELS),
+    ]
+    return _packed(
+        _float32(layer.output_norm),
+        _float32(layer.share),
+        _float32(layer.attention.sum(-1)),
+        _float32(contribution.sum(-1)),
+        *(largest for largest, _ in coded),
+        *_low_and_high(steps),
+        *(numbers for _, numbers in coded),
+    )
+
+
+def _coded(x: Tensor, levels: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The largest of each row and the cube roots of numbers relative to it, one byte each."""
+    largest = x.abs().amax(-1, keepdim=True)
+    roots = (x.double().abs() / largest.double()).nan_to_num(0) ** (1 / POWER)
+    return _float32(largest), _low_and_high((roots * levels).round().long() * x.sign().long())[0]
+
+
+def _float32(x: Tensor) -> npt.NDArray[Any]:
+    return x.float().numpy().astype("<f4")
+
+
+def _low_and_high(x: Tensor) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Two bytes of each number, apart, since they compress better so."""
+    return (x & 255).numpy().astype(np.uint8), (x >> 8 & 255).numpy().astype(np.uint8)
+
+
+def _packed(*arrays: npt.NDArray[Any]) -> str:
+    content = zlib.compress(b"".join(x.tobytes() for x in arrays))
+    return base64.b64encode(content).decode("ascii")
