@@ -18,6 +18,7 @@ from captum.attr import LayerIntegratedGradients
 from torch import Tensor, nn
 
 from captum_cw.attr import AttentionWeights, ContributionWeights, TokenScores
+from captum_cw.explaining import explain
 from captum_cw.progress import progress_bar
 from captum_cw.visualization import (
     plot_attention_and_contribution,
@@ -162,23 +163,28 @@ def _integrated_gradients(
     return scores, float(delta)
 
 
-def save_pictures(model: nn.Module, explanation: ExplainedPrediction, folder: Path) -> list[Path]:
+def save_pictures(
+    model: nn.Module, tokenizer: Any, explanation: ExplainedPrediction, folder: Path
+) -> list[Path]:
     """Saves the explanation as a page, and maps of a few heads as pictures.
 
     Args:
         model: The model that was explained.
+        tokenizer: Its tokenizer.
         explanation: Of :func:`explain_prediction`.
         folder: Where the files go; made if needed.
 
     Returns:
-        The files: ``demo.html`` and ``scores.png`` with the scores of all methods; ``maps.png``,
-        the four heads in which one token contributes most at the last position; and
-        ``decomposition.png``, the first of these heads by factors.
+        The files: ``explanation.html``, interactive, with all measures, layers and heads;
+        ``demo.html`` and ``scores.png`` with the scores of all methods; ``maps.png``, the four
+        heads in which one token contributes most at the last position; and ``decomposition.png``,
+        the first of these heads by factors.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    page, scores, maps, factors = (
-        folder / name for name in ("demo.html", "scores.png", "maps.png", "decomposition.png")
-    )
+    names = ("explanation.html", "demo.html", "scores.png", "maps.png", "decomposition.png")
+    interactive, page, scores, maps, factors = (folder / name for name in names)
+    explained = explain(model, tokenizer, explanation.input_ids)
+    explained.save_page(interactive, sinks=sink(explanation.tokens))
     tokens, skip = explanation.tokens, sink(explanation.tokens)
     records = text_records(
         explanation.scores,
@@ -203,7 +209,7 @@ def save_pictures(model: nn.Module, explanation: ExplainedPrediction, folder: Pa
     fig, _ = plot_decomposition(layers[layer], tokens, head=head, use_pyplot=False)
     fig.suptitle(f"layer {layer}, head {head}")
     save_figure(fig, factors)
-    return [page, scores, maps, factors]
+    return [interactive, page, scores, maps, factors]
 
 
 def _telling_heads(contributions: list[Tensor], start: int) -> list[tuple[int, int]]:

@@ -145,7 +145,16 @@ def test_the_page_shows_every_token(folder: str, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert main(["attribute", "--model", folder, "--text", "x [bold] z", "--out", str(page)]) == 0
     html = page.read_text(encoding="utf-8")
-    assert all(token in html for token in ("x", "[bold]", "z", "contribution"))
+    data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
+    assert data["maps"] == ["attention", "vw", "vwon", "contribution", "signed"]
+    assert len(data["layers"]) == 2
+    out = ["--out", str(page), "--method", "vw"]
+    assert main(["attribute", "--model", folder, "--text", "x z", "--reduction", "sum", *out]) == 0
+    assert '"vw, sum":[' in page.read_text(encoding="utf-8")
+    assert main(["attribute", "--model", folder, "--text", "x z", "--target", "a b c", *out]) == 0
+    html = page.read_text(encoding="utf-8")
+    data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
+    assert (len(data["tokens"]), len(data["queries"]), data["maps"]) == (2, 3, ["vw"])
 
 
 @pytest.mark.parametrize(
@@ -201,7 +210,7 @@ def test_the_demo_explains_a_prediction_and_saves_what_it_lists(
         method in printed for method in ("contribution", "attention", "integrated gradients")
     )
     saved = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert saved == ["decomposition.png", "demo.html", "maps.png", "scores.png"]
+    assert saved == ["decomposition.png", "demo.html", "explanation.html", "maps.png", "scores.png"]
     assert all(name in printed.replace("\n", "") for name in saved)
     page = (tmp_path / "out" / "demo.html").read_text(encoding="utf-8")
     assert "France" in page

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,15 @@ from captum_cw.attr.inputs import longest_text
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.output import SINK_NOTE, coloured_text, load, token_table
 from captum_cw.demo import sink
+from captum_cw.explaining import explain
+from captum_cw.explanation import Explanation
 from captum_cw.functional import Reduction
 from captum_cw.scoring import METHODS
-from captum_cw.visualization import readable_tokens, save_text, text_records
+from captum_cw.visualization import readable_tokens
 from captum_cw.visualization.text import normalized_scores
 
+#: Tokens of the longest text whose page has maps.
+MAPPED = 1024
 #: Tokens that are shown in a table.
 TOP = 10
 
@@ -52,7 +58,11 @@ def run(options: Namespace) -> Answer:
         title = f"{options.method}, for the output {options.target!r}"
     tokens = readable_tokens(tokenizer, ids[0])
     if options.out is not None:
-        _save_page(options, title, tokens, scores)
+        if options.target is None:
+            explanation = _explanation(model, tokenizer, ids, options.method, reduction, scores)
+        else:
+            explanation = Explanation.from_llm(result, options.method)
+        explanation.save_page(options.out)
 
     def show() -> None:
         _show(title, options.method, scores, tokens)
@@ -91,11 +101,21 @@ def _check_length(model: Any, tokenizer: Any, text: str, target: str) -> None:
         )
 
 
-def _save_page(options: Namespace, title: str, tokens: Sequence[str], scores: Tensor) -> None:
-    records = text_records(
-        {options.method: scores}, tokens, target=options.target or "", skip=sink(tokens)
-    )
-    save_text(records, options.out, title=title)
+def _explanation(
+    model: Any, tokenizer: Any, ids: Tensor, method: str, reduction: Reduction, scores: Tensor
+) -> Explanation:
+    """All measures of the text, with the scores that were asked for among them."""
+    if ids.shape[1] > MAPPED:
+        print(
+            f"The page of {ids.shape[1]} tokens holds their scores alone: maps grow with the "
+            f"square of a text, and are in pages of up to {MAPPED} tokens.",
+            file=sys.stderr,
+        )
+        return Explanation(readable_tokens(tokenizer, ids[0]), {method: scores})
+    found = explain(model, tokenizer, ids, show_progress=True)
+    if reduction == "mean":
+        return found
+    return replace(found, scores={**found.scores, f"{method}, {reduction}": scores})
 
 
 def _show(title: str, method: str, scores: Tensor, tokens: Sequence[str]) -> None:

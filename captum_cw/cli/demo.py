@@ -30,7 +30,7 @@ def run(options: Namespace) -> Answer:
     announce(DEMO_MODEL)
     model, tokenizer = load_demo_model()
     explanation = explain_prediction(model, tokenizer, text)
-    files = save_pictures(model, explanation, options.out)
+    files = save_pictures(model, tokenizer, explanation, options.out)
 
     def show() -> None:
         _show(text, explanation)

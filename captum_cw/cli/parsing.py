@@ -170,7 +170,7 @@ examples:
         "over the positions that see a token, without --target (default: mean)",
         choices=REDUCTIONS,
     )
-    page = "save a coloured page"
+    page = "save an interactive page of the tokens, and without --target of all measures and heads"
     _option(command, "--out", page, type=Path, metavar="PAGE.html", complete=shtab.FILE)
 
 
