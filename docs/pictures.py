@@ -1,16 +1,21 @@
 """Makes the pictures of the documentation, ``docs/pictures/*.png``, from the small real model.
 
-Run ``python docs/pictures.py`` where a picture, or what it shows, has changed: some minutes.
+Run ``python docs/pictures.py`` where a picture, or what it shows, has changed: some minutes. With
+``page`` it takes the picture of the interactive page alone, for which it needs Chromium.
 """
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from captum_cw import (
     AttentionWeights,
@@ -19,6 +24,7 @@ from captum_cw import (
     LLMTokenAttribution,
     TokenScores,
     analysis,
+    explain,
 )
 from captum_cw.data import token_batches
 from captum_cw.demo import DEMO_TEXT, explain_prediction
@@ -115,8 +121,32 @@ def telling_heads(maps: list[torch.Tensor], count: int) -> list[tuple[int, int]]
     return [divmod(int(place), peaks.shape[1]) for place in peaks.flatten().topk(count).indices]
 
 
+def picture_of_page(model: Any, tokenizer: Any, path: Path) -> None:
+    """The interactive page, with the last token chosen and the sink left out."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright, TemporaryDirectory() as folder:
+        file = Path(folder) / "page.html"
+        explain(model, tokenizer, DEMO_TEXT).save_page(file)
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 1120, "height": 1300}, device_scale_factor=1.5)
+        page.goto(file.as_uri())
+        page.locator("#sinks").check()
+        page.locator("#tokens .token").last.click()
+        page.mouse.move(1, 1)
+        end = page.locator("footer").bounding_box()["y"]
+        page.screenshot(path=path, clip={"x": 0, "y": 0, "width": 1120, "height": end})
+        browser.close()
+    # As few colours as it has, which is a third of the size.
+    Image.open(path).quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for name, figure in pictures(*load_demo_model("wheel")):
+    loaded = load_demo_model("wheel")
+    picture_of_page(*loaded, FOLDER / "page.png")
+    for name, figure in () if sys.argv[1:] == ["page"] else pictures(*loaded):
         save_figure(figure, FOLDER / f"{name}.png")
         print(name)
