@@ -60,14 +60,31 @@ def sinks_among(states: Tensor, real: Tensor, threshold: float = THRESHOLD) -> T
 def layer_sinks(
     execution: Execution, layer: AttentionLayer, threshold: float = THRESHOLD
 ) -> Tensor:
-    """The sinks of a layer that was observed with its hidden states, ``(B, S)``."""
+    """The sinks of a layer that was observed with its hidden states, ``(B, S)``.
+
+    Example:
+        >>> method = AttentionWeights(model)
+        >>> sinks, _ = method.observe(input_ids, None, layer_sinks, states="normed")
+        >>> [tuple(found.shape) for _, found in sinks]
+        [(1, 5), (1, 5)]
+    """
     states = execution.states
     assert states is not None  # asked for
     return sinks_among(states, real_tokens(layer), threshold)
 
 
 def real_tokens(layer: AttentionLayer) -> Tensor:
-    """``(B, S)`` boolean, False at padding, of a layer whose queries and keys are one text."""
+    """``(B, S)`` boolean, False at padding, of a layer whose queries and keys are one text.
+
+    Raises:
+        ValueError: If there are more keys than queries.
+
+    Example:
+        >>> layer = AttentionLayer.from_tensors(
+        ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
+        >>> real_tokens(layer).tolist()
+        [[True, True, True]]
+    """
     if layer.T != layer.S:
         raise ValueError(
             f"A layer has {layer.S} keys for {layer.T} queries: give the whole text at once, "

@@ -126,7 +126,13 @@ def word_spans(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> list[
 
 
 def word_numbers(tokenizer: Tokenizer, ids: Tensor) -> list[int | None]:
-    """For each token the number of its word (see :func:`word_spans`); None of no word."""
+    """For each token the number of its word (see :func:`word_spans`); None of no word.
+
+    Example::
+
+        >>> word_numbers(tokenizer, tokenizer("a b", return_tensors="pt").input_ids[0])
+        [0, 1]
+    """
     numbers: list[int | None] = [None] * len(ids)
     for number, (start, stop) in enumerate(word_spans(tokenizer, ids)):
         numbers[start:stop] = [number] * (stop - start)

@@ -6,6 +6,7 @@ page run one after the other in one namespace. The tutorials have tests of their
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from captum_cw import (
     metrics,
     reproduce,
     sinks,
+    tokens,
     visualization,
 )
 from captum_cw.cli.parsing import UsageError
@@ -209,3 +211,19 @@ def test_pages_of_tutorials_are_those_of_their_notebooks(path: Path) -> None:
     for cell in nbformat.read(path, as_version=4).cells:
         source = cell.source.replace("](../docs/", "](../")
         assert source in page, f"python docs/run_tutorials.py {path.stem}"
+
+
+STABLE = (captum_cw, analysis, data, loading, metrics, sinks, tokens, visualization)
+
+
+@pytest.mark.parametrize("module", STABLE, ids=lambda module: module.__name__)
+def test_public_names_have_an_example(module: ModuleType) -> None:
+    named = [getattr(module, name) for name in module.__all__]
+    # Results and protocols that are shown where they come from.
+    elsewhere = ("Comparison", "Score", "Tokenizer")
+    without = [
+        x.__name__
+        for x in named
+        if (inspect.isclass(x) or inspect.isfunction(x)) and ">>>" not in (x.__doc__ or "")
+    ]
+    assert not [name for name in without if name not in elsewhere]

@@ -30,6 +30,14 @@ class AnalysisResult:
         settings: What the figures depend on: numbers of texts and tokens, seeds, choices.
         numbers: The headline figures, by name.
         tables: All figures, by the name of the table; the first is the main one.
+
+    Example:
+        >>> from captum_cw.analysis import AnalysisResult, first_token_weight
+        >>> path = getfixture("tmp_path") / "weight.json"
+        >>> result = first_token_weight(model, input_ids)
+        >>> result.save(path)
+        >>> AnalysisResult.load(path).numbers == result.numbers
+        True
     """
 
     settings: Mapping[str, Any]

@@ -700,6 +700,12 @@ class ContributionWeights(_ValueAttribution):
 
         Returns:
             ``(B, T)`` for inter, ``(B, H, T)`` for intra; a list for a list.
+
+        Example:
+            >>> method = ContributionWeights(model)
+            >>> delta = method.compute_convergence_delta(method.attribute(input_ids))
+            >>> [tuple(d.shape) for d in delta], bool(delta[0].abs().max() < 1e-5)
+            ([(1, 5), (1, 5)], True)
         """
         if isinstance(attributions, (list, tuple)):
             return type(attributions)(self.compute_convergence_delta(a) for a in attributions)

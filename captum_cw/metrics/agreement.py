@@ -18,6 +18,11 @@ class Agreement(NamedTuple):
     Attributes:
         rank_correlation: Spearman's, in [-1, 1]; NaN where a method scores all tokens alike.
         top_overlap: The share of the top tokens that both have there, in [0, 1].
+
+    Example:
+        >>> a = torch.tensor([[0.1, 0.2, 0.3]])
+        >>> agreement(a, a).rank_correlation.tolist()
+        [1.0]
     """
 
     rank_correlation: Tensor

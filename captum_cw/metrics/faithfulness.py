@@ -186,6 +186,12 @@ class ComprehensivenessSufficiency:
                 not finite, there are no data, all tokens are protected, or a text has less than
                 two tokens.
             RecordsError: If ``resume_from`` is damaged, or of another run.
+
+        Example:
+            >>> metric = ComprehensivenessSufficiency(model, rates=[0.5])
+            >>> methods = {"ours": ContributionWeights(model), "chance": "random"}
+            >>> metric.evaluate(methods, input_ids).aopc().keys()
+            dict_keys(['ours', 'chance'])
         """
         scorers = {name: self._scorer(method) for name, method in methods.items()}
         if not scorers:

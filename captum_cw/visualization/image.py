@@ -18,7 +18,13 @@ Size = int | tuple[int, int]
 
 
 class PatchScores(NamedTuple):
-    """Scores of image tokens: those of patches, and those that are no part of the image."""
+    """Scores of image tokens: those of patches, and those that are no part of the image.
+
+    Example:
+        >>> patches, special = fold_patches(torch.rand(5), image_size=4, patch_size=2)
+        >>> patches.shape, special.shape
+        (torch.Size([2, 2]), torch.Size([1]))
+    """
 
     patches: Tensor
     """``(..., rows, columns)``."""
