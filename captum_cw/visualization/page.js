@@ -5,17 +5,20 @@
   const data = JSON.parse(element("data").textContent);
   const blobs = document.querySelectorAll(".blob");
   const crossed = data.queries !== null;
-  const keys = data.tokens;
-  const queries = data.queries ?? keys;
+  const visible = (tokens) => tokens.map((token) => token || "∅");
+  const keys = visible(data.tokens);
+  const queries = visible(data.queries ?? keys);
   const S = keys.length;
   const T = queries.length;
   const sinks = new Set(data.sinks);
   const TOGETHER = "";
   const NOTHING = { query: null, key: null, cell: false };
-  const EIGHT_BITS = "Numbers of single heads are rounded to 8 bits.";
+  const EIGHT_BITS = "Kept in 8 bits: attention and norm are off by at most 0.6% of the largest of their " +
+    "row, the contribution by 1.2%. The rest follows from these, the cosine to about ±0.05.";
 
   const state = {
-    method: data.methods.find((m) => m.name === "contribution") ?? data.methods[0],
+    method: data.methods.find(({ name }) =>
+      name === "contribution" && (data.maps.includes(name) || !data.maps.length)) ?? data.methods[0],
     layer: TOGETHER, // or the number of a layer
     head: 0,
     scale: "row",
@@ -24,7 +27,8 @@
     pointed: null, // by mouse or focus; passes, and counts before what is chosen
     window: { query: 0, key: 0 }, // the first row and column that the map shows
   };
-  let view = null; // what the state asks for, unpacked: {grid, layer, largest, most, negative}
+  // What the state asks for, unpacked; largest is of each row, and most of all.
+  let view = { grid: null, layer: null, largest: [], most: 0, negative: false };
   let ramps = null;
   let picture = null; // the whole map, a pixel a cell
   const current = () => state.pointed ?? state.chosen;
@@ -55,9 +59,11 @@
     const largest = take(Float32Array, T);
     const [low, high] = [take(Uint8Array, T * S), take(Uint8Array, T * S)];
     const grid = new Float32Array(T * S);
-    for (let i = 0; i < T * S; i++) {
-      const number = ((low[i] | (high[i] << 8)) << 16) >> 16;
-      if (number) grid[i] = (largest[Math.floor(i / S)] * number) / 32767;
+    for (let query = 0, i = 0; query < T; query++) {
+      const unit = largest[query] / 32767;
+      for (const end = i + S; i < end; i++) {
+        grid[i] = unit * (((low[i] | (high[i] << 8)) << 16) >> 16);
+      }
     }
     return grid;
   });
@@ -76,13 +82,19 @@
     for (let i = 0; i < rows * K; i++) {
       layer.keys[i] = (low[i] | (high[i] << 8)) + (i % K ? layer.keys[i - 1] : 0);
     }
-    const numbers = (row, Type, levels) => {
-      const coded = take(Type, rows * K);
-      return Float32Array.from(coded, (n, i) => largest[row][Math.floor(i / K)] * (n / levels) ** 3);
+    const numbers = (of, signed) => {
+      const share = Float32Array.from({ length: 256 }, (_, byte) =>
+        (signed ? ((byte << 24) >> 24) / 127 : byte / 255) ** 3);
+      const coded = take(Uint8Array, rows * K);
+      const found = new Float32Array(rows * K);
+      for (let row = 0, i = 0; row < rows; row++) {
+        for (const end = i + K; i < end; i++) found[i] = largest[of][row] * share[coded[i]];
+      }
+      return found;
     };
-    layer.attention = negative ? numbers(0, Int8Array, 127) : numbers(0, Uint8Array, 255);
-    layer.relativeNorm = numbers(1, Uint8Array, 255);
-    layer.contribution = numbers(2, Int8Array, 127);
+    layer.attention = numbers(0, negative);
+    layer.relativeNorm = numbers(1, false);
+    layer.contribution = numbers(2, true);
     return layer;
   });
 
@@ -146,11 +158,13 @@
     view.negative = false;
     if (view.grid) {
       for (let query = 0, i = 0; query < T; query++) {
+        let most = 0;
         for (let key = 0; key < S; key++, i++) {
-          if (view.grid[i] < 0) view.negative = true;
-          const size = Math.abs(view.grid[i]);
-          if (size > view.largest[query] && !left(key)) view.largest[query] = size;
+          const x = view.grid[i];
+          if (x < 0) view.negative = true;
+          if (Math.abs(x) > most && !left(key)) most = Math.abs(x);
         }
+        view.largest[query] = most;
       }
     }
     view.most = view.largest.reduce((a, b) => Math.max(a, b), 0);
@@ -187,7 +201,7 @@
       const pixels = context.getImageData(0, 0, 256, 1).data;
       return Array.from({ length: 256 }, (_, i) => {
         const [r, g, b] = pixels.subarray(4 * i, 4 * i + 3);
-        return { r, g, b, css: `rgb(${r}, ${g}, ${b})`, ink: ink(r, g, b) };
+        return { rgb: [r, g, b], css: `rgb(${r}, ${g}, ${b})`, ink: ink(r, g, b) };
       });
     };
     const of = (id, name) => getComputedStyle(element(id))[name];
@@ -224,14 +238,20 @@
     return Number(x.toPrecision(precision)).toString().replace("-", "−").replace("e−", "e-");
   }
   const percent = (x) => `${figure(100 * x, 2)}%`;
-  const spoken = (token, place) => `${place} “${token}”`;
+  /** A token of bearable length; whole it stands in the text. */
+  function short(token) {
+    const letters = Array.from(token);
+    return letters.length > 40 ? `${letters.slice(0, 39).join("")}…` : token;
+  }
+  const spoken = (token, place) => `${place} “${short(token)}”`;
+  const whole = () => (view.layer ? " in the whole model" : "");
 
   function make(tag, properties = {}, ...children) {
     const made = Object.assign(document.createElement(tag), properties);
     made.append(...children);
     return made;
   }
-  const quoted = (token) => make("bdi", { className: "quote" }, `“${token}”`);
+  const quoted = (token) => make("bdi", { className: "quote" }, `“${short(token)}”`);
   const rows = (entries) =>
     make("dl", { className: "rows" }, ...entries.flatMap(([name, value, kind = ""]) => [
       make("dt", { className: kind, title: name }, name),
@@ -244,7 +264,7 @@
   if (crossed) lists.push({ box: element("queries"), side: "query", tokens: queries });
   for (const list of lists) {
     list.elements = list.tokens.map((token, place) => {
-      const made = make("span", { className: "token", tabIndex: place ? -1 : 0 }, token || "∅");
+      const made = make("span", { className: "token", tabIndex: place ? -1 : 0 }, token);
       made.setAttribute("role", "option");
       made.dataset.place = place;
       list.box.append(made);
@@ -373,8 +393,8 @@
         const isQuery = place === query && (!crossed || !ofKey);
         const isKey = place === key && ofKey;
         const name = `token${isQuery ? " query" : ""}${isKey ? " key" : ""}`;
-        const whole = ofKey && left(place) ? `${name} sink` : name;
-        if (token.className !== whole) token.className = whole;
+        const full = ofKey && left(place) ? `${name} sink` : name;
+        if (token.className !== full) token.className = full;
         const chosen = String(state.chosen[list.side] === place);
         if (token.ariaSelected !== chosen) token.ariaSelected = chosen;
       });
@@ -394,10 +414,9 @@
     let signs = view.negative;
     if (query === null || !view.grid) {
       if (scores) {
-        signs = scores.some((x) => x < 0);
+        signs ||= scores.some((x) => x < 0);
         const most = Math.max(...scores.map((x, i) => (left(i) ? 0 : Math.abs(x))));
-        const where = data.maps.length || data.layers.length ? " over all layers and heads" : "";
-        parts.push(ramp(ramps.blue, "", `score of the token${where}: 0 to ${figure(most, 3)}`));
+        parts.push(ramp(ramps.blue, "", `score of the token${whole()}: 0 to ${figure(most, 3)}`));
       }
     } else {
       const most = figure(rowScale(query));
@@ -427,7 +446,7 @@
     const fit = (space, count) => Math.max(2, Math.min(count, Math.floor(space / cell)));
     const whole = T <= 24 && S <= fit(width - left - 30, S);
     const beside = !whole && width > 820;
-    const side = whole ? 0 : Math.min(512, beside ? width * 0.42 : width);
+    const side = whole ? 0 : Math.min(512, 12 * Math.max(S, T), beside ? width * 0.42 : width);
     const across = fit((beside ? width - side - 18 : width) - left - 30, S);
     size = { cell, left, top, across, down: Math.min(T, whole ? 24 : Math.max(across, 8)), whole, side };
   }
@@ -461,7 +480,7 @@
   }
 
   function paintMap() {
-    if (!view.grid) return;
+    if (!view.grid || !element("maps").clientWidth) return; // a hidden frame has no width
     measure();
     follow();
     overview.hidden = size.whole;
@@ -563,8 +582,9 @@
       const scale = rowScale(query);
       for (let key = 0; key < S; key++, i++) {
         if (Number.isNaN(view.grid[i]) || left(key)) continue;
-        const { r, g, b } = colour(view.grid[i], scale);
-        image.data.set([r, g, b, 255], 4 * i);
+        const { rgb } = colour(view.grid[i], scale);
+        for (let c = 0; c < 3; c++) image.data[4 * i + c] = rgb[c];
+        image.data[4 * i + 3] = 255;
       }
     }
     context.putImageData(image, 0, 0);
@@ -652,8 +672,8 @@
     if (view.layer) {
       const i = keptAt(query, key);
       if (i === null) {
-        const why = !crossed && key > query ? "A later token: most models cannot see it. " : "";
-        parts.push(make("p", {}, `${why}Not among the ${view.layer.K} keys that are kept for a query.`));
+        const kept = view.layer.K < S ? `, or not among the ${view.layer.K} keys that are kept of it` : "";
+        parts.push(make("p", {}, `The query does not see this key${kept}.`));
       } else parts.push(factors(i, query));
     } else {
       const names = data.methods.filter((m) => data.maps.includes(m.name));
@@ -673,7 +693,7 @@
     const cosine = length ? Math.max(-1, Math.min(1, contribution[i] / length)) : 0;
     const entries = [
       ["attention", figure(attention[i])],
-      ["× relative norm, of value to output", figure(relativeNorm[i])],
+      ["× value norm / output norm", figure(relativeNorm[i])],
       ["× cosine of value and output", figure(cosine)],
       ["= contribution", figure(contribution[i]), "product"],
       ["VW", figure(length * view.layer.norm[query])],
@@ -686,7 +706,7 @@
     const parts = [make(cell ? "h3" : "h2", {}, cell ? "Query " : "", quoted(queries[query]), ` (${query})`)];
     if (!crossed && !cell && data.scores[state.method.name]) {
       const shown = data.methods.filter((m) => data.scores[m.name]);
-      parts.push(make("h3", {}, view.grid ? "Score over all layers and heads" : "Score"), rows(
+      parts.push(make("h3", {}, `Score${whole()}`), rows(
         shown.map((m) => [m.label, figure(data.scores[m.name][query], 3),
           m.name === state.method.name ? "current" : ""])));
     }
@@ -705,6 +725,7 @@
   function kept(query) {
     const { K, attentionKept, contributionKept, share } = view.layer;
     const row = state.head * T + query;
+    if (K >= S) return "All keys of this head are kept.";
     return `Of a single head the ${K} keys that matter most to a query are kept. Here they hold ` +
       `${percent(attentionKept[row])} of the attention, and their contributions sum to ` +
       `${figure(contributionKept[row], 3)}, those of all keys to ${figure(share[row], 3)}.`;
@@ -716,7 +737,7 @@
       const shown = data.methods.filter((m) => data.scores[m.name]);
       parts.push(make("h2", {}, quoted(keys[key]), ` (${key})`));
       if (shown.length) {
-        parts.push(make("h3", {}, "Score"), rows(
+        parts.push(make("h3", {}, `Score${whole()}`), rows(
           shown.map((m) => [m.label, figure(data.scores[m.name][key], 3)])));
       }
     }
@@ -774,7 +795,8 @@
     element("map-hint").textContent =
       "A query, down, is a token whose output is explained; keys, across, are the tokens it drew from. " +
       "Point at a cell for its figures, or move with the arrow keys." +
-      (view.layer ? ` Blank: not among the ${view.layer.K} keys that are kept for each query, or not seen.` : "");
+      (view.layer && view.layer.K < S
+        ? ` Blank: not seen, or not among the ${view.layer.K} keys that are kept for each query.` : "");
     showHeads();
   }
 
@@ -815,6 +837,7 @@
     paint();
   });
   dark.addEventListener("change", () => { findRamps(); if (view) paint(); });
+  // The first map may still be on its way.
   addEventListener("resize", () => view && paintMap());
   element("controls").addEventListener("submit", (event) => event.preventDefault());
 
@@ -825,6 +848,7 @@
   element("sink-names").textContent = data.sinks.length > 3 ? `${data.sinks.length} sinks` : `the sink ${named}`;
   element("sink-label").title = "Attention sinks draw much attention and add little. Left out, they no longer pale all others.";
   const mapped = data.maps.length || data.layers.length;
+  element("title").textContent = mapped ? "What each token drew from" : "Which tokens matter";
   document.querySelectorAll("label.of-maps").forEach((label) => (label.hidden = !mapped));
   const settings = Object.entries(data.settings).map(([name, value]) => `${name}: ${value}`);
   element("settings").textContent = ["Made with captum_cw", ...settings].join(" · ");

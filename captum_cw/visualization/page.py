@@ -1,13 +1,15 @@
 """An explanation as one interactive HTML page, which needs no server, no network and no other file.
 
 Numbers travel as small integers, zlib-compressed in base64, and are unpacked in the browser when
-they are first looked at. A map of all heads has 16 bits a number: it is off by at most 1/65534 of
-its row's largest. Single heads have 8, so that a page of 512 tokens and 270 heads stays below
-25 MB: ``x = ±m (n / N)^3`` where ``m`` is the largest of the row, which small numbers need beside a
-sink's large one. With ``N = 255`` for attention and relative norms, and 127 where there are signs,
-``x`` is off by at most 0.6% of ``m``, or 1.2%; of a number a hundredth as large as ``m`` that is
-2.7%, or 5.5%. Contributions are kept, not made from the factors, whose errors would multiply; the
-cosine is what the two factors leave of them.
+they are first looked at. A map of all heads has 16 bits a number: each is off by at most 1/65534
+of its row's largest. Single heads have 8, so that a page of 512 tokens and 270 heads stays below
+25 MB: ``x = m (n / N)^3``, where ``m`` is the largest of the row. The cube leaves room for small
+numbers beside a sink's large one. With ``N = 255``, for attention and relative norms, ``x`` is off
+by at most 0.6% of ``m``, and where it is a hundredth of ``m`` by 2.7% of itself; with ``N = 127``,
+where there are signs, by 1.2% and 5.5%. Contributions are kept, not made from their factors, whose
+errors would multiply. VW and VW-ON are made so (on SmolLM2 and 512 tokens, up to 1.8% of the row's
+largest), and the cosine is what the two factors leave of a contribution: off by up to 0.07, in 99
+of 100 cases by 0.04, for keys with more than a hundredth of the row's largest attention.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ __all__ = ["explanation_page", "framed"]
 
 LABELS = {
     "attention": "attention",
-    "vw": "VW: attention × value norm",  # noqa: RUF001
+    "vw": "VW: attention \N{MULTIPLICATION SIGN} value norm",
     "vwon": "VW-ON: VW / output norm",
     "contribution": "contribution, size",
     "signed": "contribution, signed",
@@ -45,6 +47,7 @@ ABOUT = {
     "signed": "Which share of a query's output a key made; below zero it worked against it. All "
     "shares of one query sum to 1.",
 }
+# What explain() does, which makes maps of all measures.
 TOGETHER = dict.fromkeys(LABELS, "Mean over all layers and heads.") | {
     "signed": "Summed over heads, mean over layers."
 }
@@ -127,6 +130,7 @@ def _description(
     """What the page knows before it unpacks a number."""
     names = [*explanation.maps, *explanation.scores, *(LABELS if layers else ())]
     known = explanation.probability
+    together = TOGETHER if LABELS.keys() <= explanation.maps.keys() else {}
     return {
         "tokens": list(explanation.tokens),
         "queries": None if explanation.queries is None else list(explanation.queries),
@@ -137,7 +141,7 @@ def _description(
                 "name": name,
                 "label": LABELS.get(name, name),
                 "about": ABOUT.get(name, OWN_UNIT),
-                "together": TOGETHER.get(name, ""),
+                "together": together.get(name, ""),
                 "ofHeads": name in LABELS,
             }
             for name in dict.fromkeys(names)
