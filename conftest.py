@@ -30,7 +30,9 @@ collect_ignore = (
 
 def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)  # workers that share the cores wait for each other
+        # Workers that share the cores wait for each other, and so do the processes they start.
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def tokenizer_of(text: str) -> Any:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = Split(Regex(WORDS), "removed", invert=True)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="?", eos_token="?", pad_token="?"
+        tokenizer_object=tokenizer, unk_token="?", eos_token="?", pad_token="?", mask_token="?"
     )
 
 
