@@ -146,6 +146,8 @@ def _read(tokenizer: Any, text: str | Messages | Tensor) -> _Text:
         chat = render_chat(tokenizer, text, add_generation_prompt=False)
         read = _Text(chat.ids, chat.text, chat.offsets, chat.messages)
     elif isinstance(text, Tensor):
+        if text.is_floating_point() or text.dtype == torch.bool:
+            raise TypeError(f"text is a tensor of {text.dtype}: give token ids, integers (T,).")
         read = _Text((text[None] if text.dim() == 1 else text).long())
     else:
         raise TypeError(

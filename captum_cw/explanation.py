@@ -21,6 +21,7 @@ from torch import Tensor
 from captum_cw import functional, interchange
 from captum_cw._version import __version__
 from captum_cw.attr import ChatTokenInput
+from captum_cw.files import whole_file
 from captum_cw.functional import Decomposition, Measure
 from captum_cw.templates import Message, owners
 from captum_cw.tokens import (
@@ -168,6 +169,12 @@ class Explanation:
                 raise ValueError(
                     f"Layer {layer.name!r} has {layer.keys.shape[1]} queries, expected {T}."
                 )
+            keys = layer.keys
+            if keys.numel() and not 0 <= int(keys.min()) <= int(keys.max()) < S:
+                raise ValueError(
+                    f"Layer {layer.name!r} has keys from {int(keys.min())} to {int(keys.max())}, "
+                    f"but there are {S} tokens."
+                )
 
     @classmethod
     def from_llm(cls, result: LLMAttributionResult, name: str = "attribution") -> Explanation:
@@ -229,7 +236,7 @@ class Explanation:
             maps: By measure what ``attribute`` gave: ``(1, H, T, S)`` a layer. Or what
                 :meth:`~captum_cw.ContributionWeights.decompose` gave, which fills heads too.
             queries: ``T`` readable tokens of the queries; None where they are the tokens.
-            layers: Their names; numbers by default.
+            layers: Names of what ``decompose`` gave; numbers by default.
             keys: How many keys are kept for each query of each head.
 
         Raises:
@@ -246,13 +253,18 @@ class Explanation:
             >>> Explanation.from_maps(tokens, {"attention": attention}).maps["attention"].shape
             torch.Size([5, 5])
         """
+        if keys < 0:
+            raise ValueError(f"keys={keys}: give 0 or more.")
         heads: list[HeadMaps] = []
         if isinstance(maps, Mapping):
             measures = {name: [_of_one_text(name, x) for x in xs] for name, xs in maps.items()}
         else:
             parts = [_one_decomposition(d) for d in maps]
             names = [str(n) for n in range(len(parts))] if layers is None else layers
-            heads = [_heads_of(name, d, keys) for name, d in zip(names, parts, strict=True)]
+            if len(names) != len(parts):
+                raise ValueError(f"layers has {len(names)} names, but maps {len(parts)} layers.")
+            if keys:
+                heads = [_heads_of(name, d, keys) for name, d in zip(names, parts, strict=True)]
             measures = {
                 "attention": [d.attention for d in parts],
                 "vwon": [d.attention.abs() * d.relative_norm for d in parts],
@@ -260,6 +272,12 @@ class Explanation:
             }
         if not all(measures.values()) or not measures:
             raise ValueError("There is no map: give those of one layer or more.")
+        shapes = {tuple(x.shape[1:]) for xs in measures.values() for x in xs}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"maps have shapes (T, S) {sorted(shapes)}: give layers of one kind, such as "
+                "kind='cross'."
+            )
         found = {
             name: mean_of_layers([x.abs().mean(0) for x in xs]) for name, xs in measures.items()
         }
@@ -335,7 +353,8 @@ class Explanation:
             >>> path = getfixture("tmp_path") / "page.html"
             >>> explain(model, tokenizer, "a b c").save_page(path)
         """
-        Path(path).write_text(self.page(sinks=sinks), encoding="utf-8")
+        with whole_file(path) as whole:
+            whole.write_text(self.page(sinks=sinks), encoding="utf-8")
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own, for notebooks."""

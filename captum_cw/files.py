@@ -15,8 +15,12 @@ __all__ = ["read_json", "whole_file", "write_json"]
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Where to write what becomes the file at once: a kill leaves no half one."""
     whole = Path(f"{path}.part")
-    yield whole
-    whole.replace(path)
+    try:
+        yield whole
+        whole.replace(path)
+    except BaseException:
+        whole.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -39,6 +39,7 @@ from captum_cw import (
 )
 from captum_cw.attr import layer as attr_layer
 from captum_cw.capture import UnsupportedModelError
+from captum_cw.explanation import HeadMaps
 
 IDS = torch.tensor([[1, 5, 3, 9, 1, 30, 12]])
 METHODS: dict[str, Any] = {
@@ -347,3 +348,22 @@ def test_results_of_captums_classes_become_explanations(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             found.to_dataframe()
+
+
+def test_keys_are_places_of_tokens() -> None:
+    keys = torch.full((1, 1, 1), 5, dtype=torch.int32)
+    part = torch.ones(1, 1, 1)
+    layer = HeadMaps("l", keys, part, part, part, torch.ones(1), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="keys from 5 to 5, but there are 1 tokens"):
+        Explanation(["a"], {}, heads=[layer])
+
+
+def test_scores_are_no_token_ids(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    with pytest.raises(TypeError, match=r"torch\.float32: give token ids"):
+        explain(tiny_model, tiny_tokenizer, torch.rand(3))
+
+
+def test_maps_of_layers_of_different_shape_are_refused() -> None:
+    maps = {"m": [torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 4)]}
+    with pytest.raises(ValueError, match=r"\[\(3, 3\), \(3, 4\)\]"):
+        Explanation.from_maps(["a", "b", "c"], maps)

@@ -18,7 +18,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from captum_cw import Explanation, explain
+from captum_cw import ContributionWeights, Explanation, explain
 from captum_cw.explanation import MEASURES, HeadMaps
 from captum_cw.visualization.page import LABELS
 
@@ -488,7 +488,8 @@ def parts(page: str) -> tuple[dict, list[bytes]]:
 
 def test_sixteen_bits_of_a_map(explanation: Explanation) -> None:
     _, blobs = parts(explanation.page())
-    for blob, x in zip(blobs, explanation.maps.values(), strict=False):
+    assert len(blobs) == len(explanation.maps) + len(explanation.heads)
+    for blob, x in zip(blobs[: len(explanation.maps)], explanation.maps.values(), strict=True):
         largest = np.frombuffer(blob, "<f4", 10)[:, None]
         low, high = np.frombuffer(blob, np.uint8, offset=40).reshape(2, 10, 10).astype(int)
         number = (low + 256 * high + 2**15) % 2**16 - 2**15
@@ -638,3 +639,83 @@ def test_a_model_that_looks_both_ways(show: Show, tiny_tokenizer) -> None:
     token(page, 1).click()
     drew = [int(name.split()[0]) for name in figures(page, "Drew most from")]
     assert drew == explained.maps["contribution"][1].argsort(descending=True).tolist()
+
+
+@pytest.mark.parametrize("queries", [None, ["x", "y", "z"]])
+def test_a_text_of_one_token(show: Show, queries: list[str] | None) -> None:
+    T = 1 if queries is None else 3
+    given = Explanation(["a"], {"m": torch.ones(1)}, {"m": torch.ones(T, 1)}, queries=queries)
+    page = show(given)
+    token(page, 0).click()
+    assert "Fed most" in page.locator("#details").inner_text()
+
+
+def test_attention_that_is_nearly_nothing_is_still_seen(show: Show) -> None:
+    keys = torch.tensor([[[0, 0], [0, 1]]], dtype=torch.int32)
+    attention = torch.tensor([[[1.0, 0.0], [1.0, 1e-9]]])
+    ones = torch.ones(1, 2, 2)
+    layer = HeadMaps("l", keys, attention, ones, ones, torch.ones(2), torch.ones(1, 2))
+    page = show(Explanation(["a", "b"], {}, heads=[layer]))
+    choose_cell(page, 1, 1)
+    assert "does not see" not in page.locator("#details").inner_text()
+
+
+def test_value_weighted_attention_has_no_sign(show: Show) -> None:
+    keys = torch.tensor([[[0, 0], [0, 1]]], dtype=torch.int32)
+    attention = torch.tensor([[[1.0, 0.0], [0.5, -0.5]]])
+    ones = torch.ones(1, 2, 2)
+    layer = HeadMaps("l", keys, attention, ones, ones, torch.ones(2), torch.ones(1, 2))
+    page = show(Explanation(["a", "b"], {}, heads=[layer]))
+    choose_cell(page, 1, 1)
+    found = figures(page)
+    assert found["attention"] == pytest.approx(-0.5, rel=0.02)
+    assert found["VW-ON"] == pytest.approx(0.5, rel=0.02)
+
+
+def test_what_is_announced_is_of_what_is_shown(show: Show, explanation: Explanation) -> None:
+    page = show(explanation)
+    choose_cell(page, 4, 2)
+    # At once, before the other map is unpacked.
+    said = page.evaluate(
+        """() => {
+            const select = document.getElementById("method");
+            select.value = 0;
+            select.dispatchEvent(new Event("change"));
+            document.getElementById("map").dispatchEvent(
+                new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+            return document.getElementById("status").textContent;
+        }"""
+    )
+    shown = float(re.search(r"([\d.]+)\.$", said)[1])
+    name = "contribution" if LABELS["contribution"] in said else "attention"
+    assert shown == pytest.approx(float(explanation.maps[name][4, 3]), rel=0.006)
+
+
+def test_dense_maps_offer_no_vw_of_heads(show: Show, tiny_model, tiny_tokenizer) -> None:
+    ids = tiny_tokenizer(TEXT, return_tensors="pt").input_ids
+    layers = ContributionWeights(tiny_model).decompose(ids)
+    page = show(Explanation.from_maps(TEXT.split(), layers))
+    assert LABELS["vw"] not in page.locator("#method option").all_text_contents()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Explanation([], {}), "no tokens"),
+        (Explanation(["a"], {"m": torch.ones(1)}, probability=torch.tensor([torch.nan])), "nan"),
+    ],
+)
+def test_other_things_that_cannot_be_shown(given: Explanation, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        given.page(sinks=())
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text("before")
+    with pytest.raises(ValueError, match="nan"):
+        Explanation(["a"], {"m": torch.tensor([torch.nan])}).save_page(path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    Explanation(["\ud800"], {"m": torch.ones(1, requires_grad=True)}).save_page(path)
+    assert "<!DOCTYPE html>" in path.read_text(encoding="utf-8")

@@ -56,6 +56,8 @@ def _run(options: Namespace) -> int:
         # What libraries may print would be no JSON.
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             answer = command.run(options)
+        if answer is not None and not options.json:  # None: another process tells
+            answer.show()
     except UsageError:
         raise
     except KeyboardInterrupt as error:
@@ -66,12 +68,8 @@ def _run(options: Namespace) -> int:
             raise
         _tell(error, f"{options.parser.prog}: error: {message_of(error)}", options.json)
         return 1
-    if answer is None:  # another process tells
-        return 0
-    if options.json:
+    if answer is not None and options.json:
         _print_json(answer.document)
-    else:
-        answer.show()
     return 0
 
 

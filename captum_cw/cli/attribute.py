@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from captum_cw.attr import LLMTokenAttribution, TokenScores
-from captum_cw.attr.inputs import longest_text
+from captum_cw.attr.inputs import device_of, longest_text
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.output import SINK_NOTE, coloured_text, load, token_table
 from captum_cw.demo import sink
@@ -38,6 +38,8 @@ def run(options: Namespace) -> Answer:
         usage_error("--reduction is over all positions, --target explains some: give one of them")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         usage_error(f"--out {options.out}: there is no folder {options.out.parent}")
+    if options.out is not None and options.out.is_dir():
+        usage_error(f"--out {options.out} is a folder: name a file, such as page.html")
     text = options.text if options.file is None else _read(options.file)
     if not text:
         usage_error("the text is empty: give at least one token")
@@ -47,7 +49,7 @@ def run(options: Namespace) -> Answer:
     reduction: Reduction = options.reduction or "mean"
     scorer = TokenScores(METHODS[options.method](model), reduction=reduction)
     if options.target is None:
-        ids = tokenizer(text, return_tensors="pt").input_ids.to(options.device)
+        ids = tokenizer(text, return_tensors="pt").input_ids.to(device_of(model))
         scores = scorer.attribute(ids, show_progress=True)[0].cpu()
         title = f"{options.method}, {reduction} over the positions of the text"
     else:
@@ -89,11 +91,12 @@ def _read(file: Path) -> str:
 
 
 def _check_length(model: Any, tokenizer: Any, text: str, target: str) -> None:
-    # Beginning and end of texts apart, since that is how an output is explained.
-    counted = [tokenizer(part, verbose=False).input_ids for part in (text, target)]
-    if not counted[0]:
+    # An output has no tokens of its own at its beginning and end.
+    prompt = tokenizer(text, verbose=False).input_ids
+    output = tokenizer(target, add_special_tokens=False, verbose=False).input_ids
+    if not prompt:
         raise ValueError(f"The text {text!r} makes no token: give at least one.")
-    limit, length = longest_text(model), len(counted[0]) + len(counted[1])
+    limit, length = longest_text(model), len(prompt) + len(output)
     if limit is not None and length > limit:
         raise ValueError(
             f"The text has {length} tokens, but the model has positions for {limit}: give a "
@@ -119,7 +122,7 @@ def _explanation(
 
 
 def _show(title: str, method: str, scores: Tensor, tokens: Sequence[str]) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(Text(title, style="bold"), end="\n\n")
     normalized = normalized_scores({method: scores}, tokens, sink(tokens))
     coloured_text(console, tokens, normalized[method])

@@ -50,7 +50,7 @@ def run(options: Namespace) -> Answer:
 
 
 def _show(text: str, explanation: ExplainedPrediction) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(Text.assemble("\n", text, (explanation.prediction, "bold underline")))
     console.print(
         Text(

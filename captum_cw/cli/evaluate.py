@@ -186,7 +186,7 @@ def _document_of_tasks(result: TaskResult) -> dict[str, Any]:
 
 
 def _show_texts(result: FaithfulnessResult) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     examples, processes = len(result.records), result.settings["processes"]
     console.print(
         f"{result.settings['metric']} of {examples} texts: {result.clean:.4g} (corpus perplexity "
@@ -227,7 +227,7 @@ def _show_texts(result: FaithfulnessResult) -> None:
 
 
 def _show_tasks(result: TaskResult) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for task in result.tasks:
         baseline = result.baseline[task]
         table = Table("method", *(f"{100 * rate:g}%" for rate in result.rates), "at most")

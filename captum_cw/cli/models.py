@@ -53,7 +53,7 @@ def _supported() -> Answer:
 
 
 def _show_supported(tested: ModelTypes) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(
         f"Model types of transformers {tested.transformers}, tested small and with random weights "
         "against a slow reference:"
@@ -96,7 +96,7 @@ def _layers(options: Namespace) -> Answer:
     }
 
     def show() -> None:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         console.print(_table(layers))
         console.print(
             f"{type(model).__name__}: {len(layers)} attention layers. Maps of all of them, of a "

@@ -89,7 +89,7 @@ def _document(study: StudyResults) -> dict[str, Any]:
 
 
 def _show_claims(study: StudyResults) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     table = Table("claim", "verdict", "figures")
     for claim in CLAIMS:
         judgement = study.judgement(claim)

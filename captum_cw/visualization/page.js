@@ -28,7 +28,7 @@
     window: { query: 0, key: 0 }, // the first row and column that the map shows
   };
   // What the state asks for, unpacked; largest is of each row, and most of all.
-  let view = { grid: null, layer: null, largest: [], most: 0, negative: false };
+  let view = { method: state.method, grid: null, layer: null, largest: [], most: 0, negative: false };
   let ramps = null;
   let picture = null; // the whole map, a pixel a cell
   const current = () => state.pointed ?? state.chosen;
@@ -100,8 +100,8 @@
 
   const MEASURES = {
     attention: (layer, i) => layer.attention[i],
-    vwon: (layer, i) => layer.attention[i] * layer.relativeNorm[i],
-    vw: (layer, i, query) => layer.attention[i] * layer.relativeNorm[i] * layer.norm[query],
+    vwon: (layer, i) => Math.abs(layer.attention[i]) * layer.relativeNorm[i],
+    vw: (layer, i, query) => MEASURES.vwon(layer, i) * layer.norm[query],
     signed: (layer, i) => layer.contribution[i],
     contribution: (layer, i) => Math.abs(layer.contribution[i]),
   };
@@ -122,7 +122,7 @@
 
   /** The place of a key among those kept for a query of the chosen head, or null. */
   function keptAt(query, key) {
-    const start = (state.head * T + query) * view.layer.K;
+    const start = (view.head * T + query) * view.layer.K;
     for (let i = start; i < start + view.layer.K; i++) {
       if (view.layer.keys[i] === key && view.layer.attention[i] !== 0) return i;
     }
@@ -132,7 +132,7 @@
   let turn = 0;
 
   /** Unpacks what the state asks for, then shows it, unless something else was asked meanwhile. */
-  async function load() {
+  async function unpackAndShow() {
     const mine = ++turn;
     const { name, ofHeads } = state.method;
     if (state.layer === TOGETHER && !data.maps.includes(name) && ofHeads && data.layers.length) {
@@ -147,9 +147,17 @@
       state.head = Math.min(state.head, data.layers[state.layer].heads - 1);
       grid = headGrid(layer, state.head, name);
     }
-    view = { grid, layer };
+    // What painters read: the state may be ahead of it.
+    view = { grid, layer, method: state.method, number: state.layer, head: state.head };
     showControls();
     rescale();
+  }
+
+  function load() {
+    unpackAndShow().catch((error) => {
+      element("about").textContent =
+        `This cannot be shown: ${error.message}. Save the page again, or use a newer browser.`;
+    });
   }
 
   /** Finds what the darkest colours stand for. */
@@ -300,6 +308,7 @@
       point(null);
     });
     box.addEventListener("focusin", (event) => {
+      if (!under(event)) return; // a box that scrolls takes the focus in some browsers
       point(under(event));
       elements.forEach((x) => (x.tabIndex = x === under(event) ? 0 : -1));
       say();
@@ -368,7 +377,7 @@
 
   function paintText() {
     const { query, key } = current();
-    const scores = data.scores[state.method.name];
+    const scores = data.scores[view.method.name];
     const scored = query === null || !view.grid ? scores : null;
     const most = scored && Math.max(...scored.map((x, i) => (left(i) ? 0 : Math.abs(x))));
     const row = query !== null && view.grid ? rowScale(query) : 0;
@@ -409,7 +418,7 @@
       bar.style.background = `linear-gradient(to right, ${steps.join(", ")})`;
       return make("span", { className: `ramp ${kind}` }, bar, ...words);
     };
-    const scores = data.scores[state.method.name];
+    const scores = data.scores[view.method.name];
     const parts = [];
     let signs = view.negative;
     if (query === null || !view.grid) {
@@ -443,7 +452,7 @@
     const top = phone ? 76 : 92;
     const roomy = Math.floor((Math.min(width, 760) - left - 30) / Math.max(S, T));
     const cell = Math.max(phone ? 20 : 22, Math.min(roomy, 34));
-    const fit = (space, count) => Math.max(2, Math.min(count, Math.floor(space / cell)));
+    const fit = (space, count) => Math.min(count, Math.max(2, Math.floor(space / cell)));
     const whole = T <= 24 && S <= fit(width - left - 30, S);
     const beside = !whole && width > 820;
     const side = whole ? 0 : Math.min(512, 12 * Math.max(S, T), beside ? width * 0.42 : width);
@@ -654,7 +663,8 @@
   }
 
   function paintDetails() {
-    const { query, key, cell } = current();
+    const { query, key } = current();
+    const cell = current().cell && view.grid !== null;
     const parts = [];
     if (query === null && key === null) {
       parts.push(make("h2", {}, "Nothing chosen"), make("p", { className: "hint" },
@@ -681,7 +691,7 @@
       parts.push(list);
       Promise.all(names.map((m) => mapOf(m.name))).then((grids) => {
         list.replaceChildren(rows(names.map(({ label, name }, n) =>
-          [label, figure(grids[n][query * S + key]), name === state.method.name ? "current" : ""])));
+          [label, figure(grids[n][query * S + key]), name === view.method.name ? "current" : ""])));
       });
     }
     return parts;
@@ -696,19 +706,22 @@
       ["× value norm / output norm", figure(relativeNorm[i])],
       ["× cosine of value and output", figure(cosine)],
       ["= contribution", figure(contribution[i]), "product"],
-      ["VW", figure(length * view.layer.norm[query])],
-      ["VW-ON", figure(length)],
+      ["VW", figure(MEASURES.vw(view.layer, i, query))],
+      ["VW-ON", figure(MEASURES.vwon(view.layer, i))],
     ];
     return make("div", {}, rows(entries), make("p", { className: "hint" }, EIGHT_BITS));
   }
 
   function queryDetails(query, cell) {
     const parts = [make(cell ? "h3" : "h2", {}, cell ? "Query " : "", quoted(queries[query]), ` (${query})`)];
-    if (!crossed && !cell && data.scores[state.method.name]) {
+    if (!crossed && !cell && data.scores[view.method.name]) {
       const shown = data.methods.filter((m) => data.scores[m.name]);
       parts.push(make("h3", {}, `Score${whole()}`), rows(
         shown.map((m) => [m.label, figure(data.scores[m.name][query], 3),
-          m.name === state.method.name ? "current" : ""])));
+          m.name === view.method.name ? "current" : ""])));
+    }
+    if (!data.predicted && data.probability) {
+      parts.push(make("p", {}, `The model gave it a probability of ${percent(data.probability[query])}.`));
     }
     if (data.predicted) {
       const known = data.probability ? ` (${percent(data.probability[query])})` : "";
@@ -724,7 +737,7 @@
 
   function kept(query) {
     const { K, attentionKept, contributionKept, share } = view.layer;
-    const row = state.head * T + query;
+    const row = view.head * T + query;
     if (K >= S) return "All keys of this head are kept.";
     return `Of a single head the ${K} keys that matter most to a query are kept. Here they hold ` +
       `${percent(attentionKept[row])} of the attention, and their contributions sum to ` +
@@ -754,9 +767,9 @@
     let words = "Nothing chosen.";
     if (cell && view.grid) {
       words = `Query ${spoken(queries[query], query)}, key ${spoken(keys[key], key)}: ` +
-        `${state.method.label} ${figure(at(query, key))}.`;
+        `${view.method.label} ${figure(at(query, key))}.`;
     } else if (query !== null || key !== null) {
-      const score = data.scores[state.method.name]?.[key];
+      const score = data.scores[view.method.name]?.[key];
       words = `${query === null ? spoken(keys[key], key) : spoken(queries[query], query)}.`;
       if (score !== undefined) words += ` Score ${figure(score, 3)}.`;
       if (query !== null && view.grid) {
@@ -807,7 +820,7 @@
       return;
     }
     const { query } = state.chosen;
-    const heads = Array.from({ length: data.layers[state.layer].heads }, (_, head) => {
+    const heads = Array.from({ length: data.layers[view.number].heads }, (_, head) => {
       const share = query === null ? "" : `: ${percent(view.layer.share[head * T + query])} of the layer`;
       return option(head, `${head}${share}`);
     });
@@ -836,9 +849,8 @@
     findRamps();
     paint();
   });
-  dark.addEventListener("change", () => { findRamps(); if (view) paint(); });
-  // The first map may still be on its way.
-  addEventListener("resize", () => view && paintMap());
+  dark.addEventListener("change", () => { findRamps(); paint(); });
+  addEventListener("resize", () => paintMap());
   element("controls").addEventListener("submit", (event) => event.preventDefault());
 
   element("method").append(...data.methods.map(({ label }, n) => option(n, label)));

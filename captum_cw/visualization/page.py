@@ -54,6 +54,8 @@ TOGETHER = dict.fromkeys(LABELS, "Mean over all layers and heads.") | {
 OWN_UNIT = "Numbers as this method gave them, in its own unit."
 LEVELS, SIGNED_LEVELS, MAP_LEVELS = 255, 127, 32767
 POWER = 3
+#: Tokens whose places two bytes tell apart.
+LONGEST = 2**16
 
 
 def explanation_page(explanation: Explanation, *, sinks: Collection[int] = (0,)) -> str:
@@ -105,30 +107,46 @@ def framed(page: str) -> str:
 
 def _check(explanation: Explanation, sinks: Collection[int]) -> None:
     S = len(explanation.tokens)
-    if not (explanation.scores or explanation.maps or explanation.heads):
+    layers = [layer for layer in explanation.heads if layer.keys.numel()]
+    if not explanation.tokens:
+        raise ValueError("The explanation has no tokens: there is nothing to show.")
+    if not (explanation.scores or explanation.maps or layers):
         raise ValueError("The explanation has no scores, maps or heads: there is nothing to show.")
     for place in sinks:
         if not 0 <= place < S:
             raise ValueError(f"sinks holds {place}, outside the {S} tokens: give 0 to {S - 1}.")
-    for kind, tensors in (("scores", explanation.scores), ("maps", explanation.maps)):
-        for name, x in tensors.items():
-            if not x.isfinite().all():
-                value = x[~x.isfinite()][0].item()
-                raise ValueError(
-                    f"{kind}[{name!r}] holds {value}: replace it, for instance by nan_to_num()."
-                )
+    if layers and S > LONGEST:
+        raise ValueError(
+            f"{S} tokens: a page shows heads of up to {LONGEST}. Take dataclasses.replace("
+            "explanation, heads=())."
+        )
+    numbers = {f"scores[{name!r}]": x for name, x in explanation.scores.items()}
+    numbers |= {f"maps[{name!r}]": x for name, x in explanation.maps.items()}
+    if explanation.probability is not None:
+        numbers["probability"] = explanation.probability
+    for layer in layers:  # whose output_norm may be NaN
+        for part in ("attention", "relative_norm", "cosine", "share"):
+            numbers[f"{part} of layer {layer.name!r}"] = getattr(layer, part)
+    for name, x in numbers.items():
+        if not x.isfinite().all():
+            value = x[~x.isfinite()][0].item()
+            raise ValueError(f"{name} holds {value}: replace it, for instance by nan_to_num().")
 
 
 def _title(explanation: Explanation) -> str:
     text = "".join(explanation.tokens).strip()
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    title = text if len(text) <= 60 else f"{text[:59]}…"
+    return title.encode("utf-8", "replace").decode()  # halves of surrogate pairs cannot be written
 
 
 def _description(
     explanation: Explanation, layers: list[HeadMaps], sinks: Collection[int]
 ) -> dict[str, Any]:
     """What the page knows before it unpacks a number."""
-    names = [*explanation.maps, *explanation.scores, *(LABELS if layers else ())]
+    # Of dense maps alone the norm of the output is not known, nor so VW.
+    unknown = {"vw"} if all(bool(x.output_norm.isnan().all()) for x in layers) else set()
+    of_heads = [name for name in LABELS if name not in unknown] if layers else []
+    names = [*explanation.maps, *explanation.scores, *of_heads]
     known = explanation.probability
     together = TOGETHER if LABELS.keys() <= explanation.maps.keys() else {}
     return {
@@ -142,7 +160,7 @@ def _description(
                 "label": LABELS.get(name, name),
                 "about": ABOUT.get(name, OWN_UNIT),
                 "together": together.get(name, ""),
-                "ofHeads": name in LABELS,
+                "ofHeads": name in of_heads,
             }
             for name in dict.fromkeys(names)
         ],
@@ -169,7 +187,7 @@ def _rounded(x: Tensor) -> list[float]:
 
 def _json(description: dict[str, Any]) -> str:
     """ASCII without a ``<``, so that no token can end the element that holds it."""
-    return json.dumps(description, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(description, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _map(x: Tensor) -> str:
@@ -213,15 +231,18 @@ def _coded(x: Tensor, levels: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The largest of each row and the cube roots of numbers relative to it, one byte each."""
     largest = x.abs().amax(-1, keepdim=True)
     roots = (x.double().abs() / largest.double()).nan_to_num(0) ** (1 / POWER)
-    return _float32(largest), _low_and_high((roots * levels).round().long() * x.sign().long())[0]
+    # What is not zero is not shown as if it were: zero attention is that of a key that is not seen.
+    numbers = (roots * levels).round().clamp(min=1).long() * x.sign().long()
+    return _float32(largest), _low_and_high(numbers)[0]
 
 
 def _float32(x: Tensor) -> npt.NDArray[Any]:
-    return x.float().numpy().astype("<f4")
+    return x.detach().cpu().float().numpy().astype("<f4")
 
 
 def _low_and_high(x: Tensor) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Two bytes of each number, apart, since they compress better so."""
+    x = x.cpu()
     return (x & 255).numpy().astype(np.uint8), (x >> 8 & 255).numpy().astype(np.uint8)
 
 
