@@ -210,7 +210,7 @@ class Explanation:
         found = replace(
             found,
             tokens=readable_tokens(tokenizer, ids[0]),
-            queries=[_readable_entry(tokenizer, token) for token in result.output_tokens],
+            queries=_readable_entries(tokenizer, result.output_tokens),
             words=word_numbers(tokenizer, ids[0]),
         )
         return _with_chat(found, result.inp) if isinstance(result.inp, ChatTokenInput) else found
@@ -552,10 +552,13 @@ def mean_of_layers(layers: list[Tensor]) -> Tensor:
     return torch.stack(layers).mean(0)
 
 
-def _readable_entry(tokenizer: Any, token: str) -> str:
-    """An entry of the vocabulary as a person reads it; other strings as they are."""
-    number = tokenizer.get_vocab().get(token)
-    return token if number is None else readable_tokens(tokenizer, [number])[0]
+def _readable_entries(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
+    """Entries of the vocabulary as a person reads them; other strings as they are."""
+    vocabulary = tokenizer.get_vocab()  # made anew each time it is asked for
+    return [
+        readable_tokens(tokenizer, [vocabulary[token]])[0] if token in vocabulary else token
+        for token in tokens
+    ]
 
 
 def _with_chat(found: Explanation, inp: ChatTokenInput) -> Explanation:

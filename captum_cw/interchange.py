@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -168,7 +169,6 @@ def to_dataframe(explanation: Explanation, of: Literal["scores", "maps"]) -> Dat
 def to_xarray(explanation: Explanation) -> Dataset:
     """A data set; see :meth:`captum_cw.Explanation.to_xarray`."""
     xarray = _imported("xarray")
-    numpy = _imported("numpy")
     queries = _queries(explanation)
     T, S = len(queries), len(explanation.tokens)
     methods = list(dict.fromkeys([*explanation.scores, *explanation.maps]))
@@ -184,7 +184,7 @@ def to_xarray(explanation: Explanation) -> Dataset:
         "query_token": ("query", queries),
     }
     if explanation.words is not None:
-        words = [numpy.nan if word is None else word for word in explanation.words]
+        words = [np.nan if word is None else word for word in explanation.words]
         coordinates["word"] = ("key", words)
     if explanation.predicted is not None:
         coordinates["predicted"] = ("query", list(explanation.predicted))
