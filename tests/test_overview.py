@@ -22,7 +22,7 @@ def test_shared_heads_and_the_projection_are_named(tiny_model: Any) -> None:
 
 
 def test_windows_and_learned_sinks_are_told() -> None:
-    transformers = pytest.importorskip("transformers", "5")
+    transformers = pytest.importorskip("transformers", "5", reason="the model is of transformers 5")
     config = transformers.GptOssConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, intermediate_size=32, num_local_experts=2,
@@ -35,7 +35,7 @@ def test_windows_and_learned_sinks_are_told() -> None:
 
 
 def test_a_gate_is_told() -> None:
-    transformers = pytest.importorskip("transformers", "5")
+    transformers = pytest.importorskip("transformers", "5", reason="the model is of transformers 5")
     config = transformers.AfmoeConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, intermediate_size=32, num_dense_layers=1,
