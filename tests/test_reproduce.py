@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from captum_cw import analysis
 from captum_cw.cli import main
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.metrics.tasks import TaskResult
@@ -155,6 +156,22 @@ def test_plans_shrink_but_do_not_grow() -> None:
         (4, 64),
     )
     assert PLANS["quick"].resized(1000, None) == PLANS["quick"]
+    assert PLANS["quick"].resized(None, None, documents=7) == replace(PLANS["quick"], documents=7)
+
+
+def test_texts_that_are_skipped_are_not_read(
+    study: Study, texts: list[str], tmp_path: Path
+) -> None:
+    later = replace(study, plan=replace(study.plan, skip=2))
+    assert later.plan.needed == study.plan.needed + 2
+    for seen, given in zip(later.batches(3, 6), texts[2:5], strict=True):
+        assert seen["input_ids"].tolist() == [study.tokenizer(given).input_ids[:6]]
+    found, _ = run(later, tmp_path, ["T4"])
+    alone = analysis.first_token_weight(study.model, later.analysed)
+    assert found.items[0].result.numbers == alone.numbers
+    assert "after the first 2;" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ValueError, match=f"has {len(texts)} texts, of which 99 are skipped"):
+        replace(study, plan=replace(study.plan, skip=99)).batches(1, 4)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -263,7 +264,11 @@ examples:
     most = "at most so many {}, of all items"
     _option(command, "--samples", most.format("texts"), type=_count, metavar="N")
     _option(command, "--length", most.format("tokens a text"), type=_count, metavar="T")
+    unseen = "texts that are passed over first, to judge claims on others"
+    _option(command, "--skip", unseen, type=partial(_count, least=0), default=0, metavar="N")
     _add_tasks(command, "tasks of lm-evaluation-harness, for F4")
+    most = "at most so many documents of each task"
+    _option(command, "--documents", most, type=_count, metavar="N")
     _option(command, "--seed", "of random choices", type=int, default=0)
 
 
@@ -334,7 +339,7 @@ def _numbers(text: str) -> list[float]:
         ) from error
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count: give 1 or more.")
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count: give {least} or more.")
     return int(text)

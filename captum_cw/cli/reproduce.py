@@ -32,15 +32,16 @@ from captum_cw.reproduce.claims import CLAIMS
 def run(options: Namespace) -> Answer:
     """Runs the items of all studies, and writes the report."""
     plan = PLANS["quick" if options.quick else options.preset]
-    plan = replace(plan.resized(options.samples, options.length), seed=options.seed)
+    plan = plan.resized(options.samples, options.length, options.documents)
+    plan = replace(plan, skip=options.skip, seed=options.seed)
     paper = plan.name == "paper"
     models = options.model or (PAPER_MODELS if paper else ())
     data = options.data or (PAPER_DATA if paper else ())
     if not models or not data:
         options.parser.error("give --model and --data, or --preset paper, which brings its own")
     need("datasets", "jinja2", "pandas", "scipy", "sklearn", *["lm_eval"] * bool(options.tasks))
-    needed = max(plan.texts, plan.correlations[0], plan.scaling[0], plan.removal[0])
-    texts = {name: load_texts(name, samples=needed) for name in data}  # first: that fails quickly
+    # First, since that fails quickly.
+    texts = {name: load_texts(name, samples=plan.needed) for name in data}
 
     def studies() -> Iterator[Study]:
         for name in models:

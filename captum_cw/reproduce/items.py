@@ -178,7 +178,7 @@ def _removal(
 
 def _tasks(study: Study, folder: Path) -> Result:
     if not study.tasks:
-        raise ValueError("no tasks were asked for (--tasks).")
+        raise ValueError("no tasks were asked for; --tasks runs them beside the first texts.")
     plan = study.plan
     return evaluate_tasks(
         study.model, study.tokenizer, study.tasks, {method: method for method in METHODS},

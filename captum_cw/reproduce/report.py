@@ -119,7 +119,8 @@ def _study(number: int, study: StudyResults) -> dict[str, Any]:
         "anchor": f"study-{number}",
         "model": study.model,
         "data": study.data,
-        "plan": f"{plan.name}: {plan.texts} texts of up to {plan.length} tokens; correlations "
+        "plan": f"{plan.name}: {plan.texts} texts of up to {plan.length} tokens"
+        f"{f', after the first {plan.skip}' if plan.skip else ''}; correlations "
         f"{_pair(plan.correlations)}, scaling {_pair(plan.scaling)}, removal {_pair(plan.removal)}",
         "time": _time(sum(done.seconds for done in study.items)),
         "contents": [_item(done) for done in study.items],

@@ -31,6 +31,7 @@ class Plan:
         bottom: Fractions that are removed from the bottom.
         points: Of the sample of a regression.
         documents: Of each downstream task.
+        skip: Texts that are passed over first, so that claims can be judged on unseen ones.
         batch_size: Texts in a pass of the metric.
         seed: Of all random choices.
     """
@@ -45,30 +46,39 @@ class Plan:
     bottom: tuple[float, ...]
     points: int
     documents: int
+    skip: int = 0
     batch_size: int = 8
     seed: int = 0
 
-    def resized(self, texts: int | None, length: int | None) -> Plan:
-        """With no more texts and tokens than these."""
+    @property
+    def needed(self) -> int:
+        """Texts that it reads."""
+        return self.skip + max(pair[0] for pair in self.pairs)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Texts and tokens of all that is run."""
+        return (self.texts, self.length), self.correlations, self.scaling, self.removal
+
+    def resized(self, texts: int | None, length: int | None, documents: int | None = None) -> Plan:
+        """With no more texts, tokens and documents than these."""
 
         def smaller(pair: tuple[int, int]) -> tuple[int, int]:
             return min(pair[0], texts or pair[0]), min(pair[1], length or pair[1])
 
-        most, longest = smaller((self.texts, self.length))
+        (most, longest), correlations, scaling, removal = map(smaller, self.pairs)
         return replace(
             self,
             texts=most,
             length=longest,
-            correlations=smaller(self.correlations),
-            scaling=smaller(self.scaling),
-            removal=smaller(self.removal),
-            documents=min(self.documents, texts or self.documents),
+            correlations=correlations,
+            scaling=scaling,
+            removal=removal,
+            documents=min(self.documents, documents or self.documents),
         )
 
 
-QUICK = Plan(
-    "quick", 6, 128, (6, 128), (6, 128), (6, 96), (0.01, 0.1), (0.3, 0.5, 0.7), 200_000, 50
-)
+QUICK = Plan("quick", 6, 96, (6, 96), (6, 96), (6, 64), (0.01, 0.1), (0.3, 0.7), 200_000, 50)
 FULL = Plan(
     "full", 32, 512, (32, 128), (32, 512), (32, 512), (0.01, 0.02, 0.05, 0.1, 0.2),
     (0.1, 0.3, 0.5, 0.7, 0.9), 1_000_000, 500,
@@ -99,7 +109,7 @@ class Study:
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        texts: The texts, at least as many as the plan takes.
+        texts: The texts, as many as the plan needs.
         model_name: What the model is called.
         data_name: What the texts are called.
         plan: How much is run.
@@ -117,10 +127,20 @@ class Study:
     task_path: Path | None = None
 
     def batches(self, texts: int, length: int, batch_size: int = 1) -> list[dict[str, Tensor]]:
-        """The first texts, cut to ``length`` tokens."""
+        """The first texts after those that are skipped, cut to ``length`` tokens.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        skip = self.plan.skip
+        if skip >= len(self.texts):
+            raise ValueError(
+                f"{self.data_name} has {len(self.texts)} texts, of which {skip} are skipped: skip "
+                "fewer."
+            )
         device = next(self.model.parameters()).device
         batches = token_batches(
-            self.texts, self.tokenizer, length=length, samples=texts, batch_size=batch_size
+            self.texts[skip:], self.tokenizer, length=length, samples=texts, batch_size=batch_size
         )
         return [{name: x.to(device) for name, x in batch.items()} for batch in batches]
 
