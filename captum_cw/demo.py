@@ -8,7 +8,6 @@ gradients along a path. They answer related questions, not the same one.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from captum_cw.attr import AttentionWeights, ContributionWeights, TokenScores
 from captum_cw.explaining import explain
 from captum_cw.progress import progress_bar
+from captum_cw.tokens import sink
 from captum_cw.visualization import (
     plot_attention_and_contribution,
     plot_decomposition,
@@ -37,7 +37,6 @@ __all__ = [
     "ExplainedPrediction",
     "explain_prediction",
     "save_pictures",
-    "sink",
 ]
 
 DEMO_TEXT = (
@@ -69,21 +68,6 @@ class ExplainedPrediction:
     scores: dict[str, Tensor]
     seconds: dict[str, float]
     ig_delta: float
-
-
-def sink(tokens: Sequence[str]) -> tuple[int, ...]:
-    """The positions that should set no colour scale: the first, unless it is alone.
-
-    Heads with nothing to add attend to the first token, so that it would pale all others.
-
-    Args:
-        tokens: The tokens of a text.
-
-    Example:
-        >>> sink(["The", " end"]), sink(["End"])
-        ((0,), ())
-    """
-    return (0,) if len(tokens) > 1 else ()
 
 
 def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> ExplainedPrediction:
@@ -184,7 +168,7 @@ def save_pictures(
     names = ("explanation.html", "demo.html", "scores.png", "maps.png", "decomposition.png")
     interactive, page, scores, maps, factors = (folder / name for name in names)
     explained = explain(model, tokenizer, explanation.input_ids)
-    explained.save_page(interactive, sinks=sink(explanation.tokens))
+    explained.save_page(interactive)
     tokens, skip = explanation.tokens, sink(explanation.tokens)
     records = text_records(
         explanation.scores,

@@ -31,6 +31,7 @@ from captum_cw.tokens import (
     group_scores,
     joined,
     readable_tokens,
+    sink,
     word_numbers,
 )
 
@@ -322,11 +323,25 @@ class Explanation:
         """
         return interchange.load(path, cls, HeadMaps)
 
-    def page(self, *, sinks: Collection[int] = (0,)) -> str:
+    @property
+    def sinks(self) -> tuple[int, ...]:
+        """The token that is likely to be an attention sink: the first.
+
+        None if it is alone, or where tokens are together in spans or messages.
+
+        Example:
+            >>> found = explain(model, tokenizer, "a b c")
+            >>> found.sinks, found.by_span(["a b", "c"]).sinks
+            ((0,), ())
+        """
+        return () if self.settings.get("by") in ("span", "message") else sink(self.tokens)
+
+    def page(self, *, sinks: Collection[int] | None = None) -> str:
         """One interactive HTML page, which needs no other file and no network.
 
         Args:
-            sinks: Places of tokens that the page can leave out of its colours.
+            sinks: Places of tokens that the page can leave out of its colours; None for
+                :attr:`sinks`.
 
         Raises:
             ValueError: As :func:`captum_cw.visualization.explanation_page`.
@@ -339,7 +354,7 @@ class Explanation:
 
         return explanation_page(self, sinks=sinks)
 
-    def save_page(self, path: str | Path, *, sinks: Collection[int] = (0,)) -> None:
+    def save_page(self, path: str | Path, *, sinks: Collection[int] | None = None) -> None:
         """Saves :meth:`page` to a file, usually ending in ``.html``.
 
         Args:

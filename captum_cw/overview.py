@@ -33,7 +33,8 @@ class LayerOverview:
         causal: Whether no query sees a later token.
         window: How many tokens a query sees, as the module says; None where it says nothing.
         gate: Whether head outputs are multiplied before ``W_O``, by an output gate or a norm.
-        sinks: Whether attention sums to less than one: learned sinks take the rest.
+        rows_below_one: Whether attention sums to less than one: where learned sinks take the rest,
+            or weights are changed after the softmax.
         projection: The module in which ``W_O`` was found.
     """
 
@@ -46,7 +47,7 @@ class LayerOverview:
     causal: bool
     window: int | None
     gate: bool
-    sinks: bool
+    rows_below_one: bool
     projection: str | None
 
 
@@ -94,7 +95,7 @@ def _seen(execution: Execution, layer: AttentionLayer) -> LayerOverview:
         causal=layer.mask.causal,
         window=window if isinstance(window, int) and window > 0 else None,
         gate=layer.gate is not None,
-        sinks=bool((attention.sum(-1) < 1 - 1e-3).any()),
+        rows_below_one=bool((attention.sum(-1) < 1 - 1e-3).any()),
         projection=execution.projection,
     )
 

@@ -19,6 +19,7 @@ __all__ = [
     "Tokenizer",
     "group_scores",
     "readable_tokens",
+    "sink",
     "word_numbers",
     "word_spans",
 ]
@@ -137,6 +138,21 @@ def word_numbers(tokenizer: Tokenizer, ids: Tensor) -> list[int | None]:
     for number, (start, stop) in enumerate(word_spans(tokenizer, ids)):
         numbers[start:stop] = [number] * (stop - start)
     return numbers
+
+
+def sink(tokens: Sequence[str]) -> tuple[int, ...]:
+    """The positions that should set no colour scale: the first, unless it is alone.
+
+    Heads with nothing to add attend to the first token, so that it would pale all others.
+
+    Args:
+        tokens: The tokens of a text.
+
+    Example:
+        >>> sink(["The", " end"]), sink(["End"])
+        ((0,), ())
+    """
+    return (0,) if len(tokens) > 1 else ()
 
 
 def group_scores(scores: Tensor, spans: Sequence[Span], how: Grouping = "sum") -> Tensor:

@@ -18,7 +18,8 @@ def test_shared_heads_and_the_projection_are_named(tiny_model: Any) -> None:
     for layer in layers:
         assert (layer.heads, layer.key_value_heads, layer.head_size) == (4, 2, 8)
         assert layer.projection == f"{layer.name}.o_proj"
-        assert (layer.causal, layer.window, layer.gate, layer.sinks) == (True, None, False, False)
+        assert (layer.causal, layer.window) == (True, None)
+        assert (layer.gate, layer.rows_below_one) == (False, False)
 
 
 def test_windows_and_learned_sinks_are_told() -> None:
@@ -31,7 +32,7 @@ def test_windows_and_learned_sinks_are_told() -> None:
     torch.manual_seed(0)
     layers = attention_layers(transformers.GptOssForCausalLM(config).eval())
     assert [layer.window for layer in layers] == [16, None]
-    assert all(layer.sinks for layer in layers)
+    assert all(layer.rows_below_one for layer in layers)
 
 
 def test_a_gate_is_told() -> None:

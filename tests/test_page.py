@@ -284,6 +284,16 @@ def test_sinks_of_choice(show: Show, explanation: Explanation) -> None:
     assert not show(explanation.page(sinks=[])).locator("#sink-label").is_visible()
 
 
+def test_a_group_that_holds_the_sink_is_not_offered_as_one(
+    show: Show, explanation: Explanation
+) -> None:
+    words = explanation.by_word()
+    assert show(words.page()).locator("#sink-label").is_visible()
+    spans = explanation.by_span([(0, 3), (3, len(explanation.tokens))])
+    assert not show(spans.page()).locator("#sink-label").is_visible()
+    assert not show(explanation.by_span([(0, 2)]).page()).locator("#sink-label").is_visible()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_themes_follow_the_system_and_the_switch(
     show: Show, explanation: Explanation, scheme: str

@@ -17,11 +17,11 @@ from captum_cw.attr import LLMTokenAttribution, TokenScores
 from captum_cw.attr.inputs import device_of, longest_text
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.output import SINK_NOTE, coloured_text, load, token_table
-from captum_cw.demo import sink
 from captum_cw.explaining import explain
 from captum_cw.explanation import Explanation
 from captum_cw.functional import Reduction
 from captum_cw.scoring import METHODS
+from captum_cw.tokens import sink
 from captum_cw.visualization import readable_tokens
 from captum_cw.visualization.text import normalized_scores
 

@@ -16,9 +16,9 @@ from captum_cw.demo import (
     ExplainedPrediction,
     explain_prediction,
     save_pictures,
-    sink,
 )
 from captum_cw.loading import DEMO_MODEL, load_demo_model
+from captum_cw.tokens import sink
 from captum_cw.visualization.text import normalized_scores
 
 

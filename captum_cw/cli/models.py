@@ -28,7 +28,8 @@ WAYS = {
 LEGEND = (
     "Heads: of queries, and of keys and values where these are fewer. Sees: causal, or all tokens, "
     "and the window that the module names. W_O in: where the output projection was found. Gate: "
-    "head outputs are multiplied before it. Sinks: attention sums to less than one."
+    "head outputs are multiplied before it. Rows < 1: attention sums to less than one, as where "
+    "learned sinks take the rest."
 )
 
 
@@ -117,7 +118,7 @@ def _table(layers: Sequence[LayerOverview]) -> Table:
     for layer in layers:
         shared = f"/{layer.key_value_heads}" if layer.key_value_heads != layer.heads else ""
         window = "" if layer.window is None else f" {layer.window}"
-        has = [word for word, true in (("gate", layer.gate), ("sinks", layer.sinks)) if true]
+        has = {"gate": layer.gate, "rows < 1": layer.rows_below_one}
         table.add_row(
             layer.name,
             layer.module,
@@ -126,7 +127,7 @@ def _table(layers: Sequence[LayerOverview]) -> Table:
             str(layer.head_size),
             f"{'causal' if layer.causal else 'all'}{window}",
             (layer.projection or "").removeprefix(f"{layer.name}."),
-            ", ".join(has),
+            ", ".join(word for word, true in has.items() if true),
         )
     return table
 

@@ -58,13 +58,13 @@ POWER = 3
 LONGEST = 2**16
 
 
-def explanation_page(explanation: Explanation, *, sinks: Collection[int] = (0,)) -> str:
+def explanation_page(explanation: Explanation, *, sinks: Collection[int] | None = None) -> str:
     """One HTML page that shows an explanation, for reading with mouse, finger or keyboard.
 
     Args:
         explanation: Scores, maps and heads, or only some of them.
         sinks: Places of tokens that the page can leave out of its colours, such as those that
-            :func:`captum_cw.sinks.find_sinks` finds.
+            :func:`captum_cw.sinks.find_sinks` finds; None for those of the explanation.
 
     Returns:
         The page; the same for the same explanation.
@@ -80,6 +80,7 @@ def explanation_page(explanation: Explanation, *, sinks: Collection[int] = (0,))
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    sinks = explanation.sinks if sinks is None else sinks
     _check(explanation, sinks)
     layers = [layer for layer in explanation.heads if layer.keys.numel()]
     blobs = [_map(x) for x in explanation.maps.values()] + [_heads(layer) for layer in layers]
