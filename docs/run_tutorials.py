@@ -41,6 +41,8 @@ def tidied(notebook: Any) -> Any:
                 del data["text/html"]
             elif html.startswith("<style"):  # a styled table, whose names are random
                 data["text/html"] = re.sub(r'(?s)<style.*?</style>| (?:id|class)="[^"]*"', "", html)
+            elif html.startswith("<iframe"):  # a blank line would end it in Markdown
+                data["text/html"] = html.replace("\n", "&#10;")
             elif "<body>" in html:  # a page of its own, whose style would be that of the site
                 data["text/html"] = re.sub(r"(?s)^.*<body>|</body>.*$", "", html)
     return notebook
