@@ -203,11 +203,26 @@ def _task_table(item: str, result: Result) -> pd.DataFrame:
 
 
 def _removal_table(item: str, result: Result) -> pd.DataFrame:
-    """Delta of the mean negative log-likelihood: it does not explode as perplexity does."""
+    """Delta of the mean negative log-likelihood: it does not explode as perplexity does.
+
+    Below the methods, the first one's difference to each other, with its paired 95% interval.
+    """
+    import pandas as pd
+
     table = result.to_dataframe()
     wide: pd.DataFrame = table.pivot_table(
         index="method", columns=["side", "rate"], values="delta_nll", sort=False
     )
+    first, *others = result.methods
+    differences: dict[str, dict[tuple[str, float], str]] = {}
+    for other in others:
+        row = differences[f"{first} - {other}, 95% interval"] = {}
+        for side in result.sides:
+            found = result.compare(first, other, side, statistic="nll")
+            numbers = (x.tolist() for x in (found.difference, found.low, found.high))
+            for rate, of in zip(found.rates, zip(*numbers, strict=True), strict=True):
+                row[side, rate] = "{:.3f} ({:.3f} to {:.3f})".format(*of)
+    wide = pd.concat([wide.astype(object), pd.DataFrame(differences).T])
     wide.columns = [f"{side}, {100 * rate:g}% (nats)" for side, rate in wide.columns]
     return wide
 
