@@ -102,7 +102,7 @@ class HeadMaps:
         raise ValueError(f"measure={name!r} is unknown: choose {', '.join(MEASURES)} or {SIGNED}.")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """The tokens of one text with scores, and with maps where there are any.
 
@@ -176,6 +176,20 @@ class Explanation:
                     f"Layer {layer.name!r} has keys from {int(keys.min())} to {int(keys.max())}, "
                     f"but there are {S} tokens."
                 )
+
+    def __repr__(self) -> str:
+        """What there is, in a line: notebooks save it beside the page."""
+        parts = [f"{len(self.tokens)} tokens"]
+        if self.queries is not None:
+            parts.append(f"{len(self.queries)} queries")
+        parts += [
+            f"{kind} of {', '.join(given)}"
+            for kind, given in (("scores", self.scores), ("maps", self.maps))
+            if given
+        ]
+        if self.heads:
+            parts.append(f"heads of {len(self.heads)} layers")
+        return f"<Explanation: {'; '.join(parts)}>"
 
     @classmethod
     def from_llm(cls, result: LLMAttributionResult, name: str = "attribution") -> Explanation:
@@ -375,7 +389,7 @@ class Explanation:
         """The page in a frame of its own, for notebooks."""
         from captum_cw.visualization.page import framed
 
-        return framed(self.page())
+        return framed(self.page(), f"{self!r} Trust this notebook, or run it, to see the page.")
 
     def to_dataframe(self, of: Literal["scores", "maps"] = "scores") -> DataFrame:
         """A pandas table, a column a method.

@@ -579,6 +579,23 @@ def test_bash_completes(completed: Any, words: list[str], offered: list[str]) ->
     assert completed(*words) == offered
 
 
+@pytest.mark.parametrize("name", commands())
+def test_completion_describes_commands_by_a_whole_sentence(name: str) -> None:
+    """Scripts hold the first line alone."""
+    assert (commands()[name].description or "").splitlines()[0].endswith(".")
+
+
+def test_scripts_offer_names_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """As fish reads them: words of one line are one choice to it."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", "fish"])
+    asked = re.findall(r'-l (?:methods|only) -xka "\((.*)\)"', capsys.readouterr().out)
+    assert len(asked) == 2
+    for names in asked:
+        offered = subprocess.run(["sh", "-c", names], capture_output=True, text=True, check=True)
+        assert len(offered.stdout.splitlines()) > 10
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_every_shell_has_a_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):

@@ -161,6 +161,15 @@ def test_an_entry_beyond_the_tokenizers_is_told_by_its_number(tiny_tokenizer: An
     assert set(found) == {"⟨#63⟩", "?"}
 
 
+def test_it_is_told_in_one_line(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    names = "attention, vw, vwon, contribution, signed"
+    assert repr(explain(tiny_model, tiny_tokenizer, "a b c")) == (
+        f"<Explanation: 3 tokens; scores of {names}; maps of {names}; heads of 2 layers>"
+    )
+    given = Explanation(["a", "b"], {}, {"m": torch.ones(3, 2)}, queries=["x", "y", "z"])
+    assert repr(given) == "<Explanation: 2 tokens; 3 queries; maps of m>"
+
+
 def test_one_token_makes_all_of_itself(tiny_tokenizer: Any) -> None:
     for model in (llama(), bert()):
         found = explain(model, tiny_tokenizer, torch.tensor([4]))

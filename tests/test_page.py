@@ -249,6 +249,20 @@ def test_the_map_is_coloured_as_the_tensor(show: Show, explanation: Explanation)
     assert len(set(dark.max(-1))) == 1
 
 
+def test_colours_need_no_reading_of_a_canvas(show: Show, explanation: Explanation) -> None:
+    """Browsers that guard against fingerprints give noise there."""
+    guarded = """<head><script>
+        for (const of of [CanvasRenderingContext2D, OffscreenCanvasRenderingContext2D])
+            of.prototype.getImageData = () => ({ data: new Uint8ClampedArray(1024).fill(99) });
+        </script>"""
+    found = []
+    for given in (explanation.page(), explanation.page().replace("<head>", guarded, 1)):
+        page = show(given)
+        page.wait_for_selector("#tokens .token[style]")
+        found.append(backgrounds(page))
+    assert found[0] == found[1]
+
+
 def test_signs_are_blue_and_orange(show: Show, explanation: Explanation) -> None:
     page = show(explanation)
     page.select_option("#method", label=LABELS["signed"])
@@ -483,6 +497,25 @@ def test_a_notebook_shows_it_in_a_frame(show: Show, explanation: Explanation) ->
     frame.locator("#tokens .token[style]").first.wait_for()
     assert frame.locator("#tokens .token").count() == 10
     assert frame.locator("#map").bounding_box()["width"] > 300
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_frame_has_the_theme_of_its_notebook(
+    show: Show, explanation: Explanation, scheme: str
+) -> None:
+    other = "light" if scheme == "dark" else "dark"
+    host = f'<!DOCTYPE html><body style="color-scheme: {scheme}">{explanation._repr_html_()}'
+    page = show(host, color_scheme=other)
+    frame = page.frame_locator("iframe")
+    frame.locator(f"html[data-theme={scheme}]").wait_for()
+    frame.locator("#theme").select_option(other)
+    frame.locator(f"html[data-theme={other}]").wait_for()
+
+
+def test_a_frame_that_is_taken_out_leaves_a_line(explanation: Explanation) -> None:
+    text = re.search(r">([^<>]*)</iframe>$", explanation._repr_html_())[1]
+    assert "10 tokens" in text
+    assert "Trust this notebook" in text
 
 
 def test_the_page_is_the_same_each_time(explanation: Explanation, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -111,7 +111,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, short: str, description: str, epilog: str) -> _Parser:
-    """A command, whose module is called as it is."""
+    """A command, whose module is called as it is.
+
+    The first line of the description is what completion says of it.
+    """
     found: _Parser = commands.add_parser(name, help=short, description=description, epilog=epilog)
     found.set_defaults(command=name, parser=found)
     found.add_argument("--json", action="store_true", help="print one JSON document, and no more")
@@ -127,6 +130,11 @@ def _option(to: Any, name: str, text: str, **settings: Any) -> None:
     action = to.add_argument(name, help=text, **settings)
     if completed is not None:
         action.complete = completed
+
+
+def _one_of(names: Iterable[str]) -> Any:
+    """Completes one of these where more may follow; a line each, as fish reads them."""
+    return shtab.cmd(rf"printf '%s\n' {' '.join(names)}")
 
 
 def _add_model(to: Any, text: str = MODEL, **settings: Any) -> None:
@@ -181,9 +189,9 @@ def _add_evaluate(commands: Any) -> None:
         "evaluate",
         "measure which method finds the tokens that matter",
         """\
-Remove what each method ranks highest, and lowest, and measure what the model
-loses. Goes on where a run of the same settings into the same folder stopped.
-Under torchrun, processes share the batches.""",
+Remove what a method ranks highest, and lowest, and measure what the model loses.
+Goes on where a run of the same settings into the same folder stopped. Under
+torchrun, processes share the batches.""",
         """\
 examples:
   captum-cw evaluate --model M --data texts.jsonl --out run
@@ -214,7 +222,7 @@ examples:
         type=_some_of(methods),
         default=",".join((*METHODS, RANDOM)),
         metavar="A,B",
-        complete=shtab.cmd(f"echo {' '.join(methods)}"),
+        complete=_one_of(methods),
     )
     _option(removal, "--rates", "fractions to remove, for both sides", type=_numbers, metavar="P,Q")
     _option(removal, "--reduction", "of scores over queries", choices=REDUCTIONS, default="mean")
@@ -234,9 +242,9 @@ def _add_reproduce(commands: Any) -> None:
         "reproduce",
         "compute the tables and figures of the paper, in one report",
         """\
-Compute every table and figure of arXiv 2606.07604 on models and texts, judge its
-claims, and write one HTML report beside the numbers. Goes on where a run of the
-same settings into the same folder stopped.""",
+Compute every table and figure of arXiv 2606.07604, and judge its claims.
+Writes one HTML report beside the numbers. Goes on where a run of the same
+settings into the same folder stopped.""",
         """\
 examples:
   captum-cw reproduce --model M --data texts.jsonl --quick --out report
@@ -255,7 +263,7 @@ examples:
         f"items, of {', '.join(ITEMS)}",
         type=_some_of(ITEMS),
         metavar="T1,F5b",
-        complete=shtab.cmd(f"echo {' '.join(ITEMS)}"),
+        complete=_one_of(ITEMS),
     )
     size = command.add_mutually_exclusive_group()
     _option(size, "--quick", "a first look, in minutes", action="store_true")
@@ -278,9 +286,10 @@ def _add_models(commands: Any) -> None:
         "models",
         "show what is supported, or the attention layers of a model",
         """\
-Without M: which model types are tested, and the ways in for others. With M: its
-attention layers in execution order, as they are seen. It is loaded and run on two
-tokens, which takes the memory of its weights; or it is refused, with the reason.""",
+Show which model types are tested, or the attention layers of a model M.
+Without M: the types, and the ways in for others. With M: its layers in execution
+order, as they are seen. It is loaded and run on two tokens, which takes the
+memory of its weights; or it is refused, with the reason.""",
         """\
 examples:
   captum-cw models
@@ -300,8 +309,8 @@ def _add_demo(commands: Any) -> None:
         "demo",
         "explain a prediction of a small model, beside Integrated Gradients",
         """\
-Explain what SmolLM2-135M-Instruct predicts next by contributions, by attention and
-by Captum's Integrated Gradients, and save pictures.""",
+Explain what SmolLM2-135M-Instruct predicts next, and save pictures.
+Contributions stand beside attention and Captum's Integrated Gradients.""",
         """\
 examples:
   captum-cw demo

@@ -197,20 +197,24 @@
     const theme = document.documentElement.dataset.theme;
     const night = theme ? theme === "dark" : dark.matches;
     const [from, to, chroma] = night ? [0.27, 0.86, 0.12] : [0.96, 0.48, 0.16];
-    const canvas = new OffscreenCanvas(256, 1);
-    const context = canvas.getContext("2d", { willReadFrequently: true });
+    // Asked of the style: a canvas, read back, is noise in browsers that guard against fingerprints.
     const ramp = (hue) => {
-      for (let i = 0; i < 256; i++) {
+      const steps = Array.from({ length: 256 }, (_, i) => {
         const x = i / 255;
-        const lightness = from + (to - from) * x;
-        context.fillStyle = `oklch(${lightness} ${0.008 + chroma * Math.sqrt(x)} ${hue})`;
-        context.fillRect(i, 0, 1, 1);
-      }
-      const pixels = context.getImageData(0, 0, 256, 1).data;
-      return Array.from({ length: 256 }, (_, i) => {
-        const [r, g, b] = pixels.subarray(4 * i, 4 * i + 3);
+        const wanted = `oklch(${from + (to - from) * x} ${0.008 + chroma * Math.sqrt(x)} ${hue})`;
+        const step = make("i");
+        step.style.color = `color-mix(in srgb, ${wanted}, ${wanted})`;
+        return step;
+      });
+      const hidden = make("div", { hidden: true }, ...steps);
+      document.body.append(hidden);
+      const found = steps.map((step) => {
+        const parts = getComputedStyle(step).color.slice("color(srgb ".length, -1).split(" ");
+        const [r, g, b] = parts.map((part) => Math.round(255 * Math.max(0, Math.min(1, part))));
         return { rgb: [r, g, b], css: `rgb(${r}, ${g}, ${b})`, ink: ink(r, g, b) };
       });
+      hidden.remove();
+      return found;
     };
     const of = (id, name) => getComputedStyle(element(id))[name];
     ramps = {
@@ -843,13 +847,21 @@
   onChange("head", ({ value }) => { state.head = Number(value); load(); });
   onChange("scale", ({ value }) => { state.scale = value; rescale(); });
   onChange("sinks", ({ checked }) => { state.leaveOut = checked; rescale(); });
-  onChange("theme", ({ value }) => {
-    if (value) document.documentElement.dataset.theme = value;
+  let around = ""; // the theme of a notebook, which Chromium does not pass on to its frames
+  function showTheme() {
+    const theme = element("theme").value || around;
+    if (theme) document.documentElement.dataset.theme = theme;
     else delete document.documentElement.dataset.theme;
     findRamps();
     paint();
+  }
+  onChange("theme", showTheme);
+  dark.addEventListener("change", () => { around = ""; showTheme(); });
+  addEventListener("message", (event) => {
+    if (!["light", "dark"].includes(event.data)) return;
+    around = event.data;
+    showTheme();
   });
-  dark.addEventListener("change", () => { findRamps(); paint(); });
   addEventListener("resize", () => paintMap());
   element("controls").addEventListener("submit", (event) => event.preventDefault());
 

@@ -98,11 +98,16 @@ def explanation_page(explanation: Explanation, *, sinks: Collection[int] | None 
     )
 
 
-def framed(page: str) -> str:
-    """A page inside another, as tall as a notebook shows at once, that cannot touch its host."""
+def framed(page: str, instead: str) -> str:
+    """A page inside another, as tall as a notebook shows at once, that cannot touch its host.
+
+    It is told the theme of its host. Where a notebook is not trusted, frames are taken out, and
+    the text ``instead`` of it remains.
+    """
     return (
         f'<iframe srcdoc="{escape(page)}" sandbox="allow-scripts" title="Explanation" '
-        'style="width: 100%; height: 800px; border: 0"></iframe>'
+        "onload=\"this.contentWindow.postMessage(getComputedStyle(this).colorScheme, '*')\" "
+        f'style="width: 100%; height: 800px; border: 0">{escape(instead)}</iframe>'
     )
 
 
