@@ -175,9 +175,7 @@ def measured(library: str, question: Question, call: Callable[[Question], object
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table in Markdown, a row for each explanation."""
-    parser = argparse.ArgumentParser(
-        description="What one explanation costs, by library."
-    )
+    parser = argparse.ArgumentParser(description="What one explanation costs, by library.")
     parser.add_argument("--model", help="hub id or local folder, instead of the demo model")
     parser.add_argument("--repeats", type=int, default=5, help="of what is timed")
     options = parser.parse_args(argv)
