@@ -349,6 +349,9 @@ def run(
             f'Megabytes as above. The last column is "{SCORES}" less "{LAST}": what attribution '
             "needs over a plain forward of the same unpadded input, which keeps neither cache nor "
             "logits.",
+            "## Other libraries",
+            "What one explanation costs in other libraries, in passes and time: "
+            "`python benchmarks/peers.py`, summed up in the README.",
         ]
     )
 
