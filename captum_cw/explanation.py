@@ -176,6 +176,13 @@ class Explanation:
                     f"but there are {S} tokens."
                 )
 
+    def __repr__(self) -> str:
+        """What there is, by name: the numbers of all heads would fill screens."""
+        return (
+            f"Explanation({len(self.tokens)} tokens, scores={list(self.scores)}, "
+            f"maps={list(self.maps)}, heads of {len(self.heads)} layers)"
+        )
+
     @classmethod
     def from_llm(cls, result: LLMAttributionResult, name: str = "attribution") -> Explanation:
         """What an ``LLMAttributionResult`` says: ours, or one of Captum's own classes.

@@ -19,6 +19,8 @@ def test_shared_heads_and_the_projection_are_named(tiny_model: Any) -> None:
         assert (layer.heads, layer.key_value_heads, layer.head_size) == (4, 2, 8)
         assert layer.projection == f"{layer.name}.o_proj"
         assert (layer.causal, layer.window, layer.gate, layer.sinks) == (True, None, False, False)
+    tiny_model.model.layers[0].self_attn.sliding_window = 0
+    assert attention_layers(tiny_model)[0].window is None
 
 
 def test_windows_and_learned_sinks_are_told() -> None:
