@@ -15,6 +15,8 @@ __all__ = ["read_json", "whole_file", "write_json"]
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Where to write what becomes the file at once: a kill leaves no half one."""
     whole = Path(f"{path}.part")
+    if not whole.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {whole.parent}.")
     try:
         yield whole
         whole.replace(path)

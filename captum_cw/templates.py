@@ -203,8 +203,9 @@ def _check(tokenizer: Any, messages: Messages) -> None:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise TypeError(
-                f"{message!r} is no message: give {{'role': 'user', 'content': 'a text'}}; for "
-                "others, apply the chat template yourself and give its text or ids."
+                f"{message!r} is no message: give {{'role': 'user', 'content': 'a text'}} (a list "
+                "is one chat; explain several texts one by one); for others, apply the chat "
+                "template yourself and give its text or ids."
             )
         if "role" not in message:
             raise TypeError(f"{message!r} has no role: give {{'role': 'user', 'content': ...}}.")

@@ -122,7 +122,7 @@ def word_spans(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> list[
             spans[-1] = (spans[-1][0], place + 1)
         else:
             spans.append((place, place + 1))
-        before = text[-1:] or before
+        before = text.rstrip(_JOINERS)[-1:] or before
     return spans
 
 

@@ -6,10 +6,13 @@ import json
 import os
 import re
 import shlex
+import string
 import subprocess
 import sys
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -23,6 +26,7 @@ from captum_cw.architectures import ModelTypes
 from captum_cw.capture import StateSpace
 from captum_cw.cli import attribute, choices, main, output, parser, problems
 from captum_cw.cli import demo as demo_command
+from captum_cw.cli import reproduce as reproduce_command
 from captum_cw.data import _HUB_SETS, Bos
 from captum_cw.functional import Reduction
 from captum_cw.interventions import Scoring
@@ -147,6 +151,7 @@ def test_the_page_shows_every_token(folder: str, tmp_path: Path) -> None:
     html = page.read_text(encoding="utf-8")
     data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
     assert data["maps"] == ["attention", "vw", "vwon", "contribution", "signed"]
+    assert [*data["scores"]] == data["maps"]
     assert len(data["layers"]) == 2
     out = ["--out", str(page), "--method", "vw"]
     assert main(["attribute", "--model", folder, "--text", "x z", "--reduction", "sum", *out]) == 0
@@ -155,6 +160,21 @@ def test_the_page_shows_every_token(folder: str, tmp_path: Path) -> None:
     html = page.read_text(encoding="utf-8")
     data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
     assert (len(data["tokens"]), len(data["queries"]), data["maps"]) == (2, 3, ["vw"])
+
+
+def test_the_page_of_a_long_text_holds_scores_alone(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(attribute, "MAPPED", 2)
+    page = tmp_path / "page.html"
+    for text, maps in (("a b", 5), ("a b c", 0)):
+        assert main(["attribute", "--model", folder, "--text", text, "--out", str(page)]) == 0
+        html = page.read_text(encoding="utf-8")
+        data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
+        assert len(data["maps"]) == maps
+        assert ("The page of 3 tokens holds their scores alone" in capsys.readouterr().err) == (
+            maps == 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -263,6 +283,7 @@ def test_reproduce_as_json_holds_the_verdicts(
     printed = printed_json(capsys)
     assert printed.keys() == documented("reproduce")
     (study,) = printed["studies"]
+    assert (study["model"], study["data"]) == ("model", "letters")
     assert [item["name"] for item in study["items"]] == ["T2", "F4"]
     assert study["items"][0]["refused"] is None
     assert "no tasks were asked for" in study["items"][1]["refused"]
@@ -271,8 +292,28 @@ def test_reproduce_as_json_holds_the_verdicts(
     assert verdicts & {"holds", "does not hold", "undecided"}
 
 
+def test_the_name_of_a_hub_model_is_whole() -> None:
+    assert reproduce_command._called("owner/model-1.5") == "owner/model-1.5"
+
+
+def test_packed_samples_are_of_all_texts(
+    folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--model", folder, "--data", data, "--methods", "attention,random"]
+    arguments += ["--rates", "0.5", "--pack", "--length", "15", "--samples", "1"]  # texts have 10
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert printed_json(capsys)["texts"]["examples"] == 1
+
+
 # ---------------------------------------------------------------------------------------------
 # Models
+
+
+def test_the_demo_model_has_a_source_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "load_demo_model", lambda **place: ("model", "tokenizer"))
+    options = SimpleNamespace(dtype="float32", device="cpu")
+    assert output.load(options, loading.DEMO_MODEL) == ("model", "tokenizer")  # type: ignore[arg-type]  # as good as parsed ones
+    assert output.load_any(options, loading.DEMO_MODEL) == "model"  # type: ignore[arg-type]  # the same
 
 
 def test_models_counts_what_was_tested(capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,6 +346,26 @@ def test_models_shows_the_layers_of_a_model(
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     assert all(f"`{key}`" in page for key in document["layers"][0])
     assert document["maps_bytes"] == 2 * 4 * 64**2 * 4
+
+
+def test_models_tells_gates_rows_windows_and_notes(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (layer, _) = overview.attention_layers(loading.load_model(folder)[0])
+
+    def told(model: object) -> list[overview.LayerOverview]:
+        warnings.warn("A part is left out.", stacklevel=1)
+        below = replace(layer, rows_below_one=True, causal=False)
+        return [replace(layer, gate=True, window=16), below]
+
+    monkeypatch.setattr(overview, "attention_layers", told)
+    assert main(["models", folder]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"causal 16 +o_proj +gate *\n", printed)
+    assert re.search(r"all +o_proj +rows < 1 *\n", printed)
+    assert "Note: A part is left out." in printed
+    assert main(["models", folder, "--json"]) == 0
+    assert printed_json(capsys)["notes"] == ["A part is left out."]
 
 
 def test_models_of_other_kinds_need_no_tokenizer(
@@ -422,6 +483,15 @@ def test_a_text_that_is_too_long_is_told_with_the_way_out(
     )
 
 
+def test_a_text_may_take_all_positions(folder: str, tmp_path: Path) -> None:
+    whole = " ".join((string.ascii_letters + string.digits) * 3)[: 2 * 128]
+    assert main(["attribute", "--model", folder, "--text", whole]) == 0
+    file = tmp_path / "long.txt"
+    file.write_text(whole)
+    arguments = ["--methods", "attention,random", "--rates", "0.5", "--out", str(tmp_path / "out")]
+    assert main(["evaluate", "--model", folder, "--data", str(file), *arguments]) == 0
+
+
 def test_a_text_without_a_token_is_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attribute", "--model", folder, "--text", " "]) == 1
     assert "makes no token" in capsys.readouterr().err
@@ -447,6 +517,16 @@ def test_a_program_reads_json_alone(folder: str, capfd: pytest.CaptureFixture[st
     printed = capfd.readouterr()
     assert json.loads(printed.out)["scores"]
     assert "Loading" in printed.err
+
+
+def test_of_several_processes_one_tells_of_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["attribute", "--model", "unused", "--file", "missing", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert "There is no missing" in printed.err
 
 
 def test_a_program_reads_the_exit_code_of_a_failure(tmp_path: Path) -> None:
@@ -514,6 +594,12 @@ def test_choices_are_those_of_the_library() -> None:
         (choices.STARTS, Bos),
     ):
         assert known == get_args(of)
+
+
+def test_the_least_count_can_be_typed() -> None:
+    arguments = ["reproduce", "--out", "x", "--samples", "1", "--skip", "0"]
+    found = parser().parse_args(arguments)
+    assert (found.samples, found.skip) == (1, 0)
 
 
 def test_every_option_is_explained() -> None:

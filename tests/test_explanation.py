@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,7 +146,9 @@ def test_what_the_model_predicts_is_known_where_it_speaks(tiny_tokenizer: Any) -
     close(found.probability, best.values)
     vocabulary = tiny_tokenizer.get_vocab()
     assert [vocabulary.get(x.strip(), 63) for x in found.predicted] == best.indices.tolist()
-    assert explain(bert(), tiny_tokenizer, IDS).predicted is None
+    for kind in (transformers.BertForMaskedLM, transformers.BertLMHeadModel):  # the other generates
+        both_ways = build(kind, transformers.BertConfig(**SIZES))
+        assert explain(both_ways, tiny_tokenizer, IDS).predicted is None
     classifier = build(
         transformers.LlamaForTokenClassification, transformers.LlamaConfig(**SIZES, num_labels=9)
     )
@@ -183,6 +186,9 @@ def test_an_output_that_vanishes_is_zero_and_said(tiny_tokenizer: Any) -> None:
         model.model.layers[0].self_attn.o_proj.weight.zero_()
     with pytest.warns(UserWarning, match="7 attention outputs vanish"):
         found = explain(model, tiny_tokenizer, IDS)
+    with pytest.warns(UserWarning, match="vanish"):
+        gone, _ = explain(model, tiny_tokenizer, IDS, keys=1).heads
+    close(gone.attention[..., 0], AttentionWeights(model).attribute(IDS)[0][0].amax(-1))
     gone = found.heads[0]
     assert not gone.output_norm.any()
     assert not gone.measure("signed").any()
@@ -240,6 +246,12 @@ def test_maps_that_would_not_fit_are_refused_with_their_size(
     before = state_of(model)
     with pytest.raises(MemoryError, match=r"GB \(5 of 7 x 7, and 7 keys.*2 x 4 heads.*keys=0"):
         explain(model, tiny_tokenizer, IDS)
+    needed = 4 * (6 * 7 * 7 + 2 * 4 * 7 * (7 * 4 + 1))
+    Memory.available = needed - 1
+    with pytest.raises(MemoryError):
+        explain(model, tiny_tokenizer, IDS)
+    Memory.available = needed
+    explain(model, tiny_tokenizer, IDS)
     assert state_of(model) == before
 
 
@@ -282,6 +294,12 @@ def test_measures_of_negative_attention_are_absolute_but_for_its_own() -> None:
     assert torch.allclose(layer.measure("signed"), torch.tensor([-0.8, 0.4]))
     with pytest.raises(ValueError, match="measure='norm'.*signed"):
         layer.measure("norm")
+
+
+def test_a_key_is_seen_by_the_queries_of_which_any_head_has_something() -> None:
+    both = torch.tensor([[[[1.0, 0.0], [0.0, 0.5]], [[0.5, 0.0], [1.0, 0.5]]]])  # (1, H, T, S)
+    found = Explanation.from_maps(["a", "b"], {"m": [both]})
+    assert found.scores["m"].tolist() == [0.625, 0.5]
 
 
 def test_queries_may_be_other_tokens() -> None:
@@ -359,12 +377,24 @@ def test_results_of_captums_classes_become_explanations(
             found.to_dataframe()
 
 
-def test_keys_are_places_of_tokens() -> None:
-    keys = torch.full((1, 1, 1), 5, dtype=torch.int32)
-    part = torch.ones(1, 1, 1)
-    layer = HeadMaps("l", keys, part, part, part, torch.ones(1), torch.ones(1, 1))
-    with pytest.raises(ValueError, match="keys from 5 to 5, but there are 1 tokens"):
-        Explanation(["a"], {}, heads=[layer])
+def test_heads_are_of_the_tokens() -> None:
+    def layer(T: int, key: int) -> HeadMaps:
+        part = torch.ones(1, T, 1)
+        return HeadMaps("l", key * part.int(), part, part, part, torch.ones(T), torch.ones(1, T))
+
+    Explanation(["a", "b"], {}, heads=[layer(2, 1)])
+    with pytest.raises(ValueError, match="keys from 2 to 2, but there are 2 tokens"):
+        Explanation(["a", "b"], {}, heads=[layer(2, 2)])
+    with pytest.raises(ValueError, match="'l' has 1 queries, expected 2"):
+        Explanation(["a", "b"], {}, heads=[layer(1, 1)])
+
+
+def test_a_model_of_a_folder_has_the_folders_name(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    for name, expected in ((str(tmp_path), tmp_path.name), ("owner/model", "owner/model")):
+        tiny_model.config._name_or_path = name
+        assert explain(tiny_model, tiny_tokenizer, "a").settings["model"] == expected
 
 
 def test_scores_are_no_token_ids(tiny_model: Any, tiny_tokenizer: Any) -> None:

@@ -118,6 +118,7 @@ def changed(path: Path, **changes: Any) -> None:
             "holds no result",
         ),
         "later": (lambda p: changed(p, version=2), "version 2; this release reads 1"),
+        "earlier": (lambda p: changed(p, version=0), "version 0; this release reads 1"),
         "another kind": (lambda p: changed(p, kind="faithfulness"), "but 'faithfulness'"),
         "no tokens": (lambda p: changed(p, tokens=...), "lacks 'tokens'"),
         "no tensor": (lambda p: changed(p, scores=["x"] * 9), "lacks 'scores/5'"),
@@ -178,6 +179,8 @@ def test_a_data_set_has_named_dimensions(explanation: Explanation, tmp_path: Pat
         assert torch.equal(torch.tensor(maps.values), explanation.maps[name])
     assert found.token.values.tolist() == explanation.tokens
     assert found.predicted.values.tolist() == explanation.predicted
+    words = [None if word != word else int(word) for word in found.word.values.tolist()]
+    assert words == explanation.words
     for number, layer in enumerate(explanation.heads):
         at = found.isel(layer=number)
         assert at.layer_name == layer.name
@@ -208,8 +211,12 @@ def test_layers_with_fewer_heads_are_filled_up() -> None:
 
 
 def test_a_method_without_a_map_has_none_in_a_data_set() -> None:
-    given = Explanation(["a", "b"], {"ig": torch.ones(2)}, {"x": torch.ones(1, 2)}, queries=["q"])
+    given = Explanation(
+        ["a", "b"], {"ig": torch.ones(2)}, {"x": torch.ones(1, 2)}, queries=["q"],
+        predicted=["p"], probability=torch.tensor([0.5]),
+    )  # fmt: skip
     found = given.to_xarray()
+    assert found.predicted.dims == found.probability.dims == ("query",)
     assert found.scores.sel(measure="x").isnull().all()
     assert found.maps.sel(measure="ig").isnull().all()
     assert found.query_token.values.tolist() == ["q"]

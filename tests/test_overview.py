@@ -20,6 +20,8 @@ def test_shared_heads_and_the_projection_are_named(tiny_model: Any) -> None:
         assert layer.projection == f"{layer.name}.o_proj"
         assert (layer.causal, layer.window) == (True, None)
         assert (layer.gate, layer.rows_below_one) == (False, False)
+    tiny_model.model.layers[0].self_attn.sliding_window = 0
+    assert attention_layers(tiny_model)[0].window is None
 
 
 def test_windows_and_learned_sinks_are_told() -> None:

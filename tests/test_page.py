@@ -760,5 +760,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         Explanation(["a"], {"m": torch.tensor([torch.nan])}).save_page(path)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match=r"page\.html cannot .* no folder .*missing\."):
+        Explanation(["a"], {"m": torch.ones(1)}).save_page(tmp_path / "missing" / "page.html")
     Explanation(["\ud800"], {"m": torch.ones(1, requires_grad=True)}).save_page(path)
     assert "<!DOCTYPE html>" in path.read_text(encoding="utf-8")

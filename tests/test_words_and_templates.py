@@ -28,6 +28,7 @@ def bytes_only() -> PreTrainedTokenizerFast:
     """Every byte is a token, but for a few merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", "a"), ("b", "c"), ("x", "."), ("Ġ", "("), ("d", "e"), ("de", "f")]
+    merges += [("â", "Ģ"), ("âĢ", "į")]  # a joiner
     words = [*alphabet, *dict.fromkeys("".join(pair) for pair in merges)]
     model = models.BPE({word: n for n, word in enumerate(words)}, merges)
     tokenizer = Tokenizer(model)
@@ -72,6 +73,11 @@ def metaspace() -> PreTrainedTokenizerFast:
         (bytes_only, "😀😀", ["😀", "😀"]),
         (bytes_only, "<s>ab<s>c", ["ab", "c"]),
         (
+            bytes_only,
+            "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+            ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"],
+        ),  # Persian, one word
+        (
             word_piece,
             "[CLS] playing don't 東京.",
             [" playing", " don", " '", " t", " 東", " 京", "."],
@@ -93,6 +99,11 @@ def test_what_is_no_word_has_no_number() -> None:
     assert word_numbers(tokenizer, ids) == [None, 0, None, None, 1, None]
     with pytest.raises(ValueError, match=r"shape \(1, 6\)"):
         word_spans(tokenizer, ids[None])
+
+
+def test_a_joiner_is_shown_where_it_joins_nothing() -> None:
+    tokenizer = bytes_only()
+    assert readable_tokens(tokenizer, tokenizer("a\u200d")["input_ids"]) == ["a", "⟨200d⟩"]
 
 
 @pytest.mark.parametrize("how", ["sum", "mean", "max"])
@@ -155,6 +166,8 @@ def test_words_hold_their_tokens_scores(given: Explanation) -> None:
     assert found.probability is not None
     assert found.probability.tolist() == [0, 2, 3, 4]
     assert found.settings == {"by": "word", "how": "sum"}
+    two = Explanation(["<s>", "<s>", "a"], {"ig": torch.ones(3)}, words=[None, None, 0])
+    assert two.by_word().tokens == ["<s>", "<s>", "a"]
     largest = given.by_word("max")
     assert torch.equal(largest.scores["ig"][1], scores[1:3].amax())
 
@@ -190,6 +203,7 @@ def test_spans_are_tokens_characters_or_pieces_of_the_text(given: Explanation) -
     [
         (["si"], "tokens", "'si' occurs 0 times"),
         ([""], "tokens", "'' occurs 0 times"),
+        ([" "], "tokens", "' ' occurs 2 times"),
         (["t"], "tokens", r"'t' at \(7, 8\) holds no token"),
         (["undo", "do"], "tokens", r"\(1, 3\) and \(2, 3\) overlap"),
         ([(3, 12)], "characters", r"\(3, 12\).*9 characters"),
@@ -239,7 +253,9 @@ def test_values_are_found_wherever_a_template_puts_them() -> None:
 
     assert places_of(formatted("<{}> {} <{}>"), ["a", "a", ""]) == [[(1, 2)], [(4, 5)], [(7, 7)]]
     assert places_of(formatted("{1}{0}{1}"), ["ab", "c"]) == [[(1, 3)], [(0, 1), (3, 4)]]
+    assert places_of(formatted("<{}>"), [" a "]) == [[(1, 4)]]
     assert places_of(lambda v: v[0].strip() + "!", [" ab "]) == [[(0, 2)]]
+    assert places_of(lambda v: v[0].rstrip() + "!", ["  ab "]) == [[(2, 4)]]
     assert places_of(lambda v: " ".join(v[:1]), ["a", "b"]) == [[(0, 1)], []]
     for changing in (
         formatted("{!r}"),
@@ -346,6 +362,9 @@ def test_a_template_that_strips_is_followed_and_one_that_rewrites_is_not(
     chat = render_chat(tokenizer, CHAT, add_generation_prompt=False)
     assert chat.text.startswith("U b Z")
     assert chat.messages is None
+    tokenizer.chat_template = TEMPLATE.replace("in messages", "in messages if m.role == 'U'")
+    chat = render_chat(tokenizer, CHAT, add_generation_prompt=False)
+    assert (chat.text, chat.messages) == ("U a b Z ", None)
     with pytest.raises(ValueError, match="skip_tokens='template'"):
         ChatTokenInput(CHAT, tokenizer, skip_tokens="template")
     with pytest.raises(ValueError, match="skip_tokens='Z': give a list"):
@@ -374,6 +393,8 @@ def test_chats_are_attributed_as_their_text(language_model: tuple[nn.Module, Any
     marks = llm.attribute(ChatTokenInput(CHAT, tokenizer, skip_tokens=["Z"]), target="d e")
     assert marks.input_tokens == ["U", "a", "b", "A", "c", "A"]
     assert Explanation.from_llm(marks).messages == [("U", 1, 3), ("A", 4, 5)]
+    alone = llm.attribute(ChatTokenInput(CHAT, tokenizer, skip_tokens=["c"]), target="d e")
+    assert Explanation.from_llm(alone).messages == [("U", 1, 3)]
 
 
 def test_captums_own_attribution_takes_a_chat(language_model: tuple[nn.Module, Any]) -> None:
@@ -412,7 +433,7 @@ def test_a_chat_is_explained_without_a_prompt_for_more(
     ("messages", "kind", "message"),
     [
         ([], ValueError, "no message"),
-        (["a"], TypeError, "'a' is no message"),
+        (["a"], TypeError, "'a' is no message.*several texts one by one"),
         ([{"role": "U", "content": [{"type": "text"}]}], TypeError, "apply the chat template"),
         ([{"content": "a"}], TypeError, "has no role"),
     ],

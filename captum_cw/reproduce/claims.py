@@ -96,9 +96,10 @@ def above(values: Sequence[float], bound: float = 0.0, unit: str = "") -> Judgem
     elif high < bound:
         verdict = "does not hold"
     mean = float(np.mean(values))
-    return Judgement(
-        verdict, f"mean {mean:.3g}{unit} ({low:.3g} to {high:.3g}), {len(values)} texts"
-    )
+    known = f"{low:.3g} to {high:.3g}"
+    if len(values) < FEWEST:
+        known = f"no interval of fewer than {FEWEST}"
+    return Judgement(verdict, f"mean {mean:.3g}{unit} ({known}), {len(values)} texts")
 
 
 def below(values: Sequence[float], bound: float = 0.0, unit: str = "") -> Judgement:
