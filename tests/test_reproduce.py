@@ -75,7 +75,7 @@ def test_the_report_holds_every_item_and_claim(study: Study, tmp_path: Path) -> 
     of = {done.item.name: done for done in found.items}
     compared = of["F3"].result.compare("contribution", "vw", "sufficiency", statistic="nll")
     numbers = [float(x[1]) for x in (compared.difference, compared.low, compared.high)]
-    cell = of["F3"].item.table("F3", of["F3"].result).loc["contribution - vw, 95% interval"].iloc[3]
+    cell = of["F3"].item.table("F3", of["F3"].result).loc["contribution - vw (95%)"].iloc[3]
     assert cell == "{:.3f} ({:.3f} to {:.3f})".format(*numbers)
     assert f">{cell}<" in page
     refused = {done.item.name: done.refused for done in found.items if done.result is None}

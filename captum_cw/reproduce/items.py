@@ -216,14 +216,14 @@ def _removal_table(item: str, result: Result) -> pd.DataFrame:
     first, *others = result.methods
     differences: dict[str, dict[tuple[str, float], str]] = {}
     for other in others:
-        row = differences[f"{first} - {other}, 95% interval"] = {}
+        row = differences[f"{first} - {other} (95%)"] = {}
         for side in result.sides:
             found = result.compare(first, other, side, statistic="nll")
             numbers = (x.tolist() for x in (found.difference, found.low, found.high))
             for rate, of in zip(found.rates, zip(*numbers, strict=True), strict=True):
                 row[side, rate] = "{:.3f} ({:.3f} to {:.3f})".format(*of)
     wide = pd.concat([wide.astype(object), pd.DataFrame(differences).T])
-    wide.columns = [f"{side}, {100 * rate:g}% (nats)" for side, rate in wide.columns]
+    wide.columns = [f"{result.sides[side]} {100 * rate:g}% (nats)" for side, rate in wide.columns]
     return wide
 
 
@@ -235,6 +235,7 @@ def _removal_pictures(result: Result) -> Pictures:
 
 
 def _removal_item(name: str, title: str, reading: str, **choices: Any) -> Item:
+    reading += " Rows with (95%) are differences with paired bootstrap intervals over texts."
     return Item(
         name, title, reading, _removal(name, **choices), _removal_table, _removal_pictures,
         FaithfulnessResult.load,
