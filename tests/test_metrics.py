@@ -195,9 +195,12 @@ def test_vanishing_outputs_are_told() -> None:
 
 def test_both_panels_have_the_same_scale() -> None:
     wide, narrow = torch.tensor([1.0, 1000.0]), torch.tensor([1.0, 2.0])
-    for values, scale in ((narrow, "log"), (-narrow, "linear")):
+    for top, values, scale in (
+        (wide, narrow, "log"), (wide, -narrow, "symlog"), (narrow, -narrow, "linear"),
+        (50 * narrow, -narrow, "linear"), (narrow, narrow, "linear"),
+    ):  # fmt: skip
         _, axes = plot_curves(
-            {"top": {"a": wide}, "bottom": {"a": values}},
+            {"top": {"a": top}, "bottom": {"a": values}},
             {"top": [0.1, 0.2], "bottom": [0.1, 0.2]},
             use_pyplot=False,
         )

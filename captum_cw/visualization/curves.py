@@ -32,8 +32,8 @@ def plot_curves(
         panels: by title, by method ``(rates,)``.
         rates: by title, the fractions removed.
         ylabel: what the curves show.
-        log: a logarithmic scale; None where all values are positive, and those of a panel span
-            two decades.
+        log: a logarithmic scale, linear from -1 to 1 where not all values are positive; None where
+            those of a panel span two decades of it.
         use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
 
     Returns:
@@ -54,7 +54,7 @@ def plot_curves(
     ]
     positive = all(lowest > 0 for lowest, _ in ends)
     if log is None:  # the same in all panels, so that they can be compared
-        log = positive and any(highest > lowest * 10**_DECADES for lowest, highest in ends)
+        log = any(highest > (lowest if positive else 1) * 10**_DECADES for lowest, highest in ends)
     fig, axes = new_figure(1, len(panels), (5.0 * len(panels), 3.8), use_pyplot)
     for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for number, (name, values) in enumerate(curves.items()):
@@ -66,7 +66,7 @@ def plot_curves(
                 markersize=5,
             )
         if log:
-            ax.set_yscale("log" if positive else "symlog")
+            ax.set_yscale("log") if positive else ax.set_yscale("symlog", linthresh=1)
         ax.set_title(title)
         ax.set_xlabel("removed (%)")
         ax.set_ylabel(ylabel)
