@@ -856,7 +856,7 @@
     paint();
   }
   onChange("theme", showTheme);
-  dark.addEventListener("change", () => { around = ""; showTheme(); });
+  dark.addEventListener("change", showTheme);
   addEventListener("message", (event) => {
     if (!["light", "dark"].includes(event.data)) return;
     around = event.data;
