@@ -339,9 +339,9 @@ class Explanation:
 
     @property
     def sinks(self) -> tuple[int, ...]:
-        """The token that is likely to be an attention sink: the first.
+        """The place of the token that is likely to be an attention sink: the first.
 
-        None if it is alone, or where tokens are together in spans or messages.
+        Empty if it is alone, or where tokens are together in spans or messages.
 
         Example:
             >>> found = explain(model, tokenizer, "a b c")
