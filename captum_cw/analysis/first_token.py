@@ -18,9 +18,10 @@ from captum_cw.analysis.result import AnalysisResult, Picture
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 from captum_cw.attr.inputs import device_of
 from captum_cw.attr.layer import evaluation_mode, unwrapped
+from captum_cw.attr.outputs import logits_of
 from captum_cw.functional import Measure, attention, contribution, map_blocks, vw
 from captum_cw.interventions import scale_values
-from captum_cw.metrics.quantities import logits_of, mean_nll
+from captum_cw.metrics.quantities import mean_nll
 from captum_cw.progress import progress_bar
 
 __all__ = [

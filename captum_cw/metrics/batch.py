@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_cw.attr.inputs import forward_call
 from captum_cw.attr.layer import evaluation_mode
+from captum_cw.attr.outputs import logits_of
 from captum_cw.interventions import (
     CleanPass,
     FixedChange,
@@ -21,7 +22,7 @@ from captum_cw.interventions import (
     Scoring,
     SinkRule,
 )
-from captum_cw.metrics.quantities import Logits, last_token, logits_of, mean_nll
+from captum_cw.metrics.quantities import Logits, last_token, mean_nll
 from captum_cw.ranking import RateOf, Scope, Which
 from captum_cw.scoring import PairScorer, RandomPairs
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_cw.functional import check_choice
 
-__all__ = ["Logits", "MetricName", "Quantity", "logits_of", "mean_nll", "quantity"]
+__all__ = ["Logits", "MetricName", "Quantity", "mean_nll", "quantity"]
 
 MetricName = Literal["perplexity", "nll", "log_prob", "prob", "kl"]
 
@@ -52,21 +52,6 @@ class Quantity:
     def __call__(self, logits: Logits) -> Tensor:
         """``(B,)``."""
         return self.compute(logits)
-
-
-def logits_of(output: object) -> Tensor:
-    """The logits ``(B, T, V)`` of what a language model returned.
-
-    Raises:
-        TypeError: If there are none.
-    """
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.dim() != 3:
-        raise TypeError(
-            f"The model returned {type(output).__name__} without logits (B, T, V): give a "
-            "language model."
-        )
-    return logits
 
 
 def mean_nll(logits: Tensor, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
