@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -93,11 +94,6 @@ def mean_nll(logits: Tensor, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tens
     return torch.stack(sums) / counts.to(sums[0].device), counts
 
 
-def _nll(given: Logits) -> Tensor:
-    assert given.nll is not None  # where it is not known, this quantity is refused
-    return given.nll
-
-
 def last_rows(logits: Tensor, real: Tensor) -> Tensor:
     """``(B, V)``: the logits after the last token; those of a classifier as they are."""
     if logits.dim() == 2:
@@ -123,6 +119,22 @@ def _kl(given: Logits) -> Tensor:
     return torch.stack(rows)
 
 
+# Functions with names, and no closures, so that what holds a quantity can be pickled.
+
+
+def _nll(given: Logits) -> Tensor:
+    assert given.nll is not None  # where it is not known, this quantity is refused
+    return given.nll
+
+
+def _perplexity(given: Logits) -> Tensor:
+    return _nll(given).exp()
+
+
+def _probability(given: Logits) -> Tensor:
+    return _log_probability(given).exp()
+
+
 def last_token(real: Tensor) -> Tensor:
     """``(B,)``: the place of each example's last real token."""
     places = torch.arange(real.shape[1], device=real.device)
@@ -130,12 +142,10 @@ def last_token(real: Tensor) -> Tensor:
 
 
 QUANTITIES: dict[MetricName, Quantity] = {
-    "perplexity": Quantity(lambda given: _nll(given).exp(), of_text=True),
+    "perplexity": Quantity(_perplexity, of_text=True),
     "nll": Quantity(_nll, of_text=True),
     "log_prob": Quantity(_log_probability, higher_is_better=True, of_target=True),
-    "prob": Quantity(
-        lambda given: _log_probability(given).exp(), higher_is_better=True, of_target=True
-    ),
+    "prob": Quantity(_probability, higher_is_better=True, of_target=True),
     "kl": Quantity(_kl),
 }
 
@@ -148,14 +158,13 @@ def quantity(metric: MetricName | Callable[..., Tensor]) -> Quantity:
     if not callable(metric):
         check_choice("metric", metric, MetricName)
         return QUANTITIES[metric]
-    compute = metric
+    return Quantity(partial(_checked, metric), bool(getattr(metric, "higher_is_better", False)))
 
-    def checked(given: Logits) -> Tensor:
-        values = compute(given.logits, given.batch, given.clean)
-        B = len(given.real)
-        if not isinstance(values, Tensor) or values.shape != (B,):
-            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"metric gave {shape}, not one number an example: ({B},).")
-        return values.double()
 
-    return Quantity(checked, bool(getattr(metric, "higher_is_better", False)))
+def _checked(compute: Callable[..., Tensor], given: Logits) -> Tensor:
+    values = compute(given.logits, given.batch, given.clean)
+    B = len(given.real)
+    if not isinstance(values, Tensor) or values.shape != (B,):
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"metric gave {shape}, not one number an example: ({B},).")
+    return values.double()
