@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_cw.capture.caches import find_cache, own_copy, tokens_in
+
 __all__ = [
     "ForwardCall",
     "Tokens",
@@ -43,6 +45,11 @@ class ForwardCall:
     kwargs: dict[str, Any]
     real: tuple[Tensor, ...]
     last_only: bool = False
+
+    def run(self, forward: Callable[..., Any]) -> Any:
+        """Calls ``forward`` with copies: a model may append to a cache, or write into a tensor."""
+        args, kwargs = own_copy((self.args, self.kwargs))
+        return forward(*args, **kwargs)
 
     def with_all_logits(self) -> ForwardCall:
         """The same call, with the logits of all tokens."""
@@ -142,7 +149,8 @@ class Tokens:
     """What a call of a model says of its tokens.
 
     Args:
-        T: How many there are; None where the main input is no text.
+        T: How many there are; None where the main input is not a text.
+        ids: ``(B, T)``, or the embeddings ``(B, T, d)``; None where the main input is not a text.
         cached: How many stand before them in a key-value cache.
         real: ``(B, T)``, False at padding; None where that is not told.
         cache: That key-value cache.
@@ -150,6 +158,7 @@ class Tokens:
     """
 
     T: int | None
+    ids: Tensor | None
     cached: int
     real: Tensor | None
     cache: Any
@@ -162,21 +171,11 @@ class Tokens:
 
 
 def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tokens:
-    """Reads a call that is not ours, and leaves it as it is.
-
-    Raises:
-        TypeError: If the call has a cache that does not tell its length.
-    """
-    _, named = _by_name(model, parameters_of(model), args, dict(kwargs))
-    tokens, cache = _tokens(named), named.get("past_key_values")
-    if cache is not None and not hasattr(cache, "get_seq_length"):
-        raise TypeError(
-            f"past_key_values is of type {type(cache).__name__}: give one of transformers' Cache "
-            "classes, which tell their length."
-        )
-    cached = 0 if cache is None else int(cache.get_seq_length())
+    """Reads a call that somebody else makes, and leaves it as it is."""
+    args, named = _by_name(model, parameters_of(model), args, dict(kwargs))
+    tokens, cache = _tokens(named), find_cache((*named.values(), *args))
     T = None if tokens is None else tokens.shape[1]
-    return Tokens(T, cached, _padding(named), cache, named)
+    return Tokens(T, tokens, tokens_in(cache), _padding(named), cache, named)
 
 
 def _kind(x: object) -> str:
@@ -300,13 +299,15 @@ def _padding(kwargs: Mapping[str, Any], prefix: str = "") -> Tensor | None:
     B, T = tokens.shape[:2]
     if mask is None:
         return torch.ones(B, T, dtype=torch.bool, device=tokens.device)
-    cached = kwargs.get("past_key_values") is not None
+    cached = tokens_in(find_cache(kwargs))
     if mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[2] in (1, T):
         return None
-    if mask.dim() != 2 or mask.shape[0] != B or (mask.shape[1] != T and not cached):
+    if mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] not in (T, cached + T):
+        after = f" after {cached} in a cache" if cached else ""
         raise ValueError(
             f"{prefix}attention_mask has shape {tuple(mask.shape)}, but the inputs are {B} x {T} "
-            f"tokens: it must be ({B}, {T}), 1 at tokens and 0 at padding (or four-dimensional)."
+            f"tokens{after}: it must be ({B}, {cached + T}), 1 at tokens and 0 at padding (or "
+            "four-dimensional)."
         )
     real = mask[:, -T:] != 0
     if not real.any(-1).all():
@@ -352,7 +353,7 @@ def _check_length(model: nn.Module, T: int, positions: object) -> None:
 def _lean(parameters: Parameters, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Leaves out what attribution does not look at: a cache, and logits over the vocabulary."""
     lean = dict(kwargs)
-    if "use_cache" in parameters and "past_key_values" not in kwargs:
+    if "use_cache" in parameters and find_cache(kwargs) is None:
         lean.setdefault("use_cache", False)
     if LOGITS in parameters and kwargs.get("labels") is None:
         lean.setdefault(LOGITS, 1)

@@ -241,7 +241,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                 observation,
                 uncompiled(),
             ):
-                output = self.forward_func(*call.args, **call.kwargs)
+                output = call.run(self.forward_func)
         _check_executions(observation.executions, self._chosen, self._roots, self.kind)
         if watched.one_text:
             _check_one_text(observation.executions, self._chosen)
