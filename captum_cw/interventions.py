@@ -30,6 +30,7 @@ from captum_cw.capture import (
     UnsupportedModelError,
     around_passes,
     changed_values,
+    evaluating,
     is_observed,
 )
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
@@ -569,7 +570,7 @@ class CleanPass:
 
         space = space_of(scorers.values())
         observation = Observation([model], on_layer, real=told, states=sink_rule.needs, space=space)
-        with torch.no_grad(), observation:
+        with torch.no_grad(), evaluating([model]), observation:
             seen.output = forward()
         if not seen.real:
             raise no_attention([model])
