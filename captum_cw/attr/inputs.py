@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,20 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_cw.capture import UnsupportedModelError
+from captum_cw.capture.caches import find_cache, holds_tokens, own_copy, tokens_in
+from captum_cw.capture.listening import taken_over
+from captum_cw.capture.positions import longest_text, too_long
+
 __all__ = [
     "ForwardCall",
     "Tokens",
+    "begins_twice",
     "device_of",
     "forward_call",
-    "longest_text",
     "parameters_of",
     "tokens_of",
     "two_tokens",
+    "warn_of_special_tokens",
 ]
 
 Parameters = Mapping[str, inspect.Parameter]
 #: By which models are asked for the logits of the last tokens alone.
 LOGITS = "logits_to_keep"
+#: From a warning here to the line of the user, as a rule.
+STACKLEVEL = 6
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,26 @@ class ForwardCall:
         real: For each sequence of tokens that the call tells of, ``(B, T)``, False at padding.
         last_only: Whether the model was asked for the logits of the last token alone, though the
             caller did not say so.
+        too_long: Says why the model may fail, where the text has more tokens than its
+            configuration names; most models run all the same.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     real: tuple[Tensor, ...]
     last_only: bool = False
+    too_long: Callable[[], str] | None = None
+
+    def run(self, forward: Callable[..., Any]) -> Any:
+        """Calls ``forward`` with copies: a model may append to a cache, or write into a tensor."""
+        args, kwargs = own_copy((self.args, self.kwargs))
+        try:
+            return forward(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            ours = isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError))
+            if ours or self.too_long is None:
+                raise
+            raise ValueError(self.too_long()) from error
 
     def with_all_logits(self) -> ForwardCall:
         """The same call, with the logits of all tokens."""
@@ -123,14 +146,6 @@ def two_tokens(model: nn.Module) -> dict[str, Tensor] | None:
     return inputs
 
 
-def longest_text(model: nn.Module) -> int | None:
-    """How many positions a model has, by its configuration; None where that does not tell."""
-    config = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", lambda: config)()
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its tokens from: anywhere if it is offloaded, as its hooks move them."""
     device = next(model.parameters()).device
@@ -142,7 +157,8 @@ class Tokens:
     """What a call of a model says of its tokens.
 
     Args:
-        T: How many there are; None where the main input is no text.
+        T: How many there are; None where the main input is not a text.
+        ids: ``(B, T)``, or the embeddings ``(B, T, d)``; None where the main input is not a text.
         cached: How many stand before them in a key-value cache.
         real: ``(B, T)``, False at padding; None where that is not told.
         cache: That key-value cache.
@@ -150,6 +166,7 @@ class Tokens:
     """
 
     T: int | None
+    ids: Tensor | None
     cached: int
     real: Tensor | None
     cache: Any
@@ -162,21 +179,11 @@ class Tokens:
 
 
 def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tokens:
-    """Reads a call that is not ours, and leaves it as it is.
-
-    Raises:
-        TypeError: If the call has a cache that does not tell its length.
-    """
-    _, named = _by_name(model, parameters_of(model), args, dict(kwargs))
-    tokens, cache = _tokens(named), named.get("past_key_values")
-    if cache is not None and not hasattr(cache, "get_seq_length"):
-        raise TypeError(
-            f"past_key_values is of type {type(cache).__name__}: give one of transformers' Cache "
-            "classes, which tell their length."
-        )
-    cached = 0 if cache is None else int(cache.get_seq_length())
+    """Reads a call that somebody else makes, and leaves it as it is."""
+    args, named = _by_name(model, parameters_of(model), args, dict(kwargs))
+    tokens, cache = _tokens(named), find_cache((*named.values(), *args))
     T = None if tokens is None else tokens.shape[1]
-    return Tokens(T, cached, _padding(named), cache, named)
+    return Tokens(T, tokens, tokens_in(cache), _padding(named), cache, named)
 
 
 def _kind(x: object) -> str:
@@ -238,15 +245,16 @@ def _checked(
     main, real = _tokens(kwargs), _told(kwargs)
     if main is None:
         return ForwardCall(args, kwargs, real)
+    warn_of_special_tokens(model, kwargs)
     _check_decoder(parameters, kwargs)
     positions = kwargs.get("position_ids")
     if positions is None and "position_ids" in parameters:
         positions = _positions(model, kwargs.get("attention_mask"), main.shape[1])
         if positions is not None:
             kwargs = {**kwargs, "position_ids": positions}
-    _check_length(model, main.shape[1], positions)
     lean = _lean(parameters, kwargs)
-    return ForwardCall(args, lean, real, last_only=LOGITS in lean and LOGITS not in kwargs)
+    last_only = LOGITS in lean and LOGITS not in kwargs
+    return ForwardCall(args, lean, real, last_only, _too_long(model, main.shape[1]))
 
 
 def _check_decoder(parameters: Parameters, kwargs: dict[str, Any]) -> None:
@@ -300,13 +308,15 @@ def _padding(kwargs: Mapping[str, Any], prefix: str = "") -> Tensor | None:
     B, T = tokens.shape[:2]
     if mask is None:
         return torch.ones(B, T, dtype=torch.bool, device=tokens.device)
-    cached = kwargs.get("past_key_values") is not None
+    cached = tokens_in(find_cache(kwargs))
     if mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[2] in (1, T):
         return None
-    if mask.dim() != 2 or mask.shape[0] != B or (mask.shape[1] != T and not cached):
+    if mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] not in (T, cached + T):
+        after = f" after {cached} in a cache" if cached else ""
         raise ValueError(
             f"{prefix}attention_mask has shape {tuple(mask.shape)}, but the inputs are {B} x {T} "
-            f"tokens: it must be ({B}, {T}), 1 at tokens and 0 at padding (or four-dimensional)."
+            f"tokens{after}: it must be ({B}, {cached + T}), 1 at tokens and 0 at padding (or "
+            "four-dimensional)."
         )
     real = mask[:, -T:] != 0
     if not real.any(-1).all():
@@ -315,6 +325,61 @@ def _padding(kwargs: Mapping[str, Any], prefix: str = "") -> Tensor | None:
             "all of its tokens."
         )
     return real
+
+
+def warn_of_special_tokens(model: nn.Module, named: Mapping[str, Any]) -> None:
+    """Warns of ids that look like padding without a mask, and of a text that begins twice.
+
+    Args:
+        model: The model, whose configuration names the special tokens.
+        named: The arguments of a call by their names.
+    """
+    ids = named.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_meta:
+        return
+    if holds_tokens(named.values()):  # the text begins in the cache
+        return
+    special = _special_ids(model)
+    pad = special.pop("pad_token_id", None)
+    if pad is not None and named.get("attention_mask") is None:
+        # One token that begins or ends a text is no sign of padding where it pads too.
+        n = 2 if pad in special.values() else 1
+        padded = (ids[:, :n] == pad).all(-1) | (ids[:, -n:] == pad).all(-1)
+        if padded.any() and ids.shape[1] > n:
+            warnings.warn(
+                f"Example {int(padded.nonzero()[0])} begins or ends with pad_token_id={pad}, but "
+                "there is no attention_mask: every id counts as a token of the text, as it does "
+                "for the model. Pass the tokenizer's attention_mask to leave padding out.",
+                stacklevel=STACKLEVEL,
+            )
+    begin = special.get("bos_token_id")
+    if begin is not None and begin != pad and begins_twice(ids, _padding(named), begin):
+        warnings.warn(
+            f"The text begins with two begin tokens (bos_token_id={begin}), as a chat does that "
+            "was rendered to text and tokenized again: tokenize it with add_special_tokens=False.",
+            stacklevel=STACKLEVEL,
+        )
+
+
+def begins_twice(ids: Tensor, real: Tensor | None, begin: int) -> bool:
+    """Whether a text of a batch begins with two begin tokens.
+
+    Args:
+        ids: ``(B, T)``.
+        real: ``(B, T)``, False at padding; None where that is not told.
+        begin: The id of the begin token.
+    """
+    first = [0] * len(ids) if real is None else real.long().argmax(1).tolist()
+    starts = (row[start : start + 2] for row, start in zip(ids, first, strict=True))
+    return any(start.tolist() == [begin, begin] for start in starts)
+
+
+def _special_ids(model: nn.Module) -> dict[str, int]:
+    """The ids of special tokens that a model's configuration names."""
+    text = _text_config(model)
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id")
+    found = {name: getattr(text, name, None) for name in names}
+    return {name: x for name, x in found.items() if isinstance(x, int)}
 
 
 def _positions(model: nn.Module, mask: object, T: int) -> Tensor | None:
@@ -339,20 +404,31 @@ def _counts_itself(module: nn.Module) -> bool:
     return any(hasattr(place, name) for place in (module, file) for name in own)
 
 
-def _check_length(model: nn.Module, T: int, positions: object) -> None:
-    limit = longest_text(model)
-    length = int(positions.max()) + 1 if isinstance(positions, Tensor) else T
-    if limit is not None and length > limit:
-        raise ValueError(
-            f"The text has {length} tokens, but the model has positions for {limit}: cut the "
-            "text (truncation=True, max_length=...) or use a model with a longer context."
-        )
+def _too_long(model: nn.Module, T: int) -> Callable[[], str] | None:
+    configured = getattr(_text_config(model), "max_position_embeddings", None)
+    if not isinstance(configured, int) or not 0 < configured < T:
+        return None
+
+    def message() -> str:
+        short, limit = two_tokens(model), None
+        if short is not None:
+            with taken_over():  # this pass is not a part of what is observed
+                limit = longest_text(lambda: model(**short))
+        return too_long(T, configured if limit is None else min(configured, limit))
+
+    return message
+
+
+def _text_config(model: nn.Module) -> object:
+    """The configuration of the part of a model that reads text; None where it has none."""
+    config = getattr(model, "config", None)
+    return getattr(config, "get_text_config", lambda: config)()
 
 
 def _lean(parameters: Parameters, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Leaves out what attribution does not look at: a cache, and logits over the vocabulary."""
     lean = dict(kwargs)
-    if "use_cache" in parameters and "past_key_values" not in kwargs:
+    if "use_cache" in parameters and find_cache(kwargs) is None:
         lean.setdefault("use_cache", False)
     if LOGITS in parameters and kwargs.get("labels") is None:
         lean.setdefault(LOGITS, 1)
