@@ -11,10 +11,10 @@ from rich.table import Table
 from torch import Tensor
 
 from captum_cw.attr import AttentionWeights
+from captum_cw.capture import Execution
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import load
-from captum_cw.capture import Execution
 from captum_cw.cli.problems import need
 from captum_cw.data import load_texts, token_batches
 from captum_cw.evaluation import evaluate_into, save_tasks
@@ -146,8 +146,9 @@ def _try_longest(model: Any, batches: list[dict[str, Tensor]]) -> None:
         key=lambda place: int(place[0]["attention_mask"][place[1]].sum()),
     )
     real = batch["attention_mask"][row] != 0
+    longest = {"input_ids": batch["input_ids"][row, real][None]}
     try:
-        AttentionWeights(model).observe({"input_ids": batch["input_ids"][row, real][None]}, None, _ignore)
+        AttentionWeights(model).observe(longest, None, _ignore)
     except (IndexError, ValueError) as error:
         raise ValueError(
             f"The longest text, of {int(real.sum())} tokens, cannot be run: {error} (--length cuts "

@@ -304,7 +304,7 @@ class BatchRun:
             target = torch.full((B,), index(target))
         if target.shape != (B,):
             raise ValueError(f"target has shape {tuple(target.shape)}, not ({B},).")
-        if not ((0 <= target) & (target < V)).all():
+        if not ((target >= 0) & (target < V)).all():
             wrong = int(target[(target < 0) | (target >= V)][0])
             what = "classes" if self.predicts == "classes" else "tokens"
             raise ValueError(f"target={wrong}, but the model has the {what} 0..{V - 1}.")
@@ -363,9 +363,9 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def _behind(x: Tensor, whole: Tensor) -> Tensor:
-    """``x``, ``(..., T)``, at the end of as many tokens as ``whole``, ``(B, S)``, has: ``(..., S)``.
+    """``x``, ``(..., T)``, as ``(..., S)`` of as many tokens as ``whole``, ``(B, S)``, has.
 
-    What stands before it is zeros; what it has too much is left out, from its start.
+    Tokens are counted from the end: zeros come before them, or the first ones are left out.
     """
     S = whole.shape[1]
     x = x[..., -S:]
@@ -396,9 +396,7 @@ def _seeded(method: Method, keys: Sequence[str]) -> Method:
     return replace(method, examples=tuple(keys)) if isinstance(method, RandomPairs) else method
 
 
-def _checked(
-    name: str, scores: object, shape: Sequence[int], whole: Sequence[int]
-) -> Tensor:
+def _checked(name: str, scores: object, shape: Sequence[int], whole: Sequence[int]) -> Tensor:
     """Scores of the tokens of the text, or of the whole that the layers run."""
     known = isinstance(scores, Tensor) and tuple(scores.shape) in (tuple(shape), tuple(whole))
     if not isinstance(scores, Tensor) or not known:

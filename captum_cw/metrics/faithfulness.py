@@ -38,7 +38,7 @@ from captum_cw.metrics.batch import (
     Plan,
     TokenMethod,
 )
-from captum_cw.metrics.identity import checksum, described, fingerprint
+from captum_cw.metrics.identity import check_told, checksum, described, fingerprint
 from captum_cw.metrics.quantities import MetricName, quantity
 from captum_cw.metrics.result import REMOVED, FaithfulnessResult, Side
 from captum_cw.processes import Processes
@@ -210,6 +210,7 @@ class ComprehensivenessSufficiency:
             if resume_from is not None and processes.is_main:
                 # Reading all weights takes time, and only a file needs to know them again. They
                 # say which model it is, wherever it lies.
+                check_told({"metric": settings["metric"], **settings["methods"]})
                 run = {name: x for name, x in settings.items() if name != "model"}
                 run["weights"] = fingerprint(self.model)
                 kept = stack.enter_context(Records(resume_from, run))
@@ -280,7 +281,7 @@ class ComprehensivenessSufficiency:
             "rates": {which: list(rates) for which, rates in self.rates.items()},
             "sink_threshold": self.sink_rule.threshold,
             "sink_space": self.sink_rule.space,
-            "metric": self.metric if isinstance(self.metric, str) else described(self.metric),
+            "metric": described(self.metric, self.model),
             "higher_is_better": self._quantity.higher_is_better,
             "reduction": self.reduction,
             "granularity": self.granularity,
@@ -322,13 +323,17 @@ class ComprehensivenessSufficiency:
                             table["nll"][name][which].append(found.nll.cpu())
                         advance()
             clean, nll = self._quantity(run.unchanged).tolist(), run.unchanged.nll
+        known: list[dict[str, Any]] = [{} for _ in part.examples]
         if nll is None:
             del table["nll"]
+        else:
+            for of, x, count in zip(known, nll.tolist(), run.counts.tolist(), strict=True):
+                of.update(clean_nll=x, count=count)
         return [
             {
                 **example,
                 "clean": clean[b],
-                **({} if nll is None else {"clean_nll": float(nll[b]), "count": int(run.counts[b])}),
+                **known[b],
                 **{
                     what: {
                         name: {which: [float(x[b]) for x in xs] for which, xs in sides.items()}

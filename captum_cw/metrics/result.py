@@ -208,8 +208,8 @@ class FaithfulnessResult:
         n = len(self.records)
         if n < COMPARABLE:
             raise ValueError(
-                f"There is {n} text, but an interval over texts needs {COMPARABLE} or more: evaluate "
-                "more texts, or read the differences of this one from .deltas(method, side)."
+                f"There is {n} text, but an interval over texts needs {COMPARABLE} or more: "
+                "evaluate more texts, or read the differences from .deltas(method, side)."
             )
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(n, (samples, n), generator=generator)
