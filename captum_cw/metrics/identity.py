@@ -126,8 +126,8 @@ def check_told(descriptions: Mapping[str, str]) -> None:
             held = text.rpartition(f"({UNTOLD}: ")[2].removesuffix(")")
             raise ValueError(
                 f"{name!r} holds a {held}, of which nothing tells whether it is the same in "
-                "another run, so records of several runs might mix: leave resume_from out, or make "
-                "what it holds inside of the function."
+                "another run, so records of several runs might mix: leave resume_from out, or give "
+                "a callable object whose class has a __getstate__ that tells what it depends on."
             )
 
 
