@@ -187,7 +187,7 @@ def test_the_evaluated_model_has_no_name_of_its_own() -> None:
 def test_a_callable_that_cannot_be_told_apart_does_not_resume(tmp_path: Path) -> None:
     metric = ComprehensivenessSufficiency(llama(), [0.5], granularity="token")
     lock = threading.Lock()
-    methods = {"mine": lambda batch: batch.float() if lock else batch.float()}
+    methods = {"mine": lambda batch: batch.float() * bool(lock)}
     assert metric.evaluate(methods, token_ids(), show_progress=False).methods == ["mine"]
     with pytest.raises(ValueError, match="'mine' holds a _thread.lock, .* leave resume_from out"):
         metric.evaluate(methods, token_ids(), resume_from=tmp_path / "run")
