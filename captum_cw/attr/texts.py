@@ -184,14 +184,12 @@ def extended(inputs: Mapping[str, Any], output: Tensor) -> dict[str, Any]:
         >>> extended(inputs, torch.tensor([3]))["token_type_ids"]
         tensor([[0, 1, 1]])
     """
-    n, m = inputs["input_ids"].shape[1], len(output)
+    n = inputs["input_ids"].shape[1]
     found = dict(inputs)
     for name, x in inputs.items():
         by_token = isinstance(x, Tensor) and x.shape[:2] == (1, n)
         if not by_token and name in ("attention_mask", "position_ids"):
-            what = (
-                f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            )
+            what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
                 f"{name} is {what}, so it is not known how it goes on over the output: give a "
                 f"tensor (1, {n}), or leave it out."
