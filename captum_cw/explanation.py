@@ -229,16 +229,15 @@ class Explanation:
         assert result.inp is not None
         tokenizer = result.inp.tokenizer
         output_ids = getattr(result, "output_ids", None)
-        queries = result.output_tokens
         if output_ids is None:  # Captum's own, which does not keep the spaces between words
-            queries = _readable_entries(tokenizer, queries)
-        found = replace(
-            found,
-            tokens=readable_tokens(tokenizer, ids[0]),
-            queries=queries,
-            words=word_numbers(tokenizer, ids[0]),
-            query_words=None if output_ids is None else _output_words(tokenizer, output_ids),
-        )
+            found = replace(
+                found,
+                tokens=readable_tokens(tokenizer, ids[0]),
+                queries=_readable_entries(tokenizer, result.output_tokens),
+            )
+        else:
+            found = replace(found, query_words=_words(tokenizer, output_ids))
+        found = replace(found, words=_words(tokenizer, ids[0]))
         return _with_text(found, result.inp) if isinstance(result.inp, EncodedTokenInput) else found
 
     @classmethod
@@ -627,8 +626,8 @@ def _readable_entries(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
     ]
 
 
-def _output_words(tokenizer: Any, ids: Tensor) -> list[int | None] | None:
-    """The words of output tokens; None where the tokenizer does not know one of them."""
+def _words(tokenizer: Any, ids: Tensor) -> list[int | None] | None:
+    """The words of tokens; None where the tokenizer does not know one of them."""
     try:
         return word_numbers(tokenizer, ids)
     except ValueError:

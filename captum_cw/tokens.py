@@ -19,7 +19,7 @@ __all__ = [
     "Span",
     "Tokenizer",
     "group_scores",
-    "readable_outputs",
+    "readable_ids",
     "readable_tokens",
     "sink",
     "warn_of_two_begin_tokens",
@@ -89,23 +89,23 @@ def readable_tokens(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> 
     return [readable[i] for i in ids]
 
 
-def readable_outputs(tokenizer: Tokenizer, output_ids: Tensor | Sequence[int]) -> list[str]:
-    """As :func:`readable_tokens`, for the ids that a model gives.
+def readable_ids(tokenizer: Tokenizer, ids: Tensor | Sequence[int]) -> list[str]:
+    """As :func:`readable_tokens`, for ids that only the model may know.
 
     Many models have more entries than their tokenizer. Such an id is shown by its number.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        output_ids: ``(T,)``.
+        ids: ``(T,)``.
 
     Returns:
         ``T`` strings.
 
     Example:
-        >>> readable_outputs(tokenizer, [1, 2, 63])
+        >>> readable_ids(tokenizer, [1, 2, 63])
         [' a', ' b', '⟨#63⟩']
     """
-    ids = _one_sequence(output_ids)
+    ids = _one_sequence(ids)
     known = [i for i in set(ids) if _entry(tokenizer, i) is not None]
     readable = dict(zip(known, readable_tokens(tokenizer, known), strict=True))
     return [readable.get(i, f"⟨#{i}⟩") for i in ids]

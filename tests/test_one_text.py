@@ -122,7 +122,7 @@ IDS = torch.tensor([[3, 4, 5]])
         (
             {"inputs_embeds": torch.zeros(1, 3, 32)},
             TypeError,
-            "'inputs_embeds', but no 'input_ids'",
+            "'inputs_embeds', but no 'inp",
         ),
         ({"role": "user", "content": "a"}, TypeError, "for a chat, a list of messages"),
         ({"input_ids": IDS.expand(2, 3)}, ValueError, r"shape \(2, 3\): give one text"),
@@ -414,6 +414,9 @@ def test_both_sides_of_a_result_are_readable(bpe: Any) -> None:
     )
     assert beyond.output_tokens == ["⟨#299⟩", "un"]
     assert Explanation.from_llm(beyond).by_word().queries == ["⟨#299⟩", "un"]
+    prompt = {"input_ids": torch.tensor([[299, 256]])}
+    beyond = LLMTokenAttribution(ContributionWeights(wide()), bpe).attribute(prompt, target="un")
+    assert Explanation.from_llm(beyond).tokens == beyond.input_tokens == ["⟨#299⟩", "un"]
 
 
 def test_a_readable_output_is_not_read_as_an_entry_again(bpe: Any) -> None:

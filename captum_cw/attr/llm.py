@@ -20,7 +20,7 @@ from captum_cw.attr.texts import Text, extended, model_inputs, read_text
 from captum_cw.attr.token_scores import TokenScores
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.templates import Encoded, encode, owners, places_of
-from captum_cw.tokens import readable_outputs, readable_tokens
+from captum_cw.tokens import readable_ids
 
 __all__ = ["LLMTokenAttribution"]
 
@@ -158,7 +158,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
             seq_attr=token_attr.mean(0),
             token_attr=token_attr,
             input_tokens=self._input_tokens(given),
-            output_tokens=readable_outputs(self.tokenizer, output.cpu()),
+            output_tokens=readable_ids(self.tokenizer, output.cpu()),
             output_probs=probs.cpu(),
             inp=given,
             output_ids=output.cpu(),
@@ -240,7 +240,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
     def _input_tokens(self, given: Any) -> list[str]:
         if isinstance(given, TextTemplateInput):
             return list(given.values)
-        return readable_tokens(self.tokenizer, given.itp_tensor[0])
+        return readable_ids(self.tokenizer, given.itp_tensor[0])
 
     def _last_logits(self, count: int) -> dict[str, int]:
         """Asks the model for its last logits only, where it can be asked."""
