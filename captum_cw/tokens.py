@@ -19,10 +19,8 @@ __all__ = [
     "Span",
     "Tokenizer",
     "group_scores",
-    "readable_ids",
     "readable_tokens",
     "sink",
-    "warn_of_two_begin_tokens",
     "word_numbers",
     "word_spans",
 ]
