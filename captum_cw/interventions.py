@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.inputs import Tokens, parameters_of, tokens_of
+from captum_cw.attr.inputs import Tokens, parameters_of, tokens_of, warn_of_special_tokens
 from captum_cw.attr.layer import no_attention, uncompiled, unwrapped
 from captum_cw.capture import (
     Execution,
@@ -30,8 +30,10 @@ from captum_cw.capture import (
     UnsupportedModelError,
     around_passes,
     changed_values,
+    evaluating,
     is_observed,
 )
+from captum_cw.capture.caches import find_cache, is_cache, own_copy
 from captum_cw.functional import AttentionLayer, Reduction, check_choice
 from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
 from captum_cw.scoring import PairScorer, model_of, pair_scorer, space_of
@@ -66,9 +68,10 @@ def remove_tokens(
 ) -> Iterator[None]:
     """Every forward pass of ``model`` removes the pairs of head and token that score low, or high.
 
-    Pairs are scored and ranked within each example. With a key-value cache, what is removed is
-    fixed when the prompt is read, and generated tokens stay. Padding is known from the mask that
-    the model is given; without one, every token counts.
+    Pairs are scored and ranked within each example. Under ``model.generate``, with or without a
+    key-value cache, and in passes that go on with a cache, what is removed is decided when the
+    prompt is read, and generated tokens stay. Any other pass ranks its own text. Padding is known
+    from the mask that the model is given; without one, every token counts.
 
     Args:
         model: The model.
@@ -209,6 +212,9 @@ class _State(threading.local):
         self.length = 0
         self.cache: Callable[[], Any] = _no_cache
         self.running = False
+        # Within model.generate: the first text that it ran, (B, T).
+        self.generating = False
+        self.prompt: Tensor | None = None
 
 
 def _no_cache() -> None:
@@ -238,9 +244,21 @@ class _Intervention:
         with (
             changed_values(self._modules, self._only_in_passes),
             around_passes(self.model, self._pass),
+            around_passes(self.model, self._generation, "generate"),
             uncompiled(),
         ):
             yield
+
+    @contextmanager
+    def _generation(self, *_: Any) -> Iterator[Callable[[Any], None]]:
+        """Around ``model.generate``, which runs a prompt, then the same text with more tokens."""
+        state = self._state
+        before = state.generating, state.prompt
+        state.generating, state.prompt = True, None
+        try:
+            yield _ignore
+        finally:
+            state.generating, state.prompt = before
 
     def _only_in_passes(self, module: nn.Module, heads: int, value: Tensor) -> None:
         if not self._state.running:
@@ -255,24 +273,49 @@ class _Intervention:
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[Callable[[Any], None]]:
         tokens, state = tokens_of(self.model, args, kwargs), self._state
+        if isinstance(tokens.cache, (tuple, list)):
+            raise TypeError(
+                "The key-value cache is a tuple of tensors, which does not tell whether it goes on "
+                "with the same text: give one of transformers' Cache classes."
+            )
         if tokens.cached:
             check_self_attention(self.model)
             self._check_cache(tokens)
         state.running = True
         try:
-            if tokens.cached:
-                with self._changed(tokens):
+            if tokens.cached or self._goes_on(tokens):
+                with self._changed(tokens, later=True):
                     yield _ignore
             else:
+                warn_of_special_tokens(self.model, tokens.named)
                 state.length, state.cache = 0, _no_cache
+                state.prompt = tokens.ids if state.generating else None
                 with self._prompt(_Call(forward, args, kwargs, tokens)):
-                    yield self._keep_cache
+                    yield partial(self._keep_cache, tokens.cache)
         finally:
             state.running = False
         state.length = tokens.cached + (tokens.T or 0)
 
-    def _keep_cache(self, output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
+    def _goes_on(self, tokens: Tokens) -> bool:
+        """Whether this pass runs a generated text once more from its start, without a cache.
+
+        What was removed from the prompt then stays removed, as it does with a cache.
+        """
+        prompt, ids = self._state.prompt, tokens.ids
+        if prompt is None:
+            return False
+        n = prompt.shape[1]
+        if ids is None or ids.shape[1] <= n or not torch.equal(ids[:, :n], prompt.to(ids.device)):
+            raise RuntimeError(
+                f"generate runs another text than its prompt of {n} tokens, so it is not known "
+                "what is removed from it: generate without assistants, guidance and the like, or "
+                "call the model itself."
+            )
+        return True
+
+    def _keep_cache(self, given: Any, output: Any) -> None:
+        cache = find_cache(output)
+        cache = given if cache is None else cache
         self._state.cache = _no_cache if cache is None else weakref.ref(cache)
 
     def _check_cache(self, tokens: Tokens) -> None:
@@ -294,8 +337,13 @@ class _Intervention:
         raise NotImplementedError
 
     @contextmanager
-    def _changed(self, tokens: Tokens) -> Iterator[None]:
-        """Multiplies the values of the layers of a pass by the factors that are known."""
+    def _changed(self, tokens: Tokens, later: bool = False) -> Iterator[None]:
+        """Multiplies the values of the layers of a pass by the factors that are known.
+
+        Args:
+            tokens: The tokens of the pass.
+            later: Whether the pass goes on with a text, so that values came after the factors.
+        """
         known, number = self._state.factors, 0
 
         def change(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
@@ -308,7 +356,7 @@ class _Intervention:
                 )
             factors = known[number - 1]
             if factors is not None:
-                _check_factors(factors, heads, value, tokens, number - 1)
+                _check_factors(factors, heads, value, tokens, number - 1, later)
             return factors
 
         with changed_values(self._modules, change):
@@ -322,11 +370,23 @@ class _Intervention:
             )
 
 
-def _check_factors(factors: Tensor, heads: int, value: Tensor, tokens: Tokens, number: int) -> None:
+def _check_factors(
+    factors: Tensor, heads: int, value: Tensor, tokens: Tokens, number: int, later: bool
+) -> None:
+    """Checks that factors fit the values of a layer.
+
+    Args:
+        factors: The factors, ``(B|1, H|1, S)``.
+        heads: The number of query heads.
+        value: The values, ``(B, H_kv, S, d_h)``.
+        tokens: The tokens of the pass.
+        number: The layer's place in the pass.
+        later: Whether the pass goes on with a text, so that values came after the factors.
+    """
     B, H, S = factors.shape
     here = tokens.cached + (value.shape[2] if tokens.T is None else tokens.T)
     # A model may put prompt tokens of its own before those that it is given.
-    fits = here > S if tokens.cached and here != S else S in (here, value.shape[2])
+    fits = here > S if later and here != S else S in (here, value.shape[2])
     if B not in (1, value.shape[0]) or H not in (1, heads) or not fits:
         raise ValueError(
             f"Layer {number} has {value.shape[0]} examples, {heads} heads and {here} tokens, but "
@@ -511,7 +571,7 @@ class CleanPass:
 
         space = space_of(scorers.values())
         observation = Observation([model], on_layer, real=told, states=sink_rule.needs, space=space)
-        with torch.no_grad(), observation:
+        with torch.no_grad(), evaluating([model]), observation:
             seen.output = forward()
         if not seen.real:
             raise no_attention([model])
@@ -532,7 +592,7 @@ class CleanRemoval(_Intervention):
     def _prompt(self, call: _Call) -> Iterator[None]:
         _check_evaluation(self.model)
         # An empty cache, such as generate gives, would be filled twice.
-        alone = {n: v for n, v in call.tokens.named.items() if n != "past_key_values"}
+        alone = {n: own_copy(v) for n, v in call.tokens.named.items() if not is_cache(v)}
         if "use_cache" in parameters_of(self.model):
             alone["use_cache"] = False
         mask = alone.get("attention_mask")

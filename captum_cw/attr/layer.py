@@ -7,11 +7,10 @@ observes the layers and gives results in Captum's form.
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +21,14 @@ from torch import Tensor, nn
 from captum_cw import aggregation, functional
 from captum_cw.attr._captum import LayerAttribution, logged
 from captum_cw.attr.inputs import ForwardCall, forward_call, two_tokens
-from captum_cw.capture import Execution, Observation, StateSpace, UnsupportedModelError, names_of
+from captum_cw.capture import (
+    Execution,
+    Observation,
+    StateSpace,
+    UnsupportedModelError,
+    evaluating,
+    names_of,
+)
 from captum_cw.functional import (
     Aggregation,
     AttentionLayer,
@@ -241,7 +247,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                 observation,
                 uncompiled(),
             ):
-                output = self.forward_func(*call.args, **call.kwargs)
+                output = call.run(self.forward_func)
         _check_executions(observation.executions, self._chosen, self._roots, self.kind)
         if watched.one_text:
             _check_one_text(observation.executions, self._chosen)
@@ -482,7 +488,7 @@ def check_fits(needed: int, device: torch.device, what: str, way_out: str) -> No
 def evaluation_mode(
     roots: list[nn.Module], model: nn.Module | None
 ) -> AbstractContextManager[None]:
-    """Turns dropout off, and says so."""
+    """Turns dropout off, and says so; leaves the modules as they were, whatever they do."""
     if any(m.training for root in roots for m in root.modules()):
         if model is None:
             raise ValueError(
@@ -493,30 +499,7 @@ def evaluation_mode(
         warnings.warn(
             "The model is in training mode: dropout is off for the attribution.", stacklevel=5
         )
-    return _training_paused(roots)
-
-
-_paused: Counter[nn.Module] = Counter()
-_paused_lock = threading.Lock()
-
-
-@contextmanager
-def _training_paused(roots: list[nn.Module]) -> Iterator[None]:
-    """Turns dropout off; the last of several threads to leave puts the modes back."""
-    with _paused_lock:
-        modules = [m for root in roots for m in root.modules() if m.training or m in _paused]
-        _paused.update(modules)
-        for module in modules:
-            module.training = False
-    try:
-        yield
-    finally:
-        with _paused_lock:
-            _paused.subtract(modules)
-            for module in modules:
-                if not _paused[module]:
-                    del _paused[module]
-                    module.training = True
+    return evaluating(roots)
 
 
 def uncompiled() -> AbstractContextManager[None]:

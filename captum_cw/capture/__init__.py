@@ -18,6 +18,7 @@ from captum_cw.capture.observation import (
 )
 from captum_cw.capture.passes import around_passes
 from captum_cw.capture.states import StateSpace
+from captum_cw.capture.unchanged import evaluating
 
 __all__ = [
     "Execution",
@@ -28,6 +29,7 @@ __all__ = [
     "ValueChange",
     "around_passes",
     "changed_values",
+    "evaluating",
     "is_observed",
     "names_of",
     "register_adapter",

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from captum_cw.capture.calls import UnsupportedModelError
 from captum_cw.capture.listening import altered, is_heard, taken_over
-from captum_cw.capture.wrapping import ForwardOf, wrapping
+from captum_cw.capture.wrapping import MethodOf, wrapping
 
 __all__ = ["adapted", "register_adapter"]
 
@@ -75,7 +75,7 @@ def adapted(modules: Collection[nn.Module]) -> Iterator[None]:
             adapter = _adapter_of(type(module))
             if adapter is not None:
                 wrap = functools.partial(_Adapted, module, adapter)
-                stack.enter_context(wrapping(ForwardOf(module, "adapter"), wrap))
+                stack.enter_context(wrapping(MethodOf(module, "adapter"), wrap))
         yield
 
 

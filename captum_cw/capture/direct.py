@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from captum_cw.capture.caches import is_cache
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, times
 from captum_cw.capture.listening import ValueChange, alter, is_heard, taken_over
+from captum_cw.capture.positions import check_positions
 from captum_cw.capture.running import running
 from captum_cw.functional import expand_heads
 
@@ -125,6 +127,7 @@ class DirectAttention(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        check_positions(func, args, kwargs)
         if not is_heard():
             return func(*args, **kwargs)
         if func is torch.nn.functional.multi_head_attention_forward and running():
@@ -270,8 +273,9 @@ def _are_tokens(S: int) -> bool:
         for x in run.tensors():
             if x.dim() in (2, 3) and S in x.shape[:2]:
                 return True
-        if any(hasattr(x, "get_seq_length") for x in (*run.args, *run.kwargs.values())):
+        if any(is_cache(x) for x in (*run.args, *run.kwargs.values())):
             return True
+        # Older code gives a layer its own keys and values, as a pair.
         if any("past" in name and x is not None for name, x in run.kwargs.items()):
             return True
     return False

@@ -239,9 +239,7 @@ def _with_fixed_scale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         gain = torch.ones_like(x) if weight is None else weight.detach().expand_as(x)
         size = (x * gain).square().sum(-1, keepdim=True)
         scale = (result.detach() * x * gain).sum(-1, keepdim=True) / size.clamp(min=TINY)
-        return _Times.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
-            args[0], result.detach(), scale * gain
-        )
+        return _Times.apply(args[0], result.detach(), scale * gain)
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-__all__ = ["ForwardOf", "Place", "wrapping"]
+__all__ = ["MethodOf", "Place", "wrapping"]
 
 
 class Place(Protocol):
@@ -63,16 +63,18 @@ def wrapping(
 
 
 @dataclass(frozen=True)
-class ForwardOf:
-    """A module's forward: of its class, or put on the module itself, as accelerate does.
+class MethodOf:
+    """A method of a module: of its class, or put on the module itself, as accelerate does.
 
     Args:
         module: The module.
         use: What it is wrapped for; each use has a wrapper of its own.
+        name: The method.
     """
 
     module: nn.Module
     use: str
+    name: str = "forward"
 
     @property
     def key(self) -> tuple[int, str]:
@@ -80,16 +82,16 @@ class ForwardOf:
         return id(self.module), self.use
 
     def get(self) -> Callable[..., Any]:
-        """The forward."""
-        forward: Callable[..., Any] = self.module.forward
-        return forward
+        """The method."""
+        method: Callable[..., Any] = getattr(self.module, self.name)
+        return method
 
     def put(self, wrapper: Callable[..., Any]) -> None:
         """Puts one on the module."""
-        self.module.forward = wrapper
+        setattr(self.module, self.name, wrapper)
 
     def restore(self, original: Callable[..., Any]) -> None:
         """Takes it off."""
-        del self.module.forward
-        if self.module.forward != original:
-            self.module.forward = original
+        delattr(self.module, self.name)
+        if getattr(self.module, self.name) != original:
+            setattr(self.module, self.name, original)

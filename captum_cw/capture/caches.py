@@ -1,0 +1,145 @@
+"""Key-value caches, known by what they are rather than by the argument that passes them.
+
+Releases of transformers call the argument ``past_key_values``, ``cache_params`` or ``cache``, and a
+model of one's own calls it what it likes. A cache is an object that tells how many tokens it holds,
+or, as in older code, a tuple of the keys and values of each layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["find_cache", "holds_tokens", "is_cache", "own_copy", "tokens_in"]
+
+#: What is shared between an object and its copy: it is never a part of a cache's state.
+_SHARED = (
+    nn.Module,
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    torch.device,
+    torch.dtype,
+    torch.Stream,
+)
+
+
+def is_cache(x: object) -> bool:
+    """Whether ``x`` is a key-value cache.
+
+    Example:
+        >>> from transformers import DynamicCache
+        >>> is_cache(DynamicCache()), is_cache(torch.zeros(1, 5))
+        (True, False)
+    """
+    if isinstance(x, (Tensor, nn.Module)):
+        return False
+    return callable(getattr(x, "get_seq_length", None)) or _is_tuple_of_layers(x)
+
+
+def tokens_in(cache: object) -> int:
+    """How many tokens of a text a cache holds.
+
+    Args:
+        cache: The cache, or None.
+
+    Returns:
+        The number; 0 for None.
+    """
+    if cache is None:
+        return 0
+    if _is_tuple_of_layers(cache):
+        return int(cache[0][0].shape[-2])  # type: ignore[index]  # a tuple of tuples
+    return int(cache.get_seq_length())  # type: ignore[attr-defined]  # is_cache has looked
+
+
+def find_cache(values: object) -> Any:
+    """The first cache among arguments or results; None if there is none.
+
+    Args:
+        values: A mapping, a tuple or list, or an object whose attributes are looked at.
+    """
+    found: Iterable[object]
+    if isinstance(values, Mapping):
+        found = values.values()
+    elif isinstance(values, (tuple, list)):
+        found = values
+    else:
+        found = getattr(values, "__dict__", {}).values()
+    return next((x for x in found if is_cache(x)), None)
+
+
+def holds_tokens(values: Iterable[object]) -> bool:
+    """Whether one of these arguments is a cache that holds tokens."""
+    return any(is_cache(x) and tokens_in(x) > 0 for x in values)
+
+
+def own_copy(x: Any) -> Any:
+    """A copy of what a model is given, which shares no tensor with it.
+
+    What a model appends to the copy, or overwrites in it, does not reach the original.
+    :func:`copy.deepcopy` would refuse tensors that autograd has recorded.
+
+    Example:
+        >>> given = {"keys": torch.zeros(1)}
+        >>> own_copy(given)["keys"].add_(1), given["keys"]
+        (tensor([1.]), tensor([0.]))
+    """
+    return _copied(x, {})
+
+
+def _copied(x: Any, known: dict[int, Any]) -> Any:
+    if id(x) in known:
+        return known[id(x)][1]
+
+    def keep(copied: Any) -> Any:
+        known[id(x)] = x, copied  # the original too, so that its id stays its own
+        return copied
+
+    if isinstance(x, Tensor):
+        return keep(x.detach().clone())
+    if isinstance(x, types.MethodType):
+        return keep(types.MethodType(x.__func__, _copied(x.__self__, known)))
+    if isinstance(x, _SHARED):
+        return x
+    if isinstance(x, tuple):
+        parts = [_copied(y, known) for y in x]
+        return keep(type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts))
+    if isinstance(x, (list, set, deque)):
+        copied = keep(copy.copy(x))
+        copied.clear()
+        add = copied.add if isinstance(x, set) else copied.append
+        for y in x:
+            add(_copied(y, known))
+        return copied
+    if isinstance(x, dict):
+        copied = keep(copy.copy(x))
+        for name, y in x.items():
+            copied[name] = _copied(y, known)
+        return copied
+    if not hasattr(x, "__dict__"):
+        return x
+    try:
+        copied = keep(copy.copy(x))
+    except TypeError:  # such as an open file, which has no copy
+        return x
+    for name, y in vars(x).items():
+        copied.__dict__[name] = _copied(y, known)
+    return copied
+
+
+def _is_tuple_of_layers(x: object) -> bool:
+    """Whether ``x`` is ``((key, value), ...)``, a pair ``(B, H, S, d_h)`` for each layer."""
+    return (
+        isinstance(x, (tuple, list))
+        and len(x) > 0
+        and all(isinstance(layer, (tuple, list)) and len(layer) >= 2 for layer in x)
+        and all(isinstance(y, Tensor) and y.dim() == 4 for layer in x for y in layer[:2])
+    )
