@@ -28,7 +28,7 @@ from captum_cw.explanation import (
 )
 from captum_cw.functional import AttentionLayer, Space, map_blocks
 from captum_cw.templates import RenderedChat
-from captum_cw.tokens import Span, Tokenizer, readable_outputs, readable_tokens, word_numbers
+from captum_cw.tokens import Span, Tokenizer, readable_ids, readable_tokens, word_numbers
 
 __all__ = ["explain"]
 
@@ -219,7 +219,7 @@ def _predictions(
         return None, None
     best = [row.float().softmax(-1).max(-1) for row in torch.split(logits[0], 64)]
     ids = torch.cat([x.indices for x in best]).cpu()
-    return readable_outputs(tokenizer, ids), torch.cat([x.values for x in best]).cpu()
+    return readable_ids(tokenizer, ids), torch.cat([x.values for x in best]).cpu()
 
 
 def _predicts_tokens(model: nn.Module, classes: int) -> bool:

@@ -228,16 +228,16 @@ class Explanation:
             return found
         assert result.inp is not None
         tokenizer = result.inp.tokenizer
-        queries, output_ids = found.queries, getattr(result, "output_ids", None)
-        if output_ids is None:  # of one of Captum's own classes
-            queries, output_ids = _readable_entries(tokenizer, result.output_tokens)
-        found = replace(
-            found,
-            tokens=readable_tokens(tokenizer, ids[0]),
-            queries=queries,
-            words=word_numbers(tokenizer, ids[0]),
-            query_words=_output_words(tokenizer, output_ids),
-        )
+        output_ids = getattr(result, "output_ids", None)
+        if output_ids is None:  # Captum's own, which does not keep the spaces between words
+            found = replace(
+                found,
+                tokens=readable_tokens(tokenizer, ids[0]),
+                queries=_readable_entries(tokenizer, result.output_tokens),
+            )
+        else:
+            found = replace(found, query_words=_words(tokenizer, output_ids))
+        found = replace(found, words=_words(tokenizer, ids[0]))
         return _with_text(found, result.inp) if isinstance(result.inp, EncodedTokenInput) else found
 
     @classmethod
@@ -617,24 +617,19 @@ def mean_of_layers(layers: list[Tensor]) -> Tensor:
     return torch.stack(layers).mean(0)
 
 
-def _readable_entries(tokenizer: Any, tokens: Sequence[str]) -> tuple[list[str], list[int] | None]:
-    """Entries of the vocabulary as a person reads them, and their ids, where all are known.
-
-    Other strings stay as they are.
-    """
+def _readable_entries(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
+    """Entries of the vocabulary as a person reads them; other strings as they are."""
     vocabulary = tokenizer.get_vocab()  # made anew each time it is asked for
-    ids = [vocabulary.get(token) for token in tokens]
-    texts = [
-        str(token) if number is None else readable_tokens(tokenizer, [number])[0]
-        for token, number in zip(tokens, ids, strict=True)
+    return [
+        readable_tokens(tokenizer, [vocabulary[token]])[0] if token in vocabulary else token
+        for token in tokens
     ]
-    return texts, None if None in ids else ids
 
 
-def _output_words(tokenizer: Any, ids: Tensor | Sequence[int] | None) -> list[int | None] | None:
-    """The words of output tokens; None where the tokenizer does not know one of them."""
+def _words(tokenizer: Any, ids: Tensor) -> list[int | None] | None:
+    """The words of tokens; None where the tokenizer does not know one of them."""
     try:
-        return None if ids is None else word_numbers(tokenizer, torch.as_tensor(ids))
+        return word_numbers(tokenizer, ids)
     except ValueError:
         return None
 

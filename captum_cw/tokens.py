@@ -19,10 +19,8 @@ __all__ = [
     "Span",
     "Tokenizer",
     "group_scores",
-    "readable_outputs",
     "readable_tokens",
     "sink",
-    "warn_of_two_begin_tokens",
     "word_numbers",
     "word_spans",
 ]
@@ -89,23 +87,23 @@ def readable_tokens(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> 
     return [readable[i] for i in ids]
 
 
-def readable_outputs(tokenizer: Tokenizer, output_ids: Tensor | Sequence[int]) -> list[str]:
-    """As :func:`readable_tokens`, for the ids that a model gives.
+def readable_ids(tokenizer: Tokenizer, ids: Tensor | Sequence[int]) -> list[str]:
+    """As :func:`readable_tokens`, for ids that only the model may know.
 
     Many models have more entries than their tokenizer. Such an id is shown by its number.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        output_ids: ``(T,)``.
+        ids: ``(T,)``.
 
     Returns:
         ``T`` strings.
 
     Example:
-        >>> readable_outputs(tokenizer, [1, 2, 63])
+        >>> readable_ids(tokenizer, [1, 2, 63])
         [' a', ' b', '⟨#63⟩']
     """
-    ids = _one_sequence(output_ids)
+    ids = _one_sequence(ids)
     known = [i for i in set(ids) if _entry(tokenizer, i) is not None]
     readable = dict(zip(known, readable_tokens(tokenizer, known), strict=True))
     return [readable.get(i, f"⟨#{i}⟩") for i in ids]
@@ -131,8 +129,9 @@ def warn_of_two_begin_tokens(
     begin = {getattr(tokenizer, name, None) for name in ("bos_token_id", "cls_token_id")} - {None}
     if len(ids) < 2 or ids[0] != ids[1] or ids[0] not in begin:
         return
-    known = getattr(getattr(model, "config", None), "bos_token_id", None)
-    if ids[0] in (known if isinstance(known, (list, tuple)) else [known]):
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", lambda: config)()
+    if ids[0] == getattr(text_config, "bos_token_id", None):
         return
     warnings.warn(
         f"The text begins with the begin token {tokenizer.convert_ids_to_tokens(ids[0])!r} twice: "

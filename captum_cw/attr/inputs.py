@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture import UnsupportedModelError
+from captum_cw.capture import UnsupportedModelError, evaluating
 from captum_cw.capture.caches import find_cache, holds_tokens, own_copy, tokens_in
 from captum_cw.capture.listening import taken_over
 from captum_cw.capture.positions import longest_text, too_long
@@ -24,6 +24,7 @@ __all__ = [
     "device_of",
     "forward_call",
     "parameters_of",
+    "run_on_copies",
     "tokens_of",
     "two_tokens",
     "warn_of_special_tokens",
@@ -57,10 +58,9 @@ class ForwardCall:
     too_long: Callable[[], str] | None = None
 
     def run(self, forward: Callable[..., Any]) -> Any:
-        """Calls ``forward`` with copies: a model may append to a cache, or write into a tensor."""
-        args, kwargs = own_copy((self.args, self.kwargs))
+        """Calls ``forward`` with copies of the arguments, as :func:`run_on_copies` does."""
         try:
-            return forward(*args, **kwargs)
+            return run_on_copies(forward, self.kwargs, self.args)
         except (IndexError, RuntimeError) as error:
             ours = isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError))
             if ours or self.too_long is None:
@@ -71,6 +71,14 @@ class ForwardCall:
         """The same call, with the logits of all tokens."""
         kwargs = {name: x for name, x in self.kwargs.items() if name != LOGITS}
         return replace(self, kwargs=kwargs, last_only=False)
+
+
+def run_on_copies(
+    forward: Callable[..., Any], kwargs: Mapping[str, Any], args: tuple[Any, ...] = ()
+) -> Any:
+    """Calls a model with copies: it may append to a cache, or write into a tensor."""
+    args, kwargs = own_copy((args, dict(kwargs)))
+    return forward(*args, **kwargs)
 
 
 def forward_call(
@@ -133,16 +141,16 @@ def parameters_of(model: nn.Module, forward: Callable[..., Any] | None = None) -
     return {**named, **{n: p for n, p in parameters_of(base).items() if n not in named}}
 
 
-def two_tokens(model: nn.Module) -> dict[str, Tensor] | None:
-    """The shortest text that a model can be run on; None where it takes no text."""
+def two_tokens(model: nn.Module, n: int = 2) -> dict[str, Tensor] | None:
+    """A text of two tokens, or of ``n``; None where the model takes no text."""
     if getattr(model, "main_input_name", None) != "input_ids":
         return None
     # The embedding of padding is often zero, and so would be all that comes of it.
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-    ids = torch.tensor([[n for n in range(3) if n != padding][:2]], device=device_of(model))
-    inputs = {"input_ids": ids}
+    padding = _special_ids(model).get("pad_token_id")
+    ids = [i for i in range(n + 1) if i != padding][:n]
+    inputs = {"input_ids": torch.tensor([ids], dtype=torch.long, device=device_of(model))}
     if "decoder_input_ids" in parameters_of(model):
-        inputs["decoder_input_ids"] = ids
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs
 
 
@@ -249,7 +257,7 @@ def _checked(
     _check_decoder(parameters, kwargs)
     positions = kwargs.get("position_ids")
     if positions is None and "position_ids" in parameters:
-        positions = _positions(model, kwargs.get("attention_mask"), main.shape[1])
+        positions = _positions(model, kwargs, main.shape[1])
         if positions is not None:
             kwargs = {**kwargs, "position_ids": positions}
     lean = _lean(parameters, kwargs)
@@ -382,26 +390,86 @@ def _special_ids(model: nn.Module) -> dict[str, int]:
     return {name: x for name, x in found.items() if isinstance(x, int)}
 
 
-def _positions(model: nn.Module, mask: object, T: int) -> Tensor | None:
-    """Position ids by the mask, as ``generate`` makes them; None where the model needs none.
+def _positions(model: nn.Module, named: Mapping[str, Any], T: int) -> Tensor | None:
+    """Position ids by the mask, as ``generate`` makes them; None where the model makes its own.
 
     A text must stand where it would stand alone, whatever padding comes before it.
     """
+    mask = named.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     real = mask != 0
     if real.all() or not getattr(model, "can_generate", lambda: False)():
         return None
-    if any(_counts_itself(module) for module in model.modules()):
+    counting = _Counting.of(model)
+    # Images may take positions on a grid, which the model knows and we do not.
+    if not counting.from_zero or (_beside_text(named) and counting.skips_padding):
         return None
     return (real.long().cumsum(-1) - 1).clamp_(min=0)[:, -T:]
 
 
-def _counts_itself(module: nn.Module) -> bool:
-    """Whether a module makes positions of its own: RoBERTa's from the ids, images' from a grid."""
-    file = sys.modules.get(type(module).__module__)
-    own = ("create_position_ids_from_input_ids", "get_rope_index")
-    return any(hasattr(place, name) for place in (module, file) for name in own)
+def _beside_text(named: Mapping[str, Any]) -> bool:
+    """Whether a call has other inputs than a text, such as the pixels of an image."""
+    return any(
+        isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 2 and name != "inputs_embeds"
+        for name, x in named.items()
+        if not name.endswith("mask")
+    )
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """How a model counts the positions of a text, found by passes over three tokens.
+
+    Args:
+        from_zero: Whether position ids 0, 1, 2 change nothing. RoBERTa counts from its padding.
+        skips_padding: Whether padding before a text changes nothing without position ids.
+    """
+
+    from_zero: bool
+    skips_padding: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Counting:
+        """What was found of a model, once."""
+        if model not in _counting:
+            _counting[model] = cls._found(model)
+        return _counting[model]
+
+    @classmethod
+    def _found(cls, model: nn.Module) -> _Counting:
+        text = two_tokens(model, 3)
+        if text is None:
+            return cls(from_zero=True, skips_padding=False)
+        ids = text["input_ids"]
+        pad = _special_ids(model).get("pad_token_id", 0)
+        padded = torch.nn.functional.pad(ids, (1, 0), value=pad)
+        mask = torch.nn.functional.pad(torch.ones_like(ids), (1, 0))
+        positions = torch.arange(3, device=ids.device)[None]
+        try:
+            with torch.no_grad(), evaluating([model]), taken_over():
+                plain = _first_states(model(**text), 3)
+                counted = _first_states(model(**{**text, "position_ids": positions}), 3)
+                behind = model(**{**text, "input_ids": padded, "attention_mask": mask})
+                skipped = _first_states(behind, 4)[:, 1:]
+        except Exception:  # a model that runs on no plain text says nothing
+            return cls(from_zero=True, skips_padding=False)
+        return cls(_near(plain, counted), _near(plain, skipped))
+
+
+_counting: WeakKeyDictionary[nn.Module, _Counting] = WeakKeyDictionary()
+
+
+def _first_states(output: Any, T: int) -> Tensor:
+    """The first result ``(B, T, n)`` of a pass."""
+    held = output.values() if isinstance(output, Mapping) else output
+    several = [held] if isinstance(held, Tensor) else list(held)
+    return next(x for x in several if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] == T)
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    tolerance = max(1e-4, 8 * torch.finfo(a.dtype).eps) * float(a.abs().max())
+    return torch.allclose(a, b, rtol=0, atol=tolerance)
 
 
 def _too_long(model: nn.Module, T: int) -> Callable[[], str] | None:

@@ -20,7 +20,7 @@ from captum_cw.attr.texts import Text, extended, model_inputs, read_text
 from captum_cw.attr.token_scores import TokenScores
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.templates import Encoded, encode, owners, places_of
-from captum_cw.tokens import readable_outputs, readable_tokens
+from captum_cw.tokens import readable_ids
 
 __all__ = ["LLMTokenAttribution"]
 
@@ -28,7 +28,7 @@ __all__ = ["LLMTokenAttribution"]
 _GENERATION = {"max_new_tokens": 25, "do_sample": False, "temperature": None, "top_p": None}
 
 
-class _Result(LLMAttributionResult):  # type: ignore[misc]  # captum has no types for it
+class LLMTokenAttributionResult(LLMAttributionResult):  # type: ignore[misc]  # captum has no types for it
     """Captum's result, with the ids of the output, whose tokens are readable already."""
 
     def __init__(self, *, output_ids: Tensor, **parts: Any) -> None:
@@ -154,11 +154,11 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         token_attr = features(rows[0, :, :n].cpu())
         logits = logits_of(result)[0, -m - 1 : -1].float()
         probs = logits.softmax(-1).gather(-1, output[:, None].to(logits.device))[:, 0]
-        return _Result(
+        return LLMTokenAttributionResult(
             seq_attr=token_attr.mean(0),
             token_attr=token_attr,
             input_tokens=self._input_tokens(given),
-            output_tokens=readable_outputs(self.tokenizer, output.cpu()),
+            output_tokens=readable_ids(self.tokenizer, output.cpu()),
             output_probs=probs.cpu(),
             inp=given,
             output_ids=output.cpu(),
@@ -240,7 +240,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
     def _input_tokens(self, given: Any) -> list[str]:
         if isinstance(given, TextTemplateInput):
             return list(given.values)
-        return readable_tokens(self.tokenizer, given.itp_tensor[0])
+        return readable_ids(self.tokenizer, given.itp_tensor[0])
 
     def _last_logits(self, count: int) -> dict[str, int]:
         """Asks the model for its last logits only, where it can be asked."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.inputs import LOGITS, device_of, parameters_of
+from captum_cw.attr.inputs import device_of, parameters_of
 from captum_cw.capture import Execution, UnsupportedModelError
+from captum_cw.capture.caches import find_cache
 from captum_cw.functional import AttentionLayer, blocks
 from captum_cw.templates import Encoded, Messages, encode, render_chat
 from captum_cw.tokens import Span, warn_of_two_begin_tokens
@@ -37,7 +38,6 @@ _OF_TOKENIZERS = {
     "special_tokens_mask",
     "token_type_ids",
 }
-_CACHES = ("past_key_values", "cache", "cache_params")
 
 
 def read_text(
@@ -106,8 +106,8 @@ def _of_mapping(given: Mapping[str, Any]) -> Encoded:
             f"The dict has {', '.join(map(repr, given)) or 'nothing'}, but no 'input_ids': give "
             "what the tokenizer returned for one text (or, for a chat, a list of messages)."
         )
-    for name in _CACHES:
-        if given.get(name) is not None:
+    for name, x in given.items():
+        if find_cache((x,)) is not None:
             raise ValueError(
                 f"The dict has {name!r}, but tokens in a cache cannot be explained: give the whole "
                 "text, without a cache."
@@ -184,35 +184,36 @@ def extended(inputs: Mapping[str, Any], output: Tensor) -> dict[str, Any]:
         >>> extended(inputs, torch.tensor([3]))["token_type_ids"]
         tensor([[0, 1, 1]])
     """
-    n, m = inputs["input_ids"].shape[1], len(output)
-    found = {}
+    n = inputs["input_ids"].shape[1]
+    found = dict(inputs)
     for name, x in inputs.items():
-        if name == "input_ids":
-            more = output[None].to(x)
-        elif not isinstance(x, Tensor) or x.dim() < 2 or x.shape[:2] != (1, n):
-            if name in ("attention_mask", "position_ids"):
-                shape = (
-                    f"has shape {tuple(x.shape)}" if isinstance(x, Tensor) else "is not a tensor"
-                )
-                raise ValueError(
-                    f"{name} {shape}, so it is not known how it goes on over the output: give a "
-                    f"tensor (1, {n}), or leave it out."
-                )
-            found[name] = x
-            continue
-        elif name == "attention_mask":
-            more = x.new_ones(1, m)
-        elif name.endswith("token_type_ids"):
-            more = x[:, -1:].expand(1, m)
-        elif name == "position_ids":
-            more = x[:, -1:] + torch.arange(1, m + 1, device=x.device)
-        else:
+        by_token = isinstance(x, Tensor) and x.shape[:2] == (1, n)
+        if not by_token and name in ("attention_mask", "position_ids"):
+            what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
-                f"{name!r} has an entry for each of the {n} tokens of the prompt, and it is not "
-                "known how it goes on over the output: leave it out."
+                f"{name} is {what}, so it is not known how it goes on over the output: give a "
+                f"tensor (1, {n}), or leave it out."
             )
-        found[name] = torch.cat([x, more], dim=1)
+        if by_token:
+            found[name] = torch.cat([x, _continued(name, x, output)], dim=1)
     return found
+
+
+def _continued(name: str, x: Tensor, output: Tensor) -> Tensor:
+    """``(1, m)``: what comes after ``x`` ``(1, n)``."""
+    m, last = len(output), x[:, -1:]
+    if name == "input_ids":
+        return output[None].to(x)
+    if name == "attention_mask":
+        return x.new_ones(1, m)
+    if name == "position_ids":
+        return last + torch.arange(1, m + 1, device=x.device)
+    if name.endswith("token_type_ids"):
+        return last.expand(1, m)
+    raise ValueError(
+        f"{name!r} has an entry for each of the {x.shape[1]} tokens of the prompt, and it is not "
+        "known how it goes on over the output: leave it out."
+    )
 
 
 def leading(execution: Execution, layer: AttentionLayer, T: int | None, kept: int | None) -> Span:
@@ -236,7 +237,7 @@ def leading(execution: Execution, layer: AttentionLayer, T: int | None, kept: in
     real = layer.mask.real
     # What is padded at the end, as to whole windows, is hidden there.
     virtual = real is None or queries <= 0 or bool(real[:, queries:].all())
-    if keys < 0 or (queries < 0 and layer.T != kept) or not virtual:
+    if keys < 0 or (queries < 0 and kept != layer.T) or not virtual:
         raise UnsupportedModelError(
             f"Layer {execution.name!r} attends from {layer.T} queries to {layer.S} keys, but the "
             f"text has {T} tokens, so it is not known which are the text's: use "

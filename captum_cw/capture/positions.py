@@ -16,6 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["check_positions", "longest_text", "too_long"]
 
+#: The largest row at which tables begin: RoBERTa's and OPT's begin behind rows for padding.
+OFFSET = 4
+
 
 def check_positions(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raises a ValueError where a model looks up positions beyond the end of their table.
@@ -31,7 +34,9 @@ def check_positions(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     run = found.run()
     if run is not None:
         first, length = run
-        raise ValueError(too_long(length, found.size - first))
+        # A text that goes on, after a cache or by given positions, begins before its first row.
+        offset = first if first <= OFFSET else 0
+        raise ValueError(too_long(first + length - offset, found.size - offset))
 
 
 def too_long(length: int, limit: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.inputs import forward_call
+from captum_cw.attr.inputs import forward_call, run_on_copies
 from captum_cw.attr.layer import evaluation_mode
 from captum_cw.attr.outputs import logits_of
 from captum_cw.capture import UnsupportedModelError
@@ -95,7 +95,7 @@ class ForeignMethod:
 
     def scores(self, inputs: Mapping[str, Any], told: Sequence[Tensor]) -> list[Tensor]:
         """For each layer ``(B, H, S)``."""
-        forward = partial(self.model, **inputs)
+        forward = partial(run_on_copies, self.model, inputs)
         with evaluation_mode([self.model], self.model):
             seen = CleanPass.run(
                 self.model, forward, {"": self.scorer}, SinkRule(threshold=None), told
@@ -133,7 +133,7 @@ class BatchRun:
             if not isinstance(method, (TokenMethod, ForeignMethod))
             and (plan.scoring == "clean" or plan.granularity == "token")
         }
-        forward = partial(plan.model, **self.inputs)
+        forward = partial(run_on_copies, plan.model, self.inputs)
         self.clean = CleanPass.run(plan.model, forward, in_pass, plan.sink_rule, call.real)
         if self.clean.vanishing:
             warnings.warn(
@@ -269,13 +269,14 @@ class BatchRun:
         """``(B, T, V)`` of the next token, or of each masked token at its own place; ``(B, C)``."""
         model, mask = self.plan.model, self.plan.mask_token_id
         if mask is None:
-            return self._text_logits(model(**self.inputs))
+            return self._text_logits(run_on_copies(model, self.inputs))
         rows = []
         for place in range(self.ids.shape[1]):
             masked = self.ids.clone()
             masked[:, place] = mask
             # A copy, since what was computed for the other places need not be kept.
-            logits = self._text_logits(model(**{**self.inputs, "input_ids": masked}))
+            given = {**self.inputs, "input_ids": masked}
+            logits = self._text_logits(run_on_copies(model, given))
             rows.append(logits[:, place].clone())
         return torch.stack(rows, 1)
 
