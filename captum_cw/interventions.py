@@ -38,6 +38,7 @@ from captum_cw.functional import AttentionLayer, Reduction, check_choice
 from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
 from captum_cw.scoring import PairScorer, model_of, pair_scorer, space_of
 from captum_cw.sinks import THRESHOLD, layer_sinks, real_tokens
+from captum_cw.virtual import behind, behind_prefix, known_to, own_tokens
 
 __all__ = ["Scoring", "remove_tokens", "remove_values", "scale_values"]
 
@@ -71,7 +72,8 @@ def remove_tokens(
     Pairs are scored and ranked within each example. Under ``model.generate``, with or without a
     key-value cache, and in passes that go on with a cache, what is removed is decided when the
     prompt is read, and generated tokens stay. Any other pass ranks its own text. Padding is known
-    from the mask that the model is given; without one, every token counts.
+    from the mask that the model is given; without one, every token counts. Learned virtual tokens
+    (prompt and prefix tuning) are neither ranked nor removed.
 
     Args:
         model: The model.
@@ -528,9 +530,10 @@ class CleanPass:
     """What an unchanged pass shows, layer by layer.
 
     Attributes:
-        real: ``(B, S)``, False at padding.
+        real: ``(B, S)``, False at padding and virtual tokens.
         sinks: ``(B, S)``.
         scores: By name of the method, ``(B, H, S)``.
+        keys: How many keys each layer has: more than ``S`` where a prefix was learned.
         causal: Whether no query of any layer sees a later key.
         vanishing: How many layer outputs vanish, so that their rows count as zeros.
         output: What the model returned.
@@ -541,6 +544,7 @@ class CleanPass:
     real: list[Tensor] = field(default_factory=list)
     sinks: list[Tensor] = field(default_factory=list)
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    keys: list[int] = field(default_factory=list)
     output: Any = None
 
     @classmethod
@@ -558,9 +562,11 @@ class CleanPass:
         def on_layer(execution: Execution, layer: AttentionLayer) -> None:
             _check_kind(execution)
             number = len(seen.real)
+            seen.keys.append(layer.S)
+            layer = behind_prefix(model, layer)
             # Layers may lie on several devices, and are ranked together.
             home = seen.real[0].device if seen.real else layer.value.device
-            seen.real.append(real_tokens(layer).to(home))
+            seen.real.append(own_tokens(model, real_tokens(layer), told).to(home))
             seen.sinks.append(sink_rule.sinks(execution, layer).to(home))
             seen.causal &= layer.mask.causal or layer.T == 1
             for name, scorer in scorers.items():
@@ -570,12 +576,24 @@ class CleanPass:
             seen.vanishing += layer.vanishing("inter")
 
         space = space_of(scorers.values())
-        observation = Observation([model], on_layer, real=told, states=sink_rule.needs, space=space)
+        known = known_to(model, told)
+        observation = Observation(
+            [model], on_layer, real=known, states=sink_rule.needs, space=space
+        )
         with torch.no_grad(), evaluating([model]), observation:
             seen.output = forward()
         if not seen.real:
             raise no_attention([model])
         return seen
+
+    def of_keys(self, factors: Factors) -> Factors:
+        """Factors of the tokens of each layer as those of its keys."""
+        return [_of_keys(x, keys) for x, keys in zip(factors, self.keys, strict=True)]
+
+
+def _of_keys(factors: Tensor | None, keys: int) -> Tensor | None:
+    """Factors of all keys of a layer: those of a learned prefix stay."""
+    return None if factors is None else behind(factors, keys, value=1)
 
 
 class CleanRemoval(_Intervention):
@@ -605,7 +623,8 @@ class CleanRemoval(_Intervention):
             self._sink_rule,
             call.tokens.told,
         )
-        self._state.factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
+        factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
+        self._state.factors = clean.of_keys(factors)
         with self._changed(call.tokens):
             yield
 
@@ -645,23 +664,29 @@ class OnlineRemoval(_Intervention):
         self._state.factors = []
         states = self._sink_rule.needs if self._sinks is None else None
         space = space_of([self._scorer])
-        told = call.tokens.told
-        with Observation([self.model], self._remove, real=told, states=states, space=space):
+        remove = partial(self._remove, call.tokens.told)
+        known = known_to(self.model, call.tokens.told)
+        with Observation([self.model], remove, real=known, states=states, space=space):
             yield
         if not self._state.factors:
             raise no_attention([self.model])
 
     @torch.no_grad()
-    def _remove(self, execution: Execution, layer: AttentionLayer) -> Tensor | None:
+    def _remove(
+        self, told: Sequence[Tensor], execution: Execution, layer: AttentionLayer
+    ) -> Tensor | None:
         _check_kind(execution)
-        made = self._state.factors
+        made, keys = self._state.factors, layer.S
+        layer = behind_prefix(self.model, layer)
         if self._sinks is None:
             sinks = self._sink_rule.sinks(execution, layer)
         else:
             sinks = self._sinks[len(made)].to(layer.value.device)
         scores = self._scorer(layer, len(made))
         check_finite(scores, execution.name)
-        made += self._ranking.factors([scores], [real_tokens(layer)], [sinks])
+        real = own_tokens(self.model, real_tokens(layer), told)
+        (factors,) = self._ranking.factors([scores], [real], [sinks])
+        made.append(_of_keys(factors, keys))
         return made[-1]
 
 

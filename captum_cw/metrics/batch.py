@@ -27,6 +27,7 @@ from captum_cw.interventions import (
 from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll
 from captum_cw.ranking import RateOf, Scope, Which
 from captum_cw.scoring import PairScorer, RandomPairs
+from captum_cw.virtual import behind, virtual_tokens
 
 __all__ = [
     "Batch",
@@ -141,11 +142,11 @@ class BatchRun:
                 "zeros in what is relative to the output.",
                 stacklevel=4,
             )
-        self.own = _own_tokens(plan.model, self.clean, ids, call.real)
+        self.own = _own_tokens(plan.model, self.clean, ids)
         self.real = self.own[0][:, -ids.shape[1] :]
         protected = torch.isin(ids, ids.new_tensor(plan.protected_ids)).to(self.real.device)
         self.kept = [
-            sinks | ~own | _behind(protected, own)
+            sinks | ~own | behind(protected, own.shape[1])
             for sinks, own in zip(self.clean.sinks, self.own, strict=True)
         ]
         whole = self._text_logits(self.clean.output)
@@ -157,7 +158,7 @@ class BatchRun:
         self.unchanged = self.measured(self.clean_logits)
         self.target = self.unchanged.target
         self.pairs = {
-            name: [_behind(x, self.own[0]) for x in method.scores(self.inputs, call.real)]
+            name: [behind(x, self.own[0].shape[1]) for x in method.scores(self.inputs, call.real)]
             for name, method in self.methods.items()
             if isinstance(method, ForeignMethod)
         } | self.clean.scores
@@ -248,20 +249,20 @@ class BatchRun:
             (scores,) = scores
         whole = self.own[0]
         checked = _checked(name, scores, self.real.shape, whole.shape).to(whole.device)
-        return _behind(checked, whole)
+        return behind(checked, whole.shape[1])
 
     def removal(self, name: str, rate: float, which: Which) -> OnlineRemoval | FixedChange:
         """The passes without what a method ranks lowest or highest."""
         plan, method = self.plan, self.methods[name]
-        ranking = _TextRanking(rate, which, plan.scope, plan.rate_of, own=self.own)
+        ranking = Ranking(rate, which, plan.scope, plan.rate_of)
         if name in self.tokens:
             # A token that is a sink anywhere stays everywhere.
             kept = torch.stack(self.kept).any(0)
             factors = ranking.factors([self.tokens[name][:, None]], self.own[:1], [kept])
-            return FixedChange(plan.model, factors * len(self.kept))
+            return FixedChange(plan.model, self.clean.of_keys(factors * len(self.kept)))
         if name in self.pairs:
             factors = ranking.factors(self.pairs[name], self.own, self.kept)
-            return FixedChange(plan.model, factors)
+            return FixedChange(plan.model, self.clean.of_keys(factors))
         assert not isinstance(method, (TokenMethod, ForeignMethod))  # those are scored by now
         return OnlineRemoval(plan.model, method, ranking, plan.sink_rule, self.kept)
 
@@ -312,65 +313,21 @@ class BatchRun:
         return target
 
 
-@dataclass(frozen=True)
-class _TextRanking(Ranking):
-    """A ranking of the text's own tokens, whatever stands before them.
-
-    Args:
-        own: For each layer ``(B, S)`` boolean, the tokens of the text.
-    """
-
-    own: Sequence[Tensor] = ()
-
-    def factors(
-        self, scores: Sequence[Tensor], real: Sequence[Tensor], sinks: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        """As of all real tokens; the layers of one pass have the same tokens."""
-        own = self.own[0]
-        return super().factors(scores, [x & own.to(x.device) for x in real], sinks)
-
-
-def _own_tokens(
-    model: nn.Module, clean: CleanPass, ids: Tensor, told: Sequence[Tensor]
-) -> list[Tensor]:
+def _own_tokens(model: nn.Module, clean: CleanPass, ids: Tensor) -> list[Tensor]:
     """For each layer ``(B, S)``: which of its tokens are tokens of the text, and not padding.
 
-    Prompt tuning (PEFT) puts virtual tokens before the text, which have no ids.
-
     Raises:
-        UnsupportedModelError: If layers have other tokens.
+        UnsupportedModelError: If layers have other tokens than those of the text and virtual ones.
     """
     T, virtual = ids.shape[1], virtual_tokens(model)
-    own = []
     for real in clean.real:
-        before = real.shape[1] - T
-        if before not in (0, virtual):
+        if real.shape[1] - T not in (0, virtual):
             raise UnsupportedModelError(
                 f"An attention layer runs {real.shape[1]} tokens, but the text has {T} ids, and it "
                 "is not known where the others stand: give a model whose layers run the text "
                 "itself, or PEFT's prompt tuning."
             )
-        if before:
-            real = _behind(told[0].to(real.device) if told else real[:, before:], real)
-        own.append(real)
-    return own
-
-
-def virtual_tokens(model: nn.Module) -> int:
-    """How many tokens of its own a model puts before each text (PEFT's prompt learning)."""
-    config = getattr(model, "active_peft_config", None)
-    learnt = bool(getattr(config, "is_prompt_learning", False))
-    return int(config.num_virtual_tokens) if learnt and config is not None else 0
-
-
-def _behind(x: Tensor, whole: Tensor) -> Tensor:
-    """``x``, ``(..., T)``, as ``(..., S)`` of as many tokens as ``whole``, ``(B, S)``, has.
-
-    Tokens are counted from the end: zeros come before them, or the first ones are left out.
-    """
-    S = whole.shape[1]
-    x = x[..., -S:]
-    return torch.nn.functional.pad(x, (S - x.shape[-1], 0))
+    return clean.real
 
 
 def _predicts(model: nn.Module, logits: Tensor, ids: Tensor) -> Literal["tokens", "classes"]:
