@@ -247,7 +247,15 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                 observation,
                 uncompiled(),
             ):
-                output = call.run(self.forward_func)
+                try:
+                    output = call.run(self.forward_func)
+                except Exception as error:
+                    # Once a decoder has read an encoder's states, it has had its tokens.
+                    read = any(execution.kind == "cross" for execution in observation.executions)
+                    explained = None if read else call.explained(error)
+                    if explained is None:
+                        raise
+                    raise explained from error
         _check_executions(observation.executions, self._chosen, self._roots, self.kind)
         if watched.one_text:
             _check_one_text(observation.executions, self._chosen)
@@ -267,7 +275,9 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         Args:
             inputs: Token ids ``(B, T)``, a tokenizer's ``BatchEncoding`` or a dict of keyword
                 arguments, embeddings ``(B, T, d)`` for a model whose main input is ids, else
-                the model's main input; or a tuple of tensors, passed in order.
+                the model's main input; or a tuple of tensors, passed in order. A model of multiple
+                choice takes ids ``(B, choices, T)``. A module that takes one mapping, such as a
+                ``SentenceTransformer``, is given the dict as a whole, in a copy.
             additional_forward_args: Further positional arguments, as in Captum.
             target: Must be None: an attention measure explains a layer's output, not a class.
             show_progress: Shows a bar over the layers once it has taken two seconds.
@@ -278,11 +288,14 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
             size of the layer's output. Where a module runs several times in a pass, its place
             holds a tuple with one map for each time (one entry each where ``layer`` is None).
             Padded queries and keys are zeros. A tensor given in a tuple of one comes back in one.
+            Of ids ``(B, choices, T)`` there are ``B * choices`` examples: the choices of the first
+            example, then those of the second, and so on.
 
         Raises:
             TypeError: If ``inputs`` or ``layer`` is of a kind that cannot be read.
-            ValueError: If ids, mask or positions do not fit the model, the input is empty, a
-                layer does not run attention, ``target`` is given, or activations are NaN.
+            ValueError: If ids, mask or positions do not fit the model, the input is empty, the
+                model needs tokens for its decoder and is given none, a layer does not run
+                attention, ``target`` is given, or activations are NaN.
             MemoryError: If the maps would not fit into memory, with their size.
             UnsupportedModelError: If the model does something that would make the result wrong.
         """
