@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.inputs import Tokens, parameters_of, tokens_of
+from captum_cw.attr.inputs import Tokens, parameters_of, tokens_of, warn_of_special_tokens
 from captum_cw.attr.layer import no_attention, uncompiled, unwrapped
 from captum_cw.capture import (
     Execution,
@@ -287,6 +287,7 @@ class _Intervention:
                 with self._changed(tokens, later=True):
                     yield _ignore
             else:
+                warn_of_special_tokens(self.model, tokens.named)
                 state.length, state.cache = 0, _no_cache
                 state.prompt = tokens.ids if state.generating else None
                 with self._prompt(_Call(forward, args, kwargs, tokens)):

@@ -126,11 +126,6 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "put them into the mapping",
     ),
-    "longer than the positions": (
-        lambda: attribute(token_ids(1, 65)),
-        ValueError,
-        "65 tokens.*positions for 64.*truncation",
-    ),
     "a target": (
         lambda: ContributionWeights(MODEL).attribute(token_ids(), target=3),
         ValueError,

@@ -185,6 +185,30 @@ def _name_of_cache(model: nn.Module) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
+def test_hooks_that_a_model_installs_once_are_taken_off_and_installed_again() -> None:
+    """Asked for hidden states, models of transformers 5 put hooks on their layers and note it."""
+    model = llama()
+    given = {"input_ids": text(), "output_hidden_states": True}
+    before = everything([model])
+    ContributionWeights(model).attribute(given)
+    assert everything([model]) == before
+    with torch.no_grad():
+        assert len(model(**given).hidden_states) == 3
+    installed = everything([model])
+    ContributionWeights(model).attribute(given)
+    assert everything([model]) == installed
+    with torch.no_grad():
+        assert len(model(**given).hidden_states) == 3
+
+
+def test_a_lazy_module_keeps_the_sizes_that_it_has_found() -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    with evaluating([model]):
+        model(torch.zeros(1, 5))
+    assert model[0].in_features == 5
+    assert model(torch.zeros(1, 5)).shape == (1, 3)
+
+
 def test_a_model_is_as_it_was_after_an_error_too() -> None:
     model = untidy()
     handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)

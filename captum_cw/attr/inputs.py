@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Mapping, MutableMapping
+import warnings
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture.caches import find_cache, own_copy, tokens_in
-from captum_cw.capture.calls import UnsupportedModelError
+from captum_cw.capture import UnsupportedModelError, evaluating
+from captum_cw.capture.caches import find_cache, holds_tokens, own_copy, tokens_in
+from captum_cw.capture.calls import Kind
+from captum_cw.capture.listening import taken_over
+from captum_cw.capture.positions import longest_text, too_long
 from captum_cw.capture.text import TextLayers
 
 __all__ = [
     "ForwardCall",
     "Tokens",
+    "begins_twice",
     "device_of",
     "forward_call",
-    "longest_text",
     "parameters_of",
     "tokens_of",
     "two_tokens",
+    "warn_of_special_tokens",
 ]
 
 Parameters = Mapping[str, inspect.Parameter]
 #: By which models are asked for the logits of the last tokens alone.
 LOGITS = "logits_to_keep"
+#: From a warning here to the line of the user, as a rule.
+STACKLEVEL = 6
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """That a model may not take some inputs, which most models only find out for themselves.
+
+    Args:
+        text: What may be wrong, and what to do then.
+        settled_by: The kinds of attention layers of which one has run only where nothing is wrong.
+    """
+
+    text: str
+    settled_by: tuple[Kind, ...] = ("self", "cross")
 
 
 @dataclass(frozen=True)
@@ -41,32 +61,45 @@ class ForwardCall:
         real: For each sequence of tokens that the call tells of, ``(B, T)``, False at padding.
         last_only: Whether the model was asked for the logits of the last token alone, though the
             caller did not say so.
+        too_long: Says why the model may fail, where the text has more tokens than its
+            configuration names; most models run all the same.
         text: Tells the layers over the tokens from those over images and the like; None where there
             is nothing beside a text.
-        doubt: Why the model may fail on these inputs, and what to do then; None where nothing
-            speaks for that.
+        doubt: Why the model may not take these inputs; None where nothing speaks for that.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     real: tuple[Tensor, ...]
     last_only: bool = False
+    too_long: Callable[[], str] | None = None
     text: TextLayers | None = None
-    doubt: str | None = None
+    doubt: Doubt | None = None
 
     def run(self, forward: Callable[..., Any]) -> Any:
         """Calls ``forward`` with copies: a model may append to a cache, or write into a tensor."""
         args, kwargs = own_copy((self.args, self.kwargs))
-        return forward(*args, **kwargs)
+        try:
+            return forward(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            ours = isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError))
+            if ours or self.too_long is None:
+                raise
+            raise ValueError(self.too_long()) from error
 
-    def explained(self, error: Exception) -> Exception | None:
+    def explained(self, error: Exception, ran: Collection[Kind]) -> Exception | None:
         """What to raise in place of an error of the model's own; None to leave it.
 
-        Most models only find out for themselves which inputs they can do without.
+        Args:
+            error: What was raised in the pass.
+            ran: The kinds of the attention layers that ran before.
         """
-        if self.doubt is None or _is_ours(error) or isinstance(error, _NOT_OF_INPUTS):
+        doubt = self.doubt
+        if doubt is None or _is_ours(error) or isinstance(error, _NOT_OF_INPUTS):
             return None
-        return ValueError(f"{self.doubt} (The model raised {type(error).__name__}: {error})")
+        if any(kind in ran for kind in doubt.settled_by):
+            return None
+        return ValueError(f"{doubt.text} (The model raised {type(error).__name__}: {error})")
 
     def with_all_logits(self) -> ForwardCall:
         """The same call, with the logits of all tokens."""
@@ -140,28 +173,20 @@ def parameters_of(model: nn.Module, forward: Callable[..., Any] | None = None) -
     return {**named, **{n: p for n, p in parameters_of(base).items() if n not in named}}
 
 
-def two_tokens(model: nn.Module) -> dict[str, Tensor] | None:
-    """The shortest text that a model can be run on; None where it takes no text."""
+def two_tokens(model: nn.Module, n: int = 2) -> dict[str, Tensor] | None:
+    """A text of two tokens, or of ``n``; None where the model takes no text."""
     if getattr(model, "main_input_name", None) != "input_ids":
         return None
     # The embedding of padding is often zero, and so would be all that comes of it.
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-    ids = torch.tensor([[n for n in range(3) if n != padding][:2]], device=device_of(model))
-    end = getattr(getattr(model, "config", None), "eos_token_id", None)
-    if isinstance(end, int):  # where it stands, BART's classifiers read a text
-        ids[0, -1] = end
-    inputs = {"input_ids": ids}
+    special = _special_ids(model)
+    padding, end = special.get("pad_token_id"), special.get("eos_token_id")
+    ids = [i for i in range(n + 1) if i != padding][:n]
+    if end is not None and end != padding:  # where BART's classifiers read a text
+        ids[-1] = end
+    inputs = {"input_ids": torch.tensor([ids], dtype=torch.long, device=device_of(model))}
     if "decoder_input_ids" in parameters_of(model):
-        inputs["decoder_input_ids"] = ids
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs
-
-
-def longest_text(model: nn.Module) -> int | None:
-    """How many positions a model has, by its configuration; None where that does not tell."""
-    config = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", lambda: config)()
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -269,17 +294,18 @@ def _checked(
             _check_ids(model, name, named[name])
     main, real, doubt = _tokens(named), _told(named), _doubt(args, parameters, named)
     text = TextLayers.of(main, named)
+    warn_of_special_tokens(model, named)
     if main is None or _is_whole(args):
         return ForwardCall(args, kwargs, real, text=text, doubt=doubt)
     positions = kwargs.get("position_ids")
     if positions is None and "position_ids" in parameters:
-        positions = _positions(model, kwargs.get("attention_mask"), main.shape[1])
+        positions = _positions(model, kwargs, main.shape[1])
         if positions is not None:
             kwargs = {**kwargs, "position_ids": positions}
-    _check_length(model, main.shape[1], positions)
     lean = _lean(parameters, kwargs)
     last_only = LOGITS in lean and LOGITS not in kwargs
-    return ForwardCall(args, lean, real, last_only, text, doubt)
+    long = _too_long(model, main.shape[1])
+    return ForwardCall(args, lean, real, last_only, long, text, doubt)
 
 
 def _takes_whole(
@@ -335,26 +361,27 @@ def _is_ours(error: Exception) -> bool:
 
 def _doubt(
     args: tuple[Any, ...], parameters: Parameters, named: Mapping[str, Any]
-) -> str | None:
+) -> Doubt | None:
     """What may be wrong with inputs that some models take and others do not."""
     if _is_whole(args):
-        return (
+        return Doubt(
             f"The forward function has no arguments {', '.join(map(repr, args[0]))}, so it was "
             "given the mapping as a whole: if it takes something else, name its own arguments, or "
             "give a tuple of tensors."
         )
     ids = named.get("input_ids")
     if isinstance(ids, Tensor) and ids.dim() == 3:
-        return (
+        return Doubt(
             f"input_ids has shape {tuple(ids.shape)}, as for a model of multiple choice: expected "
             "(B, T); for one text, ids[None]."
         )
     decoder = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "encoder_outputs")
     if decoder[0] in parameters and all(named.get(name) is None for name in decoder):
-        return (
+        return Doubt(
             "The model has an encoder and a decoder, but the inputs say nothing of the decoder's "
             "tokens, and it does not make them by itself: give a dict with "
-            f"{next(iter(named), 'input_ids')} and decoder_input_ids (or labels)."
+            f"{next(iter(named), 'input_ids')} and decoder_input_ids (or labels).",
+            settled_by=("cross",),
         )
     return None
 
@@ -432,36 +459,162 @@ def _padding(kwargs: Mapping[str, Any], prefix: str = "") -> Tensor | None:
     return real
 
 
-def _positions(model: nn.Module, mask: object, T: int) -> Tensor | None:
-    """Position ids by the mask, as ``generate`` makes them; None where the model needs none.
+def warn_of_special_tokens(model: nn.Module, named: Mapping[str, Any]) -> None:
+    """Warns of ids that look like padding without a mask, and of a text that begins twice.
+
+    Args:
+        model: The model, whose configuration names the special tokens.
+        named: The arguments of a call by their names.
+    """
+    ids = named.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_meta:
+        return
+    if holds_tokens(named.values()):  # the text begins in the cache
+        return
+    special = _special_ids(model)
+    pad = special.pop("pad_token_id", None)
+    if pad is not None and named.get("attention_mask") is None:
+        # One token that begins or ends a text is no sign of padding where it pads too.
+        n = 2 if pad in special.values() else 1
+        padded = (ids[:, :n] == pad).all(-1) | (ids[:, -n:] == pad).all(-1)
+        if padded.any() and ids.shape[1] > n:
+            warnings.warn(
+                f"Example {int(padded.nonzero()[0])} begins or ends with pad_token_id={pad}, but "
+                "there is no attention_mask: every id counts as a token of the text, as it does "
+                "for the model. Pass the tokenizer's attention_mask to leave padding out.",
+                stacklevel=STACKLEVEL,
+            )
+    begin = special.get("bos_token_id")
+    if begin is not None and begin != pad and begins_twice(ids, _padding(named), begin):
+        warnings.warn(
+            f"The text begins with two begin tokens (bos_token_id={begin}), as a chat does that "
+            "was rendered to text and tokenized again: tokenize it with add_special_tokens=False.",
+            stacklevel=STACKLEVEL,
+        )
+
+
+def begins_twice(ids: Tensor, real: Tensor | None, begin: int) -> bool:
+    """Whether a text of a batch begins with two begin tokens.
+
+    Args:
+        ids: ``(B, T)``.
+        real: ``(B, T)``, False at padding; None where that is not told.
+        begin: The id of the begin token.
+    """
+    first = [0] * len(ids) if real is None else real.long().argmax(1).tolist()
+    starts = (row[start : start + 2] for row, start in zip(ids, first, strict=True))
+    return any(start.tolist() == [begin, begin] for start in starts)
+
+
+def _special_ids(model: nn.Module) -> dict[str, int]:
+    """The ids of special tokens that a model's configuration names."""
+    text = _text_config(model)
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id")
+    found = {name: getattr(text, name, None) for name in names}
+    return {name: x for name, x in found.items() if isinstance(x, int)}
+
+
+def _positions(model: nn.Module, named: Mapping[str, Any], T: int) -> Tensor | None:
+    """Position ids by the mask, as ``generate`` makes them; None where the model makes its own.
 
     A text must stand where it would stand alone, whatever padding comes before it.
     """
+    mask = named.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     real = mask != 0
     if real.all() or not getattr(model, "can_generate", lambda: False)():
         return None
-    if any(_counts_itself(module) for module in model.modules()):
+    counting = _Counting.of(model)
+    # Images may take positions on a grid, which the model knows and we do not.
+    if not counting.from_zero or (_beside_text(named) and counting.skips_padding):
         return None
     return (real.long().cumsum(-1) - 1).clamp_(min=0)[:, -T:]
 
 
-def _counts_itself(module: nn.Module) -> bool:
-    """Whether a module makes positions of its own: RoBERTa's from the ids, images' from a grid."""
-    file = sys.modules.get(type(module).__module__)
-    own = ("create_position_ids_from_input_ids", "get_rope_index")
-    return any(hasattr(place, name) for place in (module, file) for name in own)
+def _beside_text(named: Mapping[str, Any]) -> bool:
+    """Whether a call has other inputs than a text, such as the pixels of an image."""
+    return any(
+        isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 2 and name != "inputs_embeds"
+        for name, x in named.items()
+        if not name.endswith("mask")
+    )
 
 
-def _check_length(model: nn.Module, T: int, positions: object) -> None:
-    limit = longest_text(model)
-    length = int(positions.max()) + 1 if isinstance(positions, Tensor) else T
-    if limit is not None and length > limit:
-        raise ValueError(
-            f"The text has {length} tokens, but the model has positions for {limit}: cut the "
-            "text (truncation=True, max_length=...) or use a model with a longer context."
-        )
+@dataclass(frozen=True)
+class _Counting:
+    """How a model counts the positions of a text, found by passes over three tokens.
+
+    Args:
+        from_zero: Whether position ids 0, 1, 2 change nothing. RoBERTa counts from its padding.
+        skips_padding: Whether padding before a text changes nothing without position ids.
+    """
+
+    from_zero: bool
+    skips_padding: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Counting:
+        """What was found of a model, once."""
+        if model not in _counting:
+            _counting[model] = cls._found(model)
+        return _counting[model]
+
+    @classmethod
+    def _found(cls, model: nn.Module) -> _Counting:
+        text = two_tokens(model, 3)
+        if text is None:
+            return cls(from_zero=True, skips_padding=False)
+        ids = text["input_ids"]
+        pad = _special_ids(model).get("pad_token_id", 0)
+        padded = torch.nn.functional.pad(ids, (1, 0), value=pad)
+        mask = torch.nn.functional.pad(torch.ones_like(ids), (1, 0))
+        positions = torch.arange(3, device=ids.device)[None]
+        try:
+            with torch.no_grad(), evaluating([model]), taken_over():
+                plain = _first_states(model(**text), 3)
+                counted = _first_states(model(**{**text, "position_ids": positions}), 3)
+                behind = model(**{**text, "input_ids": padded, "attention_mask": mask})
+                skipped = _first_states(behind, 4)[:, 1:]
+        except Exception:  # a model that runs on no plain text says nothing
+            return cls(from_zero=True, skips_padding=False)
+        return cls(_near(plain, counted), _near(plain, skipped))
+
+
+_counting: WeakKeyDictionary[nn.Module, _Counting] = WeakKeyDictionary()
+
+
+def _first_states(output: Any, T: int) -> Tensor:
+    """The first result ``(B, T, n)`` of a pass."""
+    held = output.values() if isinstance(output, Mapping) else output
+    several = [held] if isinstance(held, Tensor) else list(held)
+    return next(x for x in several if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] == T)
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    tolerance = max(1e-4, 8 * torch.finfo(a.dtype).eps) * float(a.abs().max())
+    return torch.allclose(a, b, rtol=0, atol=tolerance)
+
+
+def _too_long(model: nn.Module, T: int) -> Callable[[], str] | None:
+    configured = getattr(_text_config(model), "max_position_embeddings", None)
+    if not isinstance(configured, int) or not 0 < configured < T:
+        return None
+
+    def message() -> str:
+        short, limit = two_tokens(model), None
+        if short is not None:
+            with taken_over():  # this pass is not a part of what is observed
+                limit = longest_text(lambda: model(**short))
+        return too_long(T, configured if limit is None else min(configured, limit))
+
+    return message
+
+
+def _text_config(model: nn.Module) -> object:
+    """The configuration of the part of a model that reads text; None where it has none."""
+    config = getattr(model, "config", None)
+    return getattr(config, "get_text_config", lambda: config)()
 
 
 def _lean(parameters: Parameters, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -250,9 +250,8 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                 try:
                     output = call.run(self.forward_func)
                 except Exception as error:
-                    # Once a decoder has read an encoder's states, it has had its tokens.
-                    read = any(execution.kind == "cross" for execution in observation.executions)
-                    explained = None if read else call.explained(error)
+                    ran = {execution.kind for execution in observation.executions}
+                    explained = call.explained(error, ran)
                     if explained is None:
                         raise
                     raise explained from error

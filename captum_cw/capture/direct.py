@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from captum_cw.capture.caches import is_cache
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, times
 from captum_cw.capture.listening import ValueChange, alter, is_heard, taken_over
+from captum_cw.capture.positions import check_positions
 from captum_cw.capture.running import running
 from captum_cw.functional import expand_heads
 
@@ -126,6 +127,7 @@ class DirectAttention(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        check_positions(func, args, kwargs)
         if not is_heard():
             return func(*args, **kwargs)
         if func is torch.nn.functional.multi_head_attention_forward and running():

@@ -2,7 +2,8 @@
 
 A forward pass may leave things behind in its model: Qwen2-VL notes the positions of its last text,
 dynamic rotary embeddings change their buffers, older code keeps its keys and values in a tensor of
-the module. What the caller does next with the model must not depend on our passes.
+the module, and models of transformers install hooks the first time that somebody asks for hidden
+states. What the caller does next with the model must not depend on our passes.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 
 __all__ = ["evaluating"]
 
-#: What torch keeps in every module: parameters, submodules and hooks are not touched by a pass.
+#: What torch keeps in every module, such as parameters, submodules and hooks.
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 #: Larger tensors, such as quantised weights, are not copied for what never happens; if one of them
 #: is overwritten all the same, a warning says so.
 _COPIED_BYTES = 2**20
 
 _MISSING = object()
+_PACKAGE = f"{__name__.partition('.')[0]}."
 _MUTABLE = (Tensor, list, dict, set, deque)
 
 
@@ -86,6 +89,8 @@ class _State:
     """The plain attributes and buffers of a module as they were."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.kind = type(module)
+        self.hooks = [frozenset(vars(module)[name]) for name in _HOOKS]
         self.attributes = vars(module).copy()
         self.buffers = module._buffers.copy()
         self.kept = [
@@ -96,10 +101,26 @@ class _State:
 
     def restore(self, module: nn.Module) -> None:
         """Puts them back."""
+        if type(module) is not self.kind:  # a lazy module, which has found its sizes
+            return
+        _take_off(module, self.hooks)
         for name, kept in self.kept:
             kept.restore(name)
         _put_back(module._buffers, self.buffers)
         _put_back(vars(module), self.attributes)
+
+
+def _take_off(module: nn.Module, before: list[frozenset[int]]) -> None:
+    """Removes the hooks that the model itself has put on a module in a pass."""
+    for name, known in zip(_HOOKS, before, strict=True):
+        hooks = vars(module)[name]
+        if len(hooks) == len(known) and known.issuperset(hooks):
+            continue
+        for key in [key for key in hooks if key not in known]:
+            # Ours belong to an observation or intervention, perhaps of another thread.
+            if not str(getattr(hooks[key], "__module__", "")).startswith(_PACKAGE):
+                for held in (hooks, vars(module)[f"{name}_with_kwargs"]):
+                    held.pop(key, None)
 
 
 def _put_back(held: dict[str, Any], before: dict[str, Any]) -> None:
