@@ -27,13 +27,16 @@ from captum_cw.capture import (
     Execution,
     Observation,
     StateSpace,
+    TextLayers,
     UnsupportedModelError,
+    ValueChange,
     around_passes,
     changed_values,
     evaluating,
     is_observed,
 )
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
+from captum_cw.capture.running import running
 from captum_cw.functional import AttentionLayer, Reduction, check_choice
 from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
 from captum_cw.scoring import PairScorer, model_of, pair_scorer, space_of
@@ -71,7 +74,9 @@ def remove_tokens(
     Pairs are scored and ranked within each example. Under ``model.generate``, with or without a
     key-value cache, and in passes that go on with a cache, what is removed is decided when the
     prompt is read, and generated tokens stay. Any other pass ranks its own text. Padding is known
-    from the mask that the model is given; without one, every token counts.
+    from the mask that the model is given; without one, every token counts. Of a model of images
+    and text, the layers count whose queries are the tokens of ``input_ids``; those of a vision
+    tower are left alone.
 
     Args:
         model: The model.
@@ -121,7 +126,8 @@ def remove_values(model: nn.Module, masks: Sequence[Tensor]) -> Iterator[None]:
         model: The model.
         masks: For each attention layer, cross-attention included, in execution order,
             ``(B, H, S)`` boolean, True where the value is removed; of size 1 in ``B`` or ``H`` for
-            all examples or heads.
+            all examples or heads. The layers of a vision tower are among them; a mask without True
+            may have any shape, such as ``torch.zeros(1, 1, 1, dtype=torch.bool)``.
 
     Raises:
         TypeError, ValueError: If the masks are not boolean, or do not fit the pass that is run.
@@ -140,7 +146,7 @@ def remove_values(model: nn.Module, masks: Sequence[Tensor]) -> Iterator[None]:
                 else f"of type {type(mask).__name__}"
             )
             raise TypeError(f"Mask {number} is {what}: give boolean tensors (B, H, T).")
-    with FixedChange(model, [kept(mask) for mask in masks]).in_force():
+    with FixedChange(model, [kept(mask) for mask in masks], every_layer=True).in_force():
         yield
 
 
@@ -157,7 +163,8 @@ def scale_values(
         model: The model.
         factor: A finite number; 0 removes the values, 1 leaves them.
         positions: Places among the real tokens of each example; negative ones count from its end.
-        layers: Places of attention layers in execution order; None for all.
+        layers: Places of attention layers in execution order, those of a vision tower left out;
+            None for all.
 
     Raises:
         ValueError: If ``factor`` is not finite.
@@ -336,6 +343,18 @@ class _Intervention:
         """Around a pass over a text from its start; leaves the factors behind."""
         raise NotImplementedError
 
+    def _of_counted(self, tokens: Tokens, change: ValueChange) -> ValueChange:
+        """The same change, of the layers that read the text alone, beside images and the like."""
+        text = tokens.text
+        if text is None:
+            return change
+
+        def of_text(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
+            reads = text.holds(running(), value.shape[0], value.shape[2])
+            return change(module, heads, value) if reads else None
+
+        return of_text
+
     @contextmanager
     def _changed(self, tokens: Tokens, later: bool = False) -> Iterator[None]:
         """Multiplies the values of the layers of a pass by the factors that are known.
@@ -359,7 +378,7 @@ class _Intervention:
                 _check_factors(factors, heads, value, tokens, number - 1, later)
             return factors
 
-        with changed_values(self._modules, change):
+        with changed_values(self._modules, self._of_counted(tokens, change)):
             yield
         if not number:
             raise no_attention([self.model])
@@ -400,11 +419,21 @@ def _check_factors(
 
 
 class FixedChange(_Intervention):
-    """The same factors in every pass."""
+    """The same factors in every pass.
 
-    def __init__(self, model: nn.Module, factors: Factors) -> None:
+    Args:
+        model: The model.
+        factors: The factors of each layer.
+        every_layer: Whether they are of every attention layer, rather than of those that read the
+            text.
+    """
+
+    def __init__(self, model: nn.Module, factors: Factors, every_layer: bool = False) -> None:
         super().__init__(model)
-        self._given = factors
+        self._given, self._every_layer = factors, every_layer
+
+    def _of_counted(self, tokens: Tokens, change: ValueChange) -> ValueChange:
+        return change if self._every_layer else super()._of_counted(tokens, change)
 
     def _prompt(self, call: _Call) -> AbstractContextManager[None]:
         self._state.factors = self._given
@@ -434,7 +463,7 @@ class _Scaled(_Intervention):
             made.append(factors)
             return factors
 
-        with changed_values(self._modules, change):
+        with changed_values(self._modules, self._of_counted(call.tokens, change)):
             yield
         if not made:
             raise no_attention([self.model])
@@ -551,8 +580,18 @@ class CleanPass:
         scorers: Mapping[str, PairScorer],
         sink_rule: SinkRule,
         told: Sequence[Tensor],
+        text: TextLayers | None,
     ) -> CleanPass:
-        """Runs ``forward``, a pass of ``model`` over a whole text, told of its padding."""
+        """Runs ``forward``, a pass of ``model`` over a whole text.
+
+        Args:
+            model: The model.
+            forward: Runs the pass.
+            scorers: What scores the pairs of each layer, by name.
+            sink_rule: Which tokens are sinks.
+            told: For each sequence of tokens ``(B, T)``, False at padding.
+            text: Tells the layers that read the text, which alone count; None where all do.
+        """
         seen = cls(scores={name: [] for name in scorers})
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> None:
@@ -570,7 +609,9 @@ class CleanPass:
             seen.vanishing += layer.vanishing("inter")
 
         space = space_of(scorers.values())
-        observation = Observation([model], on_layer, real=told, states=sink_rule.needs, space=space)
+        observation = Observation(
+            [model], on_layer, real=told, states=sink_rule.needs, space=space, text=text
+        )
         with torch.no_grad(), evaluating([model]), observation:
             seen.output = forward()
         if not seen.real:
@@ -604,6 +645,7 @@ class CleanRemoval(_Intervention):
             {"": self._scorer},
             self._sink_rule,
             call.tokens.told,
+            call.tokens.text,
         )
         self._state.factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
         with self._changed(call.tokens):
@@ -645,8 +687,15 @@ class OnlineRemoval(_Intervention):
         self._state.factors = []
         states = self._sink_rule.needs if self._sinks is None else None
         space = space_of([self._scorer])
-        told = call.tokens.told
-        with Observation([self.model], self._remove, real=told, states=states, space=space):
+        tokens = call.tokens
+        with Observation(
+            [self.model],
+            self._remove,
+            real=tokens.told,
+            states=states,
+            space=space,
+            text=tokens.text,
+        ):
             yield
         if not self._state.factors:
             raise no_attention([self.model])

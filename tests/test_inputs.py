@@ -226,11 +226,9 @@ def test_choices_are_refused_where_the_model_does_not_take_them(shape: tuple[int
 
 def test_a_mask_of_choices_must_fit_them() -> None:
     model = build(transformers.BertForMultipleChoice, transformers.BertConfig(**BERT))
+    inputs = {**choices(), "attention_mask": torch.ones(4, 6)}
     with pytest.raises(ValueError, match=r"attention_mask has shape \(4, 6\)"):
-        inputs = choices()
-        ContributionWeights(model).attribute(
-            {**inputs, "attention_mask": inputs["attention_mask"].flatten(0, 1)[:4]}
-        )
+        ContributionWeights(model).attribute(inputs)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -246,7 +244,7 @@ class Sentences(nn.Module):
         self.inner: Any = build(transformers.BertModel, transformers.BertConfig(**BERT))
         self.types: list[type] = []
 
-    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # noqa: A002
         self.types = [*self.types, type(input)]
         names = ("input_ids", "attention_mask", "token_type_ids")
         given = {name: input[name] for name in names if name in input}

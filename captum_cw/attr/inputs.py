@@ -12,12 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture import UnsupportedModelError, evaluating
+from captum_cw.capture import TextLayers, UnsupportedModelError, evaluating
 from captum_cw.capture.caches import find_cache, holds_tokens, own_copy, tokens_in
 from captum_cw.capture.calls import Kind
 from captum_cw.capture.listening import taken_over
 from captum_cw.capture.positions import longest_text, too_long
-from captum_cw.capture.text import TextLayers
 
 __all__ = [
     "ForwardCall",
@@ -149,8 +148,8 @@ def forward_call(
     if model is None:
         # Nor is it known what it does about a mask that it is not given.
         named = _with_held(args, kwargs)
-        told = named.get("attention_mask") is not None
-        return ForwardCall(args, kwargs, _told(named) if told else (), doubt=_doubt(args, {}, named))
+        told = _told(named) if named.get("attention_mask") is not None else ()
+        return ForwardCall(args, kwargs, told, doubt=_doubt(args, {}, named))
     _check_weights(model)
     parameters = parameters_of(model, forward)
     if not _is_whole(args):

@@ -76,7 +76,8 @@ class TextLayers:
         return fits and not any(_same(x, other) for other in self.others)
 
     def _fit(self, B: int, T: int) -> bool:
-        return B == self.tokens.shape[0] and T >= self.tokens.shape[1]
+        examples, length = self.tokens.shape[:2]
+        return examples == B and length <= T
 
 
 def _same(x: Tensor, given: Tensor) -> bool:

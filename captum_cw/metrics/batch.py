@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from captum_cw.attr.inputs import forward_call
 from captum_cw.attr.layer import evaluation_mode
 from captum_cw.attr.outputs import logits_of
+from captum_cw.capture import TextLayers
 from captum_cw.interventions import (
     CleanPass,
     FixedChange,
@@ -89,12 +90,14 @@ class ForeignMethod:
     model: nn.Module
     scorer: PairScorer
 
-    def scores(self, inputs: Mapping[str, Any], told: Sequence[Tensor]) -> list[Tensor]:
-        """For each layer ``(B, H, S)``."""
+    def scores(
+        self, inputs: Mapping[str, Any], told: Sequence[Tensor], text: TextLayers | None
+    ) -> list[Tensor]:
+        """For each layer ``(B, H, S)``; other arguments as for :meth:`CleanPass.run`."""
         forward = partial(self.model, **inputs)
         with evaluation_mode([self.model], self.model):
             seen = CleanPass.run(
-                self.model, forward, {"": self.scorer}, SinkRule(threshold=None), told
+                self.model, forward, {"": self.scorer}, SinkRule(threshold=None), told, text
             )
         return seen.scores[""]
 
@@ -130,7 +133,9 @@ class BatchRun:
             and (plan.scoring == "clean" or plan.granularity == "token")
         }
         forward = partial(plan.model, **self.inputs)
-        self.clean = CleanPass.run(plan.model, forward, in_pass, plan.sink_rule, call.real)
+        self.clean = CleanPass.run(
+            plan.model, forward, in_pass, plan.sink_rule, call.real, call.text
+        )
         if self.clean.vanishing:
             warnings.warn(
                 f"{self.clean.vanishing} attention outputs of a batch vanish: their rows count as "
@@ -154,7 +159,7 @@ class BatchRun:
         self.unchanged = self.measured(self.clean_logits)
         self.target = self.unchanged.target
         self.pairs = {
-            name: method.scores(self.inputs, call.real)
+            name: method.scores(self.inputs, call.real, call.text)
             for name, method in self.methods.items()
             if isinstance(method, ForeignMethod)
         } | self.clean.scores
