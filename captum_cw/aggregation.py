@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -95,12 +96,12 @@ def attention_mixing(heads: Aggregation = "mean") -> Measure:
         >>> dense_map(layer, attention_mixing()).tolist()
         [[[[1.0, 0.0], [0.25, 0.75]]]]
     """
+    return of_whole_tokens(partial(_attention_mixing, heads))
 
-    def prepare(layer: AttentionLayer) -> Block:
-        half = layer.value.new_full((layer.value.shape[0], layer.T), 0.5)
-        return lambda a, rows: _mixed(aggregate(a.abs_(), heads, dim=1).mul_(0.5), half, rows)
 
-    return of_whole_tokens(prepare)
+def _attention_mixing(heads: Aggregation, layer: AttentionLayer) -> Block:
+    half = layer.value.new_full((layer.value.shape[0], layer.T), 0.5)
+    return lambda a, rows: _mixed(aggregate(a.abs_(), heads, dim=1).mul_(0.5), half, rows)
 
 
 @of_whole_tokens

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from captum_cw.functional import check_choice
 from captum_cw.suggestions import suggestion_of_path
+from captum_cw.tokens import warn_of_two_begin_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,7 +116,8 @@ def token_batches(
     """Batches of tokens for a causal language model, in the order of the texts.
 
     Of special tokens, only the begin token and, when texts are packed, the end token between
-    them are added.
+    them are added. Where a text has a begin token already, as a rendered chat has, there is a
+    warning.
 
     Args:
         texts: The texts.
@@ -151,7 +153,7 @@ def token_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} makes no batch: give 1 or more.")
     begin = _begin(tokenizer, bos)
-    encoded = (tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts)
+    encoded = (_encoded(tokenizer, text, begin) for text in texts)
     if pack:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         pieces = _pieces(_joined(encoded, end), length - len(begin))
@@ -356,6 +358,13 @@ def _begin(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
         raise ValueError('bos="always", but the tokenizer has no begin token: use "auto".')
     wanted = bos == "always" or (bos == "auto" and tokenizer("a").input_ids[:1] == begin)
     return begin if wanted else []
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, begin: list[int]) -> list[int]:
+    """The tokens of a text that is to come after the begin token, if there is one."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    warn_of_two_begin_tokens(tokenizer, begin + ids, stacklevel=5)
+    return ids
 
 
 def _joined(encoded: Iterable[list[int]], end: list[int]) -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from captum_cw import functional
 from captum_cw.attr import ContributionWeights
-from captum_cw.attr.inputs import LOGITS, device_of, parameters_of
+from captum_cw.attr.inputs import LOGITS, parameters_of
 from captum_cw.attr.layer import check_fits, expected_layers, unwrapped
+from captum_cw.attr.outputs import logits_of
+from captum_cw.attr.texts import Text, leading, model_inputs, read_text
 from captum_cw.capture import Execution, UnsupportedModelError
 from captum_cw.explanation import (
     MEASURES,
@@ -25,8 +27,8 @@ from captum_cw.explanation import (
     versions,
 )
 from captum_cw.functional import AttentionLayer, Space, map_blocks
-from captum_cw.templates import Message, Messages, encode, render_chat
-from captum_cw.tokens import Span, Tokenizer, readable_tokens, word_numbers
+from captum_cw.templates import RenderedChat
+from captum_cw.tokens import Span, Tokenizer, readable_ids, readable_tokens, word_numbers
 
 __all__ = ["explain"]
 
@@ -34,10 +36,11 @@ __all__ = ["explain"]
 def explain(
     model: nn.Module,
     tokenizer: Tokenizer,
-    text: str | Messages | Tensor,
+    text: Text,
     *,
     keys: int = 32,
     space: Space = "attention",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     show_progress: bool = False,
 ) -> Explanation:
     """All measures of one text, by token, layer and head, from one observed forward pass.
@@ -46,13 +49,21 @@ def explain(
     over heads and layers of absolute values. ``"signed"`` keeps the signs of contributions and sums
     heads, so that the rows of its map sum to one.
 
+    A model with learned virtual tokens (prompt or prefix tuning) is explained by the text's own
+    tokens: its last ``T`` queries and keys. What a query drew from virtual tokens is left out, so
+    that rows sum to less; only the ``share`` of a head still counts all keys.
+
     Args:
         model: A model of text whose layers attend to one sequence.
-        tokenizer: Its tokenizer.
-        text: The text; the messages of a chat, to which the tokenizer's chat template is applied;
-            or token ids ``(T,)`` or ``(1, T)``, without padding.
+        tokenizer: Its tokenizer. All that it returns and the model takes reaches the model.
+        text: The text; a pair of texts, in a tuple; the messages of a chat, to which the
+            tokenizer's chat template is applied; what the tokenizer returned for one text
+            (``BatchEncoding``), or a dict of the model's arguments; or token ids ``(T,)`` or
+            ``(1, T)``. Without padding.
         keys: How many keys are kept for each query of each head; 0 leaves heads out.
         space: Where outputs are measured, as for :class:`~captum_cw.ContributionWeights`.
+        chat_template_kwargs: Further arguments for the chat template, such as
+            ``{"enable_thinking": False}``; only for the messages of a chat.
         show_progress: Shows a bar over the layers once it has taken two seconds.
 
     Returns:
@@ -61,8 +72,8 @@ def explain(
     Raises:
         MemoryError: If the maps would not fit into memory, with their size.
         TypeError: If ``text`` is of another kind.
-        ValueError: If the text is empty, ``keys`` is negative, or there is no chat template for a
-            chat.
+        ValueError: If the text is empty or padded, ``keys`` is negative, there is no chat template
+            for a chat, or ``chat_template_kwargs`` are given without one.
         UnsupportedModelError: If the layers do not all attend to this sequence.
 
     Example:
@@ -81,7 +92,12 @@ def explain(
             "use ContributionWeights(model, kind='cross') with input_ids and decoder_input_ids, "
             "and Explanation.from_maps."
         )
-    read = _read(tokenizer, text)
+    read = read_text(
+        tokenizer, text, add_generation_prompt=False, chat_template_kwargs=chat_template_kwargs
+    )
+    inputs = model_inputs(model, tokenizer, read)
+    if LOGITS in parameters_of(model):
+        inputs[LOGITS] = 0  # those of all positions
     ids = read.ids
     T = ids.shape[1]
     K = min(keys, T)
@@ -92,28 +108,21 @@ def explain(
 
     def on_layer(execution: Execution, layer: AttentionLayer) -> _Layer:
         nonlocal causal
-        if (T, T) != (layer.T, layer.S):
-            raise UnsupportedModelError(
-                f"Layer {execution.name!r} attends from {layer.T} queries to {layer.S} keys, but "
-                f"the text has {T} tokens: use ContributionWeights(model).attribute."
-            )
+        before = leading(execution, layer, T, None)
         seen.append(execution)
         if not maps:
-            _check_memory(layer, expected_layers([model], seen), K)
+            _check_memory(layer.H, T, expected_layers([model], seen), K)
             maps.update({name: torch.zeros(T, T) for name in (*MEASURES, SIGNED)})
-        first = layer.mask.block(slice(0, 1))
-        causal &= T == 1 or (first is not None and not bool(first[..., 1:].any()))
-        return _look(execution.name, layer, K, maps)
+        first = layer.mask.block(slice(before[0], before[0] + 1))
+        later = slice(before[1] + 1, None)
+        causal &= T == 1 or (first is not None and not bool(first[..., later].any()))
+        return _look(execution.name, layer, before, K, maps)
 
-    inputs: dict[str, Any] = {"input_ids": ids.to(device_of(model))}
-    if LOGITS in parameters_of(model):
-        inputs[LOGITS] = 0  # those of all positions
     results, output = method.observe(
         inputs, None, on_layer, one_text=True, show_progress=show_progress
     )
     layers = [layer for _, layer in results]
-    speaks = causal and getattr(model, "can_generate", lambda: False)()
-    predicted, probability = _predictions(tokenizer, output, T) if speaks else (None, None)
+    predicted, probability = _predictions(model, tokenizer, output, T) if causal else (None, None)
     return Explanation(
         tokens=readable_tokens(tokenizer, ids[0]),
         scores={name: mean_of_layers([layer.scores[name] for layer in layers]) for name in maps},
@@ -124,42 +133,9 @@ def explain(
         words=word_numbers(tokenizer, ids[0]),
         text=read.text,
         offsets=read.offsets,
-        messages=read.messages,
+        messages=read.messages if isinstance(read, RenderedChat) else None,
         settings={"model": _name(model), "space": space, "keys": keys, **versions()},
     )
-
-
-class _Text(NamedTuple):
-    """What is explained: ``(1, T)`` ids, and what is known of where they stand."""
-
-    ids: Tensor
-    text: str | None = None
-    offsets: Sequence[Span] | None = None
-    messages: Sequence[Message] | None = None
-
-
-def _read(tokenizer: Any, text: str | Messages | Tensor) -> _Text:
-    if isinstance(text, str):
-        encoded = encode(tokenizer, text)
-        read = _Text(encoded.ids, text, encoded.offsets)
-    elif isinstance(text, (list, tuple)):
-        chat = render_chat(tokenizer, text, add_generation_prompt=False)
-        read = _Text(chat.ids, chat.text, chat.offsets, chat.messages)
-    elif isinstance(text, Tensor):
-        if text.is_floating_point() or text.dtype == torch.bool:
-            raise TypeError(f"text is a tensor of {text.dtype}: give token ids, integers (T,).")
-        read = _Text((text[None] if text.dim() == 1 else text).long())
-    else:
-        raise TypeError(
-            f"text is of type {type(text).__name__}: give a text, the messages of a chat, or token "
-            "ids (T,) without padding."
-        )
-    if read.ids.dim() != 2 or len(read.ids) != 1 or not read.ids.numel():
-        raise ValueError(
-            f"The text has token ids of shape {tuple(read.ids.shape)}: give one text of one token "
-            "or more."
-        )
-    return read
 
 
 def _name(model: nn.Module) -> str:
@@ -168,8 +144,7 @@ def _name(model: nn.Module) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def _check_memory(layer: AttentionLayer, layers: int, K: int) -> None:
-    H, T = layer.H, layer.T
+def _check_memory(H: int, T: int, layers: int, K: int) -> None:
     # While the mean over layers is taken there are two of a map.
     needed = 4 * ((len(MEASURES) + 2) * T * T + layers * H * T * (K * (len(PARTS) + 1) + 1))
     check_fits(
@@ -187,27 +162,40 @@ class _Layer(NamedTuple):
     heads: HeadMaps
 
 
-def _look(name: str, layer: AttentionLayer, K: int, maps: dict[str, Tensor]) -> _Layer:
-    """Adds to the ``(T, S)`` maps of all layers; weights are computed once for all measures."""
-    H, T, S = layer.H, layer.T, layer.S
+def _look(
+    name: str, layer: AttentionLayer, before: Span, K: int, maps: dict[str, Tensor]
+) -> _Layer:
+    """Adds to the ``(T, S)`` maps of all layers; weights are computed once for all measures.
+
+    Leaves out as many queries and keys as stand ``before`` those of the text.
+    """
+    skipped, hidden = before
+    H, T, S = layer.H, layer.T - skipped, layer.S - hidden
     totals = {measure: layer.value.new_zeros(H, S) for measure in maps}
     kept = {part: torch.zeros(H, T, K) for part in PARTS}
     places = torch.zeros(H, T, K, dtype=torch.int32)
     share = torch.zeros(H, T)
     factors = (functional.relative_norm, functional.cosine)
-    for rows, found in map_blocks(layer, *MEASURES.values(), *factors):
-        a, vw, vwon, c, relative_norm, cosine = (x[0] for x in found)
+    chosen = None
+    if skipped:
+        chosen = torch.ones(1, layer.T, dtype=torch.bool, device=layer.value.device)
+        chosen[:, :skipped] = False
+    for rows, found in map_blocks(layer, *MEASURES.values(), *factors, chosen=chosen):
+        first = max(rows.start, skipped)
+        queries = slice(first - skipped, rows.stop - skipped)
+        whole = [x[0, :, first - rows.start :] for x in found]
+        share[:, queries] = whole[3].sum(-1).cpu().float()
+        a, vw, vwon, c, relative_norm, cosine = (x[..., hidden:] for x in whole)
         n = a.shape[-1]
         for measure, x in zip(maps, (a.abs(), vw, vwon, c.abs(), c), strict=True):
             totals[measure][:, :n] += x.sum(1)
             heads = x.sum(0) if measure == SIGNED else x.mean(0)
-            maps[measure][rows, :n] += heads.cpu().float()
-        share[:, rows] = c.sum(-1).cpu().float()
+            maps[measure][queries, :n] += heads.cpu().float()
         best = most_important(a, c, K)
-        places[:, rows, : best.shape[-1]] = best.cpu().int()
+        places[:, queries, : best.shape[-1]] = best.cpu().int()
         for part, x in zip(PARTS, (a, relative_norm, cosine), strict=True):
-            kept[part][:, rows, : best.shape[-1]] = x.gather(-1, best).cpu().float()
-    counts = layer.mask.counts(None, layer.value.device)[0].clamp(min=1)
+            kept[part][:, queries, : best.shape[-1]] = x.gather(-1, best).cpu().float()
+    counts = layer.mask.counts(chosen, layer.value.device)[0, :, hidden:].clamp(min=1)
     scores = {measure: total / counts for measure, total in totals.items()}
     _, norm2 = layer.direction("inter")
     norm = norm2[0, 0].sqrt()
@@ -215,25 +203,29 @@ def _look(name: str, layer: AttentionLayer, K: int, maps: dict[str, Tensor]) -> 
         norm = norm * layer.scale[0].abs()
     return _Layer(
         {m: (x.sum(0) if m == SIGNED else x.mean(0)).cpu().float() for m, x in scores.items()},
-        HeadMaps(name, places, **kept, output_norm=norm.cpu().float(), share=share),
+        HeadMaps(name, places, **kept, output_norm=norm[skipped:].cpu().float(), share=share),
     )
 
 
 def _predictions(
-    tokenizer: Tokenizer, output: Any, T: int
+    model: nn.Module, tokenizer: Tokenizer, output: Any, T: int
 ) -> tuple[list[str] | None, Tensor | None]:
     """The likeliest next token at each place; None of a model that gives no such logits."""
-    logits = getattr(output, "logits", None)
-    if logits is None or logits.shape[:2] != (1, T):
+    try:
+        logits = logits_of(output)[:, -T:]
+    except TypeError:
         return None, None
-    best = [row.float().softmax(-1).max(-1) for row in logits[0].split(64)]
-    ids = torch.cat([x.indices for x in best]).tolist()
-    known = len(tokenizer)  # type: ignore[arg-type]  # they have a length
-    # Vocabularies are often filled up beyond the tokenizer's.
-    texts = [
-        readable_tokens(tokenizer, [i])[0]
-        if i < known and tokenizer.convert_ids_to_tokens(i) is not None
-        else f"⟨#{i}⟩"
-        for i in ids
-    ]
-    return texts, torch.cat([x.values for x in best]).cpu()
+    if logits.shape[:2] != (1, T) or not _predicts_tokens(model, logits.shape[-1]):
+        return None, None
+    best = [row.float().softmax(-1).max(-1) for row in torch.split(logits[0], 64)]
+    ids = torch.cat([x.indices for x in best]).cpu()
+    return readable_ids(tokenizer, ids), torch.cat([x.values for x in best]).cpu()
+
+
+def _predicts_tokens(model: nn.Module, classes: int) -> bool:
+    """Whether logits are of tokens; in a model that does not say, if there are as many of both."""
+    speaks = getattr(model, "can_generate", None)
+    if callable(speaks):
+        return bool(speaks())
+    embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding))
+    return any(m.num_embeddings == classes for m in embeddings)

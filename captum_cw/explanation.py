@@ -20,7 +20,7 @@ from torch import Tensor
 
 from captum_cw import functional, interchange
 from captum_cw._version import __version__
-from captum_cw.attr import ChatTokenInput
+from captum_cw.attr.chat import EncodedTokenInput
 from captum_cw.files import whole_file
 from captum_cw.functional import Decomposition, Measure
 from captum_cw.templates import Message, owners
@@ -122,6 +122,8 @@ class Explanation:
             where that is not known.
         messages: Which tokens hold each message of a chat; None where that is not known.
         settings: What it was made with, such as the ``"model"``; goes into files.
+        query_words: ``T`` numbers of words of the queries, as ``words``; None where the queries are
+            the tokens themselves, or that is not known.
 
     Raises:
         ValueError: If shapes do not fit.
@@ -144,6 +146,7 @@ class Explanation:
     offsets: Sequence[Span] | None = None
     messages: Sequence[Message] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    query_words: Sequence[int | None] | None = None
 
     def __post_init__(self) -> None:
         S = len(self.tokens)
@@ -162,9 +165,12 @@ class Explanation:
             ("probability", self.probability, T),
             ("words", self.words, S),
             ("offsets", self.offsets, S),
+            ("query_words", self.query_words, T),
         ):
             if values is not None and len(values) != expected:
                 raise ValueError(f"{kind} has {len(values)} entries, expected {expected}.")
+        if self.query_words is not None and self.queries is None:
+            raise ValueError("query_words are given without queries: give words.")
         for layer in self.heads:
             if layer.keys.shape[1] != T:
                 raise ValueError(
@@ -222,13 +228,17 @@ class Explanation:
             return found
         assert result.inp is not None
         tokenizer = result.inp.tokenizer
-        found = replace(
-            found,
-            tokens=readable_tokens(tokenizer, ids[0]),
-            queries=_readable_entries(tokenizer, result.output_tokens),
-            words=word_numbers(tokenizer, ids[0]),
-        )
-        return _with_chat(found, result.inp) if isinstance(result.inp, ChatTokenInput) else found
+        output_ids = getattr(result, "output_ids", None)
+        if output_ids is None:  # Captum's own, which does not keep the spaces between words
+            found = replace(
+                found,
+                tokens=readable_tokens(tokenizer, ids[0]),
+                queries=_readable_entries(tokenizer, result.output_tokens),
+            )
+        else:
+            found = replace(found, query_words=_words(tokenizer, output_ids))
+        found = replace(found, words=_words(tokenizer, ids[0]))
+        return _with_text(found, result.inp) if isinstance(result.inp, EncodedTokenInput) else found
 
     @classmethod
     def from_maps(
@@ -437,6 +447,9 @@ class Explanation:
     def by_word(self, how: Grouping = "sum") -> Explanation:
         """The same by word; tokens that belong to none stay alone.
 
+        Where the queries are the tokens of an output, they are put together by word, too, and the
+        probability of a word is the product of those of its tokens.
+
         Args:
             how: Scores and the keys of maps are put together by ``"sum"``, ``"mean"`` or ``"max"``,
                 queries by the mean. What is predicted is what is after a word's last token. Heads
@@ -454,13 +467,25 @@ class Explanation:
             raise ValueError(
                 "It is not known which tokens make a word: give words=..., or spans to by_span."
             )
-        spans: list[Span] = []
-        for place, word in enumerate(self.words):
-            if place and word is not None and word == self.words[place - 1]:
-                spans[-1] = (spans[-1][0], place + 1)
-            else:
-                spans.append((place, place + 1))
-        return self._grouped(spans, how, "word")
+        grouped = self._grouped(_spans_of(self.words), how, "word")
+        return (
+            grouped if self.query_words is None else grouped._with_whole_queries(self.query_words)
+        )
+
+    def _with_whole_queries(self, words: Sequence[int | None]) -> Explanation:
+        """The same with the queries, which are an output, put together by word."""
+        assert self.queries is not None
+        spans, probability = _spans_of(words), self.probability
+        if probability is not None:
+            probability = torch.stack([probability[slice(*span)].prod() for span in spans])
+        predicted = self.predicted
+        return replace(
+            self,
+            maps={name: group_scores(x.T, spans, "mean").T for name, x in self.maps.items()},
+            queries=[joined(self.queries[start:stop]) for start, stop in spans],
+            predicted=None if predicted is None else [predicted[stop - 1] for _, stop in spans],
+            probability=probability,
+        )
 
     def by_span(
         self,
@@ -556,6 +581,17 @@ class Explanation:
         )
 
 
+def _spans_of(words: Sequence[int | None]) -> list[Span]:
+    """The tokens of each word, and each token that belongs to none."""
+    spans: list[Span] = []
+    for place, word in enumerate(words):
+        if place and word is not None and word == words[place - 1]:
+            spans[-1] = (spans[-1][0], place + 1)
+        else:
+            spans.append((place, place + 1))
+    return spans
+
+
 def versions() -> dict[str, str]:
     """What an explanation was made with, for its settings."""
     return {
@@ -590,8 +626,16 @@ def _readable_entries(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
     ]
 
 
-def _with_chat(found: Explanation, inp: ChatTokenInput) -> Explanation:
-    """The places of a chat's text and messages among the tokens that were not skipped."""
+def _words(tokenizer: Any, ids: Tensor) -> list[int | None] | None:
+    """The words of tokens; None where the tokenizer does not know one of them."""
+    try:
+        return word_numbers(tokenizer, ids)
+    except ValueError:
+        return None
+
+
+def _with_text(found: Explanation, inp: EncodedTokenInput) -> Explanation:
+    """The places of a text and its messages among the tokens that were not skipped."""
     kept = [True] * inp.inp_tensor.shape[1] if inp.itp_mask is None else inp.itp_mask[0].tolist()
     messages = []
     for role, start, stop in inp.messages or ():

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
@@ -633,15 +633,13 @@ def vwon(layer: AttentionLayer) -> Block:
 def contribution(scope: Scope = "inter") -> Measure:
     """``a_ij <o_i, v~_j> / ||o_i||^2``, for the layer's output (Eq. 12) or the head's (Eq. 9)."""
     check_choice("scope", scope, Scope)
+    return partial(_contribution, scope)  # not a closure, so that measures can be pickled
 
-    def prepare(layer: AttentionLayer) -> Block:
-        u, norm2 = layer.direction(scope)
-        u = u * _reciprocal(norm2)[..., None]
-        return lambda a, rows: a.mul_(
-            _grouped_matmul(u[:, :, rows], layer.value[:, :, : a.shape[-1]])
-        )
 
-    return prepare
+def _contribution(scope: Scope, layer: AttentionLayer) -> Block:
+    u, norm2 = layer.direction(scope)
+    u = u * _reciprocal(norm2)[..., None]
+    return lambda a, rows: a.mul_(_grouped_matmul(u[:, :, rows], layer.value[:, :, : a.shape[-1]]))
 
 
 def relative_norm(layer: AttentionLayer) -> Block:
@@ -658,33 +656,33 @@ def cosine(layer: AttentionLayer) -> Block:
 def cosine_with(scope: Scope) -> Measure:
     """The cosine of a value with the layer's output, or with the head's own, where it is seen."""
     check_choice("scope", scope, Scope)
+    return partial(_cosine_with, scope)
 
-    def prepare(layer: AttentionLayer) -> Block:
-        u, norm2 = layer.direction(scope)
-        u = u * _reciprocal(norm2.sqrt())[..., None]
 
-        def block(a: Tensor, rows: slice) -> Tensor:
-            n = a.shape[-1]
-            along = _grouped_matmul(u[:, :, rows], layer.value[:, :, :n])
-            return _seen(layer, rows, along.mul_(_reciprocal(layer.norms(rows, n))))
+def _cosine_with(scope: Scope, layer: AttentionLayer) -> Block:
+    u, norm2 = layer.direction(scope)
+    u = u * _reciprocal(norm2.sqrt())[..., None]
 
-        return block
+    def block(a: Tensor, rows: slice) -> Tensor:
+        n = a.shape[-1]
+        along = _grouped_matmul(u[:, :, rows], layer.value[:, :, :n])
+        return _seen(layer, rows, along.mul_(_reciprocal(layer.norms(rows, n))))
 
-    return prepare
+    return block
 
 
 def geometry(scope: Scope) -> Measure:
     """``<o_i, v~_j> / ||o_i||^2`` where seen: what a contribution is beyond attention (Eq. 24)."""
     check_choice("scope", scope, Scope)
+    return partial(_geometry, scope)
 
-    def prepare(layer: AttentionLayer) -> Block:
-        u, norm2 = layer.direction(scope)
-        u = u * _reciprocal(norm2)[..., None]
-        return lambda a, rows: _seen(
-            layer, rows, _grouped_matmul(u[:, :, rows], layer.value[:, :, : a.shape[-1]])
-        )
 
-    return prepare
+def _geometry(scope: Scope, layer: AttentionLayer) -> Block:
+    u, norm2 = layer.direction(scope)
+    u = u * _reciprocal(norm2)[..., None]
+    return lambda a, rows: _seen(
+        layer, rows, _grouped_matmul(u[:, :, rows], layer.value[:, :, : a.shape[-1]])
+    )
 
 
 def attention_cosine(layer: AttentionLayer) -> Block:
@@ -858,6 +856,8 @@ def query_scores(
 ) -> Tensor:
     """The rows of a few queries, aggregated over heads.
 
+    Holds these rows and one block of queries, so memory grows linearly with the text.
+
     Args:
         layer: The layer.
         measure: What to aggregate.
@@ -875,12 +875,16 @@ def query_scores(
         torch.Size([1, 2, 3])
     """
     B = layer.value.shape[0]
+    start, stop, _ = queries.indices(layer.T)
     chosen = torch.zeros(B, layer.T, dtype=torch.bool, device=layer.value.device)
-    chosen[:, queries] = True
-    out = layer.value.new_zeros(B, layer.T, layer.S)
+    chosen[:, start:stop] = True
+    out = layer.value.new_zeros(B, max(0, stop - start), layer.S)
     for rows, (g,) in map_blocks(layer, measure, chosen=chosen):
-        out[:, rows, : g.shape[-1]] = aggregate(g if signed else g.abs_(), heads, dim=1)
-    return out[:, queries]
+        first, end = max(rows.start, start), min(rows.stop, stop)
+        part = g[:, :, first - rows.start : end - rows.start]
+        asked = out[:, first - start : end - start, : g.shape[-1]]
+        asked.copy_(aggregate(part if signed else part.abs_(), heads, dim=1))
+    return out
 
 
 def head_share(layer: AttentionLayer) -> Tensor:

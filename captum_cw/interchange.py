@@ -36,7 +36,10 @@ VERSION = 1
 ENTRY = "captum_cw"
 KIND = "explanation"
 #: What is neither a tensor nor holds any.
-PLAIN = ("tokens", "queries", "predicted", "words", "text", "offsets", "messages", "settings")
+PLAIN = (
+    "tokens", "queries", "predicted", "words", "text", "offsets", "messages", "settings",
+    "query_words",
+)  # fmt: skip
 #: Of a layer's tensors, those that are kept for a query by rank.
 RANKED = ("attention", "relative_norm", "cosine")
 

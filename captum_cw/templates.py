@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,9 @@ from captum_cw.tokens import Span
 __all__ = ["Encoded", "Message", "RenderedChat", "encode", "owners", "places_of", "render_chat"]
 
 Messages = Sequence[Mapping[str, Any]]
+
+#: What :func:`render_chat` decides itself.
+_OWN_ARGUMENTS = ("tokenize", "return_dict", "return_tensors")
 
 #: Two characters for each value, from here on: private, of no meaning in any text.
 _MARKS = 0xF0000
@@ -43,15 +46,17 @@ class Encoded:
     """A text and its tokens.
 
     Args:
-        text: The text.
+        text: The text; None where it is not known.
         ids: ``(1, T)``.
         offsets: ``T`` ranges of characters, empty for special tokens that are not in the text; None
             where the tokenizer does not tell.
+        extras: What the model is given beside the ids, such as ``token_type_ids`` ``(1, T)``.
     """
 
-    text: str
+    text: str | None
     ids: Tensor
-    offsets: list[Span] | None
+    offsets: list[Span] | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,16 +68,36 @@ class RenderedChat(Encoded):
             or the tokenizer has no offsets.
     """
 
-    messages: list[Message] | None
+    messages: list[Message] | None = None
 
 
-def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> Encoded:
-    """The tokens of a text, and where they stand in it."""
-    known = bool(getattr(tokenizer, "is_fast", False))
-    found = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=known)
-    ids = torch.tensor(found["input_ids"], dtype=torch.long)[None]
+def encode(
+    tokenizer: Any, text: str, pair: str | None = None, *, add_special_tokens: bool = True
+) -> Encoded:
+    """The tokens of a text, and where they stand in it.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        text: The text.
+        pair: A second text after it. Offsets are not known then, since they are of two texts.
+        add_special_tokens: As of the tokenizer.
+    """
+    known = pair is None and bool(getattr(tokenizer, "is_fast", False))
+    texts = (text,) if pair is None else (text, pair)
+    found = tokenizer(*texts, add_special_tokens=add_special_tokens, return_offsets_mapping=known)
     offsets = [(start, stop) for start, stop in found["offset_mapping"]] if known else None
-    return Encoded(text, ids, offsets)
+    ids, extras = _read(found)
+    return Encoded(text if pair is None else None, ids, offsets, extras)
+
+
+def _read(found: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a tokenizer gave of one text: ids ``(1, T)``, and what else it says of each token."""
+    extras = {
+        name: torch.tensor(x)[None]
+        for name, x in found.items()
+        if name not in ("input_ids", "offset_mapping") and isinstance(x, (list, tuple))
+    }
+    return torch.tensor(found["input_ids"], dtype=torch.long)[None], extras
 
 
 def owners(text: str, offsets: Sequence[Span], ranges: Sequence[Span]) -> list[int | None]:
@@ -155,62 +180,150 @@ def _find_marks(marked: str, count: int) -> tuple[str, list[list[Span]]] | None:
     return None if opened else ("".join(text), ranges)
 
 
-def render_chat(tokenizer: Any, messages: Messages, *, add_generation_prompt: bool) -> RenderedChat:
+def render_chat(
+    tokenizer: Any,
+    messages: Messages,
+    *,
+    add_generation_prompt: bool,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> RenderedChat:
     """A chat by the tokenizer's template, and where its messages stand.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.
-        messages: Each with a ``"role"`` and a ``"content"``.
-        add_generation_prompt: Whether the model is to speak next.
+        messages: Each with a ``"role"``, and a ``"content"`` that is a text, a list of parts such
+            as ``{"type": "text", "text": "..."}``, or None, as where a tool is called.
+        add_generation_prompt: Whether the model is to speak next. ``chat_template_kwargs`` can say
+            otherwise.
+        chat_template_kwargs: Further arguments for ``tokenizer.apply_chat_template``, such as
+            ``{"enable_thinking": False}`` or ``{"tools": [...]}``.
 
     Raises:
-        TypeError: If a message is no mapping with a role and a text.
-        ValueError: If there is no message, or the tokenizer has no chat template.
-    """
-    _check(tokenizer, messages)
+        TypeError: If a message is not a mapping with a role, or its content is of another kind.
+        ValueError: If there is no message, the tokenizer has no chat template, or
+            ``chat_template_kwargs`` say how to tokenize.
 
-    def render(contents: list[str]) -> str:
-        filled = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-        text: str = tokenizer.apply_chat_template(
-            filled, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+    Example:
+        >>> tokenizer.chat_template = (
+        ...     "{% for m in messages %}{{ m.content }} {% endfor %}{{ 'y' if think else 'n' }}"
+        ... )
+        >>> chat = [{"role": "user", "content": "a b"}]
+        >>> options = {"think": True}
+        >>> render_chat(
+        ...     tokenizer, chat, add_generation_prompt=True, chat_template_kwargs=options
+        ... ).text
+        'a b y'
+    """
+    options = dict(chat_template_kwargs or {})
+    _check(tokenizer, messages, options)
+    # A message that is continued is not followed by another one.
+    continued = bool(options.get("continue_final_message", False))
+    options = {"add_generation_prompt": add_generation_prompt and not continued, **options}
+
+    def render(texts: list[str]) -> str:
+        filled = _with_texts(messages, texts)
+        text: str = tokenizer.apply_chat_template(filled, tokenize=False, **options)
         return text
 
-    contents = [message["content"] for message in messages]
-    encoded = encode(tokenizer, render(contents), add_special_tokens=False)
-    places = places_of(render, contents)
-    spans = None if places is None else _message_spans(encoded, messages, places)
-    return RenderedChat(encoded.text, encoded.ids, encoded.offsets, spans)
+    texts = [text for message in messages for text in _texts(message)]
+    numbers = [n for n, message in enumerate(messages) for _ in _texts(message)]
+    rendered = render(texts)
+    encoded = _encoded(tokenizer, messages, options, rendered)
+    places = None if encoded.offsets is None else places_of(render, texts)
+    spans = None if places is None else _message_spans(encoded, messages, numbers, places)
+    return RenderedChat(rendered, encoded.ids, encoded.offsets, encoded.extras, spans)
+
+
+def _encoded(
+    tokenizer: Any, messages: Messages, options: Mapping[str, Any], rendered: str
+) -> Encoded:
+    """The tokens as the tokenizer itself makes them of a chat."""
+    found = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, return_dict=True, **options
+    )
+    ids, extras = _read(found)
+    encoded = encode(tokenizer, rendered, add_special_tokens=False)
+    if torch.equal(encoded.ids, ids):
+        return replace(encoded, extras=extras)
+    return Encoded(rendered, ids, None, extras)
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    """The texts that a message's content is made of."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content or () if _is_text(part)]
+
+
+def _is_text(part: object) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
+
+
+def _with_texts(messages: Messages, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The messages with other texts in the places of theirs."""
+    remaining = iter(texts)
+    filled = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            content = next(remaining)
+        elif content is not None:
+            content = [
+                {**part, "text": next(remaining)} if _is_text(part) else part for part in content
+            ]
+        filled.append({**message, "content": content} if "content" in message else {**message})
+    return filled
 
 
 def _message_spans(
-    encoded: Encoded, messages: Messages, places: list[list[Span]]
+    encoded: Encoded, messages: Messages, numbers: Sequence[int], places: list[list[Span]]
 ) -> list[Message] | None:
+    """Where messages stand; ``numbers`` are those of the messages that texts belong to."""
     if encoded.offsets is None or any(len(ranges) != 1 for ranges in places):
         return None
+    assert encoded.text is not None
     found = owners(encoded.text, encoded.offsets, [ranges[0] for ranges in places])
     spans = []
     for number, message in enumerate(messages):
-        tokens = [place for place, owner in enumerate(found) if owner == number]
+        tokens = [
+            n for n, owner in enumerate(found) if owner is not None and numbers[owner] == number
+        ]
         if tokens:
             spans.append(Message(str(message["role"]), tokens[0], tokens[-1] + 1))
     return spans
 
 
-def _check(tokenizer: Any, messages: Messages) -> None:
+def _check(tokenizer: Any, messages: Messages, options: Mapping[str, Any]) -> None:
     if not messages:
         raise ValueError("The chat has no message: give at least one.")
     for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+        if not isinstance(message, Mapping) or not _is_content(message.get("content")):
             raise TypeError(
-                f"{message!r} is no message: give {{'role': 'user', 'content': 'a text'}} (a list "
-                "is one chat; explain several texts one by one); for others, apply the chat "
-                "template yourself and give its text or ids."
+                f"{message!r} is not a message: give {{'role': 'user', 'content': 'a text'}} (a "
+                "list is one chat; explain several texts one by one). Content is a text, None, or "
+                "a list of parts such as {'type': 'text', 'text': 'a text'}; for others, apply the "
+                "chat template yourself and give its text or ids."
             )
         if "role" not in message:
             raise TypeError(f"{message!r} has no role: give {{'role': 'user', 'content': ...}}.")
-    if not getattr(tokenizer, "chat_template", None):
+    for name in _OWN_ARGUMENTS:
+        if name in options:
+            raise ValueError(
+                f"chat_template_kwargs holds {name!r}, which is decided here: leave it out, and "
+                "give arguments of the template, such as {'enable_thinking': False}."
+            )
+    if not getattr(tokenizer, "chat_template", None) and not options.get("chat_template"):
         raise ValueError(
             "The tokenizer has no chat template: use that of the model's version for chats, set "
             "tokenizer.chat_template, or give the text as the model expects it."
         )
+
+
+def _is_content(content: object) -> bool:
+    if content is None or isinstance(content, str):
+        return True
+    return isinstance(content, (list, tuple)) and all(
+        isinstance(part, Mapping) and (part.get("type") != "text" or _is_text(part))
+        for part in content
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -18,8 +19,10 @@ __all__ = [
     "Span",
     "Tokenizer",
     "group_scores",
+    "readable_ids",
     "readable_tokens",
     "sink",
+    "warn_of_two_begin_tokens",
     "word_numbers",
     "word_spans",
 ]
@@ -84,6 +87,59 @@ def readable_tokens(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> 
     special_ids = set(tokenizer.all_special_ids)
     readable = {i: _readable(tokenizer, i, i in special_ids) for i in set(ids)}
     return [readable[i] for i in ids]
+
+
+def readable_ids(tokenizer: Tokenizer, ids: Tensor | Sequence[int]) -> list[str]:
+    """As :func:`readable_tokens`, for ids that only the model may know.
+
+    Many models have more entries than their tokenizer. Such an id is shown by its number.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        ids: ``(T,)``.
+
+    Returns:
+        ``T`` strings.
+
+    Example:
+        >>> readable_ids(tokenizer, [1, 2, 63])
+        [' a', ' b', '⟨#63⟩']
+    """
+    ids = _one_sequence(ids)
+    known = [i for i in set(ids) if _entry(tokenizer, i) is not None]
+    readable = dict(zip(known, readable_tokens(tokenizer, known), strict=True))
+    return [readable.get(i, f"⟨#{i}⟩") for i in ids]
+
+
+def warn_of_two_begin_tokens(
+    tokenizer: Any, ids: Sequence[int], model: object = None, *, stacklevel: int = 3
+) -> None:
+    """Warns where a text begins with two begin tokens.
+
+    A chat that was rendered to text has a begin token, and the tokenizer adds another one.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        ids: The text's token ids.
+        model: The model that reads them. If its own configuration names this begin token, its
+            forward call is checked already, and nothing is said here.
+        stacklevel: As of :func:`warnings.warn`.
+
+    Example:
+        >>> warn_of_two_begin_tokens(tokenizer, [1, 2])
+    """
+    begin = {getattr(tokenizer, name, None) for name in ("bos_token_id", "cls_token_id")} - {None}
+    if len(ids) < 2 or ids[0] != ids[1] or ids[0] not in begin:
+        return
+    known = getattr(getattr(model, "config", None), "bos_token_id", None)
+    if ids[0] in (known if isinstance(known, (list, tuple)) else [known]):
+        return
+    warnings.warn(
+        f"The text begins with the begin token {tokenizer.convert_ids_to_tokens(ids[0])!r} twice: "
+        "it was probably rendered by a chat template and then tokenized again. Give the messages, "
+        "or tokenize the rendered text with add_special_tokens=False.",
+        stacklevel=stacklevel,
+    )
 
 
 def word_spans(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> list[Span]:
@@ -263,15 +319,27 @@ def _in_spaced_word(character: str) -> bool:
 def _readable(tokenizer: Tokenizer, token_id: int, special: bool) -> str:
     text = _added(tokenizer, token_id)
     if special:
-        return str(tokenizer.convert_ids_to_tokens(token_id))
+        entry = _entry(tokenizer, token_id)
+        return entry.decode("utf-8", "replace") if isinstance(entry, bytes) else str(entry)
     if isinstance(text, str):
         return _visible(text)
     return _visible(re.sub(r"\\x(..)", r"⟨\1⟩", text.decode("utf-8", "backslashreplace")))
 
 
+def _entry(tokenizer: Tokenizer, token_id: int) -> str | bytes | None:
+    """The vocabulary's entry, bytes in some vocabularies; None where there is none."""
+    if token_id < 0:
+        return None
+    try:
+        entry: str | bytes | None = tokenizer.convert_ids_to_tokens(token_id)
+    except (IndexError, KeyError, ValueError):  # what tokenizers written in Python raise
+        return None
+    return entry
+
+
 def _added(tokenizer: Tokenizer, token_id: int) -> str | bytes:
     """What a token adds to a text: bytes where it is only part of a character."""
-    token = tokenizer.convert_ids_to_tokens(token_id) if token_id >= 0 else None
+    token = _entry(tokenizer, token_id)
     if token is None:
         raise ValueError(
             f"input_ids hold {token_id}, which the tokenizer does not know: put its "
@@ -312,8 +380,10 @@ def _byte_of_glyph() -> dict[str, int]:
 _BYTE_OF_GLYPH = _byte_of_glyph()
 
 
-def _token_bytes(token: str) -> bytes | None:
+def _token_bytes(token: str | bytes) -> bytes | None:
     """The bytes that a token of a byte-level or byte-fallback vocabulary stands for."""
+    if isinstance(token, bytes):
+        return token
     if fallback := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token):
         return bytes.fromhex(fallback[1])
     if set(token) <= _BYTE_OF_GLYPH.keys():

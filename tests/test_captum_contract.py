@@ -147,8 +147,8 @@ def test_llm_attribution_gives_captums_result_and_its_plots(
     llm = LLMTokenAttribution(ContributionWeights(model), tokenizer)
     result = llm.attribute("a b c d", target="e f g")
     assert isinstance(result, LLMAttributionResult)
-    assert result.input_tokens == ["a", "b", "c", "d"]
-    assert result.output_tokens == ["e", "f", "g"]
+    assert result.input_tokens == [" a", " b", " c", " d"]
+    assert result.output_tokens == [" e", " f", " g"]
     assert result.token_attr is not None
     assert result.token_attr.shape == (3, 4)
     assert torch.allclose(result.seq_attr, result.token_attr.mean(0))
@@ -181,7 +181,7 @@ def test_llm_attribution_takes_token_input_ids_and_generates(
     llm = LLMTokenAttribution(TokenScores(ContributionWeights(model), signed=True), tokenizer)
     whole = llm.attribute("a b c d", target="e")
     skipping = llm.attribute(TextTokenInput("a b c d", tokenizer, skip_tokens=["b"]), target="e")
-    assert skipping.input_tokens == ["a", "c", "d"]
+    assert skipping.input_tokens == [" a", " c", " d"]
     assert torch.equal(skipping.token_attr, whole.token_attr[:, [0, 2, 3]])
     unsigned = LLMTokenAttribution(ContributionWeights(model), tokenizer).attribute(
         "a b c d", target="e"

@@ -382,7 +382,7 @@ def test_chats_are_attributed_as_their_text(language_model: tuple[nn.Module, Any
     assert found.input_tokens == expected.input_tokens
     assert torch.equal(found.token_attr, expected.token_attr)
     skipping = llm.attribute(ChatTokenInput(CHAT, tokenizer, skip_tokens="template"), target="d e")
-    assert skipping.input_tokens == ["a", "b", "c"]
+    assert skipping.input_tokens == [" a", " b", " c"]
     assert torch.equal(skipping.token_attr, expected.token_attr[:, [1, 2, 5]])
     for result in (found, skipping):
         by_message = Explanation.from_llm(result, "c").by_message()
@@ -391,7 +391,7 @@ def test_chats_are_attributed_as_their_text(language_model: tuple[nn.Module, Any
         assert torch.allclose(by_message.scores["c"], torch.stack(sums))
     assert Explanation.from_llm(skipping, "c").by_span(["a b"]).tokens == [" a b"]
     marks = llm.attribute(ChatTokenInput(CHAT, tokenizer, skip_tokens=["Z"]), target="d e")
-    assert marks.input_tokens == ["U", "a", "b", "A", "c", "A"]
+    assert marks.input_tokens == [" U", " a", " b", " A", " c", " A"]
     assert Explanation.from_llm(marks).messages == [("U", 1, 3), ("A", 4, 5)]
     alone = llm.attribute(ChatTokenInput(CHAT, tokenizer, skip_tokens=["c"]), target="d e")
     assert Explanation.from_llm(alone).messages == [("U", 1, 3)]
@@ -433,7 +433,7 @@ def test_a_chat_is_explained_without_a_prompt_for_more(
     ("messages", "kind", "message"),
     [
         ([], ValueError, "no message"),
-        (["a"], TypeError, "'a' is no message.*several texts one by one"),
+        (["a"], TypeError, "'a' is not a message.*several texts one by one"),
         ([{"role": "U", "content": [{"type": "text"}]}], TypeError, "apply the chat template"),
         ([{"content": "a"}], TypeError, "has no role"),
     ],

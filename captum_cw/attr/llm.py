@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,14 +12,28 @@ from captum.attr import LLMAttributionResult
 from torch import Tensor
 
 from captum_cw.attr._captum import BaseLLMAttribution, TextTemplateInput, TextTokenInput
-from captum_cw.attr.chat import ChatTokenInput
-from captum_cw.attr.inputs import LOGITS, parameters_of
-from captum_cw.attr.layer import AttentionAttribution
+from captum_cw.attr.chat import ChatTokenInput, EncodedTokenInput
+from captum_cw.attr.inputs import LOGITS, device_of, parameters_of
+from captum_cw.attr.layer import AttentionAttribution, evaluation_mode
+from captum_cw.attr.outputs import logits_of
+from captum_cw.attr.texts import Text, extended, model_inputs, read_text
 from captum_cw.attr.token_scores import TokenScores
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.templates import Encoded, Messages, encode, owners, places_of
+from captum_cw.templates import Encoded, encode, owners, places_of
+from captum_cw.tokens import readable_ids
 
 __all__ = ["LLMTokenAttribution"]
+
+#: As Captum generates where it is not told how.
+_GENERATION = {"max_new_tokens": 25, "do_sample": False, "temperature": None, "top_p": None}
+
+
+class _Result(LLMAttributionResult):  # type: ignore[misc]  # captum has no types for it
+    """Captum's result, with the ids of the output, whose tokens are readable already."""
+
+    def __init__(self, *, output_ids: Tensor, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.output_ids = output_ids
 
 
 class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum has no types for it
@@ -65,13 +81,15 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
             )
         super().__init__(attr_method, tokenizer)
         self.attr_method = attr_method
+        self.device = device_of(self.model)
 
     def attribute(
         self,
-        inp: str | Messages | TextTokenInput | TextTemplateInput,
+        inp: Text | TextTokenInput | TextTemplateInput,
         target: str | Tensor | None = None,
         gen_args: dict[str, Any] | None = None,
         *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         show_progress: bool = False,
     ) -> LLMAttributionResult:
         """Scores of the input tokens at the positions that predict the output tokens.
@@ -82,81 +100,168 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         ``mask`` puts together have one score, their sum, each. Baselines play no role: nothing is
         ablated.
 
+        Of a model with learned virtual tokens (prompt or prefix tuning), the scores are those of
+        the prompt's own tokens. Dropout is off, while the model generates too.
+
         Args:
             inp: The prompt: a text; the messages of a chat (:class:`~captum_cw.ChatTokenInput`), to
-                which the tokenizer's chat template is applied; or Captum's ``TextTokenInput``
-                (tokens that it skips are left out of the result) or ``TextTemplateInput``.
-            target: The output, as text or token ids ``(n,)``; None generates it.
+                which the tokenizer's chat template is applied; what the tokenizer returned for one
+                text, or a dict of the model's arguments, whose mask and token types go on over the
+                output; token ids ``(n,)``; or Captum's ``TextTokenInput`` (tokens that it skips are
+                left out of the result) or ``TextTemplateInput``.
+            target: The output, as text or token ids ``(m,)``; None generates it.
             gen_args: Arguments for ``model.generate``; only without ``target``.
+            chat_template_kwargs: Further arguments for the chat template, such as
+                ``{"enable_thinking": False}``; only for the messages of a chat.
             show_progress: Shows a bar over the layers once it has taken two seconds.
 
         Returns:
             Captum's ``LLMAttributionResult``: ``token_attr[o, i]`` is the score of input token
             ``i`` at the query that predicts output token ``o``, ``seq_attr`` the mean over
-            ``o``, and ``output_probs`` the model's probability of each output token.
+            ``o``, and ``output_probs`` the model's probability of each output token. Tokens are
+            readable (:func:`~captum_cw.visualization.readable_tokens`), with their leading spaces;
+            of a template, the input is its values.
 
         Raises:
-            TypeError: If ``inp`` is of another kind.
-            ValueError: If the prompt or the output is empty, both ``target`` and ``gen_args`` are
-                given, there is no chat template for a chat, or it cannot be told where a template
-                puts its values.
+            TypeError: If ``inp`` or ``target`` is of another kind, or the model gives no logits.
+            ValueError: If the prompt or the output is empty, the prompt is padded, both ``target``
+                and ``gen_args`` are given, the model cannot generate, there is no chat template for
+                a chat, or it cannot be told where a template puts its values.
+            UnsupportedModelError: As the measure, and if tokens see those that come after them, so
+                that the model does not predict the next token.
         """
         if target is not None and gen_args is not None:
             raise ValueError("gen_args generate an output, but target is one: give one of the two.")
-        given = self._as_captums(inp)
-        ids, features = self._read(given)
-        prompt = ids.to(self.device)
-        if not prompt.numel():
+        given = self._as_captums(inp, chat_template_kwargs)
+        encoded, features = self._read(given)
+        if not encoded.ids.numel():
             raise ValueError("The prompt is empty: give at least one token.")
-        output = self._get_target_tokens(given, target, gen_args).to(self.device)
-        n, m = prompt.shape[1], len(output)
-        if not m:
-            raise ValueError(
-                f"The output is empty (target={target!r}): give a target of at least one token, or "
-                "let the model generate more with gen_args={'max_new_tokens': ...}."
+        prompt = self._prompt(encoded)
+        with torch.no_grad(), evaluation_mode([self.model], self.model):
+            output = self._generated(prompt, gen_args) if target is None else self._ids(target)
+            n, m = encoded.ids.shape[1], len(output)
+            if not m:
+                raise ValueError(
+                    f"The output is empty (target={target!r}): give a target of at least one "
+                    "token, or let the model generate more with gen_args={'max_new_tokens': ...}."
+                )
+            rows, result = self.attr_method.rows(
+                {**extended(prompt, output), **self._last_logits(m + 1)},
+                slice(n - 1, n + m - 1),
+                prompt=n,
+                show_progress=show_progress,
             )
-        ids = torch.cat([prompt, output[None].to(prompt.dtype)], dim=1)
-        rows, result = self.attr_method.rows(
-            {"input_ids": ids, **self._last_logits(m + 1)},
-            slice(n - 1, n + m - 1),
-            show_progress=show_progress,
-        )
         token_attr = features(rows[0, :, :n].cpu())
-        logits = result.logits[0, -m - 1 : -1].float()
+        logits = logits_of(result)[0, -m - 1 : -1].float()
         probs = logits.softmax(-1).gather(-1, output[:, None].to(logits.device))[:, 0]
-        return LLMAttributionResult(
+        return _Result(
             seq_attr=token_attr.mean(0),
             token_attr=token_attr,
-            input_tokens=given.values,
-            output_tokens=self.tokenizer.convert_ids_to_tokens(output.tolist()),
+            input_tokens=self._input_tokens(given),
+            output_tokens=readable_ids(self.tokenizer, output.cpu()),
             output_probs=probs.cpu(),
             inp=given,
+            output_ids=output.cpu(),
         )
 
-    def _as_captums(self, inp: object) -> Any:
-        if isinstance(inp, str):
-            return TextTokenInput(inp, self.tokenizer)
-        if isinstance(inp, (list, tuple)):
-            return ChatTokenInput(inp, self.tokenizer)
-        if not isinstance(inp, self.SUPPORTED_INPUTS):
-            raise TypeError(
-                f"inp is of type {type(inp).__name__}: give a text, the messages of a chat, or "
-                "Captum's TextTokenInput or TextTemplateInput."
+    def _as_captums(self, inp: Any, chat_template_kwargs: Mapping[str, Any] | None) -> Any:
+        captums = isinstance(inp, self.SUPPORTED_INPUTS)
+        chat = isinstance(inp, (list, tuple)) and not any(isinstance(part, str) for part in inp)
+        if captums and chat_template_kwargs is not None:
+            raise ValueError(
+                f"chat_template_kwargs={chat_template_kwargs!r}, but inp is a "
+                f"{type(inp).__name__}: give them to ChatTokenInput."
             )
-        return inp
+        if captums:
+            return inp
+        if chat:
+            return ChatTokenInput(inp, self.tokenizer, chat_template_kwargs=chat_template_kwargs)
+        if not isinstance(inp, (str, list, tuple, Mapping, Tensor)):
+            raise TypeError(
+                f"inp is of type {type(inp).__name__}: give a text, the messages of a chat, a "
+                "BatchEncoding or dict with input_ids, token ids, or Captum's TextTokenInput or "
+                "TextTemplateInput."
+            )
+        if isinstance(inp, str) and not inp and chat_template_kwargs is None:
+            raise ValueError("The prompt is empty: give at least one token.")
+        encoded = read_text(
+            self.tokenizer,
+            inp,
+            add_generation_prompt=True,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return EncodedTokenInput(encoded, self.tokenizer)
 
-    def _read(self, inp: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The prompt, ``(1, n)``, and what makes scores of features of those of its tokens."""
+    def _read(self, inp: Any) -> tuple[Encoded, Callable[[Tensor], Tensor]]:
+        """The prompt, and what makes scores of features of those of its tokens."""
         if isinstance(inp, TextTemplateInput):
             encoded = encode(self.tokenizer, inp.to_model_input())
-            return encoded.ids, _values_of(inp, encoded)
+            return encoded, _values_of(inp, encoded)
+        known = isinstance(inp, EncodedTokenInput)
+        encoded = inp.encoded if known else Encoded(None, inp.to_model_input())
         if inp.itp_mask is None:
-            return inp.to_model_input(), lambda attr: attr
-        return inp.to_model_input(), lambda attr: attr[:, inp.itp_mask[0].cpu()]
+            return encoded, lambda attr: attr
+        return encoded, lambda attr: attr[:, inp.itp_mask[0].cpu()]
+
+    def _prompt(self, encoded: Encoded) -> dict[str, Any]:
+        """The model's arguments; none of the prompt's tokens is padding, whatever its id."""
+        prompt = model_inputs(self.model, self.tokenizer, encoded)
+        if "attention_mask" in parameters_of(self.model):
+            prompt.setdefault("attention_mask", torch.ones_like(prompt["input_ids"]))
+        return prompt
+
+    def _ids(self, target: str | Tensor) -> Tensor:
+        """The output's ids, ``(m,)``, without tokens for the beginning of a text."""
+        if isinstance(target, str):
+            encoded = self.tokenizer.encode(target, add_special_tokens=False)
+            return torch.tensor(encoded, dtype=torch.long)
+        if not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
+            what = f"of shape {tuple(target.shape)}" if isinstance(target, Tensor) else ""
+            raise TypeError(
+                f"target is a {type(target).__name__} {what}".rstrip() + ": give a text, or token "
+                "ids (m,)."
+            )
+        return target.detach()
+
+    def _generated(self, prompt: dict[str, Any], gen_args: dict[str, Any] | None) -> Tensor:
+        """The ids that the model generates after the prompt, ``(m,)``."""
+        if not callable(getattr(self.model, "generate", None)):
+            raise ValueError(
+                f"{type(self.model).__name__} has no method generate: give the output as target."
+            )
+        arguments = dict(gen_args or _GENERATION)
+        if "generation_config" in arguments:
+            arguments["generation_config"] = copy.deepcopy(arguments["generation_config"])
+        with _generation_configs_kept(self.model):
+            output = self.model.generate(**{**prompt, **arguments})
+        sequences: Tensor = getattr(output, "sequences", output)
+        return sequences[0, prompt["input_ids"].shape[1] :]
+
+    def _input_tokens(self, given: Any) -> list[str]:
+        if isinstance(given, TextTemplateInput):
+            return list(given.values)
+        return readable_ids(self.tokenizer, given.itp_tensor[0])
 
     def _last_logits(self, count: int) -> dict[str, int]:
         """Asks the model for its last logits only, where it can be asked."""
         return {LOGITS: count} if LOGITS in parameters_of(self.model) else {}
+
+
+@contextmanager
+def _generation_configs_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Puts back what generation changes in the configurations of a model and those inside it."""
+    kept = [
+        (module, config, copy.deepcopy(vars(config)))
+        for module in model.modules()
+        if (config := vars(module).get("generation_config")) is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, config, settings in kept:
+            module.generation_config = config
+            vars(config).clear()
+            vars(config).update(settings)
 
 
 def _values_of(inp: Any, encoded: Encoded) -> Callable[[Tensor], Tensor]:
@@ -181,6 +286,7 @@ def _values_of(inp: Any, encoded: Encoded) -> Callable[[Tensor], Tensor]:
         )
     group = range(len(inp.values)) if inp.mask is None else inp.formatted_mask
     ranges = [(span, group[value]) for value, spans in enumerate(places) for span in spans]
+    assert encoded.text is not None
     owner = owners(encoded.text, encoded.offsets, [span for span, _ in ranges])
     tokens = [place for place, number in enumerate(owner) if number is not None]
     features = torch.tensor([ranges[number][1] for number in owner if number is not None]).long()

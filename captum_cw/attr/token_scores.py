@@ -7,7 +7,7 @@ Layers are reduced each for itself, or followed from the last one to the first (
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from captum_cw import functional
 from captum_cw.aggregation import Flow, LayerPath, Rollout, Through
 from captum_cw.attr._captum import Attribution, logged
+from captum_cw.attr.inputs import LOGITS, tokens_of
 from captum_cw.attr.layer import (
     AttentionAttribution,
     Inputs,
@@ -23,6 +24,7 @@ from captum_cw.attr.layer import (
     refuse_target,
     stack_layers,
 )
+from captum_cw.attr.texts import leading, refuse_later_tokens
 from captum_cw.capture import Execution
 from captum_cw.functional import Aggregation, AttentionLayer, Reduction, check_choice
 
@@ -187,14 +189,19 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 "queries='all', but layers='flow' takes one flow for each query and token: give "
                 "the index of a query (-1 for the last), or a slice."
             )
-        path, chosen, _ = self._path(inputs, additional_forward_args, self._chosen, show_progress)
+        path, chosen, _ = self._path(
+            inputs,
+            additional_forward_args,
+            lambda execution, layer: self._chosen(layer),
+            show_progress,
+        )
         return path.scores(self.reduction, chosen).float()
 
     def _path(
         self,
         inputs: Inputs,
         additional_forward_args: object,
-        choose: Callable[[AttentionLayer], Tensor | None],
+        choose: Callable[[Execution, AttentionLayer], Tensor | None],
         show_progress: bool,
     ) -> tuple[LayerPath, Tensor | None, Any]:
         """The way through all layers, the chosen queries, and the output of the model."""
@@ -203,7 +210,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor | None:
             path.add(layer, mixing, execution.name)
-            return choose(layer)
+            return choose(execution, layer)
 
         results, output = self.method.observe(
             inputs,
@@ -237,46 +244,93 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         return chosen
 
     def rows(
-        self, inputs: Inputs, queries: slice, *, show_progress: bool = False
+        self,
+        inputs: Inputs,
+        queries: slice,
+        *,
+        prompt: int | None = None,
+        show_progress: bool = False,
     ) -> tuple[Tensor, Any]:
         """The scores at each of a few queries, instead of a reduction over them.
+
+        Learned virtual tokens, as of prompt or prefix tuning, stand before the text. Queries count
+        the text's own tokens, and its own tokens are those that have scores. Memory grows with the
+        rows that are asked for.
 
         Args:
             inputs: As for :meth:`attribute`, unpadded.
             queries: The queries, with a start and a stop.
+            prompt: How many tokens come before those that the model is to predict one by one. Where
+                it is given, no token may see those after it, but for the prompt's.
             show_progress: Shows a bar over the layers once it has taken two seconds.
 
         Returns:
             ``(B, t, S)`` aggregated over heads and layers, and the output of the model.
+
+        Raises:
+            UnsupportedModelError: As :meth:`attribute`; if it is not known which queries and keys
+                are the text's; and if tokens see those after them, though ``prompt`` is given.
+            ValueError: As :meth:`attribute`, and if layers or heads are not aggregated, or
+                ``queries`` are chosen already.
         """
         if self.layers is None or self.heads is None or self.queries != "all":
             raise ValueError(
                 f"layers={self.layers!r}, heads={self.heads!r}, queries={self.queries!r}: one row "
                 "a query needs layers and heads aggregated, and queries='all'."
             )
+        T, cached, kept = self._length(inputs)
+
+        def own(execution: Execution, layer: AttentionLayer) -> tuple[slice, slice]:
+            """The asked queries, and the keys of the text, as the layer counts them."""
+            before = leading(execution, layer, T, kept)
+            if prompt is not None:
+                refuse_later_tokens(execution, layer, before, prompt)
+            start = max(0, before[1] - cached)
+            return slice(queries.start + before[0], queries.stop + before[0]), slice(start, None)
+
         if self.layers in get_args(Through):
-            return self._rows_through(inputs, queries, show_progress)
+            return self._rows_through(inputs, own, show_progress)
         heads = self.heads
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor:
-            return functional.query_scores(
-                layer, self.method.measure, queries, heads=heads, signed=self.signed
-            ).float()
+            rows, keys = own(execution, layer)
+            scores = functional.query_scores(
+                layer, self.method.measure, rows, heads=heads, signed=self.signed
+            )
+            return scores[:, :, keys].float()
 
         results, output = self.method.observe(inputs, None, on_layer, show_progress=show_progress)
         scores = stack_layers([r for _, r in results], "the scores")
         return self._over_layers(scores), output
 
+    def _length(self, inputs: Inputs) -> tuple[int | None, int, int | None]:
+        """How many tokens are given, are in a given cache, and have logits; None if not known."""
+        model = self.method.model
+        if model is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            return None, 0, None
+        if isinstance(inputs, Mapping):
+            tokens = tokens_of(model, (), inputs)
+        else:
+            tokens = tokens_of(model, inputs if isinstance(inputs, tuple) else (inputs,), {})
+        return tokens.T, tokens.cached, tokens.named.get(LOGITS)
+
     def _rows_through(
-        self, inputs: Inputs, queries: slice, show_progress: bool
+        self,
+        inputs: Inputs,
+        own: Callable[[Execution, AttentionLayer], tuple[slice, slice]],
+        show_progress: bool,
     ) -> tuple[Tensor, Any]:
-        def choose(layer: AttentionLayer) -> Tensor:
+        places = slice(0), slice(0)
+
+        def choose(execution: Execution, layer: AttentionLayer) -> Tensor:
+            nonlocal places
+            places = own(execution, layer)
             chosen = torch.zeros(len(layer.value), layer.T, dtype=torch.bool)
-            chosen[:, queries] = True
+            chosen[:, places[0]] = True
             return chosen
 
         path, chosen, output = self._path(inputs, None, choose, show_progress)
-        return path.rows(chosen)[:, queries].float(), output
+        return path.rows(chosen)[:, places[0], places[1]].float(), output
 
 
 def _readable_queries(queries: Any) -> Literal["all"] | int | slice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -107,6 +108,21 @@ def _kl(given: Logits) -> Tensor:
     return torch.stack(rows)
 
 
+# Functions with names, and no closures, so that what holds a quantity can be pickled.
+
+
+def _nll(given: Logits) -> Tensor:
+    return given.nll
+
+
+def _perplexity(given: Logits) -> Tensor:
+    return given.nll.exp()
+
+
+def _probability(given: Logits) -> Tensor:
+    return _log_probability(given).exp()
+
+
 def last_token(real: Tensor) -> Tensor:
     """``(B,)``: the place of each example's last real token."""
     places = torch.arange(real.shape[1], device=real.device)
@@ -114,10 +130,10 @@ def last_token(real: Tensor) -> Tensor:
 
 
 QUANTITIES: dict[MetricName, Quantity] = {
-    "perplexity": Quantity(lambda given: given.nll.exp()),
-    "nll": Quantity(lambda given: given.nll),
+    "perplexity": Quantity(_perplexity),
+    "nll": Quantity(_nll),
     "log_prob": Quantity(_log_probability, higher_is_better=True),
-    "prob": Quantity(lambda given: _log_probability(given).exp(), higher_is_better=True),
+    "prob": Quantity(_probability, higher_is_better=True),
     "kl": Quantity(_kl),
 }
 
@@ -130,14 +146,13 @@ def quantity(metric: MetricName | Callable[..., Tensor]) -> Quantity:
     if not callable(metric):
         check_choice("metric", metric, MetricName)
         return QUANTITIES[metric]
-    compute = metric
+    return Quantity(partial(_checked, metric), bool(getattr(metric, "higher_is_better", False)))
 
-    def checked(given: Logits) -> Tensor:
-        values = compute(given.logits, given.batch, given.clean)
-        B = len(given.real)
-        if not isinstance(values, Tensor) or values.shape != (B,):
-            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"metric gave {shape}, not one number an example: ({B},).")
-        return values.double()
 
-    return Quantity(checked, bool(getattr(metric, "higher_is_better", False)))
+def _checked(compute: Callable[..., Tensor], given: Logits) -> Tensor:
+    values = compute(given.logits, given.batch, given.clean)
+    B = len(given.real)
+    if not isinstance(values, Tensor) or values.shape != (B,):
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"metric gave {shape}, not one number an example: ({B},).")
+    return values.double()
