@@ -119,7 +119,7 @@ def explain(
         return _look(execution.name, layer, before, K, maps)
 
     results, output = method.observe(
-        inputs, None, on_layer, one_text=True, show_progress=show_progress
+        inputs, None, on_layer, one_text=True, text_only=True, show_progress=show_progress
     )
     layers = [layer for _, layer in results]
     predicted, probability = _predictions(model, tokenizer, output, T) if causal else (None, None)

@@ -37,7 +37,7 @@ from captum_cw.capture import (
 )
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
 from captum_cw.capture.running import running
-from captum_cw.functional import AttentionLayer, Reduction, check_choice
+from captum_cw.functional import AttentionLayer, Reduction, blocks, check_choice
 from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
 from captum_cw.scoring import PairScorer, model_of, pair_scorer, space_of
 from captum_cw.sinks import THRESHOLD, layer_sinks, real_tokens
@@ -560,12 +560,13 @@ class CleanPass:
         real: ``(B, S)``, False at padding.
         sinks: ``(B, S)``.
         scores: By name of the method, ``(B, H, S)``.
-        causal: Whether no query of any layer sees a later key.
+        ahead: ``(B, S)``, True at tokens that tokens before them see, in some layer, so that these
+            do not predict them; None where there are none.
         vanishing: How many layer outputs vanish, so that their rows count as zeros.
         output: What the model returned.
     """
 
-    causal: bool = True
+    ahead: Tensor | None = None
     vanishing: int = 0
     real: list[Tensor] = field(default_factory=list)
     sinks: list[Tensor] = field(default_factory=list)
@@ -601,7 +602,9 @@ class CleanPass:
             home = seen.real[0].device if seen.real else layer.value.device
             seen.real.append(real_tokens(layer).to(home))
             seen.sinks.append(sink_rule.sinks(execution, layer).to(home))
-            seen.causal &= layer.mask.causal or layer.T == 1
+            if not layer.mask.causal:
+                ahead = _seen_ahead(layer).to(home)
+                seen.ahead = ahead if seen.ahead is None else seen.ahead | ahead
             for name, scorer in scorers.items():
                 scores = scorer(layer, number)
                 check_finite(scores, execution.name)
@@ -617,6 +620,21 @@ class CleanPass:
         if not seen.real:
             raise no_attention([model])
         return seen
+
+
+def _seen_ahead(layer: AttentionLayer) -> Tensor:
+    """``(B, S)``: which tokens a token before them sees, or one after them that it sees."""
+    mask, real = layer.mask, real_tokens(layer)
+    farthest = torch.full(real.shape, layer.S - 1, device=real.device)
+    keys = torch.arange(layer.S, device=real.device)
+    for rows in blocks(layer.T, max(1, 2**20 // layer.S)):
+        seen = mask.block(rows)
+        if seen is not None:
+            shape = len(real), rows.stop - rows.start, seen.shape[-1]
+            seen = seen.any(1).to(real.device).expand(shape)
+            farthest[:, rows] = (seen * keys[: seen.shape[-1]]).amax(-1)
+    reached = (farthest * real).cummax(1).values
+    return torch.nn.functional.pad(reached[:, :-1] >= keys[1:], (1, 0)) & real
 
 
 class CleanRemoval(_Intervention):

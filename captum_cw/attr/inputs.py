@@ -17,6 +17,7 @@ from captum_cw.capture.caches import find_cache, holds_tokens, own_copy, tokens_
 from captum_cw.capture.calls import Kind
 from captum_cw.capture.listening import taken_over
 from captum_cw.capture.positions import longest_text, too_long
+from captum_cw.capture.text import LOGITS
 
 __all__ = [
     "ForwardCall",
@@ -31,8 +32,6 @@ __all__ = [
 ]
 
 Parameters = Mapping[str, inspect.Parameter]
-#: By which models are asked for the logits of the last tokens alone.
-LOGITS = "logits_to_keep"
 #: From a warning here to the line of the user, as a rule.
 STACKLEVEL = 6
 
@@ -292,10 +291,9 @@ def _checked(
         if isinstance(named.get(name), Tensor):
             _check_ids(model, name, named[name])
     main, real, doubt = _tokens(named), _told(named), _doubt(args, parameters, named)
-    text = TextLayers.of(main, named)
     warn_of_special_tokens(model, named)
     if main is None or _is_whole(args):
-        return ForwardCall(args, kwargs, real, text=text, doubt=doubt)
+        return ForwardCall(args, kwargs, real, text=TextLayers.of(main, named), doubt=doubt)
     positions = kwargs.get("position_ids")
     if positions is None and "position_ids" in parameters:
         positions = _positions(model, kwargs, main.shape[1])
@@ -304,6 +302,7 @@ def _checked(
     lean = _lean(parameters, kwargs)
     last_only = LOGITS in lean and LOGITS not in kwargs
     long = _too_long(model, main.shape[1])
+    text = TextLayers.of(main, lean)
     return ForwardCall(args, lean, real, last_only, long, text, doubt)
 
 

@@ -145,10 +145,11 @@ class Observation:
         space: Where layers can be seen: in the ``"residual"`` one only if that is asked for.
         stream: Whether layers come with the residual stream, which needs that space. They may come
             a little later then, and return no factors.
-        text: Tells the layers to hand over from those over images and the like; None for all.
+        text: Tells the layers that read the text from those over images and the like, which are
+            left out; None where all count.
 
     Attributes:
-        executions: Every attention call so far, wanted or not.
+        executions: Every attention call so far that counts, wanted or not.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class Observation:
         self._updates = ResidualUpdates(roots) if space == "residual" else None
         self._stream = stream
         self._text = text
-        # What is not handed over, nor missed: the modules around the layers of other inputs.
+        # The modules around layers of other inputs, which are not missed if they cannot be seen.
         self._foreign: set[nn.Module] = set()
         self._missed: Callable[[], list[nn.Module]] = list
         self._stack = ExitStack()
@@ -239,11 +240,14 @@ class Observation:
             return
         if self._pending is not None:
             raise _no_projection(self._pending)
+        self._projected = None
+        if self._text is not None and not self._text.holds(call.running, call.B, call.T):
+            self._before = call.running
+            return
         execution = Execution(call.module, self._names[call.module], call.kind)
         self.executions.append(execution)
-        self._projected = None
         mask = self._mask(call)
-        of_kind = self._kind in ("all", call.kind) and self._reads_text(call)
+        of_kind = self._kind in ("all", call.kind)
         if of_kind and (self._wanted is None or call.module in self._wanted):
             if self._states is not None:
                 states = hidden_states(call, self._states, self._before)
@@ -253,9 +257,6 @@ class Observation:
             given = self._given(call, execution, spread) if self._stream else None
             self._pending = _Pending(execution, call, mask, flow, spread, given)
         self._before = call.running
-
-    def _reads_text(self, call: AttentionCall) -> bool:
-        return self._text is None or self._text.holds(call.running, call.B, call.T)
 
     def _given(
         self, call: AttentionCall, execution: Execution, spread: HeadGroup | None

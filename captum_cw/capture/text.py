@@ -17,7 +17,10 @@ from torch import Tensor
 
 from captum_cw.capture.running import Run
 
-__all__ = ["TextLayers"]
+__all__ = ["LOGITS", "TextLayers"]
+
+#: By which models are asked for the logits of the last tokens alone.
+LOGITS = "logits_to_keep"
 
 #: How the names of floating-point arguments end that belong to the text.
 OF_TEXT = ("inputs_embeds", "mask", "labels")
@@ -30,10 +33,13 @@ class TextLayers:
     Args:
         tokens: Token ids ``(B, T)`` or embeddings ``(B, T, d)``.
         others: The other inputs, such as the pixels of images.
+        kept: The last tokens of which logits are asked for: some models compute no other queries
+            in their last layers. None where all are.
     """
 
     tokens: Tensor
     others: Sequence[Tensor]
+    kept: int | None = None
 
     @classmethod
     def of(cls, tokens: Tensor | None, named: Mapping[str, Any]) -> TextLayers | None:
@@ -50,7 +56,10 @@ class TextLayers:
             for x in (value if isinstance(value, (list, tuple)) else (value,))
             if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
         ]
-        return cls(tokens, others) if tokens is not None and others else None
+        if tokens is None or not others:
+            return None
+        kept = named.get(LOGITS)
+        return cls(tokens, others, kept if isinstance(kept, int) and kept > 0 else None)
 
     def holds(self, runs: Iterable[Run], B: int, T: int) -> bool:
         """Whether a layer reads the text.
@@ -77,7 +86,7 @@ class TextLayers:
 
     def _fit(self, B: int, T: int) -> bool:
         examples, length = self.tokens.shape[:2]
-        return examples == B and length <= T
+        return examples == B and (length <= T or self.kept == T)
 
 
 def _same(x: Tensor, given: Tensor) -> bool:

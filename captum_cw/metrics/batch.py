@@ -145,13 +145,8 @@ class BatchRun:
         self.real = self.clean.real[0]
         protected = torch.isin(ids, ids.new_tensor(plan.protected_ids)).to(self.real.device)
         self.kept = [sinks | protected for sinks in self.clean.sinks]
-        if plan.mask_token_id is None and not self.clean.causal:
-            raise ValueError(
-                "The model sees later tokens, so it does not predict the next one: give "
-                "mask_token_id (and protected_ids) of a masked language model."
-            )
         if plan.mask_token_id is None:
-            self.counted = (self.real & self._asked())[:, 1:] & self.real[:, :-1]
+            self.counted = (self._predicted() & self._asked())[:, 1:] & self.real[:, :-1]
             self.clean_logits = logits_of(self.clean.output)
         else:
             self.counted = self.real & ~protected & self._asked()
@@ -174,6 +169,19 @@ class BatchRun:
             for name, method in self.methods.items()
             if isinstance(method, TokenMethod) or plan.granularity == "token"
         }
+
+    def _predicted(self) -> Tensor:
+        """``(B, T)``: the tokens that no token before them sees, as those of an image may."""
+        ahead = self.clean.ahead
+        if ahead is None:
+            return self.real
+        predicted = self.real & ~ahead
+        if not (predicted[:, 1:] & self.real[:, :-1]).any(1).all():
+            raise ValueError(
+                "The model sees later tokens, so it does not predict the next one: give "
+                "mask_token_id (and protected_ids) of a masked language model."
+            )
+        return predicted
 
     def _asked(self) -> Tensor:
         """``(B, T)``: the tokens whose likelihood counts, by the labels if there are any."""
