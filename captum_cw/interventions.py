@@ -36,6 +36,7 @@ from captum_cw.capture import (
     is_observed,
 )
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
+from captum_cw.capture.calls import kind_of
 from captum_cw.capture.running import running
 from captum_cw.functional import AttentionLayer, Reduction, blocks, check_choice
 from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
@@ -222,6 +223,8 @@ class _State(threading.local):
         # Within model.generate: the first text that it ran, (B, T).
         self.generating = False
         self.prompt: Tensor | None = None
+        # Tells the layers that read it from those over images; None without images.
+        self.text: TextLayers | None = None
 
 
 def _no_cache() -> None:
@@ -257,18 +260,25 @@ class _Intervention:
             yield
 
     @contextmanager
-    def _generation(self, *_: Any) -> Iterator[Callable[[Any], None]]:
+    def _generation(
+        self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[Callable[[Any], None]]:
         """Around ``model.generate``, which runs a prompt, then the same text with more tokens."""
         state = self._state
-        before = state.generating, state.prompt
+        before = state.generating, state.prompt, state.text
         state.generating, state.prompt = True, None
+        state.text = tokens_of(self.model, args[:1], kwargs).text
         try:
             yield _ignore
         finally:
-            state.generating, state.prompt = before
+            state.generating, state.prompt, state.text = before
 
     def _only_in_passes(self, module: nn.Module, heads: int, value: Tensor) -> None:
-        if not self._state.running:
+        state = self._state
+        if not state.running:
+            # Newer releases of transformers make states of images before the first pass.
+            if state.text is not None and not state.text.holds(running(), value.shape[0]):
+                return
             raise RuntimeError(
                 f"{type(module).__name__} runs outside of a pass of the {type(self.model).__name__}"
                 " whose values are changed: call the model itself, not a part of it, and turn off "
@@ -350,7 +360,7 @@ class _Intervention:
             return change
 
         def of_text(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
-            reads = text.holds(running(), value.shape[0], value.shape[2])
+            reads = text.holds(running(), value.shape[0])
             return change(module, heads, value) if reads else None
 
         return of_text
@@ -456,6 +466,7 @@ class _Scaled(_Intervention):
         self._state.factors = made
 
         def change(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
+            _check_own_tokens(module, value)
             number = len(made)
             wanted = self._layers is None or number in self._layers
             changes = wanted and self._positions and self._factor != 1
@@ -760,6 +771,14 @@ def _check_evaluation(model: nn.Module) -> None:
 def _check_kind(execution: Execution) -> None:
     if execution.kind == "cross":
         raise _of_two_texts(f"{execution.name!r} ({type(execution.module).__name__})")
+
+
+def _check_own_tokens(module: nn.Module, value: Tensor) -> None:
+    """Raises an UnsupportedModelError where a module that runs attends to other tokens."""
+    own = next((run for run in reversed(running()) if run.module is module), None)
+    states = None if own is None else own.states()
+    if states is not None and kind_of(own, states.shape[1], value.shape[2]) == "cross":
+        raise _of_two_texts(type(module).__name__)
 
 
 def _of_two_texts(what: str) -> UnsupportedModelError:

@@ -61,14 +61,15 @@ class TextLayers:
         kept = named.get(LOGITS)
         return cls(tokens, others, kept if isinstance(kept, int) and kept > 0 else None)
 
-    def holds(self, runs: Iterable[Run], B: int, T: int) -> bool:
+    def holds(self, runs: Iterable[Run], B: int, T: int | None = None) -> bool:
         """Whether a layer reads the text.
 
         Args:
             runs: The modules that are running, its own among them.
             B: The number of its examples.
-            T: The number of its queries or keys.
+            T: The number of its queries; None where only the modules around it are to tell.
         """
+        T = self.tokens.shape[1] if T is None else T
         return self._fit(B, T) and not any(self.is_foreign(run) for run in runs)
 
     def is_foreign(self, run: Run) -> bool:
