@@ -14,6 +14,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -106,8 +107,9 @@ class _State:
         _take_off(module, self.hooks)
         for name, kept in self.kept:
             kept.restore(name)
-        _put_back(module._buffers, self.buffers)
-        _put_back(vars(module), self.attributes)
+        _put_back(module._buffers, self.buffers, {})
+        own = {"forward": MethodType(type(module).forward, module)}
+        _put_back(vars(module), self.attributes, own)
 
 
 def _take_off(module: nn.Module, before: list[frozenset[int]]) -> None:
@@ -123,14 +125,15 @@ def _take_off(module: nn.Module, before: list[frozenset[int]]) -> None:
                     held.pop(key, None)
 
 
-def _put_back(held: dict[str, Any], before: dict[str, Any]) -> None:
+def _put_back(held: dict[str, Any], before: dict[str, Any], own: dict[str, Any]) -> None:
     if _same(held, before) and _same(held.values(), before.values()):
         return
     changed = [n for n, x in held.items() if before.get(n, _MISSING) is not x]
     for name in (*changed, *(before.keys() - held.keys())):
         old, new = before.get(name, _MISSING), held.get(name, _MISSING)
-        # A callable is a method that somebody has put there: it is theirs to take away.
-        if name in _OF_TORCH or callable(old) or callable(new):
+        # A callable is a method that somebody has put there: it is theirs to take away, unless it
+        # is the class's own, which transformers 4 leaves on modules that it had wrapped.
+        if name in _OF_TORCH or callable(old) or (callable(new) and new != own.get(name)):
             continue
         if old is _MISSING:
             del held[name]
