@@ -613,7 +613,7 @@ class CleanPass:
             home = seen.real[0].device if seen.real else layer.value.device
             seen.real.append(real_tokens(layer).to(home))
             seen.sinks.append(sink_rule.sinks(execution, layer).to(home))
-            if not layer.mask.causal:
+            if not layer.mask.causal and layer.T > 1:
                 ahead = _seen_ahead(layer).to(home)
                 seen.ahead = ahead if seen.ahead is None else seen.ahead | ahead
             for name, scorer in scorers.items():

@@ -195,9 +195,7 @@ def alone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
 @pytest.fixture
 def words() -> Any:
     model = WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(model), unk_token="w0"
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="w0")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -422,8 +420,7 @@ def test_layers_of_several_names_are_listed() -> None:
     model: Any = llava()
     names = ["model.language_model.layers.1.self_attn"]
     assert choice_of(names, model) == (
-        "layer=[model.get_submodule(name) for name in "
-        "['model.language_model.layers.1.self_attn']]"
+        "layer=[model.get_submodule(name) for name in ['model.language_model.layers.1.self_attn']]"
     )
 
 
@@ -535,6 +532,6 @@ def test_an_image_in_cross_attention_is_refused_where_its_tokens_would_be_ranked
         remove_tokens(model, "contribution", 0.5, scoring="clean"),
         scale_values(model, 0.0, positions=0),
     ):
-        with pytest.raises(UnsupportedModelError, match="cross-attention"), torch.no_grad():  # noqa: PT012, SIM117
+        with pytest.raises(UnsupportedModelError, match="cross-attention"), torch.no_grad():  # noqa: SIM117
             with changed:
                 model(**inputs)

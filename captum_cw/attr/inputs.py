@@ -20,6 +20,8 @@ from captum_cw.capture.positions import longest_text, too_long
 from captum_cw.capture.text import LOGITS
 
 __all__ = [
+    "LOGITS",
+    "Doubt",
     "ForwardCall",
     "Tokens",
     "begins_twice",
@@ -357,9 +359,7 @@ def _is_ours(error: Exception) -> bool:
     return module.split(".")[0] == __name__.split(".")[0] and not of_torch
 
 
-def _doubt(
-    args: tuple[Any, ...], parameters: Parameters, named: Mapping[str, Any]
-) -> Doubt | None:
+def _doubt(args: tuple[Any, ...], parameters: Parameters, named: Mapping[str, Any]) -> Doubt | None:
     """What may be wrong with inputs that some models take and others do not."""
     if _is_whole(args):
         return Doubt(

@@ -124,7 +124,10 @@ class BatchRun:
         self.inputs = {name: x for name, x in self.given.items() if name != "labels"}
         ids = self.inputs.get("input_ids")
         if not isinstance(ids, Tensor):
-            raise ValueError("There are no input_ids, so the likelihood of the text is not known.")
+            raise ValueError(
+                "There are no input_ids among the model's arguments, so the likelihood of the text "
+                "is not known: give a model whose forward takes input_ids by name."
+            )
         self.ids = ids
         in_pass: dict[str, PairScorer] = {
             name: method
@@ -175,8 +178,8 @@ class BatchRun:
         ahead = self.clean.ahead
         if ahead is None:
             return self.real
-        predicted = self.real & ~ahead
-        if not (predicted[:, 1:] & self.real[:, :-1]).any(1).all():
+        predicted, following = self.real & ~ahead, self.real[:, 1:] & self.real[:, :-1]
+        if (following.any(1) & ~(following & predicted[:, 1:]).any(1)).any():
             raise ValueError(
                 "The model sees later tokens, so it does not predict the next one: give "
                 "mask_token_id (and protected_ids) of a masked language model."
