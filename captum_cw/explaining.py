@@ -54,12 +54,13 @@ def explain(
     that rows sum to less; only the ``share`` of a head still counts all keys.
 
     Args:
-        model: A model of text whose layers attend to one sequence.
+        model: A model of text whose layers attend to one sequence. In a model of images and text,
+            the layers count that read the text.
         tokenizer: Its tokenizer. All that it returns and the model takes reaches the model.
         text: The text; a pair of texts, in a tuple; the messages of a chat, to which the
             tokenizer's chat template is applied; what the tokenizer returned for one text
-            (``BatchEncoding``), or a dict of the model's arguments; or token ids ``(T,)`` or
-            ``(1, T)``. Without padding.
+            (``BatchEncoding``), or a dict of the model's arguments, such as a processor's with
+            ``pixel_values``; or token ids ``(T,)`` or ``(1, T)``. Without padding.
         keys: How many keys are kept for each query of each head; 0 leaves heads out.
         space: Where outputs are measured, as for :class:`~captum_cw.ContributionWeights`.
         chat_template_kwargs: Further arguments for the chat template, such as
@@ -119,7 +120,7 @@ def explain(
         return _look(execution.name, layer, before, K, maps)
 
     results, output = method.observe(
-        inputs, None, on_layer, one_text=True, show_progress=show_progress
+        inputs, None, on_layer, one_text=True, text_only=True, show_progress=show_progress
     )
     layers = [layer for _, layer in results]
     predicted, probability = _predictions(model, tokenizer, output, T) if causal else (None, None)

@@ -19,6 +19,7 @@ __all__ = [
     "Kind",
     "UnsupportedModelError",
     "find_weights",
+    "kind_of",
     "padding_of",
     "query_mask",
     "same_numbers",
@@ -141,20 +142,31 @@ class AttentionCall:
     @cached_property
     def kind(self) -> Kind:
         """Whether keys are made of the tokens that queries are made of."""
-        if self.S < self.T:
-            return "cross"
-        if self.own is None:
-            return "self"
-        parameters = inspect.signature(self.own.module.forward).parameters
-        given = {**dict(zip(parameters, self.own.args, strict=False)), **self.own.kwargs}
-        states = self.own.states()
-        for name, other in given.items():
-            if not isinstance(other, Tensor) or other.dim() != 3 or same_numbers(other, states):
-                continue
-            # Where lengths differ, it tells itself by its own.
-            if name in OTHER_STATES or self.T != self.S == other.shape[1]:
-                return "cross"
+        return kind_of(self.own, self.T, self.S)
+
+
+def kind_of(own: Run | None, T: int, S: int) -> Kind:
+    """Whether an attention module attends to the tokens that its queries are made of.
+
+    Args:
+        own: What the module was given; None where that was not seen.
+        T: The number of queries.
+        S: The number of keys.
+    """
+    if S < T:
+        return "cross"
+    if own is None:
         return "self"
+    parameters = inspect.signature(own.module.forward).parameters
+    given = {**dict(zip(parameters, own.args, strict=False)), **own.kwargs}
+    states = own.states()
+    for name, other in given.items():
+        if not isinstance(other, Tensor) or other.dim() != 3 or same_numbers(other, states):
+            continue
+        # Where lengths differ, it tells itself by its own.
+        if name in OTHER_STATES or T != S == other.shape[1]:
+            return "cross"
+    return "self"
 
 
 def visible_keys(mask: Tensor) -> Tensor:

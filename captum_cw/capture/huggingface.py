@@ -134,6 +134,11 @@ class _Kernel:
         **kwargs: Any,
     ) -> Any:
         acting: Any = module
+        if query.dim() != 4:
+            raise ValueError(
+                f"{type(module).__name__} attends from queries of shape {tuple(query.shape)}, but "
+                "only (B, H, T, d_h) is known: give the model token ids (B, T)."
+            )
         with taken_over() as (listener, changes):
             for change in changes:
                 factors = change(module, query.shape[1], value)
