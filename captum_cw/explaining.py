@@ -100,7 +100,7 @@ def explain(
         seen.append(execution)
         if not maps:
             _check_memory(layer, expected_layers([model], seen), K)
-            maps.update({name: torch.zeros(T, T) for name in (*MEASURES, SIGNED)})
+            maps.update({name: _on_cpu(T, T) for name in (*MEASURES, SIGNED)})
         first = layer.mask.block(slice(0, 1))
         causal &= T == 1 or (first is not None and not bool(first[..., 1:].any()))
         return _look(execution.name, layer, K, maps)
@@ -187,13 +187,18 @@ class _Layer(NamedTuple):
     heads: HeadMaps
 
 
+def _on_cpu(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros where an explanation is kept."""
+    return torch.zeros(size, dtype=dtype, device="cpu")
+
+
 def _look(name: str, layer: AttentionLayer, K: int, maps: dict[str, Tensor]) -> _Layer:
     """Adds to the ``(T, S)`` maps of all layers; weights are computed once for all measures."""
     H, T, S = layer.H, layer.T, layer.S
     totals = {measure: layer.value.new_zeros(H, S) for measure in maps}
-    kept = {part: torch.zeros(H, T, K) for part in PARTS}
-    places = torch.zeros(H, T, K, dtype=torch.int32)
-    share = torch.zeros(H, T)
+    kept = {part: _on_cpu(H, T, K) for part in PARTS}
+    places = _on_cpu(H, T, K, dtype=torch.int32)
+    share = _on_cpu(H, T)
     factors = (functional.relative_norm, functional.cosine)
     for rows, found in map_blocks(layer, *MEASURES.values(), *factors):
         a, vw, vwon, c, relative_norm, cosine = (x[0] for x in found)

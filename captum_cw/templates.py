@@ -70,7 +70,7 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> Enc
     """The tokens of a text, and where they stand in it."""
     known = bool(getattr(tokenizer, "is_fast", False))
     found = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=known)
-    ids = torch.tensor(found["input_ids"], dtype=torch.long)[None]
+    ids = torch.tensor([found["input_ids"]], dtype=torch.long, device="cpu")
     offsets = [(start, stop) for start, stop in found["offset_mapping"]] if known else None
     return Encoded(text, ids, offsets)
 

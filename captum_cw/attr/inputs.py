@@ -116,7 +116,8 @@ def two_tokens(model: nn.Module) -> dict[str, Tensor] | None:
         return None
     # The embedding of padding is often zero, and so would be all that comes of it.
     padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-    ids = torch.tensor([[n for n in range(3) if n != padding][:2]], device=device_of(model))
+    first = [n for n in range(3) if n != padding][:2]
+    ids = torch.tensor([first], dtype=torch.long, device=device_of(model))
     inputs = {"input_ids": ids}
     if "decoder_input_ids" in parameters_of(model):
         inputs["decoder_input_ids"] = ids

@@ -271,7 +271,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         self, inputs: Inputs, queries: slice, show_progress: bool
     ) -> tuple[Tensor, Any]:
         def choose(layer: AttentionLayer) -> Tensor:
-            chosen = torch.zeros(len(layer.value), layer.T, dtype=torch.bool)
+            chosen = layer.value.new_zeros(len(layer.value), layer.T, dtype=torch.bool)
             chosen[:, queries] = True
             return chosen
 

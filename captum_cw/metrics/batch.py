@@ -229,9 +229,9 @@ class BatchRun:
             nll, self.counts = mean_nll(logits, ids, self.counted)
         if target is None:
             last = last_token(self.real).to(logits.device)
-            target = logits[torch.arange(len(last)), last].argmax(-1)
+            target = logits[torch.arange(len(last), device=last.device), last].argmax(-1)
         elif isinstance(target, int):
-            target = torch.full((len(ids),), target)
+            target = ids.new_full((len(ids),), target, dtype=torch.long)
         if target.shape != (len(ids),):
             raise ValueError(f"target has shape {tuple(target.shape)}, not ({len(ids)},).")
         if nll.isnan().any():
