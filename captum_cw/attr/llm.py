@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -108,7 +109,9 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         prompt = ids.to(self.device)
         if not prompt.numel():
             raise ValueError("The prompt is empty: give at least one token.")
-        output = self._get_target_tokens(given, target, gen_args).to(self.device)
+        # As above; a model that generates makes its tensors wherever it will.
+        with nullcontext() if target is None else torch.device("cpu"):
+            output = self._get_target_tokens(given, target, gen_args).to(self.device)
         n, m = prompt.shape[1], len(output)
         if not m:
             raise ValueError(
@@ -135,7 +138,8 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
 
     def _as_captums(self, inp: object) -> Any:
         if isinstance(inp, str):
-            return TextTokenInput(inp, self.tokenizer)
+            with torch.device("cpu"):  # Captum makes tensors on the default device
+                return TextTokenInput(inp, self.tokenizer)
         if isinstance(inp, (list, tuple)):
             return ChatTokenInput(inp, self.tokenizer)
         if not isinstance(inp, self.SUPPORTED_INPUTS):
