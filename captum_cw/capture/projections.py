@@ -348,7 +348,7 @@ def _linear(
 
 
 def projection(
-    product: LinearProduct,
+    product: LinearProduct | None,
     head_output: Tensor,
     factors: Tensor | None,
     dtype: torch.dtype,
@@ -357,7 +357,7 @@ def projection(
     """``o`` without the bias, and ``W_O`` by heads.
 
     Args:
-        product: What read the head outputs.
+        product: What read the head outputs, with its weight; None if it could not be read.
         head_output: ``(B, T, H, d_h)``.
         factors: Likewise: what they were multiplied by before; None if by nothing.
         dtype: What to compute in.
@@ -367,16 +367,15 @@ def projection(
         ``(B, T, d)`` and ``(H, d_h, d)``.
 
     Raises:
-        UnsupportedModelError: If the product is not linear.
+        UnsupportedModelError: If there is no weight.
     """
     B, T, H, d_h = head_output.shape
-    known = product if product.weight is not None else product.read()
-    if known is None or known.weight is None or known.weight.is_meta:
+    if product is None or product.weight is None or product.weight.is_meta:
         raise UnsupportedModelError(
             f"The weight of the output projection of layer {name!r} cannot be read, nor asked for: "
             "load the model in floating point."
         )
-    product, w = known, known.weight.detach().to(dtype)
+    w = product.weight.detach().to(dtype)
     if factors is None and product.bias is None and product.result.dtype == dtype:
         o = product.result.view(B, T, -1)
     else:
