@@ -403,7 +403,7 @@ class Observation:
             weights = find_weights(call, mask, name)
         layer = AttentionLayer(
             weights=weights,
-            value=call.value.to(call.dtype),
+            value=call.read(call.value),
             head_output=call.head_output.transpose(1, 2).to(call.dtype),
             output_weight=w,
             output=o,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.calls import TINY, UnsupportedModelError
+from captum_cw.capture.rounding import product_rounding, rounding
 
 __all__ = [
     "HeadFlow",
@@ -80,7 +81,7 @@ class LinearProduct:
         bias = nothing.flatten()
         again = self.input.detach().to(dtype) @ weight.to(dtype) + bias.to(dtype)
         wrong = (again - self.result.detach().to(dtype)).norm(dim=-1)
-        tolerance = max(tolerance, 8 * torch.finfo(self.result.dtype).eps)
+        tolerance = max(tolerance, 8 * product_rounding(self.result))
         if (wrong > tolerance * again.norm(dim=-1) + TINY).any():
             return None
         return replace(self, weight=weight, bias=bias)
@@ -186,7 +187,7 @@ class HeadFlow:
         dtype = torch.promote_types(x.dtype, torch.float32)
         by, y = (self.by_token(z).detach().to(dtype) for z in (by, self.start))
         wrong = (by * y - x.detach().to(dtype).reshape(y.shape)).abs()
-        eps = max(1e-5, *(4 * torch.finfo(z.dtype).eps for z in (x, self.start)))
+        eps = max(1e-5, 4 * rounding(x, self.start))
         size = (by * y).abs()
         size = size + 1e-3 * size.amax(-1, keepdim=True) + torch.finfo(size.dtype).tiny
         # NaN is not wrong: padded queries may have it.
