@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+from functools import cached_property, wraps
+from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -92,6 +93,32 @@ def check_choice(name: str, value: object, choices: object) -> None:
         raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, allowed))}.")
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs a function on tensors, or on a layer, in their own dtype.
+
+    Under ``torch.autocast``, matrix products would run in half precision, which loses the small
+    terms.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for x in (*args, *kwargs.values()):
+                x = x.value if isinstance(x, AttentionLayer) else x
+                if not isinstance(x, Tensor):
+                    continue
+                kind = x.device.type
+                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
+
+
 # ---------------------------------------------------------------------------------------------
 # Parts
 
@@ -144,6 +171,7 @@ def _grouped_matmul(rows: Tensor, keys: Tensor) -> Tensor:
     return product.view(B, H, t, keys.shape[2])
 
 
+@_outside_autocast
 def attention_weights(
     query: Tensor,
     key: Tensor,
@@ -190,6 +218,7 @@ def attention_weights(
     return (logits + mask).softmax(-1)
 
 
+@_outside_autocast
 def output_gram(output_weight: Tensor) -> Tensor:
     """``G_h = W_O^h W_O^h^T``, so that ``||v~_j^h||^2 = v_j^h G_h v_j^h``.
 
@@ -206,6 +235,7 @@ def output_gram(output_weight: Tensor) -> Tensor:
     return output_weight @ output_weight.transpose(-1, -2)
 
 
+@_outside_autocast
 def value_norms(value: Tensor, output_weight: Tensor) -> Tensor:
     """Norms of the projected values, ``||v~_j^h||``.
 
@@ -249,7 +279,8 @@ class _OutputForm:
     def norms(self, v: Tensor) -> Tensor:
         """``||v W_O^h||``, ``(B, H, n)``, of ``v`` ``(B, H, n, d_h)``."""
         if self.factor is not None:
-            return (v.to(self.dtype) @ self.factor.mT).norm(dim=-1)
+            norms: Tensor = torch.linalg.vector_norm(v.to(self.dtype) @ self.factor.mT, dim=-1)
+            return norms
         return self.pulled_back(v)[1].sqrt_()
 
     def pulled_back(self, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,6 +294,7 @@ class _OutputForm:
         return short @ self.factor, short.square().sum(-1)
 
 
+@_outside_autocast
 def pull_back(direction: Tensor, output_weight: Tensor) -> Tensor:
     """``u_i^h = W_O^h direction_i``, so that ``<direction_i, v~_j^h> = <u_i^h, v_j^h>``.
 
@@ -482,6 +514,7 @@ class AttentionLayer:
     residual: ResidualSum | None = None
 
     @classmethod
+    @_outside_autocast
     def from_tensors(
         cls, attention: Tensor, value: Tensor, output_weight: Tensor, mask: QueryMask | None = None
     ) -> AttentionLayer:
@@ -829,6 +862,7 @@ def map_blocks(
         yield rows, found
 
 
+@_outside_autocast
 def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
     """The whole map of a measure, ``(B, H, T, S)``.
 
@@ -845,6 +879,7 @@ def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
     return out
 
 
+@_outside_autocast
 def token_scores(
     layer: AttentionLayer,
     measure: Measure,
@@ -913,6 +948,7 @@ def _counted(mask: QueryMask, rows: slice, chosen: Tensor | None, g: Tensor) -> 
     return seen if chosen is None else seen & chosen[:, None, rows, None]
 
 
+@_outside_autocast
 def query_scores(
     layer: AttentionLayer,
     measure: Measure,
@@ -948,6 +984,7 @@ def query_scores(
     return out[:, queries]
 
 
+@_outside_autocast
 def head_share(layer: AttentionLayer) -> Tensor:
     """``sum_j c_ij^h``: how much of the layer's output each head makes; needs no map.
 

@@ -63,6 +63,7 @@ from captum_cw.visualization import (
     text_records,
 )
 
+
 def small_tokenizer() -> Any:
     """Of words: "?" is 0, "a" is 1."""
     words = {word: place for place, word in enumerate(f"?{string.ascii_letters}{string.digits}")}
@@ -208,14 +209,10 @@ ANALYSES: dict[str, Callable[[Any], Any]] = {
     "head_regimes": lambda at: analysis.head_regimes(at.model, at.ids, size=2),
     "interference": lambda at: analysis.interference(at.model, at.texts),
     "output_norms": lambda at: analysis.output_norms(at.model, at.texts),
-    "reference_frames": lambda at: analysis.reference_frames(
-        at.model, at.texts, permutations=49
-    ),
+    "reference_frames": lambda at: analysis.reference_frames(at.model, at.texts, permutations=49),
     "selection_assumptions": lambda at: analysis.selection_assumptions(at.model, at.long),
     "semantic_cone": lambda at: analysis.semantic_cone(at.model, at.texts),
-    "sink_scaling": lambda at: analysis.sink_scaling(
-        at.model, at.ids, epsilon=0.05, factors=[0.5]
-    ),
+    "sink_scaling": lambda at: analysis.sink_scaling(at.model, at.ids, epsilon=0.05, factors=[0.5]),
     "token_selection": lambda at: analysis.token_selection(
         at.model, at.ids, sizes=(2,), random_sets=1
     ),

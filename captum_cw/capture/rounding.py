@@ -50,7 +50,6 @@ def _settings() -> list[str]:
     with suppress(RuntimeError):
         found.append(torch.get_float32_matmul_precision())
     for backend in (backends.cuda, backends.mkldnn):
-        matmul = getattr(backend, "matmul", None)  # that of mkldnn is there since 2.9
-        with suppress(RuntimeError, AttributeError):
-            found.append(matmul.fp32_precision)
+        with suppress(RuntimeError, AttributeError):  # there since 2.9
+            found.append(backend.matmul.fp32_precision)
     return found or ["highest"]

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.calls import UnsupportedModelError, same_numbers
 from captum_cw.capture.projections import in_place, same_place
+from captum_cw.capture.rounding import rounding
 from captum_cw.capture.states import GivenStates
 from captum_cw.functional import FrozenUpdate, ResidualSum
 

@@ -72,7 +72,9 @@ def agreement(a: Tensor, b: Tensor, real: Tensor | None = None, *, top: float = 
         k = max(1, quota(top, len(x)))
         first, second = (set(z.sort(descending=True, stable=True)[1][:k].tolist()) for z in (x, y))
         overlaps.append(len(first & second) / k)
-    return Agreement(torch.stack(correlations), torch.tensor(overlaps, dtype=torch.float32, device="cpu"))
+    return Agreement(
+        torch.stack(correlations), torch.tensor(overlaps, dtype=torch.float32, device="cpu")
+    )
 
 
 def _ranks(x: Tensor) -> Tensor:
