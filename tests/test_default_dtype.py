@@ -111,9 +111,9 @@ DEFAULTS: dict[str, Callable[[], Any]] = {
 @pytest.fixture(scope="module")
 def at(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """All that has to exist before the defaults change."""
-    tiny_tokenizer = small_tokenizer()
-    tiny_tokenizer.pad_token, tiny_tokenizer.eos_token = "?", "Z"
-    tiny_tokenizer.chat_template = (
+    tokenizer = small_tokenizer()
+    tokenizer.pad_token, tokenizer.eos_token = "?", "Z"
+    tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
     )
     model, ids = llama(), token_ids(1, 9)
@@ -125,13 +125,14 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     metric = ComprehensivenessSufficiency(model, rates=[0.25, 0.5])
     result = metric.evaluate({"ours": "contribution", "chance": "random"}, texts)
     return SimpleNamespace(
-        model=model, gpt2=gpt2(), ids=ids, tokenizer=tiny_tokenizer, path=tmp_path_factory.mktemp("saved"),
+        model=model, gpt2=gpt2(), ids=ids, tokenizer=tokenizer,
+        path=tmp_path_factory.mktemp("saved"),
         padded={"input_ids": texts, "attention_mask": mask}, removed=removed,
         scores=torch.rand(2, 9), of_texts=torch.rand(2, 9), result=result, texts=texts,
         maps=ContributionWeights(model).attribute(ids),
         factors=ContributionWeights(model).decompose(ids),
-        explanation=explain(model, tiny_tokenizer, TEXT),
-        prompt=TextTokenInput(TEXT, tiny_tokenizer, skip_tokens=[2]),
+        explanation=explain(model, tokenizer, TEXT),
+        prompt=TextTokenInput(TEXT, tokenizer, skip_tokens=[2]),
         target=torch.tensor([5, 7]), long=token_ids(1, 24), output=torch.tensor([5, 7, 9]),
         chat=[{"role": "U", "content": "a b c"}, {"role": "A", "content": "d e"}],
         image=torch.rand(3, 4, 4), pixels=torch.rand(5),
@@ -221,13 +222,13 @@ ANALYSES: dict[str, Callable[[Any], Any]] = {
     "weight_maps": lambda at: drawn(analysis.weight_maps(at.model, at.texts).plot()),
 }
 
+MEASURES = (AttentionWeights, VWAttention, VWONAttention, ContributionWeights, ALTIWeights)
+
 ENTRIES: dict[str, Callable[[Any], Any]] = {
     **{
         kind.__name__: lambda at, kind=kind: kind(at.model).attribute(at.padded)
-        for kind in (
-            AttentionWeights, VWAttention, VWONAttention, ContributionWeights, ALTIWeights,
-        )
-    },  # fmt: skip
+        for kind in MEASURES
+    },
     "intra": lambda at: ContributionWeights(at.model, scope="intra").attribute(at.padded),
     "residual": lambda at: VWAttention(at.gpt2, space="residual").attribute(at.ids),
     "decompose": lambda at: ContributionWeights(at.model).decompose(at.padded),
@@ -268,7 +269,8 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
     "explain a chat": lambda at: explain(at.model, at.tokenizer, at.chat),
     "explanation page": lambda at: at.explanation.page(),
     "explanation frames": lambda at: (
-        at.explanation.to_dataframe(), at.explanation.to_dataframe("maps")
+        at.explanation.to_dataframe(),
+        at.explanation.to_dataframe("maps"),
     ),
     "explanation xarray": lambda at: at.explanation.to_xarray().to_dict(),
     "explanation by word": lambda at: at.explanation.by_word("mean"),
@@ -295,7 +297,10 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
         "vw", metric=lambda logits, batch, clean: (logits - clean).abs().mean((1, 2))
     ),
     "metric of tokens": faithfulness(
-        lambda at: at.scores, lambda at: ALTIWeights(at.model), "random", granularity="token",
+        lambda at: at.scores,
+        lambda at: ALTIWeights(at.model),
+        "random",
+        granularity="token",
         reduction="sum",
     ),
     "metric of masked tokens": faithfulness("random", mask_token_id=0, protected_ids=[3], T=4),
@@ -322,15 +327,13 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
     ],
     "text_html": lambda at: text_html(text_records({"x": SHARES}, list(TEXT[::2]), skip=[0])),
     "fold_patches": lambda at: fold_patches(at.pixels, image_size=4, patch_size=2),
-    "plot_image_scores": lambda at: drawn(
-        plot_image_scores(at.pixels, at.image, patch_size=2)
-    ),
+    "plot_image_scores": lambda at: drawn(plot_image_scores(at.pixels, at.image, patch_size=2)),
     "plot_token_scores": lambda at: drawn(
         plot_token_scores({"x": at.scores[0, :8]}, list(TEXT[::2]))
     ),
     "plot_decomposition": lambda at: drawn(plot_decomposition(at.factors[0])),
     **ANALYSES,
-}  # fmt: skip
+}
 
 
 def numbers(x: Any) -> Any:
@@ -366,9 +369,9 @@ def test_defaults_for_new_tensors_change_no_number(at: SimpleNamespace, entry: s
 
 #: What makes tensors where and as the defaults say. ``from_numpy`` and generators do not.
 MAKERS = {
-    "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "ones", "rand",
-    "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices",
-    "zeros",
+    "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "ones",
+    "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices",
+    "triu_indices", "zeros",
 }  # fmt: skip
 #: Those of integers, whatever the default is.
 OF_INTEGERS = {"arange", "randint", "randperm", "tril_indices", "triu_indices"}
