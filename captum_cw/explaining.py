@@ -54,12 +54,13 @@ def explain(
     that rows sum to less; only the ``share`` of a head still counts all keys.
 
     Args:
-        model: A model of text whose layers attend to one sequence.
+        model: A model of text whose layers attend to one sequence. In a model of images and text,
+            the layers count that read the text.
         tokenizer: Its tokenizer. All that it returns and the model takes reaches the model.
         text: The text; a pair of texts, in a tuple; the messages of a chat, to which the
             tokenizer's chat template is applied; what the tokenizer returned for one text
-            (``BatchEncoding``), or a dict of the model's arguments; or token ids ``(T,)`` or
-            ``(1, T)``. Without padding.
+            (``BatchEncoding``), or a dict of the model's arguments, such as a processor's with
+            ``pixel_values``; or token ids ``(T,)`` or ``(1, T)``. Without padding.
         keys: How many keys are kept for each query of each head; 0 leaves heads out.
         space: Where outputs are measured, as for :class:`~captum_cw.ContributionWeights`.
         chat_template_kwargs: Further arguments for the chat template, such as
@@ -112,14 +113,14 @@ def explain(
         seen.append(execution)
         if not maps:
             _check_memory(layer.H, T, expected_layers([model], seen), K)
-            maps.update({name: torch.zeros(T, T) for name in (*MEASURES, SIGNED)})
+            maps.update({name: _on_cpu(T, T) for name in (*MEASURES, SIGNED)})
         first = layer.mask.block(slice(before[0], before[0] + 1))
         later = slice(before[1] + 1, None)
         causal &= T == 1 or (first is not None and not bool(first[..., later].any()))
         return _look(execution.name, layer, before, K, maps)
 
     results, output = method.observe(
-        inputs, None, on_layer, one_text=True, show_progress=show_progress
+        inputs, None, on_layer, one_text=True, text_only=True, show_progress=show_progress
     )
     layers = [layer for _, layer in results]
     predicted, probability = _predictions(model, tokenizer, output, T) if causal else (None, None)
@@ -162,6 +163,11 @@ class _Layer(NamedTuple):
     heads: HeadMaps
 
 
+def _on_cpu(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros where an explanation is kept."""
+    return torch.zeros(size, dtype=dtype, device="cpu")
+
+
 def _look(
     name: str, layer: AttentionLayer, before: Span, K: int, maps: dict[str, Tensor]
 ) -> _Layer:
@@ -172,9 +178,9 @@ def _look(
     skipped, hidden = before
     H, T, S = layer.H, layer.T - skipped, layer.S - hidden
     totals = {measure: layer.value.new_zeros(H, S) for measure in maps}
-    kept = {part: torch.zeros(H, T, K) for part in PARTS}
-    places = torch.zeros(H, T, K, dtype=torch.int32)
-    share = torch.zeros(H, T)
+    kept = {part: _on_cpu(H, T, K) for part in PARTS}
+    places = _on_cpu(H, T, K, dtype=torch.int32)
+    share = _on_cpu(H, T)
     factors = (functional.relative_norm, functional.cosine)
     chosen = None
     if skipped:

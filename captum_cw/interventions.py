@@ -27,14 +27,18 @@ from captum_cw.capture import (
     Execution,
     Observation,
     StateSpace,
+    TextLayers,
     UnsupportedModelError,
+    ValueChange,
     around_passes,
     changed_values,
     evaluating,
     is_observed,
 )
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
-from captum_cw.functional import AttentionLayer, Reduction, check_choice
+from captum_cw.capture.calls import kind_of
+from captum_cw.capture.running import running
+from captum_cw.functional import AttentionLayer, Reduction, blocks, check_choice
 from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
 from captum_cw.scoring import PairScorer, model_of, pair_scorer, space_of
 from captum_cw.sinks import THRESHOLD, layer_sinks, real_tokens
@@ -73,7 +77,9 @@ def remove_tokens(
     key-value cache, and in passes that go on with a cache, what is removed is decided when the
     prompt is read, and generated tokens stay. Any other pass ranks its own text. Padding is known
     from the mask that the model is given; without one, every token counts. Learned virtual tokens
-    (prompt and prefix tuning) are neither ranked nor removed.
+    (prompt and prefix tuning) are neither ranked nor removed. Of a model of images and text, the
+    layers count whose queries are the tokens of ``input_ids``; those of a vision tower are left
+    alone.
 
     Args:
         model: The model.
@@ -123,7 +129,8 @@ def remove_values(model: nn.Module, masks: Sequence[Tensor]) -> Iterator[None]:
         model: The model.
         masks: For each attention layer, cross-attention included, in execution order,
             ``(B, H, S)`` boolean, True where the value is removed; of size 1 in ``B`` or ``H`` for
-            all examples or heads.
+            all examples or heads. The layers of a vision tower are among them; a mask without True
+            may have any shape, such as ``torch.zeros(1, 1, 1, dtype=torch.bool)``.
 
     Raises:
         TypeError, ValueError: If the masks are not boolean, or do not fit the pass that is run.
@@ -142,7 +149,7 @@ def remove_values(model: nn.Module, masks: Sequence[Tensor]) -> Iterator[None]:
                 else f"of type {type(mask).__name__}"
             )
             raise TypeError(f"Mask {number} is {what}: give boolean tensors (B, H, T).")
-    with FixedChange(model, [kept(mask) for mask in masks]).in_force():
+    with FixedChange(model, [kept(mask) for mask in masks], every_layer=True).in_force():
         yield
 
 
@@ -159,7 +166,8 @@ def scale_values(
         model: The model.
         factor: A finite number; 0 removes the values, 1 leaves them.
         positions: Places among the real tokens of each example; negative ones count from its end.
-        layers: Places of attention layers in execution order; None for all.
+        layers: Places of attention layers in execution order, those of a vision tower left out;
+            None for all.
 
     Raises:
         ValueError: If ``factor`` is not finite.
@@ -217,6 +225,8 @@ class _State(threading.local):
         # Within model.generate: the first text that it ran, (B, T).
         self.generating = False
         self.prompt: Tensor | None = None
+        # Tells the layers that read it from those over images; None without images.
+        self.text: TextLayers | None = None
 
 
 def _no_cache() -> None:
@@ -252,18 +262,25 @@ class _Intervention:
             yield
 
     @contextmanager
-    def _generation(self, *_: Any) -> Iterator[Callable[[Any], None]]:
+    def _generation(
+        self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[Callable[[Any], None]]:
         """Around ``model.generate``, which runs a prompt, then the same text with more tokens."""
         state = self._state
-        before = state.generating, state.prompt
+        before = state.generating, state.prompt, state.text
         state.generating, state.prompt = True, None
+        state.text = tokens_of(self.model, args[:1], kwargs).text
         try:
             yield _ignore
         finally:
-            state.generating, state.prompt = before
+            state.generating, state.prompt, state.text = before
 
     def _only_in_passes(self, module: nn.Module, heads: int, value: Tensor) -> None:
-        if not self._state.running:
+        state = self._state
+        if not state.running:
+            # Newer releases of transformers make states of images before the first pass.
+            if state.text is not None and not state.text.holds(running(), value.shape[0]):
+                return
             raise RuntimeError(
                 f"{type(module).__name__} runs outside of a pass of the {type(self.model).__name__}"
                 " whose values are changed: call the model itself, not a part of it, and turn off "
@@ -338,6 +355,18 @@ class _Intervention:
         """Around a pass over a text from its start; leaves the factors behind."""
         raise NotImplementedError
 
+    def _of_counted(self, tokens: Tokens, change: ValueChange) -> ValueChange:
+        """The same change, of the layers that read the text alone, beside images and the like."""
+        text = tokens.text
+        if text is None:
+            return change
+
+        def of_text(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
+            reads = text.holds(running(), value.shape[0])
+            return change(module, heads, value) if reads else None
+
+        return of_text
+
     @contextmanager
     def _changed(self, tokens: Tokens, later: bool = False) -> Iterator[None]:
         """Multiplies the values of the layers of a pass by the factors that are known.
@@ -361,7 +390,7 @@ class _Intervention:
                 _check_factors(factors, heads, value, tokens, number - 1, later)
             return factors
 
-        with changed_values(self._modules, change):
+        with changed_values(self._modules, self._of_counted(tokens, change)):
             yield
         if not number:
             raise no_attention([self.model])
@@ -402,11 +431,21 @@ def _check_factors(
 
 
 class FixedChange(_Intervention):
-    """The same factors in every pass."""
+    """The same factors in every pass.
 
-    def __init__(self, model: nn.Module, factors: Factors) -> None:
+    Args:
+        model: The model.
+        factors: The factors of each layer.
+        every_layer: Whether they are of every attention layer, rather than of those that read the
+            text.
+    """
+
+    def __init__(self, model: nn.Module, factors: Factors, every_layer: bool = False) -> None:
         super().__init__(model)
-        self._given = factors
+        self._given, self._every_layer = factors, every_layer
+
+    def _of_counted(self, tokens: Tokens, change: ValueChange) -> ValueChange:
+        return change if self._every_layer else super()._of_counted(tokens, change)
 
     def _prompt(self, call: _Call) -> AbstractContextManager[None]:
         self._state.factors = self._given
@@ -429,6 +468,7 @@ class _Scaled(_Intervention):
         self._state.factors = made
 
         def change(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
+            _check_own_tokens(module, value)
             number = len(made)
             wanted = self._layers is None or number in self._layers
             changes = wanted and self._positions and self._factor != 1
@@ -436,7 +476,7 @@ class _Scaled(_Intervention):
             made.append(factors)
             return factors
 
-        with changed_values(self._modules, change):
+        with changed_values(self._modules, self._of_counted(call.tokens, change)):
             yield
         if not made:
             raise no_attention([self.model])
@@ -534,12 +574,13 @@ class CleanPass:
         sinks: ``(B, S)``.
         scores: By name of the method, ``(B, H, S)``.
         keys: How many keys each layer has: more than ``S`` where a prefix was learned.
-        causal: Whether no query of any layer sees a later key.
+        ahead: ``(B, S)``, True at tokens that tokens before them see, in some layer, so that these
+            do not predict them; None where there are none.
         vanishing: How many layer outputs vanish, so that their rows count as zeros.
         output: What the model returned.
     """
 
-    causal: bool = True
+    ahead: Tensor | None = None
     vanishing: int = 0
     real: list[Tensor] = field(default_factory=list)
     sinks: list[Tensor] = field(default_factory=list)
@@ -555,8 +596,18 @@ class CleanPass:
         scorers: Mapping[str, PairScorer],
         sink_rule: SinkRule,
         told: Sequence[Tensor],
+        text: TextLayers | None,
     ) -> CleanPass:
-        """Runs ``forward``, a pass of ``model`` over a whole text, told of its padding."""
+        """Runs ``forward``, a pass of ``model`` over a whole text.
+
+        Args:
+            model: The model.
+            forward: Runs the pass.
+            scorers: What scores the pairs of each layer, by name.
+            sink_rule: Which tokens are sinks.
+            told: For each sequence of tokens ``(B, T)``, False at padding.
+            text: Tells the layers that read the text, which alone count; None where all do.
+        """
         seen = cls(scores={name: [] for name in scorers})
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> None:
@@ -568,7 +619,9 @@ class CleanPass:
             home = seen.real[0].device if seen.real else layer.value.device
             seen.real.append(own_tokens(model, real_tokens(layer), told).to(home))
             seen.sinks.append(sink_rule.sinks(execution, layer).to(home))
-            seen.causal &= layer.mask.causal or layer.T == 1
+            if not layer.mask.causal and layer.T > 1:
+                ahead = _seen_ahead(layer).to(home)
+                seen.ahead = ahead if seen.ahead is None else seen.ahead | ahead
             for name, scorer in scorers.items():
                 scores = scorer(layer, number)
                 check_finite(scores, execution.name)
@@ -578,7 +631,7 @@ class CleanPass:
         space = space_of(scorers.values())
         known = known_to(model, told)
         observation = Observation(
-            [model], on_layer, real=known, states=sink_rule.needs, space=space
+            [model], on_layer, real=known, states=sink_rule.needs, space=space, text=text
         )
         with torch.no_grad(), evaluating([model]), observation:
             seen.output = forward()
@@ -594,6 +647,21 @@ class CleanPass:
 def _of_keys(factors: Tensor | None, keys: int) -> Tensor | None:
     """Factors of all keys of a layer: those of a learned prefix stay."""
     return None if factors is None else behind(factors, keys, value=1)
+
+
+def _seen_ahead(layer: AttentionLayer) -> Tensor:
+    """``(B, S)``: which tokens a token before them sees, or one after them that it sees."""
+    mask, real = layer.mask, real_tokens(layer)
+    farthest = torch.full(real.shape, layer.S - 1, device=real.device)
+    keys = torch.arange(layer.S, device=real.device)
+    for rows in blocks(layer.T, max(1, 2**20 // layer.S)):
+        seen = mask.block(rows)
+        if seen is not None:
+            shape = len(real), rows.stop - rows.start, seen.shape[-1]
+            seen = seen.any(1).to(real.device).expand(shape)
+            farthest[:, rows] = (seen * keys[: seen.shape[-1]]).amax(-1)
+    reached = (farthest * real).cummax(1).values
+    return torch.nn.functional.pad(reached[:, :-1] >= keys[1:], (1, 0)) & real
 
 
 class CleanRemoval(_Intervention):
@@ -622,6 +690,7 @@ class CleanRemoval(_Intervention):
             {"": self._scorer},
             self._sink_rule,
             call.tokens.told,
+            call.tokens.text,
         )
         factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
         self._state.factors = clean.of_keys(factors)
@@ -664,9 +733,15 @@ class OnlineRemoval(_Intervention):
         self._state.factors = []
         states = self._sink_rule.needs if self._sinks is None else None
         space = space_of([self._scorer])
-        remove = partial(self._remove, call.tokens.told)
-        known = known_to(self.model, call.tokens.told)
-        with Observation([self.model], remove, real=known, states=states, space=space):
+        tokens = call.tokens
+        with Observation(
+            [self.model],
+            partial(self._remove, tokens.told),
+            real=known_to(self.model, tokens.told),
+            states=states,
+            space=space,
+            text=tokens.text,
+        ):
             yield
         if not self._state.factors:
             raise no_attention([self.model])
@@ -718,6 +793,14 @@ def _check_evaluation(model: nn.Module) -> None:
 def _check_kind(execution: Execution) -> None:
     if execution.kind == "cross":
         raise _of_two_texts(f"{execution.name!r} ({type(execution.module).__name__})")
+
+
+def _check_own_tokens(module: nn.Module, value: Tensor) -> None:
+    """Raises an UnsupportedModelError where a module that runs attends to other tokens."""
+    own = next((run for run in reversed(running()) if run.module is module), None)
+    states = None if own is None else own.states()
+    if states is not None and kind_of(own, states.shape[1], value.shape[2]) == "cross":
+        raise _of_two_texts(type(module).__name__)
 
 
 def _of_two_texts(what: str) -> UnsupportedModelError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,12 +12,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture import UnsupportedModelError, evaluating
+from captum_cw.capture import TextLayers, UnsupportedModelError, evaluating
 from captum_cw.capture.caches import find_cache, holds_tokens, own_copy, tokens_in
+from captum_cw.capture.calls import Kind
 from captum_cw.capture.listening import taken_over
 from captum_cw.capture.positions import longest_text, too_long
+from captum_cw.capture.text import LOGITS
 
 __all__ = [
+    "LOGITS",
+    "Doubt",
     "ForwardCall",
     "Tokens",
     "begins_twice",
@@ -31,10 +35,21 @@ __all__ = [
 ]
 
 Parameters = Mapping[str, inspect.Parameter]
-#: By which models are asked for the logits of the last tokens alone.
-LOGITS = "logits_to_keep"
 #: From a warning here to the line of the user, as a rule.
 STACKLEVEL = 6
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """That a model may not take some inputs, which most models only find out for themselves.
+
+    Args:
+        text: What may be wrong, and what to do then.
+        settled_by: The kinds of attention layers of which one has run only where nothing is wrong.
+    """
+
+    text: str
+    settled_by: tuple[Kind, ...] = ("self", "cross")
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,9 @@ class ForwardCall:
             caller did not say so.
         too_long: Says why the model may fail, where the text has more tokens than its
             configuration names; most models run all the same.
+        text: Tells the layers over the tokens from those over images and the like; None where there
+            is nothing beside a text.
+        doubt: Why the model may not take these inputs; None where nothing speaks for that.
     """
 
     args: tuple[Any, ...]
@@ -56,6 +74,8 @@ class ForwardCall:
     real: tuple[Tensor, ...]
     last_only: bool = False
     too_long: Callable[[], str] | None = None
+    text: TextLayers | None = None
+    doubt: Doubt | None = None
 
     def run(self, forward: Callable[..., Any]) -> Any:
         """Calls ``forward`` with copies of the arguments, as :func:`run_on_copies` does."""
@@ -66,6 +86,20 @@ class ForwardCall:
             if ours or self.too_long is None:
                 raise
             raise ValueError(self.too_long()) from error
+
+    def explained(self, error: Exception, ran: Collection[Kind]) -> Exception | None:
+        """What to raise in place of an error of the model's own; None to leave it.
+
+        Args:
+            error: What was raised in the pass.
+            ran: The kinds of the attention layers that ran before.
+        """
+        doubt = self.doubt
+        if doubt is None or _is_ours(error) or isinstance(error, _NOT_OF_INPUTS):
+            return None
+        if any(kind in ran for kind in doubt.settled_by):
+            return None
+        return ValueError(f"{doubt.text} (The model raised {type(error).__name__}: {error})")
 
     def with_all_logits(self) -> ForwardCall:
         """The same call, with the logits of all tokens."""
@@ -101,7 +135,11 @@ def forward_call(
     args: tuple[Any, ...]
     if isinstance(inputs, Mapping):
         args, kwargs = rest, dict(inputs)
-        if rest:
+        if _takes_whole(model, forward, kwargs):
+            # With the type that it has, which the model may count on.
+            args = (inputs if isinstance(inputs, MutableMapping) else dict(inputs), *rest)
+            kwargs = {}
+        elif rest:
             raise TypeError(
                 "additional_forward_args cannot follow a mapping, which names its arguments: put "
                 "them into the mapping."
@@ -118,11 +156,13 @@ def forward_call(
         )
     if model is None:
         # Nor is it known what it does about a mask that it is not given.
-        told = kwargs.get("attention_mask") is not None
-        return ForwardCall(args, kwargs, _told(kwargs) if told else ())
+        named = _with_held(args, kwargs)
+        told = _told(named) if named.get("attention_mask") is not None else ()
+        return ForwardCall(args, kwargs, told, doubt=_doubt(args, {}, named))
     _check_weights(model)
     parameters = parameters_of(model, forward)
-    args, kwargs = _by_name(model, parameters, args, kwargs)
+    if not _is_whole(args):
+        args, kwargs = _by_name(model, parameters, args, kwargs)
     return _checked(model, parameters, args, kwargs)
 
 
@@ -146,8 +186,11 @@ def two_tokens(model: nn.Module, n: int = 2) -> dict[str, Tensor] | None:
     if getattr(model, "main_input_name", None) != "input_ids":
         return None
     # The embedding of padding is often zero, and so would be all that comes of it.
-    padding = _special_ids(model).get("pad_token_id")
+    special = _special_ids(model)
+    padding, end = special.get("pad_token_id"), special.get("eos_token_id")
     ids = [i for i in range(n + 1) if i != padding][:n]
+    if end is not None and end != padding:  # where BART's classifiers read a text
+        ids[-1] = end
     inputs = {"input_ids": torch.tensor([ids], dtype=torch.long, device=device_of(model))}
     if "decoder_input_ids" in parameters_of(model):
         inputs["decoder_input_ids"] = inputs["input_ids"]
@@ -171,6 +214,8 @@ class Tokens:
         real: ``(B, T)``, False at padding; None where that is not told.
         cache: That key-value cache.
         named: The arguments of the call by their names.
+        text: Tells the layers over the tokens from those over images and the like; None where there
+            is nothing beside a text.
     """
 
     T: int | None
@@ -179,6 +224,7 @@ class Tokens:
     real: Tensor | None
     cache: Any
     named: dict[str, Any]
+    text: TextLayers | None = None
 
     @property
     def told(self) -> tuple[Tensor, ...]:
@@ -189,9 +235,12 @@ class Tokens:
 def tokens_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tokens:
     """Reads a call that somebody else makes, and leaves it as it is."""
     args, named = _by_name(model, parameters_of(model), args, dict(kwargs))
-    tokens, cache = _tokens(named), find_cache((*named.values(), *args))
+    cache = find_cache((*named.values(), *args))
+    held = _with_held(args, named)
+    tokens = _tokens(held)
     T = None if tokens is None else tokens.shape[1]
-    return Tokens(T, tokens, tokens_in(cache), _padding(named), cache, named)
+    text = TextLayers.of(tokens, held)
+    return Tokens(T, tokens, tokens_in(cache), _padding(held), cache, named, text)
 
 
 def _kind(x: object) -> str:
@@ -226,7 +275,7 @@ def _by_name(
     main = getattr(model, "main_input_name", None)
     ids = named.get(main) if main == "input_ids" else None
     if isinstance(ids, Tensor) and ids.is_floating_point():
-        if ids.dim() != 3 or "inputs_embeds" not in parameters:
+        if ids.dim() not in (3, 4) or "inputs_embeds" not in parameters:
             raise ValueError(
                 f"input_ids is a {ids.dtype} tensor of shape {tuple(ids.shape)}: token ids are "
                 "integers. Noise and interpolation need embeddings: pass "
@@ -239,22 +288,22 @@ def _by_name(
 def _checked(
     model: nn.Module, parameters: Parameters, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ForwardCall:
-    for name, value in [*enumerate(args), *kwargs.items()]:
+    named = _with_held(args, kwargs)
+    for name, value in [*enumerate(args), *named.items()]:
         if isinstance(value, Tensor) and value.numel() == 0:
             raise ValueError(
                 f"Argument {name!r} is empty (shape {tuple(value.shape)}): attribution needs at "
                 "least one example of one token."
             )
-        if isinstance(value, list):
+        if isinstance(value, list) and (name in kwargs or name == "input_ids"):
             raise TypeError(f"Argument {name!r} is a list: tokenize with return_tensors='pt'.")
     for name in ("input_ids", "decoder_input_ids"):
-        if isinstance(kwargs.get(name), Tensor):
-            _check_ids(model, name, kwargs[name])
-    main, real = _tokens(kwargs), _told(kwargs)
-    if main is None:
-        return ForwardCall(args, kwargs, real)
-    warn_of_special_tokens(model, kwargs)
-    _check_decoder(parameters, kwargs)
+        if isinstance(named.get(name), Tensor):
+            _check_ids(model, name, named[name])
+    main, real, doubt = _tokens(named), _told(named), _doubt(args, parameters, named)
+    warn_of_special_tokens(model, named)
+    if main is None or _is_whole(args):
+        return ForwardCall(args, kwargs, real, text=TextLayers.of(main, named), doubt=doubt)
     positions = kwargs.get("position_ids")
     if positions is None and "position_ids" in parameters:
         positions = _positions(model, kwargs, main.shape[1])
@@ -262,20 +311,89 @@ def _checked(
             kwargs = {**kwargs, "position_ids": positions}
     lean = _lean(parameters, kwargs)
     last_only = LOGITS in lean and LOGITS not in kwargs
-    return ForwardCall(args, lean, real, last_only, _too_long(model, main.shape[1]))
+    long = _too_long(model, main.shape[1])
+    text = TextLayers.of(main, lean)
+    return ForwardCall(args, lean, real, last_only, long, text, doubt)
 
 
-def _check_decoder(parameters: Parameters, kwargs: dict[str, Any]) -> None:
-    given = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "encoder_outputs")
-    if given[0] in parameters and all(kwargs.get(name) is None for name in given):
-        raise ValueError(
-            "The model has an encoder and a decoder, but the inputs say nothing of the decoder's "
-            "tokens: give a dict with input_ids and decoder_input_ids (or labels)."
+def _takes_whole(
+    model: nn.Module | None, forward: Callable[..., Any], given: Mapping[str, Any]
+) -> bool:
+    """Whether a forward takes a mapping as one argument, rather than what is in it by name."""
+    try:
+        signature = inspect.signature(forward)
+        if model is not None:
+            signature = inspect.Signature(list(parameters_of(model, forward).values()))
+    except ValueError:  # of a function that is not written in Python, or of several together
+        return False
+    if signature.parameters.keys() & given.keys():
+        return False
+    return not _binds(signature, **given) and _binds(signature, given)
+
+
+def _is_whole(args: tuple[Any, ...]) -> bool:
+    """Whether a model is given a mapping as its first argument."""
+    return bool(args) and isinstance(args[0], Mapping)
+
+
+def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _with_held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The named arguments, and what mappings among the arguments hold where these have no text."""
+    if _tokens(kwargs) is not None:
+        return kwargs
+    mappings = [x for x in (*args, *kwargs.values()) if isinstance(x, Mapping)]
+    held = {name: x for mapping in mappings for name, x in mapping.items()}
+    return {**held, **kwargs} if held else kwargs
+
+
+_NOT_OF_INPUTS = (UnsupportedModelError, MemoryError, torch.OutOfMemoryError)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error was raised by this package, which hooks into the model."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    # What torch itself raises seems to come from what looks on at its functions.
+    of_torch = isinstance(error, (RuntimeError, IndexError, TypeError))
+    return module.split(".")[0] == __name__.split(".")[0] and not of_torch
+
+
+def _doubt(args: tuple[Any, ...], parameters: Parameters, named: Mapping[str, Any]) -> Doubt | None:
+    """What may be wrong with inputs that some models take and others do not."""
+    if _is_whole(args):
+        return Doubt(
+            f"The forward function has no arguments {', '.join(map(repr, args[0]))}, so it was "
+            "given the mapping as a whole: if it takes something else, name its own arguments, or "
+            "give a tuple of tensors."
         )
+    ids = named.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() == 3:
+        return Doubt(
+            f"input_ids has shape {tuple(ids.shape)}, as for a model of multiple choice: expected "
+            "(B, T); for one text, ids[None]."
+        )
+    decoder = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "encoder_outputs")
+    if decoder[0] in parameters and all(named.get(name) is None for name in decoder):
+        return Doubt(
+            "The model has an encoder and a decoder, but the inputs say nothing of the decoder's "
+            "tokens, and it does not make them by itself: give a dict with "
+            f"{next(iter(named), 'input_ids')} and decoder_input_ids (or labels).",
+            settled_by=("cross",),
+        )
+    return None
 
 
 def _check_ids(model: nn.Module, name: str, ids: Tensor) -> None:
-    if ids.dim() != 2:
+    if ids.dim() != 2 and (name, ids.dim()) != ("input_ids", 3):
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)}: expected (B, T); for one text, ids[None]."
         )
@@ -294,7 +412,17 @@ def _check_ids(model: nn.Module, name: str, ids: Tensor) -> None:
 
 
 def _tokens(kwargs: Mapping[str, Any], prefix: str = "") -> Tensor | None:
-    """What holds one entry a token: ids ``(B, T)`` or embeddings ``(B, T, d)``."""
+    """What holds one entry a token: ids ``(B, T)`` or embeddings ``(B, T, d)``.
+
+    The choices of an example, ``(B, choices, T)``, are examples of their own.
+    """
+    tokens = _given(kwargs, prefix)
+    if tokens is None:
+        return None
+    return tokens.flatten(0, 1) if tokens.dim() > 2 + tokens.is_floating_point() else tokens
+
+
+def _given(kwargs: Mapping[str, Any], prefix: str) -> Tensor | None:
     for name in ("input_ids", "inputs_embeds"):
         tokens = kwargs.get(f"{prefix}{name}")
         if isinstance(tokens, Tensor) and tokens.dim() > 1:
@@ -314,6 +442,8 @@ def _padding(kwargs: Mapping[str, Any], prefix: str = "") -> Tensor | None:
     if tokens is None or not isinstance(mask, Tensor | None):
         return None
     B, T = tokens.shape[:2]
+    if mask is not None and mask.dim() == 3 and tokens is not _given(kwargs, prefix):
+        mask = mask.flatten(0, 1)  # that of choices
     if mask is None:
         return torch.ones(B, T, dtype=torch.bool, device=tokens.device)
     cached = tokens_in(find_cache(kwargs))

@@ -6,6 +6,7 @@ observes the layers and gives results in Captum's form.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections import Counter
@@ -14,7 +15,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from captum_cw.capture import (
     Execution,
     Observation,
     StateSpace,
+    TextLayers,
     UnsupportedModelError,
     evaluating,
     names_of,
@@ -37,6 +38,7 @@ from captum_cw.functional import (
     Scope,
     Space,
 )
+from captum_cw.memory import free_bytes
 from captum_cw.progress import progress_bar
 
 __all__ = [
@@ -60,6 +62,7 @@ class _Watched:
     states: StateSpace | None
     stream: bool
     one_text: bool
+    text: TextLayers | None
 
 
 class _ShortenedError(Exception):
@@ -163,26 +166,36 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         states: StateSpace | None = None,
         stream: bool = False,
         one_text: bool = False,
+        text_only: bool = False,
         show_progress: bool = False,
     ) -> tuple[list[tuple[Execution, Result]], Any]:
         """Runs the model once and applies ``on_layer`` to each chosen layer, in order.
 
         With ``states``, executions bring the hidden states of their tokens; with ``stream``, layers
         bring the residual stream, and are seen in its space; with ``one_text``, there must be no
-        cross-attention from the first of them to the last. Where the first pass shows that the
-        model leaves queries out, ``on_layer`` is applied anew, once and for all.
+        cross-attention from the first of them to the last. With ``text_only``, the layers are those
+        that read the text, where none are chosen: not those of a vision tower. Where the first pass
+        shows that the model leaves queries out, ``on_layer`` is applied anew, once and for all.
 
         Returns:
             One result for each execution, and what the model returned.
         """
-        watched = _Watched(states, stream or self.needs_stream, one_text)
         forward = self.forward_func
         called = forward.forward if isinstance(forward, nn.Module) else forward
         call = forward_call(self.model, called, inputs, additional_forward_args)
         if call.last_only and self._all_logits:
             call = call.with_all_logits()
+        text = call.text if text_only and self._chosen is None else None
+        watched = _Watched(states, stream or self.needs_stream, one_text, text)
         try:
             results, output, vanishing = self._pass(call, on_layer, watched, show_progress)
+        except UnsupportedModelError as error:
+            way_out = self._layers_of_text(call, watched)
+            if way_out is None:
+                raise
+            raise UnsupportedModelError(
+                f"{error} To leave out what does not read the text, give {way_out}."
+            ) from error
         except _ShortenedError:
             self._all_logits = True
             results, output, vanishing = self._pass(
@@ -240,6 +253,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                 states=watched.states,
                 space=space,
                 stream=watched.stream,
+                text=watched.text,
             )
             with (
                 torch.no_grad(),
@@ -247,11 +261,32 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
                 observation,
                 uncompiled(),
             ):
-                output = call.run(self.forward_func)
+                try:
+                    output = call.run(self.forward_func)
+                except Exception as error:
+                    ran = {execution.kind for execution in observation.executions}
+                    explained = call.explained(error, ran)
+                    if explained is None:
+                        raise
+                    raise explained from error
+        if not observation.executions and self._chosen is None:
+            raise no_attention(self._roots)
         _check_executions(observation.executions, self._chosen, self._roots, self.kind)
         if watched.one_text:
             _check_one_text(observation.executions, self._chosen)
         return results, output, vanishing
+
+    def _layers_of_text(self, call: ForwardCall, watched: _Watched) -> str | None:
+        """How the layers that read the text are chosen; None where that helps nothing."""
+        if self._chosen is not None or call.text is None or watched.text is not None:
+            return None
+        try:
+            results, _, _ = self._pass(
+                call.with_all_logits(), _ignore, replace(watched, text=call.text), False
+            )
+        except (UnsupportedModelError, ValueError):  # nor can they be seen
+            return None
+        return choice_of([execution.name for execution, _ in results], self._roots[0])
 
     @logged
     def attribute(
@@ -267,7 +302,9 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         Args:
             inputs: Token ids ``(B, T)``, a tokenizer's ``BatchEncoding`` or a dict of keyword
                 arguments, embeddings ``(B, T, d)`` for a model whose main input is ids, else
-                the model's main input; or a tuple of tensors, passed in order.
+                the model's main input; or a tuple of tensors, passed in order. A model of multiple
+                choice takes ids ``(B, choices, T)``. A module that takes one mapping, such as a
+                ``SentenceTransformer``, is given the dict as a whole, in a copy.
             additional_forward_args: Further positional arguments, as in Captum.
             target: Must be None: an attention measure explains a layer's output, not a class.
             show_progress: Shows a bar over the layers once it has taken two seconds.
@@ -278,11 +315,14 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
             size of the layer's output. Where a module runs several times in a pass, its place
             holds a tuple with one map for each time (one entry each where ``layer`` is None).
             Padded queries and keys are zeros. A tensor given in a tuple of one comes back in one.
+            Of ids ``(B, choices, T)`` there are ``B * choices`` examples: the choices of the first
+            example, then those of the second, and so on.
 
         Raises:
             TypeError: If ``inputs`` or ``layer`` is of a kind that cannot be read.
-            ValueError: If ids, mask or positions do not fit the model, the input is empty, a
-                layer does not run attention, ``target`` is given, or activations are NaN.
+            ValueError: If ids, mask or positions do not fit the model, the input is empty, the
+                model needs tokens for its decoder and is given none, a layer does not run
+                attention, ``target`` is given, or activations are NaN.
             MemoryError: If the maps would not fit into memory, with their size.
             UnsupportedModelError: If the model does something that would make the result wrong.
         """
@@ -340,6 +380,23 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
             return runs[0] if len(runs) == 1 else tuple(runs)
 
         return of(self.layer) if isinstance(self.layer, nn.Module) else [of(m) for m in self.layer]
+
+
+def choice_of(names: Sequence[str], model: nn.Module) -> str:
+    """The argument ``layer=`` that chooses modules of a model, as users would write it.
+
+    Example:
+        >>> choice_of(["model.layers.0.self_attn", "model.layers.1.self_attn"], model)
+        'layer=[m.self_attn for m in model.model.layers]'
+    """
+    names = list(dict.fromkeys(names))
+    parts = [re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name) for name in names]
+    places = {(part[1], part[3]) for part in parts if part is not None}
+    if all(parts) and len(places) == 1:
+        around, inside = places.pop()
+        if len(names) == len(list(model.get_submodule(around).children())):
+            return f"layer=[m.{inside} for m in model.{around}]"
+    return f"layer=[model.get_submodule(name) for name in {names}]"
 
 
 def _ignore(execution: Execution, layer: AttentionLayer) -> None:
@@ -421,8 +478,6 @@ def _check_executions(
     roots: list[nn.Module],
     kind: Kind,
 ) -> None:
-    if not executions and chosen is None:
-        raise no_attention(roots)
     if chosen is None and kind != "all" and all(e.kind != kind for e in executions):
         raise ValueError(
             f"kind={kind!r}, but all {len(executions)} attention layers that ran are of the kind "
@@ -474,10 +529,7 @@ def _check_memory(layer: AttentionLayer, layers: int, maps: int, heads: int) -> 
 
 def check_fits(needed: int, device: torch.device, what: str, way_out: str) -> None:
     """Raises a MemoryError if maps of ``needed`` bytes exceed what is free."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = free_bytes(device)
     if needed > free:
         raise MemoryError(
             f"The maps need {needed / 1e9:.1f} GB ({what}), but {free / 1e9:.1f} GB are free. "

@@ -101,14 +101,16 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         ablated.
 
         Of a model with learned virtual tokens (prompt or prefix tuning), the scores are those of
-        the prompt's own tokens. Dropout is off, while the model generates too.
+        the prompt's own tokens. Of a model of images and text, the layers count that read the text,
+        where the measure has no layers chosen. Dropout is off, while the model generates too.
 
         Args:
             inp: The prompt: a text; the messages of a chat (:class:`~captum_cw.ChatTokenInput`), to
                 which the tokenizer's chat template is applied; what the tokenizer returned for one
                 text, or a dict of the model's arguments, whose mask and token types go on over the
-                output; token ids ``(n,)``; or Captum's ``TextTokenInput`` (tokens that it skips are
-                left out of the result) or ``TextTemplateInput``.
+                output, and whose ``pixel_values`` stay as they are; token ids ``(n,)``; or Captum's
+                ``TextTokenInput`` (tokens that it skips are left out of the result) or
+                ``TextTemplateInput``.
             target: The output, as text or token ids ``(m,)``; None generates it.
             gen_args: Arguments for ``model.generate``; only without ``target``.
             chat_template_kwargs: Further arguments for the chat template, such as
@@ -289,7 +291,8 @@ def _values_of(inp: Any, encoded: Encoded) -> Callable[[Tensor], Tensor]:
     assert encoded.text is not None
     owner = owners(encoded.text, encoded.offsets, [span for span, _ in ranges])
     tokens = [place for place, number in enumerate(owner) if number is not None]
-    features = torch.tensor([ranges[number][1] for number in owner if number is not None]).long()
+    owned = [ranges[number][1] for number in owner if number is not None]
+    features = torch.tensor(owned, dtype=torch.long, device="cpu")
 
     def summed(attr: Tensor) -> Tensor:
         sums = attr.new_zeros(len(attr), inp.n_itp_features)

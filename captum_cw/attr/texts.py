@@ -170,7 +170,7 @@ def extended(inputs: Mapping[str, Any], output: Tensor) -> dict[str, Any]:
     """The inputs of a prompt, with the tokens of its output after it.
 
     Masks go on with ones, token types with the last one, as when models generate, and positions
-    count on. What does not speak of tokens stays as it is.
+    count on. What does not speak of tokens, such as the pixels of images, stays as it is.
 
     Args:
         inputs: Of the prompt, with ``input_ids`` ``(1, n)``.
@@ -188,6 +188,8 @@ def extended(inputs: Mapping[str, Any], output: Tensor) -> dict[str, Any]:
     found = dict(inputs)
     for name, x in inputs.items():
         by_token = isinstance(x, Tensor) and x.shape[:2] == (1, n)
+        if by_token and x.is_floating_point() and x.dim() > 2 and not name.endswith("mask"):
+            by_token = False  # as many channels of an image as tokens, by chance
         if not by_token and name in ("attention_mask", "position_ids"):
             what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
@@ -206,6 +208,10 @@ def _continued(name: str, x: Tensor, output: Tensor) -> Tensor:
         return output[None].to(x)
     if name == "attention_mask":
         return x.new_ones(1, m)
+    if name.endswith("mm_token_type_ids"):  # which are of images, and which are text
+        return x.new_zeros(1, m)
+    if name == "cross_attention_mask":  # the images that the prompt's last token sees
+        return last.expand(1, m, *x.shape[2:])
     if name == "position_ids":
         return last + torch.arange(1, m + 1, device=x.device)
     if name.endswith("token_type_ids"):

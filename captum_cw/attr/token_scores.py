@@ -203,6 +203,8 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         additional_forward_args: object,
         choose: Callable[[Execution, AttentionLayer], Tensor | None],
         show_progress: bool,
+        *,
+        text_only: bool = False,
     ) -> tuple[LayerPath, Tensor | None, Any]:
         """The way through all layers, the chosen queries, and the output of the model."""
         path: LayerPath = Rollout() if self.layers == "rollout" else Flow()
@@ -218,6 +220,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
             on_layer,
             stream=self.method.mixes_stream,
             one_text=True,
+            text_only=text_only,
             show_progress=show_progress,
         )
         return path, results[0][1], output
@@ -254,8 +257,9 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         """The scores at each of a few queries, instead of a reduction over them.
 
         Learned virtual tokens, as of prompt or prefix tuning, stand before the text. Queries count
-        the text's own tokens, and its own tokens are those that have scores. Memory grows with the
-        rows that are asked for.
+        the text's own tokens, and its own tokens are those that have scores. Of a model of images
+        and text, the layers count that read the text, where the measure has no layers chosen.
+        Memory grows with the rows that are asked for.
 
         Args:
             inputs: As for :meth:`attribute`, unpadded.
@@ -299,7 +303,9 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
             )
             return scores[:, :, keys].float()
 
-        results, output = self.method.observe(inputs, None, on_layer, show_progress=show_progress)
+        results, output = self.method.observe(
+            inputs, None, on_layer, text_only=True, show_progress=show_progress
+        )
         scores = stack_layers([r for _, r in results], "the scores")
         return self._over_layers(scores), output
 
@@ -325,11 +331,11 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         def choose(execution: Execution, layer: AttentionLayer) -> Tensor:
             nonlocal places
             places = own(execution, layer)
-            chosen = torch.zeros(len(layer.value), layer.T, dtype=torch.bool)
+            chosen = layer.value.new_zeros(len(layer.value), layer.T, dtype=torch.bool)
             chosen[:, places[0]] = True
             return chosen
 
-        path, chosen, output = self._path(inputs, None, choose, show_progress)
+        path, chosen, output = self._path(inputs, None, choose, show_progress, text_only=True)
         return path.rows(chosen)[:, places[0], places[1]].float(), output
 
 

@@ -18,6 +18,7 @@ from captum_cw.capture.observation import (
 )
 from captum_cw.capture.passes import around_passes
 from captum_cw.capture.states import StateSpace
+from captum_cw.capture.text import TextLayers
 from captum_cw.capture.unchanged import evaluating
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Kind",
     "Observation",
     "StateSpace",
+    "TextLayers",
     "UnsupportedModelError",
     "ValueChange",
     "around_passes",

@@ -34,6 +34,7 @@ from captum_cw.capture.projections import (
 from captum_cw.capture.running import Run, entries, running
 from captum_cw.capture.spread import HeadGroup, head_group
 from captum_cw.capture.states import GivenStates, StateSpace, hidden_states
+from captum_cw.capture.text import TextLayers
 from captum_cw.capture.updates import ResidualUpdates
 from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, ResidualSum, Space
 
@@ -144,9 +145,11 @@ class Observation:
         space: Where layers can be seen: in the ``"residual"`` one only if that is asked for.
         stream: Whether layers come with the residual stream, which needs that space. They may come
             a little later then, and return no factors.
+        text: Tells the layers that read the text from those over images and the like, which are
+            left out; None where all count.
 
     Attributes:
-        executions: Every attention call so far, wanted or not.
+        executions: Every attention call so far that counts, wanted or not.
     """
 
     def __init__(
@@ -160,6 +163,7 @@ class Observation:
         states: StateSpace | None = None,
         space: Space = "attention",
         stream: bool = False,
+        text: TextLayers | None = None,
     ) -> None:
         self.executions: list[Execution] = []
         self._names = names_of(roots)
@@ -176,6 +180,9 @@ class Observation:
         self._states = states
         self._updates = ResidualUpdates(roots) if space == "residual" else None
         self._stream = stream
+        self._text = text
+        # The modules around layers of other inputs, which are not missed if they cannot be seen.
+        self._foreign: set[nn.Module] = set()
         self._missed: Callable[[], list[nn.Module]] = list
         self._stack = ExitStack()
 
@@ -210,7 +217,9 @@ class Observation:
 
     def _tell_of_missed(self) -> None:
         modules = [module for module in self._missed() if module in self._names]
-        missed = [self._names[module] for module in modules]
+        asked = set(self._names if self._wanted is None else self._wanted)
+        asked -= {part for module in self._foreign for part in module.modules()}
+        missed = [self._names[module] for module in modules if module in asked]
         for execution in self.executions:
             if execution.module in modules:
                 raise UnsupportedModelError(
@@ -231,9 +240,12 @@ class Observation:
             return
         if self._pending is not None:
             raise _no_projection(self._pending)
+        self._projected = None
+        if self._text is not None and not self._text.holds(call.running, call.B, call.T):
+            self._before = call.running
+            return
         execution = Execution(call.module, self._names[call.module], call.kind)
         self.executions.append(execution)
-        self._projected = None
         mask = self._mask(call)
         of_kind = self._kind in ("all", call.kind)
         if of_kind and (self._wanted is None or call.module in self._wanted):
@@ -284,6 +296,8 @@ class Observation:
         return None
 
     def _on_enter(self, run: Run) -> None:
+        if self._text is not None and self._text.is_foreign(run):
+            self._foreign.add(run.module)
         pending = self._pending
         if pending is None or pending.container is not None or not is_listening(self._on_call):
             return
@@ -366,16 +380,18 @@ class Observation:
         self._pending, self._projected = None, (execution, read)
 
         def found(update: FrozenUpdate | None, residual: ResidualSum | None) -> Tensor | None:
-            # What is computed here is not the model's. Geometry is float32 at least, whatever the
-            # model is cast to.
             device = pending.call.value.device.type
-            with taken_over(), torch.autocast(device, enabled=False):
-                layer = self._layer(pending, product, reading.factors)
-                if residual is not None:
-                    residual = residual.to(pending.call.dtype)
-                layer = replace(layer, update=update, residual=residual)
-                with torch._C.DisableTorchFunction():  # nobody follows what is computed of it
-                    factors = self._on_layer(execution, layer)
+            with taken_over():  # what is computed here is not the model's
+                # The model's own functions run under the autocast that it runs under; geometry is
+                # float32 at least, whatever the model is cast to.
+                readable = product if product.weight is not None else product.read()
+                with torch.autocast(device, enabled=False):
+                    layer = self._layer(pending, readable, reading.factors)
+                    if residual is not None:
+                        residual = residual.to(pending.call.dtype)
+                    layer = replace(layer, update=update, residual=residual)
+                    with torch._C.DisableTorchFunction():  # nobody follows what is computed of it
+                        factors = self._on_layer(execution, layer)
                 if factors is None:
                     return None
                 if self._updates is not None and pending.spread is not None:
@@ -392,7 +408,7 @@ class Observation:
         return None
 
     def _layer(
-        self, pending: _Pending, product: LinearProduct, gate: Tensor | None
+        self, pending: _Pending, product: LinearProduct | None, gate: Tensor | None
     ) -> AttentionLayer:
         call, mask, name = pending.call, pending.mask, pending.execution.name
         o, w = projection(product, call.head_output, gate, call.dtype, name)
@@ -401,7 +417,7 @@ class Observation:
             weights = find_weights(call, mask, name)
         layer = AttentionLayer(
             weights=weights,
-            value=call.value.to(call.dtype),
+            value=call.read(call.value),
             head_output=call.head_output.transpose(1, 2).to(call.dtype),
             output_weight=w,
             output=o,

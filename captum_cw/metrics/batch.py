@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from captum_cw.attr.inputs import forward_call, run_on_copies
 from captum_cw.attr.layer import evaluation_mode
 from captum_cw.attr.outputs import logits_of
-from captum_cw.capture import UnsupportedModelError
+from captum_cw.capture import TextLayers, UnsupportedModelError
 from captum_cw.interventions import (
     CleanPass,
     FixedChange,
@@ -94,12 +94,14 @@ class ForeignMethod:
     model: nn.Module
     scorer: PairScorer
 
-    def scores(self, inputs: Mapping[str, Any], told: Sequence[Tensor]) -> list[Tensor]:
-        """For each layer ``(B, H, S)``."""
+    def scores(
+        self, inputs: Mapping[str, Any], told: Sequence[Tensor], text: TextLayers | None
+    ) -> list[Tensor]:
+        """For each layer ``(B, H, S)``; other arguments as for :meth:`CleanPass.run`."""
         forward = partial(run_on_copies, self.model, inputs)
         with evaluation_mode([self.model], self.model):
             seen = CleanPass.run(
-                self.model, forward, {"": self.scorer}, SinkRule(threshold=None), told
+                self.model, forward, {"": self.scorer}, SinkRule(threshold=None), told, text
             )
         return seen.scores[""]
 
@@ -126,7 +128,10 @@ class BatchRun:
         self.inputs = {name: x for name, x in self.given.items() if name != "labels"}
         ids = self.inputs.get("input_ids")
         if not isinstance(ids, Tensor):
-            raise ValueError("There are no input_ids, so the tokens of the text are not known.")
+            raise ValueError(
+                "There are no input_ids among the model's arguments, so the tokens of the text are "
+                "not known: give a model whose forward takes input_ids by name."
+            )
         self.ids = ids
         in_pass: dict[str, PairScorer] = {
             name: method
@@ -135,7 +140,9 @@ class BatchRun:
             and (plan.scoring == "clean" or plan.granularity == "token")
         }
         forward = partial(run_on_copies, plan.model, self.inputs)
-        self.clean = CleanPass.run(plan.model, forward, in_pass, plan.sink_rule, call.real)
+        self.clean = CleanPass.run(
+            plan.model, forward, in_pass, plan.sink_rule, call.real, call.text
+        )
         if self.clean.vanishing:
             warnings.warn(
                 f"{self.clean.vanishing} attention outputs of a batch vanish: their rows count as "
@@ -151,6 +158,8 @@ class BatchRun:
         ]
         whole = self._text_logits(self.clean.output)
         self.predicts = _predicts(plan.model, whole, ids)
+        # ``(B, T)``, which tokens the tokens before them predict; None where none are predicted.
+        self.following = self._following()
         self._check_quantity(whole)
         # ``(B, T)``, which tokens count in the likelihood; None where it is not known.
         self.counted = self._counted(protected)
@@ -158,7 +167,10 @@ class BatchRun:
         self.unchanged = self.measured(self.clean_logits)
         self.target = self.unchanged.target
         self.pairs = {
-            name: [behind(x, self.own[0].shape[1]) for x in method.scores(self.inputs, call.real)]
+            name: [
+                behind(x, self.own[0].shape[1])
+                for x in method.scores(self.inputs, call.real, call.text)
+            ]
             for name, method in self.methods.items()
             if isinstance(method, ForeignMethod)
         } | self.clean.scores
@@ -188,11 +200,20 @@ class BatchRun:
             )
         return logits[:, -T:]
 
+    def _following(self) -> Tensor | None:
+        """``(B, T)``: the tokens that no token before them sees, as those of an image may."""
+        if self.clean.ahead is None:
+            return self.real
+        predicted = self.real & ~self.clean.ahead[:, -self.real.shape[1] :]
+        pairs = self.real[:, 1:] & self.real[:, :-1]
+        none = pairs.any(1) & ~(pairs & predicted[:, 1:]).any(1)
+        return None if none.any() else predicted
+
     def _check_quantity(self, logits: Tensor) -> None:
         """Raises a ValueError where the model does not predict what the quantity is of."""
         plan, name = self.plan, type(self.plan.model).__name__
         masked, classes = plan.mask_token_id is not None, self.predicts == "classes"
-        if masked and (classes or (self.clean.causal and self.ids.shape[1] > 1)):
+        if masked and (classes or (self.following is not None and self.ids.shape[1] > 1)):
             predicted = "classes" if classes else "the next token"
             raise ValueError(
                 f"mask_token_id={plan.mask_token_id} is of a masked language model, but {name} "
@@ -204,13 +225,13 @@ class BatchRun:
                 "the text has no perplexity or likelihood: use metric='log_prob' or 'prob' (of a "
                 "class), 'kl', or a callable (logits, batch, clean_logits) -> (B,)."
             )
-        if plan.quantity.of_text and not masked and not self.clean.causal:
+        if plan.quantity.of_text and not masked and self.following is None:
             raise ValueError(
                 f"{name} sees later tokens, so it does not predict the next one: give "
                 "mask_token_id (and protected_ids) of a masked language model, or another metric: "
                 "'kl', or a callable (logits, batch, clean_logits) -> (B,)."
             )
-        if plan.quantity.of_target and logits.dim() == 3 and (classes or not self.clean.causal):
+        if plan.quantity.of_target and logits.dim() == 3 and (classes or self.following is None):
             raise ValueError(
                 f"{name} predicts something at each token, but not the token after the text, of "
                 "which 'log_prob' and 'prob' are: use 'kl', or a callable (logits, batch, "
@@ -223,9 +244,9 @@ class BatchRun:
             return None
         if self.plan.mask_token_id is not None:
             return self.real & ~protected & self._asked()
-        if not self.clean.causal:
+        if self.following is None:
             return None
-        return (self.real & self._asked())[:, 1:] & self.real[:, :-1]
+        return (self.following & self._asked())[:, 1:] & self.real[:, :-1]
 
     def _asked(self) -> Tensor:
         """``(B, T)``: the tokens whose likelihood counts, by the labels if there are any."""

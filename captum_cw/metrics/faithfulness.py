@@ -173,7 +173,8 @@ class ComprehensivenessSufficiency:
                 absolute values where signs should not count).
             inputs_or_dataloader: Token ids ``(B, T)``, a ``BatchEncoding`` or dict; or an
                 iterable of these. Tokens whose ``labels`` are -100, such as those of a prompt, do
-                not count in the likelihood.
+                not count in the likelihood, nor do those that tokens before them see, such as the
+                tokens of an image in Gemma 3. Beside images, the layers count that read the text.
             target: For ``"log_prob"`` and ``"prob"``: the id of the token after the text, or of
                 the class, one for all or ``(B,)``; None for what the unchanged model predicts.
             resume_from: A file that keeps every finished batch; an interrupted run of the same
