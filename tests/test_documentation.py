@@ -123,11 +123,15 @@ def other_models() -> dict[str, Any]:
         )
     ).eval()
     sound, written = torch.randn(1, 8, 20), torch.tensor([[1, 5, 6]])
+    classifier = transformers.BertForSequenceClassification(
+        transformers.BertConfig(vocab_size=2048, num_hidden_layers=2, **sizes)
+    ).eval()
     images = torch.rand(2, 3, 16, 16)
     seen = captum_cw.ContributionWeights(vit)
     seen.attribute(images)
     return {
         "bert": bert,
+        "classifier": classifier,
         "vit": vit,
         "last_layer": vit.get_submodule(seen.layers[-1]),
         "pixel_values": images,

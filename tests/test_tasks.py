@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from models import llama
+from models import SIZES, build, llama
 from test_capture import state_of
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from captum_cw import ContributionWeights, TokenScores, remove_tokens
 from captum_cw.metrics.tasks import Score, TaskResult, evaluate_tasks
@@ -519,6 +520,71 @@ def test_wrong_choices_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         run(**{"tasks": ["quiz"], **options})
+
+
+TEMPLATE = (
+    "{% for m in messages %}U {{ m.content }} {% endfor %}{% if add_generation_prompt %}A "
+    "{% if enable_thinking is defined and not enable_thinking %}T {% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("given", [None, {"enable_thinking": False}])
+def test_tasks_are_asked_in_the_chat_template(
+    run: Run,
+    answers: list[list[Any]],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    docs: list[dict[str, Any]],
+    given: dict[str, Any] | None,
+) -> None:
+    tokenizer.chat_template = TEMPLATE
+    run(["answers"], rates=[0.5], apply_chat_template=True, chat_template_kwargs=given)
+    end = "A" if given is None else "A T"
+    asked = [f"U {doc['question']} {end}" for doc in docs]
+    assert answers[0] == [generated(model, tokenizer, text) for text in asked]
+    with remove_tokens(model, "contribution", 0.5):
+        assert answers[1] == [generated(model, tokenizer, text) for text in asked]
+
+
+def test_runs_in_other_templates_do_not_mix(
+    run: Run, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = TEMPLATE
+    settings: dict[str, Any] = {"rates": [0.5], "resume_from": tmp_path / "run"}
+    settings["methods"] = {"r": "random"}
+    run(["quiz"], apply_chat_template=True, **settings)
+    run(["quiz"], apply_chat_template=True, **settings)
+    for other in (
+        {},
+        {"apply_chat_template": True, "chat_template_kwargs": {"enable_thinking": False}},
+    ):
+        with pytest.raises(RecordsError, match="chat_template"):
+            run(["quiz"], **other, **settings)
+
+
+def test_a_chat_template_is_needed_for_its_arguments(run: Run) -> None:
+    with pytest.raises(ValueError, match="without a chat template: give apply_chat_template=True"):
+        run(["quiz"], chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        run(["quiz"], apply_chat_template=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_model_may_return_tuples(run: Run, model: nn.Module, batch_size: int) -> None:
+    expected = run(["quiz"], rates=[0.5], batch_size=batch_size)
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: (forward(*args, **kwargs).logits, None)
+    found = run(["quiz"], rates=[0.5], batch_size=batch_size)
+    assert found.records == expected.records
+
+
+def test_a_classifier_cannot_be_asked(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    config = LlamaConfig(**SIZES, num_key_value_heads=2)
+    with pytest.raises(TypeError, match="LlamaForSequenceClassification does not predict the next"):
+        evaluate_tasks(
+            build(LlamaForSequenceClassification, config), tokenizer, ["quiz"], METHODS, RATES,
+            task_path=folder,
+        )  # fmt: skip
 
 
 def test_other_models_and_tokenizers_are_refused(
