@@ -24,7 +24,7 @@ from captum_cw.data import load_texts, token_batches
 from captum_cw.evaluation import evaluate_into
 from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model, origin
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
-from captum_cw.metrics.result import REMOVED, Side
+from captum_cw.metrics.result import COMPARABLE, REMOVED, Side
 from captum_cw.progress import progress_bar
 from captum_cw.ranking import Which
 from captum_cw.scoring import CONTROLS, METHODS
@@ -81,6 +81,8 @@ def tables(result: FaithfulnessResult) -> str:
         heads = ["method", *(f"{name} {100 * rate:g}%" for rate in rates)]
         rows = [[method, *map(_number, corpus[method][side].tolist())] for method in result.methods]
         parts.append(_table(heads, rows))
+    if len(result.records) < COMPARABLE:
+        return "\n\n".join([*parts, "One text: no interval."])
     first = result.methods[0]
     rows = []
     for other in result.methods[1:]:

@@ -17,6 +17,7 @@ from captum.attr import LayerIntegratedGradients
 from torch import Tensor, nn
 
 from captum_cw.attr import AttentionWeights, ContributionWeights, TokenScores
+from captum_cw.attr.outputs import logits_of
 from captum_cw.explaining import explain
 from captum_cw.progress import progress_bar
 from captum_cw.tokens import sink
@@ -89,7 +90,7 @@ def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> Explained
     """
     ids = tokenizer(text, return_tensors="pt").input_ids.to(next(model.parameters()).device)
     with torch.no_grad():
-        probabilities = model(input_ids=ids).logits[0, -1].float().softmax(-1)
+        probabilities = logits_of(model(input_ids=ids))[0, -1].float().softmax(-1)
     prediction = int(probabilities.argmax())
 
     scores, seconds = {}, {}
@@ -132,7 +133,7 @@ def _integrated_gradients(
         def log_probability(input_ids: Tensor) -> Tensor:
             if torch.is_grad_enabled():
                 bar.update(len(input_ids))
-            logits: Tensor = model(input_ids=input_ids, use_cache=False).logits[:, -1]
+            logits = logits_of(model(input_ids=input_ids, use_cache=False))[:, -1]
             return logits.float().log_softmax(-1)[:, target]
 
         method = LayerIntegratedGradients(log_probability, model.get_input_embeddings())

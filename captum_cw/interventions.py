@@ -42,6 +42,7 @@ from captum_cw.functional import AttentionLayer, Reduction, blocks, check_choice
 from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
 from captum_cw.scoring import PairScorer, model_of, pair_scorer, space_of
 from captum_cw.sinks import THRESHOLD, layer_sinks, real_tokens
+from captum_cw.virtual import behind, behind_prefix, known_to, own_tokens
 
 __all__ = ["Scoring", "remove_tokens", "remove_values", "scale_values"]
 
@@ -75,9 +76,10 @@ def remove_tokens(
     Pairs are scored and ranked within each example. Under ``model.generate``, with or without a
     key-value cache, and in passes that go on with a cache, what is removed is decided when the
     prompt is read, and generated tokens stay. Any other pass ranks its own text. Padding is known
-    from the mask that the model is given; without one, every token counts. Of a model of images
-    and text, the layers count whose queries are the tokens of ``input_ids``; those of a vision
-    tower are left alone.
+    from the mask that the model is given; without one, every token counts. Learned virtual tokens
+    (prompt and prefix tuning) are neither ranked nor removed. Of a model of images and text, the
+    layers count whose queries are the tokens of ``input_ids``; those of a vision tower are left
+    alone.
 
     Args:
         model: The model.
@@ -568,11 +570,12 @@ class CleanPass:
     """What an unchanged pass shows, layer by layer.
 
     Attributes:
-        real: ``(B, S)``, False at padding.
+        real: ``(B, S)``, False at padding and virtual tokens.
         sinks: ``(B, S)``.
         scores: By name of the method, ``(B, H, S)``.
         ahead: ``(B, S)``, True at tokens that tokens before them see, in some layer, so that these
             do not predict them; None where there are none.
+        keys: How many keys each layer has: more than ``S`` where a prefix was learned.
         vanishing: How many layer outputs vanish, so that their rows count as zeros.
         output: What the model returned.
     """
@@ -582,7 +585,18 @@ class CleanPass:
     real: list[Tensor] = field(default_factory=list)
     sinks: list[Tensor] = field(default_factory=list)
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    keys: list[int] = field(default_factory=list)
     output: Any = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether some token of each text is not seen before it, so that it can be predicted."""
+        if self.ahead is None:
+            return True
+        real = self.real[0]
+        following = real[:, 1:] & real[:, :-1]
+        predicted = following & ~self.ahead[:, 1:]
+        return bool(predicted.any() and (predicted.any(1) | ~following.any(1)).all())
 
     @classmethod
     def run(
@@ -609,9 +623,11 @@ class CleanPass:
         def on_layer(execution: Execution, layer: AttentionLayer) -> None:
             _check_kind(execution)
             number = len(seen.real)
+            seen.keys.append(layer.S)
+            layer = behind_prefix(model, layer)
             # Layers may lie on several devices, and are ranked together.
             home = seen.real[0].device if seen.real else layer.value.device
-            seen.real.append(real_tokens(layer).to(home))
+            seen.real.append(own_tokens(model, real_tokens(layer), told).to(home))
             seen.sinks.append(sink_rule.sinks(execution, layer).to(home))
             if not layer.mask.causal and layer.T > 1:
                 ahead = _seen_ahead(layer).to(home)
@@ -623,14 +639,24 @@ class CleanPass:
             seen.vanishing += layer.vanishing("inter")
 
         space = space_of(scorers.values())
+        known = known_to(model, told)
         observation = Observation(
-            [model], on_layer, real=told, states=sink_rule.needs, space=space, text=text
+            [model], on_layer, real=known, states=sink_rule.needs, space=space, text=text
         )
         with torch.no_grad(), evaluating([model]), observation:
             seen.output = forward()
         if not seen.real:
             raise no_attention([model])
         return seen
+
+    def of_keys(self, factors: Factors) -> Factors:
+        """Factors of the tokens of each layer as those of its keys."""
+        return [_of_keys(x, keys) for x, keys in zip(factors, self.keys, strict=True)]
+
+
+def _of_keys(factors: Tensor | None, keys: int) -> Tensor | None:
+    """Factors of all keys of a layer: those of a learned prefix stay."""
+    return None if factors is None else behind(factors, keys, value=1)
 
 
 def _seen_ahead(layer: AttentionLayer) -> Tensor:
@@ -676,7 +702,8 @@ class CleanRemoval(_Intervention):
             call.tokens.told,
             call.tokens.text,
         )
-        self._state.factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
+        factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
+        self._state.factors = clean.of_keys(factors)
         with self._changed(call.tokens):
             yield
 
@@ -717,29 +744,30 @@ class OnlineRemoval(_Intervention):
         states = self._sink_rule.needs if self._sinks is None else None
         space = space_of([self._scorer])
         tokens = call.tokens
+        remove, known = partial(self._remove, tokens.told), known_to(self.model, tokens.told)
         with Observation(
-            [self.model],
-            self._remove,
-            real=tokens.told,
-            states=states,
-            space=space,
-            text=tokens.text,
+            [self.model], remove, real=known, states=states, space=space, text=tokens.text
         ):
             yield
         if not self._state.factors:
             raise no_attention([self.model])
 
     @torch.no_grad()
-    def _remove(self, execution: Execution, layer: AttentionLayer) -> Tensor | None:
+    def _remove(
+        self, told: Sequence[Tensor], execution: Execution, layer: AttentionLayer
+    ) -> Tensor | None:
         _check_kind(execution)
-        made = self._state.factors
+        made, keys = self._state.factors, layer.S
+        layer = behind_prefix(self.model, layer)
         if self._sinks is None:
             sinks = self._sink_rule.sinks(execution, layer)
         else:
             sinks = self._sinks[len(made)].to(layer.value.device)
         scores = self._scorer(layer, len(made))
         check_finite(scores, execution.name)
-        made += self._ranking.factors([scores], [real_tokens(layer)], [sinks])
+        real = own_tokens(self.model, real_tokens(layer), told)
+        (factors,) = self._ranking.factors([scores], [real], [sinks])
+        made.append(_of_keys(factors, keys))
         return made[-1]
 
 

@@ -7,6 +7,7 @@ package index that holds its weights as a 4-bit GGUF file.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -46,7 +47,11 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model, ready for attribution, and its tokenizer.
+    """A model of text, ready for attribution, and its tokenizer.
+
+    The model is of the class that its config names (``architectures``), such as
+    ``LlamaForCausalLM`` or ``BertForSequenceClassification``; where the config names none, it is a
+    causal language model.
 
     Args:
         name: A hub id, a local folder, or a ``.gguf`` file, whose weights are then dequantised.
@@ -60,6 +65,8 @@ def load_model(
 
     Raises:
         OSError: If there is no such model, or it cannot be read.
+        ValueError: If transformers does not have the class that the config names, or the
+            checkpoint lacks weights of that class, which would be random.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -70,12 +77,12 @@ def load_model(
         >>> again.training, tokenizer("a b").input_ids
         (False, [1, 2])
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    with _found(name) as place:
+    place = _place_of(name)
+    with _told(name, place):
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = _weights(AutoModelForCausalLM, place, dtype, device)
-    return model, tokenizer
+    return _as_saved(name, place, dtype, device), tokenizer
 
 
 def load_as_saved(
@@ -84,15 +91,18 @@ def load_as_saved(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """A model of any kind, in the class that it was saved in, without a tokenizer.
+    """A model of any kind, of the class that its config names, without a tokenizer.
 
     Args:
         name: As for :func:`load_model`.
         dtype: Likewise.
         device: Likewise.
 
+    Returns:
+        The model, in evaluation mode.
+
     Raises:
-        OSError: If there is no such model, or it cannot be read.
+        OSError, ValueError: As for :func:`load_model`.
 
     Example:
         >>> folder = getfixture("tmp_path")
@@ -100,46 +110,96 @@ def load_as_saved(
         >>> type(load_as_saved(folder)).__name__
         'LlamaForCausalLM'
     """
-    import transformers
-
-    with _found(name) as place:
-        config = transformers.AutoConfig.from_pretrained(**place)
-        saved = (config.architectures or [""])[0]
-        kind = getattr(transformers, saved, transformers.AutoModelForCausalLM)
-        return _weights(kind, place, dtype, device)
+    return _as_saved(name, _place_of(name), dtype, device)
 
 
-def _weights(
-    kind: Any, place: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device
-) -> Any:
+def _as_saved(
+    name: str | PathLike[str],
+    place: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> PreTrainedModel:
+    with _told(name, place):
+        saved = (_config(place).architectures or [None])[0]
+    kind = _class_of(name, saved)
     spread = {"device_map": "auto"} if device == "auto" else {}
-    model = kind.from_pretrained(**place, dtype=dtype, **spread)
-    return (model if spread else model.to(device)).eval()
+    with _told(name, place):
+        model, info = kind.from_pretrained(**place, dtype=dtype, output_loading_info=True, **spread)
+        model = model if spread else model.to(device)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"Model {str(name)!r} lacks weights of {type(model).__name__}: "
+            f"{', '.join(missing[:3])}{more}. They would be random. Save the whole model again, or "
+            "name the class that the weights were saved from as architectures in its config.json."
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
-@contextmanager
-def _found(name: str | PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Where transformers finds a model of that name.
+def _config(place: Mapping[str, Any]) -> Any:
+    """The config of a model; of an adapter's base where there is an adapter alone."""
+    from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
+
+    folder, offline = place["pretrained_model_name_or_path"], place["local_files_only"]
+    alone = "gguf_file" not in place and not Path(folder, "config.json").is_file()
+    adapter = find_adapter_config_file(folder, local_files_only=offline) if alone else None
+    if adapter is not None:
+        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        place = {**place, "pretrained_model_name_or_path": base}
+    return AutoConfig.from_pretrained(**place)
+
+
+def _class_of(name: str | PathLike[str], saved: str | None) -> Any:
+    """The class of transformers with that name; that for causal language models without a name.
 
     Raises:
-        OSError: If what is done with it fails, with the way out.
+        ValueError: If transformers has no such class.
     """
+    import transformers
+
+    if saved is None:
+        return transformers.AutoModelForCausalLM
+    kind = getattr(transformers, saved, None)
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind
+    raise ValueError(
+        f"The config of model {str(name)!r} names the class {saved!r}, which transformers "
+        f"{transformers.__version__} does not have: load the model with its own code and give it "
+        "to captum_cw in Python, install the transformers that has the class, or name another one "
+        "as architectures in its config.json."
+    )
+
+
+def _place_of(name: str | PathLike[str]) -> dict[str, Any]:
+    """Where transformers finds a model of that name."""
     path = Path(name)
     is_gguf = path.suffix == ".gguf"
-    online = not is_gguf and not path.is_dir() and _hub_answers()
     place: dict[str, Any] = {
         "pretrained_model_name_or_path": str(path.parent if is_gguf else name),
-        "local_files_only": not online,
+        "local_files_only": is_gguf or path.is_dir() or not _hub_answers(),
     }
     if is_gguf:
         place["gguf_file"] = path.name
+    return place
+
+
+@contextmanager
+def _told(name: str | PathLike[str], place: Mapping[str, Any]) -> Iterator[None]:
+    """Says of a failure to load a model what can be done.
+
+    Raises:
+        OSError: If what is done in this context fails.
+    """
     try:
-        yield place
+        yield
     except (OSError, ValueError) as error:
         raise OSError(
-            f"Model {str(name)!r} cannot be loaded: give a causal language model's id on the hub "
+            f"Model {str(name)!r} cannot be loaded: give a model's id on the hub "
             "(and be online), a local folder with model and tokenizer, or a .gguf file. "
-            f"{_why(path, online) or error}"
+            f"{_why(Path(name), not place['local_files_only']) or error}"
         ) from error
 
 

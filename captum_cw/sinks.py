@@ -70,7 +70,8 @@ def layer_sinks(
     """
     states = execution.states
     assert states is not None  # asked for
-    return sinks_among(states, real_tokens(layer), threshold)
+    # Of keys and values there may be more, of learned virtual tokens before those of the text.
+    return sinks_among(states[:, -layer.S :], real_tokens(layer), threshold)
 
 
 def real_tokens(layer: AttentionLayer) -> Tensor:

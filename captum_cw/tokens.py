@@ -19,10 +19,8 @@ __all__ = [
     "Span",
     "Tokenizer",
     "group_scores",
-    "readable_ids",
     "readable_tokens",
     "sink",
-    "warn_of_two_begin_tokens",
     "word_numbers",
     "word_spans",
 ]
@@ -131,8 +129,9 @@ def warn_of_two_begin_tokens(
     begin = {getattr(tokenizer, name, None) for name in ("bos_token_id", "cls_token_id")} - {None}
     if len(ids) < 2 or ids[0] != ids[1] or ids[0] not in begin:
         return
-    known = getattr(getattr(model, "config", None), "bos_token_id", None)
-    if ids[0] in (known if isinstance(known, (list, tuple)) else [known]):
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", lambda: config)()
+    if ids[0] == getattr(text_config, "bos_token_id", None):
         return
     warnings.warn(
         f"The text begins with the begin token {tokenizer.convert_ids_to_tokens(ids[0])!r} twice: "

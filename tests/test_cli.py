@@ -19,6 +19,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import transformers
+from models import SIZES, build, gpt2
 
 import captum_cw
 from captum_cw import loading, overview
@@ -399,6 +401,165 @@ def test_a_model_that_is_refused_is_told_with_the_reason(
 
 
 # ---------------------------------------------------------------------------------------------
+# Models that predict no next token
+
+
+def saved_bert(kind: str, tokenizer: Any, to: Path) -> str:
+    config = transformers.BertConfig(**SIZES, num_labels=3)
+    build(getattr(transformers, kind), config).save_pretrained(to)  # type: ignore[operator]
+    tokenizer.save_pretrained(to)
+    return str(to)
+
+
+@pytest.fixture
+def classifier(tiny_tokenizer: Any, tmp_path: Path) -> str:
+    return saved_bert("BertForSequenceClassification", tiny_tokenizer, tmp_path / "classifier")
+
+
+def test_the_layers_of_a_classifier_are_attributed(
+    classifier: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["attribute", "--model", classifier, "--text", "a b c"]
+    assert main([*arguments, "--json"]) == 0
+    scores = printed_json(capsys)["scores"]
+    model, tokenizer = loading.load_model(classifier)
+    assert type(model).__name__ == "BertForSequenceClassification"
+    ids = tokenizer("a b c", return_tensors="pt").input_ids
+    expected = captum_cw.TokenScores(captum_cw.ContributionWeights(model)).attribute(ids)
+    torch.testing.assert_close(torch.tensor([scores]), expected)
+    assert main([*arguments, "--target", "d"]) == 1
+    told = capsys.readouterr().err
+    assert "BertForSequenceClassification predicts classes, not tokens" in told
+    assert "leave --target out" in told
+
+
+def test_a_target_needs_a_model_that_writes(
+    tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = saved_bert("BertForMaskedLM", tiny_tokenizer, tmp_path)
+    assert main(["attribute", "--model", model, "--text", "a b", "--target", "d"]) == 1
+    assert "BertForMaskedLM predicts tokens at masked places" in capsys.readouterr().err
+
+
+def test_a_classifier_is_evaluated_by_its_classes(
+    classifier: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--model", classifier, "--data", data, "--methods", "vw,random"]
+    arguments += ["--rates", "0.5"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    assert "predicts classes, not tokens (its logits are (3, 3))" in capsys.readouterr().err
+    out = tmp_path / "classes"
+    assert main([*arguments, "--metric", "log_prob", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "log_prob of 3 texts" in printed
+    assert "corpus" not in printed
+    header = (out / "result.csv").read_text().splitlines()[0]
+    assert header == "method,side,rate,delta"
+    assert main([*arguments, "--metric", "log_prob", "--out", str(out), "--json"]) == 0
+    assert printed_json(capsys)["texts"]["clean_corpus"] is None
+
+
+def test_a_masked_language_model_is_evaluated_by_its_masks(
+    tiny_tokenizer: Any, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_tokenizer.mask_token = "A"
+    model = saved_bert("BertForMaskedLM", tiny_tokenizer, tmp_path / "masked")
+    arguments = ["evaluate", "--model", model, "--data", data, "--methods", "vw,random"]
+    out = tmp_path / "out"
+    assert main([*arguments, "--rates", "0.5", "--metric", "nll", "--out", str(out)]) == 0
+    settings = captum_cw.metrics.FaithfulnessResult.load(out / "result.json").settings
+    assert settings["mask_token_id"] == tiny_tokenizer.mask_token_id
+
+
+def test_tasks_are_refused_of_a_classifier_before_the_texts_are_run(
+    classifier: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--model", classifier, "--data", data, "--metric", "kl"]
+    assert main([*arguments, "--tasks", "quiz", "--out", str(tmp_path / "out")]) == 1
+    assert "BertForSequenceClassification does not predict the next token" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_is_of_a_language_model(
+    classifier: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["reproduce", "--model", classifier, "--data", data, "--quick", *out]) == 1
+    assert "which predicts classes, not tokens" in capsys.readouterr().err
+
+
+def test_missing_weights_fail_every_command(
+    classifier: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Path(classifier) / "config.json"
+    config.write_text(config.read_text().replace("SequenceClassification", "MaskedLM"))
+    out = ["--data", data, "--out", str(tmp_path / "out")]
+    for arguments in (
+        ["attribute", "--model", classifier, "--text", "a b", "--target", "c"],
+        ["evaluate", "--model", classifier, *out],
+        ["reproduce", "--model", classifier, "--quick", *out],
+        ["models", classifier],
+    ):
+        assert main(arguments) == 1
+        assert "lacks weights of BertForMaskedLM: cls.predictions." in capsys.readouterr().err
+
+
+def test_one_text_decides_nothing(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "one.txt"
+    file.write_text("a b c d e f")
+    arguments = ["evaluate", "--model", folder, "--data", str(file), "--methods", "vw,random"]
+    arguments += ["--rates", "0.5", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert "One text: no interval" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    assert printed_json(capsys)["texts"]["sufficiency"]["better"] == {"random": [None]}
+
+
+# ---------------------------------------------------------------------------------------------
+# Chats
+
+TEMPLATE = (
+    "{% for m in messages %}U {{ m.content }} {% endfor %}{% if add_generation_prompt %}A"
+    "{% if enable_thinking is defined and not enable_thinking %} T{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("target", [[], ["--target", "d e"]])
+def test_a_chat_is_rendered_with_the_arguments_of_its_template(
+    folder: str, tiny_tokenizer: Any, target: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_tokenizer.chat_template = TEMPLATE
+    tiny_tokenizer.save_pretrained(folder)
+    arguments = ["attribute", "--model", folder, "--text", "a b", *target, "--json", "--chat"]
+    assert main(arguments) == 0
+    assert [token.strip() for token in printed_json(capsys)["tokens"]] == ["U", "a", "b", "A"]
+    assert main([*arguments, "--chat-template-kwargs", '{"enable_thinking": false}']) == 0
+    printed = printed_json(capsys)
+    assert [token.strip() for token in printed["tokens"]] == ["U", "a", "b", "A", "T"]
+    assert len(printed["scores"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chat-template-kwargs", "{}"], "give --chat too"),
+        (["--chat", "--chat-template-kwargs", "[1]"], "'[1]' is not a JSON object"),
+        (["--chat", "--chat-template-kwargs", "{x"], "'{x' is not a JSON object"),
+    ],
+)
+def test_wrong_arguments_of_a_template_are_told(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["attribute", "--model", "x", "--text", "a", *arguments])
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
 # Messages
 
 
@@ -465,26 +626,30 @@ def test_a_missing_package_is_told_before_anything_is_loaded(
     }
 
 
-def test_a_text_that_is_too_long_is_told_with_the_way_out(
-    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_text_that_is_too_long_is_told_before_the_run(
+    tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long = "a " * 100
-    attribute = ["attribute", "--model", folder, "--text", long]
-    assert main([*attribute, "--target", long]) == 1
-    assert "The text has 200 tokens, but the model has positions for 128: give a shorter one" in (
-        capsys.readouterr().err
-    )
-    file = tmp_path / "long.txt"
-    file.write_text(long * 2)
-    out = ["--out", str(tmp_path / "out")]
-    assert main(["evaluate", "--model", folder, "--data", str(file), *out]) == 1
-    assert "200 tokens, but the model has positions for 128: give --length 128" in (
-        capsys.readouterr().err
-    )
+    model, long, short = str(tmp_path / "gpt2"), "b c " * 35, "b c"
+    gpt2().save_pretrained(model)  # type: ignore[operator]  # its table has 64 positions
+    tiny_tokenizer.save_pretrained(model)
+    assert main(["attribute", "--model", model, "--text", long]) == 1
+    assert "70 tokens" in capsys.readouterr().err
+    file, out = tmp_path / "texts.jsonl", tmp_path / "out"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in (short, long, short)))
+    arguments = ["evaluate", "--model", model, "--data", str(file), "--batch-size", "1"]
+    assert main([*arguments, "--out", str(out)]) == 1
+    told = capsys.readouterr().err
+    assert "The longest text, of 70 tokens, cannot be run" in told
+    assert "--length cuts texts" in told
+    assert not out.exists()
+    assert main([*arguments, "--length", "64", "--rates", "0.5", "--out", str(out)]) == 0
 
 
-def test_a_text_may_take_all_positions(folder: str, tmp_path: Path) -> None:
-    whole = " ".join((string.ascii_letters + string.digits) * 3)[: 2 * 128]
+def test_a_text_may_be_longer_than_the_config_says_where_the_model_runs_it(
+    folder: str, tmp_path: Path
+) -> None:
+    """Rotary positions have no end."""
+    whole = " ".join((string.ascii_letters + string.digits) * 3)[: 2 * 140]
     assert main(["attribute", "--model", folder, "--text", whole]) == 0
     file = tmp_path / "long.txt"
     file.write_text(whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -125,6 +126,85 @@ def test_a_model_of_any_kind_comes_in_its_own_class(tiny_gguf: Path, tmp_path: P
     for kind in (BertModel, BertForMaskedLM):
         kind(config).save_pretrained(tmp_path / "bert")
         assert type(load_as_saved(tmp_path / "bert")) is kind
+
+
+def bert(kind: str) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    return getattr(transformers, kind)(config).eval()
+
+
+def rename(folder: Path, architectures: list[str] | None) -> None:
+    """Changes the class that a config names."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": architectures}))
+
+
+def test_a_classifier_is_loaded_with_its_own_head(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    saved = bert("BertForSequenceClassification")
+    saved.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    for model in (load_model(tmp_path)[0], load_as_saved(tmp_path)):
+        assert type(model) is type(saved)
+        assert torch.equal(model(ids).logits, saved(ids).logits)
+
+
+def test_without_a_class_a_config_is_of_a_language_model(tiny_model: Any, tmp_path: Path) -> None:
+    tiny_model.save_pretrained(tmp_path)
+    rename(tmp_path, None)
+    assert type(load_as_saved(tmp_path)) is type(tiny_model)
+
+
+def test_an_adapter_is_loaded_onto_the_class_of_its_base(tiny_model: Any, tmp_path: Path) -> None:
+    import peft
+
+    tiny_model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(load_as_saved(tmp_path / "base"), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, 2, 3]])
+    loaded = load_as_saved(tmp_path / "adapter")
+    assert torch.allclose(loaded(ids).logits, adapted(ids).logits)
+    assert not torch.allclose(loaded(ids).logits, tiny_model(ids).logits)
+
+
+def test_missing_weights_are_named(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    tiny_model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    rename(tmp_path, ["LlamaForSequenceClassification"])
+    message = "lacks weights of LlamaForSequenceClassification: score.weight. They would be random"
+    for load in (load_model, load_as_saved):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)  # type: ignore[operator]  # both are functions
+    bert("BertModel").save_pretrained(tmp_path / "bert")
+    rename(tmp_path / "bert", ["BertForMaskedLM"])
+    with pytest.raises(ValueError, match=r"cls\.predictions\.bias.* and \d more"):
+        load_as_saved(tmp_path / "bert")
+
+
+def test_a_head_that_shares_its_weights_is_not_missing(tiny_model: Any, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    tied = LlamaForCausalLM(type(tiny_model.config)(**{**tiny_model.config.to_dict(),
+                            "tie_word_embeddings": True}))  # fmt: skip
+    tied.save_pretrained(tmp_path)
+    head = load_as_saved(tmp_path).get_output_embeddings()
+    assert torch.equal(head.weight, tied.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("name", ["MyOwnLlama", "AutoModel", "LlamaConfig"])
+def test_a_class_that_transformers_lacks_is_named(
+    tiny_model: Any, tmp_path: Path, name: str
+) -> None:
+    tiny_model.save_pretrained(tmp_path)
+    rename(tmp_path, [name])
+    with pytest.raises(ValueError, match=f"'{name}', which transformers .* does not have"):
+        load_as_saved(tmp_path)
 
 
 @pytest.mark.usefixtures("offline")

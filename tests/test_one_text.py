@@ -113,6 +113,7 @@ def test_a_prompts_token_types_and_mask_go_on_over_the_output(pairs: Any) -> Non
 
 
 IDS = torch.tensor([[3, 4, 5]])
+CACHE = transformers.DynamicCache()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ IDS = torch.tensor([[3, 4, 5]])
         ({"role": "user", "content": "a"}, TypeError, "for a chat, a list of messages"),
         ({"input_ids": IDS.expand(2, 3)}, ValueError, r"shape \(2, 3\): give one text"),
         ({"input_ids": IDS.float()}, TypeError, r"torch.float32: give token ids"),
-        ({"input_ids": IDS, "past_key_values": object()}, ValueError, "'past_key_values'.*whole"),
+        ({"input_ids": IDS, "past_key_values": CACHE}, ValueError, "'past_key_values'.*whole"),
         (IDS.float(), TypeError, r"torch.float32: give token ids"),
         (3, TypeError, "of type int"),
         (["a b", "c d"], TypeError, "'a b' is not a message"),

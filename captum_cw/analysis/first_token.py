@@ -380,7 +380,7 @@ def sink_scaling(
 def _perplexity(model: nn.Module, ids: Tensor) -> float:
     """Of a text ``(T,)``."""
     with evaluation_mode([model], model):
-        logits = logits_of(model(ids[None]))
+        logits = logits_of(model(ids[None].clone()))
     counted = torch.ones(1, len(ids) - 1, dtype=torch.bool, device=ids.device)
     nll, _ = mean_nll(logits[:, :-1], ids[None, 1:], counted)
     return float(np.exp(float(nll)))

@@ -28,6 +28,7 @@ __all__ = [
     "device_of",
     "forward_call",
     "parameters_of",
+    "run_on_copies",
     "tokens_of",
     "two_tokens",
     "warn_of_special_tokens",
@@ -77,10 +78,9 @@ class ForwardCall:
     doubt: Doubt | None = None
 
     def run(self, forward: Callable[..., Any]) -> Any:
-        """Calls ``forward`` with copies: a model may append to a cache, or write into a tensor."""
-        args, kwargs = own_copy((self.args, self.kwargs))
+        """Calls ``forward`` with copies of the arguments, as :func:`run_on_copies` does."""
         try:
-            return forward(*args, **kwargs)
+            return run_on_copies(forward, self.kwargs, self.args)
         except (IndexError, RuntimeError) as error:
             ours = isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError))
             if ours or self.too_long is None:
@@ -105,6 +105,14 @@ class ForwardCall:
         """The same call, with the logits of all tokens."""
         kwargs = {name: x for name, x in self.kwargs.items() if name != LOGITS}
         return replace(self, kwargs=kwargs, last_only=False)
+
+
+def run_on_copies(
+    forward: Callable[..., Any], kwargs: Mapping[str, Any], args: tuple[Any, ...] = ()
+) -> Any:
+    """Calls a model with copies: it may append to a cache, or write into a tensor."""
+    args, kwargs = own_copy((args, dict(kwargs)))
+    return forward(*args, **kwargs)
 
 
 def forward_call(

@@ -28,7 +28,7 @@ __all__ = ["LLMTokenAttribution"]
 _GENERATION = {"max_new_tokens": 25, "do_sample": False, "temperature": None, "top_p": None}
 
 
-class _Result(LLMAttributionResult):  # type: ignore[misc]  # captum has no types for it
+class LLMTokenAttributionResult(LLMAttributionResult):  # type: ignore[misc]  # captum has no types for it
     """Captum's result, with the ids of the output, whose tokens are readable already."""
 
     def __init__(self, *, output_ids: Tensor, **parts: Any) -> None:
@@ -156,7 +156,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         token_attr = features(rows[0, :, :n].cpu())
         logits = logits_of(result)[0, -m - 1 : -1].float()
         probs = logits.softmax(-1).gather(-1, output[:, None].to(logits.device))[:, 0]
-        return _Result(
+        return LLMTokenAttributionResult(
             seq_attr=token_attr.mean(0),
             token_attr=token_attr,
             input_tokens=self._input_tokens(given),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from captum_cw.attr.inputs import device_of, parameters_of
 from captum_cw.capture import Execution, UnsupportedModelError
+from captum_cw.capture.caches import find_cache
 from captum_cw.functional import AttentionLayer, blocks
 from captum_cw.templates import Encoded, Messages, encode, render_chat
 from captum_cw.tokens import Span, warn_of_two_begin_tokens
@@ -37,7 +38,6 @@ _OF_TOKENIZERS = {
     "special_tokens_mask",
     "token_type_ids",
 }
-_CACHES = ("past_key_values", "cache", "cache_params")
 
 
 def read_text(
@@ -106,8 +106,8 @@ def _of_mapping(given: Mapping[str, Any]) -> Encoded:
             f"The dict has {', '.join(map(repr, given)) or 'nothing'}, but no 'input_ids': give "
             "what the tokenizer returned for one text (or, for a chat, a list of messages)."
         )
-    for name in _CACHES:
-        if given.get(name) is not None:
+    for name, x in given.items():
+        if find_cache((x,)) is not None:
             raise ValueError(
                 f"The dict has {name!r}, but tokens in a cache cannot be explained: give the whole "
                 "text, without a cache."

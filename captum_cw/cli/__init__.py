@@ -17,6 +17,7 @@ from typing import Any
 from captum_cw.cli.answer import as_json
 from captum_cw.cli.parsing import UsageError, parser
 from captum_cw.cli.problems import message_of
+from captum_cw.cli.streams import CLOSED, closed_streams, flush, silence, tolerant_streams
 
 __all__ = ["VERSION", "main", "parser"]
 
@@ -31,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; None takes them from the shell.
 
     Returns:
-        The exit code: 0, 1 for a failure, of which one line on standard error tells, or 130 where
-        the run was interrupted.
+        The exit code: 0, 1 for a failure, of which one line on standard error tells, 130 where
+        the run was interrupted, or 141 where nobody reads its output any more, as after ``| head``.
 
     Raises:
         SystemExit: With code 2 for wrong usage, with 0 after ``--help`` or ``--version``.
@@ -42,6 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         1
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
+    with tolerant_streams():
+        try:
+            try:
+                return _parsed_and_run(given)
+            finally:
+                flush()
+        except BrokenPipeError:
+            closed = closed_streams()
+            for stream in closed:
+                silence(stream)
+            if not closed:  # it was another pipe
+                raise
+            return CLOSED
+
+
+def _parsed_and_run(given: list[str]) -> int:
     try:
         return _run(parser().parse_args(given))
     except UsageError as error:
@@ -64,7 +81,7 @@ def _run(options: Namespace) -> int:
         _tell(error, "Interrupted.", options.json)
         return 130
     except Exception as error:  # whatever fails: a person wants its message, not our stack
-        if options.debug:
+        if options.debug or (isinstance(error, BrokenPipeError) and closed_streams()):
             raise
         _tell(error, f"{options.parser.prog}: error: {message_of(error)}", options.json)
         return 1

@@ -9,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import torch
 from rich.text import Text
 from torch import Tensor
 
 from captum_cw.attr import LLMTokenAttribution, TokenScores
-from captum_cw.attr.inputs import device_of, longest_text
+from captum_cw.attr.chat import ChatTokenInput
+from captum_cw.attr.inputs import device_of
 from captum_cw.cli.answer import Answer, show_files
-from captum_cw.cli.output import SINK_NOTE, coloured_text, load, token_table
+from captum_cw.cli.console import console
+from captum_cw.cli.output import SINK_NOTE, coloured_text, load, predicted_by, token_table
 from captum_cw.explaining import explain
 from captum_cw.explanation import Explanation
 from captum_cw.functional import Reduction
@@ -36,6 +38,8 @@ def run(options: Namespace) -> Answer:
     usage_error = options.parser.error
     if options.target is not None and options.reduction is not None:
         usage_error("--reduction is over all positions, --target explains some: give one of them")
+    if options.chat_template_kwargs is not None and not options.chat:
+        usage_error("--chat-template-kwargs are for a chat: give --chat too")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         usage_error(f"--out {options.out}: there is no folder {options.out.parent}")
     if options.out is not None and options.out.is_dir():
@@ -45,16 +49,21 @@ def run(options: Namespace) -> Answer:
         usage_error("the text is empty: give at least one token")
 
     model, tokenizer = load(options, options.model)
-    _check_length(model, tokenizer, text, options.target or "")
+    if options.target is not None:
+        _check_predicts_tokens(model, options.target)
+    prompt = _prompt(options, tokenizer, text)
     reduction: Reduction = options.reduction or "mean"
     scorer = TokenScores(METHODS[options.method](model), reduction=reduction)
     if options.target is None:
-        ids = tokenizer(text, return_tensors="pt").input_ids.to(device_of(model))
+        ids = prompt if isinstance(prompt, Tensor) else prompt.inp_tensor
+        ids = ids.to(device_of(model))
         scores = scorer.attribute(ids, show_progress=True)[0].cpu()
         title = f"{options.method}, {reduction} over the positions of the text"
     else:
         result = LLMTokenAttribution(scorer, tokenizer).attribute(
-            text, target=options.target, show_progress=True
+            text if isinstance(prompt, Tensor) else prompt,
+            target=options.target,
+            show_progress=True,
         )
         ids, scores = result.inp.to_model_input(), result.seq_attr
         title = f"{options.method}, for the output {options.target!r}"
@@ -90,17 +99,24 @@ def _read(file: Path) -> str:
         raise ValueError(f"{file} is no UTF-8 text: convert it first. {error}") from error
 
 
-def _check_length(model: Any, tokenizer: Any, text: str, target: str) -> None:
-    # An output has no tokens of its own at its beginning and end.
-    prompt = tokenizer(text, verbose=False).input_ids
-    output = tokenizer(target, add_special_tokens=False, verbose=False).input_ids
-    if not prompt:
+def _prompt(options: Namespace, tokenizer: Any, text: str) -> Tensor | ChatTokenInput:
+    """The token ids ``(1, T)`` of a text, or the prompt that a chat template makes of it."""
+    if options.chat:
+        chat = [{"role": "user", "content": text}]
+        return ChatTokenInput(chat, tokenizer, chat_template_kwargs=options.chat_template_kwargs)
+    # Of no token, a tensor of ids would be one of floats.
+    ids = tokenizer(text, verbose=False).input_ids
+    if not ids:
         raise ValueError(f"The text {text!r} makes no token: give at least one.")
-    limit, length = longest_text(model), len(prompt) + len(output)
-    if limit is not None and length > limit:
+    return torch.tensor([ids])
+
+
+def _check_predicts_tokens(model: Any, target: str) -> None:
+    if not model.can_generate():
         raise ValueError(
-            f"The text has {length} tokens, but the model has positions for {limit}: give a "
-            "shorter one, or a model with a longer context."
+            f"{type(model).__name__} predicts {predicted_by(model)}, so it cannot write the target "
+            f"{target!r}: leave --target out to score the text's tokens in the attention layers, "
+            "or give a causal language model."
         )
 
 
@@ -122,10 +138,10 @@ def _explanation(
 
 
 def _show(title: str, method: str, scores: Tensor, tokens: Sequence[str]) -> None:
-    console = Console(highlight=False, markup=False)
-    console.print(Text(title, style="bold"), end="\n\n")
+    out = console()
+    out.print(Text(title, style="bold"), end="\n\n")
     normalized = normalized_scores({method: scores}, tokens, sink(tokens))
-    coloured_text(console, tokens, normalized[method])
+    coloured_text(out, tokens, normalized[method])
     top = scores.abs().topk(min(TOP, len(tokens))).indices.tolist()
-    console.print(token_table(tokens, {method: scores}, normalized, top))
-    console.print(SINK_NOTE, style="dim")
+    out.print(token_table(tokens, {method: scores}, normalized, top))
+    out.print(SINK_NOTE, style="dim")

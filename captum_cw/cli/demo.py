@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from rich.console import Console
 from rich.text import Text
 
 from captum_cw.cli.answer import Answer, show_files
+from captum_cw.cli.console import console
 from captum_cw.cli.output import SINK_NOTE, announce, token_table
 from captum_cw.demo import (
     DEMO_TEXT,
@@ -50,9 +50,9 @@ def run(options: Namespace) -> Answer:
 
 
 def _show(text: str, explanation: ExplainedPrediction) -> None:
-    console = Console(highlight=False, markup=False)
-    console.print(Text.assemble("\n", text, (explanation.prediction, "bold underline")))
-    console.print(
+    out = console()
+    out.print(Text.assemble("\n", text, (explanation.prediction, "bold underline")))
+    out.print(
         Text(
             f"The model predicts {explanation.prediction!r} with probability "
             f"{explanation.probability:.2f}. Why?"
@@ -61,8 +61,8 @@ def _show(text: str, explanation: ExplainedPrediction) -> None:
     )
     tokens, scores = explanation.tokens, explanation.scores
     normalized = normalized_scores(scores, tokens, sink(tokens))
-    console.print(token_table(tokens, scores, normalized, range(len(tokens))))
-    console.print(
+    out.print(token_table(tokens, scores, normalized, range(len(tokens))))
+    out.print(
         "Contributions and attention explain the attention outputs at the last position, "
         "Integrated Gradients the log-probability of the prediction. " + SINK_NOTE,
         style="dim",
@@ -70,9 +70,9 @@ def _show(text: str, explanation: ExplainedPrediction) -> None:
     )
     for name, seconds in explanation.seconds.items():
         passes = f"{IG_STEPS} forward and backward passes" if name == IG else "one forward pass"
-        console.print(f"{name:<20} {seconds:6.1f} s  {passes}")
+        out.print(f"{name:<20} {seconds:6.1f} s  {passes}")
     total = float(scores[IG].sum())
-    console.print(
+    out.print(
         f"\nIn {IG_STEPS} steps, Integrated Gradients sum to {total:.1f}; exact ones would sum to "
         f"{total - explanation.ig_delta:.1f}, the change of the log-probability."
     )

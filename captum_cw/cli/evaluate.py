@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from captum_cw.attr.inputs import longest_text
+from captum_cw.attr import AttentionWeights
+from captum_cw.capture import Execution
 from captum_cw.cli.answer import Answer, show_files
+from captum_cw.cli.console import console
 from captum_cw.cli.output import load
 from captum_cw.cli.problems import need
 from captum_cw.data import load_texts, token_batches
 from captum_cw.evaluation import evaluate_into, save_tasks
+from captum_cw.functional import AttentionLayer
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
-from captum_cw.metrics.result import TITLES
-from captum_cw.metrics.tasks import TaskResult, evaluate_tasks
+from captum_cw.metrics.result import COMPARABLE, REMOVED, TITLES
+from captum_cw.metrics.tasks import TaskResult, check_task_model, evaluate_tasks
 from captum_cw.processes import Processes
 
 TASK_RATES = (0.3, 0.5, 0.7)
@@ -32,6 +34,13 @@ def run(options: Namespace) -> Answer | None:
     processes = Processes()
     if options.tasks and processes.count > 1:
         options.parser.error("--tasks run in one process; --data can be shared between several")
+    if options.chat_template_kwargs is not None and not options.apply_chat_template:
+        options.parser.error(
+            "--chat-template-kwargs are for tasks that are asked in a chat: give "
+            "--apply-chat-template too"
+        )
+    if options.apply_chat_template and options.tasks is None:
+        options.parser.error("--apply-chat-template is of --tasks: give some")
     need("pandas", *["datasets"] * (options.data is not None), *["lm_eval"] * bool(options.tasks))
 
     files: list[Path] = []
@@ -39,10 +48,12 @@ def run(options: Namespace) -> Answer | None:
     if options.data is not None:  # first: that fails quickly
         texts = load_texts(options.data, samples=None if options.pack else options.samples)
     model, tokenizer = load(options, options.model, processes)
+    if options.tasks is not None:  # before the texts, which take long
+        check_task_model(model, tokenizer)
     result, tasks = None, None
     if texts is not None:
         batches = _batches(options, model, tokenizer, texts)
-        result, saved = _evaluate_texts(options, model, batches, processes)
+        result, saved = _evaluate_texts(options, model, tokenizer, batches, processes)
         files += saved
     if options.tasks is not None:
         tasks = _evaluate_tasks(options, model, tokenizer)
@@ -80,18 +91,16 @@ def _batches(
         pack=options.pack,
         bos=options.bos,
     )
-    limit, longest = longest_text(model), max(batch["input_ids"].shape[1] for batch in batches)
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"A text has {longest} tokens, but the model has positions for {limit}: give --length "
-            f"{limit}, or a model with a longer context."
-        )
     place = next(model.parameters()).device
     return [{name: x.to(place) for name, x in batch.items()} for batch in batches]
 
 
 def _evaluate_texts(
-    options: Namespace, model: Any, batches: list[dict[str, Tensor]], processes: Processes
+    options: Namespace,
+    model: Any,
+    tokenizer: Any,
+    batches: list[dict[str, Tensor]],
+    processes: Processes,
 ) -> tuple[FaithfulnessResult, list[Path]]:
     metric = ComprehensivenessSufficiency(
         model,
@@ -105,7 +114,9 @@ def _evaluate_texts(
         reduction=options.reduction,
         granularity=options.granularity,
         seed=options.seed,
+        **_masking(options, model, tokenizer),
     )
+    _try_longest(model, batches)
     return evaluate_into(
         options.out,
         metric,
@@ -114,6 +125,39 @@ def _evaluate_texts(
         shard=processes.count > 1,
         show_progress=True,
     )
+
+
+def _masking(options: Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """How a masked language model predicts a token, where the metric asks for that."""
+    masked = type(model).__name__.endswith("ForMaskedLM") and tokenizer.mask_token_id is not None
+    if not masked or options.metric not in ("perplexity", "nll"):
+        return {}
+    return {"mask_token_id": tokenizer.mask_token_id, "protected_ids": tokenizer.all_special_ids}
+
+
+def _try_longest(model: Any, batches: list[dict[str, Tensor]]) -> None:
+    """Observes the longest text, so that a model that cannot read it fails before the run.
+
+    Raises:
+        ValueError: If the model cannot read it.
+    """
+    batch, row = max(
+        ((batch, row) for batch in batches for row in range(len(batch["input_ids"]))),
+        key=lambda place: int(place[0]["attention_mask"][place[1]].sum()),
+    )
+    real = batch["attention_mask"][row] != 0
+    longest = {"input_ids": batch["input_ids"][row, real][None]}
+    try:
+        AttentionWeights(model).observe(longest, None, _ignore)
+    except (IndexError, ValueError) as error:
+        raise ValueError(
+            f"The longest text, of {int(real.sum())} tokens, cannot be run: {error} (--length cuts "
+            "texts.)"
+        ) from error
+
+
+def _ignore(execution: Execution, layer: AttentionLayer) -> None:
+    return None
 
 
 def _evaluate_tasks(options: Namespace, model: Any, tokenizer: Any) -> TaskResult:
@@ -132,6 +176,8 @@ def _evaluate_tasks(options: Namespace, model: Any, tokenizer: Any) -> TaskResul
         protect_sinks=not options.allow_sinks,
         sink_space=options.sink_space,
         seed=options.seed,
+        apply_chat_template=options.apply_chat_template,
+        chat_template_kwargs=options.chat_template_kwargs,
         resume_from=options.out / "tasks.records",
         show_progress=True,
     )
@@ -148,7 +194,7 @@ def _document_of_texts(result: FaithfulnessResult) -> dict[str, Any]:
         "examples": len(result.records),
         "processes": result.settings["processes"],
         "clean": result.clean,
-        "clean_corpus": result.clean_corpus,
+        "clean_corpus": result.clean_corpus if result.has_likelihood else None,
         **{
             side: {
                 "rates": list(result.rates[which]),
@@ -164,6 +210,8 @@ def _document_of_texts(result: FaithfulnessResult) -> dict[str, Any]:
 def _comparisons(result: FaithfulnessResult, side: Any) -> dict[str, list[str | None]]:
     """By method: whether the first one, this one or none is better at each rate."""
     first, *others = result.methods
+    if len(result.records) < COMPARABLE:
+        return {name: [None] * len(result.rates[REMOVED[side]]) for name in others}
     return {name: list(result.compare(first, name, side).better) for name in others}
 
 
@@ -186,11 +234,12 @@ def _document_of_tasks(result: TaskResult) -> dict[str, Any]:
 
 
 def _show_texts(result: FaithfulnessResult) -> None:
-    console = Console(highlight=False, markup=False)
+    out = console()
     examples, processes = len(result.records), result.settings["processes"]
-    console.print(
-        f"{result.settings['metric']} of {examples} texts: {result.clean:.4g} (corpus perplexity "
-        f"{result.clean_corpus:.4g}), {processes} process{'es' if processes > 1 else ''}"
+    corpus = f" (corpus perplexity {result.clean_corpus:.4g})" if result.has_likelihood else ""
+    out.print(
+        f"{result.settings['metric']} of {examples} text{'s' if examples > 1 else ''}: "
+        f"{result.clean:.4g}{corpus}, {processes} process{'es' if processes > 1 else ''}"
     )
     for side, which in result.sides.items():
         table = Table("method")
@@ -200,8 +249,11 @@ def _show_texts(result: FaithfulnessResult) -> None:
         for name in result.methods:
             deltas = result.deltas(name, side).mean(0).tolist()
             table.add_row(name, *map(_readable, (*deltas, result.aopc()[name][side])))
-        console.print(f"\n{TITLES[side]}: mean delta")
-        console.print(table)
+        out.print(f"\n{TITLES[side]}: mean delta")
+        out.print(table)
+    if examples < COMPARABLE:
+        out.print("One text: no interval, so no method is told to be better.", style="dim")
+        return
     first, *others = result.methods
     for name in others:
         for side, which in result.sides.items():
@@ -214,7 +266,7 @@ def _show_texts(result: FaithfulnessResult) -> None:
                 )
                 for winner in (first, name, None)
             }
-            console.print(
+            out.print(
                 f"{side}, {first} against {name}: "
                 + "; ".join(
                     f"{'undecided' if winner is None else f'{winner} better'} at {rates}"
@@ -223,11 +275,11 @@ def _show_texts(result: FaithfulnessResult) -> None:
                 ),
                 style="dim",
             )
-    console.print("Decided where the paired 95% bootstrap interval excludes zero.", style="dim")
+    out.print("Decided where the paired 95% bootstrap interval excludes zero.", style="dim")
 
 
 def _show_tasks(result: TaskResult) -> None:
-    console = Console(highlight=False, markup=False)
+    out = console()
     for task in result.tasks:
         baseline = result.baseline[task]
         table = Table("method", *(f"{100 * rate:g}%" for rate in result.rates), "at most")
@@ -235,12 +287,12 @@ def _show_tasks(result: TaskResult) -> None:
             rate = result.largest_rate(task, name)
             cells = [f"{x:.3f}" for x in result.scores[task][name].tolist()]
             table.add_row(name, *cells, "none" if rate is None else f"{100 * rate:g}%")
-        console.print(
+        out.print(
             f"\n{task}: {result.metric[task]} of {result.documents[task]} documents, bottom "
             f"removed; unchanged {baseline.value:.3f} (standard error {baseline.stderr:.3f})"
         )
-        console.print(table)
-    console.print(
+        out.print(table)
+    out.print(
         "At most: the largest fraction removed that leaves the accuracy within the 95% interval of "
         "the unchanged one.",
         style="dim",

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from captum_cw.architectures import STATUSES, TITLES, ModelTypes
 from captum_cw.cli.answer import Answer
+from captum_cw.cli.console import console
 
 if TYPE_CHECKING:
     from captum_cw.overview import LayerOverview
@@ -54,8 +54,8 @@ def _supported() -> Answer:
 
 
 def _show_supported(tested: ModelTypes) -> None:
-    console = Console(highlight=False, markup=False)
-    console.print(
+    out = console()
+    out.print(
         f"Model types of transformers {tested.transformers}, tested small and with random weights "
         "against a slow reference:"
     )
@@ -66,15 +66,15 @@ def _show_supported(tested: ModelTypes) -> None:
     for group, types in tested.groups.items():
         counts = tested.counts(group)
         table.add_row(TITLES[group], *(str(counts[s] or "") for s in STATUSES), str(len(types)))
-    console.print(table)
+    out.print(table)
     for group, types in tested.groups.items():
         refused = [name for name, x in types.items() if x.status == "refused"]
         if refused:
-            console.print(f"{TITLES[group]} that are refused: {', '.join(refused)}")
-    console.print("\nNo model is known by its name. Attention is seen through")
+            out.print(f"{TITLES[group]} that are refused: {', '.join(refused)}")
+    out.print("\nNo model is known by its name. Attention is seen through")
     for way in WAYS.values():
-        console.print(f"- {way}")
-    console.print("\ncaptum-cw models M shows the layers of a model, or why it is refused.")
+        out.print(f"- {way}")
+    out.print("\ncaptum-cw models M shows the layers of a model, or why it is refused.")
 
 
 def _layers(options: Namespace) -> Answer:
@@ -97,16 +97,16 @@ def _layers(options: Namespace) -> Answer:
     }
 
     def show() -> None:
-        console = Console(highlight=False, markup=False)
-        console.print(_table(layers))
-        console.print(
+        out = console()
+        out.print(_table(layers))
+        out.print(
             f"{type(model).__name__}: {len(layers)} attention layers. Maps of all of them, of a "
             f"text of {options.length} tokens, take {_readable(size)} in float32; TokenScores "
             "holds none."
         )
-        console.print(LEGEND, style="dim")
+        out.print(LEGEND, style="dim")
         for note in notes:
-            console.print(f"Note: {note}")
+            out.print(f"Note: {note}")
 
     return Answer(document, show)
 

@@ -23,6 +23,7 @@ __all__ = [
     "coloured_text",
     "load",
     "load_any",
+    "predicted_by",
     "token_table",
 ]
 
@@ -53,6 +54,14 @@ def load_any(options: Namespace, name: str) -> Any:
     if name == DEMO_MODEL:
         return load_demo_model(**_place(options))[0]
     return load_as_saved(name, **_place(options))
+
+
+def predicted_by(model: Any) -> str:
+    """What a model predicts that does not write text, in words."""
+    name = type(model).__name__
+    if "Classification" in name:
+        return "classes, not tokens"
+    return "tokens at masked places, not the next one" if "MaskedLM" in name else "no next token"
 
 
 def _place(options: Namespace) -> dict[str, Any]:

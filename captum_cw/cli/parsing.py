@@ -6,6 +6,8 @@ Nothing here imports torch, so that help and wrong usage are told at once.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -153,6 +155,12 @@ def _add_tasks(to: Any, text: str) -> None:
     _option(to, "--task-path", text, type=Path, metavar="DIR", complete=shtab.DIR)
 
 
+def _add_chat_template_kwargs(to: Any, needed: str) -> None:
+    """Arguments for the chat template, which go with the option that applies it."""
+    text = f"its arguments as JSON, such as '{{\"enable_thinking\": false}}', with {needed}"
+    _option(to, "--chat-template-kwargs", text, type=_mapping, metavar="JSON")
+
+
 def _add_attribute(commands: Any) -> None:
     command = _command(
         commands,
@@ -163,15 +171,23 @@ def _add_attribute(commands: Any) -> None:
 examples:
   captum-cw attribute --model M --file story.txt --out page.html
   captum-cw attribute --model M --text "The capital of France is" --target " Paris"
-  captum-cw attribute --model model.gguf --text "One two" --method attention --reduction sum
+  captum-cw attribute --model M --chat --text "Name a city" --target "Paris"
   captum-cw attribute --model M --text "One two" --json > scores.json""",
     )
     _add_model(command, required=True)
     text = command.add_mutually_exclusive_group(required=True)
-    _option(text, "--text", "the text", metavar="T")
+    _option(text, "--text", "the text", type=_text, metavar="T")
     text_file = "a UTF-8 file that holds the text"
     _option(text, "--file", text_file, type=Path, metavar="F", complete=shtab.FILE)
-    _option(command, "--target", "explain this output, with the text as its prompt", metavar="T")
+    output = "explain this output, with the text as its prompt"
+    _option(command, "--target", output, type=_text, metavar="T")
+    _option(
+        command,
+        "--chat",
+        "the text is what a user says: apply the tokenizer's chat template",
+        action="store_true",
+    )
+    _add_chat_template_kwargs(command, "--chat")
     _option(command, "--method", "measure", choices=METHODS, default=METHODS[0])
     _option(
         command,
@@ -212,6 +228,9 @@ examples:
     _option(texts, "--bos", "begin token of packed texts", choices=STARTS, default="auto")
     _option(texts, "--batch-size", "texts in one pass", type=_count, default=8, metavar="B")
     _add_tasks(texts, "tasks of lm-evaluation-harness, for accuracy")
+    template = "ask the tasks in the tokenizer's chat template"
+    _option(texts, "--apply-chat-template", template, action="store_true")
+    _add_chat_template_kwargs(texts, "--apply-chat-template")
 
     methods = (*METHODS, *CONTROLS, RANDOM)
     removal = command.add_argument_group("removal")
@@ -316,10 +335,35 @@ examples:
   captum-cw demo
   captum-cw demo --text "The capital of France is" --out pictures""",
     )
-    _option(command, "--text", "the text to continue (default: one on languages)", metavar="T")
+    text = "the text to continue (default: one on languages)"
+    _option(command, "--text", text, type=_text, metavar="T")
     folder = Path("captum-cw-demo")
     _option(command, "--out", "folder for the pictures", type=Path, default=folder, metavar="DIR",
             complete=shtab.DIR)  # fmt: skip
+
+
+def _text(text: str) -> str:
+    """A text in UTF-8, which Python does not read as such in every locale."""
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not UTF-8 text: write it to a UTF-8 file, or change the locale ({error})."
+        ) from error
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a JSON object: give one such as '{{\"enable_thinking\": false}}'."
+        )
+    return found
 
 
 def _words(text: str) -> list[str]:

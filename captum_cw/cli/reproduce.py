@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from captum_cw.cli.answer import Answer, show_files
-from captum_cw.cli.output import load
+from captum_cw.cli.console import console
+from captum_cw.cli.output import load, predicted_by
 from captum_cw.cli.problems import need
 from captum_cw.data import load_texts
 from captum_cw.reproduce import (
@@ -46,6 +46,12 @@ def run(options: Namespace) -> Answer:
     def studies() -> Iterator[Study]:
         for name in models:
             model, tokenizer = load(options, name)
+            if not model.can_generate():
+                raise ValueError(
+                    f"{name!r} is a {type(model).__name__}, which predicts {predicted_by(model)}: "
+                    "give causal language models, whose perplexity the paper measures. For others, "
+                    "captum-cw evaluate has other metrics."
+                )
             asked = options.tasks or (PAPER_TASKS if paper else ())
             for of, several in texts.items():
                 named = _called(name), _called(of)
@@ -90,11 +96,11 @@ def _document(study: StudyResults) -> dict[str, Any]:
 
 
 def _show_claims(study: StudyResults) -> None:
-    console = Console(highlight=False, markup=False)
+    out = console()
     table = Table("claim", "verdict", "figures")
     for claim in CLAIMS:
         judgement = study.judgement(claim)
         if judgement.verdict != "not run":
             table.add_row(claim.name, judgement.verdict, judgement.figures)
-    console.print(f"\n{study.model} on {study.data}")
-    console.print(table)
+    out.print(f"\n{study.model} on {study.data}")
+    out.print(table)

@@ -6,15 +6,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import index
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.inputs import forward_call
+from captum_cw.attr.inputs import forward_call, run_on_copies
 from captum_cw.attr.layer import evaluation_mode
 from captum_cw.attr.outputs import logits_of
-from captum_cw.capture import TextLayers
+from captum_cw.capture import TextLayers, UnsupportedModelError
 from captum_cw.interventions import (
     CleanPass,
     FixedChange,
@@ -23,9 +24,10 @@ from captum_cw.interventions import (
     Scoring,
     SinkRule,
 )
-from captum_cw.metrics.quantities import Logits, last_token, mean_nll
+from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll
 from captum_cw.ranking import RateOf, Scope, Which
 from captum_cw.scoring import PairScorer, RandomPairs
+from captum_cw.virtual import behind, virtual_tokens
 
 __all__ = [
     "Batch",
@@ -52,6 +54,7 @@ class Plan:
         model: The model.
         scoring, scope, rate_of, sink_rule, granularity, mask_token_id, protected_ids: As for
             :class:`captum_cw.ComprehensivenessSufficiency`.
+        quantity: What is compared.
     """
 
     model: nn.Module
@@ -62,6 +65,7 @@ class Plan:
     granularity: Granularity
     mask_token_id: int | None
     protected_ids: Sequence[int]
+    quantity: Quantity
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class ForeignMethod:
         self, inputs: Mapping[str, Any], told: Sequence[Tensor], text: TextLayers | None
     ) -> list[Tensor]:
         """For each layer ``(B, H, S)``; other arguments as for :meth:`CleanPass.run`."""
-        forward = partial(self.model, **inputs)
+        forward = partial(run_on_copies, self.model, inputs)
         with evaluation_mode([self.model], self.model):
             seen = CleanPass.run(
                 self.model, forward, {"": self.scorer}, SinkRule(threshold=None), told, text
@@ -125,8 +129,8 @@ class BatchRun:
         ids = self.inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ValueError(
-                "There are no input_ids among the model's arguments, so the likelihood of the text "
-                "is not known: give a model whose forward takes input_ids by name."
+                "There are no input_ids among the model's arguments, so the tokens of the text are "
+                "not known: give a model whose forward takes input_ids by name."
             )
         self.ids = ids
         in_pass: dict[str, PairScorer] = {
@@ -135,7 +139,7 @@ class BatchRun:
             if not isinstance(method, (TokenMethod, ForeignMethod))
             and (plan.scoring == "clean" or plan.granularity == "token")
         }
-        forward = partial(plan.model, **self.inputs)
+        forward = partial(run_on_copies, plan.model, self.inputs)
         self.clean = CleanPass.run(
             plan.model, forward, in_pass, plan.sink_rule, call.real, call.text
         )
@@ -145,23 +149,30 @@ class BatchRun:
                 "zeros in what is relative to the output.",
                 stacklevel=4,
             )
-        self.real = self.clean.real[0]
+        self.own = _own_tokens(plan.model, self.clean, ids)
+        self.real = self.own[0][:, -ids.shape[1] :]
         protected = torch.isin(ids, ids.new_tensor(plan.protected_ids)).to(self.real.device)
-        self.kept = [sinks | protected for sinks in self.clean.sinks]
-        if plan.mask_token_id is None:
-            self.counted = (self._predicted() & self._asked())[:, 1:] & self.real[:, :-1]
-            self.clean_logits = logits_of(self.clean.output)
-        else:
-            self.counted = self.real & ~protected & self._asked()
-            self.clean_logits = self.logits()
+        self.kept = [
+            sinks | ~own | behind(protected, own.shape[1])
+            for sinks, own in zip(self.clean.sinks, self.own, strict=True)
+        ]
+        whole = self._text_logits(self.clean.output)
+        self.predicts = _predicts(plan.model, whole, ids)
+        self._check_quantity(whole)
+        # ``(B, T)``, which tokens count in the likelihood; None where it is not known.
+        self.counted = self._counted(protected)
+        self.clean_logits = whole if plan.mask_token_id is None else self.logits()
         self.unchanged = self.measured(self.clean_logits)
         self.target = self.unchanged.target
         self.pairs = {
-            name: method.scores(self.inputs, call.real, call.text)
+            name: [
+                behind(x, self.own[0].shape[1])
+                for x in method.scores(self.inputs, call.real, call.text)
+            ]
             for name, method in self.methods.items()
             if isinstance(method, ForeignMethod)
         } | self.clean.scores
-        removable = [r & ~k for r, k in zip(self.clean.real, self.kept, strict=True)]
+        removable = [r & ~k for r, k in zip(self.own, self.kept, strict=True)]
         if not torch.stack(removable).any(0).any(-1).all():
             raise ValueError(
                 "All tokens of an example are protected, so nothing can be removed: give longer "
@@ -173,18 +184,61 @@ class BatchRun:
             if isinstance(method, TokenMethod) or plan.granularity == "token"
         }
 
-    def _predicted(self) -> Tensor:
-        """``(B, T)``: the tokens that no token before them sees, as those of an image may."""
-        ahead = self.clean.ahead
-        if ahead is None:
-            return self.real
-        predicted, following = self.real & ~ahead, self.real[:, 1:] & self.real[:, :-1]
-        if (following.any(1) & ~(following & predicted[:, 1:]).any(1)).any():
+    def _text_logits(self, output: Any) -> Tensor:
+        """``(B, T, V)`` at the tokens of the text, or ``(B, C)``."""
+        try:
+            logits = logits_of(output)
+        except TypeError:
+            return logits_of(output, (2, 3))  # raises where there are none
+        T, longest = self.ids.shape[1], self.own[0].shape[1]
+        if logits.shape[1] not in (T, longest):
             raise ValueError(
-                "The model sees later tokens, so it does not predict the next one: give "
-                "mask_token_id (and protected_ids) of a masked language model."
+                f"The model gives logits {tuple(logits.shape)} for {T} tokens: give a model with "
+                "logits (B, T, V) of all tokens, or (B, C) of classes."
             )
-        return predicted
+        return logits[:, -T:]
+
+    def _check_quantity(self, logits: Tensor) -> None:
+        """Raises a ValueError where the model does not predict what the quantity is of."""
+        plan, name = self.plan, type(self.plan.model).__name__
+        masked, classes = plan.mask_token_id is not None, self.predicts == "classes"
+        if masked and (classes or (self.clean.causal and self.ids.shape[1] > 1)):
+            predicted = "classes" if classes else "the next token"
+            raise ValueError(
+                f"mask_token_id={plan.mask_token_id} is of a masked language model, but {name} "
+                f"predicts {predicted}: leave it out."
+            )
+        if plan.quantity.of_text and classes:
+            raise ValueError(
+                f"{name} predicts classes, not tokens (its logits are {tuple(logits.shape)}), so "
+                "the text has no perplexity or likelihood: use metric='log_prob' or 'prob' (of a "
+                "class), 'kl', or a callable (logits, batch, clean_logits) -> (B,)."
+            )
+        if plan.quantity.of_text and not masked and not self.clean.causal:
+            raise ValueError(
+                f"{name} sees later tokens, so it does not predict the next one: give "
+                "mask_token_id (and protected_ids) of a masked language model, or another metric: "
+                "'kl', or a callable (logits, batch, clean_logits) -> (B,)."
+            )
+        if plan.quantity.of_target and logits.dim() == 3 and (classes or not self.clean.causal):
+            raise ValueError(
+                f"{name} predicts something at each token, but not the token after the text, of "
+                "which 'log_prob' and 'prob' are: use 'kl', or a callable (logits, batch, "
+                "clean_logits) -> (B,)."
+            )
+
+    def _counted(self, protected: Tensor) -> Tensor | None:
+        """``(B, N)``: which predicted tokens count; None where the model predicts none of them."""
+        if self.predicts == "classes":
+            return None
+        if self.plan.mask_token_id is not None:
+            return self.real & ~protected & self._asked()
+        if not self.clean.causal:
+            return None
+        counted = self.real & self._asked()
+        if self.clean.ahead is not None:
+            counted = counted & ~self.clean.ahead[:, -counted.shape[1] :]
+        return counted[:, 1:] & self.real[:, :-1]
 
     def _asked(self) -> Tensor:
         """``(B, T)``: the tokens whose likelihood counts, by the labels if there are any."""
@@ -206,7 +260,9 @@ class BatchRun:
             scores = method.scores(self.batch)
         if isinstance(scores, tuple) and len(scores) == 1:
             (scores,) = scores
-        return _checked(name, scores, self.real.shape).to(self.real.device)
+        whole = self.own[0]
+        checked = _checked(name, scores, self.real.shape, whole.shape).to(whole.device)
+        return behind(checked, whole.shape[1])
 
     def removal(self, name: str, rate: float, which: Which) -> OnlineRemoval | FixedChange:
         """The passes without what a method ranks lowest or highest."""
@@ -215,57 +271,106 @@ class BatchRun:
         if name in self.tokens:
             # A token that is a sink anywhere stays everywhere.
             kept = torch.stack(self.kept).any(0)
-            factors = ranking.factors([self.tokens[name][:, None]], [self.real], [kept])
-            return FixedChange(plan.model, factors * len(self.kept))
+            factors = ranking.factors([self.tokens[name][:, None]], self.own[:1], [kept])
+            return FixedChange(plan.model, self.clean.of_keys(factors * len(self.kept)))
         if name in self.pairs:
-            factors = ranking.factors(self.pairs[name], self.clean.real, self.kept)
-            return FixedChange(plan.model, factors)
+            factors = ranking.factors(self.pairs[name], self.own, self.kept)
+            return FixedChange(plan.model, self.clean.of_keys(factors))
         assert not isinstance(method, (TokenMethod, ForeignMethod))  # those are scored by now
         return OnlineRemoval(plan.model, method, ranking, plan.sink_rule, self.kept)
 
     def logits(self) -> Tensor:
-        """``(B, T, V)``: of the next token, or of each masked token at its own place."""
+        """``(B, T, V)`` of the next token, or of each masked token at its own place; ``(B, C)``."""
         model, mask = self.plan.model, self.plan.mask_token_id
         if mask is None:
-            return logits_of(model(**self.inputs))
+            return self._text_logits(run_on_copies(model, self.inputs))
         rows = []
         for place in range(self.ids.shape[1]):
             masked = self.ids.clone()
             masked[:, place] = mask
             # A copy, since what was computed for the other places need not be kept.
-            rows.append(logits_of(model(**{**self.inputs, "input_ids": masked}))[:, place].clone())
+            given = {**self.inputs, "input_ids": masked}
+            logits = self._text_logits(run_on_copies(model, given))
+            rows.append(logits[:, place].clone())
         return torch.stack(rows, 1)
 
     def measured(self, logits: Tensor) -> Logits:
         """What the quantities are computed from."""
-        ids, target = self.ids, self.target
-        if self.plan.mask_token_id is None:
-            nll, self.counts = mean_nll(logits[:, :-1], ids[:, 1:], self.counted)
-        else:
-            nll, self.counts = mean_nll(logits, ids, self.counted)
-        if target is None:
-            last = last_token(self.real).to(logits.device)
-            target = logits[torch.arange(len(last)), last].argmax(-1)
-        elif isinstance(target, int):
-            target = torch.full((len(ids),), target)
-        if target.shape != (len(ids),):
-            raise ValueError(f"target has shape {tuple(target.shape)}, not ({len(ids)},).")
-        if nll.isnan().any():
+        ids, masked, nll = self.ids, self.plan.mask_token_id is not None, None
+        if self.counted is not None:
+            found = (logits, ids) if masked else (logits[:, :-1], ids[:, 1:])
+            nll, self.counts = mean_nll(*found, self.counted)
+        if (logits if nll is None else nll).isnan().any():
             raise ValueError(
                 "The logits are NaN, so nothing can be measured: check the inputs and weights; in "
                 "float16, load the model in bfloat16 or float32."
             )
+        target = self._target(logits)
         # Where tokens are masked, only those that are predicted count.
-        real = self.real if self.plan.mask_token_id is None else self.counted
+        real = self.counted if masked and self.counted is not None else self.real
         return Logits(logits, self.given, real, self.clean_logits, target, nll)
+
+    def _target(self, logits: Tensor) -> Tensor:
+        """``(B,)``: the token or class that is asked about, else the one that is predicted."""
+        target, B, V = self.target, len(self.ids), logits.shape[-1]
+        if target is None:
+            return last_rows(logits, self.real).argmax(-1)
+        if not isinstance(target, Tensor):
+            target = torch.full((B,), index(target))
+        if target.shape != (B,):
+            raise ValueError(f"target has shape {tuple(target.shape)}, not ({B},).")
+        if not ((target >= 0) & (target < V)).all():
+            wrong = int(target[(target < 0) | (target >= V)][0])
+            what = "classes" if self.predicts == "classes" else "tokens"
+            raise ValueError(f"target={wrong}, but the model has the {what} 0..{V - 1}.")
+        return target
+
+
+def _own_tokens(model: nn.Module, clean: CleanPass, ids: Tensor) -> list[Tensor]:
+    """For each layer ``(B, S)``: which of its tokens are tokens of the text, and not padding.
+
+    Raises:
+        UnsupportedModelError: If layers have other tokens than those of the text and virtual ones.
+    """
+    T, virtual = ids.shape[1], virtual_tokens(model)
+    for real in clean.real:
+        if real.shape[1] - T not in (0, virtual):
+            raise UnsupportedModelError(
+                f"An attention layer runs {real.shape[1]} tokens, but the text has {T} ids, and it "
+                "is not known where the others stand: give a model whose layers run the text "
+                "itself, or PEFT's prompt tuning."
+            )
+    return clean.real
+
+
+def _predicts(model: nn.Module, logits: Tensor, ids: Tensor) -> Literal["tokens", "classes"]:
+    """Whether logits are of tokens; those of classes may come for each token, too."""
+    if logits.dim() == 2 or int(ids.max()) >= logits.shape[-1]:
+        return "classes"
+    try:
+        read, written = (
+            getattr(model, f"get_{side}_embeddings", _nothing)() for side in ("input", "output")
+        )
+    except NotImplementedError:  # of a model that has several
+        return "tokens"
+    size = getattr(read, "num_embeddings", None)
+    # Some language models predict more tokens, or fewer, than they read.
+    of_tokens = size is None or written is not None or logits.shape[-1] == size
+    return "tokens" if of_tokens else "classes"
+
+
+def _nothing() -> None:
+    return None
 
 
 def _seeded(method: Method, keys: Sequence[str]) -> Method:
     return replace(method, examples=tuple(keys)) if isinstance(method, RandomPairs) else method
 
 
-def _checked(name: str, scores: object, shape: Sequence[int]) -> Tensor:
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != tuple(shape):
+def _checked(name: str, scores: object, shape: Sequence[int], whole: Sequence[int]) -> Tensor:
+    """Scores of the tokens of the text, or of the whole that the layers run."""
+    known = isinstance(scores, Tensor) and tuple(scores.shape) in (tuple(shape), tuple(whole))
+    if not isinstance(scores, Tensor) or not known:
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
             f"Method {name!r} gives scores {found}: one a token is needed, {tuple(shape)}."

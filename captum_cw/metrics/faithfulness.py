@@ -38,7 +38,7 @@ from captum_cw.metrics.batch import (
     Plan,
     TokenMethod,
 )
-from captum_cw.metrics.identity import checksum, described, fingerprint
+from captum_cw.metrics.identity import check_told, checksum, described, fingerprint
 from captum_cw.metrics.quantities import MetricName, quantity
 from captum_cw.metrics.result import REMOVED, FaithfulnessResult, Side
 from captum_cw.processes import Processes
@@ -77,16 +77,20 @@ class ComprehensivenessSufficiency:
         sink_threshold: Of a sink's cosine with the first token.
         sink_space: Of the hidden states that are compared.
         metric: ``"perplexity"`` and ``"nll"`` of the text; ``"log_prob"`` and ``"prob"`` of a
-            target after it; ``"kl"`` from the unchanged distribution; or a callable ``(logits,
-            batch, clean_logits) -> (B,)``, better if lower unless it says ``higher_is_better``.
+            target: the token after the text, or the class of a classifier; ``"kl"`` from the
+            unchanged distribution; or a callable ``(logits, batch, clean_logits) -> (B,)``, better
+            if lower unless it says ``higher_is_better``. Logits are ``(B, T, V)``, of a classifier
+            ``(B, C)``. A classifier has no perplexity and no nll: they are refused.
         reduction: Of scores over queries, where a method does not bring its own.
         granularity: ``"pair"``, or ``"token"``: measures remove whole tokens, as other methods do.
             The mean over queries ranks whole tokens badly (it puts the last ones on top, which few
             queries see): use ``reduction="sum"`` there.
         seed: Of ``"random"``.
-        mask_token_id: Of a masked language model, such as BERT: the likelihood of each token is
-            that at its place with this token there instead (pseudo-perplexity), so that a text
-            takes as many passes as it has tokens. None for models that predict the next token.
+        mask_token_id: Of a masked language model, such as BERT: the logits of each token are
+            those at its place with this token there instead (pseudo-perplexity), so that a text
+            takes as many passes as it has tokens. None for models that predict the next token and
+            for classifiers; of a masked language model, ``"kl"`` and a callable then get the logits
+            of the text as it is.
         protected_ids: Token ids that are never removed, and whose likelihood does not count where
             tokens are masked, such as those of class and separator tokens.
 
@@ -171,8 +175,8 @@ class ComprehensivenessSufficiency:
                 iterable of these. Tokens whose ``labels`` are -100, such as those of a prompt, do
                 not count in the likelihood, nor do those that tokens before them see, such as the
                 tokens of an image in Gemma 3. Beside images, the layers count that read the text.
-            target: For ``"log_prob"`` and ``"prob"``: the token id after the text, one for all
-                or ``(B,)``; None for what the unchanged model predicts.
+            target: For ``"log_prob"`` and ``"prob"``: the id of the token after the text, or of
+                the class, one for all or ``(B,)``; None for what the unchanged model predicts.
             resume_from: A file that keeps every finished batch; an interrupted run of the same
                 settings, data and model goes on from it, to the same numbers.
             shard: Under ``torchrun`` or ``accelerate launch``, shares the batches between the
@@ -207,6 +211,7 @@ class ComprehensivenessSufficiency:
             if resume_from is not None and processes.is_main:
                 # Reading all weights takes time, and only a file needs to know them again. They
                 # say which model it is, wherever it lies.
+                check_told({"metric": settings["metric"], **settings["methods"]})
                 run = {name: x for name, x in settings.items() if name != "model"}
                 run["weights"] = fingerprint(self.model)
                 kept = stack.enter_context(Records(resume_from, run))
@@ -265,6 +270,7 @@ class ComprehensivenessSufficiency:
             self.granularity,
             self.mask_token_id,
             self.protected_ids,
+            self._quantity,
         )
 
     def _settings(self, methods: Mapping[str, object], target: object) -> dict[str, Any]:
@@ -276,7 +282,7 @@ class ComprehensivenessSufficiency:
             "rates": {which: list(rates) for which, rates in self.rates.items()},
             "sink_threshold": self.sink_rule.threshold,
             "sink_space": self.sink_rule.space,
-            "metric": self.metric if isinstance(self.metric, str) else described(self.metric),
+            "metric": described(self.metric, self.model),
             "higher_is_better": self._quantity.higher_is_better,
             "reduction": self.reduction,
             "granularity": self.granularity,
@@ -314,15 +320,21 @@ class ComprehensivenessSufficiency:
                             logits = run.logits()
                         found = run.measured(logits)
                         table["values"][name][which].append(self._quantity(found).cpu())
-                        table["nll"][name][which].append(found.nll.cpu())
+                        if found.nll is not None:
+                            table["nll"][name][which].append(found.nll.cpu())
                         advance()
-            clean = self._quantity(run.unchanged).tolist()
+            clean, nll = self._quantity(run.unchanged).tolist(), run.unchanged.nll
+        known: list[dict[str, Any]] = [{} for _ in part.examples]
+        if nll is None:
+            del table["nll"]
+        else:
+            for of, x, count in zip(known, nll.tolist(), run.counts.tolist(), strict=True):
+                of.update(clean_nll=x, count=count)
         return [
             {
                 **example,
                 "clean": clean[b],
-                "clean_nll": float(run.unchanged.nll[b]),
-                "count": int(run.counts[b]),
+                **known[b],
                 **{
                     what: {
                         name: {which: [float(x[b]) for x in xs] for which, xs in sides.items()}

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import dis
+import hashlib
+import logging
+import re
+import sys
+import sysconfig
 import zlib
-from functools import partial
-from types import FunctionType, MethodType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from functools import cache, partial
+from pathlib import Path
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from captum_cw.attr import TokenScores
 from captum_cw.attr.layer import AttentionAttribution
 
-__all__ = ["checksum", "described", "fingerprint"]
+__all__ = ["UNTOLD", "check_told", "checksum", "described", "fingerprint"]
+
+#: In the description of a callable that may not be told from others.
+UNTOLD = "not told from others"
 
 
 def checksum(*tensors: Tensor) -> str:
@@ -51,31 +73,267 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def described(method: object, model: nn.Module | None = None) -> str:
-    """A method, or another callable, in words that tell it from others.
+    """A method, or another callable, in words that tell it from others in any process.
+
+    A function is told by its code, defaults and closure, and, where it is not of an installed
+    package, by the globals that it reads; an object by its class and state; tensors by a checksum
+    and models by a fingerprint.
 
     Args:
         method: What is described.
         model: The model that is evaluated; those of measures of other models are told apart.
+
+    Returns:
+        The description. It holds :data:`UNTOLD` where there is something inside, such as an open
+        file or a generator, that cannot be told from another one.
+
+    Example:
+        >>> def scale(factor):
+        ...     return lambda batch: factor * batch["input_ids"]
+        >>> described(scale(2)) == described(scale(2)), described(scale(2)) == described(scale(3))
+        (True, False)
     """
     if isinstance(method, str):
         return method
-    if isinstance(method, Tensor):
-        return f"scores {checksum(method)}"
-    if isinstance(method, TokenScores):
-        choices = [method.reduction, method.layers, method.heads, method.queries]
-        return f"{described(method.method, model)}, {choices}, signed={method.signed}"
-    if isinstance(method, AttentionAttribution):
-        name = f"{method.get_name()} {getattr(method, 'scope', '')}".strip()
-        name += "" if method.space == "attention" else f" in the {method.space}'s space"
-        own = method.model
-        return name if own is None or own is model else f"{name} of {fingerprint(own)}"
-    if isinstance(method, partial):
-        given = [described(x, model) for x in (method.func, *method.args)]
-        return f"partial {given} {method.keywords}"
-    if isinstance(method, MethodType):
-        return f"{described(method.__self__, model)}.{method.__name__}"
-    if isinstance(method, FunctionType):
-        code = method.__code__
-        inside = zlib.crc32(code.co_code + repr(code.co_names).encode())
-        return f"{method.__module__}.{method.__qualname__} {inside:08x}"
-    return f"{type(method).__module__}.{type(method).__qualname__}"
+    description = _Description(model)
+    text = description.of(method)
+    if not isinstance(method, (TokenScores, AttentionAttribution, Tensor)):
+        named = method if hasattr(method, "__qualname__") else type(method)
+        text = f"{_name(named)} {_digest(text)}"
+    if description.untold:
+        text += f" ({UNTOLD}: {', '.join(dict.fromkeys(description.untold))})"
+    return text
+
+
+def check_told(descriptions: Mapping[str, str]) -> None:
+    """Refuses to keep, or to go on from, records of callables that may not be told from others.
+
+    Args:
+        descriptions: By name, what :func:`described` gives.
+
+    Raises:
+        ValueError: If one may not be told from others.
+
+    Example:
+        >>> check_told({"mine": described(iter([1]).__next__)})
+        >>> check_told({"mine": described(lambda batch, file=open(__file__): None)})
+        Traceback (most recent call last):
+        ...
+        ValueError: 'mine' holds a _io.TextIOWrapper, ...
+    """
+    for name, text in descriptions.items():
+        if UNTOLD in text:
+            held = text.rpartition(f"({UNTOLD}: ")[2].removesuffix(")")
+            raise ValueError(
+                f"{name!r} holds a {held}, of which nothing tells whether it is the same in "
+                "another run, so records of several runs might mix: leave resume_from out, or give "
+                "a callable object whose class has a __getstate__ that tells what it depends on."
+            )
+
+
+class _Description:
+    """Words for objects, the same in each process: no addresses, and no order by hashes.
+
+    Args:
+        model: The model that is evaluated.
+
+    Attributes:
+        untold: The classes of objects that could not be described.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = model
+        self.untold: list[str] = []
+        # Objects that are being described, since they may hold themselves; and those that were,
+        # which are kept, so that their ids stay theirs.
+        self._open: list[int] = []
+        self._done: dict[int, tuple[str, object]] = {}
+
+    def of(self, x: object) -> str:
+        """What tells ``x`` from others."""
+        if type(x) in _PLAIN:
+            return repr(x)
+        if id(x) in self._open:
+            return f"^{self._open.index(id(x))}"
+        if id(x) not in self._done:
+            self._open.append(id(x))
+            text = self._of(x)
+            self._open.pop()
+            self._done[id(x)] = _digest(text) if len(text) > LONG else text, x
+        return self._done[id(x)][0]
+
+    def _of(self, x: Any) -> str:
+        if type(x) in (list, tuple):
+            return f"{type(x).__name__} {self.of_all(x)}"
+        if type(x) in (set, frozenset):
+            return f"{type(x).__name__} {sorted(map(self.of, x))}"
+        if type(x) in (dict, MappingProxyType):
+            items = sorted(((self.of(name), value) for name, value in x.items()), key=_first)
+            return self.of_all(part for item in items for part in item)
+        describe = next((how for kind, how in _KINDS.items() if isinstance(x, kind)), None)
+        return self.of_object(x) if describe is None else describe(self, x)
+
+    def of_all(self, several: Iterable[object]) -> str:
+        """Of several in their order."""
+        return f"[{', '.join(map(self.of, several))}]"
+
+    def of_tensor(self, x: Tensor) -> str:
+        """By its numbers."""
+        try:
+            return f"scores {checksum(x)}"
+        except (NotImplementedError, RuntimeError, TypeError):  # on the meta device, or sparse
+            return self.unknown(x)
+
+    def of_array(self, x: Any) -> str:
+        """Of NumPy's arrays and numbers."""
+        if x.dtype.hasobject:
+            return f"array {x.shape} {self.of_all(x.ravel().tolist())}"
+        return f"array {x.dtype.str} {x.shape} {zlib.crc32(x.tobytes()):08x}"
+
+    def of_module(self, x: nn.Module) -> str:
+        """By its place in the evaluated model, else by its weights and settings."""
+        if self.model is not None:
+            place = next((name for name, m in self.model.named_modules() if m is x), None)
+            if place is not None:
+                return f"module {place!r} of the model" if place else "the model"
+        looks = re.sub("0x[0-9a-f]+", "", repr(x))
+        return f"{_name(type(x))} {fingerprint(x)} {_digest(looks)}"
+
+    def of_token_scores(self, x: TokenScores) -> str:
+        """By the measure and the choices."""
+        choices = [x.reduction, x.layers, x.heads, x.queries]
+        return f"{self.of(x.method)}, {choices}, signed={x.signed}"
+
+    def of_measure(self, x: AttentionAttribution) -> str:
+        """By its name and choices; the evaluated model is not named."""
+        name = f"{x.get_name()} {getattr(x, 'scope', '')}".strip()
+        name += "" if x.space == "attention" else f" in the {x.space}'s space"
+        name += "" if x.kind == "self" else f", kind={x.kind!r}"
+        name += "" if x.layer is None else f", layer={self.of(x.layer)}"
+        name += "" if _is_installed(type(x).__module__) else f", {self.of(type(x))}"
+        if x.model is None:
+            return f"{name} of {self.of(x.forward_func)}"
+        return name if x.model is self.model else f"{name} of {fingerprint(x.model)}"
+
+    def of_code(self, x: CodeType) -> str:
+        """By what it does; where it stands in its file does not matter."""
+        counts = (x.co_argcount, x.co_posonlyargcount, x.co_kwonlyargcount, x.co_flags)
+        names = (x.co_names, x.co_varnames, x.co_freevars, x.co_cellvars)
+        return self.of_all((x.co_code, *counts, *names, *x.co_consts))
+
+    def of_function(self, x: FunctionType) -> str:
+        """By its code, what it was given when it was made, and what it reads."""
+        cells = dict(zip(x.__code__.co_freevars, map(_content, x.__closure__ or ()), strict=True))
+        read: dict[str, object] = {}
+        if not _is_installed(x.__module__):
+            names = set(_globals_of(x.__code__))
+            read = {name: value for name, value in x.__globals__.items() if name in names}
+        given = (x.__code__, x.__defaults__, x.__kwdefaults__, cells, read, vars(x))
+        return f"{_name(x)} {self.of_all(given)}"
+
+    def of_method(self, x: MethodType) -> str:
+        """By what it is bound to, too."""
+        return f"{self.of(x.__self__)}.{self.of(x.__func__)}"
+
+    def of_builtin(self, x: BuiltinFunctionType) -> str:
+        """By its name, and what it is bound to."""
+        return f"{self.of(x.__self__)}.{x.__qualname__}"
+
+    def of_partial(self, x: partial[Any]) -> str:
+        """By what it calls, and with what."""
+        return f"partial {self.of_all((x.func, x.args, x.keywords))}"
+
+    def of_class(self, x: type) -> str:
+        """By its name, and, where it is not of an installed package, by what is in it."""
+        if _is_installed(x.__module__):
+            return _name(x)
+        inside = {name: value for name, value in vars(x).items() if _belongs(name, value)}
+        return f"{_name(x)} {self.of_all((x.__bases__, inside))}"
+
+    def of_object(self, x: object) -> str:
+        """By its class and what pickle would keep of it."""
+        try:
+            kept = x.__reduce_ex__(4)
+        except Exception:  # whatever a class raises that does not want to be copied
+            return self.unknown(x)
+        if isinstance(kept, str):  # a name
+            return f"{kept} {self.of(getattr(x, '__wrapped__', None))}"
+        parts = (list(part) if isinstance(part, Iterator) else part for part in kept)
+        return self.of_all((type(x), *parts))
+
+    def unknown(self, x: object) -> str:
+        """Notes that ``x`` may not be told from others."""
+        self.untold.append(_name(type(x)))
+        return f"{_name(type(x))}, unknown"
+
+
+#: Told by their ``repr``.
+_PLAIN = {bool, int, float, complex, str, bytes, type(None), type(Ellipsis)}
+#: Characters of a description that is put in short.
+LONG = 500
+_KINDS: dict[type | tuple[type, ...], Callable[[_Description, Any], str]] = {
+    TokenScores: _Description.of_token_scores,
+    AttentionAttribution: _Description.of_measure,
+    Tensor: _Description.of_tensor,
+    nn.Module: _Description.of_module,
+    (np.ndarray, np.generic): _Description.of_array,
+    partial: _Description.of_partial,
+    FunctionType: _Description.of_function,
+    MethodType: _Description.of_method,
+    BuiltinFunctionType: _Description.of_builtin,
+    CodeType: _Description.of_code,
+    type: _Description.of_class,
+    ModuleType: lambda description, x: f"module {x.__name__}",
+    Enum: lambda description, x: f"{_name(type(x))}.{x.name} {description.of(x.value)}",
+    logging.Logger: lambda description, x: f"logger {x.name}",
+    property: lambda description, x: description.of_all((x.fget, x.fset)),
+    (staticmethod, classmethod): lambda description, x: description.of(x.__func__),
+    torch.Generator: lambda description, x: description.of_all((x.device, x.get_state())),
+}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
+def _name(x: Any) -> str:
+    return f"{getattr(x, '__module__', None)}.{x.__qualname__}"
+
+
+def _first(item: tuple[str, object]) -> str:
+    return item[0]
+
+
+def _content(cell: Any) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return "nothing yet"
+
+
+def _globals_of(code: CodeType) -> Iterator[str]:
+    """The names that code reads as globals, that of functions within it included."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _globals_of(constant)
+
+
+def _belongs(name: str, value: object) -> bool:
+    """Whether what is in a class is of its own making: of what Python adds, functions alone."""
+    if isinstance(value, (GetSetDescriptorType, MemberDescriptorType)) or name == "_abc_impl":
+        return False
+    return isinstance(value, FunctionType) or not (name.startswith("__") and name.endswith("__"))
+
+
+@cache
+def _is_installed(module: str | None) -> bool:
+    """Whether a module is Python's, of an installed package, or this one: versions tell of it."""
+    root = (module or "").partition(".")[0]
+    if root in sys.stdlib_module_names or root in (__name__.partition(".")[0], "builtins"):
+        return root != "__main__"
+    file = getattr(sys.modules.get(root), "__file__", None)
+    places = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    return file is not None and any(Path(file).is_relative_to(place) for place in places)

@@ -22,12 +22,12 @@ class Logits:
     """What a quantity is computed from.
 
     Args:
-        logits: ``(B, T, V)``.
+        logits: ``(B, T, V)``, of the tokens of the text; ``(B, C)`` of a classifier.
         batch: What the model was given.
         real: ``(B, T)`` boolean, the positions that count.
         clean: The logits of the unchanged pass.
-        target: ``(B,)``, the token whose probability counts.
-        nll: ``(B,)``, see :func:`mean_nll`.
+        target: ``(B,)``, the token or class whose probability counts.
+        nll: ``(B,)``, see :func:`mean_nll`; None where the likelihood of the text is not known.
     """
 
     logits: Tensor
@@ -35,7 +35,7 @@ class Logits:
     real: Tensor
     clean: Tensor
     target: Tensor
-    nll: Tensor
+    nll: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,14 @@ class Quantity:
     Args:
         compute: Gives ``(B,)``.
         higher_is_better: Whether more of it is better.
+        of_text: Whether it is the likelihood of the text, which the model must predict.
+        of_target: Whether it is of a target: a class, or the token after the text.
     """
 
     compute: Callable[[Logits], Tensor]
     higher_is_better: bool = False
+    of_text: bool = False
+    of_target: bool = False
 
     def __call__(self, logits: Logits) -> Tensor:
         """``(B,)``."""
@@ -90,18 +94,25 @@ def mean_nll(logits: Tensor, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tens
     return torch.stack(sums) / counts.to(sums[0].device), counts
 
 
+def last_rows(logits: Tensor, real: Tensor) -> Tensor:
+    """``(B, V)``: the logits after the last token; those of a classifier as they are."""
+    if logits.dim() == 2:
+        return logits
+    last = last_token(real).to(logits.device)
+    return logits[torch.arange(len(last)), last]
+
+
 def _log_probability(given: Logits) -> Tensor:
-    """Of the target, after the last token."""
-    last = last_token(given.real).to(given.logits.device)
-    rows = given.logits[torch.arange(len(last)), last].double()
+    """Of the target, after the last token or as the class."""
+    rows = last_rows(given.logits, given.real).double()
     return rows.log_softmax(-1).gather(-1, given.target[:, None].to(rows.device))[:, 0]
 
 
 def _kl(given: Logits) -> Tensor:
-    """Of the changed from the unchanged distribution of the next token, mean over positions."""
+    """Of the changed from the unchanged distribution: of classes, or of tokens (mean over them)."""
     rows = []
     for b in range(len(given.real)):
-        real = given.real[b].to(given.logits.device)
+        real = given.real[b].to(given.logits.device) if given.logits.dim() == 3 else slice(None)
         clean = given.clean[b][real].float().log_softmax(-1)
         changed = given.logits[b][real].float().log_softmax(-1)
         rows.append((clean.exp() * (clean - changed)).sum(-1).double().mean())
@@ -112,11 +123,12 @@ def _kl(given: Logits) -> Tensor:
 
 
 def _nll(given: Logits) -> Tensor:
+    assert given.nll is not None  # where it is not known, this quantity is refused
     return given.nll
 
 
 def _perplexity(given: Logits) -> Tensor:
-    return given.nll.exp()
+    return _nll(given).exp()
 
 
 def _probability(given: Logits) -> Tensor:
@@ -130,10 +142,10 @@ def last_token(real: Tensor) -> Tensor:
 
 
 QUANTITIES: dict[MetricName, Quantity] = {
-    "perplexity": Quantity(_perplexity),
-    "nll": Quantity(_nll),
-    "log_prob": Quantity(_log_probability, higher_is_better=True),
-    "prob": Quantity(_probability, higher_is_better=True),
+    "perplexity": Quantity(_perplexity, of_text=True),
+    "nll": Quantity(_nll, of_text=True),
+    "log_prob": Quantity(_log_probability, higher_is_better=True, of_target=True),
+    "prob": Quantity(_probability, higher_is_better=True, of_target=True),
     "kl": Quantity(_kl),
 }
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "FaithfulnessResult", "Side", "Statistic"]
 
 VERSION = 1
+#: Texts that have a spread, and with it an interval.
+COMPARABLE = 2
 #: Examples that are held at once while resampling.
 RESAMPLED = 1_000_000
 Side = Literal["comprehensiveness", "sufficiency"]
@@ -72,7 +74,8 @@ class FaithfulnessResult:
         rates: What was removed, by ``"top"`` and ``"bottom"``.
         settings: What the numbers depend on.
         records: For each example its ``index``, ``clean`` metric, and by method and side the
-            metric (``values``) and mean negative log-likelihood (``nll``) at each rate.
+            metric (``values``) and mean negative log-likelihood (``nll``) at each rate. There is
+            no likelihood where the model predicts no tokens, such as a classifier.
 
     Raises:
         ValueError: If there is no example.
@@ -106,6 +109,11 @@ class FaithfulnessResult:
         return {side: which for side, which in REMOVED.items() if which in self.rates}
 
     @property
+    def has_likelihood(self) -> bool:
+        """Whether the likelihood of the texts is known: the model predicts their tokens."""
+        return "clean_nll" in self.records[0]
+
+    @property
     def comprehensiveness(self) -> dict[str, Tensor]:
         """By method ``(rates,)``: the mean delta over examples (Eq. 16), top removed."""
         return self._means("comprehensiveness")
@@ -124,7 +132,11 @@ class FaithfulnessResult:
 
     @property
     def corpus(self) -> dict[str, dict[Side, Tensor]]:
-        """By method and side ``(rates,)``: the delta of ``exp(mean NLL)`` over all tokens."""
+        """By method and side ``(rates,)``: the delta of ``exp(mean NLL)`` over all tokens.
+
+        Raises:
+            ValueError: If the likelihood of the texts is not known.
+        """
         return {
             name: {side: self._statistic(name, side, "corpus", None)[0] for side in self.sides}
             for name in self.methods
@@ -137,7 +149,12 @@ class FaithfulnessResult:
 
     @property
     def clean_corpus(self) -> float:
-        """``exp(mean NLL)`` over all tokens of the unchanged examples."""
+        """``exp(mean NLL)`` over all tokens of the unchanged examples.
+
+        Raises:
+            ValueError: If the likelihood of the texts is not known.
+        """
+        self._check_statistic("corpus")
         return float(self._corpus(self._column("clean_nll")[:, None], self._column("count")))
 
     def deltas(self, method: str, side: Side) -> Tensor:
@@ -177,17 +194,23 @@ class FaithfulnessResult:
             seed: Of the resamples.
 
         Returns:
-            At each rate, ``a - b`` and its interval: NaN for a single example, which has no spread.
+            At each rate, ``a - b`` and its interval.
 
         Raises:
             KeyError: If a method was not evaluated.
-            ValueError: If a choice is unknown.
+            ValueError: If a choice is unknown, there are fewer than two examples, or the likelihood
+                of the texts is asked for and not known.
         """
         check_choice("side", side, Side)
         check_choice("statistic", statistic, Statistic)
         if not 0 < confidence < 1:
             raise ValueError(f"confidence={confidence!r}: give a fraction between 0 and 1.")
         n = len(self.records)
+        if n < COMPARABLE:
+            raise ValueError(
+                f"There is {n} text, but an interval over texts needs {COMPARABLE} or more: "
+                "evaluate more texts, or read the differences from .deltas(method, side)."
+            )
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(n, (samples, n), generator=generator)
         here = self._statistic(a, side, statistic, None) - self._statistic(b, side, statistic, None)
@@ -201,8 +224,6 @@ class FaithfulnessResult:
         tail = (1 - confidence) / 2
         bounds = torch.tensor([tail, 1 - tail], dtype=found.dtype)
         low, high = torch.quantile(found, bounds, dim=0)
-        if n == 1:
-            low, high = torch.full_like(low, torch.nan), torch.full_like(high, torch.nan)
         less = side == "sufficiency"
         better = tuple(
             (a if (y < 0) == less else b) if x > 0 or y < 0 else None
@@ -211,26 +232,25 @@ class FaithfulnessResult:
         return Comparison(self.rates[REMOVED[side]], here[0], low, high, better)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each method, side and rate (needs pandas)."""
+        """One row for each method, side and rate (needs pandas).
+
+        ``delta_nll`` and ``delta_corpus_perplexity`` are there where the likelihood is known.
+        """
         import pandas as pd
 
+        columns: dict[str, Statistic] = {"delta": "mean"}
+        if self.has_likelihood:
+            columns |= {"delta_nll": "nll", "delta_corpus_perplexity": "corpus"}
         rows = []
         for name in self.methods:
             for side, which in self.sides.items():
-                means = self.deltas(name, side).mean(0)
-                nll = self._statistic(name, side, "nll", None)[0]
-                corpus = self._statistic(name, side, "corpus", None)[0]
+                found = {
+                    column: self._statistic(name, side, statistic, None)[0].tolist()
+                    for column, statistic in columns.items()
+                }
                 for i, rate in enumerate(self.rates[which]):
-                    rows.append(
-                        {
-                            "method": name,
-                            "side": side,
-                            "rate": rate,
-                            "delta": float(means[i]),
-                            "delta_nll": float(nll[i]),
-                            "delta_corpus_perplexity": float(corpus[i]),
-                        }
-                    )
+                    numbers = {column: values[i] for column, values in found.items()}
+                    rows.append({"method": name, "side": side, "rate": rate, **numbers})
         return pd.DataFrame(rows)
 
     def plot(
@@ -250,6 +270,9 @@ class FaithfulnessResult:
 
         Returns:
             The figure and its two axes.
+
+        Raises:
+            ValueError: If ``statistic`` is unknown, or is of a likelihood that is not known.
         """
         from captum_cw.visualization.curves import plot_curves
 
@@ -307,6 +330,7 @@ class FaithfulnessResult:
         self, method: str, side: Side, statistic: Statistic, drawn: Tensor | None
     ) -> Tensor:
         """``(samples, rates)`` over resampled examples, ``(1, rates)`` over all."""
+        self._check_statistic(statistic)
         if drawn is None:
             drawn = torch.arange(len(self.records))[None]
         if statistic == "mean":
@@ -316,6 +340,14 @@ class FaithfulnessResult:
             return (changed - clean)[drawn].mean(1)
         counts = self._column("count")[drawn]
         return self._corpus(changed[drawn], counts) - self._corpus(clean[drawn], counts)
+
+    def _check_statistic(self, statistic: Statistic) -> None:
+        if statistic != "mean" and not self.has_likelihood:
+            raise ValueError(
+                f"{statistic!r} is of the likelihood of the texts, which is not known: the model "
+                "predicts no tokens, or sees the tokens that it predicts. Use statistic='mean', "
+                ".aopc() or .deltas(method, side), which are of the metric."
+            )
 
     @staticmethod
     def _corpus(nll: Tensor, counts: Tensor) -> Tensor:

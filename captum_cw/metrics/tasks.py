@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.attr.layer import evaluation_mode, unwrapped
+from captum_cw.attr.outputs import logits_of
 from captum_cw.capture import StateSpace
 from captum_cw.files import read_json, write_json
 from captum_cw.functional import Reduction
 from captum_cw.interventions import Scoring, remove_tokens
 from captum_cw.metrics.faithfulness import checked_rates
-from captum_cw.metrics.identity import described, fingerprint
+from captum_cw.metrics.identity import check_told, described, fingerprint
 from captum_cw.progress import progress_bar
 from captum_cw.ranking import Scope, Which
 from captum_cw.records import Records
@@ -274,6 +275,8 @@ def evaluate_tasks(
     sink_space: StateSpace = "normed",
     seed: int = 0,
     num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     resume_from: str | Path | None = None,
     show_progress: bool = False,
 ) -> TaskResult:
@@ -302,6 +305,9 @@ def evaluate_tasks(
             depends on ``batch_size``.
         num_fewshot: Examples before each document; None for what the task says. A task that says
             0 keeps to that.
+        apply_chat_template: Asks in the tokenizer's chat template, as the harness's option of that
+            name does.
+        chat_template_kwargs: Arguments for that template, such as ``{"enable_thinking": False}``.
         resume_from: A file that keeps every finished evaluation of a task; an interrupted run of
             the same settings, documents and model goes on from it, to the same numbers.
         show_progress: Shows a bar once it has taken two seconds.
@@ -313,7 +319,7 @@ def evaluate_tasks(
         ImportError: If lm-evaluation-harness is not installed.
         TypeError, ValueError: If the model or tokenizer is of another kind, a task is unknown,
             made of others without a score of its own, or has no metric that is better if higher,
-            and as ``remove_tokens``.
+            there is no chat template to apply, and as ``remove_tokens``.
         NotADirectoryError: If ``task_path`` is no folder.
         RecordsError: If ``resume_from`` is damaged, or of another run.
 
@@ -332,6 +338,16 @@ def evaluate_tasks(
     for name, count in {"limit": limit, "batch_size": batch_size}.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}={count}: give one or more.")
+    if chat_template_kwargs and not apply_chat_template:
+        raise ValueError(
+            f"chat_template_kwargs={dict(chat_template_kwargs)} without a chat template: give "
+            "apply_chat_template=True too."
+        )
+    if apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "apply_chat_template=True, but the tokenizer has no chat template: use that of the "
+            "model's version for chats, or set tokenizer.chat_template."
+        )
     several = checked_rates({which: rates})[which]
     model = unwrapped(model)
     removal = partial(
@@ -347,7 +363,8 @@ def evaluate_tasks(
         with removal(model, method, several[0]):
             pass  # raises where a choice is unknown
     with _quiet_and_seeded():
-        lm = _harness_model()(model, tokenizer, batch_size)
+        lm = _harness_model()(model, tokenizer, batch_size, dict(chat_template_kwargs or {}))
+        chat = lm if apply_chat_template else None
         units = _load(list(dict.fromkeys(tasks)), task_path, num_fewshot)
         settings = {
             "which": which,
@@ -361,8 +378,9 @@ def evaluate_tasks(
             "limit": limit,
             "batch_size": batch_size,
             "num_fewshot": num_fewshot,
-            "tasks": {unit.name: unit.checksum(limit) for unit in units},
-            "methods": {name: described(method) for name, method in methods.items()},
+            **_template_settings(tokenizer, apply_chat_template, chat_template_kwargs),
+            "tasks": {unit.name: unit.checksum(limit, chat) for unit in units},
+            "methods": {name: described(method, model) for name, method in methods.items()},
             "model": getattr(model.config, "name_or_path", None),
             "weights": fingerprint(model),
             "tokenizer": _tokenizer_checksum(tokenizer),
@@ -379,6 +397,8 @@ def evaluate_tasks(
     for (name, method), rate in product(methods.items(), several):
         runs[name, rate] = partial(removed, method, rate)
     with ExitStack() as stack:
+        if resume_from is not None:
+            check_told(settings["methods"])
         kept = None if resume_from is None else stack.enter_context(Records(resume_from, settings))
         known: dict[str, Any] = dict(kept or {})
         total = len(units) * len(runs)
@@ -387,7 +407,7 @@ def evaluate_tasks(
             key = _key(unit.name, run)
             if key not in known:
                 with _quiet_and_seeded(), evaluation_mode([model], model):
-                    known[key] = unit.evaluate(lm, change, limit)
+                    known[key] = unit.evaluate(lm, change, limit, apply_chat_template)
                 if kept is not None:
                     kept.add(key, known[key])
             bar.update(1)
@@ -404,6 +424,16 @@ def evaluate_tasks(
             },
         }
     return TaskResult(several, settings, records)
+
+
+def _template_settings(
+    tokenizer: PreTrainedTokenizerBase, applied: bool, given: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What tells runs in a chat template from others; nothing without one."""
+    if not applied:
+        return {}
+    template = zlib.crc32(json.dumps(tokenizer.chat_template).encode())
+    return {"chat_template": f"{template:08x}", "chat_template_kwargs": dict(given or {})}
 
 
 def _key(task: str, run: tuple[Any, ...]) -> str:
@@ -430,7 +460,9 @@ class _Unit:
     metric: str
     num_fewshot: int | None
 
-    def evaluate(self, lm: Any, removed: Removed, limit: int | None) -> dict[str, Any]:
+    def evaluate(
+        self, lm: Any, removed: Removed, limit: int | None, apply_chat_template: bool
+    ) -> dict[str, Any]:
         """How many documents there are, and by metric its value and standard error."""
         from lm_eval.evaluator import evaluate
 
@@ -442,6 +474,9 @@ class _Unit:
             limit=limit,
             log_samples=False,
             bootstrap_iters=BOOTSTRAP_SAMPLES,
+            apply_chat_template=apply_chat_template,
+            # As the harness does by default where a chat template is applied.
+            fewshot_as_multiturn=apply_chat_template,
         )
         found = results["results"][self.name]
         metrics = {}
@@ -452,12 +487,27 @@ class _Unit:
                 metrics[key] = [float(value), float(stderr) if isinstance(stderr, Real) else None]
         return {"documents": int(found["sample_len"]), "metrics": metrics}
 
-    def checksum(self, limit: int | None) -> str:
-        """Of all that is asked, word by word, and of what is right."""
+    def checksum(self, limit: int | None, chat: Any = None) -> str:
+        """Of all that is asked, word by word, and of what is right.
+
+        Args:
+            limit: How many documents are asked.
+            chat: The harness's model whose chat template is applied; None for none.
+        """
         self._prepare()
         crc = 0
         for name, task in self.loaded["tasks"].items():
-            task.build_all_requests(limit=limit)
+            applied = (
+                {}
+                if chat is None
+                else {
+                    "apply_chat_template": True,
+                    "fewshot_as_multiturn": True,
+                    "chat_template": chat.apply_chat_template,
+                    "tokenizer_name": chat.tokenizer_name,
+                }
+            )
+            task.build_all_requests(limit=limit, **applied)
             asked = [[x.doc, x.args] for x in task.instances]
             whole = [name, task.VERSION, list(task.aggregation()), asked]
             # What JSON does not know, such as pictures, may print its address in memory.
@@ -548,18 +598,29 @@ def _harness_model() -> Any:
             model: A causal language model.
             tokenizer: Its tokenizer.
             batch_size: Texts at once.
+            template_kwargs: Arguments for the chat template.
         """
 
         def __init__(
-            self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+            self,
+            model: PreTrainedModel,
+            tokenizer: PreTrainedTokenizerBase,
+            batch_size: int,
+            template_kwargs: dict[str, Any],
         ) -> None:
-            _check(model, tokenizer)
+            check_task_model(model, tokenizer)
             self.removed: Removed = lambda ids: nullcontext()
             self._rows: Iterator[list[int]] = iter(())
             with evaluation_mode([model], model):
                 # A copy, since it may be given a token for padding.
                 tokenizer = copy.deepcopy(tokenizer)
-                super().__init__(model, "causal", tokenizer=tokenizer, batch_size=batch_size)
+                super().__init__(
+                    model,
+                    "causal",
+                    tokenizer=tokenizer,
+                    batch_size=batch_size,
+                    chat_template_args=template_kwargs,
+                )
 
         def _loglikelihood_tokens(
             self,
@@ -586,15 +647,9 @@ def _harness_model() -> Any:
         def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """``(B, T, V)`` of ids ``(B, T)`` that are padded on the right, by zeros."""
             rows = list(islice(self._rows, len(inps)))
-            logits: Tensor
-            with self.removed(inps):
-                if len(inps) == 1:
-                    logits = super()._model_call(inps, *args, **kwargs)
-                    return logits
-                real = _real(rows, inps)
-                with torch.no_grad():
-                    logits = self.model(inps, attention_mask=real.long()).logits
-                return logits
+            mask = {} if len(inps) == 1 else {"attention_mask": _real(rows, inps).long()}
+            with self.removed(inps), torch.no_grad():
+                return logits_of(self.model(inps, **mask))
 
         def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """The harness gives the mask of ids ``(B, T)`` by itself here."""
@@ -622,13 +677,24 @@ def _real(rows: Sequence[Sequence[int]], ids: Tensor) -> Tensor:
     return torch.arange(T, device=ids.device).expand(B, T) < lengths[:, None]
 
 
-def _check(model: object, tokenizer: object) -> None:
+def check_task_model(model: object, tokenizer: object) -> None:
+    """Refuses what the tasks cannot be asked of.
+
+    Raises:
+        TypeError: If it is not a causal language model of transformers and its tokenizer.
+        ValueError: If the tokenizer has no token for the end of a text.
+    """
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         raise TypeError(
             f"model is of type {type(model).__name__}: give a causal language model of "
             "transformers."
+        )
+    if not model.can_generate():
+        raise TypeError(
+            f"{type(model).__name__} does not predict the next token, which tasks are asked by: "
+            "give a causal language model of transformers."
         )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer is of type {type(tokenizer).__name__}: give the model's own.")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from captum_cw.metrics import FaithfulnessResult
-from captum_cw.metrics.result import Side
+from captum_cw.metrics.result import COMPARABLE, Side
 from captum_cw.metrics.tasks import TaskResult
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ def _better(
     result: FaithfulnessResult, a: str, others: Sequence[str], sides: Sequence[Side]
 ) -> Judgement:
     """Whether ``a`` is better than others, rate by rate."""
+    if len(result.records) < COMPARABLE:
+        return Judgement("undecided", "one text: no interval")
     ahead = behind = cells = 0
     for other in others:
         for side in sides:

@@ -12,6 +12,7 @@ from captum_cw.analysis import AnalysisResult
 from captum_cw.attr import ALTIWeights, AttentionWeights, ContributionWeights, TokenScores
 from captum_cw.attr.layer import AttentionAttribution
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
+from captum_cw.metrics.result import COMPARABLE
 from captum_cw.metrics.tasks import TaskResult, evaluate_tasks
 from captum_cw.reproduce.printed import PRINTED
 from captum_cw.reproduce.study import Study
@@ -217,6 +218,10 @@ def _removal_table(item: str, result: Result) -> pd.DataFrame:
     differences: dict[str, dict[tuple[str, float], str]] = {}
     for other in others:
         row = differences[f"{first} - {other} (95%)"] = {}
+        if len(result.records) < COMPARABLE:
+            for place, difference in (wide.loc[first] - wide.loc[other]).items():
+                row[place] = f"{difference:.3f} (one text: no interval)"
+            continue
         for side in result.sides:
             found = result.compare(first, other, side, statistic="nll")
             numbers = (x.tolist() for x in (found.difference, found.low, found.high))

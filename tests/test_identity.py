@@ -1,0 +1,203 @@
+"""Callables are told apart by all that their numbers depend on, the same in every process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import LayerIntegratedGradients
+from models import gpt2, llama, token_ids
+from torch import Tensor, nn
+
+from captum_cw import ComprehensivenessSufficiency, ContributionWeights
+from captum_cw.metrics.identity import UNTOLD, described
+
+SCALE = 1.0
+logger = logging.getLogger(__name__)
+
+
+def scaled(factor: Any) -> Callable[..., Any]:
+    return lambda batch: factor * batch
+
+
+def with_default(factor: Any) -> Callable[..., Any]:
+    def method(batch: Any, by: Any = factor) -> Any:
+        return by * batch
+
+    return method
+
+
+def with_keyword_default(factor: Any) -> Callable[..., Any]:
+    def method(batch: Any, *, by: Any = factor) -> Any:
+        return by * batch
+
+    return method
+
+
+def by_global(batch: Any) -> Any:
+    logger.debug("It is scored.")
+    return SCALE * batch
+
+
+def calls_another(batch: Any) -> Any:
+    return by_global(batch)
+
+
+def by_keyword(batch: Any, by: Any) -> Any:
+    return by * batch
+
+
+@dataclass
+class Scorer:
+    """A callable object with a state."""
+
+    factor: Any
+
+    def __call__(self, batch: Any) -> Any:
+        return self.factor * batch
+
+    def method(self, batch: Any) -> Any:
+        return self.factor * batch
+
+
+def of_code(factor: str, nested: bool) -> Callable[..., Any]:
+    """A function that differs from others by a constant alone."""
+    inside = f"lambda x: {factor} * x"
+    names: dict[str, Any] = {"__name__": __name__}
+    text = f"def method(batch):\n    return ({inside})(batch)" if nested else f"method = {inside}"
+    exec(text, names)
+    method: Callable[..., Any] = names["method"]
+    return method
+
+
+def gradients_of(model: nn.Module, steps: int) -> Callable[..., Any]:
+    """A method of Captum in a closure."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+
+    def forward(ids: Tensor) -> Tensor:
+        logits: Tensor = model(ids).logits
+        return logits[:, -1].amax(-1)
+
+    method = LayerIntegratedGradients(forward, embeddings)
+    return lambda batch: method.attribute(batch, n_steps=steps).sum(-1)
+
+
+PAIRS: dict[str, tuple[Any, Any]] = {
+    "constants": (of_code("2.0", nested=False), of_code("3.0", nested=False)),
+    "constants of nested code": (of_code("2.0", nested=True), of_code("3.0", nested=True)),
+    "defaults": (with_default(2.0), with_default(3.0)),
+    "keyword defaults": (with_keyword_default(2.0), with_keyword_default(3.0)),
+    "closures": (scaled(2.0), scaled(3.0)),
+    "sets in closures": (scaled({"a", "b"}), scaled({"a", "c"})),
+    "tensors in closures": (scaled(torch.zeros(3)), scaled(torch.ones(3))),
+    "arrays in closures": (scaled(np.zeros(3)), scaled(np.ones(3))),
+    "models in closures": (scaled(llama()), scaled(llama(4))),
+    "functions in closures": (scaled(scaled(2.0)), scaled(scaled(3.0))),
+    "arguments of partials": (
+        functools.partial(by_keyword, 2.0),
+        functools.partial(by_keyword, 3.0),
+    ),
+    "keywords of partials": (
+        functools.partial(by_keyword, by=2.0),
+        functools.partial(by_keyword, by=3.0),
+    ),
+    "models of partials": (
+        functools.partial(by_keyword, by=llama()),
+        functools.partial(by_keyword, by=gpt2()),
+    ),
+    "objects": (Scorer(2.0), Scorer(3.0)),
+    "tensors of objects": (Scorer(torch.zeros(3)), Scorer(torch.ones(3))),
+    "bound methods": (Scorer(2.0).method, Scorer(3.0).method),
+    "steps of captum": (gradients_of(llama(), 5), gradients_of(llama(), 6)),
+    "models of captum": (gradients_of(llama(), 5), gradients_of(gpt2(), 5)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_callables_that_differ_are_told_apart(name: str) -> None:
+    one, other = PAIRS[name]
+    found = [described(x) for x in (one, one, other)]
+    assert found[0] == found[1] != found[2]
+    assert not any(UNTOLD in text for text in found)
+
+
+@pytest.mark.parametrize("method", [by_global, calls_another])
+def test_globals_that_are_read_tell_functions_apart(
+    method: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = described(method)
+    monkeypatch.setattr(sys.modules[__name__], "UNRELATED", 1, raising=False)
+    assert described(method) == before
+    monkeypatch.setattr(sys.modules[__name__], "SCALE", 2.0)
+    assert described(method) != before
+
+
+def test_descriptions_are_the_same_in_every_process() -> None:
+    program = (
+        "import test_identity as t\n"
+        "from captum_cw.metrics.identity import described\n"
+        "for name, pair in t.PAIRS.items():\n"
+        "    print(name, *map(described, pair))\n"
+        "print(described(t.calls_another))"
+    )
+    here = Path(__file__).parent
+    found = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join((str(here.parent), str(here)))
+        run = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.add(run.stdout)
+    assert len(found) == 1
+    assert "0x" not in found.pop()
+
+
+def test_an_object_that_holds_itself_is_described() -> None:
+    one, other = Scorer(2.0), Scorer(3.0)
+    for x in (one, other):
+        x.factor = [x.factor, x]
+    assert described(one) != described(other)
+
+
+def test_the_evaluated_model_has_no_name_of_its_own() -> None:
+    model, same = llama(), llama()
+    method = scaled(model)
+    assert described(method, model) == described(scaled(same), same) != described(method)
+    layers = [ContributionWeights(model, model.get_submodule(f"model.layers.{n}")) for n in (0, 1)]
+    first, second = (described(measure, model) for measure in layers)
+    assert first != second
+
+
+def test_a_callable_that_cannot_be_told_apart_does_not_resume(tmp_path: Path) -> None:
+    metric = ComprehensivenessSufficiency(llama(), [0.5], granularity="token")
+    lock = threading.Lock()
+    methods = {"mine": lambda batch: batch.float() * bool(lock)}
+    assert metric.evaluate(methods, token_ids(), show_progress=False).methods == ["mine"]
+    with pytest.raises(ValueError, match="'mine' holds a _thread.lock, .* leave resume_from out"):
+        metric.evaluate(methods, token_ids(), resume_from=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_another_constant_is_refused(tmp_path: Path) -> None:
+    metric = ComprehensivenessSufficiency(llama(), [0.5], granularity="token")
+    settings: dict[str, Any] = {"resume_from": tmp_path / "run", "show_progress": False}
+    metric.evaluate({"mine": scaled(1.0)}, token_ids(), **settings)
+    metric.evaluate({"mine": scaled(1.0)}, token_ids(), **settings)
+    with pytest.raises(ValueError, match="is of another run"):
+        metric.evaluate({"mine": scaled(-1.0)}, token_ids(), **settings)
