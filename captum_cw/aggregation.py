@@ -52,6 +52,7 @@ from captum_cw.functional import (
     expand_heads,
     of_whole_tokens,
     vw,
+    widest,
 )
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def alti(layer: AttentionLayer) -> Block:
         for keys in blocks(n, max(1, BLOCK_ELEMENTS // (B * t * y.shape[-1]))):
             terms = transformed(a[..., keys], rows, keys)  # (B, m, t, d)
             first, end = max(rows.start, keys.start), min(rows.stop, keys.stop)
-            own = torch.arange(first, max(first, end))
+            own = torch.arange(first, max(first, end), device=a.device)
             terms[:, own - keys.start, own - rows.start] += stream[:, own]
             # |y| - |y - T| is the least of the two, and loses no small T beside a large y.
             terms *= along
@@ -361,7 +362,7 @@ class Flow(LayerPath):
             ValueError: If that would take too long, with the figure.
         """
         out = torch.zeros_like(self._maps[0])
-        wanted = torch.ones(out.shape[:2], dtype=torch.bool) if chosen is None else chosen.cpu()
+        wanted = out.new_ones(out.shape[:2], dtype=torch.bool) if chosen is None else chosen.cpu()
         self._check(int(wanted.sum(1).max()))
         for b in range(len(out)):
             maps = [mixed[b] for mixed in self._maps]
@@ -401,10 +402,10 @@ def max_flow(maps: Sequence[Tensor], query: int) -> Tensor:
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import maximum_flow
 
-    edges = np.stack([np.rint(mixed.double().numpy() * UNITS) for mixed in maps]).astype(np.int32)
+    edges = np.stack([_in_units(mixed) for mixed in maps])
     L, T, _ = edges.shape
     below = _reached(edges[::-1], query)[::-1]  # by the query: after no layer, one, ...
-    flows = torch.zeros(T, dtype=maps[0].dtype)
+    flows = maps[0].new_zeros(T)
     for token in np.flatnonzero(below[0]).tolist():
         above = _reached(edges.transpose(0, 2, 1), token)
         used = edges * below[1:, :, None] * above[:-1, None, :]
@@ -414,6 +415,13 @@ def max_flow(maps: Sequence[Tensor], query: int) -> Tensor:
         )
         flows[token] = maximum_flow(graph, L * T + query, token).flow_value / UNITS
     return flows
+
+
+def _in_units(capacities: Tensor) -> npt.NDArray[Any]:
+    import numpy as np
+
+    known = capacities.to(widest(capacities.device)).numpy()
+    return np.rint(known.astype(np.float64) * UNITS).astype(np.int32)
 
 
 def _reached(edges: npt.NDArray[Any], start: int) -> npt.NDArray[Any]:

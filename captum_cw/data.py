@@ -161,7 +161,7 @@ def token_batches(
     else:
         cut = ((begin + ids)[:length] for ids in encoded)
         examples = (ids for ids in cut if len(ids) >= 2)
-    rows = [torch.tensor(ids) for ids in islice(examples, samples)]
+    rows = [torch.tensor(ids, dtype=torch.long, device="cpu") for ids in islice(examples, samples)]
     if not rows:
         raise ValueError("No text has two tokens or more: give texts that are longer.")
     known_pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

@@ -113,7 +113,7 @@ def explain(
         seen.append(execution)
         if not maps:
             _check_memory(layer.H, T, expected_layers([model], seen), K)
-            maps.update({name: torch.zeros(T, T) for name in (*MEASURES, SIGNED)})
+            maps.update({name: _on_cpu(T, T) for name in (*MEASURES, SIGNED)})
         first = layer.mask.block(slice(before[0], before[0] + 1))
         later = slice(before[1] + 1, None)
         causal &= T == 1 or (first is not None and not bool(first[..., later].any()))
@@ -163,6 +163,11 @@ class _Layer(NamedTuple):
     heads: HeadMaps
 
 
+def _on_cpu(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros where an explanation is kept."""
+    return torch.zeros(size, dtype=dtype, device="cpu")
+
+
 def _look(
     name: str, layer: AttentionLayer, before: Span, K: int, maps: dict[str, Tensor]
 ) -> _Layer:
@@ -173,9 +178,9 @@ def _look(
     skipped, hidden = before
     H, T, S = layer.H, layer.T - skipped, layer.S - hidden
     totals = {measure: layer.value.new_zeros(H, S) for measure in maps}
-    kept = {part: torch.zeros(H, T, K) for part in PARTS}
-    places = torch.zeros(H, T, K, dtype=torch.int32)
-    share = torch.zeros(H, T)
+    kept = {part: _on_cpu(H, T, K) for part in PARTS}
+    places = _on_cpu(H, T, K, dtype=torch.int32)
+    share = _on_cpu(H, T)
     factors = (functional.relative_norm, functional.cosine)
     chosen = None
     if skipped:

@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
+from functools import cached_property, partial, wraps
+from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ __all__ = [
     "value_weighted_output_normalised",
     "vw",
     "vwon",
+    "widest",
 ]
 
 Scope = Literal["inter", "intra"]
@@ -91,6 +93,32 @@ def check_choice(name: str, value: object, choices: object) -> None:
         raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, allowed))}.")
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs a function on tensors, or on a layer, in their own dtype.
+
+    Under ``torch.autocast``, matrix products would run in half precision, which loses the small
+    terms.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for x in (*args, *kwargs.values()):
+                x = x.value if isinstance(x, AttentionLayer) else x
+                if not isinstance(x, Tensor):
+                    continue
+                kind = x.device.type
+                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
+
+
 # ---------------------------------------------------------------------------------------------
 # Parts
 
@@ -101,6 +129,20 @@ def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     for x in tensors:
         dtype = torch.promote_types(dtype, x.dtype)
     return tuple(x.to(dtype) for x in tensors)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64 where a device has it, else float32.
+
+    Example:
+        >>> widest(torch.device("cpu"))
+        torch.float64
+    """
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except Exception:  # each kind of device has its own
+        return torch.float32
+    return torch.float64
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:
@@ -129,6 +171,7 @@ def _grouped_matmul(rows: Tensor, keys: Tensor) -> Tensor:
     return product.view(B, H, t, keys.shape[2])
 
 
+@_outside_autocast
 def attention_weights(
     query: Tensor,
     key: Tensor,
@@ -175,6 +218,7 @@ def attention_weights(
     return (logits + mask).softmax(-1)
 
 
+@_outside_autocast
 def output_gram(output_weight: Tensor) -> Tensor:
     """``G_h = W_O^h W_O^h^T``, so that ``||v~_j^h||^2 = v_j^h G_h v_j^h``.
 
@@ -191,6 +235,7 @@ def output_gram(output_weight: Tensor) -> Tensor:
     return output_weight @ output_weight.transpose(-1, -2)
 
 
+@_outside_autocast
 def value_norms(value: Tensor, output_weight: Tensor) -> Tensor:
     """Norms of the projected values, ``||v~_j^h||``.
 
@@ -205,12 +250,51 @@ def value_norms(value: Tensor, output_weight: Tensor) -> Tensor:
         >>> value_norms(torch.tensor([[[[3.0, 4.0]]]]), torch.eye(2)[None]).tolist()
         [[[5.0]]]
     """
-    # In float64: a quadratic form in float32 loses what is below 3e-4 of its largest values.
-    v = expand_heads(value, output_weight.shape[0]).double()
-    squares = ((v @ output_gram(output_weight.double())) * v).sum(-1)
-    return squares.clamp_(min=0).sqrt().to(value.dtype)
+    form = _OutputForm(output_weight)
+    return form.norms(expand_heads(value, output_weight.shape[0])).to(value.dtype)
 
 
+class _OutputForm:
+    """The quadratic form ``v G_h v^T = ||v W_O^h||^2`` of each head.
+
+    It is evaluated in float64, since in float32 it loses what is below 3e-4 of its largest values.
+    A device without float64 takes the triangular factor ``R_h`` with ``R_h^T R_h = G_h`` instead,
+    whose product ``v R_h^T`` has the norm of ``v W_O^h`` to float32's own rounding.
+
+    Args:
+        output_weight: ``(H, d_h, d)``.
+    """
+
+    def __init__(self, output_weight: Tensor) -> None:
+        self.dtype = torch.promote_types(output_weight.dtype, widest(output_weight.device))
+        weight = output_weight.to(self.dtype)
+        self.gram = self.factor = None
+        if self.dtype == torch.float64:
+            self.gram = output_gram(weight)
+        else:
+            # On the CPU: what has no float64 (MPS) may have no such decomposition either.
+            factor = torch.linalg.qr(weight.mT.cpu(), mode="r").R
+            self.factor = factor.to(weight.device)
+
+    def norms(self, v: Tensor) -> Tensor:
+        """``||v W_O^h||``, ``(B, H, n)``, of ``v`` ``(B, H, n, d_h)``."""
+        if self.factor is not None:
+            norms: Tensor = torch.linalg.vector_norm(v.to(self.dtype) @ self.factor.mT, dim=-1)
+            return norms
+        return self.pulled_back(v)[1].sqrt_()
+
+    def pulled_back(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``v G_h``, of the shape of ``v``, and ``||v W_O^h||^2``, ``(B, H, n)``."""
+        v = v.to(self.dtype)
+        if self.gram is not None:
+            u = v @ self.gram
+            return u, (u * v).sum(-1).clamp_(min=0)
+        assert self.factor is not None
+        short = v @ self.factor.mT
+        return short @ self.factor, short.square().sum(-1)
+
+
+@_outside_autocast
 def pull_back(direction: Tensor, output_weight: Tensor) -> Tensor:
     """``u_i^h = W_O^h direction_i``, so that ``<direction_i, v~_j^h> = <u_i^h, v_j^h>``.
 
@@ -430,6 +514,7 @@ class AttentionLayer:
     residual: ResidualSum | None = None
 
     @classmethod
+    @_outside_autocast
     def from_tensors(
         cls, attention: Tensor, value: Tensor, output_weight: Tensor, mask: QueryMask | None = None
     ) -> AttentionLayer:
@@ -473,6 +558,22 @@ class AttentionLayer:
         """Number of query heads."""
         return self.output_weight.shape[0]
 
+    def on_cpu(self) -> AttentionLayer:
+        """The layer as its output projection made it, without ``residual``, on the CPU."""
+
+        def moved(x: Tensor | None) -> Any:
+            return None if x is None else x.cpu()
+
+        mask = replace(self.mask, visible=moved(self.mask.visible), real=moved(self.mask.real))
+        update = self.update
+        if update is not None:
+            update = replace(update, gain=update.gain.cpu(), scale=update.scale.cpu())
+        return AttentionLayer(
+            lambda rows: self.weights(rows).cpu(),
+            moved(self.value), moved(self.head_output), moved(self.output_weight),
+            moved(self.output), mask, moved(self.scale), moved(self.gate), update,
+        )  # fmt: skip
+
     def seen_in(self, space: Space) -> AttentionLayer:
         """The layer with its output and values measured in that space."""
         check_choice("space", space, Space)
@@ -505,14 +606,13 @@ class AttentionLayer:
         gate = self.gate[:, :, rows]
         if self.gates_heads:
             return self.value_norms[:, :, None, :n] * gate[..., :1].abs()
-        gram = output_gram(self.output_weight.double())[None, :, None]
-        v = expand_heads(self.value[:, :, :n], self.H).double()[:, :, None]
+        form = _OutputForm(self.output_weight)
+        v = expand_heads(self.value[:, :, :n], self.H)[:, :, None].to(form.dtype)
         out = self.value.new_empty(*gate.shape[:3], n)
         per_query = v.numel()
         for some in blocks(gate.shape[2], max(1, BLOCK_ELEMENTS // per_query)):
-            gated = v * gate[:, :, some, None].double()
-            squares = ((gated @ gram) * gated).sum(-1)
-            out[:, :, some] = squares.clamp_(min=0).sqrt_().to(out.dtype)
+            gated = v * gate[:, :, some, None].to(form.dtype)
+            out[:, :, some] = form.norms(gated.flatten(2, 3)).view_as(out[:, :, some]).to(out.dtype)
         return out
 
     @cached_property
@@ -550,10 +650,8 @@ class AttentionLayer:
             w2 = self.output_weight.square().sum()
         else:
             # o_i^h itself is not needed: W_O^h o_i^h = G_h y_i^h.
-            y = self._gated_output.double()
-            u = y @ output_gram(self.output_weight.double())
-            norm2 = (u * y).sum(-1).clamp_(min=0).to(self.value.dtype)
-            u = u.to(self.value.dtype)
+            found = _OutputForm(self.output_weight).pulled_back(self._gated_output)
+            u, norm2 = (x.to(self.value.dtype) for x in found)
             y2 = self._gated_output.square().sum(-1)
             w2 = self.output_weight.square().sum((1, 2))[:, None]
         if self.gate is not None:
@@ -762,6 +860,7 @@ def map_blocks(
         yield rows, found
 
 
+@_outside_autocast
 def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
     """The whole map of a measure, ``(B, H, T, S)``.
 
@@ -778,6 +877,7 @@ def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
     return out
 
 
+@_outside_autocast
 def token_scores(
     layer: AttentionLayer,
     measure: Measure,
@@ -846,6 +946,7 @@ def _counted(mask: QueryMask, rows: slice, chosen: Tensor | None, g: Tensor) -> 
     return seen if chosen is None else seen & chosen[:, None, rows, None]
 
 
+@_outside_autocast
 def query_scores(
     layer: AttentionLayer,
     measure: Measure,
@@ -887,6 +988,7 @@ def query_scores(
     return out
 
 
+@_outside_autocast
 def head_share(layer: AttentionLayer) -> Tensor:
     """``sum_j c_ij^h``: how much of the layer's output each head makes; needs no map.
 

@@ -232,7 +232,7 @@ def _head_variables(heads: Sequence[HeadMaps]) -> dict[str, Any]:
 
 
 def _stacked(tensors: Mapping[str, Tensor], methods: Sequence[str], shape: tuple[int, ...]) -> Any:
-    missing = torch.full(shape, torch.nan)
+    missing = torch.full(shape, torch.nan, dtype=torch.float32, device="cpu")
     rows = [tensors.get(method, missing).cpu() for method in methods]
     return _array(torch.stack(rows) if rows else missing.expand(0, *shape))
 

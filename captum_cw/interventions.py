@@ -573,9 +573,9 @@ class CleanPass:
         real: ``(B, S)``, False at padding and virtual tokens.
         sinks: ``(B, S)``.
         scores: By name of the method, ``(B, H, S)``.
+        keys: How many keys each layer has: more than ``S`` where a prefix was learned.
         ahead: ``(B, S)``, True at tokens that tokens before them see, in some layer, so that these
             do not predict them; None where there are none.
-        keys: How many keys each layer has: more than ``S`` where a prefix was learned.
         vanishing: How many layer outputs vanish, so that their rows count as zeros.
         output: What the model returned.
     """
@@ -587,16 +587,6 @@ class CleanPass:
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
     keys: list[int] = field(default_factory=list)
     output: Any = None
-
-    @property
-    def causal(self) -> bool:
-        """Whether some token of each text is not seen before it, so that it can be predicted."""
-        if self.ahead is None:
-            return True
-        real = self.real[0]
-        following = real[:, 1:] & real[:, :-1]
-        predicted = following & ~self.ahead[:, 1:]
-        return bool(predicted.any() and (predicted.any(1) | ~following.any(1)).all())
 
     @classmethod
     def run(
@@ -744,9 +734,13 @@ class OnlineRemoval(_Intervention):
         states = self._sink_rule.needs if self._sinks is None else None
         space = space_of([self._scorer])
         tokens = call.tokens
-        remove, known = partial(self._remove, tokens.told), known_to(self.model, tokens.told)
         with Observation(
-            [self.model], remove, real=known, states=states, space=space, text=tokens.text
+            [self.model],
+            partial(self._remove, tokens.told),
+            real=known_to(self.model, tokens.told),
+            states=states,
+            space=space,
+            text=tokens.text,
         ):
             yield
         if not self._state.factors:

@@ -98,6 +98,6 @@ def _choose(scores: Tensor, ranked: Tensor, rate: float, which: Which) -> Tensor
     order = ordered.sort(dim=-1, descending=top, stable=True).indices
     counts = ranked.sum(-1)
     quotas = {n: quota(rate, n) for n in set(counts.flatten().tolist())}
-    k = torch.tensor([quotas[n] for n in counts.flatten().tolist()], device=scores.device)
-    first = torch.arange(scores.shape[-1], device=scores.device) < k.view_as(counts)[..., None]
+    k = counts.new_tensor([quotas[n] for n in counts.flatten().tolist()]).view_as(counts)
+    first = torch.arange(scores.shape[-1], device=scores.device) < k[..., None]
     return torch.zeros_like(ranked).scatter_(-1, order, first)

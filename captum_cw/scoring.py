@@ -131,12 +131,12 @@ class RandomPairs:
         """Uniform numbers ``(B, H, S)``."""
         real = real_tokens(layer).cpu()
         examples = self.examples or tuple(map(str, range(len(real))))
-        scores = torch.zeros(len(real), layer.H, layer.S)
+        scores = torch.zeros(len(real), layer.H, layer.S, dtype=torch.float32, device="cpu")
         for b, example in enumerate(examples):
             seed = zlib.crc32(f"{self.seed}/{example}/{number}".encode())
             generator = torch.Generator().manual_seed(seed)
             # Token by token, so that padding changes nothing.
-            drawn = torch.rand(int(real[b].sum()), layer.H, generator=generator)
+            drawn = scores.new_empty(int(real[b].sum()), layer.H).uniform_(generator=generator)
             scores[b, :, real[b]] = drawn.T
         return scores.to(layer.value.device)
 

@@ -267,13 +267,13 @@ def check_spans(spans: Sequence[Span], length: int, of: str) -> None:
 
 
 def _one_sequence(input_ids: Tensor | Sequence[int]) -> list[int]:
-    ids = torch.as_tensor(input_ids)
+    ids = torch.as_tensor(input_ids, dtype=torch.long, device="cpu")
     if ids.ndim != 1:
         raise ValueError(
             f"input_ids have shape {tuple(ids.shape)}, expected (T,): give one sequence of a "
             "batch, input_ids[0]"
         )
-    return list(ids.long().tolist())
+    return list(ids.tolist())
 
 
 def _texts(tokenizer: Tokenizer, ids: list[int]) -> list[str | None]:

@@ -127,7 +127,7 @@ def selection_assumptions(
     def on_layer(seen: SeenLayer) -> None:
         value = seen.layer.value[0].double()
         similar = similarity_sums(value[:, 1:], lags)
-        profile = torch.zeros(seen.layer.H, ranks + 1, dtype=torch.float64)
+        profile = torch.zeros(seen.layer.H, ranks + 1, dtype=torch.float64, device="cpu")
         for _, terms in terms_of(seen.layer, drawn[seen.text]):
             profile += profile_sums(terms.attention, terms.seen, ranks)
         found = _Sums(norm_sums(value), similar, profile)
@@ -224,7 +224,7 @@ def profile_sums(attention: Tensor, seen: Tensor, ranks: int) -> Tensor:
     """
     counts = (seen >= ranks)[..., None].expand(*attention.shape[:2], 1)
     if attention.shape[-1] < ranks:  # then no query counts
-        return torch.zeros(len(attention), ranks + 1, dtype=torch.float64)
+        return torch.zeros(len(attention), ranks + 1, dtype=torch.float64, device="cpu")
     top = attention.topk(ranks, dim=-1).values
     return (torch.cat([top, torch.ones_like(top[..., :1])], -1) * counts).sum(1).cpu()
 

@@ -294,8 +294,8 @@ class Moments:
         self.count = 0
         # Sums are of differences to the first point: those of large numbers drown what varies.
         self._origin: Tensor | None = None
-        self._sum = torch.zeros(n, dtype=torch.float64)
-        self._products = torch.zeros(n, n, dtype=torch.float64)
+        self._sum = torch.zeros(n, dtype=torch.float64, device="cpu")
+        self._products = torch.zeros(n, n, dtype=torch.float64, device="cpu")
 
     def add(self, values: Tensor) -> None:
         """Counts ``(n, points)``."""

@@ -241,7 +241,7 @@ def value_alignment(
         row: dict[str, float] = {"layer": number, "depth": number / max(1, len(found) - 1)}
         for name, several in zip(("first", "among"), zip(*pairs, strict=True), strict=True):
             heads = torch.stack(several).mean(0)
-            quarters = torch.quantile(heads, torch.tensor([0.25, 0.75], dtype=heads.dtype)).tolist()
+            quarters = heads.quantile(heads.new_tensor([0.25, 0.75])).tolist()
             row |= {name: float(heads.mean()), f"{name}_25": quarters[0], f"{name}_75": quarters[1]}
         layers.append(row)
     by_layer = pd.DataFrame(layers)

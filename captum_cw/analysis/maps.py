@@ -71,9 +71,12 @@ class WeightMaps(AnalysisResult):
         found = []
         for layer, head in self.settings["pairs"]:
             rows = table[(table["layer"] == layer) & (table["head"] == head)]
-            maps = {part: torch.zeros(1, head + 1, T, T, dtype=torch.float64) for part in PARTS}
+            maps = {
+                part: torch.zeros(1, head + 1, T, T, dtype=torch.float64, device="cpu")
+                for part in PARTS
+            }
             for part, x in maps.items():
-                x[0, head] = torch.tensor(rows[part].to_numpy()).view(T, T)
+                x[0, head] = x.new_tensor(rows[part].to_numpy()).view(T, T)
             found.append(maps)
         return found
 
@@ -135,7 +138,7 @@ def weight_maps(
     parts = []
     for layer, head in chosen:
         maps = {
-            name: x[0, head].flatten().double().cpu().numpy()
+            name: x[0, head].flatten().cpu().double().numpy()
             for name, x in zip(PARTS, layers[layer], strict=True)
         }
         parts.append(

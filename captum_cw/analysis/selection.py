@@ -184,8 +184,7 @@ def selection_sums(
     # Exact for powers of two, where a logarithm might round to the wrong side.
     context = torch.frexp((terms.seen - 1).double().clamp(min=1))[1] - 1
     context = torch.nn.functional.one_hot(context.long(), CONTEXTS).double().expand(H, Q, -1)
-    out = torch.zeros(2, len(sizes), H, CONTEXTS, len(MEANS) + len(PRODUCTS) + 1)
-    out = out.double().to(context.device)
+    out = context.new_zeros(2, len(sizes), H, CONTEXTS, len(MEANS) + len(PRODUCTS) + 1)
     top = attention_ranks(terms)
     orders = [random_ranks(terms.visible, generator) for _ in range(random_sets)]
     for n, size in enumerate(sizes):

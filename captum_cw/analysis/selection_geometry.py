@@ -163,7 +163,8 @@ def random_ranks(visible: Tensor, generator: torch.Generator) -> Tensor:
 
     The first ``N`` are a uniform sample of ``N`` seen keys.
     """
-    keys = torch.rand(visible.shape, generator=generator).to(visible.device)
+    keys = torch.rand(visible.shape, generator=generator, dtype=torch.float32, device="cpu")
+    keys = keys.to(visible.device)
     return _ranks(keys.masked_fill(~visible, -1))
 
 

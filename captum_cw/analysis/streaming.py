@@ -20,7 +20,7 @@ from captum_cw.attr import AttentionWeights
 from captum_cw.attr.inputs import device_of
 from captum_cw.attr.layer import unwrapped
 from captum_cw.capture import Execution
-from captum_cw.functional import AttentionLayer
+from captum_cw.functional import AttentionLayer, widest
 from captum_cw.progress import progress_bar
 
 __all__ = ["Batches", "Reservoir", "SeenLayer", "check_causal", "run_texts", "texts_of"]
@@ -144,6 +144,8 @@ def run_texts(
                 if causal:
                     check_causal(execution.name, layer)
                 vanishing += layer.vanishing("inter")
+                if widest(layer.value.device) != torch.float64:
+                    layer = layer.on_cpu()  # analyses sum in float64
                 on_layer(SeenLayer(text, number, execution.name, layer, ids))  # noqa: B023
                 number += 1
 

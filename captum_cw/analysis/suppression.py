@@ -492,7 +492,7 @@ def cone(value: Tensor, gram: Tensor, a: Tensor, rest: Tensor) -> Cone:
     for which in (lowest, ~lowest):
         for x in (y, w):
             inside = angles(x) <= angle[:, None]
-            shares.append((inside & which).sum(1) / which.sum(1))
+            shares.append((inside & which).sum(1) / which.sum(1).to(norms.dtype))
     # The sink's part that is orthogonal to the mean value spans the plane with it.
     along = inner_products(first, gram, mean) / size**2
     across = first - along[..., None] * mean

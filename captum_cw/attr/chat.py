@@ -117,7 +117,7 @@ class ChatTokenInput(EncodedTokenInput):
                 token if isinstance(token, int) else tokenizer.convert_tokens_to_ids(token)
                 for token in skip_tokens
             ]
-            return ~torch.isin(self.inp_tensor, torch.tensor(skipped))
+            return ~torch.isin(self.inp_tensor, self.inp_tensor.new_tensor(skipped))
         if self.messages is None:
             raise ValueError(
                 "skip_tokens='template', but the template rewrites messages or the tokenizer does "

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +38,7 @@ from captum_cw.functional import (
     Scope,
     Space,
 )
+from captum_cw.memory import free_bytes
 from captum_cw.progress import progress_bar
 
 __all__ = [
@@ -529,10 +529,7 @@ def _check_memory(layer: AttentionLayer, layers: int, maps: int, heads: int) -> 
 
 def check_fits(needed: int, device: torch.device, what: str, way_out: str) -> None:
     """Raises a MemoryError if maps of ``needed`` bytes exceed what is free."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = free_bytes(device)
     if needed > free:
         raise MemoryError(
             f"The maps need {needed / 1e9:.1f} GB ({what}), but {free / 1e9:.1f} GB are free. "

@@ -291,7 +291,8 @@ def _values_of(inp: Any, encoded: Encoded) -> Callable[[Tensor], Tensor]:
     assert encoded.text is not None
     owner = owners(encoded.text, encoded.offsets, [span for span, _ in ranges])
     tokens = [place for place, number in enumerate(owner) if number is not None]
-    features = torch.tensor([ranges[number][1] for number in owner if number is not None]).long()
+    owned = [ranges[number][1] for number in owner if number is not None]
+    features = torch.tensor(owned, dtype=torch.long, device="cpu")
 
     def summed(attr: Tensor) -> Tensor:
         sums = attr.new_zeros(len(attr), inp.n_itp_features)

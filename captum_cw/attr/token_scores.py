@@ -331,7 +331,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         def choose(execution: Execution, layer: AttentionLayer) -> Tensor:
             nonlocal places
             places = own(execution, layer)
-            chosen = torch.zeros(len(layer.value), layer.T, dtype=torch.bool)
+            chosen = layer.value.new_zeros(len(layer.value), layer.T, dtype=torch.bool)
             chosen[:, places[0]] = True
             return chosen
 

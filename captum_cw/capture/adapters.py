@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from captum_cw.capture.calls import UnsupportedModelError
 from captum_cw.capture.listening import altered, is_heard, taken_over
+from captum_cw.capture.rounding import product_rounding
 from captum_cw.capture.wrapping import MethodOf, wrapping
 
 __all__ = ["adapted", "register_adapter"]
@@ -109,7 +110,7 @@ class _Adapted:
 
     def _check(self, own: Any, found: Any) -> None:
         for a, b in zip(_tensors(own), _tensors(found), strict=False):
-            tolerance = max(1e-4, 8 * torch.finfo(a.dtype).eps) * float(a.nan_to_num().abs().max())
+            tolerance = max(1e-4, 8 * product_rounding(a)) * float(a.nan_to_num().abs().max())
             if a.shape != b.shape or not torch.allclose(a, b, 0, tolerance, equal_nan=True):
                 raise UnsupportedModelError(
                     f"The adapter for {type(self._module).__name__} does not give what its forward "

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from captum_cw.capture.rounding import product_rounding, rounding
 from captum_cw.capture.running import Run
 from captum_cw.functional import QueryMask, Weights, attention_weights, expand_heads
 
@@ -133,6 +134,13 @@ class AttentionCall:
     def dtype(self) -> torch.dtype:
         """The dtype that geometry is computed in: the model's, but float32 at least."""
         return torch.promote_types(self.value.dtype, torch.float32)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Queries, keys or values as the kernel read them, in :attr:`dtype`.
+
+        Autocast and kernels of half precision cast them to the dtype that they return.
+        """
+        return x.to(self.returned.dtype).to(self.dtype)
 
     @property
     def own(self) -> Run | None:
@@ -297,26 +305,47 @@ def _probed(mask: QueryMask) -> list[slice]:
 
 def _agree(a: Tensor, b: Tensor) -> bool:
     """Whether two rows put their weights in the same places, however long they are."""
-    return bool(((a - b).abs().sum(-1) < 1e-4).all())
+    return bool(((a - b).abs().sum(-1) < max(1e-4, 4 * product_rounding(a, b))).all())
 
 
 def _reproduces(weights: Weights, call: AttentionCall, mask: QueryMask) -> bool:
     """Whether ``sum_j a_ij v_j`` is what the model computed, at a few real queries."""
-    tolerance = max(1e-4, 4 * torch.finfo(call.value.dtype).eps)
-    v = expand_heads(call.value, call.H).to(call.dtype)
+    tolerance = max(1e-4, 4 * product_rounding(call.value, call.returned))
+    v = expand_heads(call.read(call.value), call.H)
     for rows in _probed(mask):
         a = weights(rows)
         n = a.shape[-1]
         y = (a @ v[:, :, :n]).transpose(1, 2)
-        wrong = (y - call.head_output[:, rows]).abs() > tolerance * (
-            a.abs() @ v[:, :, :n].abs()
-        ).transpose(1, 2) + TINY
+        error = a.abs() * (tolerance + _logit_rounding(call, rows, n))
+        wrong = (y - call.head_output[:, rows]).abs() > (error @ v[:, :, :n].abs()).transpose(
+            1, 2
+        ) + TINY
         # NaN is not "wrong": it is reported as NaN, with its place.
         if mask.real is not None:
             wrong &= mask.real[:, rows, None, None]
         if wrong.any():
             return False
     return True
+
+
+def _logit_rounding(call: AttentionCall, rows: slice, n: int) -> Tensor | float:
+    """How far logits may be off where PyTorch is set to round the operands of their product.
+
+    Each of the ``d_k`` terms of a logit is off by up to the rounding of two operands, at random, so
+    that their sum is off by about that times the root of their squares' sum.
+
+    Returns:
+        ``(B, H, t, n)``; zero where operands are used as they are.
+    """
+    if call.query is None or call.key is None or call.weights is not None:
+        return 0.0
+    q, k = call.query[:, :, rows], expand_heads(call.key[:, :, :n], call.H)
+    coarse = product_rounding(q, k)
+    if coarse <= rounding(q, k):
+        return 0.0
+    scaling = q.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+    terms = q.to(call.dtype).square() @ k.to(call.dtype).square().transpose(-1, -2)
+    return 4 * coarse * scaling * terms.sqrt()
 
 
 class _Returned:
@@ -337,7 +366,7 @@ class _Softmax:
         assert call.query is not None
         assert call.key is not None
         self.scaling = call.scaling
-        self.query, self.key = call.query.to(call.dtype), call.key.to(call.dtype)
+        self.query, self.key = call.read(call.query), call.read(call.key)
         self.mask = mask
         self.bias = call.mask if call.mask is not None and call.mask.dtype != torch.bool else None
 
@@ -365,7 +394,7 @@ class _Rescaled:
 
     def __init__(self, weights: Weights, call: AttentionCall, mask: QueryMask) -> None:
         self.weights, self.mask = weights, mask
-        self.value = expand_heads(call.value, call.H).to(call.dtype)
+        self.value = expand_heads(call.read(call.value), call.H)
         self.output = call.head_output.transpose(1, 2).to(call.dtype)
 
     def __call__(self, rows: slice) -> Tensor:
@@ -385,7 +414,7 @@ class _DenseKernel:
         assert call.key is not None
         self.kernel, self.mask, self.call = call.dense_kernel, mask, call
         self.query, self.key, self.value = (
-            x.to(call.dtype) for x in (call.query, call.key, call.value)
+            call.read(x) for x in (call.query, call.key, call.value)
         )
 
     def __call__(self, rows: slice) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, times, visible_keys
 from captum_cw.capture.listening import taken_over
+from captum_cw.capture.rounding import product_rounding
 from captum_cw.capture.running import running
 from captum_cw.capture.wrapping import wrapping
 from captum_cw.functional import expand_heads
@@ -282,7 +283,7 @@ class _Ungrouped:
 def _close(a: Tensor, b: Tensor) -> bool:
     """Whether two head outputs are the same but for rounding; padded queries may have NaN."""
     scale = float(a.detach().nan_to_num().abs().max())
-    tolerance = max(1e-5, 4 * torch.finfo(a.dtype).eps) * scale
+    tolerance = max(1e-5, 4 * product_rounding(a)) * scale
     return torch.allclose(a, b, rtol=0, atol=tolerance, equal_nan=True)
 
 

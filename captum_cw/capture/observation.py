@@ -380,16 +380,18 @@ class Observation:
         self._pending, self._projected = None, (execution, read)
 
         def found(update: FrozenUpdate | None, residual: ResidualSum | None) -> Tensor | None:
-            # What is computed here is not the model's. Geometry is float32 at least, whatever the
-            # model is cast to.
             device = pending.call.value.device.type
-            with taken_over(), torch.autocast(device, enabled=False):
-                layer = self._layer(pending, product, reading.factors)
-                if residual is not None:
-                    residual = residual.to(pending.call.dtype)
-                layer = replace(layer, update=update, residual=residual)
-                with torch._C.DisableTorchFunction():  # nobody follows what is computed of it
-                    factors = self._on_layer(execution, layer)
+            with taken_over():  # what is computed here is not the model's
+                # The model's own functions run under the autocast that it runs under; geometry is
+                # float32 at least, whatever the model is cast to.
+                readable = product if product.weight is not None else product.read()
+                with torch.autocast(device, enabled=False):
+                    layer = self._layer(pending, readable, reading.factors)
+                    if residual is not None:
+                        residual = residual.to(pending.call.dtype)
+                    layer = replace(layer, update=update, residual=residual)
+                    with torch._C.DisableTorchFunction():  # nobody follows what is computed of it
+                        factors = self._on_layer(execution, layer)
                 if factors is None:
                     return None
                 if self._updates is not None and pending.spread is not None:
@@ -406,7 +408,7 @@ class Observation:
         return None
 
     def _layer(
-        self, pending: _Pending, product: LinearProduct, gate: Tensor | None
+        self, pending: _Pending, product: LinearProduct | None, gate: Tensor | None
     ) -> AttentionLayer:
         call, mask, name = pending.call, pending.mask, pending.execution.name
         o, w = projection(product, call.head_output, gate, call.dtype, name)
@@ -415,7 +417,7 @@ class Observation:
             weights = find_weights(call, mask, name)
         layer = AttentionLayer(
             weights=weights,
-            value=call.value.to(call.dtype),
+            value=call.read(call.value),
             head_output=call.head_output.transpose(1, 2).to(call.dtype),
             output_weight=w,
             output=o,

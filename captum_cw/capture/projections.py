@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.calls import TINY, UnsupportedModelError
+from captum_cw.capture.rounding import product_rounding, rounding
 
 __all__ = [
     "HeadFlow",
@@ -80,7 +81,7 @@ class LinearProduct:
         bias = nothing.flatten()
         again = self.input.detach().to(dtype) @ weight.to(dtype) + bias.to(dtype)
         wrong = (again - self.result.detach().to(dtype)).norm(dim=-1)
-        tolerance = max(tolerance, 8 * torch.finfo(self.result.dtype).eps)
+        tolerance = max(tolerance, 8 * product_rounding(self.result))
         if (wrong > tolerance * again.norm(dim=-1) + TINY).any():
             return None
         return replace(self, weight=weight, bias=bias)
@@ -186,7 +187,7 @@ class HeadFlow:
         dtype = torch.promote_types(x.dtype, torch.float32)
         by, y = (self.by_token(z).detach().to(dtype) for z in (by, self.start))
         wrong = (by * y - x.detach().to(dtype).reshape(y.shape)).abs()
-        eps = max(1e-5, *(4 * torch.finfo(z.dtype).eps for z in (x, self.start)))
+        eps = max(1e-5, 4 * rounding(x, self.start))
         size = (by * y).abs()
         size = size + 1e-3 * size.amax(-1, keepdim=True) + torch.finfo(size.dtype).tiny
         # NaN is not wrong: padded queries may have it.
@@ -346,7 +347,7 @@ def _linear(
 
 
 def projection(
-    product: LinearProduct,
+    product: LinearProduct | None,
     head_output: Tensor,
     factors: Tensor | None,
     dtype: torch.dtype,
@@ -355,7 +356,7 @@ def projection(
     """``o`` without the bias, and ``W_O`` by heads.
 
     Args:
-        product: What read the head outputs.
+        product: What read the head outputs, with its weight; None if it could not be read.
         head_output: ``(B, T, H, d_h)``.
         factors: Likewise: what they were multiplied by before; None if by nothing.
         dtype: What to compute in.
@@ -365,16 +366,15 @@ def projection(
         ``(B, T, d)`` and ``(H, d_h, d)``.
 
     Raises:
-        UnsupportedModelError: If the product is not linear.
+        UnsupportedModelError: If there is no weight.
     """
     B, T, H, d_h = head_output.shape
-    known = product if product.weight is not None else product.read()
-    if known is None or known.weight is None or known.weight.is_meta:
+    if product is None or product.weight is None or product.weight.is_meta:
         raise UnsupportedModelError(
             f"The weight of the output projection of layer {name!r} cannot be read, nor asked for: "
             "load the model in floating point."
         )
-    product, w = known, known.weight.detach().to(dtype)
+    w = product.weight.detach().to(dtype)
     if factors is None and product.bias is None and product.result.dtype == dtype:
         o = product.result.view(B, T, -1)
     else:

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.calls import UnsupportedModelError, same_numbers
 from captum_cw.capture.projections import in_place, same_place
+from captum_cw.capture.rounding import rounding
 from captum_cw.capture.states import GivenStates
 from captum_cw.functional import FrozenUpdate, ResidualSum
 
@@ -349,7 +350,7 @@ def _gain_and_bias(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def _frozen(x: Tensor, y: Tensor, gain: Tensor, bias: Tensor) -> FrozenUpdate | None:
     """How ``y`` comes from ``x`` once the scale of each query is fixed; None if not so."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    tolerance = max(1e-4, 8 * torch.finfo(x.dtype).eps, 8 * torch.finfo(y.dtype).eps)
+    tolerance = max(1e-4, 8 * rounding(x, y))
     x, y, gain = x.to(dtype), y.to(dtype) - bias.to(dtype), gain.to(dtype)
     for centred in (False, True):
         update = FrozenUpdate(gain, x.new_ones(x.shape[:-1]), centred)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from captum_cw.functional import widest
 from captum_cw.ranking import quota
 
 __all__ = ["Agreement", "agreement"]
@@ -66,17 +67,20 @@ def agreement(a: Tensor, b: Tensor, real: Tensor | None = None, *, top: float = 
         raise ValueError(f"Example {few} has less than two tokens that count: nothing is ranked.")
     correlations, overlaps = [], []
     for x, y, r in zip(a, b, real, strict=True):
-        x, y = x[r].double(), y[r].double()
+        x, y = (z[r].to(widest(z.device)) for z in (x, y))
         correlations.append(torch.corrcoef(torch.stack([_ranks(x), _ranks(y)]))[0, 1])
         k = max(1, quota(top, len(x)))
         first, second = (set(z.sort(descending=True, stable=True)[1][:k].tolist()) for z in (x, y))
         overlaps.append(len(first & second) / k)
-    return Agreement(torch.stack(correlations), torch.tensor(overlaps))
+    return Agreement(
+        torch.stack(correlations), torch.tensor(overlaps, dtype=torch.float32, device="cpu")
+    )
 
 
 def _ranks(x: Tensor) -> Tensor:
     """Ranks from the lowest; equal scores share their mean rank."""
     _, group, counts = torch.unique(x, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
+    counts = counts.to(x.dtype)
+    last = counts.cumsum(0)
     ranks: Tensor = (last - (counts - 1) / 2)[group]
     return ranks

@@ -158,6 +158,8 @@ class BatchRun:
         ]
         whole = self._text_logits(self.clean.output)
         self.predicts = _predicts(plan.model, whole, ids)
+        # ``(B, T)``, which tokens the tokens before them predict; None where none are predicted.
+        self.following = self._following()
         self._check_quantity(whole)
         # ``(B, T)``, which tokens count in the likelihood; None where it is not known.
         self.counted = self._counted(protected)
@@ -198,11 +200,20 @@ class BatchRun:
             )
         return logits[:, -T:]
 
+    def _following(self) -> Tensor | None:
+        """``(B, T)``: the tokens that no token before them sees, as those of an image may."""
+        if self.clean.ahead is None:
+            return self.real
+        predicted = self.real & ~self.clean.ahead[:, -self.real.shape[1] :]
+        pairs = self.real[:, 1:] & self.real[:, :-1]
+        none = pairs.any(1) & ~(pairs & predicted[:, 1:]).any(1)
+        return None if none.any() else predicted
+
     def _check_quantity(self, logits: Tensor) -> None:
         """Raises a ValueError where the model does not predict what the quantity is of."""
         plan, name = self.plan, type(self.plan.model).__name__
         masked, classes = plan.mask_token_id is not None, self.predicts == "classes"
-        if masked and (classes or (self.clean.causal and self.ids.shape[1] > 1)):
+        if masked and (classes or (self.following is not None and self.ids.shape[1] > 1)):
             predicted = "classes" if classes else "the next token"
             raise ValueError(
                 f"mask_token_id={plan.mask_token_id} is of a masked language model, but {name} "
@@ -214,13 +225,13 @@ class BatchRun:
                 "the text has no perplexity or likelihood: use metric='log_prob' or 'prob' (of a "
                 "class), 'kl', or a callable (logits, batch, clean_logits) -> (B,)."
             )
-        if plan.quantity.of_text and not masked and not self.clean.causal:
+        if plan.quantity.of_text and not masked and self.following is None:
             raise ValueError(
                 f"{name} sees later tokens, so it does not predict the next one: give "
                 "mask_token_id (and protected_ids) of a masked language model, or another metric: "
                 "'kl', or a callable (logits, batch, clean_logits) -> (B,)."
             )
-        if plan.quantity.of_target and logits.dim() == 3 and (classes or not self.clean.causal):
+        if plan.quantity.of_target and logits.dim() == 3 and (classes or self.following is None):
             raise ValueError(
                 f"{name} predicts something at each token, but not the token after the text, of "
                 "which 'log_prob' and 'prob' are: use 'kl', or a callable (logits, batch, "
@@ -233,12 +244,9 @@ class BatchRun:
             return None
         if self.plan.mask_token_id is not None:
             return self.real & ~protected & self._asked()
-        if not self.clean.causal:
+        if self.following is None:
             return None
-        counted = self.real & self._asked()
-        if self.clean.ahead is not None:
-            counted = counted & ~self.clean.ahead[:, -counted.shape[1] :]
-        return counted[:, 1:] & self.real[:, :-1]
+        return (self.following & self._asked())[:, 1:] & self.real[:, :-1]
 
     def _asked(self) -> Tensor:
         """``(B, T)``: the tokens whose likelihood counts, by the labels if there are any."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from captum_cw.functional import check_choice
+from captum_cw.functional import check_choice, widest
 
 __all__ = ["Logits", "MetricName", "Quantity", "mean_nll", "quantity"]
 
@@ -68,7 +68,7 @@ def mean_nll(logits: Tensor, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tens
         counted: ``(B, N)`` boolean, which of them count.
 
     Returns:
-        ``(B,)`` float64, and how many tokens each is the mean of.
+        ``(B,)``, float64 where the device has it, and how many tokens each is the mean of.
 
     Raises:
         ValueError: If no token of a text counts.
@@ -90,7 +90,7 @@ def mean_nll(logits: Tensor, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tens
         rows = logits[b][counted[b].to(logits.device)].float()
         targets = ids[b][counted[b].to(ids.device)].to(rows.device)
         losses = torch.nn.functional.cross_entropy(rows, targets, reduction="none")
-        sums.append(losses.double().sum())
+        sums.append(losses.to(widest(losses.device)).sum())
     return torch.stack(sums) / counts.to(sums[0].device), counts
 
 
@@ -99,12 +99,13 @@ def last_rows(logits: Tensor, real: Tensor) -> Tensor:
     if logits.dim() == 2:
         return logits
     last = last_token(real).to(logits.device)
-    return logits[torch.arange(len(last)), last]
+    return logits[torch.arange(len(last), device=last.device), last]
 
 
 def _log_probability(given: Logits) -> Tensor:
     """Of the target, after the last token or as the class."""
-    rows = last_rows(given.logits, given.real).double()
+    rows = last_rows(given.logits, given.real)
+    rows = rows.to(widest(rows.device))
     return rows.log_softmax(-1).gather(-1, given.target[:, None].to(rows.device))[:, 0]
 
 
@@ -115,7 +116,8 @@ def _kl(given: Logits) -> Tensor:
         real = given.real[b].to(given.logits.device) if given.logits.dim() == 3 else slice(None)
         clean = given.clean[b][real].float().log_softmax(-1)
         changed = given.logits[b][real].float().log_softmax(-1)
-        rows.append((clean.exp() * (clean - changed)).sum(-1).double().mean())
+        divergences = (clean.exp() * (clean - changed)).sum(-1)
+        rows.append(divergences.to(widest(divergences.device)).mean())
     return torch.stack(rows)
 
 
@@ -167,4 +169,4 @@ def _checked(compute: Callable[..., Tensor], given: Logits) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != (B,):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"metric gave {shape}, not one number an example: ({B},).")
-    return values.double()
+    return values.to(widest(values.device))

@@ -212,7 +212,7 @@ class FaithfulnessResult:
                 "evaluate more texts, or read the differences from .deltas(method, side)."
             )
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(n, (samples, n), generator=generator)
+        drawn = torch.randint(n, (samples, n), generator=generator, device="cpu")
         here = self._statistic(a, side, statistic, None) - self._statistic(b, side, statistic, None)
         found = torch.cat(
             [
@@ -222,7 +222,7 @@ class FaithfulnessResult:
             ]
         )
         tail = (1 - confidence) / 2
-        bounds = torch.tensor([tail, 1 - tail], dtype=found.dtype)
+        bounds = found.new_tensor([tail, 1 - tail])
         low, high = torch.quantile(found, bounds, dim=0)
         less = side == "sufficiency"
         better = tuple(
@@ -318,13 +318,13 @@ class FaithfulnessResult:
         return {name: self.deltas(name, side).mean(0) for name in names}
 
     def _column(self, name: str) -> Tensor:
-        return torch.tensor([record[name] for record in self.records], dtype=torch.float64)
+        return _numbers([record[name] for record in self.records])
 
     def _table(self, what: str, method: str, side: Side) -> Tensor:
         if method not in self.methods:
             raise KeyError(f"{method!r} was not evaluated; there are {', '.join(self.methods)}.")
         rows = [record[what][method][REMOVED[side]] for record in self.records]
-        return torch.tensor(rows, dtype=torch.float64)
+        return _numbers(rows)
 
     def _statistic(
         self, method: str, side: Side, statistic: Statistic, drawn: Tensor | None
@@ -332,7 +332,7 @@ class FaithfulnessResult:
         """``(samples, rates)`` over resampled examples, ``(1, rates)`` over all."""
         self._check_statistic(statistic)
         if drawn is None:
-            drawn = torch.arange(len(self.records))[None]
+            drawn = torch.arange(len(self.records), device="cpu")[None]
         if statistic == "mean":
             return self.deltas(method, side)[drawn].mean(1)
         changed, clean = self._table("nll", method, side), self._column("clean_nll")[:, None]
@@ -354,3 +354,7 @@ class FaithfulnessResult:
         """``exp`` of the mean over tokens; examples are the last dimension but one of ``nll``."""
         weights = counts[..., None]
         return ((nll * weights).sum(-2) / weights.sum(-2)).exp()
+
+
+def _numbers(of: list[Any]) -> Tensor:
+    return torch.tensor(of, dtype=torch.float64, device="cpu")

@@ -37,6 +37,6 @@ def with_shuffled_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in shuffled.parameters():  # those that are shared come once
-            order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
-            weight.copy_(weight.flatten()[order].view_as(weight))
+            order = torch.randperm(weight.numel(), generator=generator, device="cpu")
+            weight.copy_(weight.flatten()[order.to(weight.device)].view_as(weight))
     return shuffled

@@ -244,6 +244,7 @@ class TaskResult:
                 method: torch.tensor(
                     [_score(found, record["metric"])[place] for found in several],
                     dtype=torch.float64,
+                    device="cpu",
                 )
                 for method, several in record["removed"].items()
             }
@@ -673,7 +674,7 @@ def _real(rows: Sequence[Sequence[int]], ids: Tensor) -> Tensor:
             f"lm-eval {version('lm_eval')} runs texts in another order than 0.4.13, so which "
             "tokens are padding is not known: give batch_size=1, or install lm-eval==0.4.13."
         )
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long, device=ids.device)
     return torch.arange(T, device=ids.device).expand(B, T) < lengths[:, None]
 
 

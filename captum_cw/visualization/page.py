@@ -188,7 +188,7 @@ def _description(
 
 def _rounded(x: Tensor) -> list[float]:
     """Six digits, as float32 has them."""
-    return [float(f"{value:.6g}") for value in x.double().tolist()]
+    return [float(f"{value:.6g}") for value in x.tolist()]
 
 
 def _json(description: dict[str, Any]) -> str:

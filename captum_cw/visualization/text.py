@@ -7,6 +7,7 @@ from html import escape
 from math import isnan, nan
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from captum.attr import visualization as captum_text
@@ -28,13 +29,13 @@ def normalized_scores(
             raise ValueError(f"skip holds {position}, outside the {length} tokens")
     if not scores:
         raise ValueError("scores are empty, expected {method's name: (T,) tensor}")
-    counted = torch.ones(length, dtype=torch.bool)
+    counted = torch.ones(length, dtype=torch.bool, device="cpu")
     counted[list(skip)] = False
     if not counted.any():
         raise ValueError(f"skip={skip!r} leaves none of the {length} tokens to set the scale")
     normalized = {}
     for method, given in scores.items():
-        values = torch.as_tensor(given).detach().double().cpu()
+        values = _numbers(given)
         if values.shape != (length,):
             raise ValueError(
                 f"the scores of {method!r} have shape {tuple(values.shape)}, expected "
@@ -50,6 +51,12 @@ def normalized_scores(
         scaled = (values / peak).clamp(-1, 1) if peak > 0 else values.sign()
         normalized[method] = scaled.float()
     return normalized
+
+
+def _numbers(scores: Any) -> Tensor:
+    # To the CPU first, since not every device has float64.
+    scores = scores.detach().cpu() if isinstance(scores, Tensor) else scores
+    return torch.as_tensor(scores, dtype=torch.float64, device="cpu")
 
 
 def text_records(
@@ -99,7 +106,7 @@ def text_records(
             pred_class=escape(predicted),
             true_class=escape(target),
             attr_class=escape(method),
-            attr_score=torch.as_tensor(scores[method]).double().sum().item(),
+            attr_score=_numbers(scores[method]).sum().item(),
             raw_input_ids=escaped,
             convergence_score=nan,
         )
