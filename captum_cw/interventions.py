@@ -652,7 +652,7 @@ def _of_keys(factors: Tensor | None, keys: int) -> Tensor | None:
 def _seen_ahead(layer: AttentionLayer) -> Tensor:
     """``(B, S)``: which tokens a token before them sees, or one after them that it sees."""
     mask, real = layer.mask, real_tokens(layer)
-    farthest = torch.full(real.shape, layer.S - 1, device=real.device)
+    farthest = torch.full(real.shape, layer.S - 1, dtype=torch.long, device=real.device)
     keys = torch.arange(layer.S, device=real.device)
     for rows in blocks(layer.T, max(1, 2**20 // layer.S)):
         seen = mask.block(rows)

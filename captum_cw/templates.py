@@ -93,11 +93,11 @@ def encode(
 def _read(found: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """What a tokenizer gave of one text: ids ``(1, T)``, and what else it says of each token."""
     extras = {
-        name: torch.tensor(x)[None]
+        name: torch.tensor([x], dtype=torch.long, device="cpu")
         for name, x in found.items()
         if name not in ("input_ids", "offset_mapping") and isinstance(x, (list, tuple))
     }
-    return torch.tensor(found["input_ids"], dtype=torch.long)[None], extras
+    return torch.tensor([found["input_ids"]], dtype=torch.long, device="cpu"), extras
 
 
 def owners(text: str, offsets: Sequence[Span], ranges: Sequence[Span]) -> list[int | None]:

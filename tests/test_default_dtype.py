@@ -24,7 +24,7 @@ import torch
 import transformers
 from captum.attr import TextTemplateInput, TextTokenInput
 from matplotlib import pyplot as plt
-from models import gpt2, llama, token_ids
+from models import SIZES, build, gpt2, llama, token_ids
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -108,6 +108,11 @@ DEFAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
+def bert() -> Any:
+    config = transformers.BertConfig(**SIZES)
+    return build(transformers.BertForMaskedLM, config)
+
+
 @pytest.fixture(scope="module")
 def at(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """All that has to exist before the defaults change."""
@@ -125,7 +130,7 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     metric = ComprehensivenessSufficiency(model, rates=[0.25, 0.5])
     result = metric.evaluate({"ours": "contribution", "chance": "random"}, texts)
     return SimpleNamespace(
-        model=model, gpt2=gpt2(), ids=ids, tokenizer=tokenizer,
+        model=model, gpt2=gpt2(), bert=bert(), ids=ids, tokenizer=tokenizer,
         path=tmp_path_factory.mktemp("saved"),
         padded={"input_ids": texts, "attention_mask": mask}, removed=removed,
         scores=torch.rand(2, 9), of_texts=torch.rand(2, 9), result=result, texts=texts,
@@ -165,6 +170,14 @@ def faithfulness(*methods: object, T: int = 9, **options: Any) -> Callable[[Simp
         return found.per_example, found.corpus, found.aopc()
 
     return run
+
+
+def masked_faithfulness(at: SimpleNamespace) -> Any:
+    options = {"rates": [0.5], "mask_token_id": 0, "protected_ids": [3]}
+    metric = ComprehensivenessSufficiency(at.bert, **options)
+    inputs = {name: x[:, -4:] for name, x in at.padded.items()}
+    found = metric.evaluate({"chance": "random"}, inputs, show_progress=False)
+    return found.per_example, found.corpus, found.aopc()
 
 
 def llm(
@@ -303,7 +316,7 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
         granularity="token",
         reduction="sum",
     ),
-    "metric of masked tokens": faithfulness("random", mask_token_id=0, protected_ids=[3], T=4),
+    "metric of masked tokens": masked_faithfulness,
     "metric of a shuffled model": faithfulness(
         lambda at: ContributionWeights(with_shuffled_weights(at.model))
     ),

@@ -216,7 +216,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         """The output's ids, ``(m,)``, without tokens for the beginning of a text."""
         if isinstance(target, str):
             encoded = self.tokenizer.encode(target, add_special_tokens=False)
-            return torch.tensor(encoded, dtype=torch.long)
+            return torch.tensor(encoded, dtype=torch.long, device="cpu")
         if not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
             what = f"of shape {tuple(target.shape)}" if isinstance(target, Tensor) else ""
             raise TypeError(

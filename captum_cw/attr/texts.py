@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -132,7 +133,10 @@ def _of_mapping(given: Mapping[str, Any]) -> Encoded:
 
 def _as_tensor(x: Any) -> Any:
     """Lists and arrays as tensors, as tokenizers return them; else ``x``."""
-    return torch.as_tensor(x) if isinstance(x, list) or hasattr(x, "__array__") else x
+    if isinstance(x, Tensor) or not (isinstance(x, list) or hasattr(x, "__array__")):
+        return x
+    tensor = torch.from_numpy(np.array(x))
+    return tensor.float() if isinstance(x, list) and tensor.is_floating_point() else tensor
 
 
 def _as_ids(ids: Any) -> Tensor:
@@ -268,8 +272,8 @@ def refuse_later_tokens(
         return
     for rows in blocks(layer.T, max(1, 2**20 // layer.S)):
         seen = mask.block(rows)
-        query = torch.arange(rows.start, rows.stop) - before[0]
-        key = torch.arange(layer.S) - before[1]
+        query = torch.arange(rows.start, rows.stop, device=layer.value.device) - before[0]
+        key = torch.arange(layer.S, device=layer.value.device) - before[1]
         later = key > query.clamp(min=prompt - 1)[:, None]
         later = later[:, : mask.keys(rows)]
         if bool(later.any() if seen is None else (seen & later.to(seen.device)).any()):

@@ -108,7 +108,7 @@ def _prompt(options: Namespace, tokenizer: Any, text: str) -> Tensor | ChatToken
     ids = tokenizer(text, verbose=False).input_ids
     if not ids:
         raise ValueError(f"The text {text!r} makes no token: give at least one.")
-    return torch.tensor([ids])
+    return torch.tensor([ids], dtype=torch.long, device="cpu")
 
 
 def _check_predicts_tokens(model: Any, target: str) -> None:

@@ -324,7 +324,7 @@ class BatchRun:
         if target is None:
             return last_rows(logits, self.real).argmax(-1)
         if not isinstance(target, Tensor):
-            target = torch.full((B,), index(target))
+            target = self.ids.new_full((B,), index(target), dtype=torch.long)
         if target.shape != (B,):
             raise ValueError(f"target has shape {tuple(target.shape)}, not ({B},).")
         if not ((target >= 0) & (target < V)).all():
