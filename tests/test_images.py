@@ -535,3 +535,16 @@ def test_an_image_in_cross_attention_is_refused_where_its_tokens_would_be_ranked
         with pytest.raises(UnsupportedModelError, match="cross-attention"), torch.no_grad():  # noqa: SIM117
             with changed:
                 model(**inputs)
+
+
+def test_single_tokens_of_a_masked_language_model_are_measured_beside_padding() -> None:
+    model = build(transformers.BertForMaskedLM, transformers.BertConfig(**SIZES))
+    inputs = {
+        "input_ids": torch.tensor([[9, 0, 0], [12, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 0, 0], [1, 0, 0]]),
+    }
+    metric = ComprehensivenessSufficiency(
+        model, [0.5], metric="nll", mask_token_id=5, protect_sinks=False
+    )
+    result = metric.evaluate({"ours": "contribution"}, inputs, show_progress=False)
+    assert [record["count"] for record in result.records] == [1, 1]

@@ -213,7 +213,8 @@ class BatchRun:
         """Raises a ValueError where the model does not predict what the quantity is of."""
         plan, name = self.plan, type(self.plan.model).__name__
         masked, classes = plan.mask_token_id is not None, self.predicts == "classes"
-        if masked and (classes or (self.following is not None and self.ids.shape[1] > 1)):
+        several = bool((self.real.sum(1) > 1).any())  # of single tokens masks tell nothing
+        if masked and (classes or (self.following is not None and several)):
             predicted = "classes" if classes else "the next token"
             raise ValueError(
                 f"mask_token_id={plan.mask_token_id} is of a masked language model, but {name} "
