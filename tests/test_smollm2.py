@@ -163,7 +163,7 @@ def test_the_answer_is_drawn_from_the_question(smollm2: tuple[nn.Module, Any]) -
     assert result.output_probs is not None
     assert float(result.output_probs[0]) > 0.3
     words = dict(zip(result.input_tokens, result.token_attr[0].tolist(), strict=True))
-    assert words["ĠFrance"] > words["Ġof"]
+    assert words[" France"] > words[" of"]
 
 
 # -- faithfulness ---------------------------------------------------------------------------

@@ -189,8 +189,9 @@ def two_tokens(model: nn.Module, n: int = 2) -> dict[str, Tensor] | None:
     special = _special_ids(model)
     padding, end = special.get("pad_token_id"), special.get("eos_token_id")
     ids = [i for i in range(n + 1) if i != padding][:n]
-    if end is not None and end != padding:  # where BART's classifiers read a text
-        ids[-1] = end
+    known = _vocabulary(model)
+    if end is not None and end != padding and (known is None or end < known):
+        ids[-1] = end  # where BART's classifiers read a text
     inputs = {"input_ids": torch.tensor([ids], dtype=torch.long, device=device_of(model))}
     if "decoder_input_ids" in parameters_of(model):
         inputs["decoder_input_ids"] = inputs["input_ids"]
@@ -397,11 +398,7 @@ def _check_ids(model: nn.Module, name: str, ids: Tensor) -> None:
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)}: expected (B, T); for one text, ids[None]."
         )
-    try:
-        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # of a model that has several
-        embeddings = None
-    size = getattr(embeddings, "num_embeddings", None)
+    size = _vocabulary(model)
     low, high = int(ids.min()), int(ids.max())
     if size is not None and (low < 0 or high >= size):
         wrong = low if low < 0 else high
@@ -409,6 +406,16 @@ def _check_ids(model: nn.Module, name: str, ids: Tensor) -> None:
             f"Token id {wrong} is outside of the model's vocabulary 0..{size - 1}: use the model's "
             "own tokenizer, and mark padding in attention_mask, not by a special id."
         )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many token ids a model knows; None where that is not known."""
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # of a model that has several
+        return None
+    size = getattr(embeddings, "num_embeddings", None)
+    return size if isinstance(size, int) else None
 
 
 def _tokens(kwargs: Mapping[str, Any], prefix: str = "") -> Tensor | None:
