@@ -591,6 +591,10 @@ class AttentionLayer:
         )
 
     @cached_property
+    def _output_form(self) -> _OutputForm:
+        return _OutputForm(self.output_weight)
+
+    @cached_property
     def value_norms(self) -> Tensor:
         """``||v~_j^h||``, ``(B, H, S)``, without scale and gate."""
         return value_norms(self.value, self.output_weight)
@@ -606,7 +610,7 @@ class AttentionLayer:
         gate = self.gate[:, :, rows]
         if self.gates_heads:
             return self.value_norms[:, :, None, :n] * gate[..., :1].abs()
-        form = _OutputForm(self.output_weight)
+        form = self._output_form
         v = expand_heads(self.value[:, :, :n], self.H)[:, :, None].to(form.dtype)
         out = self.value.new_empty(*gate.shape[:3], n)
         per_query = v.numel()
@@ -650,7 +654,7 @@ class AttentionLayer:
             w2 = self.output_weight.square().sum()
         else:
             # o_i^h itself is not needed: W_O^h o_i^h = G_h y_i^h.
-            found = _OutputForm(self.output_weight).pulled_back(self._gated_output)
+            found = self._output_form.pulled_back(self._gated_output)
             u, norm2 = (x.to(self.value.dtype) for x in found)
             y2 = self._gated_output.square().sum(-1)
             w2 = self.output_weight.square().sum((1, 2))[:, None]

@@ -198,6 +198,7 @@ def _json(description: dict[str, Any]) -> str:
 
 def _map(x: Tensor) -> str:
     """A map ``(T, S)``: the largest of each row, then the numbers' low and high bytes."""
+    x = x.detach().cpu()  # not every device has float64
     largest = x.abs().amax(-1, keepdim=True)
     numbers = (x.double() / largest.double()).nan_to_num(0) * MAP_LEVELS
     return _packed(_float32(largest), *_low_and_high(numbers.round().long()))
@@ -235,6 +236,7 @@ def _heads(layer: HeadMaps) -> str:
 
 def _coded(x: Tensor, levels: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The largest of each row and the cube roots of numbers relative to it, one byte each."""
+    x = x.detach().cpu()
     largest = x.abs().amax(-1, keepdim=True)
     roots = (x.double().abs() / largest.double()).nan_to_num(0) ** (1 / POWER)
     # What is not zero is not shown as if it were: zero attention is that of a key that is not seen.
