@@ -240,7 +240,8 @@ def _with_fixed_scale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         gain = torch.ones_like(x) if weight is None else weight.detach().expand_as(x)
         size = (x * gain).square().sum(-1, keepdim=True)
         scale = (result.detach() * x * gain).sum(-1, keepdim=True) / size.clamp(min=TINY)
-        return _Times.apply(args[0], result.detach(), scale * gain)
+        times: Callable[..., Tensor] = _Times.apply  # some releases of torch have no types for it
+        return times(args[0], result.detach(), scale * gain)
     return result
 
 
