@@ -27,7 +27,6 @@ from captum_cw.capture import (
     Execution,
     Observation,
     StateSpace,
-    TextLayers,
     UnsupportedModelError,
     ValueChange,
     around_passes,
@@ -38,6 +37,7 @@ from captum_cw.capture import (
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
 from captum_cw.capture.calls import kind_of
 from captum_cw.capture.running import running
+from captum_cw.capture.text import TextLayers
 from captum_cw.functional import AttentionLayer, Reduction, blocks, check_choice
 from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
 from captum_cw.scoring import PairScorer, model_of, pair_scorer, space_of

@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture import TextLayers, UnsupportedModelError, evaluating
+from captum_cw.capture import UnsupportedModelError, evaluating
 from captum_cw.capture.caches import find_cache, holds_tokens, own_copy, tokens_in
 from captum_cw.capture.calls import Kind
 from captum_cw.capture.listening import taken_over
 from captum_cw.capture.positions import longest_text, too_long
-from captum_cw.capture.text import LOGITS
+from captum_cw.capture.text import LOGITS, TextLayers
 
 __all__ = [
     "LOGITS",

@@ -25,11 +25,11 @@ from captum_cw.capture import (
     Execution,
     Observation,
     StateSpace,
-    TextLayers,
     UnsupportedModelError,
     evaluating,
     names_of,
 )
+from captum_cw.capture.text import TextLayers
 from captum_cw.functional import (
     Aggregation,
     AttentionLayer,

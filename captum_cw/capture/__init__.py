@@ -18,7 +18,6 @@ from captum_cw.capture.observation import (
 )
 from captum_cw.capture.passes import around_passes
 from captum_cw.capture.states import StateSpace
-from captum_cw.capture.text import TextLayers
 from captum_cw.capture.unchanged import evaluating
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "Kind",
     "Observation",
     "StateSpace",
-    "TextLayers",
     "UnsupportedModelError",
     "ValueChange",
     "around_passes",

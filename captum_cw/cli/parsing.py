@@ -157,7 +157,7 @@ def _add_tasks(to: Any, text: str) -> None:
 
 def _add_chat_template_kwargs(to: Any, needed: str) -> None:
     """Arguments for the chat template, which go with the option that applies it."""
-    text = f"its arguments as JSON, such as '{{\"enable_thinking\": false}}', with {needed}"
+    text = f"arguments for the chat template, as a JSON object, with {needed}"
     _option(to, "--chat-template-kwargs", text, type=_mapping, metavar="JSON")
 
 
@@ -172,6 +172,7 @@ examples:
   captum-cw attribute --model M --file story.txt --out page.html
   captum-cw attribute --model M --text "The capital of France is" --target " Paris"
   captum-cw attribute --model M --chat --text "Name a city" --target "Paris"
+  captum-cw attribute --model M --chat --text "Hi" --chat-template-kwargs '{"x": 1}'
   captum-cw attribute --model M --text "One two" --json > scores.json""",
     )
     _add_model(command, required=True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from captum_cw.attr.inputs import forward_call, run_on_copies
 from captum_cw.attr.layer import evaluation_mode
 from captum_cw.attr.outputs import logits_of
-from captum_cw.capture import TextLayers, UnsupportedModelError
+from captum_cw.capture import UnsupportedModelError
+from captum_cw.capture.text import TextLayers
 from captum_cw.interventions import (
     CleanPass,
     FixedChange,
