@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 from architectures import GROUPS, types
 from matrix import NO_SOFTMAX, PAGE, outcome, page
+from packaging.version import parse
 
 from captum_cw.architectures import ModelTypes, Outcome
 
@@ -34,11 +37,21 @@ REFUSED_ENCODERS = {
 }
 
 
+#: Types that the slow reference cannot follow yet, so that nothing is known of them.
+UNKNOWN = {"dory"}
+if parse(version("transformers")) >= parse("5.24"):
+    # Attention over layers, beside that over tokens, goes through the registry since then.
+    IN_PART -= {"inkling2_text"}
+    REFUSED |= dict.fromkeys(("inkling2_text", "inkling2_loop_text"), "output projection")
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     ("group", "model_type"), [(group, name) for group in GROUPS for name in types(group)]
 )
 def test_type(group: str, model_type: str) -> None:
+    if model_type in UNKNOWN:
+        pytest.skip("the slow reference finds no linear map from its heads to the output")
     found = outcome(model_type, group)
     refused = REFUSED if group == "causal" else REFUSED_ENCODERS
     if found.status == "not built":
