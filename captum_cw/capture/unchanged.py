@@ -31,7 +31,6 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _COPIED_BYTES = 2**20
 
 _MISSING = object()
-_PACKAGE = f"{__name__.partition('.')[0]}."
 _MUTABLE = (Tensor, list, dict, set, deque)
 
 
@@ -103,6 +102,7 @@ class _State:
     def restore(self, module: nn.Module) -> None:
         """Puts them back."""
         if type(module) is not self.kind:  # a lazy module, which has found its sizes
+            module.training = self.attributes["training"]
             return
         _take_off(module, self.hooks)
         for name, kept in self.kept:
@@ -118,9 +118,10 @@ def _take_off(module: nn.Module, before: list[frozenset[int]]) -> None:
         hooks = vars(module)[name]
         if len(hooks) == len(known) and known.issuperset(hooks):
             continue
+        own = "transformers", type(module).__module__.partition(".")[0]
         for key in [key for key in hooks if key not in known]:
-            # Ours belong to an observation or intervention, perhaps of another thread.
-            if not str(getattr(hooks[key], "__module__", "")).startswith(_PACKAGE):
+            # Others may belong to another thread: to its observation, or to a probe of the user's.
+            if str(getattr(hooks[key], "__module__", "")).partition(".")[0] in own:
                 for held in (hooks, vars(module)[f"{name}_with_kwargs"]):
                     held.pop(key, None)
 
