@@ -596,7 +596,7 @@ class CleanPass:
         scorers: Mapping[str, PairScorer],
         sink_rule: SinkRule,
         told: Sequence[Tensor],
-        text: TextLayers | None,
+        text: TextLayers | None = None,
     ) -> CleanPass:
         """Runs ``forward``, a pass of ``model`` over a whole text.
 
