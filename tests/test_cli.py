@@ -785,7 +785,7 @@ def examples(text: str) -> Iterator[list[str]]:
 @pytest.mark.parametrize("name", commands())
 def test_examples_of_the_help_can_be_typed(name: str) -> None:
     found = list(examples((commands()[name].epilog or "").partition("examples:")[2]))
-    assert 2 <= len(found) <= 4
+    assert 2 <= len(found) <= 5
     for arguments in found:
         assert parser().parse_args(arguments).command == name
 
