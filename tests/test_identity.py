@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -21,7 +23,7 @@ from models import gpt2, llama, token_ids
 from torch import Tensor, nn
 
 from captum_cw import ComprehensivenessSufficiency, ContributionWeights
-from captum_cw.metrics.identity import UNTOLD, described
+from captum_cw.metrics.identity import UNTOLD, described, fingerprint
 
 SCALE = 1.0
 logger = logging.getLogger(__name__)
@@ -166,6 +168,100 @@ def test_descriptions_are_the_same_in_every_process() -> None:
         found.add(run.stdout)
     assert len(found) == 1
     assert "0x" not in found.pop()
+
+
+LOCAL = {
+    "a function": ("def f(x):\n    return 2.0 * x\n", "def f(x):\n    return 3.0 * x\n"),
+    "what a function reads": (
+        "scale = 2.0\ndef f(x):\n    return scale * x\n",
+        "scale = 3.0\ndef f(x):\n    return scale * x\n",
+    ),
+    "a class": (
+        "class F:\n    def __call__(self, x):\n        return 2.0 * x\nf = F()\n",
+        "class F:\n    def __call__(self, x):\n        return 3.0 * x\nf = F()\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("imported", ["above", "within"])
+@pytest.mark.parametrize("name", LOCAL)
+def test_the_code_of_local_modules_counts(
+    name: str, imported: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = []
+    for number, source in enumerate((LOCAL[name][0], *LOCAL[name])):
+        # The same module of the same name, as other processes would find it after an edit.
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "of_mine.py").write_text(source)
+        (folder / "__main__.py").write_text(
+            "import of_mine\nmethod = lambda x: of_mine.f(x)\n"
+            if imported == "above"
+            else "def method(x):\n    import of_mine\n    return of_mine.f(x)\n"
+        )
+        with monkeypatch.context() as context:
+            context.delitem(sys.modules, "of_mine", raising=False)
+            context.syspath_prepend(folder)
+            found.append(described(runpy.run_path(str(folder / "__main__.py"))["method"]))
+            sys.modules.pop("of_mine", None)
+    assert found[0] == found[1] != found[2]
+    assert not any(UNTOLD in text for text in found)
+
+
+class Probe(nn.Module):
+    """A module with attributes that are not among its weights."""
+
+    def __init__(self, scale: Any = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("offset", torch.zeros(2), persistent=False)
+
+    def forward(self, x: Any) -> Any:
+        return self.scale * x
+
+
+def test_what_modules_hold_beside_weights_counts() -> None:
+    class Other(Probe):
+        def forward(self, x: Any) -> Any:
+            return -super().forward(x)
+
+    Other.__qualname__ = Probe.__qualname__
+    moved = Probe()
+    moved.offset.add_(1)  # type: ignore[operator]
+    different = [Probe(), Probe(2.0), Probe(torch.ones(2)), Probe([1.0]), Other(), moved]
+    assert len({described(scaled(x)) for x in different}) == len(different)
+    assert described(scaled(Probe())) == described(scaled(Probe()))
+
+
+def test_attributes_of_layers_count_in_the_evaluated_model() -> None:
+    one, other = llama(), llama()
+    assert fingerprint(one) == fingerprint(other.train())
+    other.model.layers[0].self_attn.scaling *= 2
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_a_pass_leaves_the_fingerprint_of_a_model() -> None:
+    model = llama()
+    before = fingerprint(model)
+    model(token_ids())
+    assert fingerprint(model) == before
+
+
+def test_patterns_and_cached_properties_can_be_told() -> None:
+    class Matching:
+        pattern = re.compile("a+")
+
+        @functools.cached_property
+        def factor(self) -> float:
+            return 2.0
+
+        def __call__(self, batch: Any) -> Any:
+            return self.factor * batch if self.pattern.match("a") else batch
+
+    assert UNTOLD not in described(Matching())
+    assert described(scaled(re.compile("a"))) != described(scaled(re.compile("b")))
 
 
 def test_an_object_that_holds_itself_is_described() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copyreg
 import dis
 import hashlib
+import importlib
 import logging
 import re
 import sys
@@ -11,7 +13,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import (
     BuiltinFunctionType,
@@ -49,11 +51,12 @@ def checksum(*tensors: Tensor) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tells models apart by their configuration and weights, as eight hexadecimal digits.
+    """Tells models apart by configuration, weights and code, as eight hexadecimal digits.
 
     Of each weight that is in memory, by the sum of its bytes, which any change of a number
     changes, and a thousand of its numbers, since the sum does not tell where they stand. Weights
-    that are kept elsewhere (offloaded to disk) are not read.
+    that are kept elsewhere (offloaded to disk) are not read. The plain attributes of each module
+    count too, and the code of classes that are not of an installed package; hooks do not.
     """
     config = getattr(model, "config", None)
     settings: dict[str, Any] = getattr(config, "to_diff_dict", dict)()
@@ -66,6 +69,9 @@ def fingerprint(model: nn.Module) -> str:
             total = int(flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64))
             sample = checksum(flat[:: max(1, len(flat) // 1000)])
             crc = zlib.crc32(f"{total} {sample}".encode(), crc)
+    description = _Description(model)
+    for module in model.modules():
+        crc = zlib.crc32(description.of_parts(module).encode(), crc)
     return f"{crc:08x}"
 
 
@@ -76,8 +82,8 @@ def described(method: object, model: nn.Module | None = None) -> str:
     """A method, or another callable, in words that tell it from others in any process.
 
     A function is told by its code, defaults and closure, and, where it is not of an installed
-    package, by the globals that it reads; an object by its class and state; tensors by a checksum
-    and models by a fingerprint.
+    package, by the globals and modules that it reads; an object by its class and state; tensors by
+    a checksum and models by a fingerprint.
 
     Args:
         method: What is described.
@@ -199,6 +205,14 @@ class _Description:
         looks = re.sub("0x[0-9a-f]+", "", repr(x))
         return f"{_name(type(x))} {fingerprint(x)} {_digest(looks)}"
 
+    def of_parts(self, x: nn.Module) -> str:
+        """What a module has beside its weights: its class, plain attributes and other buffers."""
+        # Models of libraries note in tensors what they met in their last pass.
+        kinds = _NOTED if _is_installed(type(x).__module__) else (*_NOTED, Tensor)
+        own = {n: v for n, v in vars(x).items() if n not in _OF_TORCH and isinstance(v, kinds)}
+        buffers = {n: v for n, v in x._buffers.items() if n in x._non_persistent_buffers_set}
+        return self.of_all((type(x), own, buffers))
+
     def of_token_scores(self, x: TokenScores) -> str:
         """By the measure and the choices."""
         choices = [x.reduction, x.layers, x.heads, x.queries]
@@ -228,6 +242,7 @@ class _Description:
         if not _is_installed(x.__module__):
             names = set(_globals_of(x.__code__))
             read = {name: value for name, value in x.__globals__.items() if name in names}
+            read["import"] = _imported(x.__code__, x.__globals__.get("__package__"))
         given = (x.__code__, x.__defaults__, x.__kwdefaults__, cells, read, vars(x))
         return f"{_name(x)} {self.of_all(given)}"
 
@@ -250,10 +265,19 @@ class _Description:
         inside = {name: value for name, value in vars(x).items() if _belongs(name, value)}
         return f"{_name(x)} {self.of_all((x.__bases__, inside))}"
 
+    def of_source(self, x: ModuleType) -> str:
+        """By its name, and, where it is not of an installed package, by what it defines."""
+        if _is_installed(x.__name__):
+            return f"module {x.__name__}"
+        kinds = (*_NOTED, Tensor, ModuleType)
+        inside = {n: v for n, v in vars(x).items() if n[:2] != "__" and isinstance(v, kinds)}
+        return f"module {x.__name__} {self.of(inside)}"
+
     def of_object(self, x: object) -> str:
         """By its class and what pickle would keep of it."""
         try:
-            kept = x.__reduce_ex__(4)
+            copied = copyreg.dispatch_table.get(type(x))
+            kept = copied(x) if copied else x.__reduce_ex__(4)
         except Exception:  # whatever a class raises that does not want to be copied
             return self.unknown(x)
         if isinstance(kept, str):  # a name
@@ -269,6 +293,12 @@ class _Description:
 
 #: Told by their ``repr``.
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), type(Ellipsis)}
+#: Attributes of a module of torch, or of Python, that count.
+_NOTED = (
+    *(*_PLAIN, list, tuple, dict, set, frozenset, np.ndarray, np.generic),
+    *(FunctionType, MethodType, partial, type),
+)
+_OF_TORCH = vars(nn.Module()).keys()
 #: Characters of a description that is put in short.
 LONG = 500
 _KINDS: dict[type | tuple[type, ...], Callable[[_Description, Any], str]] = {
@@ -283,10 +313,11 @@ _KINDS: dict[type | tuple[type, ...], Callable[[_Description, Any], str]] = {
     BuiltinFunctionType: _Description.of_builtin,
     CodeType: _Description.of_code,
     type: _Description.of_class,
-    ModuleType: lambda description, x: f"module {x.__name__}",
+    ModuleType: _Description.of_source,
     Enum: lambda description, x: f"{_name(type(x))}.{x.name} {description.of(x.value)}",
     logging.Logger: lambda description, x: f"logger {x.name}",
     property: lambda description, x: description.of_all((x.fget, x.fset)),
+    cached_property: lambda description, x: description.of(x.func),
     (staticmethod, classmethod): lambda description, x: description.of(x.__func__),
     torch.Generator: lambda description, x: description.of_all((x.device, x.get_state())),
 }
@@ -321,6 +352,24 @@ def _globals_of(code: CodeType) -> Iterator[str]:
             yield from _globals_of(constant)
 
 
+def _imported(code: CodeType, package: str | None) -> dict[str, object]:
+    """The modules that code imports while it runs, that of functions within it included."""
+    found: dict[str, object] = {}
+    instructions = list(dis.get_instructions(code))
+    for place, instruction in enumerate(instructions):
+        if instruction.opname == "IMPORT_NAME":
+            level = instructions[place - 2].argval  # it stands before the names, as a constant
+            name = "." * (level if isinstance(level, int) else 0) + instruction.argval
+            try:
+                found[name] = importlib.import_module(name, package)
+            except ImportError:
+                found[name] = "missing"
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found.update(_imported(constant, package))
+    return found
+
+
 def _belongs(name: str, value: object) -> bool:
     """Whether what is in a class is of its own making: of what Python adds, functions alone."""
     if isinstance(value, (GetSetDescriptorType, MemberDescriptorType)) or name == "_abc_impl":
@@ -328,12 +377,15 @@ def _belongs(name: str, value: object) -> bool:
     return isinstance(value, FunctionType) or not (name.startswith("__") and name.endswith("__"))
 
 
-@cache
 def _is_installed(module: str | None) -> bool:
     """Whether a module is Python's, of an installed package, or this one: versions tell of it."""
     root = (module or "").partition(".")[0]
     if root in sys.stdlib_module_names or root in (__name__.partition(".")[0], "builtins"):
         return root != "__main__"
-    file = getattr(sys.modules.get(root), "__file__", None)
-    places = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-    return file is not None and any(Path(file).is_relative_to(place) for place in places)
+    found = sys.modules.get(root)
+    file = getattr(found, "__file__", None) or next(iter(getattr(found, "__path__", ())), None)
+    return file is not None and any(Path(file).is_relative_to(place) for place in _PLACES)
+
+
+#: Where packages are installed.
+_PLACES = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
