@@ -132,6 +132,19 @@ def test_rotary_models_run_beyond_their_configured_length(scaling: Any) -> None:
     assert torch.allclose(again, expected.logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("always", [True, False])
+def test_another_error_of_a_long_text_is_left_as_it_is(always: bool) -> None:
+    model = llama()
+
+    def fail(module: nn.Module, args: Any) -> None:
+        if always or args[0].shape[1] > 64:
+            raise RuntimeError("the model's own")
+
+    model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="^the model's own$"):
+        TokenScores(ContributionWeights(model)).attribute(text(100))
+
+
 def test_an_id_outside_of_the_vocabulary_is_not_taken_for_a_position() -> None:
     with pytest.raises(ValueError, match=r"Token id 64 is outside of the model's vocabulary"):
         ContributionWeights(llama()).attribute(torch.tensor([[3, 64]]))

@@ -209,6 +209,30 @@ def test_a_lazy_module_keeps_the_sizes_that_it_has_found() -> None:
     assert model(torch.zeros(1, 5)).shape == (1, 3)
 
 
+def test_buffers_without_a_size_are_left_to_the_first_pass() -> None:
+    model = nn.Sequential(nn.LazyBatchNorm1d())
+    for _ in range(2):
+        with evaluating([model]):
+            assert model(torch.ones(2, 5)).shape == (2, 5)
+    assert model.training and model[0].training
+
+
+def test_a_model_that_cannot_be_kept_is_left_alone() -> None:
+    class Odd(list[int]):
+        def copy(self) -> list[int]:
+            raise ZeroDivisionError
+
+    model = nn.Sequential(nn.Dropout(), nn.Dropout())
+    model[1].odd = Odd()  # type: ignore[assignment]
+    with pytest.raises(ZeroDivisionError), evaluating([model]):
+        pass
+    del model[1].odd
+    with evaluating([model]):
+        model[0].noted = 1  # type: ignore[assignment]
+    assert model.training and model[0].training
+    assert not hasattr(model[0], "noted")
+
+
 def test_a_model_is_as_it_was_after_an_error_too() -> None:
     model = untidy()
     handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)

@@ -62,8 +62,8 @@ class ForwardCall:
         real: For each sequence of tokens that the call tells of, ``(B, T)``, False at padding.
         last_only: Whether the model was asked for the logits of the last token alone, though the
             caller did not say so.
-        too_long: Says why the model may fail, where the text has more tokens than its
-            configuration names; most models run all the same.
+        too_long: Says why the model fails, where the text has more tokens than its configuration
+            names; nothing where its positions are not why, as most models run all the same.
         text: Tells the layers over the tokens from those over images and the like; None where there
             is nothing beside a text.
         doubt: Why the model may not take these inputs; None where nothing speaks for that.
@@ -73,7 +73,7 @@ class ForwardCall:
     kwargs: dict[str, Any]
     real: tuple[Tensor, ...]
     last_only: bool = False
-    too_long: Callable[[], str] | None = None
+    too_long: Callable[[], str | None] | None = None
     text: TextLayers | None = None
     doubt: Doubt | None = None
 
@@ -83,9 +83,10 @@ class ForwardCall:
             return run_on_copies(forward, self.kwargs, self.args)
         except (IndexError, RuntimeError) as error:
             ours = isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError))
-            if ours or self.too_long is None:
+            message = None if ours or self.too_long is None else self.too_long()
+            if message is None:
                 raise
-            raise ValueError(self.too_long()) from error
+            raise ValueError(message) from error
 
     def explained(self, error: Exception, ran: Collection[Kind]) -> Exception | None:
         """What to raise in place of an error of the model's own; None to leave it.
@@ -609,17 +610,22 @@ def _near(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=tolerance)
 
 
-def _too_long(model: nn.Module, T: int) -> Callable[[], str] | None:
+def _too_long(model: nn.Module, T: int) -> Callable[[], str | None] | None:
     configured = getattr(_text_config(model), "max_position_embeddings", None)
     if not isinstance(configured, int) or not 0 < configured < T:
         return None
 
-    def message() -> str:
-        short, limit = two_tokens(model), None
-        if short is not None:
+    def message() -> str | None:
+        short = two_tokens(model)
+        if short is None:
+            return None
+        short["input_ids"][:, 1:] = short["input_ids"][:, :1]  # so that ids are no positions
+        try:
             with taken_over():  # this pass is not a part of what is observed
                 limit = longest_text(lambda: model(**short))
-        return too_long(T, configured if limit is None else min(configured, limit))
+        except Exception:  # whatever ails the model, it is not the length
+            return None
+        return None if limit is None or limit >= T else too_long(T, min(configured, limit))
 
     return message
 

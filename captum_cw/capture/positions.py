@@ -24,7 +24,8 @@ def check_positions(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """Raises a ValueError where a model looks up positions beyond the end of their table.
 
     Args:
-        func: What the model calls. Only an embedding and :func:`torch.gather` look things up.
+        func: What the model calls. Only an embedding, :func:`torch.gather` and an index look
+            things up.
         args: The positional arguments.
         kwargs: The keyword arguments.
     """
@@ -114,6 +115,9 @@ def _lookup(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Loo
         dim, padding = 0, kwargs.get("padding_idx")
     elif func in (torch.gather, Tensor.gather):
         table, dim, rows = _named(args, kwargs, "input", "dim", "index")
+    elif func is Tensor.__getitem__:
+        table, rows = args
+        dim = 0
     else:
         return None
     known = isinstance(rows, Tensor) and isinstance(table, Tensor)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["evaluating"]
 
@@ -41,6 +42,8 @@ class _Kept:
         self.x = x
         self.version: int | None = None
         self.content: Any = None
+        if is_lazy(x):  # a buffer whose size the first pass will tell
+            return
         if isinstance(x, Tensor):
             self.version = _version(x)
             if not x.is_meta and x.numel() * x.element_size() <= _COPIED_BYTES:
@@ -51,6 +54,8 @@ class _Kept:
     def restore(self, name: str) -> None:
         """Puts the content back where it has changed."""
         x, content = self.x, self.content
+        if is_lazy(x):
+            return
         if isinstance(x, Tensor):
             if self.version is not None and _version(x) == self.version:
                 return
@@ -159,18 +164,19 @@ def evaluating(roots: Collection[nn.Module]) -> Iterator[None]:
     """
     modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
     with _lock:
+        # All are read before any is changed, so that nothing stays behind where one cannot be read.
+        new = {module: _State(module) for module in modules if not _users[module]}
+        _states.update(new)
+        _users.update(modules)
         for module in modules:
-            if not _users[module]:
-                _states[module] = _State(module)
-            _users[module] += 1
             if module.training:
                 module.training = False
     try:
         yield
     finally:
         with _lock, torch.no_grad():
+            _users.subtract(modules)
             for module in modules:
-                _users[module] -= 1
                 if not _users[module]:
                     del _users[module]
                     _states.pop(module).restore(module)
