@@ -75,11 +75,12 @@ def remove_tokens(
 
     Pairs are scored and ranked within each example. Under ``model.generate``, with or without a
     key-value cache, and in passes that go on with a cache, what is removed is decided when the
-    prompt is read, and generated tokens stay. Any other pass ranks its own text. Padding is known
-    from the mask that the model is given; without one, every token counts. Learned virtual tokens
-    (prompt and prefix tuning) are neither ranked nor removed. Of a model of images and text, the
-    layers count whose queries are the tokens of ``input_ids``; those of a vision tower are left
-    alone.
+    prompt is read, and generated tokens stay; a ``generate`` that reads its prompt in parts, or
+    other texts beside it (assistants, guidance), is refused. Any other pass ranks its own text.
+    Padding is known from the mask that the model is given; without one, every token counts. Learned
+    virtual tokens (prompt and prefix tuning) are neither ranked nor removed. Of a model of images
+    and text, the layers count whose queries are the tokens of ``input_ids``; those of a vision
+    tower are left alone.
 
     Args:
         model: The model.

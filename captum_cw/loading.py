@@ -7,11 +7,12 @@ package index that holds its weights as a 4-bit GGUF file.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from os import PathLike
@@ -123,8 +124,12 @@ def _as_saved(
         saved = (_config(place).architectures or [None])[0]
     kind = _class_of(name, saved)
     spread = {"device_map": "auto"} if device == "auto" else {}
+    options = {**place, **spread, "dtype": dtype, "output_loading_info": True}
     with _told(name, place):
-        model, info = kind.from_pretrained(**place, dtype=dtype, output_loading_info=True, **spread)
+        model, info = kind.from_pretrained(**options)
+        without = _without(kind, info["missing_keys"])
+        if without:
+            model, info = kind.from_pretrained(**options, **without)
         model = model if spread else model.to(device)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -136,6 +141,19 @@ def _as_saved(
         )
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _without(kind: Any, missing: Collection[str]) -> dict[str, Any]:
+    """Options that leave parts out which a checkpoint may lack, since no layer reads them."""
+    options: dict[str, Any] = {}
+    if any(
+        name.endswith("masked_spec_embed") for name in missing
+    ):  # of models of speech, which read it in training alone
+        options.update(mask_time_prob=0.0, mask_feature_prob=0.0)
+    pooled = any(name.startswith("pooler.") for name in missing)
+    if pooled and "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
+        options.update(add_pooling_layer=False)
+    return options
 
 
 def _config(place: Mapping[str, Any]) -> Any:

@@ -191,7 +191,7 @@ def test_a_process_that_fails_ends_all(command: list[str], tmp_path: Path) -> No
     running = started([*command, "--out", str(tmp_path / "out")], processes=2)
     _, err = running.communicate(timeout=240)
     assert running.returncode != 0
-    assert "200 tokens, but the model has positions for 128" in err
+    assert "200 tokens, but the model's table of positions ends after 128" in err
 
 
 def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

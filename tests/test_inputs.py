@@ -323,3 +323,32 @@ def test_a_mapping_that_no_argument_is_named_in_is_refused_where_the_model_fails
         ContributionWeights(Sentences().eval()).attribute(
             {"input_ids": token_ids(), "attention_mask": torch.ones(2, 8)}
         )
+
+
+@pytest.mark.parametrize("family", ["pair of BERTs", "Marian"])
+def test_the_ids_of_a_decoder_are_of_its_own_vocabulary(family: str) -> None:
+    model = two_vocabularies(family)
+    size = model.get_decoder().get_input_embeddings().num_embeddings
+    inputs = {"input_ids": ending(), "decoder_input_ids": ending() + size - 64}
+    inputs["input_ids"][:, 1] = 63
+    inputs["decoder_input_ids"][:, 1] = size - 1
+    assert len(TokenScores(ContributionWeights(model, kind="cross")).attribute(inputs)) == 2
+    inputs["decoder_input_ids"][:, 1] = size
+    with pytest.raises(ValueError, match=f"Token id {size} of decoder_input_ids is outside"):
+        ContributionWeights(model, kind="cross").attribute(inputs)
+
+
+def two_vocabularies(family: str) -> nn.Module:
+    """A translator that reads 64 words and writes 90."""
+    if family == "pair of BERTs":
+        reader, writer = (transformers.BertConfig(**{**BERT, "vocab_size": n}) for n in (64, 90))
+        kind = transformers.EncoderDecoderConfig
+        pair = kind.from_encoder_decoder_configs(reader, writer)
+        return build(transformers.EncoderDecoderModel, pair)
+    return seq2seq(
+        "Marian",
+        "MTModel",
+        decoder_vocab_size=90,
+        tie_word_embeddings=False,
+        share_encoder_decoder_embeddings=False,
+    )

@@ -187,6 +187,30 @@ def test_missing_weights_are_named(tiny_model: Any, tiny_tokenizer: Any, tmp_pat
         load_as_saved(tmp_path / "bert")
 
 
+def speech(**options: Any) -> Any:
+    import transformers
+
+    config = transformers.Wav2Vec2Config(
+        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48, conv_dim=(32, 32), conv_stride=(5, 2), conv_kernel=(10, 3),
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, **options,
+    )  # fmt: skip
+    return transformers.Wav2Vec2ForCTC(config)
+
+
+def test_parts_that_no_layer_reads_may_be_missing(tmp_path: Path) -> None:
+    headless = bert("BertModel")
+    headless.pooler = None
+    headless.save_pretrained(tmp_path / "text")
+    assert load_as_saved(tmp_path / "text").pooler is None
+    speaking = speech(mask_time_prob=0.0)
+    speaking.config.mask_time_prob = 0.05  # by which another would be masked in training
+    speaking.save_pretrained(tmp_path / "speech")
+    weights = load_as_saved(tmp_path / "speech").state_dict()
+    assert weights.keys() == speaking.state_dict().keys()
+    assert speech(mask_time_prob=0.05).state_dict().keys() - weights.keys()
+
+
 def test_a_head_that_shares_its_weights_is_not_missing(tiny_model: Any, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 

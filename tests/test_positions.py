@@ -146,5 +146,7 @@ def test_another_error_of_a_long_text_is_left_as_it_is(always: bool) -> None:
 
 
 def test_an_id_outside_of_the_vocabulary_is_not_taken_for_a_position() -> None:
-    with pytest.raises(ValueError, match=r"Token id 64 is outside of the model's vocabulary"):
+    with pytest.raises(
+        ValueError, match=r"Token id 64 of input_ids is outside of the model's vocabulary"
+    ):
         ContributionWeights(llama()).attribute(torch.tensor([[3, 64]]))

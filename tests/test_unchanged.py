@@ -214,7 +214,8 @@ def test_buffers_without_a_size_are_left_to_the_first_pass() -> None:
     for _ in range(2):
         with evaluating([model]):
             assert model(torch.ones(2, 5)).shape == (2, 5)
-    assert model.training and model[0].training
+    assert model.training
+    assert model[0].training
 
 
 def test_a_model_that_cannot_be_kept_is_left_alone() -> None:
@@ -229,7 +230,8 @@ def test_a_model_that_cannot_be_kept_is_left_alone() -> None:
     del model[1].odd
     with evaluating([model]):
         model[0].noted = 1  # type: ignore[assignment]
-    assert model.training and model[0].training
+    assert model.training
+    assert model[0].training
     assert not hasattr(model[0], "noted")
 
 

@@ -399,17 +399,19 @@ def _check_ids(model: nn.Module, name: str, ids: Tensor) -> None:
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)}: expected (B, T); for one text, ids[None]."
         )
-    size = _vocabulary(model)
+    # A decoder of another language may have a vocabulary of its own.
+    reader = getattr(model, "get_decoder", lambda: None)() if name.startswith("decoder") else model
+    size = _vocabulary(reader)
     low, high = int(ids.min()), int(ids.max())
     if size is not None and (low < 0 or high >= size):
         wrong = low if low < 0 else high
         raise ValueError(
-            f"Token id {wrong} is outside of the model's vocabulary 0..{size - 1}: use the model's "
-            "own tokenizer, and mark padding in attention_mask, not by a special id."
+            f"Token id {wrong} of {name} is outside of the model's vocabulary 0..{size - 1}: use "
+            "the model's own tokenizer, and mark padding in attention_mask, not by a special id."
         )
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def _vocabulary(model: nn.Module | None) -> int | None:
     """How many token ids a model knows; None where that is not known."""
     try:
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
