@@ -27,7 +27,7 @@ import transformers
 from torch import Tensor
 
 from captum_cw import ContributionWeights, LLMTokenAttribution, TokenScores, explain
-from captum_cw.loading import load_demo_model, load_model
+from captum_cw.models.loading import load_demo_model, load_model
 
 PROMPT = "In Germany people speak German, in Spain people speak Spanish, and in Italy people speak"
 TARGET = " Italian"

@@ -36,11 +36,11 @@ from captum.attr import LayerIntegratedGradients
 from torch import Tensor
 
 from captum_cw import ContributionWeights, TokenScores
-from captum_cw.interventions import CleanPass, FixedChange, OnlineRemoval, Ranking, SinkRule
-from captum_cw.loading import DEMO_MODEL, load_demo_model, load_model
-from captum_cw.progress import progress_bar
-from captum_cw.records import Records, RecordsError
-from captum_cw.scoring import pair_scorer
+from captum_cw._utils.progress import progress_bar
+from captum_cw._utils.records import Records, RecordsError
+from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
+from captum_cw.removal.interventions import CleanPass, FixedChange, OnlineRemoval, Ranking, SinkRule
+from captum_cw.removal.scoring import pair_scorer
 
 Result = TypeVar("Result")
 

@@ -1,4 +1,4 @@
-from . import attr, capture, functional, metrics, sinks
+from . import attr, capture, functional, metrics, removal
 from ._version import __version__ as __version__
 from .attr import (
     ALTIWeights,
@@ -10,10 +10,9 @@ from .attr import (
     VWAttention,
     VWONAttention,
 )
-from .explaining import explain
-from .explanation import Explanation
-from .interventions import remove_tokens, remove_values, scale_values
+from .explanation import Explanation, explain
 from .metrics import ComprehensivenessSufficiency, comprehensiveness, sufficiency
+from .removal import remove_tokens, remove_values, scale_values
 
 __all__ = [
     "ALTIWeights",
@@ -32,9 +31,9 @@ __all__ = [
     "explain",
     "functional",
     "metrics",
+    "removal",
     "remove_tokens",
     "remove_values",
     "scale_values",
-    "sinks",
     "sufficiency",
 ]

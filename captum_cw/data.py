@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from captum_cw._utils.suggestions import suggestion_of_path
 from captum_cw.functional import check_choice
-from captum_cw.suggestions import suggestion_of_path
-from captum_cw.tokens import warn_of_two_begin_tokens
+from captum_cw.text.tokens import warn_of_two_begin_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -26,9 +26,9 @@ from captum_cw import (
     analysis,
     explain,
 )
+from captum_cw.cli.demo_figures import DEMO_TEXT, explain_prediction
 from captum_cw.data import token_batches
-from captum_cw.demo import DEMO_TEXT, explain_prediction
-from captum_cw.loading import load_demo_model
+from captum_cw.models.loading import load_demo_model
 from captum_cw.visualization import (
     plot_attention_and_contribution,
     plot_decomposition,

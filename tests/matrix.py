@@ -36,8 +36,8 @@ from captum_cw import (
     VWONAttention,
     remove_values,
 )
-from captum_cw.architectures import TITLES, ModelTypes, Outcome
 from captum_cw.capture import UnsupportedModelError
+from captum_cw.models.architectures import TITLES, ModelTypes, Outcome
 
 METHODS = {
     "attention": AttentionWeights,

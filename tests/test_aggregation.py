@@ -32,7 +32,17 @@ from captum_cw import (
     functional,
     remove_tokens,
 )
-from captum_cw.aggregation import (
+from captum_cw.capture import UnsupportedModelError
+from captum_cw.capture.forward_call import parameters_of
+from captum_cw.functional import (
+    AttentionLayer,
+    FrozenUpdate,
+    QueryMask,
+    ResidualSum,
+    dense_map,
+)
+from captum_cw.removal.scoring import pair_scorer
+from captum_cw.rollout import (
     Flow,
     Rollout,
     alti,
@@ -41,16 +51,6 @@ from captum_cw.aggregation import (
     max_flow,
     norm_mixing,
 )
-from captum_cw.attr.inputs import parameters_of
-from captum_cw.capture import UnsupportedModelError
-from captum_cw.functional import (
-    AttentionLayer,
-    FrozenUpdate,
-    QueryMask,
-    ResidualSum,
-    dense_map,
-)
-from captum_cw.scoring import pair_scorer
 
 NO_BOS: dict[str, Any] = {**SIZES, "bos_token_id": None, "eos_token_id": None}
 

@@ -9,7 +9,7 @@ from architectures import GROUPS, types
 from matrix import NO_SOFTMAX, PAGE, outcome, page
 from packaging.version import parse
 
-from captum_cw.architectures import ModelTypes, Outcome
+from captum_cw.models.architectures import ModelTypes, Outcome
 
 #: What is known not to work, so that nothing else comes to be refused unnoticed.
 REFUSED = {

@@ -253,7 +253,7 @@ def test_a_result_too_large_for_memory_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_layers_of_different_shape_are_not_stacked() -> None:
-    from captum_cw.attr.layer import stack_layers
+    from captum_cw.attr.measures import stack_layers
 
     with pytest.raises(ValueError, match=r"\(1, 4, 9\), \(1, 2, 9\).*heads"):
         stack_layers([torch.zeros(1, 4, 9), torch.zeros(1, 2, 9)], "the scores")

@@ -33,7 +33,7 @@ from captum_cw import (
     functional,
 )
 from captum_cw.capture import UnsupportedModelError, huggingface
-from captum_cw.capture.calls import AttentionCall, query_mask
+from captum_cw.capture.attention_call import AttentionCall, query_mask
 from captum_cw.functional import AttentionLayer
 
 CLASSES: dict[str, Any] = {

@@ -12,8 +12,8 @@ from models import SIZES, build, llama, token_ids
 from torch import Tensor, nn
 
 from captum_cw import ComprehensivenessSufficiency, comprehensiveness, remove_values, sufficiency
-from captum_cw.demo import explain_prediction
-from captum_cw.evaluation import save_result
+from captum_cw.cli.demo_figures import explain_prediction
+from captum_cw.cli.run_folder import save_result
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.metrics.quantities import MetricName
 

@@ -23,20 +23,20 @@ import transformers
 from models import SIZES, build, gpt2
 
 import captum_cw
-from captum_cw import loading, overview
-from captum_cw.architectures import ModelTypes
 from captum_cw.capture import StateSpace
 from captum_cw.cli import attribute, choices, main, output, parser, problems
 from captum_cw.cli import demo as demo_command
 from captum_cw.cli import reproduce as reproduce_command
 from captum_cw.data import _HUB_SETS, Bos
 from captum_cw.functional import Reduction
-from captum_cw.interventions import Scoring
 from captum_cw.metrics.batch import Granularity
 from captum_cw.metrics.quantities import MetricName
-from captum_cw.ranking import RateOf, Scope
+from captum_cw.models import inspection, loading
+from captum_cw.models.architectures import ModelTypes
+from captum_cw.removal.interventions import Scoring
+from captum_cw.removal.ranking import RateOf, Scope
+from captum_cw.removal.scoring import CONTROLS, METHODS, RANDOM
 from captum_cw.reproduce import ITEMS, PLANS
-from captum_cw.scoring import CONTROLS, METHODS, RANDOM
 
 ROOT = Path(__file__).parent.parent
 
@@ -353,14 +353,14 @@ def test_models_shows_the_layers_of_a_model(
 def test_models_tells_gates_rows_windows_and_notes(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (layer, _) = overview.attention_layers(loading.load_model(folder)[0])
+    (layer, _) = inspection.attention_layers(loading.load_model(folder)[0])
 
-    def told(model: object) -> list[overview.LayerOverview]:
+    def told(model: object) -> list[inspection.LayerOverview]:
         warnings.warn("A part is left out.", stacklevel=1)
         below = replace(layer, rows_below_one=True, causal=False)
         return [replace(layer, gate=True, window=16), below]
 
-    monkeypatch.setattr(overview, "attention_layers", told)
+    monkeypatch.setattr(inspection, "attention_layers", told)
     assert main(["models", folder]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"causal 16 +o_proj +gate *\n", printed)
@@ -393,7 +393,7 @@ def test_a_model_that_is_refused_is_told_with_the_reason(
     def refuse(model: object) -> None:
         raise captum_cw.capture.UnsupportedModelError("Its heads are spread.")
 
-    monkeypatch.setattr(overview, "attention_layers", refuse)
+    monkeypatch.setattr(inspection, "attention_layers", refuse)
     assert main(["models", folder, "--json"]) == 1
     assert printed_json(capsys) == {
         "error": "Its heads are spread.", "type": "UnsupportedModelError"

@@ -48,12 +48,12 @@ from captum_cw import (
     remove_values,
     scale_values,
 )
-from captum_cw.attr.inputs import two_tokens
+from captum_cw.capture.forward_call import two_tokens
 from captum_cw.data import token_batches
 from captum_cw.metrics import agreement, with_shuffled_weights
-from captum_cw.overview import attention_layers
-from captum_cw.sinks import find_sinks, first_token_mass, sink_rate
-from captum_cw.tokens import readable_tokens, word_spans
+from captum_cw.models.inspection import attention_layers
+from captum_cw.removal.sinks import find_sinks, first_token_mass, sink_rate
+from captum_cw.text.tokens import readable_tokens, word_spans
 from captum_cw.visualization import (
     fold_patches,
     plot_decomposition,

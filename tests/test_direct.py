@@ -21,7 +21,7 @@ from captum_cw import (
     remove_values,
 )
 from captum_cw.capture import UnsupportedModelError, register_adapter
-from captum_cw.sinks import find_sinks
+from captum_cw.removal.sinks import find_sinks
 
 B, T, H, D = 2, 7, 4, 16
 METHODS = {

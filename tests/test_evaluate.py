@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from captum_cw import ComprehensivenessSufficiency
+from captum_cw._utils.processes import Processes
 from captum_cw.cli import main
 from captum_cw.data import load_texts, token_batches
-from captum_cw.loading import load_model
 from captum_cw.metrics import FaithfulnessResult
-from captum_cw.processes import Processes
+from captum_cw.models.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES, BATCH = 10, 2

@@ -39,7 +39,7 @@ from captum_cw import (
     functional,
 )
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.explanation import HeadMaps
+from captum_cw.explanation.explanation import HeadMaps
 
 IDS = torch.tensor([[1, 5, 3, 9, 1, 30, 12]])
 METHODS: dict[str, Any] = {
@@ -240,7 +240,7 @@ def test_maps_that_would_not_fit_are_refused_with_their_size(
     class Memory:
         available = 1000
 
-    monkeypatch.setattr("captum_cw.memory.psutil.virtual_memory", Memory)
+    monkeypatch.setattr("captum_cw._utils.memory.psutil.virtual_memory", Memory)
     model = llama()
     before = state_of(model)
     with pytest.raises(MemoryError, match=r"GB \(5 of 7 x 7, and 7 keys.*2 x 4 heads.*keys=0"):

@@ -28,7 +28,7 @@ from captum_cw import (
     scale_values,
 )
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.sinks import find_sinks
+from captum_cw.removal.sinks import find_sinks
 
 IMAGE = 3
 TEXT: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
@@ -415,7 +415,7 @@ def test_an_unseen_language_layer_is_not_said_to_be_helped_by_a_choice() -> None
 
 
 def test_layers_of_several_names_are_listed() -> None:
-    from captum_cw.attr.layer import choice_of
+    from captum_cw.attr.measures import choice_of
 
     model: Any = llava()
     names = ["model.language_model.layers.1.self_attn"]
@@ -485,7 +485,7 @@ def test_a_text_beside_an_image_is_explained_by_the_language_layers(make: Any, w
 
 def test_as_many_channels_as_tokens_are_no_tokens(words: Any) -> None:
     """An image ``(1, 3, 16, 16)`` beside a prompt of three tokens."""
-    from captum_cw.attr.texts import extended
+    from captum_cw.text.prompts import extended
 
     inputs = {"input_ids": torch.tensor([[1, 2, 3]]), "pixel_values": pixels(1, 3, 16, 16)}
     found = extended(inputs, torch.tensor([4]))
@@ -494,7 +494,7 @@ def test_as_many_channels_as_tokens_are_no_tokens(words: Any) -> None:
 
 
 def test_output_after_an_image_is_of_the_type_of_text() -> None:
-    from captum_cw.attr.texts import extended
+    from captum_cw.text.prompts import extended
 
     inputs = {
         "input_ids": torch.tensor([[7, 3]]),

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from captum_cw import Explanation, explain
-from captum_cw.explanation import HeadMaps
+from captum_cw.explanation.explanation import HeadMaps
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 
@@ -86,7 +86,7 @@ def test_a_write_that_fails_leaves_the_file_that_was(
         part.write_bytes(b"half")
         raise OSError("no space")
 
-    monkeypatch.setattr("captum_cw.interchange.save_file", fails)
+    monkeypatch.setattr("captum_cw.explanation.files.save_file", fails)
     with pytest.raises(OSError, match="no space"):
         explanation.save(path)
     assert path.read_bytes() == before
@@ -231,7 +231,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
             raise ImportError(wanted)
         return importlib.import_module(wanted)
 
-    monkeypatch.setattr("captum_cw.interchange.import_module", missing)
+    monkeypatch.setattr("captum_cw.explanation.files.import_module", missing)
     with pytest.raises(ImportError, match=rf"{name} is needed.*captum-cw\[interchange\]"):
         getattr(Explanation(["a"], {}), call)()
 

@@ -28,7 +28,7 @@ from captum_cw import (
     sufficiency,
 )
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.sinks import find_sinks
+from captum_cw.removal.sinks import find_sinks
 
 NAMES = {"attention": "attention", "vw": "vw", "vwon": "vwon", "contribution": "inter"}
 

@@ -17,8 +17,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from captum_cw import loading
-from captum_cw.loading import load_as_saved, load_demo_model, load_model
+from captum_cw.models import loading
+from captum_cw.models.loading import load_as_saved, load_demo_model, load_model
 
 WEIGHTS = {
     "token_embd": (6, 8),

@@ -10,7 +10,7 @@ import torch
 from models import llama, token_ids
 
 from captum_cw import ContributionWeights, TokenScores, memory
-from captum_cw.memory import cgroup_free, cuda_free, free_bytes
+from captum_cw._utils.memory import cgroup_free, cuda_free, free_bytes
 
 MB = 10**6
 

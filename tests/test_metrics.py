@@ -29,12 +29,12 @@ from captum_cw import (
     remove_values,
     sufficiency,
 )
+from captum_cw._utils.records import RecordsError
 from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask
 from captum_cw.metrics import FaithfulnessResult, agreement, with_shuffled_weights
-from captum_cw.ranking import chosen_pairs
-from captum_cw.records import RecordsError
-from captum_cw.scoring import CONTROLS, METHODS, RandomPairs, pair_scorer
-from captum_cw.sinks import find_sinks
+from captum_cw.removal.ranking import chosen_pairs
+from captum_cw.removal.scoring import CONTROLS, METHODS, RandomPairs, pair_scorer
+from captum_cw.removal.sinks import find_sinks
 from captum_cw.visualization.curves import plot_curves
 
 SIDES = {"comprehensiveness": "top", "sufficiency": "bottom"}

@@ -25,7 +25,7 @@ from captum_cw import (
     explain,
 )
 from captum_cw.data import token_batches
-from captum_cw.templates import render_chat
+from captum_cw.text.templates import render_chat
 from captum_cw.visualization import readable_tokens
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from captum_cw import ContributionWeights
-from captum_cw.overview import attention_layers
+from captum_cw.models.inspection import attention_layers
 
 
 def test_shared_heads_and_the_projection_are_named(tiny_model: Any) -> None:

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from captum_cw import ContributionWeights, Explanation, explain
-from captum_cw.explanation import MEASURES, HeadMaps
-from captum_cw.visualization.page import LABELS
+from captum_cw.explanation.explanation import MEASURES, HeadMaps
+from captum_cw.explanation.page import LABELS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 Page = playwright.Page

@@ -22,9 +22,9 @@ from captum_cw import (
     VWONAttention,
     functional,
 )
-from captum_cw.aggregation import attention_mixing
-from captum_cw.explanation import MEASURES
-from captum_cw.scoring import CONTROLS
+from captum_cw.explanation.explanation import MEASURES
+from captum_cw.removal.scoring import CONTROLS
+from captum_cw.rollout import attention_mixing
 
 IDS = token_ids(1, 7)
 METHODS: dict[str, Any] = {

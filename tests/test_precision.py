@@ -36,7 +36,7 @@ from captum_cw.capture import UnsupportedModelError
 from captum_cw.capture.rounding import product_rounding, rounding
 from captum_cw.functional import AttentionLayer, output_gram, value_norms, widest
 from captum_cw.metrics import agreement
-from captum_cw.sinks import find_sinks, sink_rate
+from captum_cw.removal.sinks import find_sinks, sink_rate
 
 # ---------------------------------------------------------------------------------------------
 # Without float64

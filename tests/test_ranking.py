@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from captum_cw.ranking import chosen_pairs, quota
+from captum_cw.removal.ranking import chosen_pairs, quota
 
 
 def plain(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from captum_cw.records import Records, RecordsError
+from captum_cw._utils.records import Records, RecordsError
 
 RUN = {"model": "m", "rates": (0.1, 0.5)}
 VALUES = {"a": [0.1, 1 / 3, -0.0, 1e-310], "b": [math.inf, 2.0**0.5], "c": {"text": "ü\n"}}

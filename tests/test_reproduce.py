@@ -17,11 +17,11 @@ import pandas as pd
 import pytest
 
 from captum_cw import analysis
+from captum_cw._utils.records import RecordsError
 from captum_cw.cli import main
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.metrics.identity import fingerprint
 from captum_cw.metrics.tasks import TaskResult
-from captum_cw.records import RecordsError
 from captum_cw.reproduce import ITEMS, PLANS, Plan, Study, reproduce
 from captum_cw.reproduce.claims import CLAIMS, Claim, Judgement, above, below, judge
 

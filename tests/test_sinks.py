@@ -12,7 +12,7 @@ from models import MODELS, SIZES, build, llama, look, token_ids
 from test_capture import padded_batch, positions, state_of
 from torch import Tensor, nn
 
-from captum_cw.sinks import find_sinks, first_token_mass, sink_rate, sinks_among
+from captum_cw.removal.sinks import find_sinks, first_token_mass, sink_rate, sinks_among
 
 
 @pytest.fixture(params=MODELS)

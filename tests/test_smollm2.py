@@ -24,7 +24,7 @@ from captum_cw import (
 )
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import with_shuffled_weights
-from captum_cw.scoring import METHODS
+from captum_cw.removal.scoring import METHODS
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",

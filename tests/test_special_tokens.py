@@ -16,7 +16,7 @@ from captum_cw import (
     TokenScores,
     remove_tokens,
 )
-from captum_cw.sinks import find_sinks
+from captum_cw.removal.sinks import find_sinks
 
 PADDED = "begins or ends with pad_token_id=0, but there is no attention_mask: every id counts"
 TWICE = r"begins with two begin tokens \(bos_token_id=1\).*add_special_tokens=False"

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from captum_cw import ContributionWeights, TokenScores, remove_tokens
+from captum_cw._utils.records import RecordsError
 from captum_cw.metrics.tasks import Score, TaskResult, evaluate_tasks
-from captum_cw.records import RecordsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ import pytest
 import transformers
 from models import SIZES, build
 
-from captum_cw import loading
 from captum_cw.cli import main
+from captum_cw.models import loading
 
 ROOT = Path(__file__).parent.parent
 #: Of no page of Windows, and of none of ASCII.
@@ -68,7 +68,7 @@ def command(name: str, place: Path, out: Path) -> list[str]:
 DEMO = """\
 import sys
 from captum_cw.cli import demo, main
-from captum_cw.loading import load_model
+from captum_cw.models.loading import load_model
 demo.load_demo_model = lambda: load_model(sys.argv[1])
 sys.exit(main(["demo", "--text", "ж → 中", "--out", sys.argv[2]]))
 """

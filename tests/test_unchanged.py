@@ -29,8 +29,8 @@ from captum_cw import (
     scale_values,
 )
 from captum_cw.capture import evaluating
-from captum_cw.overview import attention_layers
-from captum_cw.sinks import find_sinks, first_token_mass, sink_rate
+from captum_cw.models.inspection import attention_layers
+from captum_cw.removal.sinks import find_sinks, first_token_mass, sink_rate
 
 
 class Untidy(transformers.LlamaForCausalLM):

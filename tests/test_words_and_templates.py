@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from captum_cw import ChatTokenInput, ContributionWeights, Explanation, LLMTokenAttribution, explain
-from captum_cw.templates import encode, owners, places_of, render_chat
-from captum_cw.tokens import group_scores, joined, readable_tokens, word_numbers, word_spans
+from captum_cw.text.templates import encode, owners, places_of, render_chat
+from captum_cw.text.tokens import group_scores, joined, readable_tokens, word_numbers, word_spans
 
 CHAT = [{"role": "U", "content": "a b"}, {"role": "A", "content": "c"}]
 TEMPLATE = (

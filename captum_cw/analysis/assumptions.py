@@ -62,7 +62,7 @@ class SelectionAssumptions(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """Value norms by layer, similarity by distance, attention by rank; with their fits."""
-        from captum_cw.visualization.token_selection import plot_selection_assumptions
+        from captum_cw.analysis.figures.selection import plot_selection_assumptions
 
         return plot_selection_assumptions(self.tables, self.numbers, use_pyplot=use_pyplot)
 

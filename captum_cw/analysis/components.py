@@ -83,7 +83,7 @@ class ComponentRegression(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """R2 of each product of factors, a panel for each group."""
-        from captum_cw.visualization.analysis import plot_regression
+        from captum_cw.analysis.figures.geometry import plot_regression
 
         return plot_regression(self.to_dataframe(), use_pyplot=use_pyplot)
 
@@ -224,7 +224,7 @@ class ComponentCorrelations(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """The matrix."""
-        from captum_cw.visualization.analysis import plot_correlations
+        from captum_cw.analysis.figures.geometry import plot_correlations
 
         return plot_correlations(self.to_dataframe(), use_pyplot=use_pyplot)
 
@@ -334,7 +334,7 @@ class ComponentDispersion(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """The three pairs."""
-        from captum_cw.visualization.analysis import plot_dispersion
+        from captum_cw.analysis.figures.geometry import plot_dispersion
 
         return plot_dispersion(self.to_dataframe(), use_pyplot=use_pyplot)
 
@@ -407,7 +407,7 @@ class Interference(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """The ratio against the cosine."""
-        from captum_cw.visualization.analysis import plot_interference
+        from captum_cw.analysis.figures.geometry import plot_interference
 
         return plot_interference(self.to_dataframe(), self.numbers["r"], use_pyplot=use_pyplot)
 

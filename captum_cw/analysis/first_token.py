@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_cw._utils.progress import progress_bar
 from captum_cw.analysis.geometry import inner_products, projected
 from captum_cw.analysis.result import AnalysisResult, Picture
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
-from captum_cw.attr.inputs import device_of
-from captum_cw.attr.layer import evaluation_mode, unwrapped
-from captum_cw.attr.outputs import logits_of
+from captum_cw.attr.measures import evaluation_mode, unwrapped
+from captum_cw.capture.forward_call import device_of
+from captum_cw.capture.outputs import logits_of
 from captum_cw.functional import Measure, attention, contribution, map_blocks, vw
-from captum_cw.interventions import scale_values
 from captum_cw.metrics.quantities import mean_nll
-from captum_cw.progress import progress_bar
+from captum_cw.removal.interventions import scale_values
 
 __all__ = [
     "FirstTokenWeight",
@@ -51,7 +51,7 @@ class FirstTokenWeight(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """The weight by layer, a curve for each measure that is a share."""
-        from captum_cw.visualization.analysis import plot_first_token_weight
+        from captum_cw.analysis.figures.geometry import plot_first_token_weight
 
         return plot_first_token_weight(self.tables["layers"], use_pyplot=use_pyplot)
 
@@ -116,7 +116,7 @@ class WeightEntropy(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """The entropy by layer, with and without the first token."""
-        from captum_cw.visualization.analysis import plot_entropy
+        from captum_cw.analysis.figures.geometry import plot_entropy
 
         return plot_entropy(self.tables["layers"], use_pyplot=use_pyplot)
 
@@ -208,7 +208,7 @@ class ValueAlignment(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """Both against relative depth, with the middle half of the heads."""
-        from captum_cw.visualization.analysis import plot_alignment
+        from captum_cw.analysis.figures.geometry import plot_alignment
 
         return plot_alignment(self.tables["layers"], use_pyplot=use_pyplot)
 
@@ -302,7 +302,7 @@ class SinkScaling(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """The mean of the differences against the factor, and their middle half."""
-        from captum_cw.visualization.analysis import plot_sink_scaling
+        from captum_cw.analysis.figures.geometry import plot_sink_scaling
 
         return plot_sink_scaling(self.to_dataframe(), use_pyplot=use_pyplot)
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_cw._utils.progress import progress_bar
 from captum_cw.analysis.attention_graph import (
     FEWEST,
     OF_EVEN,
@@ -36,7 +37,6 @@ from captum_cw.analysis.attention_graph import (
 )
 from captum_cw.analysis.result import AnalysisResult, Picture
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
-from captum_cw.progress import progress_bar
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -372,7 +372,7 @@ class ReferenceFrames(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """Fiedler value, star-likeness, received attention and divergence, by layer."""
-        from captum_cw.visualization.reference_frames import plot_reference_frames
+        from captum_cw.analysis.figures.frames import plot_reference_frames
 
         return plot_reference_frames(self, use_pyplot=use_pyplot)
 
@@ -589,7 +589,7 @@ class FramesOverCheckpoints(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """The evidence over revisions."""
-        from captum_cw.visualization.reference_frames import plot_checkpoints
+        from captum_cw.analysis.figures.frames import plot_checkpoints
 
         return plot_checkpoints(self, use_pyplot=use_pyplot)
 

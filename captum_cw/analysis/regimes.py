@@ -60,7 +60,7 @@ class HeadRegimes(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """The regime of each head by layer, and the heads by sink weight and F."""
-        from captum_cw.visualization.token_selection import plot_head_regimes
+        from captum_cw.analysis.figures.selection import plot_head_regimes
 
         return plot_head_regimes(self.tables, self.settings["size"], use_pyplot=use_pyplot)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from captum_cw.files import read_json, write_json
+from captum_cw._utils.files import read_json, write_json
 
 if TYPE_CHECKING:
     import numpy.typing as npt

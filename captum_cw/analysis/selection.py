@@ -72,7 +72,7 @@ class TokenSelection(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """Precision, recall and F by size; the excess of F; the best size; sinks and recall."""
-        from captum_cw.visualization.token_selection import plot_token_selection
+        from captum_cw.analysis.figures.selection import plot_token_selection
 
         return plot_token_selection(self.tables, self.numbers, use_pyplot=use_pyplot)
 

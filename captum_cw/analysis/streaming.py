@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_cw._utils.progress import progress_bar
 from captum_cw.attr import AttentionWeights
-from captum_cw.attr.inputs import device_of
-from captum_cw.attr.layer import unwrapped
+from captum_cw.attr.measures import unwrapped
 from captum_cw.capture import Execution
+from captum_cw.capture.forward_call import device_of
 from captum_cw.functional import AttentionLayer, widest
-from captum_cw.progress import progress_bar
 
 __all__ = ["Batches", "Reservoir", "SeenLayer", "check_causal", "run_texts", "texts_of"]
 

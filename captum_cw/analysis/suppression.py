@@ -92,7 +92,7 @@ class OutputNorms(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """One head's norms with the curve, R2 by layer, and that head's two fits."""
-        from captum_cw.visualization.analysis import plot_output_norms
+        from captum_cw.analysis.figures.geometry import plot_output_norms
 
         place, heads = (self.settings["layer"], self.settings["head"]), self.tables["heads"]
         of = heads[(heads["layer"] == place[0]) & (heads["head"] == place[1])].iloc[0]
@@ -344,7 +344,7 @@ class SemanticCone(AnalysisResult):
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
         """One head's outputs in the plane of the mean value and the sink, both ways."""
-        from captum_cw.visualization.analysis import plot_cone
+        from captum_cw.analysis.figures.geometry import plot_cone
 
         place = self.settings["layer"], self.settings["head"]
         return plot_cone(self.tables["points"], self.tables["sink"], place, use_pyplot=use_pyplot)

@@ -1,14 +1,14 @@
 """Attribution classes in Captum's form: thin, over ``captum_cw.capture`` and ``functional``."""
 
 from captum_cw.attr.chat import ChatTokenInput
-from captum_cw.attr.layer import (
+from captum_cw.attr.llm import LLMTokenAttribution
+from captum_cw.attr.measures import (
     ALTIWeights,
     AttentionWeights,
     ContributionWeights,
     VWAttention,
     VWONAttention,
 )
-from captum_cw.attr.llm import LLMTokenAttribution
 from captum_cw.attr.token_scores import TokenScores
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from captum_cw.attr._captum import TextTokenInput
-from captum_cw.templates import Encoded, Message, Messages, render_chat
+from captum_cw.text.templates import Encoded, Message, Messages, render_chat
 
 __all__ = ["ChatTokenInput", "EncodedTokenInput"]
 
@@ -25,7 +25,7 @@ class EncodedTokenInput(TextTokenInput):  # type: ignore[misc]  # captum has no 
         messages: None, since it is not a chat.
 
     Example:
-        >>> from captum_cw.templates import encode
+        >>> from captum_cw.text.templates import encode
         >>> EncodedTokenInput(encode(tokenizer, "a b"), tokenizer).values
         ['a', 'b']
     """

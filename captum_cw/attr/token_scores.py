@@ -1,7 +1,7 @@
 """One score a token from a measure: reductions over queries, heads and layers (Eq. 15).
 
 Layers are reduced each for itself, or followed from the last one to the first (see
-:mod:`captum_cw.aggregation`).
+:mod:`captum_cw.rollout`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from captum_cw import functional
-from captum_cw.aggregation import Flow, LayerPath, Rollout, Through
 from captum_cw.attr._captum import Attribution, logged
-from captum_cw.attr.inputs import LOGITS, tokens_of
-from captum_cw.attr.layer import (
+from captum_cw.attr.measures import (
     AttentionAttribution,
     Inputs,
     as_given,
     refuse_target,
     stack_layers,
 )
-from captum_cw.attr.texts import leading, refuse_later_tokens
 from captum_cw.capture import Execution
+from captum_cw.capture.forward_call import LOGITS, tokens_of
 from captum_cw.functional import Aggregation, AttentionLayer, Reduction, check_choice
+from captum_cw.rollout import Flow, LayerPath, Rollout, Through
+from captum_cw.text.prompts import leading, refuse_later_tokens
 
 __all__ = ["TokenScores"]
 

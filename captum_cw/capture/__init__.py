@@ -8,8 +8,9 @@ checked against the head outputs, and the linear layer that reads those head out
 
 from captum_cw.capture.adapters import register_adapter
 from captum_cw.capture.attention import changed_values
-from captum_cw.capture.calls import Kind
-from captum_cw.capture.listening import ValueChange, is_observed
+from captum_cw.capture.attention_call import Kind
+from captum_cw.capture.hidden_states import StateSpace
+from captum_cw.capture.listeners import ValueChange, is_observed
 from captum_cw.capture.observation import (
     Execution,
     Observation,
@@ -17,8 +18,7 @@ from captum_cw.capture.observation import (
     names_of,
 )
 from captum_cw.capture.passes import around_passes
-from captum_cw.capture.states import StateSpace
-from captum_cw.capture.unchanged import evaluating
+from captum_cw.capture.restoring import evaluating
 
 __all__ = [
     "Execution",

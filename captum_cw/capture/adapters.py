@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_cw.capture.calls import UnsupportedModelError
-from captum_cw.capture.listening import altered, is_heard, taken_over
+from captum_cw.capture.attention_call import UnsupportedModelError
+from captum_cw.capture.listeners import altered, is_heard, taken_over
+from captum_cw.capture.patching import MethodOf, wrapping
 from captum_cw.capture.rounding import product_rounding
-from captum_cw.capture.wrapping import MethodOf, wrapping
 
 __all__ = ["adapted", "register_adapter"]
 

@@ -10,11 +10,11 @@ from contextvars import ContextVar
 from torch import Tensor, nn
 
 from captum_cw.capture.adapters import adapted
-from captum_cw.capture.direct import DirectAttention
-from captum_cw.capture.huggingface import registered_kernels
-from captum_cw.capture.listening import Listener, ValueChange, changing, listening
-from captum_cw.capture.running import watching
-from captum_cw.capture.spread import head_group
+from captum_cw.capture.functions import DirectAttention
+from captum_cw.capture.hf_registry import registered_kernels
+from captum_cw.capture.listeners import Listener, ValueChange, changing, listening
+from captum_cw.capture.module_stack import watching
+from captum_cw.capture.tensor_parallel import head_group
 
 __all__ = ["attention_calls", "changed_values"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.attention import attention_calls
-from captum_cw.capture.calls import (
+from captum_cw.capture.attention_call import (
     AttentionCall,
     Kind,
     UnsupportedModelError,
@@ -21,8 +21,10 @@ from captum_cw.capture.calls import (
     padding_of,
     query_mask,
 )
-from captum_cw.capture.listening import alter, is_listening, taken_over
-from captum_cw.capture.projections import (
+from captum_cw.capture.hidden_states import GivenStates, StateSpace, hidden_states
+from captum_cw.capture.listeners import alter, is_listening, taken_over
+from captum_cw.capture.module_stack import Run, entries, running
+from captum_cw.capture.output_projection import (
     HeadFlow,
     LinearProduct,
     fits,
@@ -31,11 +33,9 @@ from captum_cw.capture.projections import (
     reads,
     same_place,
 )
-from captum_cw.capture.running import Run, entries, running
-from captum_cw.capture.spread import HeadGroup, head_group
-from captum_cw.capture.states import GivenStates, StateSpace, hidden_states
-from captum_cw.capture.text import TextLayers
-from captum_cw.capture.updates import ResidualUpdates
+from captum_cw.capture.residual import ResidualUpdates
+from captum_cw.capture.tensor_parallel import HeadGroup, head_group
+from captum_cw.capture.text_layers import TextLayers
 from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, ResidualSum, Space
 
 __all__ = ["Execution", "Observation", "UnsupportedModelError", "names_of"]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from captum_cw.capture.wrapping import MethodOf, wrapping
+from captum_cw.capture.patching import MethodOf, wrapping
 
 __all__ = ["Around", "around_passes"]
 

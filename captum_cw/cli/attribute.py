@@ -15,15 +15,15 @@ from torch import Tensor
 
 from captum_cw.attr import LLMTokenAttribution, TokenScores
 from captum_cw.attr.chat import ChatTokenInput
-from captum_cw.attr.inputs import device_of
+from captum_cw.capture.forward_call import device_of
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import SINK_NOTE, coloured_text, load, predicted_by, token_table
-from captum_cw.explaining import explain
-from captum_cw.explanation import Explanation
+from captum_cw.explanation.builder import explain
+from captum_cw.explanation.explanation import Explanation
 from captum_cw.functional import Reduction
-from captum_cw.scoring import METHODS
-from captum_cw.tokens import sink
+from captum_cw.removal.scoring import METHODS
+from captum_cw.text.tokens import sink
 from captum_cw.visualization import readable_tokens
 from captum_cw.visualization.text import normalized_scores
 

@@ -8,8 +8,7 @@ from rich.text import Text
 
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
-from captum_cw.cli.output import SINK_NOTE, announce, token_table
-from captum_cw.demo import (
+from captum_cw.cli.demo_figures import (
     DEMO_TEXT,
     IG,
     IG_STEPS,
@@ -17,8 +16,9 @@ from captum_cw.demo import (
     explain_prediction,
     save_pictures,
 )
-from captum_cw.loading import DEMO_MODEL, load_demo_model
-from captum_cw.tokens import sink
+from captum_cw.cli.output import SINK_NOTE, announce, token_table
+from captum_cw.models.loading import DEMO_MODEL, load_demo_model
+from captum_cw.text.tokens import sink
 from captum_cw.visualization.text import normalized_scores
 
 

@@ -10,19 +10,19 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
+from captum_cw._utils.processes import Processes
 from captum_cw.attr import AttentionWeights
 from captum_cw.capture import Execution
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import load
 from captum_cw.cli.problems import need
+from captum_cw.cli.run_folder import evaluate_into, save_tasks
 from captum_cw.data import load_texts, token_batches
-from captum_cw.evaluation import evaluate_into, save_tasks
 from captum_cw.functional import AttentionLayer
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, REMOVED, TITLES
 from captum_cw.metrics.tasks import TaskResult, check_task_model, evaluate_tasks
-from captum_cw.processes import Processes
 
 TASK_RATES = (0.3, 0.5, 0.7)
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE
 from rich.table import Table
 
-from captum_cw.architectures import STATUSES, TITLES, ModelTypes
 from captum_cw.cli.answer import Answer
 from captum_cw.cli.console import console
+from captum_cw.models.architectures import STATUSES, TITLES, ModelTypes
 
 if TYPE_CHECKING:
-    from captum_cw.overview import LayerOverview
+    from captum_cw.models.inspection import LayerOverview
 
 WAYS = {
     "registry": "the attention registry of transformers",
@@ -79,7 +79,7 @@ def _show_supported(tested: ModelTypes) -> None:
 
 def _layers(options: Namespace) -> Answer:
     from captum_cw.cli.output import load_any
-    from captum_cw.overview import attention_layers, maps_bytes
+    from captum_cw.models.inspection import attention_layers, maps_bytes
 
     model = load_any(options, options.model)
     with warnings.catch_warnings(record=True) as told:

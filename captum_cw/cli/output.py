@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from captum_cw.loading import DEMO_MODEL, load_as_saved, load_demo_model, load_model
-from captum_cw.processes import Processes
+from captum_cw._utils.processes import Processes
+from captum_cw.models.loading import DEMO_MODEL, load_as_saved, load_demo_model, load_model
 
 __all__ = [
     "SINK_NOTE",

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import shtab
 
 from captum_cw import __version__
+from captum_cw._utils.suggestions import suggestion
 from captum_cw.cli.choices import (
     CONTROLS,
     DATA,
@@ -34,7 +35,6 @@ from captum_cw.cli.choices import (
     STARTS,
     STATES,
 )
-from captum_cw.suggestions import suggestion
 
 __all__ = ["UsageError", "parser"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from captum_cw.suggestions import suggestion_of_path
+from captum_cw._utils.suggestions import suggestion_of_path
 
 __all__ = ["message_of", "need"]
 

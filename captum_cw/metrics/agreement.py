@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_cw.functional import widest
-from captum_cw.ranking import quota
+from captum_cw.removal.ranking import quota
 
 __all__ = ["Agreement", "agreement"]
 

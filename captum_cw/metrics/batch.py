@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.inputs import forward_call, run_on_copies
-from captum_cw.attr.layer import evaluation_mode
-from captum_cw.attr.outputs import logits_of
+from captum_cw.attr.measures import evaluation_mode
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.capture.text import TextLayers
-from captum_cw.interventions import (
+from captum_cw.capture.forward_call import forward_call, run_on_copies
+from captum_cw.capture.outputs import logits_of
+from captum_cw.capture.text_layers import TextLayers
+from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll
+from captum_cw.removal.interventions import (
     CleanPass,
     FixedChange,
     OnlineRemoval,
@@ -25,10 +26,9 @@ from captum_cw.interventions import (
     Scoring,
     SinkRule,
 )
-from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll
-from captum_cw.ranking import RateOf, Scope, Which
-from captum_cw.scoring import PairScorer, RandomPairs
-from captum_cw.virtual import behind, virtual_tokens
+from captum_cw.removal.ranking import RateOf, Scope, Which
+from captum_cw.removal.scoring import PairScorer, RandomPairs
+from captum_cw.removal.virtual_tokens import behind, virtual_tokens
 
 __all__ = [
     "Batch",

@@ -18,16 +18,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from captum_cw._utils.processes import Processes
+from captum_cw._utils.progress import progress_bar
+from captum_cw._utils.records import Records, RecordsError
 from captum_cw._version import __version__
 from captum_cw.attr._captum import Attribution
-from captum_cw.attr.layer import (
+from captum_cw.attr.measures import (
     evaluation_mode,
     uncompiled,
     unwrapped,
 )
 from captum_cw.capture import StateSpace
 from captum_cw.functional import Reduction, check_choice
-from captum_cw.interventions import Ranking, Scoring, SinkRule, check_scoring, check_self_attention
 from captum_cw.metrics.batch import (
     Batch,
     BatchRun,
@@ -41,12 +43,16 @@ from captum_cw.metrics.batch import (
 from captum_cw.metrics.identity import check_told, checksum, described, fingerprint
 from captum_cw.metrics.quantities import MetricName, quantity
 from captum_cw.metrics.result import REMOVED, FaithfulnessResult, Side
-from captum_cw.processes import Processes
-from captum_cw.progress import progress_bar
-from captum_cw.ranking import RateOf, Scope, Which
-from captum_cw.records import Records, RecordsError
-from captum_cw.scoring import model_of, pair_scorer, whole_token_scorer
-from captum_cw.sinks import THRESHOLD
+from captum_cw.removal.interventions import (
+    Ranking,
+    Scoring,
+    SinkRule,
+    check_scoring,
+    check_self_attention,
+)
+from captum_cw.removal.ranking import RateOf, Scope, Which
+from captum_cw.removal.scoring import model_of, pair_scorer, whole_token_scorer
+from captum_cw.removal.sinks import THRESHOLD
 
 __all__ = ["ComprehensivenessSufficiency", "comprehensiveness", "sufficiency"]
 

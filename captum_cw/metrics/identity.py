@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.attr import TokenScores
-from captum_cw.attr.layer import AttentionAttribution
+from captum_cw.attr.measures import AttentionAttribution
 
 __all__ = ["UNTOLD", "check_told", "checksum", "described", "fingerprint"]
 

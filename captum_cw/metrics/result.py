@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from captum_cw.files import read_json, write_json
+from captum_cw._utils.files import read_json, write_json
 from captum_cw.functional import check_choice
-from captum_cw.ranking import Which
+from captum_cw.removal.ranking import Which
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -28,17 +28,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.layer import evaluation_mode, unwrapped
-from captum_cw.attr.outputs import logits_of
+from captum_cw._utils.files import read_json, write_json
+from captum_cw._utils.progress import progress_bar
+from captum_cw._utils.records import Records
+from captum_cw.attr.measures import evaluation_mode, unwrapped
 from captum_cw.capture import StateSpace
-from captum_cw.files import read_json, write_json
+from captum_cw.capture.outputs import logits_of
 from captum_cw.functional import Reduction
-from captum_cw.interventions import Scoring, remove_tokens
 from captum_cw.metrics.faithfulness import checked_rates
 from captum_cw.metrics.identity import check_told, described, fingerprint
-from captum_cw.progress import progress_bar
-from captum_cw.ranking import Scope, Which
-from captum_cw.records import Records
+from captum_cw.removal.interventions import Scoring, remove_tokens
+from captum_cw.removal.ranking import Scope, Which
 
 if TYPE_CHECKING:
     import numpy.typing as npt

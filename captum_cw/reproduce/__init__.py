@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from captum_cw._utils.records import Records
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.loading import origin
-from captum_cw.records import Records
+from captum_cw.models.loading import origin
 from captum_cw.reproduce.items import ITEMS, Item
 from captum_cw.reproduce.report import Done, StudyResults, write_report
 from captum_cw.reproduce.study import PAPER_DATA, PAPER_MODELS, PAPER_TASKS, PLANS, Plan, Study

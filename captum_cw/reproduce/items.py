@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from captum_cw import analysis
 from captum_cw.analysis import AnalysisResult
 from captum_cw.attr import ALTIWeights, AttentionWeights, ContributionWeights, TokenScores
-from captum_cw.attr.layer import AttentionAttribution
+from captum_cw.attr.measures import AttentionAttribution
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE
 from captum_cw.metrics.tasks import TaskResult, evaluate_tasks
+from captum_cw.removal.scoring import METHODS
 from captum_cw.reproduce.printed import PRINTED
 from captum_cw.reproduce.study import Study
-from captum_cw.scoring import METHODS
 from captum_cw.visualization import readable_tokens
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from captum_cw._utils.files import write_json
 from captum_cw._version import __version__
-from captum_cw.files import write_json
 from captum_cw.reproduce.claims import CLAIMS, Claim, Judgement, judge
 from captum_cw.reproduce.items import Item
 from captum_cw.reproduce.printed import PAPER

@@ -3,7 +3,8 @@
 Everything here takes plain tensors; nothing here runs a model.
 """
 
-from captum_cw.tokens import readable_tokens
+from captum_cw.explanation.page import explanation_page
+from captum_cw.text.tokens import readable_tokens
 from captum_cw.visualization._output import save_figure
 from captum_cw.visualization.image import PatchScores, fold_patches, plot_image_scores
 from captum_cw.visualization.maps import (
@@ -11,7 +12,6 @@ from captum_cw.visualization.maps import (
     plot_decomposition,
     plot_token_scores,
 )
-from captum_cw.visualization.page import explanation_page
 from captum_cw.visualization.text import save_text, text_html, text_records
 
 __all__ = [

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.inputs import device_of, parameters_of
 from captum_cw.capture import Execution, UnsupportedModelError
 from captum_cw.capture.caches import find_cache
+from captum_cw.capture.forward_call import device_of, parameters_of
 from captum_cw.functional import AttentionLayer, blocks
-from captum_cw.templates import Encoded, Messages, encode, render_chat
-from captum_cw.tokens import Span, warn_of_two_begin_tokens
+from captum_cw.text.templates import Encoded, Messages, encode, render_chat
+from captum_cw.text.tokens import Span, warn_of_two_begin_tokens
 
 __all__ = [
     "Text",

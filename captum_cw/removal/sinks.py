@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.attr import AttentionWeights, TokenScores
-from captum_cw.attr.layer import Inputs
+from captum_cw.attr.measures import Inputs
 from captum_cw.capture import Execution, StateSpace
 from captum_cw.functional import AttentionLayer, check_choice
 

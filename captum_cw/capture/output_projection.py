@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_cw.capture.calls import TINY, UnsupportedModelError
+from captum_cw.capture.attention_call import TINY, UnsupportedModelError
 from captum_cw.capture.rounding import product_rounding, rounding
 
 __all__ = [

@@ -29,11 +29,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, times, visible_keys
-from captum_cw.capture.listening import taken_over
+from captum_cw.capture.attention_call import (
+    AttentionCall,
+    UnsupportedModelError,
+    times,
+    visible_keys,
+)
+from captum_cw.capture.listeners import taken_over
+from captum_cw.capture.module_stack import running
+from captum_cw.capture.patching import wrapping
 from captum_cw.capture.rounding import product_rounding
-from captum_cw.capture.running import running
-from captum_cw.capture.wrapping import wrapping
 from captum_cw.functional import expand_heads
 
 __all__ = ["registered_kernels"]

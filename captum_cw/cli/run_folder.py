@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from captum_cw._utils.processes import Processes
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import Statistic
 from captum_cw.metrics.tasks import TaskResult
-from captum_cw.processes import Processes
 
 __all__ = ["evaluate_into", "save_tasks"]
 

@@ -19,15 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from captum_cw.files import whole_file
+from captum_cw._utils.files import whole_file
 from captum_cw.functional import check_choice
-from captum_cw.templates import Message
+from captum_cw.text.templates import Message
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from xarray import Dataset
 
-    from captum_cw.explanation import Explanation, HeadMaps
+    from captum_cw.explanation.explanation import Explanation, HeadMaps
 
 __all__ = ["load", "save", "to_dataframe", "to_xarray"]
 

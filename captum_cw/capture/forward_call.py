@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.capture import UnsupportedModelError, evaluating
+from captum_cw.capture.attention_call import Kind
 from captum_cw.capture.caches import find_cache, holds_tokens, own_copy, tokens_in
-from captum_cw.capture.calls import Kind
-from captum_cw.capture.listening import taken_over
+from captum_cw.capture.listeners import taken_over
 from captum_cw.capture.positions import longest_text, too_long
-from captum_cw.capture.text import LOGITS, TextLayers
+from captum_cw.capture.text_layers import LOGITS, TextLayers
 
 __all__ = [
     "LOGITS",

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 
 from torch import Tensor, nn
 
-from captum_cw.capture.calls import AttentionCall
+from captum_cw.capture.attention_call import AttentionCall
 
 __all__ = [
     "Listener",

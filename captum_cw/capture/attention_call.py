@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from captum_cw.capture.module_stack import Run
 from captum_cw.capture.rounding import product_rounding, rounding
-from captum_cw.capture.running import Run
 from captum_cw.functional import QueryMask, Weights, attention_weights, expand_heads
 
 __all__ = [

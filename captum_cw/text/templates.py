@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from captum_cw.tokens import Span
+from captum_cw.text.tokens import Span
 
 __all__ = ["Encoded", "Message", "RenderedChat", "encode", "owners", "places_of", "render_chat"]
 

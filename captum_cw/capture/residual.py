@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_cw.capture.calls import UnsupportedModelError, same_numbers
-from captum_cw.capture.projections import in_place, same_place
+from captum_cw.capture.attention_call import UnsupportedModelError, same_numbers
+from captum_cw.capture.hidden_states import GivenStates
+from captum_cw.capture.output_projection import in_place, same_place
 from captum_cw.capture.rounding import rounding
-from captum_cw.capture.states import GivenStates
 from captum_cw.functional import FrozenUpdate, ResidualSum
 
 __all__ = ["ResidualUpdates"]

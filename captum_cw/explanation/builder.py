@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from captum_cw import functional
 from captum_cw.attr import ContributionWeights
-from captum_cw.attr.inputs import LOGITS, parameters_of
-from captum_cw.attr.layer import check_fits, expected_layers, unwrapped
-from captum_cw.attr.outputs import logits_of
-from captum_cw.attr.texts import Text, leading, model_inputs, read_text
+from captum_cw.attr.measures import check_fits, expected_layers, unwrapped
 from captum_cw.capture import Execution, UnsupportedModelError
-from captum_cw.explanation import (
+from captum_cw.capture.forward_call import LOGITS, parameters_of
+from captum_cw.capture.outputs import logits_of
+from captum_cw.explanation.explanation import (
     MEASURES,
     PARTS,
     SIGNED,
@@ -27,8 +26,9 @@ from captum_cw.explanation import (
     versions,
 )
 from captum_cw.functional import AttentionLayer, Space, map_blocks
-from captum_cw.templates import RenderedChat
-from captum_cw.tokens import Span, Tokenizer, readable_ids, readable_tokens, word_numbers
+from captum_cw.text.prompts import Text, leading, model_inputs, read_text
+from captum_cw.text.templates import RenderedChat
+from captum_cw.text.tokens import Span, Tokenizer, readable_ids, readable_tokens, word_numbers
 
 __all__ = ["explain"]
 

@@ -18,7 +18,7 @@ from captum_cw.attr import (
     VWAttention,
     VWONAttention,
 )
-from captum_cw.attr.layer import AttentionAttribution
+from captum_cw.attr.measures import AttentionAttribution
 from captum_cw.functional import (
     AttentionLayer,
     Measure,
@@ -27,7 +27,7 @@ from captum_cw.functional import (
     check_choice,
     token_scores,
 )
-from captum_cw.sinks import real_tokens
+from captum_cw.removal.sinks import real_tokens
 
 __all__ = [
     "CONTROLS",

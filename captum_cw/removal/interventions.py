@@ -21,8 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.inputs import Tokens, parameters_of, tokens_of, warn_of_special_tokens
-from captum_cw.attr.layer import no_attention, uncompiled, unwrapped
+from captum_cw.attr.measures import no_attention, uncompiled, unwrapped
 from captum_cw.capture import (
     Execution,
     Observation,
@@ -34,15 +33,16 @@ from captum_cw.capture import (
     evaluating,
     is_observed,
 )
+from captum_cw.capture.attention_call import kind_of
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
-from captum_cw.capture.calls import kind_of
-from captum_cw.capture.running import running
-from captum_cw.capture.text import TextLayers
+from captum_cw.capture.forward_call import Tokens, parameters_of, tokens_of, warn_of_special_tokens
+from captum_cw.capture.module_stack import running
+from captum_cw.capture.text_layers import TextLayers
 from captum_cw.functional import AttentionLayer, Reduction, blocks, check_choice
-from captum_cw.ranking import RateOf, Scope, Which, chosen_pairs
-from captum_cw.scoring import PairScorer, model_of, pair_scorer, space_of
-from captum_cw.sinks import THRESHOLD, layer_sinks, real_tokens
-from captum_cw.virtual import behind, behind_prefix, known_to, own_tokens
+from captum_cw.removal.ranking import RateOf, Scope, Which, chosen_pairs
+from captum_cw.removal.scoring import PairScorer, model_of, pair_scorer, space_of
+from captum_cw.removal.sinks import THRESHOLD, layer_sinks, real_tokens
+from captum_cw.removal.virtual_tokens import behind, behind_prefix, known_to, own_tokens
 
 __all__ = ["Scoring", "remove_tokens", "remove_values", "scale_values"]
 
@@ -96,7 +96,7 @@ def remove_tokens(
             (``"global"``, which needs clean scoring).
         protect_sinks: Never removes attention sinks.
         sink_space: Of the hidden states by which sinks are found (see
-            :func:`captum_cw.sinks.find_sinks`).
+            :func:`captum_cw.removal.sinks.find_sinks`).
         sink_threshold: Of their cosine with the first token.
         rate_of: What ``rate`` is a fraction of: pairs that are ``"removable"``, or ``"all"``, so
             that sinks use up a part of it.

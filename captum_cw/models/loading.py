@@ -27,8 +27,8 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from captum_cw._utils.suggestions import suggestion_of_path
 from captum_cw.functional import check_choice
-from captum_cw.suggestions import suggestion_of_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from captum_cw.attr import AttentionWeights
-from captum_cw.attr.inputs import two_tokens
-from captum_cw.attr.layer import Inputs
+from captum_cw.attr.measures import Inputs
 from captum_cw.capture import Execution, Kind
+from captum_cw.capture.forward_call import two_tokens
 from captum_cw.functional import AttentionLayer
 
 __all__ = ["LayerOverview", "attention_layers", "maps_bytes"]
@@ -76,7 +76,7 @@ def attention_layers(model: nn.Module, inputs: Inputs | None = None) -> list[Lay
         needed = getattr(model, "main_input_name", "other inputs")
         raise ValueError(
             f"{type(model).__name__} reads {needed}, not tokens: give inputs, as in "
-            "captum_cw.overview.attention_layers(model, inputs)."
+            "captum_cw.models.inspection.attention_layers(model, inputs)."
         )
     found, _ = AttentionWeights(model, kind="all").observe(inputs, None, _seen)
     return [layer for _, layer in found]

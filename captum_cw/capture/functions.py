@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelError, times
 from captum_cw.capture.caches import is_cache
-from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, times
-from captum_cw.capture.listening import ValueChange, alter, is_heard, taken_over
+from captum_cw.capture.listeners import ValueChange, alter, is_heard, taken_over
+from captum_cw.capture.module_stack import running
 from captum_cw.capture.positions import check_positions
-from captum_cw.capture.running import running
 from captum_cw.functional import expand_heads
 
 __all__ = ["DirectAttention"]

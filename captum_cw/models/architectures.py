@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from captum_cw.files import read_json, write_json
+from captum_cw._utils.files import read_json, write_json
 
 __all__ = ["STATUSES", "TITLES", "ModelTypes", "Outcome"]
 

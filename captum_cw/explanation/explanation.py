@@ -18,13 +18,14 @@ import torch
 from captum.attr import LLMAttributionResult
 from torch import Tensor
 
-from captum_cw import functional, interchange
+from captum_cw import functional
+from captum_cw._utils.files import whole_file
 from captum_cw._version import __version__
 from captum_cw.attr.chat import EncodedTokenInput
-from captum_cw.files import whole_file
+from captum_cw.explanation import files
 from captum_cw.functional import Decomposition, Measure
-from captum_cw.templates import Message, owners
-from captum_cw.tokens import (
+from captum_cw.text.templates import Message, owners
+from captum_cw.text.tokens import (
     Grouping,
     Span,
     check_spans,
@@ -333,7 +334,7 @@ class Explanation:
             >>> Explanation.load(path).tokens
             [' a', ' b', ' c']
         """
-        interchange.save(path, self)
+        files.save(path, self)
 
     @classmethod
     def load(cls, path: str | Path) -> Explanation:
@@ -345,7 +346,7 @@ class Explanation:
         Raises:
             ValueError: If the file is damaged, another one, or of a version that is not known.
         """
-        return interchange.load(path, cls, HeadMaps)
+        return files.load(path, cls, HeadMaps)
 
     @property
     def sinks(self) -> tuple[int, ...]:
@@ -397,7 +398,7 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own, for notebooks."""
-        from captum_cw.visualization.page import framed
+        from captum_cw.explanation.page import framed
 
         return framed(self.page(), f"{self!r} Trust this notebook, or run it, to see the page.")
 
@@ -420,7 +421,7 @@ class Explanation:
             >>> explain(model, tokenizer, "a b c").to_dataframe().columns.tolist()
             ['place', 'token', 'word', 'attention', 'vw', 'vwon', 'contribution', 'signed']
         """
-        return interchange.to_dataframe(self, of)
+        return files.to_dataframe(self, of)
 
     def to_xarray(self) -> Dataset:
         """An xarray data set with named dimensions.
@@ -442,7 +443,7 @@ class Explanation:
             >>> dict(explain(model, tokenizer, "a b c").to_xarray().sizes)
             {'measure': 5, 'key': 3, 'query': 3, 'layer': 2, 'head': 4, 'rank': 3}
         """
-        return interchange.to_xarray(self)
+        return files.to_xarray(self)
 
     def by_word(self, how: Grouping = "sum") -> Explanation:
         """The same by word; tokens that belong to none stay alone.

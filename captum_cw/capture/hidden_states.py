@@ -12,8 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from captum_cw.capture.calls import AttentionCall, UnsupportedModelError, same_numbers
-from captum_cw.capture.running import Run
+from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelError, same_numbers
+from captum_cw.capture.module_stack import Run
 
 __all__ = ["GivenStates", "StateSpace", "hidden_states"]
 

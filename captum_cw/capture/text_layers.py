@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_cw.capture.running import Run
+from captum_cw.capture.module_stack import Run
 
 __all__ = ["LOGITS", "TextLayers"]
 

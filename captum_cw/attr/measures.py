@@ -18,9 +18,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from captum_cw import aggregation, functional
+from captum_cw import functional, rollout
+from captum_cw._utils.memory import free_bytes
+from captum_cw._utils.progress import progress_bar
 from captum_cw.attr._captum import LayerAttribution, logged
-from captum_cw.attr.inputs import ForwardCall, forward_call, two_tokens
 from captum_cw.capture import (
     Execution,
     Observation,
@@ -29,7 +30,8 @@ from captum_cw.capture import (
     evaluating,
     names_of,
 )
-from captum_cw.capture.text import TextLayers
+from captum_cw.capture.forward_call import ForwardCall, forward_call, two_tokens
+from captum_cw.capture.text_layers import TextLayers
 from captum_cw.functional import (
     Aggregation,
     AttentionLayer,
@@ -38,8 +40,6 @@ from captum_cw.functional import (
     Scope,
     Space,
 )
-from captum_cw.memory import free_bytes
-from captum_cw.progress import progress_bar
 
 __all__ = [
     "ALTIWeights",
@@ -147,7 +147,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
             heads: How they are aggregated; ``"mean"`` is each measure's own way.
 
         Returns:
-            A measure whose rows sum to one (see :mod:`captum_cw.aggregation`).
+            A measure whose rows sum to one (see :mod:`captum_cw.rollout`).
 
         Raises:
             ValueError: If heads cannot be aggregated so, or the measure has no such map.
@@ -586,7 +586,7 @@ class _ValueAttribution(AttentionAttribution):
     def mixing(self, heads: Aggregation | None) -> Measure:
         """The norms of what each token, and the stream itself, add to the stream."""
         _check_together(heads)
-        return aggregation.norm_mixing
+        return rollout.norm_mixing
 
 
 def _check_together(heads: Aggregation | None) -> None:
@@ -625,7 +625,7 @@ class AttentionWeights(AttentionAttribution):
                 f"heads={heads!r}: the stream counts as much as the attention of all heads "
                 "together, so heads are averaged; use 'mean', or 'max'."
             )
-        return aggregation.attention_mixing(heads)
+        return rollout.attention_mixing(heads)
 
 
 class VWAttention(_ValueAttribution):
@@ -721,7 +721,7 @@ class ContributionWeights(_ValueAttribution):
                 "all layers is the residual stream: use scope='inter'."
             )
         _check_together(heads)
-        return aggregation.contribution_mixing
+        return rollout.contribution_mixing
 
     def has_convergence_delta(self) -> bool:
         """True: contributions sum to one, and the delta says how nearly."""
@@ -762,7 +762,7 @@ class ContributionWeights(_ValueAttribution):
 
         Args:
             inputs: As for every measure (see
-                :meth:`~captum_cw.attr.layer.AttentionAttribution.attribute`).
+                :meth:`~captum_cw.attr.measures.AttentionAttribution.attribute`).
             additional_forward_args: Further positional arguments, as in Captum.
             target: Must be None.
             return_convergence_delta: Also returns :meth:`compute_convergence_delta`.
@@ -853,7 +853,7 @@ class ALTIWeights(AttentionAttribution):
     """
 
     name = "alti"
-    measure = staticmethod(aggregation.alti)
+    measure = staticmethod(rollout.alti)
     space: Space = "residual"
     needs_stream = True
 
@@ -868,7 +868,7 @@ class ALTIWeights(AttentionAttribution):
     def mixing(self, heads: Aggregation | None) -> Measure:
         """The weights themselves."""
         _check_together(heads)
-        return aggregation.alti
+        return rollout.alti
 
 
 def stack_layers(results: list[Tensor], what: str) -> Tensor:

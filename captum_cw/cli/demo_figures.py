@@ -16,11 +16,11 @@ import torch
 from captum.attr import LayerIntegratedGradients
 from torch import Tensor, nn
 
+from captum_cw._utils.progress import progress_bar
 from captum_cw.attr import AttentionWeights, ContributionWeights, TokenScores
-from captum_cw.attr.outputs import logits_of
-from captum_cw.explaining import explain
-from captum_cw.progress import progress_bar
-from captum_cw.tokens import sink
+from captum_cw.capture.outputs import logits_of
+from captum_cw.explanation.builder import explain
+from captum_cw.text.tokens import sink
 from captum_cw.visualization import (
     plot_attention_and_contribution,
     plot_decomposition,

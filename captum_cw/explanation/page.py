@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from captum_cw.explanation import Explanation, HeadMaps
+    from captum_cw.explanation.explanation import Explanation, HeadMaps
 
 __all__ = ["explanation_page", "framed"]
 
@@ -64,7 +64,7 @@ def explanation_page(explanation: Explanation, *, sinks: Collection[int] | None 
     Args:
         explanation: Scores, maps and heads, or only some of them.
         sinks: Places of tokens that the page can leave out of its colours, such as those that
-            :func:`captum_cw.sinks.find_sinks` finds; None for those of the explanation.
+            :func:`captum_cw.removal.sinks.find_sinks` finds; None for those of the explanation.
 
     Returns:
         The page; the same for the same explanation.
@@ -85,10 +85,10 @@ def explanation_page(explanation: Explanation, *, sinks: Collection[int] | None 
     layers = [layer for layer in explanation.heads if layer.keys.numel()]
     blobs = [_map(x) for x in explanation.maps.values()] + [_heads(layer) for layer in layers]
     environment = Environment(
-        loader=PackageLoader("captum_cw.visualization", "."), autoescape=True,
+        loader=PackageLoader("captum_cw.explanation", "."), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    here = files("captum_cw.visualization")
+    here = files("captum_cw.explanation")
     return environment.get_template("page.html.jinja").render(
         title=_title(explanation),
         style=here.joinpath("page.css").read_text("utf-8"),

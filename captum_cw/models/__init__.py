@@ -1,0 +1,1 @@
+"""Loading models, looking into them, and the list of tested architectures."""
