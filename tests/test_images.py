@@ -415,11 +415,11 @@ def test_an_unseen_language_layer_is_not_said_to_be_helped_by_a_choice() -> None
 
 
 def test_layers_of_several_names_are_listed() -> None:
-    from captum_cw.attr.measures import choice_of
+    from captum_cw.capture.run import layer_argument
 
     model: Any = llava()
     names = ["model.language_model.layers.1.self_attn"]
-    assert choice_of(names, model) == (
+    assert layer_argument(names, model) == (
         "layer=[model.get_submodule(name) for name in ['model.language_model.layers.1.self_attn']]"
     )
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw._utils.progress import progress_bar
-from captum_cw.attr import AttentionWeights
-from captum_cw.attr.measures import unwrapped
 from captum_cw.capture import Execution
 from captum_cw.capture.forward_call import device_of
+from captum_cw.capture.model import unwrapped
+from captum_cw.capture.run import Runner, ignore_layer
 from captum_cw.functional import AttentionLayer, widest
 
 __all__ = ["Batches", "Reservoir", "SeenLayer", "check_causal", "run_texts", "texts_of"]
@@ -129,12 +129,12 @@ def run_texts(
     """
     vanishing = 0
     model = unwrapped(model)
-    method = AttentionWeights(model)
+    runner = Runner(model)
     device = device_of(model)
     texts = list(texts)
     if texts:
         # Before anything is counted: a model that leaves queries out runs its first layers twice.
-        method.observe(texts[0][None, :2].to(device), None, lambda execution, layer: None)
+        runner.observe(texts[0][None, :2].to(device), ignore_layer)
     with progress_bar(len(texts), description, show=show_progress) as bar:
         for text, ids in enumerate(texts):
             number = 0
@@ -149,7 +149,7 @@ def run_texts(
                 on_layer(SeenLayer(text, number, execution.name, layer, ids))  # noqa: B023
                 number += 1
 
-            method.observe(ids[None].to(device), None, seen)
+            runner.observe(ids[None].to(device), seen)
             if after_text is not None:
                 after_text(ids)
             bar.update()
@@ -158,7 +158,7 @@ def run_texts(
             f"{vanishing} attention outputs vanish: what is relative to them counts as zero.",
             stacklevel=3,
         )
-    return method.layers
+    return runner.names
 
 
 def check_causal(name: str, layer: AttentionLayer) -> None:

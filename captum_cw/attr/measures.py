@@ -1,37 +1,23 @@
 """The measures as Captum layer attributions.
 
-Each class says what it computes from a layer; :class:`AttentionAttribution` runs the model,
-observes the layers and gives results in Captum's form.
+Each class says what it computes from a layer; :class:`AttentionAttribution` has the layers handed
+over by a :class:`captum_cw.capture.run.Runner`, and gives results in Captum's form.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from captum_cw import functional, rollout
-from captum_cw._utils.memory import free_bytes
-from captum_cw._utils.progress import progress_bar
 from captum_cw.attr._captum import LayerAttribution, logged
-from captum_cw.capture import (
-    Execution,
-    Observation,
-    StateSpace,
-    UnsupportedModelError,
-    evaluating,
-    names_of,
-)
-from captum_cw.capture.forward_call import ForwardCall, forward_call, two_tokens
-from captum_cw.capture.text_layers import TextLayers
+from captum_cw.capture import Execution
+from captum_cw.capture.model import check_fits
+from captum_cw.capture.run import Inputs, Kinds, Runner, expected_layers
 from captum_cw.functional import (
     Aggregation,
     AttentionLayer,
@@ -51,22 +37,6 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
-Kind = Literal["self", "cross", "all"]
-Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """What is asked for beside the layers; see :meth:`AttentionAttribution.observe`."""
-
-    states: StateSpace | None
-    stream: bool
-    one_text: bool
-    text: TextLayers | None
-
-
-class _ShortenedError(Exception):
-    """A model that is asked for the last logits alone leaves queries out (Gemma 4)."""
 
 
 class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum has no types for it
@@ -101,22 +71,13 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         layer: nn.Module | Sequence[nn.Module] | None = None,
         device_ids: list[int] | None = None,
         *,
-        kind: Kind = "self",
+        kind: Kinds = "self",
     ) -> None:
-        functional.check_choice("kind", kind, Kind)
-        self.kind: Kind = kind
-        forward_func = unwrapped(forward_func)
-        self.model = _model_of(forward_func)
-        if isinstance(layer, (nn.ModuleList, list, tuple)):
-            layer = list(layer)
-        _check_layers(layer, self.model)
-        super().__init__(forward_func, layer, device_ids)
-        self._chosen: list[nn.Module] | None = None
-        if layer is not None:
-            self._chosen = [layer] if isinstance(layer, nn.Module) else list(layer)
-        self._roots: list[nn.Module] = self._chosen or [] if self.model is None else [self.model]
-        self._layers: list[str] | None = None
-        self._all_logits = False  # whether the model leaves queries out that have no logits
+        functional.check_choice("kind", kind, Kinds)
+        self.kind: Kinds = kind
+        self.runner = Runner(forward_func, layer, kind=kind)
+        self.model = self.runner.model
+        super().__init__(self.runner.forward_func, self.runner.layer, device_ids)
 
     @classmethod
     def get_name(cls) -> str:
@@ -129,16 +90,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
 
         Known after the first ``attribute``; before that, a pass over two tokens finds them.
         """
-        if self._layers is None:
-            inputs = None if self.model is None else two_tokens(self.model)
-            if inputs is None:
-                raise RuntimeError(
-                    "The layers are found by running the model: call attribute once, then read "
-                    ".layers."
-                )
-            self.observe(inputs, None, _ignore)
-        assert self._layers is not None
-        return self._layers
+        return self.runner.names
 
     def mixing(self, heads: Aggregation | None) -> Measure:
         """How a layer mixes tokens by this measure, for what goes through all layers.
@@ -163,130 +115,27 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         additional_forward_args: object,
         on_layer: Callable[[Execution, AttentionLayer], Result],
         *,
-        states: StateSpace | None = None,
         stream: bool = False,
         one_text: bool = False,
         text_only: bool = False,
         show_progress: bool = False,
     ) -> tuple[list[tuple[Execution, Result]], Any]:
-        """Runs the model once and applies ``on_layer`` to each chosen layer, in order.
+        """Applies ``on_layer`` to each chosen layer in this measure's space.
 
-        With ``states``, executions bring the hidden states of their tokens; with ``stream``, layers
-        bring the residual stream, and are seen in its space; with ``one_text``, there must be no
-        cross-attention from the first of them to the last. With ``text_only``, the layers are those
-        that read the text, where none are chosen: not those of a vision tower. Where the first pass
-        shows that the model leaves queries out, ``on_layer`` is applied anew, once and for all.
-
-        Returns:
-            One result for each execution, and what the model returned.
+        The arguments and results are those of :meth:`captum_cw.capture.run.Runner.observe`.
         """
-        forward = self.forward_func
-        called = forward.forward if isinstance(forward, nn.Module) else forward
-        call = forward_call(self.model, called, inputs, additional_forward_args)
-        if call.last_only and self._all_logits:
-            call = call.with_all_logits()
-        text = call.text if text_only and self._chosen is None else None
-        watched = _Watched(states, stream or self.needs_stream, one_text, text)
-        try:
-            results, output, vanishing = self._pass(call, on_layer, watched, show_progress)
-        except UnsupportedModelError as error:
-            way_out = self._layers_of_text(call, watched)
-            if way_out is None:
-                raise
-            raise UnsupportedModelError(
-                f"{error} To leave out what does not read the text, give {way_out}."
-            ) from error
-        except _ShortenedError:
-            self._all_logits = True
-            results, output, vanishing = self._pass(
-                call.with_all_logits(), on_layer, watched, show_progress
-            )
-        if vanishing:
-            warnings.warn(
-                f"{vanishing} attention outputs vanish: their rows are returned as zeros.",
-                stacklevel=3,
-            )
-        self._layers = [execution.name for execution, _ in results]
-        return results, output
-
-    def _pass(
-        self,
-        call: ForwardCall,
-        on_layer: Callable[[Execution, AttentionLayer], Result],
-        watched: _Watched,
-        show_progress: bool,
-    ) -> tuple[list[tuple[Execution, Result]], Any, int]:
-        """The results of the layers, the output of the model, and how many rows vanish.
-
-        Raises:
-            _ShortenedError: If later layers leave queries out, since we asked for no more logits.
-        """
-        results: list[tuple[Execution, Result]] = []
-        vanishing = longest = 0
-        space: Space = "residual" if watched.stream else self.space
-        expected = None if self._chosen is None else len(self._chosen)
-
-        with progress_bar(expected, f"{self.get_name()}: layers", show=show_progress) as bar:
-
-            def collect(execution: Execution, layer: AttentionLayer) -> None:
-                nonlocal vanishing, longest
-                if watched.one_text:
-                    _check_own_text(execution)
-                longest = max(longest, layer.T)
-                if call.last_only and longest > layer.T:
-                    raise _ShortenedError
-                layer = layer.seen_in(space)
-                if bar.total is None:
-                    bar.total = expected_layers(self._roots, [execution])
-                result = on_layer(execution, layer)
-                results.append((replace(execution, states=None), result))
-                if self.normaliser is not None and not watched.stream:
-                    vanishing += layer.vanishing(self.normaliser)
-                bar.update()
-
-            observation = Observation(
-                self._roots,
-                collect,
-                self._chosen,
-                kind=self.kind if self._chosen is None else "all",
-                real=call.real,
-                states=watched.states,
-                space=space,
-                stream=watched.stream,
-                text=watched.text,
-            )
-            with (
-                torch.no_grad(),
-                evaluation_mode(self._roots, self.model),
-                observation,
-                uncompiled(),
-            ):
-                try:
-                    output = call.run(self.forward_func)
-                except Exception as error:
-                    ran = {execution.kind for execution in observation.executions}
-                    explained = call.explained(error, ran)
-                    if explained is None:
-                        raise
-                    raise explained from error
-        if not observation.executions and self._chosen is None:
-            raise no_attention(self._roots)
-        _check_executions(observation.executions, self._chosen, self._roots, self.kind)
-        if watched.one_text:
-            _check_one_text(observation.executions, self._chosen)
-        return results, output, vanishing
-
-    def _layers_of_text(self, call: ForwardCall, watched: _Watched) -> str | None:
-        """How the layers that read the text are chosen; None where that helps nothing."""
-        if self._chosen is not None or call.text is None or watched.text is not None:
-            return None
-        try:
-            results, _, _ = self._pass(
-                call.with_all_logits(), _ignore, replace(watched, text=call.text), False
-            )
-        except (UnsupportedModelError, ValueError):  # nor can they be seen
-            return None
-        return choice_of([execution.name for execution, _ in results], self._roots[0])
+        return self.runner.observe(
+            inputs,
+            on_layer,
+            additional_forward_args,
+            space=self.space,
+            stream=stream or self.needs_stream,
+            one_text=one_text,
+            text_only=text_only,
+            normaliser=self.normaliser,
+            description=f"{self.get_name()}: layers",
+            show_progress=show_progress,
+        )
 
     @logged
     def attribute(
@@ -356,8 +205,8 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
 
         def if_it_fits(execution: Execution, layer: AttentionLayer) -> Result:
             seen.append(execution)
-            chosen = self._chosen
-            total = expected_layers(self._roots, seen) if chosen is None else len(chosen)
+            chosen = self.runner.chosen
+            total = expected_layers(self.runner.roots, seen) if chosen is None else len(chosen)
             _check_memory(layer, max(total - len(seen) + 1, 1), maps, self.maps_of(layer.H))
             return on_layer(execution, layer)
 
@@ -382,27 +231,6 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         return of(self.layer) if isinstance(self.layer, nn.Module) else [of(m) for m in self.layer]
 
 
-def choice_of(names: Sequence[str], model: nn.Module) -> str:
-    """The argument ``layer=`` that chooses modules of a model, as users would write it.
-
-    Example:
-        >>> choice_of(["model.layers.0.self_attn", "model.layers.1.self_attn"], model)
-        'layer=[m.self_attn for m in model.model.layers]'
-    """
-    names = list(dict.fromkeys(names))
-    parts = [re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name) for name in names]
-    places = {(part[1], part[3]) for part in parts if part is not None}
-    if all(parts) and len(places) == 1:
-        around, inside = places.pop()
-        if len(names) == len(list(model.get_submodule(around).children())):
-            return f"layer=[m.{inside} for m in model.{around}]"
-    return f"layer=[model.get_submodule(name) for name in {names}]"
-
-
-def _ignore(execution: Execution, layer: AttentionLayer) -> None:
-    return None
-
-
 def as_given(inputs: object, result: Any) -> Any:
     """A tensor in a tuple of one, where the input came in one: so do Captum's metrics expect it."""
     one = isinstance(inputs, tuple) and len(inputs) == 1 and isinstance(result, Tensor)
@@ -418,105 +246,6 @@ def refuse_target(target: object) -> None:
         )
 
 
-def _model_of(forward_func: object) -> nn.Module | None:
-    if isinstance(forward_func, nn.Module):
-        return forward_func
-    owner = getattr(forward_func, "__self__", None)
-    if isinstance(owner, nn.Module):
-        return owner
-    if not callable(forward_func):
-        raise TypeError(
-            f"forward_func is of type {type(forward_func).__name__}: give the model, or a callable."
-        )
-    return None
-
-
-def unwrapped(forward_func: Any) -> Any:
-    """The model inside of wrappers, whose inputs and layers are the ones that are known."""
-    while True:
-        if isinstance(forward_func, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            forward_func = forward_func.module
-        elif hasattr(forward_func, "_orig_mod"):  # compiled
-            forward_func = forward_func._orig_mod
-        else:
-            return forward_func
-
-
-def _check_layers(layer: object, model: nn.Module | None) -> None:
-    if layer is None:
-        if model is None:
-            raise ValueError("layer is None, but forward_func is no module: name the layers.")
-        return
-    layers = layer if isinstance(layer, list) else [layer]
-    if not layers:
-        raise ValueError("layer is an empty list: give attention modules, or None for all.")
-    known = None if model is None else set(model.modules())
-    for module in layers:
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"layer={module!r} is no module: give an attention module, such as "
-                "model.get_submodule('model.layers.0.self_attn'), a list of them, or None."
-            )
-        if known is not None and module not in known:
-            raise ValueError(f"layer {type(module).__name__} is no part of the model.")
-
-
-def no_attention(roots: Sequence[nn.Module]) -> UnsupportedModelError:
-    """What to raise where a pass made no attention call that can be seen."""
-    kinds = ", ".join(type(root).__name__ for root in roots)
-    return UnsupportedModelError(
-        f"No attention was found in {kinds}: it is seen where a model uses the attention registry "
-        "of transformers, torch.nn.functional.scaled_dot_product_attention, or a softmax over keys "
-        "and a product with values, each (B, H, T, S). For others, see "
-        "captum_cw.capture.register_adapter."
-    )
-
-
-def _check_executions(
-    executions: list[Execution],
-    chosen: list[nn.Module] | None,
-    roots: list[nn.Module],
-    kind: Kind,
-) -> None:
-    if chosen is None and kind != "all" and all(e.kind != kind for e in executions):
-        raise ValueError(
-            f"kind={kind!r}, but all {len(executions)} attention layers that ran are of the kind "
-            f"{executions[0].kind!r}: choose that, or 'all'."
-        )
-    ran = {execution.module for execution in executions}
-    missing = [module for module in chosen or () if module not in ran]
-    if missing:
-        names = names_of(roots)
-        found = list(dict.fromkeys(execution.name for execution in executions))
-        known = ", ".join(found[:4]) + (f", ... ({len(found)} in all)" if len(found) > 4 else "")
-        raise ValueError(
-            f"Layer {names[missing[0]]!r} ({type(missing[0]).__name__}) is no attention "
-            f"module: it made no attention call. Attention modules: {known or 'none were seen'}."
-        )
-
-
-def _check_one_text(executions: list[Execution], chosen: list[nn.Module] | None) -> None:
-    """Raises an UnsupportedModelError if what is chosen is of more than one text."""
-    places = [n for n, e in enumerate(executions) if chosen is None or e.module in chosen]
-    for execution in executions[places[0] : places[-1] + 1]:
-        _check_own_text(execution)
-
-
-def _check_own_text(execution: Execution) -> None:
-    if execution.kind == "cross":
-        raise UnsupportedModelError(
-            f"Layer {execution.name!r} ({type(execution.module).__name__}) is cross-attention, "
-            "between two texts, and influence can only be followed through layers over one: "
-            "choose those of the encoder (layer=...), or another choice of layers, such as 'mean'."
-        )
-
-
-def expected_layers(roots: list[nn.Module], seen: list[Execution]) -> int:
-    """At least how many layers a pass will have, before it has ended."""
-    kinds = {type(execution.module) for execution in seen}
-    return max(len(seen), sum(type(m) in kinds for root in roots for m in root.modules()))
-
-
 def _check_memory(layer: AttentionLayer, layers: int, maps: int, heads: int) -> None:
     B, T = layer.value.shape[0], layer.T
     check_fits(
@@ -525,41 +254,6 @@ def _check_memory(layer: AttentionLayer, layers: int, maps: int, heads: int) -> 
         f"{layers} layers of {B} x {heads} x {T} x {layer.S}, float32",
         "Choose fewer layers (layer=...), or use TokenScores, which never holds a map.",
     )
-
-
-def check_fits(needed: int, device: torch.device, what: str, way_out: str) -> None:
-    """Raises a MemoryError if maps of ``needed`` bytes exceed what is free."""
-    free = free_bytes(device)
-    if needed > free:
-        raise MemoryError(
-            f"The maps need {needed / 1e9:.1f} GB ({what}), but {free / 1e9:.1f} GB are free. "
-            f"{way_out}"
-        )
-
-
-def evaluation_mode(
-    roots: list[nn.Module], model: nn.Module | None
-) -> AbstractContextManager[None]:
-    """Turns dropout off, and says so; leaves the modules as they were, whatever they do."""
-    if any(m.training for root in roots for m in root.modules()):
-        if model is None:
-            raise ValueError(
-                "The layers are in training mode, and the model around them is not known, so "
-                "its dropout would stay on: call model.eval() first, or give the model as "
-                "forward_func."
-            )
-        warnings.warn(
-            "The model is in training mode: dropout is off for the attribution.", stacklevel=5
-        )
-    return evaluating(roots)
-
-
-def uncompiled() -> AbstractContextManager[None]:
-    """Runs compiled functions as they were written: what they fuse cannot be seen."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import is slow
-        return nullcontext()
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 class _ValueAttribution(AttentionAttribution):
@@ -577,7 +271,7 @@ class _ValueAttribution(AttentionAttribution):
         device_ids: list[int] | None = None,
         *,
         space: Space = "attention",
-        kind: Kind = "self",
+        kind: Kinds = "self",
     ) -> None:
         functional.check_choice("space", space, Space)
         super().__init__(forward_func, layer, device_ids, kind=kind)
@@ -707,7 +401,7 @@ class ContributionWeights(_ValueAttribution):
         *,
         scope: Scope = "inter",
         space: Space = "attention",
-        kind: Kind = "self",
+        kind: Kinds = "self",
     ) -> None:
         super().__init__(forward_func, layer, device_ids, space=space, kind=kind)
         self.measure = functional.contribution(scope)

@@ -11,15 +11,13 @@ from rich.table import Table
 from torch import Tensor
 
 from captum_cw._utils.processes import Processes
-from captum_cw.attr import AttentionWeights
-from captum_cw.capture import Execution
+from captum_cw.capture.run import Runner, ignore_layer
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import load
 from captum_cw.cli.problems import need
 from captum_cw.cli.run_folder import evaluate_into, save_tasks
 from captum_cw.data import load_texts, token_batches
-from captum_cw.functional import AttentionLayer
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, REMOVED, TITLES
 from captum_cw.metrics.tasks import TaskResult, check_task_model, evaluate_tasks
@@ -148,16 +146,12 @@ def _try_longest(model: Any, batches: list[dict[str, Tensor]]) -> None:
     real = batch["attention_mask"][row] != 0
     longest = {"input_ids": batch["input_ids"][row, real][None]}
     try:
-        AttentionWeights(model).observe(longest, None, _ignore)
+        Runner(model).observe(longest, ignore_layer)
     except (IndexError, ValueError) as error:
         raise ValueError(
             f"The longest text, of {int(real.sum())} tokens, cannot be run: {error} (--length cuts "
             "texts.)"
         ) from error
-
-
-def _ignore(execution: Execution, layer: AttentionLayer) -> None:
-    return None
 
 
 def _evaluate_tasks(options: Namespace, model: Any, tokenizer: Any) -> TaskResult:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.measures import evaluation_mode
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.capture.forward_call import forward_call, run_on_copies
+from captum_cw.capture.model import evaluation_mode
 from captum_cw.capture.outputs import logits_of
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll

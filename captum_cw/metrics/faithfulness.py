@@ -23,12 +23,12 @@ from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
 from captum_cw._version import __version__
 from captum_cw.attr._captum import Attribution
-from captum_cw.attr.measures import (
+from captum_cw.capture import StateSpace
+from captum_cw.capture.model import (
     evaluation_mode,
     uncompiled,
     unwrapped,
 )
-from captum_cw.capture import StateSpace
 from captum_cw.functional import Reduction, check_choice
 from captum_cw.metrics.batch import (
     Batch,

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from captum_cw._utils.files import read_json, write_json
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
-from captum_cw.attr.measures import evaluation_mode, unwrapped
 from captum_cw.capture import StateSpace
+from captum_cw.capture.model import evaluation_mode, unwrapped
 from captum_cw.capture.outputs import logits_of
 from captum_cw.functional import Reduction
 from captum_cw.metrics.faithfulness import checked_rates

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from captum_cw.attr import AttentionWeights
-from captum_cw.attr.measures import Inputs
 from captum_cw.capture import Execution, Kind
 from captum_cw.capture.forward_call import two_tokens
+from captum_cw.capture.run import Inputs, Runner
 from captum_cw.functional import AttentionLayer
 
 __all__ = ["LayerOverview", "attention_layers", "maps_bytes"]
@@ -78,7 +77,7 @@ def attention_layers(model: nn.Module, inputs: Inputs | None = None) -> list[Lay
             f"{type(model).__name__} reads {needed}, not tokens: give inputs, as in "
             "captum_cw.models.inspection.attention_layers(model, inputs)."
         )
-    found, _ = AttentionWeights(model, kind="all").observe(inputs, None, _seen)
+    found, _ = Runner(model, kind="all").observe(inputs, _seen)
     return [layer for _, layer in found]
 
 

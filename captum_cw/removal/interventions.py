@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_cw.attr.measures import no_attention, uncompiled, unwrapped
 from captum_cw.capture import (
     Execution,
     Observation,
@@ -36,7 +35,9 @@ from captum_cw.capture import (
 from captum_cw.capture.attention_call import kind_of
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
 from captum_cw.capture.forward_call import Tokens, parameters_of, tokens_of, warn_of_special_tokens
+from captum_cw.capture.model import uncompiled, unwrapped
 from captum_cw.capture.module_stack import running
+from captum_cw.capture.run import no_attention
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.functional import AttentionLayer, Reduction, blocks, check_choice
 from captum_cw.removal.ranking import RateOf, Scope, Which, chosen_pairs

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.attr import AttentionWeights, TokenScores
-from captum_cw.attr.measures import Inputs
 from captum_cw.capture import Execution, StateSpace
+from captum_cw.capture.run import Inputs, Runner
 from captum_cw.functional import AttentionLayer, check_choice
 
 __all__ = [
@@ -63,8 +63,7 @@ def layer_sinks(
     """The sinks of a layer that was observed with its hidden states, ``(B, S)``.
 
     Example:
-        >>> method = AttentionWeights(model)
-        >>> sinks, _ = method.observe(input_ids, None, layer_sinks, states="normed")
+        >>> sinks, _ = Runner(model).observe(input_ids, layer_sinks, states="normed")
         >>> [tuple(found.shape) for _, found in sinks]
         [(1, 5), (1, 5)]
     """
@@ -110,7 +109,7 @@ def find_sinks(
 
     Args:
         model: The model.
-        inputs: As ``AttentionWeights.attribute`` takes them.
+        inputs: As ``ContributionWeights.attribute`` takes them.
         additional_forward_args: Further positional arguments, as in Captum.
         layer: An attention module, a list of them, or None for all.
         threshold: Tokens whose cosine with the first one is above it are sinks.
@@ -122,7 +121,7 @@ def find_sinks(
         For each layer, in execution order, ``(B, S)`` boolean; padding is never a sink.
 
     Raises:
-        ValueError: If ``space`` is unknown, and as ``AttentionWeights.attribute``.
+        ValueError: If ``space`` is unknown, and as ``ContributionWeights.attribute``.
 
     Example:
         >>> sinks = find_sinks(model, input_ids)
@@ -130,13 +129,17 @@ def find_sinks(
         (2, [True])
     """
     check_choice("space", space, StateSpace)
-    method = AttentionWeights(model, layer)
 
     def on_layer(execution: Execution, seen: AttentionLayer) -> Tensor:
         return layer_sinks(execution, seen, threshold)
 
-    results, _ = method.observe(
-        inputs, additional_forward_args, on_layer, states=space, show_progress=show_progress
+    results, _ = Runner(model, layer).observe(
+        inputs,
+        on_layer,
+        additional_forward_args,
+        states=space,
+        description="Sinks: layers",
+        show_progress=show_progress,
     )
     return [sinks for _, sinks in results]
 
@@ -148,7 +151,7 @@ def first_token_mass(
 
     Args:
         model: The model.
-        inputs: As ``AttentionWeights.attribute`` takes them.
+        inputs: As ``ContributionWeights.attribute`` takes them.
         additional_forward_args: Further positional arguments, as in Captum.
 
     Returns:
@@ -174,7 +177,7 @@ def sink_rate(
 
     Args:
         model: The model.
-        inputs: As ``AttentionWeights.attribute`` takes them.
+        inputs: As ``ContributionWeights.attribute`` takes them.
         additional_forward_args: Further positional arguments, as in Captum.
         token: Its place among the real tokens; the first by default.
         epsilon: Much is a mean over the queries that see the token above this
