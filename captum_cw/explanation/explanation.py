@@ -369,13 +369,13 @@ class Explanation:
                 :attr:`sinks`.
 
         Raises:
-            ValueError: As :func:`captum_cw.visualization.explanation_page`.
+            ValueError: As :func:`captum_cw.explanation.page.explanation_page`.
 
         Example:
             >>> explain(model, tokenizer, "a b c").page().startswith("<!DOCTYPE html>")
             True
         """
-        from captum_cw.visualization import explanation_page
+        from captum_cw.explanation.page import explanation_page
 
         return explanation_page(self, sinks=sinks)
 

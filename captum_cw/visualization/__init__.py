@@ -1,9 +1,8 @@
-"""Scores and maps for the eye: coloured text, attention beside contribution, files to keep.
+"""Scores and maps for the eye: coloured text, attention beside contribution.
 
 Everything here takes plain tensors; nothing here runs a model.
 """
 
-from captum_cw.explanation.page import explanation_page
 from captum_cw.text.tokens import readable_tokens
 from captum_cw.visualization._output import save_figure
 from captum_cw.visualization.image import PatchScores, fold_patches, plot_image_scores
@@ -16,7 +15,6 @@ from captum_cw.visualization.text import save_text, text_html, text_records
 
 __all__ = [
     "PatchScores",
-    "explanation_page",
     "fold_patches",
     "plot_attention_and_contribution",
     "plot_decomposition",
