@@ -32,7 +32,7 @@ from captum_cw import (
     VWONAttention,
     functional,
 )
-from captum_cw.capture import UnsupportedModelError, huggingface
+from captum_cw.capture import UnsupportedModelError
 from captum_cw.capture.attention_call import AttentionCall, query_mask
 from captum_cw.functional import AttentionLayer
 

@@ -152,7 +152,7 @@ def test_the_page_shows_every_token(folder: str, tmp_path: Path) -> None:
     assert main(["attribute", "--model", folder, "--text", "x [bold] z", "--out", str(page)]) == 0
     html = page.read_text(encoding="utf-8")
     data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
-    assert data["maps"] == ["attention", "vw", "vwon", "contribution", "signed"]
+    assert data["maps"] == ["attention", "vw", "vwon", "contribution", "contribution-signed"]
     assert [*data["scores"]] == data["maps"]
     assert len(data["layers"]) == 2
     out = ["--out", str(page), "--method", "vw"]

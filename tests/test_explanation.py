@@ -78,7 +78,7 @@ def test_maps_scores_and_heads_are_those_of_the_measures(
     before = state_of(model)
     found = explain(model, tiny_tokenizer, IDS, space=space)
     assert state_of(model) == before
-    assert list(found.scores) == list(found.maps) == [*METHODS, "signed"]
+    assert list(found.scores) == list(found.maps) == [*METHODS, "contribution-signed"]
     for measure in METHODS:
         method = of(measure, model, space)
         dense = torch.stack([x[0] for x in method.attribute(IDS)])  # (L, H, T, S)
@@ -88,14 +88,14 @@ def test_maps_scores_and_heads_are_those_of_the_measures(
             close(spread(layer.keys, layer.measure(measure), 7), dense[number].abs())
     method = ContributionWeights(model, space=space)
     dense = torch.stack([x[0] for x in method.attribute(IDS)])
-    close(found.maps["signed"], dense.sum(1).mean(0))
-    close(found.maps["signed"].sum(-1), torch.ones(7))
+    close(found.maps["contribution-signed"], dense.sum(1).mean(0))
+    close(found.maps["contribution-signed"].sum(-1), torch.ones(7))
     signed = TokenScores(method, heads="sum", signed=True)
-    close(found.scores["signed"], signed.attribute(IDS)[0])
+    close(found.scores["contribution-signed"], signed.attribute(IDS)[0])
     share = method.head_share(IDS)[0]
     for number, layer in enumerate(found.heads):
         assert layer.name == method.layers[number]
-        close(spread(layer.keys, layer.measure("signed"), 7), dense[number])
+        close(spread(layer.keys, layer.measure("contribution-signed"), 7), dense[number])
         close(layer.share, share[number])
 
 
@@ -175,7 +175,7 @@ def test_it_is_told_in_one_line(tiny_model: Any, tiny_tokenizer: Any) -> None:
 def test_one_token_makes_all_of_itself(tiny_tokenizer: Any) -> None:
     for model in (llama(), bert()):
         found = explain(model, tiny_tokenizer, torch.tensor([4]))
-        close(found.maps["signed"], torch.ones(1, 1))
+        close(found.maps["contribution-signed"], torch.ones(1, 1))
         close(found.maps["attention"], torch.ones(1, 1))
 
 
@@ -190,10 +190,10 @@ def test_an_output_that_vanishes_is_zero_and_said(tiny_tokenizer: Any) -> None:
     close(gone.attention[..., 0], AttentionWeights(model).attribute(IDS)[0][0].amax(-1))
     gone = found.heads[0]
     assert not gone.output_norm.any()
-    assert not gone.measure("signed").any()
+    assert not gone.measure("contribution-signed").any()
     assert not gone.share.any()
     assert gone.attention.any()
-    close(found.maps["signed"].sum(-1), torch.full((7,), 0.5))
+    close(found.maps["contribution-signed"].sum(-1), torch.full((7,), 0.5))
     assert all(x.isfinite().all() for x in found.maps.values())
 
 
@@ -267,7 +267,7 @@ def test_dense_maps_make_the_same_explanation(tiny_tokenizer: Any) -> None:
         plain = Explanation.from_maps(
             expected.tokens, {name: kind(model).attribute(IDS) for name, kind in METHODS.items()}
         )
-        for name in ("attention", "vwon", "contribution", "signed"):
+        for name in ("attention", "vwon", "contribution", "contribution-signed"):
             for made in (found, plain):
                 close(made.maps[name], expected.maps[name])
                 close(made.scores[name], expected.scores[name])
@@ -290,7 +290,7 @@ def test_measures_of_negative_attention_are_absolute_but_for_its_own() -> None:
     assert layer.keys.tolist() == [[[1, 0]]]
     assert torch.allclose(layer.measure("attention"), torch.tensor([-0.8, 0.2]))
     assert torch.allclose(layer.measure("vwon"), torch.tensor([0.8, 0.4]))
-    assert torch.allclose(layer.measure("signed"), torch.tensor([-0.8, 0.4]))
+    assert torch.allclose(layer.measure("contribution-signed"), torch.tensor([-0.8, 0.4]))
     with pytest.raises(ValueError, match="measure='norm'.*signed"):
         layer.measure("norm")
 
@@ -306,7 +306,7 @@ def test_queries_may_be_other_tokens() -> None:
     inputs = {"input_ids": torch.tensor([[1, 2, 3]]), "decoder_input_ids": torch.tensor([[4, 5]])}
     maps = ContributionWeights(model, kind="cross").attribute(inputs)
     found = Explanation.from_maps(list("abc"), {"contribution": maps}, queries=list("de"))
-    close(found.maps["signed"].sum(-1), torch.ones(2))
+    close(found.maps["contribution-signed"].sum(-1), torch.ones(2))
     with pytest.raises(ValueError, match=r"shape \(2, 3\).*and the queries"):
         Explanation.from_maps(list("abc"), {"contribution": maps})
 

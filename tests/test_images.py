@@ -477,7 +477,7 @@ def test_a_text_beside_an_image_is_explained_by_the_language_layers(make: Any, w
     found = explain(model, words, inputs)
     assert torch.allclose(found.scores["contribution"], expected[0], atol=1e-6)
     assert len(found.heads) == 2
-    assert torch.allclose(found.maps["signed"].sum(-1), torch.ones(10), atol=1e-4)
+    assert torch.allclose(found.maps["contribution-signed"].sum(-1), torch.ones(10), atol=1e-4)
     mirrored = {**inputs, "pixel_values": -inputs["pixel_values"]}
     other = explain(model, words, mirrored)
     assert not torch.allclose(found.scores["contribution"], other.scores["contribution"], atol=1e-4)

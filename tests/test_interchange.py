@@ -161,8 +161,8 @@ def test_a_long_table_has_a_row_for_each_query_and_token(explanation: Explanatio
     table = explanation.to_dataframe("maps")
     T = len(explanation.tokens)
     assert len(table) == T * T
-    wide = table.pivot(index="query", columns="place", values="signed")
-    assert torch.equal(torch.tensor(wide.to_numpy()), explanation.maps["signed"])
+    wide = table.pivot(index="query", columns="place", values="contribution-signed")
+    assert torch.equal(torch.tensor(wide.to_numpy()), explanation.maps["contribution-signed"])
     row = table[(table["query"] == 3) & (table.place == 1)].iloc[0]
     assert (row.query_token, row.token) == (explanation.tokens[3], explanation.tokens[1])
     with pytest.raises(ValueError, match="of='heads'"):
@@ -186,7 +186,7 @@ def test_a_data_set_has_named_dimensions(explanation: Explanation, tmp_path: Pat
         assert at.layer_name == layer.name
         product = at.attention * at.relative_norm * at.cosine
         assert product.dims == ("head", "query", "rank")
-        assert torch.equal(torch.tensor(product.values), layer.measure("signed"))
+        assert torch.equal(torch.tensor(product.values), layer.measure("contribution-signed"))
         assert torch.equal(torch.tensor(at.head_key.values), layer.keys)
         assert torch.equal(torch.tensor(at.output_norm.values), layer.output_norm)
         assert torch.equal(torch.tensor(at.share.values), layer.share)

@@ -271,7 +271,9 @@ def test_offloaded_models_are_explained_as_others(
         assert torch.allclose(found.token_attr, expected.token_attr, atol=1e-6)
         assert torch.allclose(found.output_probs, expected.output_probs, atol=1e-6)
     ours, theirs = explain(model, tiny_tokenizer, "a b c"), explain(plain, tiny_tokenizer, "a b c")
-    assert torch.allclose(ours.maps["signed"], theirs.maps["signed"], atol=1e-6)
+    assert torch.allclose(
+        ours.maps["contribution-signed"], theirs.maps["contribution-signed"], atol=1e-6
+    )
     assert ours.predicted == theirs.predicted
 
 

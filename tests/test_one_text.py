@@ -85,7 +85,10 @@ def test_what_the_model_does_not_take_is_left_out(pairs: Any) -> None:
     encoding = pairs("a b", return_special_tokens_mask=True, return_offsets_mapping=True)
     assert {"token_type_ids", "offset_mapping", "special_tokens_mask"} <= set(encoding)
     found = explain(llama(), pairs, encoding)
-    assert torch.equal(found.maps["signed"], explain(llama(), pairs, "a b").maps["signed"])
+    assert torch.equal(
+        found.maps["contribution-signed"],
+        explain(llama(), pairs, "a b").maps["contribution-signed"],
+    )
 
 
 def test_a_prompts_token_types_and_mask_go_on_over_the_output(pairs: Any) -> None:

@@ -206,7 +206,7 @@ def test_a_cell_of_a_head_shows_its_factors(show: Show, explanation: Explanation
         for name, x in {
             "attention": layer.attention,
             f"{TIMES} value norm / output norm": layer.relative_norm,
-            "= contribution": layer.measure("signed"),
+            "= contribution": layer.measure("contribution-signed"),
         }.items():
             row = x[2, query]
             # Half a step of the code, and half a digit of two.
@@ -231,7 +231,9 @@ def test_what_was_not_kept_is_said(show: Show, explanation: Explanation) -> None
     assert "not among the 4 keys that are kept" in page.inner_text("#details")
     held = 100 * float(layer.attention[0, 9].sum())
     assert f"they hold {rounded(held, 2):g}% of the attention" in page.inner_text("#details")
-    sums = [rounded(x) for x in (layer.measure("signed")[0, 9].sum(), layer.share[0, 9])]
+    sums = [
+        rounded(x) for x in (layer.measure("contribution-signed")[0, 9].sum(), layer.share[0, 9])
+    ]
     found = re.search(r"sum to (\S+), those of all keys to (\S+)\.", page.inner_text("#details"))
     assert [float(x.replace(MINUS, "-")) for x in found.groups()] == pytest.approx(sums, rel=1e-3)
 
@@ -265,9 +267,9 @@ def test_colours_need_no_reading_of_a_canvas(show: Show, explanation: Explanatio
 
 def test_signs_are_blue_and_orange(show: Show, explanation: Explanation) -> None:
     page = show(explanation)
-    page.select_option("#method", label=LABELS["signed"])
+    page.select_option("#method", label=LABELS["contribution-signed"])
     page.locator("#legend", has_text="below zero").wait_for()
-    grid = explanation.maps["signed"]
+    grid = explanation.maps["contribution-signed"]
     sure = (grid.abs() > 0.1 * grid.abs().amax(-1, keepdim=True)).numpy()
     colours = cell_colours(page, 10, 10)
     bluer = colours[..., 2] > colours[..., 0]
@@ -554,7 +556,7 @@ def test_eight_bits_of_a_head(explanation: Explanation, negative: bool) -> None:
     keys = (codes[0].astype(int) + 256 * codes[1].astype(int)).cumsum(-1)
     order = layer.keys.argsort(dim=-1, stable=True)
     assert (keys == layer.keys.gather(-1, order).numpy()).all()
-    given = (layer.attention, layer.relative_norm, layer.measure("signed"))
+    given = (layer.attention, layer.relative_norm, layer.measure("contribution-signed"))
     for n, (x, levels) in enumerate(zip(given, (127 if negative else 255, 255, 127), strict=True)):
         x = x.where(layer.attention != 0, 0).gather(-1, order).numpy()
         start = 10 + (3 + n) * rows
@@ -591,7 +593,9 @@ def long_explanation() -> Explanation:
     layer = HeadMaps(
         "layer", kept.indices.int(), kept.values, norm, cosine, torch.ones(T), cosine.sum(-1)
     )
-    maps = {name: torch.rand(T, T, generator=draw) * seen for name in (*MEASURES, "signed")}
+    maps = {
+        name: torch.rand(T, T, generator=draw) * seen for name in (*MEASURES, "contribution-signed")
+    }
     scores = {name: x.mean(0) for name, x in maps.items()}
     return Explanation([f" token{n}" for n in range(T)], scores, maps, [layer] * 30)
 

@@ -229,13 +229,15 @@ def test_a_chat_is_explained_by_word_and_by_message(
     words = found.by_word()
     assert words.tokens[-7:-1] == ["Paris", ",", " of", " course", ".", "<|im_end|>"]
     for x in (found, words):
-        sums = x.maps["signed"].sum(-1)
+        sums = x.maps["contribution-signed"].sum(-1)
         assert torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
     for name, x in found.scores.items():
         assert torch.allclose(words.scores[name].sum(), x.sum(), rtol=1e-5)
-    by_message = found.by_message().maps["signed"]
+    by_message = found.by_message().maps["contribution-signed"]
     assert by_message[0, 1] == 0  # causal
     assert (by_message.diag() > 0).all()
     found.save(tmp_path / "chat.safetensors")
     loaded = Explanation.load(tmp_path / "chat.safetensors")
-    assert torch.equal(loaded.by_word().maps["signed"], words.maps["signed"])
+    assert torch.equal(
+        loaded.by_word().maps["contribution-signed"], words.maps["contribution-signed"]
+    )

@@ -97,12 +97,14 @@ def test_an_explanation_is_of_the_texts_own_tokens(kind: str, tiny_tokenizer: An
     contributions = ContributionWeights(model).attribute(IDS)
     mine = own(contributions)
     assert torch.allclose(found.maps["contribution"], mine.abs().mean((0, 1)), atol=1e-5)
-    assert torch.allclose(found.maps["signed"], mine.sum(1).mean(0), atol=1e-5)
+    assert torch.allclose(found.maps["contribution-signed"], mine.sum(1).mean(0), atol=1e-5)
     counts = torch.arange(9, 0, -1)  # the queries that see a key
     scores = mine.abs().sum(2) / counts
     assert torch.allclose(found.scores["contribution"], scores.mean((0, 1)), atol=1e-5)
     for heads, whole, c in zip(found.heads, contributions, mine, strict=True):
-        kept = torch.zeros(4, 9, 9).scatter_add_(-1, heads.keys.long(), heads.measure("signed"))
+        kept = torch.zeros(4, 9, 9).scatter_add_(
+            -1, heads.keys.long(), heads.measure("contribution-signed")
+        )
         assert torch.allclose(kept, c, atol=1e-5)
         assert torch.allclose(heads.share, whole[0, :, -9:].sum(-1), atol=1e-5)
     with torch.no_grad():

@@ -422,11 +422,11 @@ def test_a_chat_is_explained_without_a_prompt_for_more(
     found = explain(model, tokenizer, CHAT)
     assert found.text == "U a b Z A c Z "
     as_text = explain(model, tokenizer, found.text)
-    assert torch.equal(found.maps["signed"], as_text.maps["signed"])
+    assert torch.equal(found.maps["contribution-signed"], as_text.maps["contribution-signed"])
     by_message = found.by_message()
     assert by_message.tokens == ["U", "A"]
-    expected = found.maps["signed"][5, 1:3].sum()
-    assert torch.allclose(by_message.maps["signed"][1, 0], expected)
+    expected = found.maps["contribution-signed"][5, 1:3].sum()
+    assert torch.allclose(by_message.maps["contribution-signed"][1, 0], expected)
 
 
 @pytest.mark.parametrize(

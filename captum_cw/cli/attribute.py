@@ -13,6 +13,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
+from captum_cw import measures
 from captum_cw.attr import LLMTokenAttribution, TokenScores
 from captum_cw.attr.chat import ChatTokenInput
 from captum_cw.capture.forward_call import device_of
@@ -22,7 +23,6 @@ from captum_cw.cli.output import SINK_NOTE, coloured_text, load, predicted_by, t
 from captum_cw.explanation.builder import explain
 from captum_cw.explanation.explanation import Explanation
 from captum_cw.functional import Reduction
-from captum_cw.removal.scoring import METHODS
 from captum_cw.text.tokens import sink
 from captum_cw.visualization import readable_tokens
 from captum_cw.visualization.text import normalized_scores
@@ -53,7 +53,10 @@ def run(options: Namespace) -> Answer:
         _check_predicts_tokens(model, options.target)
     prompt = _prompt(options, tokenizer, text)
     reduction: Reduction = options.reduction or "mean"
-    scorer = TokenScores(METHODS[options.method](model), reduction=reduction)
+    chosen = measures.find(options.method)
+    assert chosen is not None, "the parser knows the names"
+    kind = chosen.attribution()
+    scorer = TokenScores(kind(model), reduction=reduction)
     if options.target is None:
         ids = prompt if isinstance(prompt, Tensor) else prompt.inp_tensor
         ids = ids.to(device_of(model))

@@ -5,15 +5,12 @@ completion wait for seconds; a test holds the two together.
 """
 
 __all__ = [
-    "CONTROLS",
     "DATA",
     "DTYPES",
     "GRANULARITIES",
     "ITEMS",
-    "METHODS",
     "METRICS",
     "PRESETS",
-    "RANDOM",
     "RATES_OF",
     "REDUCTIONS",
     "SCOPES",
@@ -22,19 +19,6 @@ __all__ = [
     "STATES",
 ]
 
-METHODS = ("contribution", "vwon", "vw", "attention")
-CONTROLS = (
-    "contribution-signed",
-    "contribution-intra",
-    "contribution-residual",
-    "relative-norm",
-    "cosine",
-    "attention-cosine",
-    "relative-norm-cosine",
-    "projection",
-    "closeness",
-)
-RANDOM = "random"
 DATA = ("boolq", "fineweb-edu", "gsm8k", "lambada", "mmlu", "wikitext", "winogrande")
 DTYPES = ("float32", "bfloat16", "float16")
 REDUCTIONS = ("mean", "sum", "max", "rms")

@@ -16,18 +16,15 @@ from typing import Any, NoReturn
 
 import shtab
 
-from captum_cw import __version__
+from captum_cw import __version__, measures
 from captum_cw._utils.suggestions import suggestion
 from captum_cw.cli.choices import (
-    CONTROLS,
     DATA,
     DTYPES,
     GRANULARITIES,
     ITEMS,
-    METHODS,
     METRICS,
     PRESETS,
-    RANDOM,
     RATES_OF,
     REDUCTIONS,
     SCOPES,
@@ -189,7 +186,7 @@ examples:
         action="store_true",
     )
     _add_chat_template_kwargs(command, "--chat")
-    _option(command, "--method", "measure", choices=METHODS, default=METHODS[0])
+    _option(command, "--method", "measure", choices=measures.names(), default=measures.names()[0])
     _option(
         command,
         "--reduction",
@@ -233,14 +230,14 @@ examples:
     _option(texts, "--apply-chat-template", template, action="store_true")
     _add_chat_template_kwargs(texts, "--apply-chat-template")
 
-    methods = (*METHODS, *CONTROLS, RANDOM)
+    methods = (*measures.names(controls=True), measures.RANDOM)
     removal = command.add_argument_group("removal")
     _option(
         removal,
         "--methods",
         f"of {', '.join(methods)}",
         type=_some_of(methods),
-        default=",".join((*METHODS, RANDOM)),
+        default=",".join((*measures.names(), measures.RANDOM)),
         metavar="A,B",
         complete=_one_of(methods),
     )

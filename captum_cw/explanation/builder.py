@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from captum_cw import functional
+from captum_cw import functional, measures
 from captum_cw.attr import ContributionWeights
 from captum_cw.capture import Execution, UnsupportedModelError
 from captum_cw.capture.forward_call import LOGITS, parameters_of
@@ -17,9 +17,7 @@ from captum_cw.capture.model import check_fits, unwrapped
 from captum_cw.capture.outputs import logits_of
 from captum_cw.capture.run import expected_layers
 from captum_cw.explanation.explanation import (
-    MEASURES,
     PARTS,
-    SIGNED,
     Explanation,
     HeadMaps,
     mean_of_layers,
@@ -27,6 +25,7 @@ from captum_cw.explanation.explanation import (
     versions,
 )
 from captum_cw.functional import AttentionLayer, Space, map_blocks
+from captum_cw.measures import Entry
 from captum_cw.text.prompts import Text, leading, model_inputs, read_text
 from captum_cw.text.templates import RenderedChat
 from captum_cw.text.tokens import Span, Tokenizer, readable_ids, readable_tokens, word_numbers
@@ -47,8 +46,8 @@ def explain(
     """All measures of one text, by token, layer and head, from one observed forward pass.
 
     Scores are those of :class:`~captum_cw.TokenScores` (Eq. 15), and maps what they reduce: means
-    over heads and layers of absolute values. ``"signed"`` keeps the signs of contributions and sums
-    heads, so that the rows of its map sum to one.
+    over heads and layers of absolute values. ``"contribution-signed"`` keeps signs and sums heads,
+    so that the rows of its map sum to one.
 
     A model with learned virtual tokens (prompt or prefix tuning) is explained by the text's own
     tokens: its last ``T`` queries and keys. What a query drew from virtual tokens is left out, so
@@ -80,7 +79,7 @@ def explain(
 
     Example:
         >>> explanation = explain(model, tokenizer, "a b c d")
-        >>> explanation.maps["signed"].sum(-1)
+        >>> explanation.maps["contribution-signed"].sum(-1)
         tensor([1.0000, 1.0000, 1.0000, 1.0000])
         >>> explanation.heads[0].keys.shape
         torch.Size([4, 4, 4])
@@ -104,6 +103,7 @@ def explain(
     T = ids.shape[1]
     K = min(keys, T)
     method = ContributionWeights(model, space=space)
+    explained = measures.explained()
     maps: dict[str, Tensor] = {}
     seen: list[Execution] = []
     causal = True
@@ -113,12 +113,12 @@ def explain(
         before = leading(execution, layer, T, None)
         seen.append(execution)
         if not maps:
-            _check_memory(layer.H, T, expected_layers([model], seen), K)
-            maps.update({name: _on_cpu(T, T) for name in (*MEASURES, SIGNED)})
+            _check_memory(layer.H, T, expected_layers([model], seen), K, len(explained))
+            maps.update({entry.name: _on_cpu(T, T) for entry in explained})
         first = layer.mask.block(slice(before[0], before[0] + 1))
         later = slice(before[1] + 1, None)
         causal &= T == 1 or (first is not None and not bool(first[..., later].any()))
-        return _look(execution.name, layer, before, K, maps)
+        return _summarise(execution.name, layer, before, K, explained, maps)
 
     results, output = method.observe(
         inputs, None, on_layer, one_text=True, text_only=True, show_progress=show_progress
@@ -146,19 +146,22 @@ def _name(model: nn.Module) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def _check_memory(H: int, T: int, layers: int, K: int) -> None:
+def _check_memory(H: int, T: int, layers: int, K: int, measures: int) -> None:
     # While the mean over layers is taken there are two of a map.
-    needed = 4 * ((len(MEASURES) + 2) * T * T + layers * H * T * (K * (len(PARTS) + 1) + 1))
+    needed = 4 * ((measures + 1) * T * T + layers * H * T * (K * (len(PARTS) + 1) + 1))
     check_fits(
         needed,
         torch.device("cpu"),
-        f"{len(MEASURES) + 1} of {T} x {T}, and {K} keys of {T} queries of {layers} x {H} heads",
+        f"{measures} of {T} x {T}, and {K} keys of {T} queries of {layers} x {H} heads",
         "Keep fewer keys (keys=0 leaves heads out), or use TokenScores, which never holds a map.",
     )
 
 
+FACTORS = (functional.relative_norm, functional.cosine)
+
+
 class _Layer(NamedTuple):
-    """What is kept of a layer; ``(S,)`` scores are means over heads, but ``"signed"`` a sum."""
+    """What is kept of a layer; ``(S,)`` scores are means over heads, signed ones sums."""
 
     scores: dict[str, Tensor]
     heads: HeadMaps
@@ -169,49 +172,63 @@ def _on_cpu(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(size, dtype=dtype, device="cpu")
 
 
-def _look(
-    name: str, layer: AttentionLayer, before: Span, K: int, maps: dict[str, Tensor]
+def _summarise(
+    name: str,
+    layer: AttentionLayer,
+    before: Span,
+    K: int,
+    explained: Sequence[Entry],
+    maps: dict[str, Tensor],
 ) -> _Layer:
-    """Adds to the ``(T, S)`` maps of all layers; weights are computed once for all measures.
+    """Adds a layer to the ``(T, S)`` maps of all layers, and keeps its heads.
 
-    Leaves out as many queries and keys as stand ``before`` those of the text.
+    The attention weights are computed once for all measures. As many queries and keys as stand
+    ``before`` those of the text are left out.
     """
     skipped, hidden = before
     H, T, S = layer.H, layer.T - skipped, layer.S - hidden
-    totals = {measure: layer.value.new_zeros(H, S) for measure in maps}
+    totals = {entry.name: layer.value.new_zeros(H, S) for entry in explained}
     kept = {part: _on_cpu(H, T, K) for part in PARTS}
     places = _on_cpu(H, T, K, dtype=torch.int32)
     share = _on_cpu(H, T)
-    factors = (functional.relative_norm, functional.cosine)
+    # Of each function of its own the first place; contributions are asked for twice.
+    parts = (functional.attention, functional.contribution("inter"), *FACTORS)
+    asked = [*parts, *(entry.function() for entry in explained)]
+    keys = [(getattr(f, "func", f), getattr(f, "args", ())) for f in asked]
+    functions = dict(reversed([*zip(keys, asked, strict=True)]))
     chosen = None
     if skipped:
         chosen = torch.ones(1, layer.T, dtype=torch.bool, device=layer.value.device)
         chosen[:, :skipped] = False
-    for rows, found in map_blocks(layer, *MEASURES.values(), *factors, chosen=chosen):
+    for rows, found in map_blocks(layer, *functions.values(), chosen=chosen):
         first = max(rows.start, skipped)
         queries = slice(first - skipped, rows.stop - skipped)
-        whole = [x[0, :, first - rows.start :] for x in found]
-        share[:, queries] = whole[3].sum(-1).cpu().float()
-        a, vw, vwon, c, relative_norm, cosine = (x[..., hidden:] for x in whole)
+        of = dict(zip(functions, found, strict=True))
+        whole = [of[key][0, :, first - rows.start :] for key in keys]
+        share[:, queries] = whole[1].sum(-1).cpu().float()
+        a, c, relative_norm, cosine, *measured = (x[..., hidden:] for x in whole)
         n = a.shape[-1]
-        for measure, x in zip(maps, (a.abs(), vw, vwon, c.abs(), c), strict=True):
-            totals[measure][:, :n] += x.sum(1)
-            heads = x.sum(0) if measure == SIGNED else x.mean(0)
-            maps[measure][queries, :n] += heads.cpu().float()
+        for entry, x in zip(explained, measured, strict=True):
+            x = x if entry.signed else x.abs()
+            totals[entry.name][:, :n] += x.sum(1)
+            maps[entry.name][queries, :n] += _over_heads(entry, x)
         best = most_important(a, c, K)
         places[:, queries, : best.shape[-1]] = best.cpu().int()
         for part, x in zip(PARTS, (a, relative_norm, cosine), strict=True):
             kept[part][:, queries, : best.shape[-1]] = x.gather(-1, best).cpu().float()
     counts = layer.mask.counts(chosen, layer.value.device)[0, :, hidden:].clamp(min=1)
-    scores = {measure: total / counts for measure, total in totals.items()}
     _, norm2 = layer.direction("inter")
     norm = norm2[0, 0].sqrt()
     if layer.scale is not None:
         norm = norm * layer.scale[0].abs()
     return _Layer(
-        {m: (x.sum(0) if m == SIGNED else x.mean(0)).cpu().float() for m, x in scores.items()},
+        {entry.name: _over_heads(entry, totals[entry.name] / counts) for entry in explained},
         HeadMaps(name, places, **kept, output_norm=norm[skipped:].cpu().float(), share=share),
     )
+
+
+def _over_heads(entry: Entry, x: Tensor) -> Tensor:
+    return (x.sum(0) if entry.signed else x.mean(0)).cpu().float()
 
 
 def _predictions(

@@ -18,12 +18,12 @@ import torch
 from captum.attr import LLMAttributionResult
 from torch import Tensor
 
-from captum_cw import functional
 from captum_cw._utils.files import whole_file
 from captum_cw._version import __version__
 from captum_cw.attr.chat import EncodedTokenInput
 from captum_cw.explanation import files
-from captum_cw.functional import Decomposition, Measure
+from captum_cw.functional import Decomposition, check_choice
+from captum_cw.measures import SIGNED
 from captum_cw.text.templates import Message, owners
 from captum_cw.text.tokens import (
     Grouping,
@@ -40,16 +40,11 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from xarray import Dataset
 
-__all__ = ["MEASURES", "Explanation", "HeadMaps"]
+__all__ = ["Explanation", "HeadMaps"]
 
-MEASURES: dict[str, Measure] = {
-    "attention": functional.attention,
-    "vw": functional.vw,
-    "vwon": functional.vwon,
-    "contribution": functional.contribution("inter"),
-}
-SIGNED = "signed"
 PARTS = ("attention", "relative_norm", "cosine")
+#: The measures that follow from the parts.
+OF_HEADS = ("attention", "vw", "vwon", "contribution", SIGNED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +79,7 @@ class HeadMaps:
 
         Args:
             name: ``"attention"``, ``"vw"``, ``"vwon"``, ``"contribution"`` (its absolute value),
-                or ``"signed"`` for contributions with their signs.
+                or ``"contribution-signed"``.
 
         Raises:
             ValueError: If there is no such measure.
@@ -96,11 +91,11 @@ class HeadMaps:
                 return self.attention.abs() * self.relative_norm
             case "vw":
                 return self.measure("vwon") * self.output_norm[:, None]
-            case "signed":
+            case "contribution-signed":
                 return self.attention * self.relative_norm * self.cosine
             case "contribution":
-                return self.measure("signed").abs()
-        raise ValueError(f"measure={name!r} is unknown: choose {', '.join(MEASURES)} or {SIGNED}.")
+                return self.measure(SIGNED).abs()
+        raise ValueError(f"measure={name!r} is not kept by head: choose {', '.join(OF_HEADS)}.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -253,9 +248,9 @@ class Explanation:
     ) -> Explanation:
         """What the dense maps of layers say of one text.
 
-        Heads and layers are averaged over absolute values; of contributions there is ``"signed"``
-        beside them, as of :func:`explain`. Scores are means over the queries that see a token: that
-        is, where any head of the layer has something other than zero.
+        Heads and layers are averaged over absolute values; of contributions there is
+        ``"contribution-signed"`` beside them, as of :func:`explain`. Scores are means over the
+        queries that see a token: that is, where any head of the layer is not zero.
 
         Args:
             tokens: ``S`` readable tokens.
@@ -274,7 +269,7 @@ class Explanation:
             >>> tokens = ["a", " b", " c", " d", " e"]
             >>> found = Explanation.from_maps(tokens, method.decompose(input_ids))
             >>> list(found.maps), len(found.heads)
-            (['attention', 'vwon', 'contribution', 'signed'], 2)
+            (['attention', 'vwon', 'contribution', 'contribution-signed'], 2)
             >>> attention = AttentionWeights(model).attribute(input_ids)
             >>> Explanation.from_maps(tokens, {"attention": attention}).maps["attention"].shape
             torch.Size([5, 5])
@@ -418,8 +413,8 @@ class Explanation:
             ValueError: If ``of`` is unknown, or a method has the name of one of these columns.
 
         Example:
-            >>> explain(model, tokenizer, "a b c").to_dataframe().columns.tolist()
-            ['place', 'token', 'word', 'attention', 'vw', 'vwon', 'contribution', 'signed']
+            >>> explain(model, tokenizer, "a b c").to_dataframe().columns[:5].tolist()
+            ['place', 'token', 'word', 'attention', 'vw']
         """
         return files.to_dataframe(self, of)
 
@@ -509,10 +504,10 @@ class Explanation:
 
         Example:
             >>> by_span = explain(model, tokenizer, "a b c d").by_span(["b c", "d"])
-            >>> by_span.tokens, by_span.maps["signed"].shape
+            >>> by_span.tokens, by_span.maps["contribution"].shape
             ([' b c', ' d'], torch.Size([2, 2]))
         """
-        functional.check_choice("unit", unit, Literal["tokens", "characters"])
+        check_choice("unit", unit, Literal["tokens", "characters"])
         return self._grouped([self._in_tokens(span, unit) for span in spans], how, "span")
 
     def by_message(self, how: Grouping = "sum") -> Explanation:

@@ -27,30 +27,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from captum_cw import measures
+from captum_cw.explanation.explanation import OF_HEADS
+
 if TYPE_CHECKING:
     from captum_cw.explanation.explanation import Explanation, HeadMaps
 
 __all__ = ["explanation_page", "framed"]
 
-LABELS = {
-    "attention": "attention",
-    "vw": "VW: attention \N{MULTIPLICATION SIGN} value norm",
-    "vwon": "VW-ON: VW / output norm",
-    "contribution": "contribution, size",
-    "signed": "contribution, signed",
-}
-ABOUT = {
-    "attention": "How much a query looks at a key, 0 to 1.",
-    "vw": "How long a vector a key adds to a query's output, in the unit of the hidden states.",
-    "vwon": "How long a vector a key adds to a query's output, over the length of that output.",
-    "contribution": "Which share of a query's output a key made, whether for it or against it.",
-    "signed": "Which share of a query's output a key made; below zero it worked against it. All "
-    "shares of one query sum to 1.",
-}
-# What explain() does, which makes maps of all measures.
-TOGETHER = dict.fromkeys(LABELS, "Mean over all layers and heads.") | {
-    "signed": "Summed over heads, mean over layers."
-}
 OWN_UNIT = "Numbers as this method gave them, in its own unit."
 LEVELS, SIGNED_LEVELS, MAP_LEVELS = 255, 127, 32767
 POWER = 3
@@ -151,23 +135,16 @@ def _description(
     """What the page knows before it unpacks a number."""
     # Of dense maps alone the norm of the output is not known, nor so VW.
     unknown = {"vw"} if all(bool(x.output_norm.isnan().all()) for x in layers) else set()
-    of_heads = [name for name in LABELS if name not in unknown] if layers else []
+    of_heads = [name for name in OF_HEADS if name not in unknown] if layers else []
     names = [*explanation.maps, *explanation.scores, *of_heads]
     known = explanation.probability
-    together = TOGETHER if LABELS.keys() <= explanation.maps.keys() else {}
     return {
         "tokens": list(explanation.tokens),
         "queries": None if explanation.queries is None else list(explanation.queries),
         "predicted": None if explanation.predicted is None else list(explanation.predicted),
         "probability": None if known is None else _rounded(known),
         "methods": [
-            {
-                "name": name,
-                "label": LABELS.get(name, name),
-                "about": ABOUT.get(name, OWN_UNIT),
-                "together": together.get(name, ""),
-                "ofHeads": name in of_heads,
-            }
+            {**_about(name, explanation), "ofHeads": name in of_heads}
             for name in dict.fromkeys(names)
         ],
         "scores": {name: _rounded(x) for name, x in explanation.scores.items()},
@@ -184,6 +161,18 @@ def _description(
         "sinks": sorted(set(sinks)),
         "settings": {name: str(value) for name, value in explanation.settings.items()},
     }
+
+
+def _about(name: str, explanation: Explanation) -> dict[str, str]:
+    """What the page says of a measure."""
+    entry = measures.find(name)
+    if entry is None:
+        return {"name": name, "label": name, "about": OWN_UNIT, "together": ""}
+    together = ""
+    if set(OF_HEADS) <= explanation.maps.keys():  # so explain() has made them
+        summed = "Summed over heads, mean over layers."
+        together = summed if entry.signed else "Mean over all layers and heads."
+    return {"name": name, "label": entry.label, "about": entry.about, "together": together}
 
 
 def _rounded(x: Tensor) -> list[float]:
@@ -213,7 +202,8 @@ def _heads(layer: HeadMaps) -> str:
     order = layer.keys.argsort(dim=-1, stable=True)
     keys = layer.keys.long().gather(-1, order)
     attention, relative_norm, contribution = (
-        x.gather(-1, order) for x in (layer.attention, layer.relative_norm, layer.measure("signed"))
+        x.gather(-1, order)
+        for x in (layer.attention, layer.relative_norm, layer.measure(measures.SIGNED))
     )
     relative_norm = torch.where(attention != 0, relative_norm, 0)  # others would set the scale
     steps = keys.diff(dim=-1, prepend=torch.zeros_like(keys[..., :1]))

@@ -5,19 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from captum_cw import functional
-from captum_cw.attr import (
-    AttentionWeights,
-    ContributionWeights,
-    TokenScores,
-    VWAttention,
-    VWONAttention,
-)
+from captum_cw import measures
+from captum_cw.attr import TokenScores
 from captum_cw.attr.measures import AttentionAttribution
 from captum_cw.functional import (
     AttentionLayer,
@@ -30,8 +24,6 @@ from captum_cw.functional import (
 from captum_cw.removal.sinks import real_tokens
 
 __all__ = [
-    "CONTROLS",
-    "METHODS",
     "PairScorer",
     "RandomPairs",
     "model_of",
@@ -39,42 +31,6 @@ __all__ = [
     "space_of",
     "whole_token_scorer",
 ]
-
-#: The measures, by the names that users type.
-METHODS: dict[str, type[AttentionAttribution]] = {
-    method.name: method
-    for method in (ContributionWeights, VWONAttention, VWAttention, AttentionWeights)
-}
-
-
-class Control(NamedTuple):
-    """What the measures are compared with.
-
-    Args:
-        measure: The measure.
-        signed: Whether signs are kept.
-        space: Where it is measured.
-    """
-
-    measure: Measure
-    signed: bool = False
-    space: Space = "attention"
-
-
-#: Each leaves out, or changes, one thing of a contribution.
-CONTROLS: dict[str, Control] = {
-    "contribution-signed": Control(functional.contribution("inter"), signed=True),
-    "contribution-intra": Control(functional.contribution("intra")),
-    "contribution-residual": Control(functional.contribution("inter"), space="residual"),
-    "relative-norm": Control(functional.relative_norm),
-    "cosine": Control(functional.cosine),
-    "attention-cosine": Control(functional.attention_cosine),
-    "relative-norm-cosine": Control(functional.relative_norm_cosine),
-    "projection": Control(functional.projection),
-    "closeness": Control(functional.closeness, signed=True),
-}
-
-RANDOM = "random"
 
 
 class PairScorer(Protocol):
@@ -146,7 +102,7 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
 
     Args:
         method: A measure, a ``TokenScores`` around one (whose ``reduction`` and ``signed``
-            count), or a name: of a measure, of one of :data:`CONTROLS`, or ``"random"``.
+            count), or a name of :mod:`captum_cw.measures` or ``"random"``.
         reduction: Over queries, where ``method`` does not bring its own.
         seed: Of ``"random"``.
 
@@ -181,16 +137,15 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
     if not isinstance(method, str):
         raise TypeError(
             f"method is of type {type(method).__name__}: give a measure such as "
-            f"ContributionWeights(model), TokenScores around one, or a name: {known_names()}."
+            "ContributionWeights(model), TokenScores around one, or a name: "
+            f"{measures.known_names()}."
         )
-    if method == RANDOM:
+    if method == measures.RANDOM:
         return RandomPairs(seed)
-    if method in METHODS:
-        return MeasuredPairs(METHODS[method].measure, reduction, False, METHODS[method].space)
-    if method in CONTROLS:
-        measure, signed, space = CONTROLS[method]
-        return MeasuredPairs(measure, reduction, signed, space)
-    raise ValueError(f"method={method!r} is unknown; known: {known_names()}.")
+    entry = measures.find(method)
+    if entry is not None:
+        return MeasuredPairs(entry.function(), reduction, entry.signed, entry.space)
+    raise ValueError(f"method={method!r} is unknown; known: {measures.known_names()}.")
 
 
 def whole_token_scorer(method: object, reduction: Reduction = "mean") -> TokenScores | None:
@@ -227,8 +182,3 @@ def model_of(method: object) -> nn.Module | None:
     if isinstance(method, TokenScores):
         method = method.method
     return method.model if isinstance(method, AttentionAttribution) else None
-
-
-def known_names() -> str:
-    """The names of all methods, for messages."""
-    return ", ".join(map(repr, (*METHODS, *CONTROLS, RANDOM)))

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captum_cw import analysis
+from captum_cw import analysis, measures
 from captum_cw.analysis import AnalysisResult
 from captum_cw.attr import ALTIWeights, AttentionWeights, ContributionWeights, TokenScores
 from captum_cw.attr.measures import AttentionAttribution
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE
 from captum_cw.metrics.tasks import TaskResult, evaluate_tasks
-from captum_cw.removal.scoring import METHODS
 from captum_cw.reproduce.printed import PRINTED
 from captum_cw.reproduce.study import Study
 from captum_cw.visualization import readable_tokens
@@ -140,7 +139,7 @@ def _frame_table(item: str, result: Result) -> pd.DataFrame:
 
 
 def _by_name(study: Study) -> dict[str, Any]:
-    return {method: method for method in (*METHODS, "random")}
+    return {method: method for method in (*measures.names(), measures.RANDOM)}
 
 
 def _across(study: Study) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def _tasks(study: Study, folder: Path) -> Result:
         raise ValueError("no tasks were asked for; --tasks runs them beside the first texts.")
     plan = study.plan
     return evaluate_tasks(
-        study.model, study.tokenizer, study.tasks, {method: method for method in METHODS},
+        study.model, study.tokenizer, study.tasks, {method: method for method in measures.names()},
         plan.bottom, task_path=study.task_path, limit=plan.documents, batch_size=plan.batch_size,
         seed=plan.seed, resume_from=folder / "F4.records", show_progress=True,
     )  # fmt: skip
