@@ -82,8 +82,7 @@ class Entry:
     def function(self) -> Measure:
         """The function of a layer that computes the measure."""
         found = self._resolved()
-        if isinstance(found, type):
-            found = found.measure
+        found = found.measure if hasattr(found, "measure") else found
         function: Measure = found if self.scope is None else found(self.scope)
         return function
 

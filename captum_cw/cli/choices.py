@@ -9,11 +9,11 @@ __all__ = [
     "DTYPES",
     "GRANULARITIES",
     "ITEMS",
-    "METRICS",
     "PRESETS",
+    "QUANTITIES",
+    "RANKINGS",
     "RATES_OF",
     "REDUCTIONS",
-    "SCOPES",
     "SCORINGS",
     "STARTS",
     "STATES",
@@ -23,9 +23,9 @@ DATA = ("boolq", "fineweb-edu", "gsm8k", "lambada", "mmlu", "wikitext", "winogra
 DTYPES = ("float32", "bfloat16", "float16")
 REDUCTIONS = ("mean", "sum", "max", "rms")
 SCORINGS = ("online", "clean")
-SCOPES = ("layer", "global", "head")
+RANKINGS = ("layer", "global", "head")
 RATES_OF = ("removable", "all")
-METRICS = ("perplexity", "nll", "log_prob", "prob", "kl")
+QUANTITIES = ("perplexity", "nll", "log_prob", "prob", "kl")
 GRANULARITIES = ("pair", "token")
 STATES = ("normed", "residual", "key", "value")
 STARTS = ("auto", "always", "never")

@@ -21,6 +21,7 @@ from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, REMOVED, TITLES
 from captum_cw.metrics.tasks import TaskResult, check_task_model, evaluate_tasks
+from captum_cw.removal.options import RemovalKeywords
 
 TASK_RATES = (0.3, 0.5, 0.7)
 
@@ -103,16 +104,9 @@ def _evaluate_texts(
     metric = ComprehensivenessSufficiency(
         model,
         options.rates,
-        scoring=options.scoring,
-        scope=options.scope,
-        rate_of=options.rate_of,
-        protect_sinks=not options.allow_sinks,
-        sink_space=options.sink_space,
-        metric=options.metric,
-        reduction=options.reduction,
-        granularity=options.granularity,
-        seed=options.seed,
+        quantity=options.quantity,
         **_masking(options, model, tokenizer),
+        **_removal(options),
     )
     _try_longest(model, batches)
     return evaluate_into(
@@ -125,10 +119,24 @@ def _evaluate_texts(
     )
 
 
+def _removal(options: Namespace) -> RemovalKeywords:
+    """The options of removal, as the library takes them."""
+    return {
+        "reduction": options.reduction,
+        "scoring": options.scoring,
+        "ranking": options.ranking,
+        "granularity": options.granularity,
+        "rate_of": options.rate_of,
+        "protect_sinks": not options.allow_sinks,
+        "sink_space": options.sink_space,
+        "seed": options.seed,
+    }
+
+
 def _masking(options: Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     """How a masked language model predicts a token, where the metric asks for that."""
     masked = type(model).__name__.endswith("ForMaskedLM") and tokenizer.mask_token_id is not None
-    if not masked or options.metric not in ("perplexity", "nll"):
+    if not masked or options.quantity not in ("perplexity", "nll"):
         return {}
     return {"mask_token_id": tokenizer.mask_token_id, "protected_ids": tokenizer.all_special_ids}
 
@@ -164,16 +172,11 @@ def _evaluate_tasks(options: Namespace, model: Any, tokenizer: Any) -> TaskResul
         task_path=options.task_path,
         limit=options.samples,
         batch_size=options.batch_size,
-        scoring=options.scoring,
-        scope=options.scope,
-        reduction=options.reduction,
-        protect_sinks=not options.allow_sinks,
-        sink_space=options.sink_space,
-        seed=options.seed,
         apply_chat_template=options.apply_chat_template,
         chat_template_kwargs=options.chat_template_kwargs,
         resume_from=options.out / "tasks.records",
         show_progress=True,
+        **_removal(options),
     )
 
 
@@ -184,7 +187,7 @@ def _evaluate_tasks(options: Namespace, model: Any, tokenizer: Any) -> TaskResul
 def _document_of_texts(result: FaithfulnessResult) -> dict[str, Any]:
     aopc = result.aopc()
     return {
-        "metric": result.settings["metric"],
+        "quantity": result.settings["quantity"],
         "examples": len(result.records),
         "processes": result.settings["processes"],
         "clean": result.clean,
@@ -232,7 +235,7 @@ def _show_texts(result: FaithfulnessResult) -> None:
     examples, processes = len(result.records), result.settings["processes"]
     corpus = f" (corpus perplexity {result.clean_corpus:.4g})" if result.has_likelihood else ""
     out.print(
-        f"{result.settings['metric']} of {examples} text{'s' if examples > 1 else ''}: "
+        f"{result.settings['quantity']} of {examples} text{'s' if examples > 1 else ''}: "
         f"{result.clean:.4g}{corpus}, {processes} process{'es' if processes > 1 else ''}"
     )
     for side, which in result.sides.items():

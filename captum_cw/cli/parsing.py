@@ -23,11 +23,11 @@ from captum_cw.cli.choices import (
     DTYPES,
     GRANULARITIES,
     ITEMS,
-    METRICS,
     PRESETS,
+    QUANTITIES,
+    RANKINGS,
     RATES_OF,
     REDUCTIONS,
-    SCOPES,
     SCORINGS,
     STARTS,
     STATES,
@@ -244,10 +244,10 @@ examples:
     _option(removal, "--rates", "fractions to remove, for both sides", type=_numbers, metavar="P,Q")
     _option(removal, "--reduction", "of scores over queries", choices=REDUCTIONS, default="mean")
     _option(removal, "--scoring", "when scores are taken", choices=SCORINGS, default="online")
-    _option(removal, "--scope", "over which pairs are ranked", choices=SCOPES, default="layer")
+    _option(removal, "--ranking", "over which pairs are ranked", choices=RANKINGS, default="layer")
     _option(removal, "--rate-of", "pairs that rates count", choices=RATES_OF, default="removable")
     _option(removal, "--granularity", "what is removed", choices=GRANULARITIES, default="pair")
-    _option(removal, "--metric", "what the model loses", choices=METRICS, default="perplexity")
+    _option(removal, "--quantity", "what the model loses", choices=QUANTITIES, default="perplexity")
     _option(removal, "--allow-sinks", "remove attention sinks like any token", action="store_true")
     _option(removal, "--sink-space", "of their states", choices=STATES, default="normed")
     _option(removal, "--seed", "of random scores", type=int, default=0)

@@ -62,7 +62,7 @@ def save_result(result: FaithfulnessResult, folder: Path) -> list[Path]:
     result.save(files[0])
     result.to_dataframe().to_csv(files[1], index=False)
     curves: dict[str, Statistic] = {"curves.png": "mean"}
-    if result.settings["metric"] == "perplexity":
+    if result.settings["quantity"] == "perplexity":
         # The mean is ruled by the few texts that suffer most.
         curves |= {"curves_corpus.png": "corpus", "curves_nll.png": "nll"}
     for name, statistic in curves.items():

@@ -38,7 +38,7 @@ def explain(
     tokenizer: Tokenizer,
     text: Text,
     *,
-    keys: int = 32,
+    top_k: int = 32,
     space: Space = "attention",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     show_progress: bool = False,
@@ -61,7 +61,7 @@ def explain(
             tokenizer's chat template is applied; what the tokenizer returned for one text
             (``BatchEncoding``), or a dict of the model's arguments, such as a processor's with
             ``pixel_values``; or token ids ``(T,)`` or ``(1, T)``. Without padding.
-        keys: How many keys are kept for each query of each head; 0 leaves heads out.
+        top_k: How many keys are kept for each query of each head; 0 leaves heads out.
         space: Where outputs are measured, as for :class:`~captum_cw.ContributionWeights`.
         chat_template_kwargs: Further arguments for the chat template, such as
             ``{"enable_thinking": False}``; only for the messages of a chat.
@@ -73,7 +73,7 @@ def explain(
     Raises:
         MemoryError: If the maps would not fit into memory, with their size.
         TypeError: If ``text`` is of another kind.
-        ValueError: If the text is empty or padded, ``keys`` is negative, there is no chat template
+        ValueError: If the text is empty or padded, ``top_k`` is negative, there is no chat template
             for a chat, or ``chat_template_kwargs`` are given without one.
         UnsupportedModelError: If the layers do not all attend to this sequence.
 
@@ -84,8 +84,8 @@ def explain(
         >>> explanation.heads[0].keys.shape
         torch.Size([4, 4, 4])
     """
-    if keys < 0:
-        raise ValueError(f"keys={keys}: give 0 or more.")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 or more, got {top_k}.")
     model = unwrapped(model)
     if "decoder_input_ids" in parameters_of(model):
         raise UnsupportedModelError(
@@ -101,7 +101,7 @@ def explain(
         inputs[LOGITS] = 0  # those of all positions
     ids = read.ids
     T = ids.shape[1]
-    K = min(keys, T)
+    K = min(top_k, T)
     method = ContributionWeights(model, space=space)
     explained = measures.explained()
     maps: dict[str, Tensor] = {}
@@ -129,14 +129,14 @@ def explain(
         tokens=readable_tokens(tokenizer, ids[0]),
         scores={name: mean_of_layers([layer.scores[name] for layer in layers]) for name in maps},
         maps={name: x / len(layers) for name, x in maps.items()},
-        heads=[layer.heads for layer in layers] if keys else (),
+        heads=[layer.heads for layer in layers] if top_k else (),
         predicted=predicted,
         probability=probability,
         words=word_numbers(tokenizer, ids[0]),
         text=read.text,
         offsets=read.offsets,
         messages=read.messages if isinstance(read, RenderedChat) else None,
-        settings={"model": _name(model), "space": space, "keys": keys, **versions()},
+        settings={"model": _name(model), "space": space, "top_k": top_k, **versions()},
     )
 
 
@@ -153,7 +153,7 @@ def _check_memory(H: int, T: int, layers: int, K: int, measures: int) -> None:
         needed,
         torch.device("cpu"),
         f"{measures} of {T} x {T}, and {K} keys of {T} queries of {layers} x {H} heads",
-        "Keep fewer keys (keys=0 leaves heads out), or use TokenScores, which never holds a map.",
+        "Keep fewer keys (top_k=0 leaves heads out), or use TokenScores, which never holds a map.",
     )
 
 

@@ -244,7 +244,7 @@ class Explanation:
         *,
         queries: Sequence[str] | None = None,
         layers: Sequence[str] | None = None,
-        keys: int = 32,
+        top_k: int = 32,
     ) -> Explanation:
         """What the dense maps of layers say of one text.
 
@@ -258,7 +258,7 @@ class Explanation:
                 :meth:`~captum_cw.ContributionWeights.decompose` gave, which fills heads too.
             queries: ``T`` readable tokens of the queries; None where they are the tokens.
             layers: Names of what ``decompose`` gave; numbers by default.
-            keys: How many keys are kept for each query of each head.
+            top_k: How many keys are kept for each query of each head.
 
         Raises:
             TypeError: If ``maps`` is neither.
@@ -274,8 +274,8 @@ class Explanation:
             >>> Explanation.from_maps(tokens, {"attention": attention}).maps["attention"].shape
             torch.Size([5, 5])
         """
-        if keys < 0:
-            raise ValueError(f"keys={keys}: give 0 or more.")
+        if top_k < 0:
+            raise ValueError(f"top_k must be 0 or more, got {top_k}.")
         heads: list[HeadMaps] = []
         if isinstance(maps, Mapping):
             measures = {name: [_of_one_text(name, x) for x in xs] for name, xs in maps.items()}
@@ -284,8 +284,8 @@ class Explanation:
             names = [str(n) for n in range(len(parts))] if layers is None else layers
             if len(names) != len(parts):
                 raise ValueError(f"layers has {len(names)} names, but maps {len(parts)} layers.")
-            if keys:
-                heads = [_heads_of(name, d, keys) for name, d in zip(names, parts, strict=True)]
+            if top_k:
+                heads = [_heads_of(name, d, top_k) for name, d in zip(names, parts, strict=True)]
             measures = {
                 "attention": [d.attention for d in parts],
                 "vwon": [d.attention.abs() * d.relative_norm for d in parts],

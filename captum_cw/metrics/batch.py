@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import index
@@ -22,29 +22,25 @@ from captum_cw.removal.interventions import (
     CleanPass,
     FixedChange,
     OnlineRemoval,
-    Ranking,
-    Scoring,
-    SinkRule,
+    mean_of_pairs,
 )
-from captum_cw.removal.ranking import RateOf, Scope, Which
-from captum_cw.removal.scoring import PairScorer, RandomPairs
+from captum_cw.removal.options import RemovalOptions
+from captum_cw.removal.ranking import Which
+from captum_cw.removal.scoring import PairScorer, RandomPairs, TokenMethod
 from captum_cw.removal.virtual_tokens import behind, virtual_tokens
 
 __all__ = [
     "Batch",
     "BatchRun",
     "ForeignMethod",
-    "Granularity",
     "Method",
     "Part",
     "Plan",
-    "TokenMethod",
 ]
 
 Batch = Tensor | Mapping[str, Any]
 #: The label of a token whose likelihood does not count, in PyTorch and transformers.
 IGNORED = -100
-Granularity = Literal["pair", "token"]
 
 
 @dataclass(frozen=True)
@@ -53,17 +49,13 @@ class Plan:
 
     Args:
         model: The model.
-        scoring, scope, rate_of, sink_rule, granularity, mask_token_id, protected_ids: As for
-            :class:`captum_cw.ComprehensivenessSufficiency`.
+        options: How pairs are scored, ranked and protected.
+        mask_token_id, protected_ids: As for :class:`captum_cw.ComprehensivenessSufficiency`.
         quantity: What is compared.
     """
 
     model: nn.Module
-    scoring: Scoring
-    scope: Scope
-    rate_of: RateOf
-    sink_rule: SinkRule
-    granularity: Granularity
+    options: RemovalOptions
     mask_token_id: int | None
     protected_ids: Sequence[int]
     quantity: Quantity
@@ -82,13 +74,6 @@ class Part:
 
 
 @dataclass(frozen=True)
-class TokenMethod:
-    """Scores of whole tokens: ``(B, T)`` from a callable, or given."""
-
-    scores: Callable[[Batch], Any]
-
-
-@dataclass(frozen=True)
 class ForeignMethod:
     """Scores of pairs that another model of the same shape gives, in a clean pass of its own."""
 
@@ -101,9 +86,8 @@ class ForeignMethod:
         """For each layer ``(B, H, S)``; other arguments as for :meth:`CleanPass.run`."""
         forward = partial(run_on_copies, self.model, inputs)
         with evaluation_mode([self.model], self.model):
-            seen = CleanPass.run(
-                self.model, forward, {"": self.scorer}, SinkRule(threshold=None), told, text
-            )
+            options = RemovalOptions(protect_sinks=False)
+            seen = CleanPass.run(self.model, forward, {"": self.scorer}, options, told, text)
         return seen.scores[""]
 
 
@@ -137,13 +121,10 @@ class BatchRun:
         in_pass: dict[str, PairScorer] = {
             name: method
             for name, method in self.methods.items()
-            if not isinstance(method, (TokenMethod, ForeignMethod))
-            and (plan.scoring == "clean" or plan.granularity == "token")
+            if not isinstance(method, (TokenMethod, ForeignMethod)) and plan.options.scores_before
         }
         forward = partial(run_on_copies, plan.model, self.inputs)
-        self.clean = CleanPass.run(
-            plan.model, forward, in_pass, plan.sink_rule, call.real, call.text
-        )
+        self.clean = CleanPass.run(plan.model, forward, in_pass, plan.options, call.real, call.text)
         if self.clean.vanishing:
             warnings.warn(
                 f"{self.clean.vanishing} attention outputs of a batch vanish: their rows count as "
@@ -184,7 +165,7 @@ class BatchRun:
         self.tokens = {
             name: self._token_scores(name, method)
             for name, method in self.methods.items()
-            if isinstance(method, TokenMethod) or plan.granularity == "token"
+            if isinstance(method, TokenMethod) or plan.options.granularity == "token"
         }
 
     def _text_logits(self, output: Any) -> Tensor:
@@ -224,14 +205,14 @@ class BatchRun:
         if plan.quantity.of_text and classes:
             raise ValueError(
                 f"{name} predicts classes, not tokens (its logits are {tuple(logits.shape)}), so "
-                "the text has no perplexity or likelihood: use metric='log_prob' or 'prob' (of a "
+                "the text has no perplexity or likelihood: use quantity='log_prob' or 'prob' (of a "
                 "class), 'kl', or a callable (logits, batch, clean_logits) -> (B,)."
             )
         if plan.quantity.of_text and not masked and self.following is None:
             raise ValueError(
                 f"{name} sees later tokens, so it does not predict the next one: give "
-                "mask_token_id (and protected_ids) of a masked language model, or another metric: "
-                "'kl', or a callable (logits, batch, clean_logits) -> (B,)."
+                "mask_token_id (and protected_ids) of a masked language model, or another "
+                "quantity: 'kl', or a callable (logits, batch, clean_logits) -> (B,)."
             )
         if plan.quantity.of_target and logits.dim() == 3 and (classes or self.following is None):
             raise ValueError(
@@ -265,29 +246,27 @@ class BatchRun:
     def _token_scores(self, name: str, method: Method) -> Tensor:
         """``(B, T)``."""
         if not isinstance(method, TokenMethod):
-            return torch.stack([layer.mean(1) for layer in self.pairs[name]]).mean(0)
-        with torch.enable_grad():  # gradients are how other methods score
-            scores = method.scores(self.batch)
-        if isinstance(scores, tuple) and len(scores) == 1:
-            (scores,) = scores
+            return mean_of_pairs(self.pairs[name])
         whole = self.own[0]
-        checked = _checked(name, scores, self.real.shape, whole.shape).to(whole.device)
-        return behind(checked, whole.shape[1])
+        try:
+            scores = method.checked(self.batch, self.real.shape, whole.shape)
+        except ValueError as error:
+            raise ValueError(f"Method {name!r}: {error}") from error
+        return behind(scores.to(whole.device), whole.shape[1])
 
     def removal(self, name: str, rate: float, which: Which) -> OnlineRemoval | FixedChange:
         """The passes without what a method ranks lowest or highest."""
         plan, method = self.plan, self.methods[name]
-        ranking = Ranking(rate, which, plan.scope, plan.rate_of)
+        model, options = plan.model, plan.options
         if name in self.tokens:
-            # A token that is a sink anywhere stays everywhere.
-            kept = torch.stack(self.kept).any(0)
-            factors = ranking.factors([self.tokens[name][:, None]], self.own[:1], [kept])
-            return FixedChange(plan.model, self.clean.of_keys(factors * len(self.kept)))
+            scores = self.tokens[name]
+            factors = self.clean.whole_tokens(rate, which, options, scores, self.kept)
+            return FixedChange(model, factors)
         if name in self.pairs:
-            factors = ranking.factors(self.pairs[name], self.own, self.kept)
-            return FixedChange(plan.model, self.clean.of_keys(factors))
+            factors = options.factors(rate, which, self.pairs[name], self.own, self.kept)
+            return FixedChange(model, self.clean.of_keys(factors))
         assert not isinstance(method, (TokenMethod, ForeignMethod))  # those are scored by now
-        return OnlineRemoval(plan.model, method, ranking, plan.sink_rule, self.kept)
+        return OnlineRemoval(model, method, rate, which, options, self.kept)
 
     def logits(self) -> Tensor:
         """``(B, T, V)`` of the next token, or of each masked token at its own place; ``(B, C)``."""
@@ -375,16 +354,3 @@ def _nothing() -> None:
 
 def _seeded(method: Method, keys: Sequence[str]) -> Method:
     return replace(method, examples=tuple(keys)) if isinstance(method, RandomPairs) else method
-
-
-def _checked(name: str, scores: object, shape: Sequence[int], whole: Sequence[int]) -> Tensor:
-    """Scores of the tokens of the text, or of the whole that the layers run."""
-    known = isinstance(scores, Tensor) and tuple(scores.shape) in (tuple(shape), tuple(whole))
-    if not isinstance(scores, Tensor) or not known:
-        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(
-            f"Method {name!r} gives scores {found}: one a token is needed, {tuple(shape)}."
-        )
-    if not scores.isfinite().all():
-        raise ValueError(f"Method {name!r} gives scores that are NaN or infinite.")
-    return scores.detach()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,37 +23,30 @@ from captum_cw._utils.processes import Processes
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
 from captum_cw._version import __version__
-from captum_cw.attr._captum import Attribution
-from captum_cw.capture import StateSpace
 from captum_cw.capture.model import (
     evaluation_mode,
     uncompiled,
     unwrapped,
 )
-from captum_cw.functional import Reduction, check_choice
+from captum_cw.functional import check_choice
 from captum_cw.metrics.batch import (
     Batch,
     BatchRun,
     ForeignMethod,
-    Granularity,
     Method,
     Part,
     Plan,
-    TokenMethod,
 )
 from captum_cw.metrics.identity import check_told, checksum, described, fingerprint
-from captum_cw.metrics.quantities import MetricName, quantity
+from captum_cw.metrics.quantities import QuantityName, quantity_of
 from captum_cw.metrics.result import REMOVED, FaithfulnessResult, Side
-from captum_cw.removal.interventions import (
-    Ranking,
-    Scoring,
-    SinkRule,
-    check_scoring,
-    check_self_attention,
-)
-from captum_cw.removal.ranking import RateOf, Scope, Which
-from captum_cw.removal.scoring import model_of, pair_scorer, whole_token_scorer
-from captum_cw.removal.sinks import THRESHOLD
+from captum_cw.removal.interventions import check_self_attention
+from captum_cw.removal.options import RemovalKeywords, RemovalOptions
+from captum_cw.removal.ranking import Which
+from captum_cw.removal.scoring import TokenMethod, model_of, scorer_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing since Python 3.11
 
 __all__ = ["ComprehensivenessSufficiency", "comprehensiveness", "sufficiency"]
 
@@ -73,25 +67,11 @@ class ComprehensivenessSufficiency:
         rates: The fractions to remove, ascending, in (0, 1]; one sequence for both sides, a
             mapping of ``"top"`` and ``"bottom"`` to one each, or None for 0.01 to 0.2 from the top
             and 0.1 to 0.9 from the bottom.
-        scoring: ``"online"`` scores each layer after the changes of earlier ones, ``"clean"`` in
-            an unchanged pass.
-        scope: Pairs are ranked over a ``"layer"``, each ``"head"``, or all layers (``"global"``,
-            which needs clean scoring).
-        rate_of: What rates are fractions of: ``"removable"`` pairs, or ``"all"``, so that sinks
-            use up a part.
-        protect_sinks: Never removes attention sinks, found in the unchanged pass.
-        sink_threshold: Of a sink's cosine with the first token.
-        sink_space: Of the hidden states that are compared.
-        metric: ``"perplexity"`` and ``"nll"`` of the text; ``"log_prob"`` and ``"prob"`` of a
+        quantity: ``"perplexity"`` and ``"nll"`` of the text; ``"log_prob"`` and ``"prob"`` of a
             target: the token after the text, or the class of a classifier; ``"kl"`` from the
             unchanged distribution; or a callable ``(logits, batch, clean_logits) -> (B,)``, better
             if lower unless it says ``higher_is_better``. Logits are ``(B, T, V)``, of a classifier
             ``(B, C)``. A classifier has no perplexity and no nll: they are refused.
-        reduction: Of scores over queries, where a method does not bring its own.
-        granularity: ``"pair"``, or ``"token"``: measures remove whole tokens, as other methods do.
-            The mean over queries ranks whole tokens badly (it puts the last ones on top, which few
-            queries see): use ``reduction="sum"`` there.
-        seed: Of ``"random"``.
         mask_token_id: Of a masked language model, such as BERT: the logits of each token are
             those at its place with this token there instead (pseudo-perplexity), so that a text
             takes as many passes as it has tokens. None for models that predict the next token and
@@ -99,6 +79,12 @@ class ComprehensivenessSufficiency:
             of the text as it is.
         protected_ids: Token ids that are never removed, and whose likelihood does not count where
             tokens are masked, such as those of class and separator tokens.
+        options: How pairs are scored, ranked and protected, as
+            :class:`~captum_cw.removal.options.RemovalOptions` says: ``reduction``, ``scoring``,
+            ``ranking``, ``granularity``, ``rate_of``, ``protect_sinks``, ``sink_threshold``,
+            ``sink_space`` and ``seed``. With ``granularity="token"`` use ``reduction="sum"``: the
+            mean over queries ranks whole tokens badly, since it puts the last tokens, which few
+            queries see, on top.
 
     Raises:
         TypeError, ValueError: If a choice is unknown, or the rates are no fractions in order.
@@ -115,47 +101,27 @@ class ComprehensivenessSufficiency:
         self,
         model: nn.Module,
         rates: Sequence[float] | Mapping[Which, Sequence[float]] | None = None,
-        scoring: Scoring = "online",
-        scope: Scope = "layer",
-        rate_of: RateOf = "removable",
-        protect_sinks: bool = True,
-        sink_threshold: float = THRESHOLD,
-        sink_space: StateSpace = "normed",
-        metric: MetricName | Callable[..., Tensor] = "perplexity",
         *,
-        reduction: Reduction = "mean",
-        granularity: Granularity = "pair",
-        seed: int = 0,
+        quantity: QuantityName | Callable[..., Tensor] = "perplexity",
         mask_token_id: int | None = None,
         protected_ids: Sequence[int] = (),
+        **options: Unpack[RemovalKeywords],
     ) -> None:
         self.model: nn.Module = unwrapped(model)
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model is of type {type(model).__name__}: give the model itself.")
         check_self_attention(self.model)
-        check_scoring(scoring, scope)
-        check_choice("reduction", reduction, Reduction)
-        check_choice("granularity", granularity, Granularity)
         self.rates = checked_rates(rates)
-        self.scoring: Scoring = scoring
-        self.scope: Scope = scope
-        self.rate_of: RateOf = rate_of
-        self.sink_rule = SinkRule(sink_threshold if protect_sinks else None, sink_space)
-        self.metric = metric
-        self.reduction: Reduction = reduction
-        self.granularity: Granularity = granularity
-        self.seed = seed
+        self.options = RemovalOptions(**options)
+        self.quantity = quantity
         self.mask_token_id = mask_token_id
         self.protected_ids = list(protected_ids)
-        if mask_token_id is not None and metric in ("log_prob", "prob"):
+        if mask_token_id is not None and quantity in ("log_prob", "prob"):
             raise ValueError(
-                f"metric={metric!r} is of the token after the text, which a masked language model "
-                "does not predict: use 'perplexity', 'nll', 'kl' or a callable."
+                f"quantity={quantity!r} is of the token after the text, which a masked language "
+                "model does not predict: use 'perplexity', 'nll', 'kl' or a callable."
             )
-        self._quantity = quantity(metric)
-        for which, several in self.rates.items():
-            for rate in several:
-                Ranking(rate, which, scope, rate_of)  # raises where a choice is unknown
+        self._quantity = quantity_of(quantity)
 
     def evaluate(
         self,
@@ -217,7 +183,7 @@ class ComprehensivenessSufficiency:
             if resume_from is not None and processes.is_main:
                 # Reading all weights takes time, and only a file needs to know them again. They
                 # say which model it is, wherever it lies.
-                check_told({"metric": settings["metric"], **settings["methods"]})
+                check_told({"quantity": settings["quantity"], **settings["methods"]})
                 run = {name: x for name, x in settings.items() if name != "model"}
                 run["weights"] = fingerprint(self.model)
                 kept = stack.enter_context(Records(resume_from, run))
@@ -255,44 +221,24 @@ class ComprehensivenessSufficiency:
         return FaithfulnessResult(self.rates, {**settings, "processes": processes.count}, records)
 
     def _scorer(self, method: object) -> Method:
-        if isinstance(method, Tensor):
-            return TokenMethod(lambda batch: method)
-        if callable(method) and not isinstance(method, Attribution):
-            return TokenMethod(method)
-        whole = whole_token_scorer(method, self.reduction)
-        if whole is not None:
-            return TokenMethod(whole.attribute)
-        scorer = pair_scorer(method, self.reduction, self.seed)
+        scorer = scorer_of(method, self.options.reduction, self.options.seed)
         model = model_of(method)
-        return scorer if model in (None, self.model) else ForeignMethod(model, scorer)
+        if isinstance(scorer, TokenMethod) or model is None or model is self.model:
+            return scorer
+        return ForeignMethod(model, scorer)
 
     def _plan(self) -> Plan:
         return Plan(
-            self.model,
-            self.scoring,
-            self.scope,
-            self.rate_of,
-            self.sink_rule,
-            self.granularity,
-            self.mask_token_id,
-            self.protected_ids,
-            self._quantity,
+            self.model, self.options, self.mask_token_id, self.protected_ids, self._quantity
         )
 
     def _settings(self, methods: Mapping[str, object], target: object) -> dict[str, Any]:
         """What the numbers depend on, but the data and the model."""
         return {
-            "scoring": self.scoring,
-            "scope": self.scope,
-            "rate_of": self.rate_of,
+            **asdict(self.options),
             "rates": {which: list(rates) for which, rates in self.rates.items()},
-            "sink_threshold": self.sink_rule.threshold,
-            "sink_space": self.sink_rule.space,
-            "metric": described(self.metric, self.model),
+            "quantity": described(self.quantity, self.model),
             "higher_is_better": self._quantity.higher_is_better,
-            "reduction": self.reduction,
-            "granularity": self.granularity,
-            "seed": self.seed,
             "mask_token_id": self.mask_token_id,
             "protected_ids": self.protected_ids,
             "target": target.tolist() if isinstance(target, Tensor) else target,

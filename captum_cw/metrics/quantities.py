@@ -12,9 +12,9 @@ from torch import Tensor
 
 from captum_cw.functional import check_choice, widest
 
-__all__ = ["Logits", "MetricName", "Quantity", "mean_nll", "quantity"]
+__all__ = ["Logits", "Quantity", "QuantityName", "mean_nll", "quantity_of"]
 
-MetricName = Literal["perplexity", "nll", "log_prob", "prob", "kl"]
+QuantityName = Literal["perplexity", "nll", "log_prob", "prob", "kl"]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def last_token(real: Tensor) -> Tensor:
     return (real * places).argmax(1)
 
 
-QUANTITIES: dict[MetricName, Quantity] = {
+QUANTITIES: dict[QuantityName, Quantity] = {
     "perplexity": Quantity(_perplexity, of_text=True),
     "nll": Quantity(_nll, of_text=True),
     "log_prob": Quantity(_log_probability, higher_is_better=True, of_target=True),
@@ -152,15 +152,15 @@ QUANTITIES: dict[MetricName, Quantity] = {
 }
 
 
-def quantity(metric: MetricName | Callable[..., Tensor]) -> Quantity:
+def quantity_of(quantity: QuantityName | Callable[..., Tensor]) -> Quantity:
     """The quantity of that name, or one from a callable ``(logits, batch, clean_logits) -> (B,)``.
 
     A callable may have an attribute ``higher_is_better``; without it, less is better.
     """
-    if not callable(metric):
-        check_choice("metric", metric, MetricName)
-        return QUANTITIES[metric]
-    return Quantity(partial(_checked, metric), bool(getattr(metric, "higher_is_better", False)))
+    if not callable(quantity):
+        check_choice("quantity", quantity, QuantityName)
+        return QUANTITIES[quantity]
+    return Quantity(partial(_checked, quantity), bool(getattr(quantity, "higher_is_better", False)))
 
 
 def _checked(compute: Callable[..., Tensor], given: Logits) -> Tensor:
@@ -168,5 +168,5 @@ def _checked(compute: Callable[..., Tensor], given: Logits) -> Tensor:
     B = len(given.real)
     if not isinstance(values, Tensor) or values.shape != (B,):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"metric gave {shape}, not one number an example: ({B},).")
+        raise ValueError(f"quantity gave {shape}, not one number an example: ({B},).")
     return values.to(widest(values.device))

@@ -277,7 +277,7 @@ class FaithfulnessResult:
         from captum_cw.visualization.curves import plot_curves
 
         check_choice("statistic", statistic, Statistic)
-        what = self.settings["metric"] if statistic == "mean" else statistic
+        what = self.settings["quantity"] if statistic == "mean" else statistic
         return plot_curves(
             {
                 TITLES[side]: {

@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib.metadata import version
@@ -31,20 +31,20 @@ from torch import Tensor, nn
 from captum_cw._utils.files import read_json, write_json
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
-from captum_cw.capture import StateSpace
 from captum_cw.capture.model import evaluation_mode, unwrapped
 from captum_cw.capture.outputs import logits_of
-from captum_cw.functional import Reduction
 from captum_cw.metrics.faithfulness import checked_rates
 from captum_cw.metrics.identity import check_told, described, fingerprint
-from captum_cw.removal.interventions import Scoring, remove_tokens
-from captum_cw.removal.ranking import Scope, Which
+from captum_cw.removal.interventions import remove_tokens
+from captum_cw.removal.options import RemovalKeywords, RemovalOptions
+from captum_cw.removal.ranking import Which
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     import pandas as pd
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack  # in typing since Python 3.11
 
 __all__ = ["Score", "TaskResult", "evaluate_tasks"]
 
@@ -269,17 +269,12 @@ def evaluate_tasks(
     task_path: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 1,
-    scoring: Scoring = "online",
-    scope: Scope = "layer",
-    reduction: Reduction = "mean",
-    protect_sinks: bool = True,
-    sink_space: StateSpace = "normed",
-    seed: int = 0,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     resume_from: str | Path | None = None,
     show_progress: bool = False,
+    **options: Unpack[RemovalKeywords],
 ) -> TaskResult:
     """Runs tasks of lm-evaluation-harness with nothing removed, and by method and rate.
 
@@ -297,13 +292,6 @@ def evaluate_tasks(
             the harness's thousands are not looked through, which takes a quarter of a minute.
         limit: Only the first documents of each task; None for all.
         batch_size: Texts at once.
-        scoring: As for ``remove_tokens``.
-        scope: Likewise.
-        reduction: Likewise.
-        protect_sinks: Likewise.
-        sink_space: Likewise.
-        seed: Of ``"random"``, which draws anew for each batch: alone, what is drawn for a text
-            depends on ``batch_size``.
         num_fewshot: Examples before each document; None for what the task says. A task that says
             0 keeps to that.
         apply_chat_template: Asks in the tokenizer's chat template, as the harness's option of that
@@ -312,6 +300,8 @@ def evaluate_tasks(
         resume_from: A file that keeps every finished evaluation of a task; an interrupted run of
             the same settings, documents and model goes on from it, to the same numbers.
         show_progress: Shows a bar once it has taken two seconds.
+        options: How pairs are scored, ranked and protected, as for ``remove_tokens``. With
+            ``"random"``, what is drawn for a text depends on ``seed`` and ``batch_size``.
 
     Returns:
         Accuracy, with standard errors, by task, method and rate.
@@ -351,17 +341,9 @@ def evaluate_tasks(
         )
     several = checked_rates({which: rates})[which]
     model = unwrapped(model)
-    removal = partial(
-        remove_tokens,
-        which=which,
-        reduction=reduction,
-        scoring=scoring,
-        scope=scope,
-        protect_sinks=protect_sinks,
-        sink_space=sink_space,
-    )
+    chosen = RemovalOptions(**options)
     for method in methods.values():
-        with removal(model, method, several[0]):
+        with remove_tokens(model, method, several[0], which, **options):
             pass  # raises where a choice is unknown
     with _quiet_and_seeded():
         lm = _harness_model()(model, tokenizer, batch_size, dict(chat_template_kwargs or {}))
@@ -370,12 +352,7 @@ def evaluate_tasks(
         settings = {
             "which": which,
             "rates": list(several),
-            "scoring": scoring,
-            "scope": scope,
-            "reduction": reduction,
-            "protect_sinks": protect_sinks,
-            "sink_space": sink_space,
-            "seed": seed,
+            **asdict(chosen),
             "limit": limit,
             "batch_size": batch_size,
             "num_fewshot": num_fewshot,
@@ -390,8 +367,9 @@ def evaluate_tasks(
 
     def removed(method: object, rate: float, ids: Tensor) -> AbstractContextManager[None]:
         # Chance is drawn by place in the batch: by the texts, too, it differs between them.
-        own = zlib.crc32(f"{seed}/{ids.tolist()}".encode())
-        return removal(model, method, rate, seed=own)
+        own = zlib.crc32(f"{chosen.seed}/{ids.tolist()}".encode())
+        drawn: RemovalKeywords = {**options, "seed": own}
+        return remove_tokens(model, method, rate, which, **drawn)
 
     # By what tells it apart: nothing removed, then by method and rate.
     runs: dict[tuple[Any, ...], Removed] = {(): lambda ids: nullcontext()}

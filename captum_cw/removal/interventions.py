@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 from captum_cw.capture import (
     Execution,
     Observation,
-    StateSpace,
     UnsupportedModelError,
     ValueChange,
     around_passes,
@@ -39,17 +37,24 @@ from captum_cw.capture.model import uncompiled, unwrapped
 from captum_cw.capture.module_stack import running
 from captum_cw.capture.run import no_attention
 from captum_cw.capture.text_layers import TextLayers
-from captum_cw.functional import AttentionLayer, Reduction, blocks, check_choice
-from captum_cw.removal.ranking import RateOf, Scope, Which, chosen_pairs
-from captum_cw.removal.scoring import PairScorer, model_of, pair_scorer, space_of
-from captum_cw.removal.sinks import THRESHOLD, layer_sinks, real_tokens
+from captum_cw.functional import AttentionLayer, blocks
+from captum_cw.removal.options import Factors, RemovalKeywords, RemovalOptions, check_rate, kept
+from captum_cw.removal.ranking import Which
+from captum_cw.removal.scoring import (
+    PairScorer,
+    TokenMethod,
+    model_of,
+    pair_scorer,
+    scorer_of,
+    space_of,
+)
+from captum_cw.removal.sinks import real_tokens
 from captum_cw.removal.virtual_tokens import behind, behind_prefix, known_to, own_tokens
 
-__all__ = ["Scoring", "remove_tokens", "remove_values", "scale_values"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing since Python 3.11
 
-Scoring = Literal["online", "clean"]
-Factors = list[Tensor | None]
-"""What the values of each layer are multiplied by: ``(B|1, H|1, S)``, None where left alone."""
+__all__ = ["remove_tokens", "remove_values", "scale_values"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -62,15 +67,7 @@ def remove_tokens(
     method: object,
     rate: float,
     which: Which = "bottom",
-    reduction: Reduction = "mean",
-    scoring: Scoring = "online",
-    scope: Scope = "layer",
-    protect_sinks: bool = True,
-    sink_space: StateSpace = "normed",
-    *,
-    sink_threshold: float = THRESHOLD,
-    rate_of: RateOf = "removable",
-    seed: int = 0,
+    **options: Unpack[RemovalKeywords],
 ) -> Iterator[None]:
     """Every forward pass of ``model`` removes the pairs of head and token that score low, or high.
 
@@ -87,21 +84,15 @@ def remove_tokens(
         model: The model.
         method: A measure such as ``ContributionWeights(model)``, ``TokenScores`` around one
             (whose ``reduction`` and ``signed`` count), or a name: ``"contribution"``, ``"vwon"``,
-            ``"vw"``, ``"attention"``, ``"random"`` or a control.
+            ``"vw"``, ``"attention"``, ``"random"`` or a control. With ``granularity="token"`` also
+            a measure that scores whole tokens, such as ``ALTIWeights(model)``; or a callable of
+            the model's keyword arguments, or a tensor, that gives ``(B, T)`` scores.
         rate: The fraction of pairs to remove, in [0, 1].
         which: ``"bottom"`` (sufficiency) or ``"top"`` (comprehensiveness).
-        reduction: Of scores over queries.
-        scoring: ``"online"`` scores each layer in the pass itself, after the changes of earlier
-            layers; ``"clean"`` in an unchanged pass before it, so the model runs twice.
-        scope: Pairs are ranked over a ``"layer"``, each ``"head"``, or all layers
-            (``"global"``, which needs clean scoring).
-        protect_sinks: Never removes attention sinks.
-        sink_space: Of the hidden states by which sinks are found (see
-            :func:`captum_cw.removal.sinks.find_sinks`).
-        sink_threshold: Of their cosine with the first token.
-        rate_of: What ``rate`` is a fraction of: pairs that are ``"removable"``, or ``"all"``, so
-            that sinks use up a part of it.
-        seed: Of ``"random"``.
+        options: How pairs are scored, ranked and protected, as
+            :class:`~captum_cw.removal.options.RemovalOptions` says: ``reduction``, ``scoring``,
+            ``ranking``, ``granularity``, ``rate_of``, ``protect_sinks``, ``sink_threshold``,
+            ``sink_space`` and ``seed``.
 
     Raises:
         TypeError, ValueError: If a choice is unknown, or ``rate`` is no fraction.
@@ -110,16 +101,24 @@ def remove_tokens(
         >>> with remove_tokens(model, ContributionWeights(model), 0.5):
         ...     logits = model(input_ids).logits
     """
-    ranking = Ranking(rate, which, scope, rate_of)
-    check_scoring(scoring, scope)
-    sink_rule = SinkRule(sink_threshold if protect_sinks else None, sink_space)
+    check_rate(rate, which)
+    chosen = RemovalOptions(**options)
     if model_of(method) not in (None, unwrapped(model)):
         raise ValueError(
             "method belongs to another model: make it with this one, or give its name. (Scores of "
             "another model are for ComprehensivenessSufficiency.)"
         )
-    removal = OnlineRemoval if scoring == "online" else CleanRemoval
-    with removal(model, pair_scorer(method, reduction, seed), ranking, sink_rule).in_force():
+    scorer: PairScorer | TokenMethod
+    if chosen.granularity == "token":
+        scorer = scorer_of(method, chosen.reduction, chosen.seed)
+    else:
+        scorer = pair_scorer(method, chosen.reduction, chosen.seed)
+    if chosen.scores_before:
+        removal: _Intervention = CleanRemoval(model, scorer, rate, which, chosen)
+    else:
+        assert not isinstance(scorer, TokenMethod)
+        removal = OnlineRemoval(model, scorer, rate, which, chosen)
+    with removal.in_force():
         yield
 
 
@@ -185,21 +184,6 @@ def scale_values(
     chosen = [layers] if isinstance(layers, int) else layers
     with _Scaled(model, factor, places, None if chosen is None else list(chosen)).in_force():
         yield
-
-
-def check_scoring(scoring: Scoring, scope: Scope) -> None:
-    """Raises a ValueError where the two are unknown, or do not go together."""
-    check_choice("scoring", scoring, Scoring)
-    if scope == "global" and scoring == "online":
-        raise ValueError(
-            "scope='global' ranks all layers at once, but scoring='online' knows one after the "
-            "other: use scoring='clean'."
-        )
-
-
-def kept(removed: Tensor) -> Tensor | None:
-    """Factors for what is not removed; None where nothing is."""
-    return (~removed).float() if removed.any() else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -501,72 +485,6 @@ class _Scaled(_Intervention):
         return factors
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """Which pairs of head and token are removed, given their scores.
-
-    Args:
-        rate: The fraction.
-        which: ``"top"`` or ``"bottom"``.
-        scope: Of the ranking.
-        rate_of: What the rate is a fraction of.
-    """
-
-    rate: float
-    which: Which
-    scope: Scope = "layer"
-    rate_of: RateOf = "removable"
-
-    def __post_init__(self) -> None:
-        if (
-            isinstance(self.rate, bool)
-            or not isinstance(self.rate, Real)
-            or not 0 <= self.rate <= 1
-        ):
-            raise ValueError(f"rate={self.rate!r} is no fraction: give a number in [0, 1].")
-        check_choice("which", self.which, Which)
-        check_choice("scope", self.scope, Scope)
-        check_choice("rate_of", self.rate_of, RateOf)
-
-    def factors(
-        self, scores: Sequence[Tensor], real: Sequence[Tensor], sinks: Sequence[Tensor]
-    ) -> Factors:
-        """The factors of layers with these scores ``(B, H|1, S)``, real tokens and sinks."""
-        removed = chosen_pairs(scores, real, sinks, self.rate, self.which, self.scope, self.rate_of)
-        return [kept(pairs) for pairs in removed]
-
-
-@dataclass(frozen=True)
-class SinkRule:
-    """Which tokens are sinks.
-
-    Args:
-        threshold: Of the cosine with the first token; None: no token is one.
-        space: Of the hidden states that are compared.
-    """
-
-    threshold: float | None = THRESHOLD
-    space: StateSpace = "normed"
-
-    def __post_init__(self) -> None:
-        check_choice("sink_space", self.space, StateSpace)
-        if self.threshold is not None and not -1 <= self.threshold <= 1:
-            raise ValueError(
-                f"sink_threshold={self.threshold!r} is no cosine: give one in [-1, 1]."
-            )
-
-    @property
-    def needs(self) -> StateSpace | None:
-        """The hidden states that must be observed."""
-        return None if self.threshold is None else self.space
-
-    def sinks(self, execution: Execution, layer: AttentionLayer) -> Tensor:
-        """``(B, S)`` boolean."""
-        if self.threshold is None:
-            return torch.zeros_like(real_tokens(layer))
-        return layer_sinks(execution, layer, self.threshold)
-
-
 @dataclass
 class CleanPass:
     """What an unchanged pass shows, layer by layer.
@@ -596,7 +514,7 @@ class CleanPass:
         model: nn.Module,
         forward: Callable[[], Any],
         scorers: Mapping[str, PairScorer],
-        sink_rule: SinkRule,
+        options: RemovalOptions,
         told: Sequence[Tensor],
         text: TextLayers | None = None,
     ) -> CleanPass:
@@ -606,7 +524,7 @@ class CleanPass:
             model: The model.
             forward: Runs the pass.
             scorers: What scores the pairs of each layer, by name.
-            sink_rule: Which tokens are sinks.
+            options: Which tokens are protected sinks.
             told: For each sequence of tokens ``(B, T)``, False at padding.
             text: Tells the layers that read the text, which alone count; None where all do.
         """
@@ -620,7 +538,7 @@ class CleanPass:
             # Layers may lie on several devices, and are ranked together.
             home = seen.real[0].device if seen.real else layer.value.device
             seen.real.append(own_tokens(model, real_tokens(layer), told).to(home))
-            seen.sinks.append(sink_rule.sinks(execution, layer).to(home))
+            seen.sinks.append(options.sinks(execution, layer).to(home))
             if not layer.mask.causal and layer.T > 1:
                 ahead = _seen_ahead(layer).to(home)
                 seen.ahead = ahead if seen.ahead is None else seen.ahead | ahead
@@ -633,13 +551,35 @@ class CleanPass:
         space = space_of(scorers.values())
         known = known_to(model, told)
         observation = Observation(
-            [model], on_layer, real=known, states=sink_rule.needs, space=space, text=text
+            [model], on_layer, real=known, states=options.states, space=space, text=text
         )
         with torch.no_grad(), evaluating([model]), observation:
             seen.output = forward()
         if not seen.real:
             raise no_attention([model])
         return seen
+
+    def whole_tokens(
+        self,
+        rate: float,
+        which: Which,
+        options: RemovalOptions,
+        scores: Tensor,
+        kept: Sequence[Tensor],
+    ) -> Factors:
+        """The factors that remove whole tokens in all heads and layers.
+
+        Args:
+            rate: The fraction to remove.
+            which: ``"top"`` or ``"bottom"``.
+            options: How tokens are ranked.
+            scores: ``(B, S)``.
+            kept: For each layer ``(B, S)``, True at tokens that stay; a token that stays in one
+                layer stays in all.
+        """
+        stays = torch.stack([x.to(scores.device) for x in kept]).any(0)
+        factors = options.factors(rate, which, [scores[:, None]], self.real[:1], [stays])
+        return self.of_keys(factors * len(self.real))
 
     def of_keys(self, factors: Factors) -> Factors:
         """Factors of the tokens of each layer as those of its keys."""
@@ -666,15 +606,33 @@ def _seen_ahead(layer: AttentionLayer) -> Tensor:
     return torch.nn.functional.pad(reached[:, :-1] >= keys[1:], (1, 0)) & real
 
 
+def mean_of_pairs(scores: Sequence[Tensor]) -> Tensor:
+    """Scores of whole tokens, ``(B, S)``: means of pairs ``(B, H, S)`` over heads and layers."""
+    return torch.stack([layer.mean(1) for layer in scores]).mean(0)
+
+
 class CleanRemoval(_Intervention):
-    """Removes what scores say that are taken in an unchanged pass before."""
+    """Removes what scores of an unchanged pass rank, which runs first.
+
+    Args:
+        model: The model.
+        scorer: What scores the pairs of a layer, or whole tokens.
+        rate: The fraction to remove.
+        which: ``"top"`` or ``"bottom"``.
+        options: How pairs or tokens are ranked and protected.
+    """
 
     def __init__(
-        self, model: nn.Module, scorer: PairScorer, ranking: Ranking, sink_rule: SinkRule
+        self,
+        model: nn.Module,
+        scorer: PairScorer | TokenMethod,
+        rate: float,
+        which: Which,
+        options: RemovalOptions,
     ) -> None:
         super().__init__(model)
         check_self_attention(self.model)
-        self._scorer, self._ranking, self._sink_rule = scorer, ranking, sink_rule
+        self._scorer, self._rate, self._which, self._options = scorer, rate, which, options
 
     @contextmanager
     def _prompt(self, call: _Call) -> Iterator[None]:
@@ -686,18 +644,34 @@ class CleanRemoval(_Intervention):
         mask = alone.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 4:  # of a static cache
             alone["attention_mask"] = mask[..., : call.tokens.T]
+        scorer, options = self._scorer, self._options
         clean = CleanPass.run(
             self.model,
             partial(call.forward, **alone),
-            {"": self._scorer},
-            self._sink_rule,
+            {} if isinstance(scorer, TokenMethod) else {"": scorer},
+            options,
             call.tokens.told,
             call.tokens.text,
         )
-        factors = self._ranking.factors(clean.scores[""], clean.real, clean.sinks)
-        self._state.factors = clean.of_keys(factors)
+        if options.granularity == "token":
+            scores = self._token_scores(call.tokens, clean, alone)
+            kept = [s | ~r for s, r in zip(clean.sinks, clean.real, strict=True)]
+            factors = clean.whole_tokens(self._rate, self._which, options, scores, kept)
+        else:
+            pairs = clean.scores[""], clean.real, clean.sinks
+            factors = clean.of_keys(options.factors(self._rate, self._which, *pairs))
+        self._state.factors = factors
         with self._changed(call.tokens):
             yield
+
+    def _token_scores(self, tokens: Tokens, clean: CleanPass, inputs: Mapping[str, Any]) -> Tensor:
+        """The scores of whole tokens, ``(B, S)``."""
+        if not isinstance(self._scorer, TokenMethod):
+            return mean_of_pairs(clean.scores[""])
+        whole = clean.real[0]
+        shape = whole.shape if tokens.ids is None else tokens.ids.shape[:2]
+        scores = self._scorer.checked(own_copy(dict(inputs)), shape, whole.shape)
+        return behind(scores.to(whole.device), whole.shape[1])
 
 
 class OnlineRemoval(_Intervention):
@@ -706,8 +680,9 @@ class OnlineRemoval(_Intervention):
     Args:
         model: The model.
         scorer: What scores the pairs of a layer.
-        ranking: Which of them are removed.
-        sink_rule: Which tokens are sinks.
+        rate: The fraction to remove.
+        which: ``"top"`` or ``"bottom"``.
+        options: How pairs are ranked and protected.
         sinks: Those of each layer where they are known already, as from a clean pass.
     """
 
@@ -715,14 +690,15 @@ class OnlineRemoval(_Intervention):
         self,
         model: nn.Module,
         scorer: PairScorer,
-        ranking: Ranking,
-        sink_rule: SinkRule,
+        rate: float,
+        which: Which,
+        options: RemovalOptions,
         sinks: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__(model)
         check_self_attention(self.model)
-        self._scorer, self._ranking = scorer, ranking
-        self._sink_rule, self._sinks = sink_rule, sinks
+        self._scorer, self._rate, self._which = scorer, rate, which
+        self._options, self._sinks = options, sinks
 
     @contextmanager
     def _prompt(self, call: _Call) -> Iterator[None]:
@@ -733,7 +709,7 @@ class OnlineRemoval(_Intervention):
                 "attributed at the same time: use scoring='clean', or remove_values."
             )
         self._state.factors = []
-        states = self._sink_rule.needs if self._sinks is None else None
+        states = self._options.states if self._sinks is None else None
         space = space_of([self._scorer])
         tokens = call.tokens
         with Observation(
@@ -756,13 +732,13 @@ class OnlineRemoval(_Intervention):
         made, keys = self._state.factors, layer.S
         layer = behind_prefix(self.model, layer)
         if self._sinks is None:
-            sinks = self._sink_rule.sinks(execution, layer)
+            sinks = self._options.sinks(execution, layer)
         else:
             sinks = self._sinks[len(made)].to(layer.value.device)
         scores = self._scorer(layer, len(made))
         check_finite(scores, execution.name)
         real = own_tokens(self.model, real_tokens(layer), told)
-        (factors,) = self._ranking.factors([scores], [real], [sinks])
+        (factors,) = self._options.factors(self._rate, self._which, [scores], [real], [sinks])
         made.append(_of_keys(factors, keys))
         return made[-1]
 

@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["RateOf", "Scope", "Which", "chosen_pairs", "quota"]
+__all__ = ["RankingScope", "RateOf", "Which", "chosen_pairs", "quota"]
 
 Which = Literal["top", "bottom"]
-Scope = Literal["layer", "global", "head"]
+RankingScope = Literal["layer", "global", "head"]
 RateOf = Literal["removable", "all"]
 
 
@@ -38,7 +38,7 @@ def chosen_pairs(
     kept: Sequence[Tensor],
     rate: float,
     which: Which = "bottom",
-    scope: Scope = "layer",
+    ranking: RankingScope = "layer",
     rate_of: RateOf = "removable",
 ) -> list[Tensor]:
     """The pairs of highest or lowest score.
@@ -49,7 +49,7 @@ def chosen_pairs(
         kept: For each layer ``(B, S)`` boolean, True at tokens that are never chosen (sinks).
         rate: The fraction to choose, in [0, 1].
         which: ``"top"`` or ``"bottom"``.
-        scope: Pairs are ranked jointly over a ``"layer"``, over all layers (``"global"``), or
+        ranking: Pairs are ranked jointly over a ``"layer"``, over all layers (``"global"``), or
             within each ``"head"``; always within one example.
         rate_of: What ``rate`` is a fraction of: the pairs that may be chosen, or all real ones,
             of which those of kept tokens then use up a part of the quota.
@@ -70,10 +70,10 @@ def chosen_pairs(
         (r if rate_of == "all" else r & ~k)[:, None].expand_as(s)
         for s, r, k in zip(scores, real, kept, strict=True)
     ]
-    if scope == "global":
+    if ranking == "global":
         flat = _choose(_flat(scores), _flat(ranked), rate, which)
         parts = list(torch.split(flat, [s[0].numel() for s in scores], dim=1))
-    elif scope == "layer":
+    elif ranking == "layer":
         parts = [
             _choose(s.flatten(1), r.flatten(1), rate, which)
             for s, r in zip(scores, ranked, strict=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from captum_cw import measures
 from captum_cw.attr import TokenScores
+from captum_cw.attr._captum import Attribution
 from captum_cw.attr.measures import AttentionAttribution
 from captum_cw.functional import (
     AttentionLayer,
@@ -26,8 +27,10 @@ from captum_cw.removal.sinks import real_tokens
 __all__ = [
     "PairScorer",
     "RandomPairs",
+    "TokenMethod",
     "model_of",
     "pair_scorer",
+    "scorer_of",
     "space_of",
     "whole_token_scorer",
 ]
@@ -97,6 +100,64 @@ class RandomPairs:
         return scores.to(layer.value.device)
 
 
+@dataclass(frozen=True)
+class TokenMethod:
+    """Scores of whole tokens: a callable gives ``(B, T)`` for a batch."""
+
+    scores: Callable[[Any], Any]
+
+    def checked(self, batch: object, shape: Sequence[int], whole: Sequence[int]) -> Tensor:
+        """The scores of a batch.
+
+        Args:
+            batch: What the callable is given.
+            shape: ``(B, T)`` of the text.
+            whole: ``(B, S)`` of the layers, with virtual tokens before those of the text.
+
+        Returns:
+            ``(B, T)`` or ``(B, S)``.
+
+        Raises:
+            ValueError: If the scores have another shape, or are not finite.
+        """
+        with torch.enable_grad():  # gradients are how other methods score
+            scores = self.scores(batch)
+        if isinstance(scores, tuple) and len(scores) == 1:
+            (scores,) = scores
+        fits = isinstance(scores, Tensor) and tuple(scores.shape) in (tuple(shape), tuple(whole))
+        if not isinstance(scores, Tensor) or not fits:
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"The method gives scores {found}, but one score a token is needed, {tuple(shape)}."
+            )
+        if not scores.isfinite().all():
+            raise ValueError("The method gives scores that are NaN or infinite.")
+        return scores.detach()
+
+
+def scorer_of(
+    method: object, reduction: Reduction = "mean", seed: int = 0
+) -> PairScorer | TokenMethod:
+    """What scores pairs, or whole tokens, as ``method`` says.
+
+    Args:
+        method: As for :func:`pair_scorer`; a measure that scores whole tokens; or a callable of a
+            batch, or a tensor, that gives ``(B, T)`` scores.
+        reduction: Over queries, where ``method`` does not bring its own.
+        seed: Of ``"random"``.
+
+    Example:
+        >>> scorer_of(lambda batch: batch["input_ids"].float()).scores({"input_ids": input_ids})
+        tensor([[1., 2., 3., 4., 5.]])
+    """
+    if isinstance(method, Tensor):
+        return TokenMethod(lambda batch: method)
+    if callable(method) and not isinstance(method, Attribution):
+        return TokenMethod(method)
+    whole = whole_token_scorer(method, reduction)
+    return pair_scorer(method, reduction, seed) if whole is None else TokenMethod(whole.attribute)
+
+
 def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) -> PairScorer:
     """What scores pairs as ``method`` says.
 
@@ -118,9 +179,8 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
     if whole is not None:
         what = f"layers={whole.layers!r}" if whole is method else type(method).__name__
         raise ValueError(
-            f"{what} gives scores of whole tokens, but pairs of head and token are ranked here: "
-            "use ComprehensivenessSufficiency, which removes whole tokens by such scores, or "
-            "remove_values."
+            f"{what} gives scores of whole tokens, not of pairs of head and token: use "
+            "remove_tokens with granularity='token', or ComprehensivenessSufficiency."
         )
     if isinstance(method, TokenScores):
         if method.queries != "all":

@@ -287,7 +287,7 @@ _ITEMS = (
         "Removal by a ranking over all layers (Fig. 9)",
         "Contributions stay ahead, by less.",
         scoring="clean",
-        scope="global",
+        ranking="global",
     ),
     _removal_item(
         "F10",
