@@ -119,7 +119,8 @@ EXPLAINED = {
     SCORES: "`TokenScores(ContributionWeights(model))`, all layers and heads",
     DENSE: "`ContributionWeights(model).attribute(ids)`, the maps of all layers and heads",
     EAGER: "`model(ids, output_attentions=True)`: only attention weights, returned by the model",
-    GRADIENTS: f"Captum's `LayerIntegratedGradients` on the embeddings, {STEPS} steps, one at a time",
+    GRADIENTS: f"Captum's `LayerIntegratedGradients` on the embeddings, {STEPS} steps, one at a "
+    "time",
 }
 
 
@@ -351,8 +352,8 @@ def run(
             "attribution needs beyond a plain forward pass over the same unpadded input, without "
             "cache and logits.",
             "## Other libraries",
-            "`python benchmarks/peers.py` measures what one explanation costs in other libraries, in "
-            "passes and time. The README has a summary.",
+            "`python benchmarks/peers.py` measures what one explanation costs in other libraries, "
+            "in passes and time. The README has a summary.",
         ]
     )
 
