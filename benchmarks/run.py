@@ -113,13 +113,14 @@ CALLS: dict[str, Callable[[Any, Tensor], object]] = {
 }
 
 EXPLAINED = {
-    PLAIN: "`model(ids)` with SDPA, as a user runs it: all logits, and the cache it fills",
-    LAST: "the same without the cache and with the logits of the last token only: the harder "
-    "comparison, since attribution needs neither",
+    PLAIN: "`model(ids)` with SDPA, as a user runs it: with all logits and the cache",
+    LAST: "the same without the cache and with the logits of the last token only. This is the "
+    "harder comparison, because attribution needs neither",
     SCORES: "`TokenScores(ContributionWeights(model))`, all layers and heads",
     DENSE: "`ContributionWeights(model).attribute(ids)`, the maps of all layers and heads",
-    EAGER: "`model(ids, output_attentions=True)`: attention weights alone, by the model itself",
-    GRADIENTS: f"Captum's `LayerIntegratedGradients` on the embeddings, {STEPS} steps one by one",
+    EAGER: "`model(ids, output_attentions=True)`: only attention weights, returned by the model",
+    GRADIENTS: f"Captum's `LayerIntegratedGradients` on the embeddings, {STEPS} steps, one at a "
+    "time",
 }
 
 
@@ -337,21 +338,22 @@ def run(
             _legend(settings),
             "## Token scores against a forward pass",
             _ratio_table(results, lengths),
-            "Seconds of calls that alternate in one process, divided round by round: the median, "
-            f"and in brackets the smallest and largest of {settings.repeats}.",
+            "The calls alternate in one process, and their seconds are divided round by round. The "
+            "table shows the median, and in brackets the smallest and the largest of "
+            f"{settings.repeats} rounds.",
             "## Removal passes against a forward pass",
             _removal_table(results, lengths),
-            f"In the same way: passes without {REMOVED:.0%} of the pairs of head and token, ranked "
-            "by contributions. The one clean pass that sinks, and clean scores, come from is not "
-            "counted: it serves all methods and rates.",
+            f"The same for passes without {REMOVED:.0%} of the pairs of head and token, ranked by "
+            "contributions. The clean pass that gives the sinks and the clean scores is not "
+            "counted, because one pass serves all methods and rates.",
             "## Memory of token scores",
             _memory_table(results, memory_lengths),
-            f'Megabytes as above. The last column is "{SCORES}" less "{LAST}": what attribution '
-            "needs over a plain forward of the same unpadded input, which keeps neither cache nor "
-            "logits.",
+            f'Megabytes are measured as above. The last column is "{SCORES}" minus "{LAST}": what '
+            "attribution needs beyond a plain forward pass over the same unpadded input, without "
+            "cache and logits.",
             "## Other libraries",
-            "What one explanation costs in other libraries, in passes and time: "
-            "`python benchmarks/peers.py`, summed up in the README.",
+            "`python benchmarks/peers.py` measures what one explanation costs in other libraries, "
+            "in passes and time. The README has a summary.",
         ]
     )
 
@@ -384,11 +386,11 @@ def _legend(settings: Settings) -> str:
     explained = EXPLAINED if steps else {n: e for n, e in EXPLAINED.items() if n != GRADIENTS}
     lines = [f"* {name}: {explanation}" for name, explanation in explained.items()]
     if 0 < steps < STEPS:
-        lines[-1] += f"; the time is **extrapolated** from runs of 1 and {steps} steps"
+        lines[-1] += f". The time is **extrapolated** from runs of 1 and {steps} steps"
     return (
-        "Seconds are medians; megabytes are the resident memory that a call took beyond that of "
-        f"the loaded model, at its peak (sampled every {SAMPLED_EVERY * 1000:.0f} ms), its "
-        "result included.\n\n" + ".\n".join(lines) + "."
+        "Seconds are medians. Megabytes are the peak of the resident memory that a call took "
+        "beyond that of the loaded model, with its result (sampled every "
+        f"{SAMPLED_EVERY * 1000:.0f} ms).\n\n" + ".\n".join(lines) + "."
     )
 
 
