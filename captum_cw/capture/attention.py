@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from torch import Tensor, nn
 
 from captum_cw.capture.adapters import adapted
+from captum_cw.capture.dispatch import following
 from captum_cw.capture.functions import DirectAttention
 from captum_cw.capture.hf_registry import registered_kernels
 from captum_cw.capture.listeners import Listener, ValueChange, changing, listening
@@ -67,7 +68,8 @@ def _seen(modules: Collection[nn.Module]) -> Iterator[DirectAttention]:
         if active is not None and active[0] == thread:
             yield active[1]
             return
-        with DirectAttention() as direct:
+        direct = DirectAttention()
+        with following(direct):
             token = _direct.set((thread, direct))
             try:
                 yield direct

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelError, times
 from captum_cw.capture.caches import is_cache
+from captum_cw.capture.dispatch import Proceed
 from captum_cw.capture.listeners import ValueChange, alter, is_heard, taken_over
 from captum_cw.capture.module_stack import running
 from captum_cw.capture.positions import check_positions
@@ -87,11 +87,10 @@ class _Product:
     by_token: Callable[[Tensor], Tensor]
 
 
-class DirectAttention(TorchFunctionMode):
+class DirectAttention:
     """Sees the attention that runs in this thread outside of registered kernels, and changes it."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._softmax: _Probabilities | None = None
         self._missed: dict[nn.Module, None] = {}
         # Where queries or keys are normalised over another dimension: that is linear attention.
@@ -119,36 +118,32 @@ class DirectAttention(TorchFunctionMode):
         if softmax.logits.dim() > 3 or (T == S and softmax.of_tokens):
             self._missed[softmax.module] = None
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def __call__(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
-        kwargs = kwargs or {}
+        """Looks at a function of torch that runs."""
         check_positions(func, args, kwargs)
         if not is_heard():
-            return func(*args, **kwargs)
+            return proceed(func, args, kwargs)
         if func is torch.nn.functional.multi_head_attention_forward and running():
             self._missed[running()[-1].module] = None  # what is in it cannot be seen
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return self._fused(func, _arguments(*args, **kwargs))
+            return self._fused(func, _arguments(*args, **kwargs), proceed)
         if getattr(func, "__name__", "") in ("softmax", "softmax_"):
-            return self._started(func, args, kwargs)
+            return self._started(func, args, kwargs, proceed)
         if self._softmax is not None and any(id(x) in self._softmax.known for x in _flat(args)):
-            return self._followed(func, args, kwargs)
-        return func(*args, **kwargs)
+            return self._followed(func, args, kwargs, proceed)
+        return proceed(func, args, kwargs)
 
     # -- fused
 
-    def _fused(self, func: Any, given: dict[str, Any]) -> Tensor:
+    def _fused(self, func: Any, given: dict[str, Any], proceed: Proceed) -> Tensor:
         query, key, value, mask = (given[n] for n in ("query", "key", "value", "attn_mask"))
         found = _attention_module(query.shape[:-1]) if query.dim() == 4 else None
         if found is None:
             if running():
                 self._missed[running()[-1].module] = None
-            result: Tensor = func(**given)
+            result: Tensor = proceed(func, (), given)
             return result
         module, H, T = found[0], query.shape[1], query.shape[2]
         if value.shape[0] != query.shape[0]:  # all examples share them
@@ -158,7 +153,7 @@ class DirectAttention(TorchFunctionMode):
             if value.shape[1] != key.shape[1]:  # heads no longer share values
                 key = expand_heads(key, H)
             given = {**given, "key": key, "value": value}
-            result = func(**given)
+            result = proceed(func, (), given)
         if listener is None:
             return result
         if given["dropout_p"]:
@@ -186,16 +181,29 @@ class DirectAttention(TorchFunctionMode):
         if mask is not None and mask.dim() < 4:
             mask = mask[(None,) * (4 - mask.dim())]
         call = AttentionCall(
-            module, running(), query, key, value, mask, bool(given["is_causal"]) and T > 1,
-            given["scale"], result, _heads_second, None, None, scaled,
-        )  # fmt: skip
+            module=module,
+            running=running(),
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            causal=bool(given["is_causal"]) and T > 1,
+            scaling=given["scale"],
+            returned=result,
+            by_token=_heads_second,
+            weights=None,
+            dense_kernel=None,
+            scaled=scaled,
+        )
         listener(call)
         return result
 
     # -- a softmax, and the product with values
 
-    def _started(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = func(*args, **kwargs)
+    def _started(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
+    ) -> Any:
+        result = proceed(func, args, kwargs)
         logits = args[0] if args else kwargs.get("input")
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if isinstance(logits, Tensor) and logits.dim() > 2 and dim in (-1, logits.dim() - 1):
@@ -207,7 +215,9 @@ class DirectAttention(TorchFunctionMode):
             self._sideways = running()[-1].module
         return result
 
-    def _followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _followed(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
+    ) -> Any:
         softmax = self._softmax
         assert softmax is not None
         product = None
@@ -216,31 +226,44 @@ class DirectAttention(TorchFunctionMode):
         if product is not None and product.module is self._sideways:
             product = None
         if product is None:
-            result = func(*args, **kwargs)
+            result = proceed(func, args, kwargs)
             if isinstance(result, Tensor) and result.numel() == softmax.logits.numel():
                 softmax.known[id(result)] = result
             return result
         self._softmax = None
         module, H = product.module, product.weights.shape[1]
 
-        def of(value: Tensor) -> Tensor:
-            operands = [
+        def operands(value: Tensor) -> tuple[Any, ...]:
+            return tuple(
                 x if id(x) in softmax.known or not isinstance(x, Tensor) else product.given(value)
                 for x in _flat(args)
-            ]
-            again: Tensor = func(*operands, **kwargs)
+            )
+
+        def scaled(factors: Tensor) -> Tensor:
+            again: Tensor = func(*operands(times(expand_heads(value, H), factors)), **kwargs)
             return again
 
         with taken_over() as (listener, changes):
             value = _changed(changes, module, H, product.value)
-            result = func(*args, **kwargs) if value is product.value else of(value)
+            given = args if value is product.value else operands(value)
+            result = proceed(func, given, kwargs)
         if listener is not None:
             visible = _visible(softmax.logits.view_as(product.weights), product.weights)
             call = AttentionCall(
-                module, running(), None, None, value, visible, False, None,
-                result, product.by_token, product.weights, None,
-                lambda factors: of(times(expand_heads(value, H), factors)),
-            )  # fmt: skip
+                module=module,
+                running=running(),
+                query=None,
+                key=None,
+                value=value,
+                mask=visible,
+                causal=False,
+                scaling=None,
+                returned=result,
+                by_token=product.by_token,
+                weights=product.weights,
+                dense_kernel=None,
+                scaled=scaled,
+            )
             listener(call)
         return result
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.attention_call import TINY, UnsupportedModelError
+from captum_cw.capture.dispatch import Proceed, following
 from captum_cw.capture.rounding import product_rounding, rounding
 
 __all__ = [
@@ -140,15 +140,17 @@ class HeadFlow:
         """Whether a function is given something that comes from the head outputs."""
         return any(id(x) in self._known for x in _flat((*args, *kwargs.values())))
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
+    ) -> Any:
         """Runs a function on something that comes from the head outputs."""
         if self.recorded or in_place(func):
             self.overwritten |= in_place(func)
-            result = func(*args, **kwargs)
+            result = proceed(func, args, kwargs)
         else:
             given = _replaced((args, kwargs), {id(self.start): self.source})
             with torch.enable_grad():
-                result = _with_fixed_scale(func, *given)
+                result = _with_fixed_scale(func, *given, proceed)
         for x in _flat((result,)):
             self._known[id(x)] = x
         self._steps.append(_Step(func, args, kwargs, result))
@@ -229,9 +231,11 @@ def in_place(func: Any) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
-def _with_fixed_scale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _with_fixed_scale(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
+) -> Any:
     """Runs a function; the scale of a norm counts as a constant, as ALTI has it."""
-    result = func(*args, **kwargs)
+    result = proceed(func, args, kwargs)
     name = getattr(func, "__name__", "")
     if name in SCALES or (name in ("pow", "__pow__") and _exponent(args, kwargs) < 1):
         return result.detach()
@@ -279,35 +283,29 @@ def functions(
         listener: Is told of every linear product, right after it has run; where it returns a
             tensor, the model goes on with that in place of the result.
     """
-    with _Functions(flow, listener):
+    with following(_Functions(flow, listener)):
         yield
 
 
-class _Functions(TorchFunctionMode):
+class _Functions:
     def __init__(
         self,
         flow: Callable[[], HeadFlow | None],
         listener: Callable[[LinearProduct], Tensor | None],
     ) -> None:
-        super().__init__()
         self.flow, self.listener = flow, listener
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def __call__(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
-        kwargs = kwargs or {}
         flow = self.flow()
         linear = _is_linear(func, args, kwargs)
         touched = flow is not None and flow.touched(args, kwargs)
         if flow is not None and touched and not linear:
-            return flow.run(func, args, kwargs)
+            return flow.run(func, args, kwargs, proceed)
         # What autograd was asked for ends here.
         given = flow.plain((args, kwargs)) if flow is not None and touched else (args, kwargs)
-        result = func(*given[0], **given[1])
+        result = proceed(func, *given)
         if not linear:
             return result
         if func is torch.addmm:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from captum_cw.capture.dispatch import Proceed, following
 
 __all__ = ["check_positions", "longest_text", "too_long"]
 
@@ -57,26 +58,26 @@ def longest_text(run: Callable[[], Any]) -> int | None:
     Returns:
         The number; None where the model looks nothing up.
     """
-    with _Lookups() as lookups:
+    lookups = _Lookups()
+    with following(lookups):
         run()
     return min(lookups.limits, default=None)
 
 
-class _Lookups(TorchFunctionMode):
+class _Lookups:
     """Notes for each table of positions how long a text may be."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.limits: list[int] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    def __call__(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
-        found = _lookup(func, args, kwargs or {})
+        found = _lookup(func, args, kwargs)
         run = None if found is None else found.run()
         if found is not None and run is not None:
             self.limits.append(found.size - run[0])
-        return func(*args, **(kwargs or {}))
+        return proceed(func, args, kwargs)
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,15 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from captum_cw.capture.attention_call import UnsupportedModelError, same_numbers
+from captum_cw.capture.dispatch import Proceed, following
 from captum_cw.capture.hidden_states import GivenStates
 from captum_cw.capture.output_projection import in_place, same_place
 from captum_cw.capture.rounding import rounding
@@ -87,7 +88,7 @@ class _Path:
         return output
 
 
-class ResidualUpdates(TorchFunctionMode):
+class ResidualUpdates:
     """Follows attention outputs in this thread, while :meth:`watching` lasts.
 
     Args:
@@ -95,7 +96,6 @@ class ResidualUpdates(TorchFunctionMode):
     """
 
     def __init__(self, roots: Collection[nn.Module]) -> None:
-        super().__init__()
         self._modules = {module for root in roots for module in root.modules()}
         self._path: _Path | None = None
 
@@ -111,7 +111,7 @@ class ResidualUpdates(TorchFunctionMode):
                     stack.callback(handle.remove)
             token = _following.set(self)
             try:
-                with self:
+                with following(self):
                     yield
             finally:
                 _following.reset(token)
@@ -193,28 +193,24 @@ class ResidualUpdates(TorchFunctionMode):
                 return
         path.norm = None  # now, since what was computed here is none of the model's
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def __call__(
+        self, func: Any, args: tuple[Any, ...], given: dict[str, Any], proceed: Proceed
     ) -> Any:
-        given = kwargs or {}
+        """Looks at a function of torch that runs."""
         path = self._path
         if path is None or path.norm is not None or _following.get() is not self:
-            return func(*args, **given)
+            return proceed(func, args, given)
         if not any(same_place(x, path.now) for x in (*args, *given.values())):
-            return func(*args, **given)
+            return proceed(func, args, given)
         name = getattr(func, "__name__", str(func))
         if path.given is not None and name in SUMS and not path.inside and path.added is None:
             path.update = _update(path)
             path.added = path.given.by_example(path.now).clone()
         if path.added is not None:
-            return self._with_others(path, name, func, args, given)
+            return self._with_others(path, name, partial(proceed, func, args, given), args, given)
         changes = in_place(func) or "out" in given
         if not changes:
-            result = func(*args, **given)
+            result = proceed(func, args, given)
             if not isinstance(result, Tensor):  # a shape, or the like
                 return result
             if same_place(result, path.now) or (not path.inside and _follows(name, args, given)):
@@ -224,18 +220,23 @@ class ResidualUpdates(TorchFunctionMode):
                 return result
         if path.inside:
             path.norm = path.inside[-1]
-            return func(*args, **given) if changes else result
+            return proceed(func, args, given) if changes else result
         if name not in SUMS:
             raise _unknown(path, f"{name!r}")
         update = _update(path)
         self._path = None
         other = path.found(update, None)
         if other is None:
-            return func(*args, **given) if changes else result
-        return _with(func, args, given, path.now, path.taken(other))
+            return proceed(func, args, given) if changes else result
+        return proceed(func, *_replaced(args, given, path.now, path.taken(other)))
 
     def _with_others(
-        self, path: _Path, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        path: _Path,
+        name: str,
+        run: Callable[[], Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Runs a function on an output that has joined others, the stream among them or not."""
         others = [
@@ -249,8 +250,8 @@ class ResidualUpdates(TorchFunctionMode):
         if path.sum is not None:
             if joins:  # the sum itself goes on
                 self._finish(path, path.sum)
-                return func(*args, **kwargs)
-            result = func(*args, **kwargs)
+                return run()
+            result = run()
             if not _made_of(result, path.now):
                 return result
             if not path.inside:
@@ -262,7 +263,7 @@ class ResidualUpdates(TorchFunctionMode):
         assert added is not None
         # What is changed in place is not what it was.
         stream = others[0].clone() if joins and given.holds(others[0]) else None
-        result = func(*args, **kwargs)
+        result = run()
         if not joins and (not isinstance(result, Tensor) or same_place(result, path.now)):
             return result
         if not joins or path.inside:
@@ -322,15 +323,23 @@ def _follows(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return name in PRODUCTS and len(others) == 1
 
 
-def _with(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
-) -> Any:
-    """The function with another tensor in the place of one."""
+def _replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with another tensor in the place of one."""
 
     def changed(x: Any) -> Any:
         return new.view(x.shape) if same_place(x, old) else x
 
-    return func(*map(changed, args), **{name: changed(x) for name, x in kwargs.items()})
+    return tuple(map(changed, args)), {name: changed(x) for name, x in kwargs.items()}
+
+
+def _with(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
+) -> Any:
+    """Runs the function with another tensor in the place of one."""
+    args, kwargs = _replaced(args, kwargs, old, new)
+    return func(*args, **kwargs)
 
 
 def _gain_and_bias(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
