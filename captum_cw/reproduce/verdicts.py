@@ -201,14 +201,12 @@ def explains_more(
         folds = result.tables["folds"]
         folds = folds[folds.group == group]
         folds = folds.pivot_table(index="fold", columns="components", values="r2")
-        strongest = folds[losers].max(axis=1)
+        lead = folds[winner] - folds[losers].max(axis=1)
         table = result.to_dataframe()
         r2 = table[table.group == group].set_index("components").r2
         best = r2[losers].idxmax()
         figures = f"R2 {r2[winner]:.3f}, {best} {r2[best]:.3f}"
-        return _verdict(
-            figures, (folds[winner] > strongest).all(), (folds[winner] < strongest).all()
-        )
+        return _verdict(figures, (lead > 0).all(), (lead < 0).all())
 
     return judge
 

@@ -134,9 +134,8 @@ def plot_attention_and_contribution(
             _label_axis(ax.yaxis, "query", queries if n % grid.shape[-1] == 0 else None)
     for attention_row, contribution_row in grid:
         _add_colorbar(fig, attention_row, "attention weight", weights[~blank])
-        bar = _add_colorbar(
-            fig, contribution_row, "contribution (fraction of output)", shares[~blank]
-        )
+        unit = "contribution (fraction of output)"
+        bar = _add_colorbar(fig, contribution_row, unit, shares[~blank])
         if paper_scale:
             bar.set_ticks([-0.01, 0, 0.05, 0.1, 0.15])
     return fig, axes[:, : len(pairs)]

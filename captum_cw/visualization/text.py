@@ -26,9 +26,7 @@ def normalized_scores(
     length = len(tokens)
     for position in skip:
         if not -length <= position < length:
-            raise ValueError(
-                f"skip holds {position}, which is not a position of the {length} tokens"
-            )
+            raise ValueError(f"skip holds {position}, which is not a position of {length} tokens")
     if not scores:
         raise ValueError("scores are empty, expected a dict of method names and (T,) tensors")
     counted = torch.ones(length, dtype=torch.bool, device="cpu")
