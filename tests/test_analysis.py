@@ -576,7 +576,9 @@ def test_a_sink_of_factor_zero_is_one_whose_value_is_not_there() -> None:
 
 
 def test_without_a_sink_there_is_nothing_to_scale() -> None:
-    with pytest.raises(ValueError, match=r"epsilon=0.99: in no layer.*the most is 0\.\d+"):
+    with pytest.raises(
+        ValueError, match=r"epsilon=0.99: the first token is not a sink.*attention is 0\.\d+"
+    ):
         sink_scaling(llama(), batches(), epsilon=0.99)
 
 
@@ -955,7 +957,7 @@ def test_drawn_heads_are_different() -> None:
         ({"pairs": []}, ValueError, "pairs"),
         ({"count": 0}, ValueError, "count=0"),
         ({"length": 1}, ValueError, "length=1"),
-        ({"tokens": ["a"]}, ValueError, "1 tokens are named, but 9"),
+        ({"tokens": ["a"]}, ValueError, "tokens has 1 names, but 9"),
     ],
 )
 def test_maps_that_are_not_there_are_refused(options: Any, error: Any, message: str) -> None:
@@ -1129,7 +1131,7 @@ def with_dead_heads() -> nn.Module:
 
 
 @every
-@pytest.mark.filterwarnings("ignore:.*attention outputs vanish")
+@pytest.mark.filterwarnings("ignore:.*attention outputs (vanish|are zero)")
 def test_heads_that_give_nothing_make_no_nan(name: str, tmp_path: Path) -> None:
     result = ANALYSES[name](with_dead_heads(), some())
     undefined = {
@@ -1146,7 +1148,7 @@ def test_heads_that_give_nothing_make_no_nan(name: str, tmp_path: Path) -> None:
     equal(result, AnalysisResult.load(tmp_path / "result.json"))
 
 
-@pytest.mark.filterwarnings("ignore:.*attention outputs vanish")
+@pytest.mark.filterwarnings("ignore:.*attention outputs (vanish|are zero)")
 def test_what_dead_heads_do_is_counted() -> None:
     model = with_dead_heads()
     pairs = sum(T * (T + 1) // 2 for T in LENGTHS[:2])
@@ -1167,7 +1169,7 @@ def test_what_dead_heads_do_is_counted() -> None:
     assert (norms.k == 0).sum() == 5
 
 
-@pytest.mark.filterwarnings("ignore:.*attention outputs vanish")
+@pytest.mark.filterwarnings("ignore:.*attention outputs (vanish|are zero)")
 def test_a_model_that_attends_to_no_effect_is_still_described() -> None:
     model: Any = llama()
     with torch.no_grad():
@@ -1189,7 +1191,7 @@ def test_models_that_look_ahead_are_refused(name: str) -> None:
     if name == "maps":  # which speak of no first token that all see
         assert len(ANALYSES[name](model, some()).settings["pairs"]) == 4
         return
-    with pytest.raises(ValueError, match="is bidirectional, but this analysis speaks of causal"):
+    with pytest.raises(ValueError, match="is bidirectional, but this analysis needs a causal"):
         ANALYSES[name](model, some())
 
 
@@ -1276,8 +1278,8 @@ def test_half_precision_runs(name: str) -> None:
     [
         ({"layer": 0}, ValueError, "layer=0, head=None: give both"),
         ({"head": 0}, ValueError, "layer=None, head=0: give both"),
-        ({"layer": 2, "head": 0}, IndexError, "layer=2, head=0: there is no such head"),
-        ({"layer": 0, "head": -1}, IndexError, "layer=0, head=-1: there is no such head"),
+        ({"layer": 2, "head": 0}, IndexError, "layer=2, head=0: this head does not exist"),
+        ({"layer": 0, "head": -1}, IndexError, "layer=0, head=-1: this head does not exist"),
     ],
 )
 def test_heads_that_are_not_there_are_refused(

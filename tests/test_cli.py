@@ -288,7 +288,7 @@ def test_reproduce_as_json_holds_the_verdicts(
     assert (study["model"], study["data"]) == ("model", "letters")
     assert [item["name"] for item in study["items"]] == ["T2", "F4"]
     assert study["items"][0]["refused"] is None
-    assert "no tasks were asked for" in study["items"][1]["refused"]
+    assert "no tasks were given" in study["items"][1]["refused"]
     verdicts = {claim["verdict"] for claim in study["claims"]}
     assert "not run" in verdicts
     assert verdicts & {"holds", "does not hold", "undecided"}

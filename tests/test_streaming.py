@@ -56,7 +56,7 @@ def test_texts_come_from_tokenizers_and_loaders(tiny_tokenizer: Any) -> None:
         ("a text", TypeError, "type str"),
         ([[1, 2, 3]], TypeError, "type list"),
         ({"attention_mask": torch.ones(1, 3)}, TypeError, "input_ids"),
-        ([], ValueError, "no text"),
+        ([], ValueError, "batches is empty"),
         (torch.ones(2, 1, dtype=torch.long), ValueError, "Text 0 has 1 tokens.* 2 or more"),
         (
             {"input_ids": token_ids(1, 3), "attention_mask": torch.ones(1, 4)},
@@ -146,7 +146,7 @@ def test_outputs_that_vanish_are_counted_once_for_all_texts() -> None:
     texts = texts_of(token_ids(2, 5))
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight.zero_()
-    with pytest.warns(UserWarning, match="10 attention outputs vanish") as told:
+    with pytest.warns(UserWarning, match="10 attention outputs are zero") as told:
         run_texts(model, texts, lambda seen: None)
     assert len(told) == 1
 
@@ -239,7 +239,7 @@ def test_a_sample_is_not_changed_through_the_rows_it_was_given() -> None:
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_sample_of_nothing_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"size={size} keeps nothing"):
+    with pytest.raises(ValueError, match=f"size must be 1 or more, got {size}"):
         Reservoir(size, 0)
 
 

@@ -459,7 +459,7 @@ def one_layer(heads: int) -> nn.Module:
 
 def test_few_heads_are_refused_by_name_and_one_layer_is_enough() -> None:
     for heads in (1, 2):
-        with pytest.raises(ValueError, match=f"Of {heads} heads {heads} differ"):
+        with pytest.raises(ValueError, match=f"Only {heads} of {heads} heads differ"):
             head_regimes(one_layer(heads), token_ids(), size=2)
     assert len(head_regimes(one_layer(4), token_ids(), size=2).to_dataframe()) == 4
     for heads in (1, 4):
@@ -624,7 +624,7 @@ def test_results_come_back_from_disk(results: list[AnalysisResult], tmp_path: Pa
 
 def test_figures_are_labelled(results: list[AnalysisResult]) -> None:
     titles = [
-        ["Sets and the other keys", "Beyond random sets", "Best size by context", "Sinks and rec"],
+        ["Separation", "Excess over random", "Best size by context", "Sinks and rec"],
         ["Regime of each head", "Heads, means over queries, N = 4"],
         ["Norms of values", "Similarity of values", "Attention by rank"],
     ]
@@ -654,18 +654,18 @@ def test_bidirectional_models_are_refused(analysis: Any) -> None:
     ("analysis", "options", "message"),
     [
         (token_selection, {"sizes": ()}, r"sizes=\[\]: give at least one"),
-        (token_selection, {"sizes": (2, 2)}, "none twice"),
-        (token_selection, {"sizes": (1,)}, "any key alone has an F of one"),
-        (token_selection, {"sizes": (0, 1)}, "a size=0: give an integer from 1"),
+        (token_selection, {"sizes": (2, 2)}, "each size once"),
+        (token_selection, {"sizes": (1,)}, "a single key always has an F of one"),
+        (token_selection, {"sizes": (0, 1)}, "a size=0: give an integer of at least 1"),
         (token_selection, {"sizes": (20,)}, "has 20 tokens, but this analysis needs 21"),
         (token_selection, {"distance": "dot"}, "distance='dot' is unknown"),
-        (token_selection, {"queries": 0}, "queries=0: give an integer from 1"),
+        (token_selection, {"queries": 0}, "queries=0: give an integer of at least 1"),
         (token_selection, {"random_sets": 1.5}, "random_sets=1.5: give an integer"),
-        (head_regimes, {"size": 0}, "size=0: give an integer from 1"),
+        (head_regimes, {"size": 0}, "size=0: give an integer of at least 1"),
         (head_regimes, {"size": 20}, "has 20 tokens, but this analysis needs 21"),
         (head_regimes, {"distance": "dot"}, "distance='dot' is unknown"),
         (head_regimes, {"queries": -1}, "queries=-1"),
-        (selection_assumptions, {"ranks": 4}, "ranks=4: two lines need 8 or more"),
+        (selection_assumptions, {"ranks": 4}, "ranks=4: the fit of two lines needs at least 8"),
         (selection_assumptions, {"ranks": 21}, "has 20 tokens, but this analysis needs 21"),
         (selection_assumptions, {"queries": True}, "queries=True: give an integer"),
     ],

@@ -1,7 +1,8 @@
-"""What value geometry does: analyses of a model over texts.
+"""Analyses of attention layers over texts: contributions, sinks, selection, reference frames.
 
-Each is a function of a model and token batches that gives a small result: numbers, tables, a
-picture, on disk and back. They need the extra ``captum-cw[analysis]``.
+Each analysis is a function of a model and token batches. It returns a small result with numbers
+and tables, which can be plotted, saved and loaded. The analyses need the extra
+``captum-cw[analysis]``.
 """
 
 from captum_cw.analysis.assumptions import selection_assumptions

@@ -1,9 +1,9 @@
-"""What a theory of token selection takes for granted, measured.
+"""Measurements of what a theory of token selection assumes.
 
-The bounds of arXiv 2602.01893 rest on three assumptions: values have stable norms, with the first
-token's compressed; their similarity decays exponentially with distance; and the profile of
-attention weights is piecewise. The paper's constants and the bounds themselves are not in our
-sources. What is measured here is how far each assumption holds, in forms that are ours.
+The bounds of arXiv 2602.01893 rest on three assumptions: values have stable norms, except for a
+smaller first one; their similarity decays exponentially with distance; and attention by rank is
+piecewise. The paper's constants and bounds are not known to us. How far each assumption holds is
+measured here by our rules.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_cw.analysis.result import AnalysisResult, Picture
+from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
 from captum_cw.analysis.selection_geometry import check_count, draw_queries, terms_of
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 
@@ -28,40 +28,40 @@ if TYPE_CHECKING:
 
 __all__ = ["SelectionAssumptions", "selection_assumptions"]
 
-#: Ranks that a two-piece fit needs: twice the numbers that it has.
-FEWEST_RANKS = 8
+#: The ranks that a two-piece fit needs: twice its four parameters.
+MIN_RANKS = 8
 FORMS = ("exponential", "exponential + constant")
 
 
 class SelectionAssumptions(AnalysisResult):
-    """What :func:`captum_cw.analysis.selection_assumptions` found.
+    """The result of :func:`captum_cw.analysis.selection_assumptions`.
 
     ``numbers``: the medians over layers and heads of ``value_norm_cv`` and ``first_over_mean``, and
-    the share of heads with a ``compressed_first`` value; of the similarity by distance, its
-    ``similarity_length`` in tokens, ``similarity_r2`` and ``similarity_r2_constant`` (the
-    exponential alone, and with a constant added to it); of the profile of attention,
-    ``one_piece_r2``, ``two_piece_r2`` and the ``break_rank``, with ``two_piece_gain``, the median
-    over heads of the difference of their two R2.
+    the fraction of heads with a ``compressed_first`` value (smaller than the mean). For the
+    similarity by distance: ``similarity_length`` in tokens, ``similarity_r2`` (exponential) and
+    ``similarity_r2_constant`` (exponential plus a constant). For the attention profile:
+    ``one_piece_r2``, ``two_piece_r2``, ``break_rank``, and ``two_piece_gain``, the median over
+    heads of the difference of the two R2.
 
-    ``tables``, of which the first is the main one:
+    ``tables``, with the main table first:
 
-    * ``value_norms``: by ``layer`` and key-value ``head``, over the values of all tokens but the
-      first: their ``mean`` norm and its coefficient of variation ``cv``; and ``first_over_mean``,
-      the first token's norm over that mean.
-    * ``similarity``: by ``distance`` in tokens, the mean ``cosine`` of two values, over layers,
-      heads and texts, from how many ``pairs`` a head, and what each fit says.
-    * ``similarity_fits``: for the mean over layers (``layer`` -1) and each layer, and for each
-      ``form``: ``amplitude * exp(-distance / length) + constant`` and its ``r2``.
-    * ``profile``: by ``rank``, the mean ``weight`` of the key of that rank, over layers, heads and
-      queries, and what each fit says.
-    * ``profile_fits``: for that mean (``layer`` and ``head`` -1) and each head: ``one_piece_r2``,
+    * ``value_norms``, by ``layer`` and key-value ``head``, over the values of all tokens but the
+      first: the ``mean`` norm and its coefficient of variation ``cv``; and ``first_over_mean``, the
+      first token's norm divided by that mean.
+    * ``similarity``, by ``distance`` in tokens: the mean ``cosine`` of two values over layers,
+      heads and texts, the number of ``pairs`` per head, and the value of each fit.
+    * ``similarity_fits``, for the mean over layers (``layer`` -1), each layer and each ``form``:
+      ``amplitude * exp(-distance / length) + constant`` and its ``r2``.
+    * ``profile``, by ``rank``: the mean ``weight`` of the key of that rank over layers, heads and
+      queries, and the value of each fit.
+    * ``profile_fits``, for that mean (``layer`` and ``head`` -1) and each head: ``one_piece_r2``,
       ``two_piece_r2``, ``break_rank`` and the slopes ``slope``, ``slope_before``, ``slope_after``.
 
-    A fit that cannot be made is NaN.
+    A fit is NaN if it is not possible.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Value norms by layer, similarity by distance, attention by rank; with their fits."""
+        """Plot value norms by layer, similarity by distance and attention by rank, with fits."""
         from captum_cw.analysis.figures.selection import plot_selection_assumptions
 
         return plot_selection_assumptions(self.tables, self.numbers, use_pyplot=use_pyplot)
@@ -76,31 +76,33 @@ def selection_assumptions(
     seed: int = 0,
     show_progress: bool = False,
 ) -> SelectionAssumptions:
-    """How stable value norms are, how similarity decays, and what shape attention has by rank.
+    """Measure value norms, the decay of similarity, and the shape of attention by rank.
+
+    By our rules:
 
     * Values are ``v_j``, before ``W_O``, of each key-value head. The first token is left out of
-      norms and similarities, and set beside the others.
-    * Fits to similarity weigh each distance by its number of pairs; their R2, against a constant,
-      which has 0, is so weighted too.
+      norms and similarities, and compared with the others.
+    * The fits to similarity weight each distance by its number of pairs, and so does their R2. A
+      constant has an R2 of 0.
     * The profile is the mean of a row's weights by rank, over queries that see at least ``ranks``
-      keys, so that all ranks have the same queries. Fits are to its logarithm by the logarithm of
-      the rank: one straight line, or two that meet at the rank that fits best. The second cannot
-      fit worse; it says something by how much it fits better. All ranks weigh the same, so that
-      the many late ones count most.
+      keys, so that all ranks have the same queries. The fits are to its logarithm by the logarithm
+      of the rank: one straight line, or two lines that meet at the rank that fits best. Two lines
+      can never fit worse than one, so only the difference is meaningful. All ranks have the same
+      weight, so the many late ranks count most.
 
     Args:
         model: A causal language model.
-        batches: Token ids, or an iterable of batches; texts of 16 tokens or more.
+        batches: Token ids, or an iterable of batches. Texts need 16 or more tokens.
         ranks: How many ranks the profile has; None for half the tokens of the shortest text.
-        queries: How many random queries of each text make the profile; None for all.
-        seed: Of the queries.
-        show_progress: Shows a bar over the texts.
+        queries: How many random queries of each text to use for the profile; None uses all.
+        seed: Random seed of the queries.
+        show_progress: Show a progress bar over the texts after two seconds.
 
     Returns:
         A :class:`SelectionAssumptions`.
 
     Raises:
-        ValueError: If a text is too short, ``ranks`` is below 8, ``queries`` cannot be, the window
+        ValueError: If a text is too short, ``ranks`` is below 8, ``queries`` is invalid, the window
             of every layer has fewer than ``ranks`` keys, or the model is not causal.
 
     Example:
@@ -114,10 +116,10 @@ def selection_assumptions(
         check_count("queries", queries)
     if ranks is not None:
         check_count("ranks", ranks)
-    texts = texts_of(batches, shortest=max(2 * FEWEST_RANKS, ranks or 0))
+    texts = texts_of(batches, shortest=max(2 * MIN_RANKS, ranks or 0))
     ranks = min(map(len, texts)) // 2 if ranks is None else ranks
-    if ranks < FEWEST_RANKS:
-        raise ValueError(f"ranks={ranks}: two lines need {FEWEST_RANKS} or more.")
+    if ranks < MIN_RANKS:
+        raise ValueError(f"ranks={ranks}: the fit of two lines needs at least {MIN_RANKS}.")
     drawn = [
         draw_queries(len(ids), ranks - 1, queries, seed, text) for text, ids in enumerate(texts)
     ]
@@ -140,36 +142,32 @@ def selection_assumptions(
     )
     if not any(found.profile[:, -1].any() for found in sums.values()):
         raise ValueError(f"No query sees {ranks} keys: give fewer ranks.")
-    pairs = np.array([sum(max(len(ids) - 1 - lag, 0) for ids in texts) for lag in _lags(lags)])
+    pairs = np.array(
+        [sum(max(len(ids) - 1 - lag, 0) for ids in texts) for lag in range(1, lags + 1)]
+    )
     tables = {
         "value_norms": _norms_table(sums),
         **_similarity_tables(sums, pairs),
         **_profile_tables(sums, ranks),
     }
-    settings = {
-        "ranks": ranks, "queries": queries, "seed": seed, "texts": len(texts),
-        "tokens": sum(map(len, texts)), "layers": layers,
-    }  # fmt: skip
+    settings = settings_of(texts, ranks=ranks, queries=queries, seed=seed, layers=layers)
     return SelectionAssumptions(settings, _numbers(tables), tables)
 
 
 class _Sums(NamedTuple):
-    """Of one layer: ``(H_kv, 5)``, ``(H_kv, lags)`` and ``(H, ranks + 1)``."""
+    """The sums of one layer: ``(H_kv, 5)``, ``(H_kv, lags)`` and ``(H, ranks + 1)``."""
 
     norms: Tensor
     similarity: Tensor
     profile: Tensor
 
 
-def _lags(count: int) -> range:
-    return range(1, count + 1)
-
-
 def norm_sums(value: Tensor) -> Tensor:
-    """Of values ``(H_kv, T, d_h)``: their number, norms and squared norms, but for the first; it.
+    """Sum the norms of values ``(H_kv, T, d_h)``, with the first token apart.
 
     Returns:
-        ``(H_kv, 5)``: the number, the two sums, the norm of the first, and a one.
+        ``(H_kv, 5)``: the number of later tokens, the sum of their norms and of their squared
+        norms, the norm of the first token, and a one.
 
     Example:
         >>> norm_sums(torch.tensor([[[1.0], [2.0], [4.0]]])).tolist()
@@ -182,14 +180,14 @@ def norm_sums(value: Tensor) -> Tensor:
 
 
 def similarity_sums(value: Tensor, lags: int) -> Tensor:
-    """``sum_i cos(v_i, v_(i + lag))`` for the lags ``1, ..., lags``.
+    """Compute ``sum_i cos(v_i, v_(i + lag))`` for the lags ``1, ..., lags``.
 
-    It is the autocorrelation of the unit vectors, hence the inverse Fourier transform of their
-    power: no map of all pairs.
+    This is the autocorrelation of the unit vectors: the inverse Fourier transform of their power
+    spectrum. It needs no map of all pairs.
 
     Args:
-        value: ``(H_kv, T, d_h)``; a value that is zero has the cosine zero with all.
-        lags: How many; those beyond the text are zero.
+        value: ``(H_kv, T, d_h)``. The cosine with a zero value is zero.
+        lags: The number of lags. Lags beyond the text are zero.
 
     Returns:
         ``(H_kv, lags)``.
@@ -201,46 +199,46 @@ def similarity_sums(value: Tensor, lags: int) -> Tensor:
     """
     T = value.shape[1]
     unit = torch.nn.functional.normalize(value, dim=-1)
-    # Padded to twice the length, so that the end does not meet the start.
+    # Padding to twice the length keeps the end from wrapping around to the start.
     power = torch.fft.rfft(unit, 2 * T, dim=1).abs().square().sum(-1)
     found = torch.fft.irfft(power, 2 * T, dim=1)[:, 1 : min(T, lags + 1)]
     return torch.nn.functional.pad(found, (0, lags - found.shape[1])).cpu()
 
 
 def profile_sums(attention: Tensor, seen: Tensor, ranks: int) -> Tensor:
-    """Sums of the weights by rank, over queries that see at least ``ranks`` keys.
+    """Sum the attention weights by rank, over queries that see at least ``ranks`` keys.
 
     Args:
         attention: ``(H, Q, S)``.
-        seen: How many keys each query sees, ``(H or 1, Q)``.
-        ranks: How many ranks.
+        seen: The number of keys that each query sees, ``(H or 1, Q)``.
+        ranks: The number of ranks.
 
     Returns:
-        ``(H, ranks + 1)``, the number of queries last.
+        ``(H, ranks + 1)``; the last column is the number of queries.
 
     Example:
         >>> profile_sums(torch.tensor([[[0.2, 0.5, 0.3]]]), torch.tensor([[3]]), 2).tolist()
         [[0.5, 0.30..., 1.0]]
     """
     counts = (seen >= ranks)[..., None].expand(*attention.shape[:2], 1)
-    if attention.shape[-1] < ranks:  # then no query counts
+    if attention.shape[-1] < ranks:  # then every query sees too few keys
         return torch.zeros(len(attention), ranks + 1, dtype=torch.float64, device="cpu")
     top = attention.topk(ranks, dim=-1).values
     return (torch.cat([top, torch.ones_like(top[..., :1])], -1) * counts).sum(1).cpu()
 
 
 def fit_decay(distance: Array, cosine: Array, pairs: Array, *, constant: bool) -> Array:
-    """Least squares of ``amplitude * exp(-distance / length) + constant``, weighted by pairs.
+    """Fit ``amplitude * exp(-distance / length) + constant`` by least squares, weighted by pairs.
 
     Args:
         distance: ``(n,)``.
-        cosine: ``(n,)``, the mean at each.
-        pairs: ``(n,)``, their numbers.
-        constant: Whether there is one.
+        cosine: The mean cosine at each distance, ``(n,)``.
+        pairs: The number of pairs at each distance, ``(n,)``.
+        constant: Fit a constant too.
 
     Returns:
-        Amplitude, length, constant and R2; NaN where there is no more to fit than numbers, or
-        the cosine does not vary.
+        Amplitude, length, constant and R2. They are NaN if there are too few distances, or the
+        cosine is constant.
     """
     from scipy.optimize import curve_fit
 
@@ -255,14 +253,19 @@ def fit_decay(distance: Array, cosine: Array, pairs: Array, *, constant: bool) -
 
     far = float(distance.max())
     low, high = [-2.0, 1e-2, -1.0], [2.0, 1e3 * far, 1.0]
-    for length in (1.0, far**0.5, far):  # the best length depends on where one starts
+    for length in (1.0, far**0.5, far):  # local minima: the result depends on the start
         start = [cosine[0] - (cosine[-1] if constant else 0), length, cosine[-1]]
         try:
             found, _ = curve_fit(
-                decay, distance, cosine, np.clip(start, low, high)[:parameters],
-                sigma=pairs**-0.5, bounds=(low[:parameters], high[:parameters]), max_nfev=2000,
-            )  # fmt: skip
-        except RuntimeError:  # no convergence from here
+                decay,
+                distance,
+                cosine,
+                np.clip(start, low, high)[:parameters],
+                sigma=pairs**-0.5,
+                bounds=(low[:parameters], high[:parameters]),
+                max_nfev=2000,
+            )
+        except RuntimeError:  # did not converge from this start
             continue
         missed = np.average((cosine - decay(distance, *found)) ** 2, weights=pairs)
         r2 = 1 - missed / spread
@@ -272,7 +275,7 @@ def fit_decay(distance: Array, cosine: Array, pairs: Array, *, constant: bool) -
 
 
 class LogLogFits(NamedTuple):
-    """One line and two through the logarithms; ``fitted`` are weights, ``(2, n)``."""
+    """The fits of one and of two lines to logarithms; ``fitted`` has the weights, ``(2, n)``."""
 
     one_piece_r2: float
     two_piece_r2: float
@@ -284,11 +287,11 @@ class LogLogFits(NamedTuple):
 
 
 def fit_profile(weights: Array) -> LogLogFits:
-    """Fits one line, and two that meet, to ``log weight`` by ``log rank``.
+    """Fit one line, and two lines that meet, to ``log weight`` by ``log rank``.
 
     Args:
-        weights: ``(n,)`` by rank. Ranks from the first weight that is zero on are left out; with
-            fewer than 8 left, or all alike, the fits are NaN.
+        weights: The weights by rank, ``(n,)``. The fit uses the ranks before the first zero weight.
+            The fits are NaN if fewer than 8 ranks are left, or all weights are equal.
 
     Example:
         >>> rank = np.arange(1.0, 33)
@@ -300,7 +303,7 @@ def fit_profile(weights: Array) -> LogLogFits:
     fitted = np.full((2, len(weights)), np.nan)
     x, y = np.log(np.arange(1, positive + 1)), np.log(weights[:positive])
     spread = float(((y - y.mean()) ** 2).sum()) if positive else 0.0
-    if positive < FEWEST_RANKS or spread <= 1e-20:
+    if positive < MIN_RANKS or spread <= 1e-20:
         nan = float("nan")
         return LogLogFits(nan, nan, nan, nan, nan, nan, fitted)
 
@@ -322,6 +325,7 @@ def fit_profile(weights: Array) -> LogLogFits:
 
 
 def _norms_table(sums: Mapping[int, _Sums]) -> pd.DataFrame:
+    """Return a row for each layer and key-value head."""
     import pandas as pd
 
     parts = []
@@ -329,7 +333,7 @@ def _norms_table(sums: Mapping[int, _Sums]) -> pd.DataFrame:
         count, total, squares, first, texts = found.norms.numpy().T
         mean = total / count
         variance = np.maximum(squares / count - mean**2, 0)
-        size = np.where(mean > 0, mean, np.nan)  # a head without values has neither figure
+        size = np.where(mean > 0, mean, np.nan)  # NaN for a head whose values are all zero
         columns = {
             "mean": mean,
             "cv": variance**0.5 / size,
@@ -340,6 +344,7 @@ def _norms_table(sums: Mapping[int, _Sums]) -> pd.DataFrame:
 
 
 def _similarity_tables(sums: Mapping[int, _Sums], pairs: Array) -> dict[str, pd.DataFrame]:
+    """Return the mean cosine by distance, and the fits by layer."""
     import pandas as pd
 
     distance = np.arange(1.0, len(pairs) + 1)
@@ -362,6 +367,7 @@ def _similarity_tables(sums: Mapping[int, _Sums], pairs: Array) -> dict[str, pd.
 
 
 def _profile_tables(sums: Mapping[int, _Sums], ranks: int) -> dict[str, pd.DataFrame]:
+    """Return the mean weight by rank, and the fits by head."""
     import pandas as pd
 
     profiles = {
@@ -374,7 +380,12 @@ def _profile_tables(sums: Mapping[int, _Sums], ranks: int) -> dict[str, pd.DataF
     fits = {place: fit_profile(weights) for place, weights in profiles.items()}
     one, two = fits[-1, -1].fitted
     profile = pd.DataFrame(
-        {"rank": list(_lags(ranks)), "weight": profiles[-1, -1], "one_piece": one, "two_piece": two}
+        {
+            "rank": range(1, ranks + 1),
+            "weight": profiles[-1, -1],
+            "one_piece": one,
+            "two_piece": two,
+        }
     )
     rows = [(*place, *fit[:-1]) for place, fit in fits.items()]
     columns = ["layer", "head", *LogLogFits._fields[:-1]]
@@ -382,9 +393,10 @@ def _profile_tables(sums: Mapping[int, _Sums], ranks: int) -> dict[str, pd.DataF
 
 
 def _numbers(tables: Mapping[str, pd.DataFrame]) -> dict[str, float]:
+    """Return the headline numbers."""
     norms, profile = tables["value_norms"], tables["profile_fits"]
     similarity = tables["similarity_fits"]
-    alone, raised = (
+    exponential, with_constant = (
         similarity[(similarity["layer"] == -1) & (similarity["form"] == form)].iloc[0]
         for form in FORMS
     )
@@ -393,9 +405,9 @@ def _numbers(tables: Mapping[str, pd.DataFrame]) -> dict[str, float]:
         "value_norm_cv": float(norms["cv"].median()),
         "first_over_mean": float(norms["first_over_mean"].median()),
         "compressed_first": float((norms["first_over_mean"].dropna() < 1).mean()),
-        "similarity_length": float(alone["length"]),
-        "similarity_r2": float(alone["r2"]),
-        "similarity_r2_constant": float(raised["r2"]),
+        "similarity_length": float(exponential["length"]),
+        "similarity_r2": float(exponential["r2"]),
+        "similarity_r2_constant": float(with_constant["r2"]),
         "one_piece_r2": float(first["one_piece_r2"]),
         "two_piece_r2": float(first["two_piece_r2"]),
         "break_rank": float(first["break_rank"]),

@@ -1,15 +1,16 @@
-"""One attention map as a graph over tokens, its sinks, and how far heads are from their average.
+"""One attention map as a graph over tokens: its sinks, and the divergence of heads from their mean.
 
 After *What are you sinking? A geometric approach on attention sink* (arXiv 2508.02546). ``A`` is
-a layer's attention averaged over heads, ``(T, T)``. Its graph at a threshold ``t`` is
+the attention of a layer averaged over heads, ``(T, T)``. Its graph at a threshold ``t`` is
 
     B = 1[A > t] with a zero diagonal,   W = max(B, B^T),   L = D - W,
 
-where ``D`` holds the degrees of ``W``; :func:`graph_numbers` says how nearly that is a star. Sinks
-are the keys that receive most (:func:`received_attention`, :func:`sinks_above`).
+where ``D`` holds the degrees of ``W``. :func:`graph_numbers` measures how close the graph is to a
+star. Sinks are the keys that receive the most attention (:func:`received_attention`,
+:func:`sinks_above`).
 
-The paper's topological step is left out: it degenerates on causal maps, where attention runs one
-way only. Where attention can be negative, its absolute value counts.
+The paper's topological step is left out. It degenerates on causal maps, because attention goes in
+one direction only. If attention is negative, its absolute value is used.
 """
 
 from __future__ import annotations
@@ -38,25 +39,26 @@ __all__ = [
 ]
 
 
-#: A query follows a key if it gives it this many times an even share of its attention, or more.
-OF_EVEN = 2.0
-#: Keys are compared if this part of the queries that see the most seen key see them, or more.
-FEWEST = 0.25
+#: A query follows a key if the attention is at least this many times that of a uniform row.
+FOLLOWER_FACTOR = 2.0
+#: A key can be a sink if it has at least this fraction of the queries of the most visible key.
+MIN_QUERY_FRACTION = 0.25
 
 
 class GraphNumbers(NamedTuple):
-    """What the graph of one attention map looks like.
+    """Measures of the graph of one attention map.
 
     Attributes:
-        edges: Directed edges, as a share of all ``n (n - 1)``.
-        fiedler: The second smallest eigenvalue of ``L``: 0 for a graph in several parts, 1 for a
-            star, ``n`` for a complete graph.
+        edges: The number of directed edges, as a fraction of ``n (n - 1)``.
+        fiedler: The second smallest eigenvalue of ``L``: 0 for a disconnected graph, 1 for a star,
+            ``n`` for a complete graph.
         gap: The third smallest eigenvalue minus the second; NaN for two tokens.
-        centralisation: Freeman's, of the degrees of ``W``: 1 for a star, 0 where all are equal;
-            NaN for two tokens.
-        degree_variance: Of the degrees of ``W``, over all tokens.
+        centralisation: Freeman's centralisation of the degrees of ``W``: 1 for a star, 0 if all
+            degrees are equal; NaN for two tokens.
+        degree_variance: The variance of the degrees of ``W`` over tokens.
         star_likeness: The largest in-degree of ``B``, divided by ``n - 1``.
-        star_gini: 0.3 of that, and 0.7 of the Gini coefficient of the in-degrees.
+        star_gini: 0.3 times ``star_likeness`` plus 0.7 times the Gini coefficient of the
+            in-degrees.
     """
 
     edges: float
@@ -69,11 +71,12 @@ class GraphNumbers(NamedTuple):
 
 
 def graph_numbers(attention: Tensor, threshold: float) -> GraphNumbers:
-    """The graph of an attention map at a threshold, in numbers.
+    """Measure the graph of an attention map at a threshold.
 
     Args:
-        attention: Averaged over heads, ``(T, T)``, of two tokens or more; rows are queries.
-        threshold: An edge is where attention is greater.
+        attention: Attention averaged over heads, ``(T, T)``, of two or more tokens. Rows are
+            queries.
+        threshold: Attention above this is an edge.
 
     Example:
         >>> star = torch.zeros(5, 5)
@@ -87,14 +90,14 @@ def graph_numbers(attention: Tensor, threshold: float) -> GraphNumbers:
     directed = attention.numpy(force=True) > threshold
     np.fill_diagonal(directed, False)
     n = len(directed)
-    both_ways = (directed | directed.T).astype(np.float64)
-    degrees = both_ways.sum(0)
-    lowest = eigvalsh(np.diag(degrees) - both_ways, subset_by_index=(0, min(2, n - 1)))
+    undirected = (directed | directed.T).astype(np.float64)
+    degrees = undirected.sum(0)
+    lowest = eigvalsh(np.diag(degrees) - undirected, subset_by_index=(0, min(2, n - 1)))
     received = directed.sum(0)
     star = float(received.max()) / (n - 1)
     return GraphNumbers(
         edges=float(received.sum()) / (n * (n - 1)),
-        fiedler=max(0.0, float(lowest[1])),  # it is none below zero but by rounding
+        fiedler=max(0.0, float(lowest[1])),  # rounding can make it negative
         gap=float(lowest[2] - lowest[1]) if n > 2 else float("nan"),
         centralisation=(
             float((degrees.max() - degrees).sum()) / ((n - 1) * (n - 2)) if n > 2 else float("nan")
@@ -106,7 +109,7 @@ def graph_numbers(attention: Tensor, threshold: float) -> GraphNumbers:
 
 
 def _gini(x: Array) -> float:
-    """The Gini coefficient of numbers that are not negative; 0 where all are zero."""
+    """Compute the Gini coefficient of nonnegative numbers; 0 if all are zero."""
     n, total = len(x), float(x.sum())
     if total == 0:
         return 0.0
@@ -114,13 +117,13 @@ def _gini(x: Array) -> float:
 
 
 class Received(NamedTuple):
-    """What each key receives from other tokens, ``(T,)`` each.
+    """The attention that each key receives from other tokens, ``(T,)`` each.
 
     Attributes:
-        mean: Attention, averaged over the other queries that can see the key; 0 if there is none.
-        followers: The share of those queries that give it at least twice what they would if they
-            spread their attention evenly over what they see.
-        queries: How many they are.
+        mean: The mean attention from the other queries that can see the key; 0 if none can.
+        followers: The fraction of these queries that give the key at least twice the attention of a
+            uniform row.
+        queries: The number of these queries.
     """
 
     mean: Array
@@ -129,23 +132,25 @@ class Received(NamedTuple):
 
     @property
     def compared(self) -> Array:
-        """Which keys can be sinks: those that a quarter as many see as see any key, or more.
+        """Which keys can be sinks: by our rule, those that enough queries see.
 
-        The mean of a key that few queries see says little: the last but one of a causal map is
-        seen by its neighbour alone, and every token looks at its neighbours.
+        Enough is a quarter of the queries that see the most visible key. The mean of a key that few
+        queries see says little: only one other token sees the last but one token of a causal map,
+        and every token attends to its neighbours.
         """
-        enough: Array = self.queries >= max(1.0, FEWEST * self.queries.max())
+        enough: Array = self.queries >= max(1.0, MIN_QUERY_FRACTION * self.queries.max())
         return enough
 
 
 def received_attention(attention: Tensor, visible: Tensor) -> Received:
-    """How much attention each key receives from the other tokens that can see it.
+    """Compute how much attention each key receives from the other tokens that can see it.
 
-    A token's attention to itself is left out, as in the graph: a sink draws it from others.
+    The attention of a token to itself is left out, as in the graph: a sink attracts the attention
+    of other tokens.
 
     Args:
-        attention: Averaged over heads, ``(T, T)``.
-        visible: Which keys a query can see, boolean ``(T, T)``.
+        attention: Attention averaged over heads, ``(T, T)``.
+        visible: Which keys each query can see, boolean ``(T, T)``.
 
     Example:
         >>> a = torch.tensor([[1.0, 0.0, 0.0], [0.75, 0.25, 0.0], [0.75, 0.125, 0.125]])
@@ -154,21 +159,21 @@ def received_attention(attention: Tensor, visible: Tensor) -> Received:
         ([0.75, 0.125, 0.0], [0.5, 0.0, 0.0], [2.0, 1.0, 0.0])
     """
     a, sees = attention.double(), visible.double()
-    even = a.sum(-1, keepdim=True) / sees.sum(-1, keepdim=True).clamp(min=1)
+    uniform = a.sum(-1, keepdim=True) / sees.sum(-1, keepdim=True).clamp(min=1)
     others = sees.clone().fill_diagonal_(0)
     queries = others.sum(0)
     mean, followers = (
         ((x * others).sum(0) / queries.clamp(min=1)).numpy(force=True)
-        for x in (a, a >= OF_EVEN * even)
+        for x in (a, a >= FOLLOWER_FACTOR * uniform)
     )
     return Received(mean, followers, queries.numpy(force=True))
 
 
 def sinks_above(received: Received, percentile: float) -> Array:
-    """The sinks of a map: keys that receive as much as a percentile of the keys, or more.
+    """Select the sinks: keys whose received attention reaches a percentile of all keys.
 
-    Only keys that enough queries see are compared; those that receive the least of all are no
-    sinks, so that a map in which all receive the same has none.
+    Only keys that enough queries see are compared (:attr:`Received.compared`). Keys that receive
+    the least are never sinks, so a map in which all keys receive the same has none.
 
     Returns:
         Boolean ``(T,)``.
@@ -189,21 +194,21 @@ def sinks_above(received: Received, percentile: float) -> Array:
 
 
 def head_divergence(layer: AttentionLayer, average: Tensor, sinks: Tensor) -> Tensor:
-    """How far the heads are from their average, with and without the columns of sinks.
+    """Compute how far heads diverge from their mean, with and without the columns of sinks.
 
-    For each query and head, ``KL(a_i^h || A_i)``, and the same after the columns of sinks are left
-    out of both rows and what remains is renormalised. A row with nothing left (all of a head's
-    attention is on sinks, as the first query's of a causal map is on itself) has no such
-    divergence: it is left out of both means, and counted.
+    For each query and head, this is ``KL(a_i^h || A_i)``. Without sinks, their columns are left out
+    of both rows, and the rest is renormalised. If all attention of a row is on sinks, nothing is
+    left, as for the first query of a causal map. Such a row has no divergence: it is left out of
+    both means and counted.
 
     Args:
-        layer: One example.
+        layer: A layer with one example.
         average: Its attention averaged over heads, ``(T, T)``.
-        sinks: Boolean ``(P, T)``: ``P`` sets of columns.
+        sinks: ``P`` sets of columns, boolean ``(P, T)``.
 
     Returns:
-        ``(4, P)``, float64: the sums of both divergences, in nats; how many rows they are over;
-        and how many have nothing left.
+        ``(4, P)``, float64: the sums of both divergences in nats, the number of rows they are over,
+        and the number of rows with nothing left.
 
     Example:
         >>> a = torch.tensor([[[[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]]])
@@ -213,25 +218,28 @@ def head_divergence(layer: AttentionLayer, average: Tensor, sinks: Tensor) -> Te
         [0.143..., 0.0, 3.0, 1.0]
     """
     average = average.double()
-    keep = torch.cat([torch.ones_like(sinks[:1]), ~sinks]).double().T  # the first leaves all
-    left_of_average = average @ keep
+    keep = torch.cat([torch.ones_like(sinks[:1]), ~sinks]).double().T  # row 0 keeps all columns
+    average_left = average @ keep
     out = torch.zeros(4, len(sinks), dtype=torch.float64, device=average.device)
     for rows, (block,) in map_blocks(layer, attention):
         a, n = block[0].double().abs(), block.shape[-1]
         terms = torch.xlogy(a, a) - torch.xlogy(a, average[rows, :n])
         left = a @ keep[:n]
         # sum_j p_j ln(p_j / q_j) with p = a / left and q = A / left of A.
-        divergence = (terms @ keep[:n]) / left + (left_of_average[rows] / left).log()
-        some = left[..., 1:] > 0
-        out[0] += torch.where(some, divergence[..., :1], 0).sum((0, 1))
-        out[1] += torch.where(some, divergence[..., 1:], 0).sum((0, 1))
-        out[2] += some.sum((0, 1))
-        out[3] += (~some).sum((0, 1))
+        divergence = (terms @ keep[:n]) / left + (average_left[rows] / left).log()
+        not_empty = left[..., 1:] > 0
+        out[0] += torch.where(not_empty, divergence[..., :1], 0).sum((0, 1))
+        out[1] += torch.where(not_empty, divergence[..., 1:], 0).sum((0, 1))
+        out[2] += not_empty.sum((0, 1))
+        out[3] += (~not_empty).sum((0, 1))
     return out
 
 
 def average_map(layer: AttentionLayer) -> tuple[Tensor, Tensor]:
-    """Attention averaged over heads, and which keys a query sees in any head: ``(T, T)`` each."""
+    """Return the attention averaged over heads, and which keys a query sees in any head.
+
+    Both have shape ``(T, T)``.
+    """
     average = layer.value.new_zeros(layer.T, layer.S, dtype=torch.float64)
     visible = torch.zeros_like(average, dtype=torch.bool)
     for rows, (block,) in map_blocks(layer, attention):

@@ -1,12 +1,13 @@
 """The three factors of a contribution: attention, relative norm and cosine (Eq. 14).
 
-What each explains of contributions (Tables 1 and 3 of arXiv 2606.07604), how they go together
-(Table 2), how they are spread (Fig. 7), and what the cosine does to attention (section D.6).
+These analyses measure how much of contributions each factor explains (Tables 1 and 3 of arXiv
+2606.07604), how the factors correlate (Table 2), how they are distributed (Fig. 7), and how the
+cosine changes attention (section D.6).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_cw.analysis.result import AnalysisResult, Picture
+from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
 from captum_cw.analysis.streaming import Batches, Reservoir, SeenLayer, run_texts, texts_of
 from captum_cw.functional import (
     AttentionLayer,
@@ -41,18 +42,20 @@ __all__ = [
 ]
 
 FACTORS = ("attention", "relative norm", "cosine")
-#: The factors that a row of Table 1 multiplies.
+#: The products of factors in Table 1, one for each row.
 SUBSETS = tuple(subset for n in (1, 2) for subset in combinations(range(3), n))
 GROUPS = ("all", "first", "others")
 FOLDS = 5
-#: Points of a scatter plot.
+#: The number of points in a scatter plot.
 SHOWN = 4000
 
 Array = np.ndarray[Any, Any]
 
 
-def _blocks(seen: SeenLayer, *measures: Measure) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """Blocks of maps ``(H, t, n)``, each after where queries see keys, ``(H, t, n)``."""
+def _map_blocks_with_mask(
+    seen: SeenLayer, *measures: Measure
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+    """Yield blocks of visible keys and of maps, each ``(H, t, n)``."""
     for rows, found in map_blocks(seen.layer, *measures):
         shape = found[0].shape
         visible = seen.layer.mask.block(rows)
@@ -61,8 +64,8 @@ def _blocks(seen: SeenLayer, *measures: Measure) -> Iterator[tuple[Tensor, tuple
         yield visible.expand(shape)[0], tuple(x[0] for x in found)
 
 
-def _columns(where: Tensor, maps: tuple[Tensor, ...], sample: Reservoir) -> None:
-    """Adds to a sample what maps hold at the cells ``where``."""
+def _sample_cells(where: Tensor, maps: tuple[Tensor, ...], sample: Reservoir) -> None:
+    """Add the values of the maps at the cells ``where`` to a sample."""
     cells = where.flatten().nonzero()[:, 0]
     if not len(cells):
         return
@@ -71,18 +74,18 @@ def _columns(where: Tensor, maps: tuple[Tensor, ...], sample: Reservoir) -> None
 
 
 class ComponentRegression(AnalysisResult):
-    """How much of contributions each product of their factors explains (Tables 1 and 3).
+    """How much of contributions each product of factors explains (Tables 1 and 3).
 
     Attributes:
-        numbers: For each group and product of factors R2, as ``"others: attention x cosine"``; for
-            logarithms ``"dropped"``, points of the samples with a factor of zero.
-        tables: ``"regression"``: a row for each ``components`` and ``group`` with the ``slope``,
-            ``r2`` (centred), ``r2_uncentred``, ``r2_held_out`` (mean over folds) and ``points``;
-            ``"folds"``: the held-out ``r2`` of each ``fold``.
+        numbers: R2 for each group and product of factors, as ``"others: attention x cosine"``. For
+            logarithms, ``"dropped"`` is the number of points with a factor of zero.
+        tables: ``"regression"``: a row for each product (``components``) and ``group``, with the
+            ``slope``, ``r2`` (centred), ``r2_uncentred``, ``r2_held_out`` (mean over folds) and
+            number of ``points``. ``"folds"``: the held-out ``r2`` of each ``fold``.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """R2 of each product of factors, a panel for each group."""
+        """Plot the R2 of each product of factors, with a panel for each group."""
         from captum_cw.analysis.figures.geometry import plot_regression
 
         return plot_regression(self.to_dataframe(), use_pyplot=use_pyplot)
@@ -97,27 +100,28 @@ def component_regression(
     seed: int = 0,
     show_progress: bool = False,
 ) -> ComponentRegression:
-    """Regresses contributions on products of their factors (Eq. 18; Tables 1 and 3).
+    """Regress contributions on products of their factors (Eq. 18; Tables 1 and 3).
 
-    For each subset ``S`` of attention, relative norm and cosine, inter-head contributions are
-    fitted by ``c = b0 * product of S``, without an intercept. The paper takes 5 million points of
-    32 texts of up to 512 tokens.
+    For each subset ``S`` of attention, relative norm and cosine, the fit of inter-head
+    contributions is ``c = b0 * product of S``, without an intercept. The paper uses 5 million
+    points of 32 texts of up to 512 tokens.
 
     Args:
         model: A causal model.
         batches: Token ids ``(B, T)``, a dict with ``attention_mask``, or an iterable of these.
-        points: Of the uniform sample of each group of keys: all, the first, the others.
-        log: Fits ``log|c|`` by the sum of the logarithms of the factors' magnitudes, as the caption
-            of Table 3 says (its columns equal those of Table 1 nevertheless); points with a factor
-            of zero are dropped and counted.
-        seed: Of the sample and the folds.
-        show_progress: Shows a bar over the texts once it has taken two seconds.
+        points: The size of the uniform sample of each group of keys: all keys, the first key, and
+            the other keys.
+        log: Fit ``log|c|`` by the sum of the logarithms of the factors' magnitudes, as the caption
+            of Table 3 says (although its columns equal those of Table 1). Points with a factor of
+            zero are dropped and counted.
+        seed: Random seed of the sample and the folds.
+        show_progress: Show a progress bar over the texts after two seconds.
 
     Returns:
-        R2 against the mean (centred) and against zero (uncentred), and held out in five folds.
+        R2 relative to the mean (centred) and to zero (uncentred), and held-out R2 in five folds.
 
     Raises:
-        ValueError: If a text has less than two tokens, or the model is not causal.
+        ValueError: If a text has fewer than two tokens, or the model is not causal.
 
     Example:
         >>> result = component_regression(model, input_ids)
@@ -129,25 +133,22 @@ def component_regression(
 
     def on_layer(seen: SeenLayer) -> None:
         measures = attention, relative_norm, cosine, contribution()
-        for visible, maps in _blocks(seen, *measures):
+        for visible, maps in _map_blocks_with_mask(seen, *measures):
             first = torch.zeros_like(visible)
             first[..., 0] = True
             cells = {"all": visible, "first": visible & first, "others": visible & ~first}
             for group, where in cells.items():
-                _columns(where, maps, samples[group])
+                _sample_cells(where, maps, samples[group])
 
     run_texts(model, texts, on_layer, description="regression", show_progress=show_progress)
-    settings = {
-        "texts": len(texts), "tokens": sum(map(len, texts)), "points": points, "log": log,
-        "seed": seed,
-    }  # fmt: skip
+    settings = settings_of(texts, points=points, log=log, seed=seed)
     return regression_of({group: s.rows for group, s in samples.items()}, settings, log, seed)
 
 
 def regression_of(
     samples: Mapping[str, Array], settings: Mapping[str, Any], log: bool, seed: int
 ) -> ComponentRegression:
-    """The fits to samples ``(points, 4)`` of attention, relative norm, cosine and contribution."""
+    """Fit samples of attention, relative norm, cosine and contribution, ``(points, 4)`` each."""
     import pandas as pd
 
     rows, folds = [], []
@@ -179,13 +180,13 @@ def regression_of(
 
 
 def _fit(x: Array, y: Array, seed: int) -> tuple[dict[str, float], list[float]]:
-    """A line through the origin, and its R2 on each fold that it has not seen."""
+    """Fit a line through the origin, and compute its R2 on each held-out fold."""
     from sklearn.linear_model import LinearRegression
     from sklearn.model_selection import KFold
 
     if len(y) < FOLDS:
-        nothing = dict.fromkeys(("slope", "r2", "r2_uncentred", "r2_held_out"), float("nan"))
-        return nothing, [float("nan")] * FOLDS
+        missing = dict.fromkeys(("slope", "r2", "r2_uncentred", "r2_held_out"), float("nan"))
+        return missing, [float("nan")] * FOLDS
     line = LinearRegression(fit_intercept=False)
     line.fit(x[:, None], y)
     found = line.predict(x[:, None])
@@ -203,27 +204,33 @@ def _fit(x: Array, y: Array, seed: int) -> tuple[dict[str, float], list[float]]:
 
 
 def r2(y: Array, found: Array, *, centred: bool = True) -> float:
-    """The share of the variance of ``y`` (of its squares, if not ``centred``) that was found.
+    """Return the fraction of the variance of ``y`` (or of its squares) that a fit explains.
 
-    NaN where there is nothing to explain.
+    Args:
+        y: The data.
+        found: The values of the fit.
+        centred: Compare with the mean; otherwise with zero.
+
+    Returns:
+        R2; NaN if the variance is zero.
     """
-    if centred and np.ptp(y) == 0:  # its mean may be another number in the last place
+    if centred and np.ptp(y) == 0:  # rounding of the mean would leave a tiny variance
         return float("nan")
     total = float(((y - (y.mean() if centred else 0)) ** 2).sum())
     return 1 - float(((y - found) ** 2).sum()) / total if total > 0 else float("nan")
 
 
 class ComponentCorrelations(AnalysisResult):
-    """How the logarithms of the factors go together (Table 2).
+    """The correlations of the logarithms of the factors (Table 2).
 
     Attributes:
-        numbers: Pearson's r of each pair, as ``"attention, cosine"``; ``"points"`` and
-            ``"dropped"``, those with a factor of zero.
-        tables: ``"correlations"``: the matrix, a row for each ``component``.
+        numbers: Pearson's r of each pair, as ``"attention, cosine"``; the number of ``"points"``;
+            and ``"dropped"``, the number of points with a factor of zero.
+        tables: ``"correlations"``: the matrix, with a row for each ``component``.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """The matrix."""
+        """Plot the matrix."""
         from captum_cw.analysis.figures.geometry import plot_correlations
 
         return plot_correlations(self.to_dataframe(), use_pyplot=use_pyplot)
@@ -232,17 +239,18 @@ class ComponentCorrelations(AnalysisResult):
 def component_correlations(
     model: nn.Module, batches: Batches, *, show_progress: bool = False
 ) -> ComponentCorrelations:
-    """Correlates the logarithms of attention, relative norm and ``|cosine|`` (Eq. 21; Table 2).
+    """Correlate the logarithms of attention, relative norm and ``|cosine|`` (Eq. 21; Table 2).
 
-    Over all queries, keys, heads and layers. The paper takes 32 texts of 128 tokens.
+    The correlations are over all queries, keys, heads and layers. The paper uses 32 texts of 128
+    tokens.
 
     Args:
         model: A causal model.
-        batches: As :func:`component_regression`.
-        show_progress: Shows a bar over the texts once it has taken two seconds.
+        batches: Token ids, as for :func:`component_regression`.
+        show_progress: Show a progress bar over the texts after two seconds.
 
     Returns:
-        Pearson's correlations; exact, by running sums.
+        Pearson's correlations, exact, from running sums.
 
     Raises:
         ValueError: As :func:`component_regression`.
@@ -259,7 +267,7 @@ def component_correlations(
 
     def on_layer(seen: SeenLayer) -> None:
         nonlocal dropped
-        for visible, maps in _blocks(seen, attention, relative_norm, cosine):
+        for visible, maps in _map_blocks_with_mask(seen, attention, relative_norm, cosine):
             columns = torch.stack([x[visible] for x in maps]).double()
             whole = (columns != 0).all(0)
             dropped += int((~whole).sum())
@@ -269,19 +277,22 @@ def component_correlations(
     matrix = moments.correlations()
     table = pd.DataFrame(matrix, columns=list(FACTORS))
     table.insert(0, "component", FACTORS)
-    pairs = {
-        f"{FACTORS[a]}, {FACTORS[b]}": float(matrix[a, b]) for a, b in combinations(range(3), 2)
-    }
-    settings = {"texts": len(texts), "tokens": sum(map(len, texts))}
-    numbers = {**pairs, "points": moments.count, "dropped": dropped}
+    settings = settings_of(texts)
+    numbers = {**_pairwise(FACTORS, matrix), "points": moments.count, "dropped": dropped}
     return ComponentCorrelations(settings, numbers, {"correlations": table})
+
+
+def _pairwise(names: Sequence[str], matrix: Array) -> dict[str, float]:
+    """Return the correlation of each pair of variables, by their names."""
+    pairs = combinations(range(len(names)), 2)
+    return {f"{names[a]}, {names[b]}": float(matrix[a, b]) for a, b in pairs}
 
 
 class Moments:
     """Running sums of several variables, for their means and correlations.
 
     Args:
-        n: How many variables.
+        n: The number of variables.
 
     Example:
         >>> moments = Moments(2)
@@ -292,13 +303,13 @@ class Moments:
 
     def __init__(self, n: int) -> None:
         self.count = 0
-        # Sums are of differences to the first point: those of large numbers drown what varies.
+        # Sums of differences from the first point: sums of large numbers would lose precision.
         self._origin: Tensor | None = None
         self._sum = torch.zeros(n, dtype=torch.float64, device="cpu")
         self._products = torch.zeros(n, n, dtype=torch.float64, device="cpu")
 
     def add(self, values: Tensor) -> None:
-        """Counts ``(n, points)``."""
+        """Add values, ``(n, points)``."""
         if not values.shape[1]:
             return
         values = values.double()
@@ -310,11 +321,11 @@ class Moments:
         self._products += (values @ values.T).cpu()
 
     def means(self) -> Tensor:
-        """``(n,)``; NaN where nothing was counted."""
+        """Return the means, ``(n,)``; NaN before any values are added."""
         return self._sum / self.count + (0 if self._origin is None else self._origin)
 
     def correlations(self) -> Array:
-        """``(n, n)``, Pearson's; NaN where a variable is constant."""
+        """Return Pearson's correlations, ``(n, n)``; NaN if a variable is constant."""
         means = self._sum / self.count
         covariance = self._products / self.count - means[:, None] * means
         deviation = covariance.diagonal().clamp(min=0).sqrt()
@@ -323,17 +334,17 @@ class Moments:
 
 
 class ComponentDispersion(AnalysisResult):
-    """How attention, value norms and cosines are spread (Fig. 7).
+    """The distribution of attention, value norms and cosines (Fig. 7).
 
     Attributes:
         numbers: ``"mean cosine"`` over all queries, keys, heads and layers (the paper: 0.012), and
-            Pearson's r of each pair, as they are, without logarithms.
+            Pearson's r of each pair, without logarithms.
         tables: ``"sample"``: ``attention``, ``value norm`` (in the unit of the hidden states) and
             ``cosine`` of a uniform sample.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """The three pairs."""
+        """Plot the three pairs."""
         from captum_cw.analysis.figures.geometry import plot_dispersion
 
         return plot_dispersion(self.to_dataframe(), use_pyplot=use_pyplot)
@@ -347,14 +358,14 @@ def component_dispersion(
     seed: int = 0,
     show_progress: bool = False,
 ) -> ComponentDispersion:
-    """Samples attention, norms of projected values and cosines with the output (Fig. 7).
+    """Sample attention, norms of projected values and cosines with the output (Fig. 7).
 
     Args:
         model: A causal model.
-        batches: As :func:`component_regression`.
-        points: Of the sample.
-        seed: Of the sample.
-        show_progress: Shows a bar over the texts once it has taken two seconds.
+        batches: Token ids, as for :func:`component_regression`.
+        points: The size of the sample.
+        seed: Random seed of the sample.
+        show_progress: Show a progress bar over the texts after two seconds.
 
     Raises:
         ValueError: As :func:`component_regression`.
@@ -369,24 +380,21 @@ def component_dispersion(
     texts, sample, moments = texts_of(batches), Reservoir(points, seed), Moments(3)
 
     def on_layer(seen: SeenLayer) -> None:
-        for visible, maps in _blocks(seen, attention, _norms, cosine):
+        for visible, maps in _map_blocks_with_mask(seen, attention, _projected_norms, cosine):
             moments.add(torch.stack([x[visible] for x in maps]))
-            _columns(visible, maps, sample)
+            _sample_cells(visible, maps, sample)
 
     run_texts(model, texts, on_layer, description="dispersion", show_progress=show_progress)
     names = ("attention", "value norm", "cosine")
     matrix = moments.correlations()
-    numbers = {"mean cosine": float(moments.means()[2])}
-    numbers |= {
-        f"{names[a]}, {names[b]}": float(matrix[a, b]) for a, b in combinations(range(3), 2)
-    }
-    settings = {"texts": len(texts), "tokens": sum(map(len, texts)), "points": points, "seed": seed}
+    numbers = {"mean cosine": float(moments.means()[2]), **_pairwise(names, matrix)}
+    settings = settings_of(texts, points=points, seed=seed)
     table = pd.DataFrame(sample.rows.astype(np.float64), columns=list(names))
     return ComponentDispersion(settings, numbers, {"sample": table})
 
 
-def _norms(layer: AttentionLayer) -> Block:
-    """``||v~_j||``."""
+def _projected_norms(layer: AttentionLayer) -> Block:
+    """Compute the norms of projected values ``||v~_j||``, as a measure."""
     scale = None if layer.scale is None else layer.scale.abs()[:, None, :, None]
 
     def block(a: Tensor, rows: slice) -> Tensor:
@@ -397,16 +405,17 @@ def _norms(layer: AttentionLayer) -> Block:
 
 
 class Interference(AnalysisResult):
-    """What the alignment of values does to attention within a head (section D.6).
+    """How the alignment of values changes attention within a head (section D.6).
 
     Attributes:
-        numbers: ``"r"``, Pearson's correlation of ``c / a`` with the cosine (the paper: 0.949);
-            ``"points"`` and ``"dropped"``, those of a value or an output of norm zero.
+        numbers: ``"r"``, Pearson's correlation of ``c / a`` with the cosine (the paper: 0.949); the
+            number of ``"points"``; and ``"dropped"``, the number of points whose value or output
+            has norm zero.
         tables: ``"sample"``: ``ratio`` and ``cosine`` of a uniform sample.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """The ratio against the cosine."""
+        """Plot the ratio against the cosine."""
         from captum_cw.analysis.figures.geometry import plot_interference
 
         return plot_interference(self.to_dataframe(), self.numbers["r"], use_pyplot=use_pyplot)
@@ -420,18 +429,18 @@ def interference(
     seed: int = 0,
     show_progress: bool = False,
 ) -> Interference:
-    """The intra-head ratio of contribution to attention against the cosine (Eq. 24).
+    """Correlate the intra-head ratio of contribution to attention with the cosine (Eq. 24).
 
-    ``c / a = ||v~_j|| / ||o_i^h|| cos(o_i^h, v~_j)``: above zero values boost what attention gave
-    a token, below it they oppose it. Queries that see one key alone are left out: there the
-    ratio is one by construction.
+    The ratio is ``c / a = ||v~_j|| / ||o_i^h|| cos(o_i^h, v~_j)``. If it is negative, the value
+    opposes the head's output. Queries that see a single key are left out, because their ratio is
+    always one.
 
     Args:
         model: A causal model.
-        batches: As :func:`component_regression`.
-        points: Of the sample that is shown; the correlation is over all.
-        seed: Of the sample.
-        show_progress: Shows a bar over the texts once it has taken two seconds.
+        batches: Token ids, as for :func:`component_regression`.
+        points: The size of the sample for the plot. The correlation is over all points.
+        seed: Random seed of the sample.
+        show_progress: Show a progress bar over the texts after two seconds.
 
     Raises:
         ValueError: As :func:`component_regression`.
@@ -447,17 +456,17 @@ def interference(
 
     def on_layer(seen: SeenLayer) -> None:
         nonlocal dropped
-        for visible, maps in _blocks(seen, geometry("intra"), cosine_with("intra")):
+        for visible, maps in _map_blocks_with_mask(seen, geometry("intra"), cosine_with("intra")):
             several = visible & (visible.sum(-1, keepdim=True) > 1)
             known = several & (maps[1] != 0)
             dropped += int(several.sum() - known.sum())
             moments.add(torch.stack([x[known] for x in maps]))
-            _columns(known, maps, sample)
+            _sample_cells(known, maps, sample)
 
     run_texts(model, texts, on_layer, description="interference", show_progress=show_progress)
     rows = sample.rows.astype(np.float64).reshape(-1, 2)
     table = pd.DataFrame(rows, columns=["ratio", "cosine"])
     r = float(moments.correlations()[0, 1])
     numbers = {"r": r, "points": moments.count, "dropped": dropped}
-    settings = {"texts": len(texts), "tokens": sum(map(len, texts)), "points": points, "seed": seed}
+    settings = settings_of(texts, points=points, seed=seed)
     return Interference(settings, numbers, {"sample": table})

@@ -1,7 +1,8 @@
-"""What the first token takes, and how weights are spread without it.
+"""The weight of the first token, and the distribution of the weights of the others.
 
-Its mean weight (Table 4 of arXiv 2606.07604), the entropy of weights (Table 5), the alignment of
-its value with the others (Fig. 5a), and what happens as that value is scaled down (Fig. 5c).
+These analyses compute its mean weight (Table 4 of arXiv 2606.07604), the entropy of weights
+(Table 5), the alignment of its value with the others (Fig. 5a), and the effect of scaling this
+value down (Fig. 5c).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw._utils.progress import progress_bar
-from captum_cw.analysis.geometry import inner_products, projected
-from captum_cw.analysis.result import AnalysisResult, Picture
+from captum_cw.analysis.geometry import inner_products, norms, values_and_gram
+from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 from captum_cw.capture.forward_call import device_of
 from captum_cw.capture.model import evaluation_mode, unwrapped
@@ -35,7 +36,7 @@ __all__ = [
     "weight_entropy",
 ]
 
-#: A token that takes more of the mean attention is a sink (Gu et al. 2024).
+#: A token is a sink if its mean attention is above this (Gu et al. 2024).
 EPSILON = 0.3
 
 
@@ -43,14 +44,14 @@ class FirstTokenWeight(AnalysisResult):
     """The mean weight on the first token (Table 4).
 
     Attributes:
-        numbers: By measure the mean over layers and texts: ``"attention"``, ``"vw"`` as the paper
+        numbers: The mean over layers and texts by measure: ``"attention"``, ``"vw"`` as the paper
             prints it, ``"vw, rows normalised"`` and ``"contribution"``.
-        tables: ``"texts"``: ``text``, ``measure`` and its ``weight``, a mean over layers;
-            ``"layers"``: ``layer``, ``measure`` and ``weight``, a mean over texts.
+        tables: ``"texts"``: ``text``, ``measure`` and ``weight``, a mean over layers. ``"layers"``:
+            ``layer``, ``measure`` and ``weight``, a mean over texts.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """The weight by layer, a curve for each measure that is a share."""
+        """Plot the weight by layer, with a curve for each measure that is a share."""
         from captum_cw.analysis.figures.geometry import plot_first_token_weight
 
         return plot_first_token_weight(self.tables["layers"], use_pyplot=use_pyplot)
@@ -59,19 +60,19 @@ class FirstTokenWeight(AnalysisResult):
 def first_token_weight(
     model: nn.Module, batches: Batches, *, show_progress: bool = False
 ) -> FirstTokenWeight:
-    """The mean weight that queries put on the first token (Eq. 22; Table 4).
+    """Compute the mean weight that queries put on the first token (Eq. 22; Table 4).
 
-    Inter-head contributions are summed over heads, with their signs; attention and value-weighted
-    attention are averaged over heads. The latter is no share: it is given as printed, in the unit
-    of the hidden states, and with its rows normalised.
+    Inter-head contributions are summed over heads, with their signs. Attention and value-weighted
+    attention are averaged over heads. Value-weighted attention is not a share. It is returned in
+    the unit of the hidden states, as the paper prints it, and with its rows normalised.
 
     Args:
         model: A causal model.
         batches: Token ids ``(B, T)``, a dict with ``attention_mask``, or an iterable of these.
-        show_progress: Shows a bar over the texts once it has taken two seconds.
+        show_progress: Show a progress bar over the texts after two seconds.
 
     Raises:
-        ValueError: If a text has less than two tokens, or the model is not causal.
+        ValueError: If a text has fewer than two tokens, or the model is not causal.
 
     Example:
         >>> sorted(first_token_weight(model, input_ids).numbers)
@@ -99,7 +100,7 @@ def first_token_weight(
     by_text = table.groupby(["text", "measure"], sort=False).weight.mean().reset_index()
     by_layer = table.groupby(["layer", "measure"], sort=False).weight.mean().reset_index()
     numbers = by_text.groupby("measure").weight.mean().to_dict()
-    settings = {"texts": len(texts), "tokens": sum(map(len, texts))}
+    settings = settings_of(texts)
     return FirstTokenWeight(settings, numbers, {"texts": by_text, "layers": by_layer})
 
 
@@ -107,15 +108,15 @@ class WeightEntropy(AnalysisResult):
     """The entropy of rows of weights, in nats (Table 5).
 
     Attributes:
-        numbers: By measure the mean over queries, heads, layers and texts, with the first token, as
-            ``"contribution"``, and without it, as ``"contribution, without first"``; ``"empty
-            rows"``, those without any weight, which do not count.
-        tables: ``"texts"``: ``text``, ``measure``, ``first`` (whether it counts) and ``entropy``, a
-            mean over layers; ``"layers"``: likewise by ``layer``.
+        numbers: The mean over queries, heads, layers and texts by measure, with the first token, as
+            ``"contribution"``, and without it, as ``"contribution, without first"``. ``"empty
+            rows"`` is the number of rows that are all zero, which are left out.
+        tables: ``"texts"``: ``text``, ``measure``, ``first`` (whether the first token is included)
+            and ``entropy``, a mean over layers. ``"layers"``: the same by ``layer``.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """The entropy by layer, with and without the first token."""
+        """Plot the entropy by layer, with and without the first token."""
         from captum_cw.analysis.figures.geometry import plot_entropy
 
         return plot_entropy(self.tables["layers"], use_pyplot=use_pyplot)
@@ -124,13 +125,13 @@ class WeightEntropy(AnalysisResult):
 def weight_entropy(
     model: nn.Module, batches: Batches, *, show_progress: bool = False
 ) -> WeightEntropy:
-    """The entropy of ``|g|``, its rows normalised (Eq. 23; Table 5).
+    """Compute the entropy of the normalised rows of ``|g|`` (Eq. 23; Table 5).
 
-    For attention, value-weighted attention and contributions, inter- and intra-head; with the
-    first token, and without it, where rows are normalised anew over the others and the first query
-    is left out. Less is more concentrated.
+    The measures ``g`` are attention, value-weighted attention, and inter-head and intra-head
+    contributions. Without the first token, rows are normalised over the other tokens, and the first
+    query is left out. A lower entropy is more concentrated.
 
-    Args and errors as :func:`first_token_weight`.
+    Arguments and errors are those of :func:`first_token_weight`.
 
     Example:
         >>> weight_entropy(model, input_ids).numbers["attention"] > 0
@@ -138,7 +139,7 @@ def weight_entropy(
     """
     import pandas as pd
 
-    texts, rows, empty = texts_of(batches), list[dict[str, Any]](), 0
+    texts, rows, empty = texts_of(batches), list[tuple[Any, ...]](), 0
     measures: dict[str, Measure] = {
         "attention": attention,
         "vw": vw,
@@ -152,25 +153,19 @@ def weight_entropy(
         for block, maps in map_blocks(seen.layer, *measures.values()):
             for name, g in zip(measures, maps, strict=True):
                 for first in (True, False):
-                    # The first query sees the first token alone.
+                    # The first query sees only the first token.
                     part = g if first else g[:, :, max(0, 1 - block.start) :, 1:]
                     found = row_entropy(part)
                     empty += int(found.isnan().sum())
                     sums[name, first][0] += float(found.nansum())
                     sums[name, first][1] += int((~found.isnan()).sum())
         rows.extend(
-            {
-                "text": seen.text,
-                "layer": seen.number,
-                "measure": name,
-                "first": first,
-                "entropy": total / count if count else float("nan"),
-            }
+            (seen.text, seen.number, name, first, total / count if count else float("nan"))
             for (name, first), (total, count) in sums.items()
         )
 
     run_texts(model, texts, on_layer, description="entropy", show_progress=show_progress)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=["text", "layer", "measure", "first", "entropy"])
     tables = {
         f"{by}s": table.groupby([by, "measure", "first"], sort=False).entropy.mean().reset_index()
         for by in ("text", "layer")
@@ -179,12 +174,12 @@ def weight_entropy(
     numbers = {
         name + ("" if first else ", without first"): float(x) for (name, first), x in means.items()
     }
-    settings = {"texts": len(texts), "tokens": sum(map(len, texts))}
+    settings = settings_of(texts)
     return WeightEntropy(settings, {**numbers, "empty rows": empty}, tables)
 
 
 def row_entropy(g: Tensor) -> Tensor:
-    """The entropy in nats of the magnitudes along the last dimension; NaN where all are zero.
+    """Compute the entropy in nats of the magnitudes along the last dimension; NaN if all are zero.
 
     Example:
         >>> row_entropy(torch.tensor([[0.5, -0.5, 0.0], [0.0, 0.0, 0.0]])).exp()
@@ -196,18 +191,19 @@ def row_entropy(g: Tensor) -> Tensor:
 
 
 class ValueAlignment(AnalysisResult):
-    """How the first token's value lies to the others, and they to each other (Fig. 5a).
+    """The alignment of the first token's value with the others, and among the others (Fig. 5a).
 
     Attributes:
         numbers: ``"first to others"`` and ``"among others"``, mean cosines over layers, heads and
-            texts (the paper: about -0.2 and 0.2); ``"layers opposed"``, the share of layers in
+            texts (the paper: about -0.2 and 0.2); ``"layers opposed"``, the fraction of layers in
             which the former is negative.
-        tables: ``"layers"``: ``layer``, relative ``depth`` from 0 to 1, and for each of the two the
-            mean over heads and texts and its quartiles over heads; ``"texts"``: by ``text``.
+        tables: ``"layers"``: ``layer``, relative ``depth`` from 0 to 1, and for both cosines the
+            mean over heads and texts, and quartiles over heads. ``"texts"``: both cosines by
+            ``text``.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Both against relative depth, with the middle half of the heads."""
+        """Plot both cosines against relative depth, with the middle half of the heads."""
         from captum_cw.analysis.figures.geometry import plot_alignment
 
         return plot_alignment(self.tables["layers"], use_pyplot=use_pyplot)
@@ -216,10 +212,11 @@ class ValueAlignment(AnalysisResult):
 def value_alignment(
     model: nn.Module, batches: Batches, *, show_progress: bool = False
 ) -> ValueAlignment:
-    """Mean cosines of projected values within a head: of the first with the others, and among them.
+    """Compute mean cosines of projected values: first with others, and among others.
 
-    Args and errors as :func:`first_token_weight`, but a text needs three tokens; and an
-    UnsupportedModelError where a gate makes projected values differ from query to query.
+    Cosines are within a head. Arguments and errors are those of :func:`first_token_weight`, but a
+    text needs three tokens. An UnsupportedModelError is raised if a gate makes projected values
+    differ from query to query.
 
     Example:
         >>> value_alignment(model, input_ids).tables["layers"].shape
@@ -231,7 +228,7 @@ def value_alignment(
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def on_layer(seen: SeenLayer) -> None:
-        value, gram = projected(seen)
+        value, gram = values_and_gram(seen)
         first, among = alignment(value, gram)
         found.setdefault(seen.number, []).append((first.cpu(), among.cpu()))
 
@@ -258,19 +255,19 @@ def value_alignment(
         "among others": float(by_layer["among"].mean()),
         "layers opposed": float((by_layer["first"] < 0).mean()),
     }
-    settings = {"texts": len(texts), "tokens": sum(map(len, texts))}
+    settings = settings_of(texts)
     return ValueAlignment(settings, numbers, {"layers": by_layer, "texts": by_text})
 
 
 def alignment(value: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cosines of projected values: the first with the others, and among the others.
+    """Compute mean cosines of projected values: first with others, and among others.
 
     Args:
         value: ``(H, S, d_h)``.
-        gram: ``(H, d_h, d_h)``, so that ``<v~_i, v~_j> = v_i gram v_j``.
+        gram: Gram matrices ``(H, d_h, d_h)``, so that ``<v~_i, v~_j> = v_i gram v_j``.
 
     Returns:
-        Both ``(H,)``. Values of norm zero have cosine zero.
+        Both means, ``(H,)`` each. The cosine with a zero vector is zero.
 
     Example:
         >>> value = torch.tensor([[[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
@@ -278,30 +275,30 @@ def alignment(value: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         >>> first.tolist(), among.tolist()
         ([-0.5], [0.0])
     """
-    norms = inner_products(value, gram, value).clamp(min=0).sqrt()[..., None]
-    units = torch.where(norms > 0, value / norms, 0)
+    length = norms(value, gram)[..., None]
+    units = torch.where(length > 0, value / length, 0)
     total = units[:, 1:].sum(1, keepdim=True)
     n = value.shape[1] - 1
     first = inner_products(units[:, :1], gram, total)[:, 0] / n
-    # The square of a sum holds each pair twice, and each vector with itself once.
-    own = (norms[:, 1:, 0] > 0).sum(1)
+    # The squared norm of a sum has each pair twice, and each vector with itself once.
+    own = (length[:, 1:, 0] > 0).sum(1)
     among = (inner_products(total, gram, total)[:, 0] - own) / (n * (n - 1))
     return first, among
 
 
 class SinkScaling(AnalysisResult):
-    """Perplexity as the first token's value is scaled down (Fig. 5c).
+    """The perplexity as the first token's value is scaled down (Fig. 5c).
 
     Attributes:
-        settings: With the ``"layers"`` in which it was scaled.
-        numbers: ``"clean"``, the mean perplexity of the unchanged texts, and the mean delta at each
-            factor, as ``"delta at 0.5"``.
+        settings: Include the scaled ``"layers"``.
+        numbers: ``"clean"``, the mean perplexity of the unchanged model, and the mean increase at
+            each factor, as ``"delta at 0.5"``.
         tables: ``"texts"``: ``text``, ``factor``, ``perplexity``, ``delta``, and the ``clean``
             perplexity of the text.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """The mean of the differences against the factor, and their middle half."""
+        """Plot the mean increase against the factor, with the middle half of the texts."""
         from captum_cw.analysis.figures.geometry import plot_sink_scaling
 
         return plot_sink_scaling(self.to_dataframe(), use_pyplot=use_pyplot)
@@ -315,22 +312,22 @@ def sink_scaling(
     epsilon: float = EPSILON,
     show_progress: bool = False,
 ) -> SinkScaling:
-    """Scales the first token's value in the layers where it is a sink (section 6.2; Fig. 5c).
+    """Scale the first token's value in the layers where it is a sink (section 6.2; Fig. 5c).
 
-    The attention of a layer stays as it is; later layers compute on what comes of it.
+    The attention of the scaled layer stays the same. Later layers compute on the changed output.
 
     Args:
         model: A causal language model.
-        batches: As :func:`first_token_weight`.
-        factors: Of the value, from 0 (nothing is left) to 1 (as it is).
-        epsilon: A layer counts where the first token's mean attention, over queries, heads and
-            texts, exceeds this.
-        show_progress: Shows a bar once it has taken two seconds.
+        batches: Token ids, as for :func:`first_token_weight`.
+        factors: Factors of the value, from 0 (removed) to 1 (unchanged).
+        epsilon: A layer is scaled if the mean attention on the first token, over queries, heads and
+            texts, is above this.
+        show_progress: Show a progress bar after two seconds.
 
     Raises:
-        TypeError: If the model gives no logits.
-        ValueError: If no layer has such a sink, there is no factor or one is not finite, and as
-            :func:`first_token_weight`.
+        TypeError: If the model returns no logits.
+        ValueError: If the first token is not a sink in any layer, ``factors`` is empty, a factor
+            is not finite, and as :func:`first_token_weight`.
 
     Example:
         >>> scaled = sink_scaling(model, input_ids, epsilon=0.1, factors=[0, 1])
@@ -340,7 +337,7 @@ def sink_scaling(
     import pandas as pd
 
     if not len(factors):
-        raise ValueError("factors is empty: give one or more, such as 0.")
+        raise ValueError("factors is empty: give at least one, such as 0.")
     texts = texts_of(batches)
     weights = first_token_weight(model, [x[None] for x in texts], show_progress=show_progress)
     table = weights.tables["layers"]
@@ -348,8 +345,8 @@ def sink_scaling(
     layers = [int(n) for n in mass.index[mass > epsilon]]
     if not layers:
         raise ValueError(
-            f"epsilon={epsilon}: in no layer does the first token draw that much; the most is "
-            f"{mass.max():.3f}. Without a sink there is nothing to scale."
+            f"epsilon={epsilon}: the first token is not a sink in any layer; its largest mean "
+            f"attention is {mass.max():.3f}."
         )
     rows = []
     model = unwrapped(model)
@@ -360,25 +357,22 @@ def sink_scaling(
             for factor in factors:
                 with scale_values(model, factor, positions=[0], layers=layers):
                     changed = _perplexity(model, ids.to(device))
-                rows.append(
-                    {"text": number, "factor": float(factor), "perplexity": changed,
-                     "delta": changed - clean, "clean": clean}
-                )  # fmt: skip
+                rows.append((number, float(factor), changed, changed - clean, clean))
             bar.update()
-    found = pd.DataFrame(rows)
+    columns = ["text", "factor", "perplexity", "delta", "clean"]
+    found = pd.DataFrame(rows, columns=columns)
     numbers = {"clean": float(found.groupby("text").clean.first().mean())}
     numbers |= {
         f"delta at {x:g}": float(d) for x, d in found.groupby("factor").delta.mean().items()
     }
-    settings = {
-        "texts": len(texts), "tokens": sum(map(len, texts)), "epsilon": epsilon, "layers": layers,
-        "factors": [float(x) for x in factors],
-    }  # fmt: skip
+    settings = settings_of(
+        texts, epsilon=epsilon, layers=layers, factors=[float(x) for x in factors]
+    )
     return SinkScaling(settings, numbers, {"texts": found})
 
 
 def _perplexity(model: nn.Module, ids: Tensor) -> float:
-    """Of a text ``(T,)``."""
+    """Compute the perplexity of a text ``(T,)``."""
     with evaluation_mode([model], model):
         logits = logits_of(model(ids[None].clone()))
     counted = torch.ones(1, len(ids) - 1, dtype=torch.bool, device=ids.device)

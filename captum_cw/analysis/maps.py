@@ -1,4 +1,4 @@
-"""Maps of a few heads: attention beside contribution, and its factors (Figs. 1, 2, 12-14)."""
+"""Attention maps, contribution maps and their factors, for a few heads (Figs. 1, 2, 12-14)."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class WeightMaps(AnalysisResult):
     """The maps of some heads over the start of a text.
 
     Attributes:
-        settings: With the ``"tokens"`` of the text, and the ``"pairs"`` of layer and head.
-        numbers: ``"first: attention"`` and ``"first: contribution"``, the mean weight on the first
-            token in these heads.
-        tables: ``"maps"``: by ``layer``, ``head``, ``query`` and ``key`` the factors and the
-            ``contribution``.
+        settings: Include the ``"tokens"`` of the text and the ``"pairs"`` of layer and head.
+        numbers: ``"first: attention"`` and ``"first: contribution"``, the mean weight of these
+            heads on the first token.
+        tables: ``"maps"``: the factors and the ``contribution``, by ``layer``, ``head``, ``query``
+            and ``key``.
     """
 
     def plot(self, *, paper_scale: bool = False, use_pyplot: bool = True) -> Picture:
-        """Attention above contribution, a column for each head (Figs. 1, 12-14).
+        """Plot attention above contribution, with a column for each head (Figs. 1, 12-14).
 
         Args:
-            paper_scale: The scales of the paper, [0, 1] and [-0.01, 0.15].
-            use_pyplot: Makes a figure that notebooks show.
+            paper_scale: Use the colour scales of the paper, [0, 1] and [-0.01, 0.15].
+            use_pyplot: Make a pyplot figure, which notebooks show.
         """
         from captum_cw.visualization import plot_attention_and_contribution
 
-        maps = self._tensors()
+        maps = self._maps_by_pair()
         pairs = self.settings["pairs"]
         return plot_attention_and_contribution(
             [x["attention"] for x in maps],
@@ -52,10 +52,10 @@ class WeightMaps(AnalysisResult):
         )
 
     def plot_factors(self, *, use_pyplot: bool = True) -> Picture:
-        """The four panels of the first head: attention, relative norm, cosine, contribution."""
+        """Plot the factors and the contribution of the first head, in four panels."""
         from captum_cw.visualization import plot_decomposition
 
-        maps = self._tensors()[0]
+        maps = self._maps_by_pair()[0]
         return plot_decomposition(
             [maps[part] for part in PARTS],
             self.settings["tokens"],
@@ -64,8 +64,11 @@ class WeightMaps(AnalysisResult):
             use_pyplot=use_pyplot,
         )
 
-    def _tensors(self) -> list[dict[str, Tensor]]:
-        """For each pair the maps of its layer, ``(1, H, T, S)``, of which that head's are known."""
+    def _maps_by_pair(self) -> list[dict[str, Tensor]]:
+        """Return the maps of each pair by name.
+
+        Each map has shape ``(1, head + 1, T, T)``, and only its last head is filled.
+        """
         T = len(self.settings["tokens"])
         table = self.to_dataframe()
         found = []
@@ -91,22 +94,22 @@ def weight_maps(
     pairs: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
 ) -> WeightMaps:
-    """Attention and contribution maps of some heads, over the start of the first text.
+    """Compute the attention and contribution maps of some heads, over the start of the first text.
 
     Args:
-        model: A model whose layers have one length.
+        model: A model whose layers all have the same sequence length.
         batches: Token ids ``(B, T)``, a dict with ``attention_mask``, or an iterable of these.
-        tokens: Readable tokens of the first text; None for their numbers.
-        length: The most tokens that are shown.
-        count: How many heads are drawn at random (all, if there are less), from different layers
-            where there are as many.
-        pairs: Layers and heads of your choice instead, both from 0.
-        seed: Of the random choice.
+        tokens: Readable tokens of the first text. By default, tokens are named by position.
+        length: The maximum number of tokens to show.
+        count: How many heads to draw at random. They are from different layers where possible;
+            if the model has fewer heads, all are shown.
+        pairs: Pairs of layer and head to show instead, both counted from 0.
+        seed: Random seed.
 
     Raises:
-        IndexError: If there is no such head.
-        ValueError: If a text has less than two tokens, ``tokens`` are less than are shown, or no
-            head or less than two tokens are asked for.
+        IndexError: If a layer or head does not exist.
+        ValueError: If a text has fewer than two tokens, ``tokens`` are fewer than the tokens
+            shown, ``length`` is below 2, ``count`` is below 1, or ``pairs`` is empty.
 
     Example:
         >>> weight_maps(model, input_ids, pairs=[(0, 1)]).to_dataframe().shape
@@ -116,16 +119,16 @@ def weight_maps(
 
     if length < 2 or count < 1 or (pairs is not None and not len(pairs)):
         raise ValueError(
-            f"length={length}, count={count}, pairs={pairs}: give two tokens and one head or more."
+            f"length={length}, count={count}, pairs={pairs}: give at least two tokens and one head."
         )
     ids = texts_of(batches)[0][:length]
     if tokens is not None and len(tokens) < len(ids):
-        raise ValueError(f"{len(tokens)} tokens are named, but {len(ids)} are shown: name all.")
+        raise ValueError(f"tokens has {len(tokens)} names, but {len(ids)} tokens are shown.")
     device = device_of(model)
     layers = ContributionWeights(model).decompose(ids[None].to(device))
     heads = [x.attention.shape[1] for x in layers]
     if pairs is None:
-        chosen = _drawn(heads, count, seed)
+        chosen = _draw_heads(heads, count, seed)
     else:
         chosen = list(dict.fromkeys((int(n), int(head)) for n, head in pairs))
     for layer, head in chosen:
@@ -152,8 +155,8 @@ def weight_maps(
     return WeightMaps(settings, {f"first: {n}": x for n, x in by_head.items()}, {"maps": table})
 
 
-def _drawn(heads: Sequence[int], count: int, seed: int) -> list[tuple[int, int]]:
-    """Different heads, by layer: one of each layer before there are two of one."""
+def _draw_heads(heads: Sequence[int], count: int, seed: int) -> list[tuple[int, int]]:
+    """Draw different heads, from every layer once before any layer twice; sorted by layer."""
     random = np.random.default_rng(seed)
     rounds = [
         (turn, random.random(), layer, int(head))

@@ -1,9 +1,9 @@
-"""What kind of chooser each head is: Retriever, Mixer or Reset.
+"""The regime of each head, by how it selects keys: Retriever, Mixer or Reset.
 
-Heads differ in how their ``N`` keys of the most attention stand apart from the others, and in what
-they give to the first token (arXiv 2602.01893;
-:mod:`~captum_cw.analysis.selection_geometry` has the equations). The paper's names are kept; how
-heads are assigned to them is not in our sources, and the rule here is ours.
+Heads differ in how well their ``N`` keys with the most attention are separated from the others, and
+in the attention they give to the first token (arXiv 2602.01893;
+:mod:`~captum_cw.analysis.selection_geometry` has the equations). The names are the paper's. How
+the paper assigns heads to them is not known to us, so the rule here is ours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_cw.analysis.result import AnalysisResult, Picture
+from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
 from captum_cw.analysis.selection_geometry import (
     Distance,
     Terms,
@@ -35,31 +35,31 @@ __all__ = ["REGIMES", "HeadRegimes", "head_regimes", "label_regimes"]
 REGIMES = ("Retriever", "Mixer", "Reset")
 MEASURED = ["precision", "recall", "f", "sink_similarity", "first_weight", "top_weight"]
 CLUSTERED = ["precision", "recall", "sink_similarity", "first_weight"]
-#: A head whose mean weight on the first token is above this has a dominant sink.
+#: A head has a dominant sink if its mean weight on the first token is above this.
 DOMINANT = 0.5
 
 
 class HeadRegimes(AnalysisResult):
-    """What :func:`captum_cw.analysis.head_regimes` found.
+    """The result of :func:`captum_cw.analysis.head_regimes`.
 
-    ``numbers``: the share of heads in each regime (``retriever``, ``mixer``, ``reset``); how many
-    regimes have their signature in full (``signatures``); and the ``silhouette`` of three
-    clusters.
+    ``numbers``: the fraction of heads in each regime (``retriever``, ``mixer``, ``reset``), the
+    number of regimes that have their full signature (``signatures``), and the ``silhouette`` of
+    three clusters.
 
-    ``tables``, of which the first is the main one:
+    ``tables``, with the main table first:
 
-    * ``heads``: by ``layer`` and ``head``, the means over queries of ``precision``, ``recall``,
+    * ``heads``, by ``layer`` and ``head``: the means over queries of ``precision``, ``recall``,
       ``f``, ``sink_similarity`` (``cos(v_1, s_N)``), ``first_weight`` (``a_1``) and ``top_weight``
-      (the weight of the ``N`` keys together), ``output_norm`` (``||o_i^h||``, over the median of
+      (the total weight of the ``N`` keys), ``output_norm`` (``||o_i^h||``, divided by the median of
       the layer's heads) and the ``regime``.
-    * ``regimes``: for each regime, how many ``heads``, the means of the same, and whether the
-      cluster ``has_signature``.
-    * ``clusters``: the mean ``silhouette`` (1 where clusters are far apart, 0 where they touch) for
+    * ``regimes``, for each regime: the number of ``heads``, the means of the same columns, and
+      whether the cluster ``has_signature``.
+    * ``clusters``: the mean ``silhouette`` (1 for distant clusters, 0 for touching clusters) of
       ``k`` clusters, ``k`` from 2 to 6.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """The regime of each head by layer, and the heads by sink weight and F."""
+        """Plot the regime of each head by layer, and the heads by first-token weight and F."""
         from captum_cw.analysis.figures.selection import plot_head_regimes
 
         return plot_head_regimes(self.tables, self.settings["size"], use_pyplot=use_pyplot)
@@ -75,40 +75,39 @@ def head_regimes(
     seed: int = 0,
     show_progress: bool = False,
 ) -> HeadRegimes:
-    """Assigns each head to the regime Retriever, Mixer or Reset.
+    """Assign each head to the regime Retriever, Mixer or Reset, by our rule.
 
-    K-means with three clusters on precision, recall, sink similarity and the weight of the first
-    token, each standardised over all heads. The clusters are then named all at once, so that the
-    sum of their scores is largest; a score is the mean of standardised figures (``-`` counts the
-    other way):
+    K-means finds three clusters by precision, recall, sink similarity and the weight of the first
+    token, each standardised over all heads. The clusters are then named together so that the sum of
+    their scores is largest. A score is the mean of standardised numbers (with ``-``, of their
+    negatives):
 
     * Retriever: ``f``, ``-first_weight``;
     * Mixer: ``-precision``, ``-recall``, ``-top_weight``;
-    * Reset: ``first_weight``, ``-output_norm``, the norm ``x`` taken as ``x / (1 + x)``.
+    * Reset: ``first_weight``, ``-output_norm``, where the norm ``x`` is taken as ``x / (1 + x)``.
 
-    Three clusters get three names whether or not the model has three kinds of heads. So each is
-    held to its signature, by its means: a Retriever has ``f`` above the mean of all heads and
-    ``first_weight`` below 0.5; a Mixer has ``precision``, ``recall`` and ``top_weight`` below the
-    means of all heads; a Reset has ``first_weight`` above 0.5 and ``output_norm`` below 1. Rule and
-    thresholds are ours.
+    Three clusters always get three names, even if the model does not have three kinds of heads. So
+    each cluster is checked for its signature, by its means: a Retriever has ``f`` above the mean of
+    all heads and ``first_weight`` below 0.5; a Mixer has ``precision``, ``recall`` and
+    ``top_weight`` below the means of all heads; a Reset has ``first_weight`` above 0.5 and
+    ``output_norm`` below 1.
 
     Args:
         model: A causal language model.
         batches: Token ids, or an iterable of batches.
-        size: The size ``N`` of the sets. Queries that see no more keys are left out.
+        size: The size ``N`` of the sets. Queries that see at most ``N`` keys are left out.
         distance: ``"euclidean"`` or ``"cosine"``.
-        queries: How many random queries of each text are looked at, the same in all layers; None
-            for all of them.
-        seed: Of the queries and of k-means.
-        show_progress: Shows a bar over the texts.
+        queries: How many random queries of each text to use, the same in all layers; None uses all.
+        seed: Random seed of the queries and of k-means.
+        show_progress: Show a progress bar over the texts after two seconds.
 
     Returns:
         A :class:`HeadRegimes`.
 
     Raises:
-        ValueError: If ``size``, ``queries`` or ``distance`` cannot be, a text or the window of a
-            layer has no more than ``size`` tokens, fewer than three heads differ, or the model is
-            not causal.
+        ValueError: If ``size``, ``queries`` or ``distance`` is invalid, a text or the window of a
+            layer has at most ``size`` tokens, fewer than three heads differ, or the model is not
+            causal.
 
     Example:
         >>> found = head_regimes(model, input_ids, size=2)
@@ -140,15 +139,14 @@ def head_regimes(
     }
     numbers["signatures"] = float(regimes["has_signature"].sum())
     numbers["silhouette"] = float(clusters.set_index("k")["silhouette"].get(3, float("nan")))
-    settings = {
-        "size": size, "distance": distance, "queries": queries, "seed": seed,
-        "texts": len(texts), "tokens": sum(map(len, texts)), "layers": layers,
-    }  # fmt: skip
+    settings = settings_of(
+        texts, size=size, distance=distance, queries=queries, seed=seed, layers=layers
+    )
     return HeadRegimes(settings, numbers, tables)
 
 
 def head_sums(layer: AttentionLayer, queries: Tensor, size: int, distance: Distance) -> Tensor:
-    """Sums over some queries of a layer: those of ``MEASURED``, of the output norm, and of ones.
+    """Sum over some queries of a layer: the columns ``MEASURED``, the output norm, and the count.
 
     Returns:
         ``(H, 8)``, float64.
@@ -171,7 +169,7 @@ def head_sums(layer: AttentionLayer, queries: Tensor, size: int, distance: Dista
 
 
 def _features(terms: Terms, size: int, distance: Distance) -> Tensor:
-    """``(H, Q, 6)``: what ``MEASURED`` names."""
+    """Return the columns ``MEASURED`` of each query, ``(H, Q, 6)``."""
     top = attention_ranks(terms) < size
     a = terms.attention
     weights = (a[..., 0], (a * top).sum(-1))
@@ -179,13 +177,14 @@ def _features(terms: Terms, size: int, distance: Distance) -> Tensor:
 
 
 def _heads_table(sums: dict[int, Tensor], layers: list[str], size: int) -> pd.DataFrame:
+    """Return a row for each head, with the means over queries."""
     import pandas as pd
 
     parts = []
     for layer, total in sorted(sums.items()):
         if not total[:, -1].all():
             raise ValueError(
-                f"In layer {layers[layer]!r} no query sees more than {size} keys: give a smaller "
+                f"In layer {layers[layer]!r}, no query sees more than {size} keys: give a smaller "
                 "size."
             )
         means = total[:, :-1] / total[:, -1:]
@@ -194,7 +193,7 @@ def _heads_table(sums: dict[int, Tensor], layers: list[str], size: int) -> pd.Da
         part = pd.DataFrame(means[:, :-1].numpy(), columns=MEASURED)
         part.insert(0, "layer", layer)
         part.insert(1, "head", range(len(part)))
-        # Where most heads of a layer give nothing, those that do are infinitely above the median.
+        # If most heads of a layer have zero outputs, the median is zero.
         infinite = np.where(norms > 0, np.inf, 0.0)
         part["output_norm"] = np.divide(norms, median, out=infinite, where=median > 0)
         parts.append(part)
@@ -202,11 +201,13 @@ def _heads_table(sums: dict[int, Tensor], layers: list[str], size: int) -> pd.Da
 
 
 def label_regimes(heads: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]:
-    """Names the regime of each head; :func:`captum_cw.analysis.head_regimes` states the rule.
+    """Label the regime of each head.
+
+    :func:`captum_cw.analysis.head_regimes` states the rule, which is ours.
 
     Args:
-        heads: A row a head, with the columns of the table ``heads`` but ``regime``.
-        seed: Of k-means.
+        heads: A row for each head, with the columns of the table ``heads`` except ``regime``.
+        seed: Random seed of k-means.
 
     Returns:
         The tables of :class:`HeadRegimes`.
@@ -223,8 +224,8 @@ def label_regimes(heads: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]
     distinct = len(heads[CLUSTERED].drop_duplicates())
     if distinct < len(REGIMES):
         raise ValueError(
-            f"Of {len(heads)} heads {distinct} differ in what they select, but three regimes need "
-            "three or more: give a model with more heads."
+            f"Only {distinct} of {len(heads)} heads differ in what they select, but three regimes "
+            "need at least three: give a model with more heads."
         )
     points = StandardScaler().fit_transform(heads[CLUSTERED])
 

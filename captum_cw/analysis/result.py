@@ -1,8 +1,8 @@
-"""What an analysis found: figures, tables, a picture; on disk and back."""
+"""The result of an analysis: settings, numbers and tables that can be plotted, saved and loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pandas as pd
     from matplotlib.figure import Figure
+    from torch import Tensor
 
-__all__ = ["AnalysisResult", "Picture"]
+__all__ = ["AnalysisResult", "Picture", "settings_of"]
 
 VERSION = 1
 
@@ -24,12 +25,13 @@ Picture: TypeAlias = "tuple[Figure, npt.NDArray[Any]]"
 
 @dataclass(frozen=True)
 class AnalysisResult:
-    """The result of an analysis; each analysis has a class of its own, which says what is in it.
+    """The result of an analysis. Each analysis has a subclass that documents its contents.
 
     Attributes:
-        settings: What the figures depend on: numbers of texts and tokens, seeds, choices.
-        numbers: The headline figures, by name.
-        tables: All figures, by the name of the table; the first is the main one.
+        settings: The choices that the numbers depend on, such as the number of texts and tokens,
+            the options and the random seed.
+        numbers: The headline numbers, by name.
+        tables: All numbers, as tables by name. The first is the main table.
 
     Example:
         >>> from captum_cw.analysis import AnalysisResult, first_token_weight
@@ -44,21 +46,29 @@ class AnalysisResult:
     numbers: Mapping[str, float]
     tables: Mapping[str, pd.DataFrame]
 
-    _kinds: ClassVar[dict[str, type[AnalysisResult]]] = {}
+    _subclasses: ClassVar[dict[str, type[AnalysisResult]]] = {}
 
     def __init_subclass__(cls) -> None:
-        AnalysisResult._kinds[cls.__name__] = cls
+        AnalysisResult._subclasses[cls.__name__] = cls
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The main table."""
+        """Return the main table."""
         return next(iter(self.tables.values()))
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """A figure and its array of axes; ``use_pyplot`` makes one that notebooks show."""
+        """Plot the result.
+
+        Args:
+            use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure,
+                which need not be closed.
+
+        Returns:
+            The figure and its array of axes.
+        """
         raise NotImplementedError
 
     def save(self, path: str | Path) -> None:
-        """Writes everything as JSON; floats come back bit for bit."""
+        """Save the result as JSON. Floats are restored bit for bit."""
         content = {
             "version": VERSION,
             "analysis": type(self).__name__,
@@ -70,19 +80,24 @@ class AnalysisResult:
 
     @staticmethod
     def load(path: str | Path) -> AnalysisResult:
-        """Reads what :meth:`save` has written, as the class that it was.
+        """Load a result that :meth:`save` wrote, as an instance of its own class.
 
         Raises:
-            ValueError: If the file is no such result, or of an unknown version.
+            ValueError: If the file is not a saved result, or has an unknown version or analysis.
         """
         import pandas as pd
 
         content = read_json(path, VERSION, "analysis")
-        kind = AnalysisResult._kinds.get(content["analysis"])
-        if kind is None:
+        cls = AnalysisResult._subclasses.get(content["analysis"])
+        if cls is None:
             raise ValueError(
-                f"{path} holds a result of the analysis {content['analysis']!r}, which is not "
-                f"known; known: {', '.join(sorted(AnalysisResult._kinds))}."
+                f"{path} holds a result of the unknown analysis {content['analysis']!r}; "
+                f"known: {', '.join(sorted(AnalysisResult._subclasses))}."
             )
         tables = {name: pd.DataFrame(columns) for name, columns in content["tables"].items()}
-        return kind(content["settings"], content["numbers"], tables)
+        return cls(content["settings"], content["numbers"], tables)
+
+
+def settings_of(texts: Sequence[Tensor], **options: Any) -> dict[str, Any]:
+    """Return the settings of a result: the number of texts and tokens, and the options."""
+    return {"texts": len(texts), "tokens": sum(map(len, texts)), **options}

@@ -1,10 +1,10 @@
-"""Attention as a choice of ``N`` keys: how far they stand apart from the others.
+"""Attention as a selection of ``N`` keys: how far these keys are separated from the others.
 
-For each layer, head and query, the ``N`` keys of the largest weights are set against the rest by
-precision, recall and F in the space of values (arXiv 2602.01893;
-:mod:`~captum_cw.analysis.selection_geometry` has the equations), for several ``N``. Any key alone
-has an F of one, around itself, so that the figures mean something only beside those of random sets
-of the same size around their own sums.
+For each layer, head and query, the ``N`` keys with the largest weights are compared with the rest
+by precision, recall and F in value space (arXiv 2602.01893;
+:mod:`~captum_cw.analysis.selection_geometry` has the equations), for several ``N``. A single key
+always has an F of one around itself. So results are only meaningful next to those of random sets
+of the same size, around their own sums.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_cw.analysis.result import AnalysisResult, Picture
+from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
 from captum_cw.analysis.selection_geometry import (
     Distance,
     Separation,
@@ -39,39 +39,39 @@ __all__ = ["TokenSelection", "token_selection"]
 SETS = ("top", "random")
 MEANS = ["precision", "recall", "f", "sink_similarity"]
 PRODUCTS = ["similarity_squared", "recall_squared", "similarity_recall"]
-#: Contexts of ``2^k + 1`` to ``2^(k + 1)`` keys are put together, for ``k`` below this.
-CONTEXTS = 32
+#: Contexts of ``2^k + 1`` to ``2^(k + 1)`` keys form a bin, for ``k`` below this.
+CONTEXT_BINS = 32
 
 
 class TokenSelection(AnalysisResult):
-    """What :func:`captum_cw.analysis.token_selection` found.
+    """The result of :func:`captum_cw.analysis.token_selection`.
 
-    ``numbers``: ``best_size``, the size above one of the largest excess, ``F - F of random sets``
-    (the smaller of two that are equal), with its ``best_excess``, ``best_f`` and ``best_f_random``;
-    there, ``sink_recall_r`` and ``sink_recall_r_random``, the Pearson correlation of sink
-    similarity and recall over all sets, and ``sink_recall_r_heads``, over the means of heads; and
-    ``largest_f_size``, the size above one of the largest F. Which of the two the paper calls best
-    is not in our sources. The rule of the excess is ours, since F alone falls with the size for
-    random sets, too. Where it gives the largest size measured, it says no more than that larger
-    ones may be better.
+    ``numbers``: ``best_size`` is the size above one with the largest excess, ``F - F of random
+    sets`` (the smaller size if two are equal), with its ``best_excess``, ``best_f`` and
+    ``best_f_random``. At this size, ``sink_recall_r`` and ``sink_recall_r_random`` are the Pearson
+    correlation of sink similarity and recall over all sets, and ``sink_recall_r_heads`` is that
+    over the means of heads. ``largest_f_size`` is the size above one with the largest F. The paper
+    does not say which of the two sizes it calls best. The excess is our rule, because F also falls
+    with the size for random sets. If the best size is the largest one measured, larger sizes may be
+    better.
 
-    ``tables``, of which the first is the main one:
+    ``tables``, with the main table first:
 
-    * ``sizes``: by ``size`` and ``set`` (``"top"`` or ``"random"``), the number of ``sets``, the
-      means ``precision``, ``recall``, ``f`` and ``sink_similarity``, and both correlations,
+    * ``sizes``, by ``size`` and ``set`` (``"top"`` or ``"random"``): the number of ``sets``, the
+      means ``precision``, ``recall``, ``f`` and ``sink_similarity``, and the correlations
       ``sink_recall_r`` and ``sink_recall_r_heads``. Larger sizes have fewer queries.
     * ``heads``: the same means by ``layer``, ``head``, ``size`` and ``set``.
-    * ``contexts``: by the keys that a query sees, ``above`` so many and ``up_to`` so many, and by
-      ``size``: the number of ``queries`` (over layers and heads), ``f``, ``f_random``, ``excess``.
-      All sizes of a context have the same queries.
-    * ``best``: for each context, by the same rules, its best ``size`` and that size's ``excess``;
-      ``largest_f_size`` and that size's ``f``.
+    * ``contexts``, by the number of keys that a query sees (more than ``above``, at most ``up_to``)
+      and ``size``: the number of ``queries`` (over layers and heads), ``f``, ``f_random`` and
+      ``excess``. All sizes of a context have the same queries.
+    * ``best``, for each context: the best ``size`` and its ``excess``, and ``largest_f_size`` and
+      its ``f``.
 
-    Correlations are NaN where one side does not vary.
+    Correlations are NaN if one variable is constant.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Precision, recall and F by size; the excess of F; the best size; sinks and recall."""
+        """Plot separation by size, the excess, the best size, and sinks against recall."""
         from captum_cw.analysis.figures.selection import plot_token_selection
 
         return plot_token_selection(self.tables, self.numbers, use_pyplot=use_pyplot)
@@ -88,31 +88,29 @@ def token_selection(
     seed: int = 0,
     show_progress: bool = False,
 ) -> TokenSelection:
-    """How well the ``N`` keys with the most attention stand apart from the others.
+    """Compute how well the ``N`` keys with the most attention are separated from the other keys.
 
-    A query counts for the sizes below the number of keys that it sees, and sizes that no query
-    counts for are left out. In a causal model a query that sees ``T`` keys is the last one of the
-    prefix of ``T`` tokens, so that the best size against ``T`` needs no runs of its own. Sink
-    similarity, ``cos(v_1, s_N)``, is our reading: the paper's formula and its bounds are not in
-    our sources.
+    A query counts for all sizes below the number of keys that it sees. Sizes without queries are
+    left out. In a causal model, a query that sees ``T`` keys is the last query of the prefix of
+    ``T`` tokens, so the best size by ``T`` needs no extra runs. Sink similarity is ``cos(v_1,
+    s_N)`` by our definition: the paper's formula and its bounds are not known to us.
 
     Args:
         model: A causal language model.
         batches: Token ids, or an iterable of batches.
-        sizes: The sizes ``N`` of the sets, of which one at least is above 1.
+        sizes: The sizes ``N`` of the sets. At least one is above 1.
         distance: ``"euclidean"`` or ``"cosine"``.
-        queries: How many random queries of each text are looked at, the same in all layers; None
-            for all of them.
-        random_sets: How many random sets a query and size, from the keys that it sees. The heads
-            of a layer share them.
-        seed: Of the queries and the random sets.
-        show_progress: Shows a bar over the texts.
+        queries: How many random queries of each text to use, the same in all layers; None uses all.
+        random_sets: How many random sets to draw for each query and size, from the keys that the
+            query sees. The heads of a layer share them.
+        seed: Random seed of the queries and the random sets.
+        show_progress: Show a progress bar over the texts after two seconds.
 
     Returns:
         A :class:`TokenSelection`.
 
     Raises:
-        ValueError: If ``sizes``, ``queries``, ``random_sets`` or ``distance`` cannot be, a text or
+        ValueError: If ``sizes``, ``queries``, ``random_sets`` or ``distance`` is invalid, a text or
             the window of every layer has no more tokens than the smallest size above 1, or the
             model is not causal.
 
@@ -123,7 +121,7 @@ def token_selection(
         >>> found.tables["best"].columns.tolist()
         ['above', 'up_to', 'size', 'excess', 'largest_f_size', 'f']
     """
-    sizes = _checked_sizes(sizes)
+    sizes = _validate_sizes(sizes)
     check_choice("distance", distance, Distance)
     check_count("random_sets", random_sets)
     if queries is not None:
@@ -151,11 +149,15 @@ def token_selection(
             f"No query sees more than {least} keys: give smaller sizes than {list(sizes)}."
         )
     tables = _tables(sums)
-    settings = {
-        "sizes": list(sizes), "distance": distance, "queries": queries, "seed": seed,
-        "random_sets": random_sets, "texts": len(texts), "tokens": sum(map(len, texts)),
-        "layers": layers,
-    }  # fmt: skip
+    settings = settings_of(
+        texts,
+        sizes=list(sizes),
+        distance=distance,
+        queries=queries,
+        seed=seed,
+        random_sets=random_sets,
+        layers=layers,
+    )
     return TokenSelection(settings, _numbers(tables["sizes"]), tables)
 
 
@@ -166,25 +168,25 @@ def selection_sums(
     random_sets: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """What means and correlations need of some queries, by context.
+    """Sum the separation of the sets of some queries, by context, for means and correlations.
 
     Args:
-        terms: Of the queries.
+        terms: The terms of the queries.
         sizes: The sizes of the sets.
-        distance: Which.
-        random_sets: How many random sets a query and size.
-        generator: Of the random sets.
+        distance: ``"euclidean"`` or ``"cosine"``.
+        random_sets: How many random sets to draw for each query and size.
+        generator: The random generator for these sets.
 
     Returns:
-        ``(2, sizes, H, contexts, 8)``, for the sets of the most attention and the random ones: the
-        sums of precision, recall, F, sink similarity, of the squares of similarity and recall, and
-        of their product; and how many sets there were.
+        ``(2, sizes, H, contexts, 8)``, for the sets with the most attention and the random sets.
+        The last dimension holds the sums of precision, recall, F, sink similarity, the squares of
+        similarity and recall and their product, and the number of sets.
     """
     H, Q, _ = terms.attention.shape
-    # Exact for powers of two, where a logarithm might round to the wrong side.
+    # frexp is exact for powers of two; a logarithm might round to the wrong bin.
     context = torch.frexp((terms.seen - 1).double().clamp(min=1))[1] - 1
-    context = torch.nn.functional.one_hot(context.long(), CONTEXTS).double().expand(H, Q, -1)
-    out = context.new_zeros(2, len(sizes), H, CONTEXTS, len(MEANS) + len(PRODUCTS) + 1)
+    context = torch.nn.functional.one_hot(context.long(), CONTEXT_BINS).double().expand(H, Q, -1)
+    out = context.new_zeros(2, len(sizes), H, CONTEXT_BINS, len(MEANS) + len(PRODUCTS) + 1)
     top = attention_ranks(terms)
     orders = [random_ranks(terms.visible, generator) for _ in range(random_sets)]
     for n, size in enumerate(sizes):
@@ -192,32 +194,32 @@ def selection_sums(
         if not counts.any():
             continue
         for kind, ranks in enumerate(([top], orders)):
-            found = sum(_quantities(separation(terms, order < size, distance)) for order in ranks)
+            found = sum(_summands(separation(terms, order < size, distance)) for order in ranks)
             found = cast(Tensor, found).masked_fill(~counts[..., None], 0)
             out[kind, n] = context.transpose(-1, -2) @ found
     return out.cpu()
 
 
-def _quantities(found: Separation) -> Tensor:
-    """``(H, Q, 8)``: the means' terms, those of the correlation, and a one."""
+def _summands(found: Separation) -> Tensor:
+    """Return the terms of the means and the correlation, and a one: ``(H, Q, 8)``."""
     _, recall, _, similarity = found
     products = (similarity.square(), recall.square(), similarity * recall)
     return torch.stack([*found, *products, torch.ones_like(recall)], dim=-1)
 
 
-def _checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Ascending."""
+def _validate_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Validate the sizes and sort them."""
     for size in sizes:
         check_count("a size", size)
     if not sizes or len(set(sizes)) != len(sizes):
-        raise ValueError(f"sizes={list(sizes)}: give at least one, and none twice.")
+        raise ValueError(f"sizes={list(sizes)}: give at least one size, and each size once.")
     if max(sizes) == 1:
-        raise ValueError("sizes=[1]: any key alone has an F of one; give larger sizes, too.")
+        raise ValueError("sizes=[1]: a single key always has an F of one; give larger sizes too.")
     return tuple(sorted(sizes))
 
 
 def _sums_table(totals: Mapping[int, Tensor], sizes: Sequence[int]) -> pd.DataFrame:
-    """A row a set, size, layer, head and context that has any."""
+    """Return a row for each set, size, layer, head and context that has queries."""
     import pandas as pd
 
     parts = []
@@ -225,21 +227,24 @@ def _sums_table(totals: Mapping[int, Tensor], sizes: Sequence[int]) -> pd.DataFr
         found = total.numpy()
         kind, size, head, context = np.nonzero(found[..., -1])
         keys = {
-            "set": np.array(SETS)[kind], "size": np.array(sizes)[size],
-            "layer": np.full(len(head), layer), "head": head, "above": 2**context,
-        }  # fmt: skip
+            "set": np.array(SETS)[kind],
+            "size": np.array(sizes)[size],
+            "layer": np.full(len(head), layer),
+            "head": head,
+            "above": 2**context,
+        }
         rows = pd.DataFrame(found[kind, size, head, context], columns=[*MEANS, *PRODUCTS, "sets"])
         parts.append(pd.concat([pd.DataFrame(keys), rows], axis=1))
     return pd.concat(parts, ignore_index=True)
 
 
-def _means(sums: pd.DataFrame, *by: str) -> pd.DataFrame:
-    """The means of each group, and ``sink_recall_r`` over its sets."""
+def _group_means(sums: pd.DataFrame, *by: str) -> pd.DataFrame:
+    """Return the means of each group, and ``sink_recall_r`` over its sets."""
     found = sums.groupby(list(by))[[*MEANS, *PRODUCTS, "sets"]].sum().reset_index()
     found[MEANS + PRODUCTS] = found[MEANS + PRODUCTS].div(found["sets"], axis=0)
     found["sets"] = found["sets"].astype(int)
     x, y = found["sink_similarity"], found["recall"]
-    # Below this a variance is rounding.
+    # A smaller variance is rounding error.
     variance = [
         v.where(v > 1e-12)
         for v in (found["similarity_squared"] - x**2, found["recall_squared"] - y**2)
@@ -250,9 +255,10 @@ def _means(sums: pd.DataFrame, *by: str) -> pd.DataFrame:
 
 
 def _tables(sums: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    heads = _means(sums, "layer", "head", "size", "set").drop(columns="sink_recall_r")
-    by_size = _means(sums, "size", "set")
-    over_heads = [
+    """Return the tables of the result."""
+    heads = _group_means(sums, "layer", "head", "size", "set").drop(columns="sink_recall_r")
+    by_size = _group_means(sums, "size", "set")
+    by_size["sink_recall_r_heads"] = [
         _pearson(
             *(
                 heads.loc[(heads["size"] == size) & (heads["set"] == kind), name].to_numpy()
@@ -261,17 +267,16 @@ def _tables(sums: pd.DataFrame) -> dict[str, pd.DataFrame]:
         )
         for size, kind in zip(by_size["size"], by_size["set"], strict=True)
     ]
-    by_size["sink_recall_r_heads"] = over_heads
 
-    # Below a context's lower end, so that all its queries count for every size.
-    inside = _means(sums[sums["size"] <= sums["above"]], "above", "size", "set")
-    contexts = _beside_random(inside, "above", "size").reset_index()
+    # Only sizes for which all queries of a context count.
+    inside = _group_means(sums[sums["size"] <= sums["above"]], "above", "size", "set")
+    contexts = _compare_with_random(inside, "above", "size").reset_index()
     contexts.insert(1, "up_to", 2 * contexts["above"])
-    return {"sizes": by_size, "heads": heads, "contexts": contexts, "best": _best(contexts)}
+    return {"sizes": by_size, "heads": heads, "contexts": contexts, "best": _best_sizes(contexts)}
 
 
-def _best(contexts: pd.DataFrame) -> pd.DataFrame:
-    """The best size of each context by either rule."""
+def _best_sizes(contexts: pd.DataFrame) -> pd.DataFrame:
+    """Return the best size of each context, by the excess and by F."""
     several = contexts[contexts["size"] > 1]
     best = several.loc[several.groupby("above")["excess"].idxmax()]
     by_f = several.loc[several.groupby("above")["f"].idxmax(), ["above", "size", "f"]]
@@ -279,8 +284,8 @@ def _best(contexts: pd.DataFrame) -> pd.DataFrame:
     return best[["above", "up_to", "size", "excess"]].merge(by_f, on="above")
 
 
-def _beside_random(means: pd.DataFrame, *by: str) -> pd.DataFrame:
-    """``queries``, ``f``, ``f_random`` and ``excess`` of each group."""
+def _compare_with_random(means: pd.DataFrame, *by: str) -> pd.DataFrame:
+    """Return ``queries``, ``f``, ``f_random`` and ``excess`` of each group."""
     top, random = (means[means["set"] == kind].set_index(list(by)) for kind in SETS)
     found = top[["sets", "f"]].rename(columns={"sets": "queries"})
     found["f_random"] = random["f"]
@@ -289,7 +294,7 @@ def _beside_random(means: pd.DataFrame, *by: str) -> pd.DataFrame:
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Their correlation; NaN where one does not vary, or there are fewer than two."""
+    """Compute Pearson's r; NaN if a variable is constant or there are fewer than two values."""
     from scipy.stats import pearsonr
 
     if len(x) < 2 or np.ptp(x) < 1e-12 or np.ptp(y) < 1e-12:
@@ -298,7 +303,8 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _numbers(by_size: pd.DataFrame) -> dict[str, float]:
-    found = _beside_random(by_size[by_size["size"] > 1], "size")
+    """Return the headline numbers."""
+    found = _compare_with_random(by_size[by_size["size"] > 1], "size")
     best = found["excess"].idxmax()
     at = by_size[by_size["size"] == best].set_index("set")
     return {

@@ -1,20 +1,21 @@
-"""How well the keys that attention selects stand apart, on plain tensors.
+"""How far the keys that attention selects are separated from the other keys, on plain tensors.
 
-In one head, a query makes of its keys the terms ``z_j = a_j v_j`` (before ``W_O``, and before any
-gate). A set ``S`` of ``N`` keys has the sum ``s_N = sum_S z_j``, not renormalised, and each key its
+In one head, a query turns its keys into the terms ``z_j = a_j v_j`` (before ``W_O``, and before any
+gate). A set ``S`` of ``N`` keys has the sum ``s_N = sum_S z_j``, not renormalised. Each key has a
 distance from that sum, ``D_j = ||z_j - s_N||`` or ``1 - cos(z_j, s_N)`` (*Geometric Analysis of
 Token Selection in Multi-Head Attention*, arXiv 2602.01893). With ``r_max`` the largest distance in
-``S`` and ``r_min`` the smallest outside,
+``S`` and ``r_min`` the smallest distance outside,
 
     precision = N / (N + #{j not in S: D_j <= r_max})
     recall    = #{j in S: D_j < r_min} / N
 
-and F is their harmonic mean. A distance that only touches the other set's counts against both.
-Nothing of size ``T x S x d_h`` exists: distances are compared through ``||z_j||^2 - 2 <z_j, s_N>``,
-in float64. The ``||s_N||^2`` that makes it a squared distance is the same for all keys, and would
-only drown the terms that are small beside it.
+and F is their harmonic mean. A distance that equals ``r_max`` or ``r_min`` counts against both.
 
-``Q`` are the queries that are looked at, among the ``T`` of a text.
+The code never builds a tensor of size ``T x S x d_h``. It compares ``||z_j||^2 - 2 <z_j, s_N>``, in
+float64. The full squared distance also has ``||s_N||^2``, which is the same for all keys and would
+only round away small terms.
+
+``Q`` is the number of sampled queries, of the ``T`` queries of a text.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ __all__ = [
 ]
 
 Distance = Literal["euclidean", "cosine"]
-"""Between a term and the sum of a set: ``||z_j - s||``, or ``1 - cos(z_j, s)``."""
+"""The distance of a term from the sum of a set: ``||z_j - s||``, or ``1 - cos(z_j, s)``."""
 
 EPSILON = torch.finfo(torch.float64).eps
 
 
 class Terms(NamedTuple):
-    """The terms ``z_j = a_j v_j`` of some queries, never built as such; float64.
+    """The terms ``z_j = a_j v_j`` of some queries, in factors; float64.
 
     Args:
-        attention: ``a_j``, ``(H, Q, S)``, zero at keys that a query does not see.
+        attention: ``a_j``, ``(H, Q, S)``, zero for keys that a query does not see.
         value: ``v_j``, ``(H, S, d_h)``.
-        visible: ``(H or 1, Q, S)`` boolean.
+        visible: Which keys each query sees, boolean ``(H or 1, Q, S)``.
         norms: ``||z_j||``, ``(H, Q, S)``.
     """
 
@@ -63,7 +64,12 @@ class Terms(NamedTuple):
 
     @classmethod
     def of(cls, attention: Tensor, value: Tensor, visible: Tensor | None = None) -> Terms:
-        """From ``(H, Q, S)`` weights and ``(H, S, d_h)`` values; without ``visible`` all are seen.
+        """Build the terms from attention weights and values.
+
+        Args:
+            attention: ``(H, Q, S)``.
+            value: ``(H, S, d_h)``.
+            visible: ``(H or 1, Q, S)``; by default, all keys are visible.
 
         Example:
             >>> Terms.of(torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[2.0], [4.0]]])).norms
@@ -78,15 +84,15 @@ class Terms(NamedTuple):
 
     @property
     def seen(self) -> Tensor:
-        """How many keys each query sees, ``(H or 1, Q)``."""
+        """The number of keys that each query sees, ``(H or 1, Q)``."""
         return self.visible.sum(-1)
 
 
 class Separation(NamedTuple):
-    """How a set stands apart from the other keys, ``(H, Q)`` each.
+    """How well a set of keys is separated from the other keys, ``(H, Q)`` each.
 
-    ``sink_similarity`` is ``cos(v_1, s_N)``, of the first key's value and the sum: our reading of
-    the paper's measure, whose formula is not in our sources.
+    By our definition, ``sink_similarity`` is ``cos(v_1, s_N)``, of the first key's value and the
+    sum. The paper's formula is not known to us.
     """
 
     precision: Tensor
@@ -96,19 +102,20 @@ class Separation(NamedTuple):
 
 
 def separation(terms: Terms, chosen: Tensor, distance: Distance = "euclidean") -> Separation:
-    """Precision, recall and F of one set of keys a query, around the sum of its own terms.
+    """Compute precision, recall and F of one set of keys per query, around its own sum.
 
-    Distances that differ by no more than the rounding of an inner product count as equal. A
-    cosine with what is zero is zero.
+    Distances that differ by no more than the rounding error of an inner product count as equal. The
+    cosine with a zero vector is zero.
 
     Args:
         terms: The terms.
-        chosen: ``(H or 1, Q, S)`` boolean: for each query as many keys as for the others, at
-            least one, and fewer than it sees. What is said of other queries means nothing.
+        chosen: The set of each query, boolean ``(H or 1, Q, S)``. All sets have the same size, of
+            at least one key and fewer keys than the query sees. Results for queries that see fewer
+            keys are meaningless.
         distance: ``"euclidean"`` or ``"cosine"``.
 
     Returns:
-        Four numbers a query, the first three between 0 and 1.
+        Four numbers per query. The first three are between 0 and 1.
 
     Raises:
         ValueError: If ``distance`` is unknown.
@@ -133,9 +140,8 @@ def separation(terms: Terms, chosen: Tensor, distance: Distance = "euclidean") -
         sizes = norms * length
         far = torch.where(sizes > 0, along / sizes, 0).neg_()  # grows as 1 - cos does
         error = torch.full_like(length, rounding)
-    infinite = torch.inf
-    inside = torch.where(chosen, far + error, -infinite)
-    outside = torch.where(visible & ~chosen, far - error, infinite)
+    inside = torch.where(chosen, far + error, -torch.inf)
+    outside = torch.where(visible & ~chosen, far - error, torch.inf)
     r_max, r_min = inside.amax(-1, keepdim=True), outside.amin(-1, keepdim=True)
     size = chosen.sum(-1)
     precision = size / (size + (outside <= r_max).sum(-1)).double()
@@ -147,9 +153,9 @@ def separation(terms: Terms, chosen: Tensor, distance: Distance = "euclidean") -
 
 
 def attention_ranks(terms: Terms) -> Tensor:
-    """Each key's place in the order of attention, from 0: ``(H, Q, S)``.
+    """Rank the keys of each query by falling attention, from 0: ``(H, Q, S)``.
 
-    Of equal weights the lower index comes first; unseen keys come last.
+    Keys with equal weights are ranked by index; keys that a query does not see are last.
 
     Example:
         >>> attention_ranks(Terms.of(torch.tensor([[[0.2, 0.4, 0.4]]]), torch.ones(1, 3, 1)))
@@ -159,9 +165,10 @@ def attention_ranks(terms: Terms) -> Tensor:
 
 
 def random_ranks(visible: Tensor, generator: torch.Generator) -> Tensor:
-    """A random order of the keys that each query sees, others last; of the shape of ``visible``.
+    """Rank the keys that each query sees at random, from 0, in the shape of ``visible``.
 
-    The first ``N`` are a uniform sample of ``N`` seen keys.
+    Keys that a query does not see are last. The first ``N`` ranks are a uniform sample of ``N``
+    visible keys.
     """
     keys = torch.rand(visible.shape, generator=generator, dtype=torch.float32, device="cpu")
     keys = keys.to(visible.device)
@@ -169,14 +176,14 @@ def random_ranks(visible: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _ranks(score: Tensor) -> Tensor:
-    """Places by falling score along the last dimension."""
+    """Rank by falling score along the last dimension, from 0."""
     order = score.sort(dim=-1, descending=True, stable=True).indices
     places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def draw_queries(T: int, lowest: int, count: int | None, seed: int, text: int) -> Tensor:
-    """Some of the queries ``lowest, ..., T - 1`` of a text, ascending; all where ``count`` is None.
+    """Draw ``count`` of the queries ``lowest, ..., T - 1`` of a text, ascending; None gives all.
 
     Example:
         >>> draw_queries(6, 2, None, seed=0, text=0).tolist()
@@ -189,20 +196,20 @@ def draw_queries(T: int, lowest: int, count: int | None, seed: int, text: int) -
 
 
 def check_count(name: str, value: object) -> None:
-    """Raises a ValueError that names ``value`` unless it is an integer from 1."""
+    """Raise a ValueError unless ``value`` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: give an integer from 1.")
+        raise ValueError(f"{name}={value!r}: give an integer of at least 1.")
 
 
 def terms_of(layer: AttentionLayer, queries: Tensor) -> Iterator[tuple[Tensor, Terms]]:
-    """The terms of some queries of a layer that runs over one text, in blocks.
+    """Yield the terms of some queries of a layer, in blocks.
 
     Args:
-        layer: The layer, of one example.
-        queries: Which queries, ``(Q,)``.
+        layer: A layer with one example.
+        queries: The queries, ``(Q,)``.
 
     Yields:
-        The queries of a block, and their terms over the keys that any query of it can see.
+        The queries of a block, and their terms over the keys that any query of the block can see.
 
     Example:
         >>> layer = AttentionLayer.from_tensors(

@@ -1,8 +1,7 @@
-"""Texts through a model, layer by layer, with bounded memory.
+"""Run texts through a model, layer by layer, with bounded memory.
 
-Texts run one by one and without their padding, so that no analysis has to think of it, and what is
-held at once depends on the longest text alone. What an analysis keeps are running sums, or a
-uniform sample of what went by.
+Texts run one by one and without their padding, so analyses need not handle it, and the memory
+needed depends only on the longest text. Analyses keep running sums, or a uniform sample of rows.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ Batches = Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class SeenLayer:
-    """One attention layer, running over one text without padding.
+    """One attention layer that has run over one text without padding.
 
     Args:
-        text: Which text, from 0.
-        number: Which layer, in execution order, from 0.
-        name: Its name in the model.
-        layer: What is known of it; one example, of real tokens.
+        text: The number of the text, from 0.
+        number: The number of the layer in execution order, from 0.
+        name: The name of the layer in the model.
+        layer: The captured tensors of the layer, for one example.
         ids: The token ids of the text, ``(T,)``.
     """
 
@@ -49,20 +48,22 @@ class SeenLayer:
 
     @property
     def T(self) -> int:
-        """Tokens of the text."""
+        """The number of tokens of the text."""
         return self.layer.T
 
 
 def texts_of(batches: Batches, shortest: int = 2) -> list[Tensor]:
-    """The token ids of each text, ``(T,)``, without padding.
+    """Return the token ids of each text, ``(T,)``, without padding.
 
     Args:
-        batches: As the analyses take them.
-        shortest: A text with fewer tokens is refused.
+        batches: Token ids ``(B, T)``, a dict of ``input_ids`` and ``attention_mask``, or an
+            iterable of these.
+        shortest: The minimum number of tokens of a text.
 
     Raises:
-        TypeError: If ``batches`` is none of these.
-        ValueError: If there is no text, one is too short, or a mask has another shape.
+        TypeError: If ``batches`` has another type.
+        ValueError: If ``batches`` is empty, a text is too short, or a mask has the wrong
+            shape.
 
     Example:
         >>> ids = torch.tensor([[0, 5, 6], [7, 8, 9]])
@@ -78,17 +79,18 @@ def texts_of(batches: Batches, shortest: int = 2) -> list[Tensor]:
             ids, mask = batch.get("input_ids"), batch.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
             raise TypeError(
-                f"A batch is of type {type(batch).__name__}: give token ids (B, T), or a dict of "
+                f"A batch has type {type(batch).__name__}: give token ids (B, T), a dict of "
                 "input_ids and attention_mask, or an iterable of these."
             )
         mask = torch.ones_like(ids) if mask is None else mask
         if mask.shape != ids.shape:
             raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}, but input_ids {tuple(ids.shape)}."
+                f"attention_mask has shape {tuple(mask.shape)}, but input_ids has shape "
+                f"{tuple(ids.shape)}."
             )
-        texts += [row[real.bool()] for row, real in zip(ids, mask, strict=True)]
+        texts += [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
     if not texts:
-        raise ValueError("There is no text: give at least one.")
+        raise ValueError("batches is empty: give at least one text.")
     for number, text in enumerate(texts):
         if len(text) < shortest:
             raise ValueError(
@@ -107,79 +109,80 @@ def run_texts(
     description: str = "texts",
     show_progress: bool = False,
 ) -> list[str]:
-    """Runs each text through the model and hands over its attention layers in order.
+    """Run each text through the model and pass each attention layer to a function, in order.
 
     Args:
         model: The model.
-        texts: Token ids ``(T,)`` each, as of :func:`texts_of`.
-        on_layer: Takes each layer of each text; what it is given is not kept.
-        after_text: Takes the token ids of each text once its layers have run.
-        causal: Whether a layer whose queries see later keys is refused.
-        description: Of the progress bar.
-        show_progress: Shows a bar once it has taken two seconds.
+        texts: Token ids of each text, ``(T,)``, as :func:`texts_of` returns them.
+        on_layer: A function that takes each layer of each text. The layer is not kept.
+        after_text: A function that takes the token ids of a text after its layers have run.
+        causal: Raise an error if a query of a layer can see later keys.
+        description: The label of the progress bar.
+        show_progress: Show a progress bar after two seconds.
 
     Returns:
         The names of the layers.
 
     Raises:
-        ValueError: If the model has to be causal, and is not.
+        ValueError: If ``causal`` is set and the model is not causal.
 
     Warns:
-        UserWarning: If outputs of layers vanish: what is relative to them counts as zero.
+        UserWarning: If outputs of layers are zero: measures relative to them are set to zero.
     """
-    vanishing = 0
+    zero_outputs = 0
     model = unwrapped(model)
     runner = Runner(model)
     device = device_of(model)
     texts = list(texts)
     if texts:
-        # Before anything is counted: a model that leaves queries out runs its first layers twice.
+        # A model that skips queries runs its first layers twice in its first call. This call
+        # comes before the counting, so that no layer is counted twice.
         runner.observe(texts[0][None, :2].to(device), ignore_layer)
     with progress_bar(len(texts), description, show=show_progress) as bar:
         for text, ids in enumerate(texts):
             number = 0
 
-            def seen(execution: Execution, layer: AttentionLayer) -> None:
-                nonlocal number, vanishing
+            def on_execution(execution: Execution, layer: AttentionLayer) -> None:
+                nonlocal number, zero_outputs
                 if causal:
                     check_causal(execution.name, layer)
-                vanishing += layer.vanishing("inter")
+                zero_outputs += layer.vanishing("inter")
                 if widest(layer.value.device) != torch.float64:
                     layer = layer.on_cpu()  # analyses sum in float64
                 on_layer(SeenLayer(text, number, execution.name, layer, ids))  # noqa: B023
                 number += 1
 
-            runner.observe(ids[None].to(device), seen)
+            runner.observe(ids[None].to(device), on_execution)
             if after_text is not None:
                 after_text(ids)
             bar.update()
-    if vanishing:
+    if zero_outputs:
         warnings.warn(
-            f"{vanishing} attention outputs vanish: what is relative to them counts as zero.",
+            f"{zero_outputs} attention outputs are zero; weights relative to them are set to zero.",
             stacklevel=3,
         )
     return runner.names
 
 
 def check_causal(name: str, layer: AttentionLayer) -> None:
-    """Raises a ValueError where the first query of a layer sees later keys."""
+    """Raise a ValueError if the first query of a layer can see later keys."""
     first = layer.mask.block(slice(0, 1))
     if layer.T > 1 and (first is None or bool(first[..., 1:].any())):
         raise ValueError(
-            f"Attention layer {name!r} is bidirectional, but this analysis speaks of causal "
-            "models, whose first token every query sees, and which sees itself alone."
+            f"Attention layer {name!r} is bidirectional, but this analysis needs a causal model: "
+            "every query sees the first token, and the first token sees only itself."
         )
 
 
 class Reservoir:
-    """A uniform sample, without replacement, of rows of numbers that go by.
+    """A uniform sample, without replacement, of a stream of rows.
 
-    Each row has a random key, and those with the lowest keys are kept. Once there are enough, how
-    many of the next rows have lower keys than all that are kept is drawn instead of the keys.
+    Each row has a random key, and the rows with the lowest keys are kept. Once the sample is full,
+    the number of later rows with a low enough key is drawn, instead of a key for every row.
 
     Args:
-        size: How many rows are kept at most.
-        seed: The same seed and rows give the same sample.
+        size: The maximum number of rows to keep.
+        seed: Random seed. The same seed and rows give the same sample.
 
     Example:
         >>> sample = Reservoir(3, seed=0)
@@ -192,16 +195,16 @@ class Reservoir:
 
     def __init__(self, size: int, seed: int) -> None:
         if size < 1:
-            raise ValueError(f"size={size} keeps nothing: give 1 or more.")
+            raise ValueError(f"size must be 1 or more, got {size}")
         self.size, self.seen = size, 0
         self._random = np.random.default_rng(seed)
-        self._limit = 1.0  # keys above it are not among the lowest
+        self._limit = 1.0  # the sample needs no keys above this
         self._keys: list[np.ndarray[Any, Any]] = []
         self._rows: list[np.ndarray[Any, Any]] = []
         self._held = 0
 
     def draw(self, count: int) -> np.ndarray[Any, Any]:
-        """Which of the next ``count`` rows are to be added, ascending."""
+        """Return which of the next ``count`` rows to add, in ascending order."""
         self.seen += count
         taken = self._random.binomial(count, self._limit) if self._limit < 1 else count
         self._keys.append(self._random.uniform(0, self._limit, taken))
@@ -210,7 +213,7 @@ class Reservoir:
         return np.sort(self._random.choice(count, taken, replace=False, shuffle=False))
 
     def add(self, rows: np.ndarray[Any, Any]) -> None:
-        """Adds the rows that were drawn, ``(n, ...)``."""
+        """Add the rows that :meth:`draw` selected, ``(n, ...)``."""
         assert len(rows) == len(self._keys[-1])
         self._rows.append(np.array(rows))
         self._held += len(rows)
@@ -219,11 +222,12 @@ class Reservoir:
 
     @property
     def rows(self) -> np.ndarray[Any, Any]:
-        """The sample, in the order in which its rows went by."""
+        """The sample, in the order of the stream."""
         self._prune()
         return self._rows[0] if self._rows else np.zeros(0)
 
     def _prune(self) -> None:
+        """Keep the rows with the lowest keys."""
         if not self._rows:
             return
         keys, rows = np.concatenate(self._keys), np.concatenate(self._rows)

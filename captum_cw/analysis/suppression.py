@@ -1,30 +1,31 @@
-"""How the sink suppresses: the norms of head outputs, and where they point.
+"""How the sink suppresses head outputs: their norms and their directions.
 
-The norm of a head's output against the attention on the first token, with the model of Appendix E
-of arXiv 2606.07604 (Figs. 5b and 11), and head outputs beside the cone of values (Fig. 6).
+These analyses fit the norm of a head's output by the attention on the first token, with the model
+of Appendix E of arXiv 2606.07604 (Figs. 5b and 11), and compare head outputs with the cone of
+values (Fig. 6).
 
-With ``a`` the attention of a query on the first token, whose projected value is ``v~_1``, a head's
-output is ``o = a v~_1 + w``, where ``w`` holds the other tokens. If ``||w|| = k (1 - a)`` and
-``<v~_1, w> = g (1 - a)``, then (Eq. 20)::
+Let ``a`` be the attention of a query on the first token, whose projected value is ``v~_1``. The
+head's output is ``o = a v~_1 + w``, where ``w`` comes from the other tokens. If ``||w|| = k (1 -
+a)`` and ``<v~_1, w> = g (1 - a)``, then (Eq. 20)::
 
     ||o||^2 = a^2 ||v~_1||^2 + 2 a (1 - a) g + (1 - a)^2 k^2
 
-which is least at ``a = (k^2 - g) / (k^2 - 2 g + ||v~_1||^2)`` (Eq. 31). Eq. 28 is printed with
-``2 a (a - 1) g``, the other sign; Eq. 20, 29, 30 and 31 have this one.
+The minimum is at ``a = (k^2 - g) / (k^2 - 2 g + ||v~_1||^2)`` (Eq. 31). Eq. 28 is printed with
+``2 a (a - 1) g``, with the opposite sign. Eq. 20, 29, 30 and 31 have the sign above.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from captum_cw.analysis.components import r2
-from captum_cw.analysis.geometry import inner_products, projected
-from captum_cw.analysis.result import AnalysisResult, Picture
+from captum_cw.analysis.geometry import inner_products, norms, values_and_gram
+from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
 from captum_cw.analysis.streaming import Batches, Reservoir, SeenLayer, run_texts, texts_of
 from captum_cw.functional import attention, map_blocks
 
@@ -40,16 +41,16 @@ __all__ = [
     "sink_rate_of_least_norm",
 ]
 
-#: Points of a picture.
+#: The number of points in a plot.
 SHOWN = 4000
-#: Of the values that lie within the cone.
+#: The fraction of values inside the cone.
 INSIDE = 0.9
 
 Array = np.ndarray[Any, Any]
 
 
 def predicted_norm(a: Array, v1: float, g: float, k: float) -> Array:
-    """The norm of a head's output by Eq. 20, for sink rates ``a``.
+    """Compute the norm of a head's output by Eq. 20, for sink rates ``a``.
 
     Example:
         >>> predicted_norm(np.array([0.0, 1.0]), v1=1.0, g=-0.5, k=2.0).tolist()
@@ -61,37 +62,39 @@ def predicted_norm(a: Array, v1: float, g: float, k: float) -> Array:
 
 
 def sink_rate_of_least_norm(v1: float, g: float, k: float) -> float:
-    """The sink rate at which Eq. 20 is least over [0, 1] (Eq. 31).
+    """Return the sink rate in [0, 1] at which the norm by Eq. 20 is smallest (Eq. 31).
 
-    NaN where it is constant, or bends down between two ends of the same height.
+    NaN if both ends are minima: the norm is constant, or concave with ends of the same height.
 
     Example:
         >>> sink_rate_of_least_norm(v1=1.0, g=0.0, k=1.0), sink_rate_of_least_norm(1.0, 4.0, 2.0)
         (0.5, 1.0)
     """
     curvature = k**2 - 2 * g + v1**2
-    if curvature <= 0:  # a line, or no norms at all: at the end where it is lower
+    if curvature <= 0:  # linear or concave: the minimum is at the lower end
         return float("nan") if v1 == k else float(v1 < k)
     return float(np.clip((k**2 - g) / curvature, 0, 1))
 
 
 class OutputNorms(AnalysisResult):
-    """Norms of head outputs against the sink rate, with the model of them (Figs. 5b, 11).
+    """The norms of head outputs against the sink rate, with their model (Figs. 5b, 11).
 
     Attributes:
-        settings: With the ``"layer"`` and ``"head"`` of the picture.
-        numbers: ``"heads"``, and how many of them have their ``"least below 1"``; likewise for the
-            counterfactual ``g = 0``; ``"heads opposed"`` (``g < 0``); median R2 of the fits.
-        tables: ``"heads"``: ``layer``, ``head``, slopes ``k`` and ``g`` with their centred R2, the
-            norm ``v1`` of the first value, ``mean_norm`` of the others, the sink rate of the least
-            norm ``least`` by Eq. 31, with ``g = 0`` and with the sign of Eq. 28 as printed, and
-            centred R2 of Eq. 20 for the norms themselves. ``"points"``: of one head, for a sample
-            of tokens, ``position`` (0 to 1), ``sink_rate``, ``norm``, ``rest`` (``||w||``) and
-            ``along`` (``<v~_1, w>``).
+        settings: Include the ``"layer"`` and ``"head"`` of the plot.
+        numbers: ``"heads"`` is the number of heads, and ``"least below 1"`` is how many of them
+            have their smallest norm below a sink rate of 1. ``"least below 1 without g"`` is the
+            same number for the counterfactual ``g = 0``. ``"heads opposed"`` is how many have ``g <
+            0``. The others are the median R2 of the fits.
+        tables: ``"heads"``: ``layer``, ``head``, the slopes ``k`` and ``g`` with their centred R2,
+            the norm ``v1`` of the first value, the ``mean_norm`` of the other values, the sink rate
+            of the smallest norm by Eq. 31 (``least``), with ``g = 0`` and with the sign of Eq. 28
+            as printed, and the centred R2 of Eq. 20 for the norms. ``"points"``, of one head for a
+            sample of tokens: ``position`` (0 to 1), ``sink_rate``, ``norm``, ``rest`` (``||w||``)
+            and ``along`` (``<v~_1, w>``).
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """One head's norms with the curve, R2 by layer, and that head's two fits."""
+        """Plot one head's norms with the model, R2 by layer, and that head's two fits."""
         from captum_cw.analysis.figures.geometry import plot_output_norms
 
         place, heads = (self.settings["layer"], self.settings["head"]), self.tables["heads"]
@@ -99,7 +102,7 @@ class OutputNorms(AnalysisResult):
         rates: Array = np.linspace(0, 1, 201)
         curves = {
             "model (Eq. 20)": predicted_norm(rates, of.v1, of.g, of.k),
-            "the same, g = 0": predicted_norm(rates, of.v1, 0.0, of.k),
+            "model with g = 0": predicted_norm(rates, of.v1, 0.0, of.k),
             "sign as printed in Eq. 28": predicted_norm(rates, of.v1, -of.g, of.k),
         }
         return plot_output_norms(
@@ -117,38 +120,37 @@ def output_norms(
     seed: int = 0,
     show_progress: bool = False,
 ) -> OutputNorms:
-    """Fits the norm of each head's output by the attention on the first token (Appendix E).
+    """Fit the norm of each head's output by the attention on the first token (Appendix E).
 
     ``k`` and ``g`` are slopes of lines through the origin, of ``||w||`` and ``<v~_1, w>`` on ``1 -
-    a``: ``k`` is the typical norm of the mean of the other values, weighted by attention, which the
-    text calls their mean norm (given beside it).
+    a``. So ``k`` is the typical norm of the mean of the other values, weighted by attention. The
+    paper's text calls it their mean norm, which the result also has.
 
     Args:
         model: A causal model.
         batches: Token ids ``(B, T)``, a dict with ``attention_mask``, or an iterable of these.
-        tokens: Of a uniform sample of queries that the fits are made to, the first of each text
-            left out; the paper takes all of 32 batches.
-        layer: Of the head that is shown; None for the head whose sink rate varies most.
-        head: In that layer; both or none are to be given.
-        seed: Of the sample.
-        show_progress: Shows a bar over the texts once it has taken two seconds.
+        tokens: The size of the uniform sample of queries for the fits. The first query of each text
+            is left out. The paper uses all queries of 32 batches.
+        layer: The layer of the head to plot. By default, the head whose sink rate varies most.
+        head: The head to plot, in that layer. Give both or neither.
+        seed: Random seed of the sample.
+        show_progress: Show a progress bar over the texts after two seconds.
 
     Raises:
-        IndexError: If there is no such head.
+        IndexError: If the layer or head does not exist.
         UnsupportedModelError: If a gate makes projected values differ from query to query.
-        ValueError: If a text has less than three tokens, the model is not causal, or no query
-            sees the first token.
+        ValueError: If a text has fewer than three tokens, the model is not causal, or not a single
+            query sees the first token.
 
     Example:
         >>> result = output_norms(model, input_ids)
         >>> result.numbers["heads"], len(result.tables["heads"])
         (8.0, 8)
     """
-    if (layer is None) != (head is None):
-        raise ValueError(f"layer={layer}, head={head}: give both, or none.")
+    _check_head(layer, head)
     texts, sample = texts_of(batches, shortest=3), Reservoir(tokens, seed)
     queries: Array = np.zeros(0, dtype=np.int64)
-    # What this text adds to the sample, a part for each layer.
+    # The rows that the current text adds to the sample, by layer.
     parts: list[Array] = []
     values: dict[int, list[tuple[Array, Array]]] = {}
 
@@ -163,7 +165,7 @@ def output_norms(
         )
 
     def after_text(ids: Tensor) -> None:
-        # A row for each query: its place from 0 to 1, and the numbers of all heads.
+        # A row for each query: its position from 0 to 1, and the numbers of all heads.
         heads = sum(len(part) for part in parts)
         numbers = np.concatenate(parts).transpose(1, 0, 2).reshape(len(queries), 4 * heads)
         rows = np.concatenate([queries[:, None] / (len(ids) - 1), numbers], 1)
@@ -171,12 +173,14 @@ def output_norms(
         parts.clear()
 
     run_texts(
-        model, texts, on_layer, after_text=after_text, description="output norms",
+        model,
+        texts,
+        on_layer,
+        after_text=after_text,
+        description="output norms",
         show_progress=show_progress,
-    )  # fmt: skip
-    settings = {
-        "texts": len(texts), "tokens": sum(map(len, texts)), "sampled": tokens, "seed": seed,
-    }  # fmt: skip
+    )
+    settings = settings_of(texts, sampled=tokens, seed=seed)
     rows = sample.rows
     position: Array = rows[:, 0]
     rest: Array = rows[:, 1:].reshape(len(rows), -1, 4)
@@ -187,49 +191,50 @@ def output_norms(
             mean_norm = float(np.mean([others[n] for _, others in pairs]))
             of = rest[:, len(heads)]
             heads.append({"layer": number, "head": n, **fit_norms(of, first, mean_norm)})
-    return _output_norms(settings, heads, rest, position, layer, head, seed)
+    return _build_output_norms(settings, heads, rest, position, layer, head, seed)
 
 
-class HeadNorms:
-    """What a layer's heads make of a text.
+class HeadNorms(NamedTuple):
+    """The norms of the head outputs of a layer over one text.
 
     Args:
-        queries: ``(H, T, 4)``: the sink rate ``a`` (NaN where the query does not see the first
-            token), ``||o||``, ``||w||`` and ``<v~_1, w>``.
-        first: ``(H,)``, ``||v~_1||``.
-        others: ``(H,)``, the mean of ``||v~_j||``, ``j > 1``.
+        queries: The sink rate ``a`` (NaN if the query does not see the first token), ``||o||``,
+            ``||w||`` and ``<v~_1, w>``, ``(H, T, 4)``.
+        first: ``||v~_1||``, ``(H,)``.
+        others: The mean of ``||v~_j||`` over ``j > 1``, ``(H,)``.
     """
 
-    def __init__(self, queries: Tensor, first: Tensor, others: Tensor) -> None:
-        self.queries, self.first, self.others = queries, first, others
+    queries: Tensor
+    first: Tensor
+    others: Tensor
 
 
 def head_norms(seen: SeenLayer) -> HeadNorms:
-    """The norms of head outputs and of their parts, in float64."""
-    value, gram = projected(seen)
-    a, w, sees = _parts(seen, value)
+    """Compute the norms of head outputs and of their parts, in float64."""
+    value, gram = values_and_gram(seen)
+    a, w, sees = _split_outputs(seen, value)
     first = value[:, :1]
     y = a[..., None] * first + w
-    norms = [inner_products(x, gram, x).clamp(min=0).sqrt() for x in (y, w, value)]
     along = inner_products(w, gram, first)
     a = a.masked_fill(~sees, torch.nan)
-    queries = torch.stack([a, norms[0], norms[1], along], -1)
-    return HeadNorms(queries, norms[2][:, 0], norms[2][:, 1:].mean(1))
+    queries = torch.stack([a, norms(y, gram), norms(w, gram), along], -1)
+    lengths = norms(value, gram)
+    return HeadNorms(queries, lengths[:, 0], lengths[:, 1:].mean(1))
 
 
-def _parts(seen: SeenLayer, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What head outputs are made of, before they are projected.
+def _split_outputs(seen: SeenLayer, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split head outputs into the parts of the first token and of the others, before projection.
 
-    What others than the first token give is summed anew, as a difference to the head output would
-    be nothing but its rounding where nearly all attention is on the first, and in half precision.
+    The part of the others is summed directly. The difference of the head output and the first
+    token's part would be only rounding error where nearly all attention is on the first token.
 
     Args:
         seen: The layer.
         value: ``(H, S, d_h)``, float64.
 
     Returns:
-        The attention on the first token ``(H, T)``, what the others give ``(H, T, d_h)``, float64,
-        and whether a query sees the first, ``(H, T)``.
+        The attention on the first token ``(H, T)``, the part of the others ``(H, T, d_h)``, both in
+        float64, and whether a query sees the first token, ``(H, T)``.
     """
     columns, rest, visible = [], [], []
     for rows, (weights,) in map_blocks(seen.layer, attention):
@@ -244,26 +249,26 @@ def _parts(seen: SeenLayer, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fit_norms(points: Array, v1: float, mean_norm: float) -> dict[str, float]:
-    """The model of Appendix E for one head.
+    """Fit the model of Appendix E to one head.
 
     Args:
-        points: ``(tokens, 4)``, as :class:`HeadNorms` has them.
+        points: ``(tokens, 4)``, with the columns of :class:`HeadNorms`.
         v1: ``||v~_1||``.
-        mean_norm: Of the other values.
+        mean_norm: The mean norm of the other values.
     """
     from sklearn.linear_model import LinearRegression
 
     points = points[~np.isnan(points[:, 0])].astype(np.float64)
     if not len(points):
         raise ValueError(
-            "No sampled query sees the first token: give texts that are shorter than the windows "
-            "of the model's attention."
+            "No sampled query sees the first token: give texts that are shorter than the "
+            "attention windows of the model."
         )
     a, norm, rest, along = points.T
     x = (1 - a)[:, None]
     slopes, fits = [], []
     for y in (rest, along):
-        if not x.any():  # all attention is on the first token: no line is better than another
+        if not x.any():  # all attention is on the first token: any slope fits
             slopes.append(float("nan"))
             fits.append(float("nan"))
             continue
@@ -287,7 +292,7 @@ def fit_norms(points: Array, v1: float, mean_norm: float) -> dict[str, float]:
     }
 
 
-def _output_norms(
+def _build_output_norms(
     settings: Mapping[str, Any],
     heads: list[dict[str, Any]],
     rest: Array,
@@ -296,17 +301,12 @@ def _output_norms(
     head: int | None,
     seed: int,
 ) -> OutputNorms:
+    """Build the result, with a sample of points of the plotted head."""
     import pandas as pd
 
     table = pd.DataFrame(heads)
-    if layer is None:
-        shown = int(table.spread.idxmax())
-    else:
-        of = table.index[(table["layer"] == layer) & (table["head"] == head)]
-        if not len(of):
-            raise IndexError(f"layer={layer}, head={head}: there is no such head.")
-        shown = int(of[0])
-    # Of all texts: the sample is in the order of texts.
+    layer, head = _choose_head(table, layer, head, table.spread)
+    shown = int(table.index[(table["layer"] == layer) & (table["head"] == head)][0])
     few = np.random.default_rng(seed).choice(len(rest), min(SHOWN, len(rest)), replace=False)
     few.sort()
     names = ("sink_rate", "norm", "rest", "along")
@@ -321,29 +321,45 @@ def _output_norms(
         "median r2 of g": float(table.r2_g.median()),
         "median r2 of norms": float(table.r2_norm.median()),
     }
-    place = {"layer": int(table["layer"][shown]), "head": int(table["head"][shown])}
-    return OutputNorms(
-        {**settings, **place}, numbers, {"heads": table, "points": sample.dropna(ignore_index=True)}
-    )
+    tables = {"heads": table, "points": sample.dropna(ignore_index=True)}
+    return OutputNorms({**settings, "layer": layer, "head": head}, numbers, tables)
+
+
+def _check_head(layer: int | None, head: int | None) -> None:
+    """Raise a ValueError if only one of layer and head is given."""
+    if (layer is None) != (head is None):
+        raise ValueError(f"layer={layer}, head={head}: give both or neither.")
+
+
+def _choose_head(
+    heads: pd.DataFrame, layer: int | None, head: int | None, preference: pd.Series
+) -> tuple[int, int]:
+    """Return the layer and head to plot; by default, those with the largest preference."""
+    if layer is None or head is None:
+        row = heads.loc[preference.idxmax()]
+        return int(row["layer"]), int(row["head"])
+    if not ((heads["layer"] == layer) & (heads["head"] == head)).any():
+        raise IndexError(f"layer={layer}, head={head}: this head does not exist.")
+    return int(layer), int(head)
 
 
 class SemanticCone(AnalysisResult):
-    """Head outputs beside the cone of non-sink values, with the sink's value and without (Fig. 6).
+    """The directions of head outputs and the cone of values, with and without the sink (Fig. 6).
 
     Attributes:
-        settings: With the ``"layer"`` and ``"head"`` of the picture.
-        numbers: Means over heads and texts: the share of outputs ``"inside with sink"`` and
-            ``"inside without"``, of the quarter with the lowest norm; and of all the others, as
-            ``"others inside ..."``.
-        tables: ``"heads"``: these by ``layer`` and ``head`` with the cone's ``angle`` in degrees
-            and the ``sink_angle``; ``"texts"``: by ``text``; ``"points"``: of one head and text,
-            coordinates ``along`` the mean value and ``across`` it (the sink's orthogonal part),
-            with the ``norm``, for ``outputs`` ``with`` the sink and ``without``; ``"sink"``: its
-            coordinates, and the ``angle`` of the cone there.
+        settings: Include the ``"layer"`` and ``"head"`` of the plot.
+        numbers: Means over heads and texts of the fraction of outputs inside the cone. ``"inside
+            with sink"`` and ``"inside without"`` are for the quarter of outputs with the lowest
+            norm, and ``"others inside ..."`` for all others.
+        tables: ``"heads"``: these fractions by ``layer`` and ``head``, with the cone's ``angle``
+            and the ``sink_angle`` in degrees. ``"texts"``: by ``text``. ``"points"``, of one head
+            and text: the coordinates ``along`` the mean value and ``across`` it (along the
+            orthogonal part of the sink's value) and the ``norm``, for ``outputs`` ``with`` and
+            ``without`` the sink. ``"sink"``: the sink's coordinates, and the ``angle`` of the cone.
     """
 
     def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """One head's outputs in the plane of the mean value and the sink, both ways."""
+        """Plot one head's outputs in the plane of the mean value and the sink, both ways."""
         from captum_cw.analysis.figures.geometry import plot_cone
 
         place = self.settings["layer"], self.settings["head"]
@@ -358,25 +374,25 @@ def semantic_cone(
     head: int | None = None,
     show_progress: bool = False,
 ) -> SemanticCone:
-    """Where head outputs point, with the first token's value and without it (Fig. 6).
+    """Compute where head outputs point, with and without the first token's value (Fig. 6).
 
-    For each head and text, ``m`` is the mean of the projected values but the first, and the cone
-    around it holds 90% of them (angles in the full space). Of the quarter of head outputs with the
-    lowest norm, how many lie inside: as they are, and as the first token's value is set to zero?
-    That the second is nearly all follows nearly by construction: what is left then is a mean of the
-    values that made the cone.
+    For each head and text, ``m`` is the mean of the projected values except the first. The cone
+    around ``m`` holds 90% of these values, by their angles in the full space. The result is the
+    fraction of outputs inside the cone, for the quarter with the lowest norm: as they are, and with
+    the first token's value set to zero. Without it, nearly all lie inside almost by construction:
+    the output is then a mean of the values that define the cone.
 
     Args:
         model: A causal model.
-        batches: As :func:`output_norms`.
-        layer: Of the head that is shown, on the first text; None for the head with the most
-            outputs that enter the cone once the sink is gone.
-        head: In that layer; both or none are to be given.
-        show_progress: Shows a bar over the texts once it has taken two seconds.
+        batches: Token ids, as for :func:`output_norms`.
+        layer: The layer of the head to plot, on the first text. By default, the head with the most
+            outputs that enter the cone without the sink.
+        head: The head to plot, in that layer. Give both or neither.
+        show_progress: Show a progress bar over the texts after two seconds.
 
     Raises:
-        IndexError, UnsupportedModelError, ValueError: As :func:`output_norms`; a text needs five
-            tokens, for a quarter of its queries to be one.
+        IndexError, UnsupportedModelError, ValueError: As :func:`output_norms`. A text needs five
+            tokens, so that a quarter of its queries is at least one.
 
     Example:
         >>> ids = torch.arange(1, 9)[None]
@@ -385,33 +401,30 @@ def semantic_cone(
     """
     import pandas as pd
 
-    if (layer is None) != (head is None):
-        raise ValueError(f"layer={layer}, head={head}: give both, or none.")
+    _check_head(layer, head)
     texts = texts_of(batches, shortest=5)
     rows = []
     pictures: dict[tuple[int, int], tuple[Tensor, list[float]]] = {}
 
     def on_layer(seen: SeenLayer) -> None:
-        value, gram = projected(seen)
-        a, rest, _ = _parts(seen, value)
+        value, gram = values_and_gram(seen)
+        a, rest, _ = _split_outputs(seen, value)
         found = cone(value, gram, a, rest)
         for n, shares in enumerate(found.shares.tolist()):
-            names = ("with_sink", "without", "others_with_sink", "others_without")
-            rows.append(
-                {"text": seen.text, "layer": seen.number, "head": n,
-                 **dict(zip(names, shares, strict=True)),
-                 "angle": float(found.angle[n]), "sink_angle": float(found.sink_angle[n])}
-            )  # fmt: skip
+            angles = float(found.angle[n]), float(found.sink_angle[n])
+            rows.append((seen.text, seen.number, n, *shares, *angles))
             if seen.text == 0:
                 arrow = [*found.sink[n].tolist(), float(found.angle[n])]
                 pictures[seen.number, n] = found.plane[:, n].cpu(), arrow
 
     run_texts(model, texts, on_layer, description="cone", show_progress=show_progress)
-    table = pd.DataFrame(rows)
+    shares = ["with_sink", "without", "others_with_sink", "others_without"]
+    columns = ["text", "layer", "head", *shares, "angle", "sink_angle"]
+    table = pd.DataFrame(rows, columns=columns)
     heads = table.drop(columns="text").groupby(["layer", "head"]).mean().reset_index()
     by_text = table.drop(columns=["layer", "head"]).groupby("text").mean().reset_index()
-    place = _shown(heads, layer, head)
-    plane, arrow = pictures[place]
+    layer, head = _choose_head(heads, layer, head, heads.without - heads.with_sink)
+    plane, arrow = pictures[layer, head]
     points = pd.concat(
         [
             pd.DataFrame(part.numpy(), columns=["along", "across", "norm"]).assign(outputs=name)
@@ -426,77 +439,66 @@ def semantic_cone(
         "others inside with sink": float(heads.others_with_sink.mean()),
         "others inside without": float(heads.others_without.mean()),
     }
-    settings = {
-        "texts": len(texts), "tokens": sum(map(len, texts)), "layer": place[0], "head": place[1],
-    }  # fmt: skip
+    settings = settings_of(texts, layer=layer, head=head)
     tables = {"heads": heads, "texts": by_text, "points": points, "sink": sink}
     return SemanticCone(settings, numbers, tables)
 
 
-def _shown(heads: pd.DataFrame, layer: int | None, head: int | None) -> tuple[int, int]:
-    if layer is None or head is None:
-        row = heads.loc[(heads.without - heads.with_sink).idxmax()]
-        return int(row["layer"]), int(row["head"])
-    if not ((heads["layer"] == layer) & (heads["head"] == head)).any():
-        raise IndexError(f"layer={layer}, head={head}: there is no such head.")
-    return int(layer), int(head)
-
-
-class Cone:
-    """The cone of a layer's heads over one text.
+class Cone(NamedTuple):
+    """The cones of a layer's heads over one text.
 
     Args:
-        shares: ``(H, 4)``: of the quarter of outputs with the lowest norm, how many lie inside,
-            with the sink and without; then of the others.
-        angle: ``(H,)``, of the cone, in degrees.
-        sink_angle: ``(H,)``, of the first token's value to the mean value, in degrees.
-        plane: ``(2, H, T - 1, 3)``: with the sink and without, coordinates along and across the
-            mean value, and the norm of the output as it is.
-        sink: ``(H, 2)``, the coordinates of the first token's value.
+        shares: ``(H, 4)``: the fraction inside the cone, with and without the sink, of the quarter
+            of outputs with the lowest norm; then the same of the other outputs.
+        angle: The angle of the cone in degrees, ``(H,)``.
+        sink_angle: The angle of the first token's value to the mean value in degrees, ``(H,)``.
+        plane: ``(2, H, T - 1, 3)``: with and without the sink, the coordinates along and across the
+            mean value, and the norm of the unchanged output.
+        sink: The coordinates of the first token's value, ``(H, 2)``.
     """
 
-    def __init__(
-        self, shares: Tensor, angle: Tensor, sink_angle: Tensor, plane: Tensor, sink: Tensor
-    ) -> None:
-        self.shares, self.angle, self.sink_angle = shares, angle, sink_angle
-        self.plane, self.sink = plane, sink
+    shares: Tensor
+    angle: Tensor
+    sink_angle: Tensor
+    plane: Tensor
+    sink: Tensor
 
 
 def cone(value: Tensor, gram: Tensor, a: Tensor, rest: Tensor) -> Cone:
-    """Where head outputs lie beside the cone of the values but the first.
+    """Compare head outputs with the cone of the values except the first.
 
-    The first query, whose output is the sink itself, is left out.
+    The first query is left out: its output is the sink itself.
 
     Args:
         value: ``(H, S, d_h)``.
         gram: ``(H, d_h, d_h)``.
-        a: ``(H, T)``, the attention on the first token.
-        rest: ``(H, T, d_h)``, what the others give to head outputs.
+        a: The attention on the first token, ``(H, T)``.
+        rest: The part of head outputs from the other tokens, ``(H, T, d_h)``.
     """
     first, others = value[:, :1], value[:, 1:]
     mean = others.mean(1, keepdim=True)
-    size = _norm(mean, gram)
+    size = norms(mean, gram)
     w = rest[:, 1:]
     y = a[:, 1:, None] * first + w
 
     def angles(x: Tensor) -> Tensor:
-        cosines = inner_products(x, gram, mean) / (_norm(x, gram) * size)
-        # What is nothing points nowhere: at a right angle.
+        cosines = inner_products(x, gram, mean) / (norms(x, gram) * size)
+        # A zero vector counts as orthogonal.
         return torch.rad2deg(cosines.nan_to_num().clamp(-1, 1).arccos())
 
     angle = torch.quantile(angles(others), INSIDE, dim=1)
-    norms = _norm(y, gram)
-    quarter = norms.argsort(dim=1, stable=True)[:, : norms.shape[1] // 4]
-    lowest = torch.zeros_like(norms, dtype=torch.bool).scatter_(1, quarter, True)
+    lengths = norms(y, gram)
+    quarter = lengths.argsort(dim=1, stable=True)[:, : lengths.shape[1] // 4]
+    lowest = torch.zeros_like(lengths, dtype=torch.bool).scatter_(1, quarter, True)
     shares = []
     for which in (lowest, ~lowest):
         for x in (y, w):
             inside = angles(x) <= angle[:, None]
-            shares.append((inside & which).sum(1) / which.sum(1).to(norms.dtype))
-    # The sink's part that is orthogonal to the mean value spans the plane with it.
+            shares.append((inside & which).sum(1) / which.sum(1).to(lengths.dtype))
+    # The plane is spanned by the mean value and the part of the sink's value orthogonal to it.
     along = inner_products(first, gram, mean) / size**2
     across = first - along[..., None] * mean
-    width = _norm(across, gram)
+    width = norms(across, gram)
 
     def coordinates(x: Tensor) -> tuple[Tensor, Tensor]:
         return (
@@ -504,10 +506,6 @@ def cone(value: Tensor, gram: Tensor, a: Tensor, rest: Tensor) -> Cone:
             (inner_products(x, gram, across) / width).nan_to_num(),
         )
 
-    plane = torch.stack([torch.stack([*coordinates(x), norms], -1) for x in (y, w)])
+    plane = torch.stack([torch.stack([*coordinates(x), lengths], -1) for x in (y, w)])
     sink = torch.stack(coordinates(first), -1)[:, 0]
     return Cone(torch.stack(shares, 1), angle, angles(first)[:, 0], plane, sink)
-
-
-def _norm(x: Tensor, gram: Tensor) -> Tensor:
-    return inner_products(x, gram, x).clamp(min=0).sqrt()

@@ -1,7 +1,7 @@
-"""Every table and figure of the paper, on models and texts of your choice, in one report.
+"""Reproduce every table and figure of the paper, on models and texts of your choice, in one report.
 
-Each item of each study (a model on a set of texts) is on disk as soon as it is finished, so that a
-run that was stopped, even killed, goes on to the same numbers.
+Each item of each study (a model on a set of texts) is saved as soon as it is finished. A run that
+was stopped, or even killed, resumes and gives the same numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "run_study",
 ]
 
-Told = Callable[[str], None]
+Tell = Callable[[str], None]
 
 
 def reproduce(
@@ -40,22 +40,23 @@ def reproduce(
     out: Path,
     *,
     only: Sequence[str] | None = None,
-    tell: Told = print,
+    tell: Tell = print,
 ) -> tuple[list[StudyResults], list[Path]]:
-    """Runs all items of all studies, and writes the report.
+    """Run all items of all studies, and write the report.
 
     Args:
-        studies: Models with texts; one after the other, so that models need not be held together.
-        out: The folder; made where there is none.
-        only: Names of items; None for all.
-        tell: Is told what runs.
+        studies: Studies of models with texts. They run one by one, so an iterator need hold only
+            one model at a time.
+        out: The output folder. It is created if needed.
+        only: The names of the items to run; None runs all.
+        tell: A function that is called with each progress message.
 
     Returns:
-        What was found, and the files of the report.
+        The results, and the files of the report.
 
     Raises:
         RecordsError: If the folder holds another run.
-        ValueError: If there is no such item, or no study.
+        ValueError: If an item is unknown, or there are no studies.
 
     Example:
         >>> from captum_cw.reproduce import reproduce
@@ -64,25 +65,22 @@ def reproduce(
         ...
         ValueError: only='T9' is unknown; known: F1, F2, ...
     """
-    chosen = list(ITEMS.values()) if only is None else [_item(name) for name in only]
+    for name in only or ():
+        if name not in ITEMS:
+            raise ValueError(f"only={name!r} is unknown; known: {', '.join(ITEMS)}.")
+    chosen = list(ITEMS.values()) if only is None else [ITEMS[name] for name in only]
     found = [run_study(study, out, chosen, tell=tell) for study in studies]
     if not found:
-        raise ValueError("There is no study: give a model and texts.")
+        raise ValueError("studies is empty: give at least one model with texts.")
     return found, write_report(out, found)
 
 
-def _item(name: str) -> Item:
-    if name not in ITEMS:
-        raise ValueError(f"only={name!r} is unknown; known: {', '.join(ITEMS)}.")
-    return ITEMS[name]
-
-
 def run_study(
-    study: Study, out: Path, items: Sequence[Item], *, tell: Told = print
+    study: Study, out: Path, items: Sequence[Item], *, tell: Tell = print
 ) -> StudyResults:
-    """Runs items of a study in a folder of its own, and keeps each as JSON and its tables as CSV.
+    """Run items of a study in its own folder, and save each as JSON and its tables as CSV.
 
-    What cannot be computed is told with the reason, and tried again the next time.
+    An item that cannot be computed is kept with the reason, and tried again in the next run.
     """
     folder = out / folder_name(study.model_name, study.data_name)
     identity = study.identity()
@@ -93,8 +91,8 @@ def run_study(
             known = records.get(item.name)
             if known is None:
                 tell(f"{study.model_name} on {study.data_name}: {item.name}, {item.title}")
-                known = _run(item, study, folder, file)
-                if not known["refused"]:  # what was missing may be there the next time
+                known = _run_item(item, study, folder, file)
+                if not known["refused"]:  # a refused item is tried again in the next run
                     records.add(item.name, known)
             result = None if known["refused"] else item.load(file)
             done.append(Done(item, result, known["seconds"], known["refused"]))
@@ -102,7 +100,8 @@ def run_study(
     return StudyResults(study.model_name, weights, study.data_name, study.plan, done)
 
 
-def _run(item: Item, study: Study, folder: Path, file: Path) -> dict[str, Any]:
+def _run_item(item: Item, study: Study, folder: Path, file: Path) -> dict[str, Any]:
+    """Run and save one item, and return its record."""
     start = time.perf_counter()
     try:
         result = item.run(study, folder)
@@ -116,7 +115,7 @@ def _run(item: Item, study: Study, folder: Path, file: Path) -> dict[str, Any]:
 
 
 def folder_name(model: str, data: str) -> str:
-    """A folder for a model and texts.
+    """Return the folder name for a model and texts.
 
     Example:
         >>> folder_name("meta-llama/Llama-3.1-8B", "gsm8k")

@@ -1,4 +1,4 @@
-"""Every table and figure that is reproduced: how it is computed, shown, and read."""
+"""The items of the report: how each table and figure is computed, shown and read."""
 
 from __future__ import annotations
 
@@ -28,38 +28,39 @@ Result = Any
 Pictures = dict[str, "Figure"]
 
 
-def _numbers(item: str, result: Result) -> pd.DataFrame:
-    """The headline figures, beside those that are printed."""
+def _number_table(item: str, result: Result) -> pd.DataFrame:
+    """Return the headline numbers, next to those that the paper prints."""
     import pandas as pd
 
     columns = {"here": result.numbers, **PRINTED.get(item, {})}
     return pd.DataFrame(columns).reindex(list(result.numbers))
 
 
-def _picture(result: Result) -> Pictures:
+def _plot(result: Result) -> Pictures:
+    """Plot the result."""
     return {"": result.plot(use_pyplot=False)[0]}
 
 
 @dataclass(frozen=True)
 class Item:
-    """A table or figure.
+    """A table or figure of the report.
 
     Args:
-        name: As in the paper, such as ``"T1"``.
-        title: What it is.
-        reading: What a reader should see, and from where it comes.
-        run: Computes it.
-        table: Its main figures, those that are printed beside them.
-        pictures: By caption.
-        load: Reads what ``save`` of the result wrote.
+        name: Its name in the paper, such as ``"T1"``.
+        title: What it shows.
+        reading: What readers should look for, and its source.
+        run: A function that computes the result.
+        table: A function that returns the main figures, next to those that the paper prints.
+        pictures: A function that plots the result, and returns the figures by caption.
+        load: A function that reads a saved result.
     """
 
     name: str
     title: str
     reading: str
     run: Callable[[Study, Path], Result]
-    table: Callable[[str, Result], pd.DataFrame] = _numbers
-    pictures: Callable[[Result], Pictures] = _picture
+    table: Callable[[str, Result], pd.DataFrame] = _number_table
+    pictures: Callable[[Result], Pictures] = _plot
     load: Callable[[Path], Result] = field(default=AnalysisResult.load)
 
 
@@ -67,29 +68,22 @@ class Item:
 # Analyses
 
 
-def _maps(study: Study, folder: Path) -> Result:
+def _run_maps(study: Study, folder: Path) -> Result:
+    """Compute the maps of random heads over the first text."""
     ids = study.analysed[0]["input_ids"]
     tokens = readable_tokens(study.tokenizer, ids[0])
     return analysis.weight_maps(study.model, ids, tokens=tokens, seed=study.plan.seed)
 
 
-def _map_pictures(result: Result) -> Pictures:
+def _plot_maps(result: Result) -> Pictures:
+    """Plot the maps, with their own scales and with those of the paper."""
     own = result.plot(use_pyplot=False)[0]
     paper = result.plot(paper_scale=True, use_pyplot=False)[0]
-    return {"scales of its own": own, "scales of the paper": paper}
-
-
-def _regression(log: bool) -> Callable[[Study, Path], Result]:
-    def run(study: Study, folder: Path) -> Result:
-        return analysis.component_regression(
-            study.model, study.analysed, points=study.plan.points, log=log, seed=study.plan.seed,
-            show_progress=True,
-        )  # fmt: skip
-
-    return run
+    return {"own scales": own, "scales of the paper": paper}
 
 
 def _regression_table(item: str, result: Result) -> pd.DataFrame:
+    """Return R2 by product and group, next to the printed values."""
     names = {"r2": "here", "r2_held_out": "held out", "r2_uncentred": "uncentred"}
     wide: pd.DataFrame = result.to_dataframe().pivot_table(
         index="components", columns="group", values=list(names), sort=False
@@ -100,27 +94,29 @@ def _regression_table(item: str, result: Result) -> pd.DataFrame:
     return wide
 
 
-def _simple(function: Callable[..., Result], **options: Any) -> Callable[[Study, Path], Result]:
-    """An analysis of the texts that most take; those with a ``seed`` get that of the plan."""
+def _run_analysis(
+    function: Callable[..., Result], *planned: str, sample: str = "", **options: Any
+) -> Callable[[Study, Path], Result]:
+    """Return a function that runs an analysis.
+
+    Args:
+        function: The analysis.
+        planned: The names of the options that the plan has.
+        sample: The name of the plan's texts and tokens; by default, the main texts.
+        options: Other options.
+    """
 
     def run(study: Study, folder: Path) -> Result:
-        given = {name: study.plan.seed if name == "seed" else x for name, x in options.items()}
-        return function(study.model, study.analysed, show_progress=True, **given)
+        plan = study.plan
+        batches = study.batches(*getattr(plan, sample)) if sample else study.analysed
+        given = {name: getattr(plan, name) for name in planned}
+        return function(study.model, batches, show_progress=True, **given, **options)
 
     return run
 
 
-def _correlations(study: Study, folder: Path) -> Result:
-    batches = study.batches(*study.plan.correlations)
-    return analysis.component_correlations(study.model, batches, show_progress=True)
-
-
-def _scaling(study: Study, folder: Path) -> Result:
-    batches = study.batches(*study.plan.scaling)
-    return analysis.sink_scaling(study.model, batches, show_progress=True)
-
-
 def _selection_table(item: str, result: Result) -> pd.DataFrame:
+    """Return precision, recall and F by size."""
     table = result.to_dataframe()
     wide: pd.DataFrame = table.pivot_table(
         index="size", columns="set", values=["precision", "recall", "f"], sort=False
@@ -131,6 +127,7 @@ def _selection_table(item: str, result: Result) -> pd.DataFrame:
 
 
 def _frame_table(item: str, result: Result) -> pd.DataFrame:
+    """Return the evidence for the frame, with a column for each percentile."""
     return result.tables["frames"].set_index("percentile").rename("percentile {:g}".format).T
 
 
@@ -138,12 +135,13 @@ def _frame_table(item: str, result: Result) -> pd.DataFrame:
 # Removal
 
 
-def _by_name(study: Study) -> dict[str, Any]:
+def _methods_by_name(study: Study) -> dict[str, Any]:
+    """Return the methods of removal, by name."""
     return {method: method for method in (*measures.names(), measures.RANDOM)}
 
 
-def _across(study: Study) -> dict[str, Any]:
-    """Aggregators of the same reduction over queries."""
+def _methods_across_layers(study: Study) -> dict[str, Any]:
+    """Return aggregators over layers that all sum over queries."""
     attention, contribution = AttentionWeights(study.model), ContributionWeights(study.model)
 
     def through(method: AttentionAttribution) -> TokenScores:
@@ -159,9 +157,11 @@ def _across(study: Study) -> dict[str, Any]:
     }
 
 
-def _removal(
-    name: str, methods: Callable[[Study], dict[str, Any]] = _by_name, **choices: Any
+def _run_removal(
+    name: str, methods: Callable[[Study], dict[str, Any]] = _methods_by_name, **choices: Any
 ) -> Callable[[Study, Path], Result]:
+    """Return a function that measures comprehensiveness and sufficiency."""
+
     def run(study: Study, folder: Path) -> Result:
         plan = study.plan
         metric = ComprehensivenessSufficiency(
@@ -176,18 +176,28 @@ def _removal(
     return run
 
 
-def _tasks(study: Study, folder: Path) -> Result:
+def _run_tasks(study: Study, folder: Path) -> Result:
+    """Evaluate downstream tasks."""
     if not study.tasks:
-        raise ValueError("no tasks were asked for; --tasks runs them beside the first texts.")
+        raise ValueError("no tasks were given; --tasks runs them next to the first texts.")
     plan = study.plan
     return evaluate_tasks(
-        study.model, study.tokenizer, study.tasks, {method: method for method in measures.names()},
-        plan.bottom, task_path=study.task_path, limit=plan.documents, batch_size=plan.batch_size,
-        seed=plan.seed, resume_from=folder / "F4.records", show_progress=True,
-    )  # fmt: skip
+        study.model,
+        study.tokenizer,
+        study.tasks,
+        {method: method for method in measures.names()},
+        plan.bottom,
+        task_path=study.task_path,
+        limit=plan.documents,
+        batch_size=plan.batch_size,
+        seed=plan.seed,
+        resume_from=folder / "F4.records",
+        show_progress=True,
+    )
 
 
 def _task_table(item: str, result: Result) -> pd.DataFrame:
+    """Return accuracy by rate, with a row for each task and method."""
     import pandas as pd
 
     rows = {}
@@ -203,9 +213,10 @@ def _task_table(item: str, result: Result) -> pd.DataFrame:
 
 
 def _removal_table(item: str, result: Result) -> pd.DataFrame:
-    """Delta of the mean negative log-likelihood: it does not explode as perplexity does.
+    """Return the increase of the mean negative log-likelihood, with a row for each method.
 
-    Below the methods, the first one's difference to each other, with its paired 95% interval.
+    Likelihood does not explode as perplexity does. Below the methods are the differences of the
+    first method to each other one, with paired 95% intervals.
     """
     import pandas as pd
 
@@ -231,186 +242,187 @@ def _removal_table(item: str, result: Result) -> pd.DataFrame:
     return wide
 
 
-def _removal_pictures(result: Result) -> Pictures:
+def _plot_removal(result: Result) -> Pictures:
+    """Plot the increase of perplexity and of the loss."""
     return {
-        "delta of perplexity, mean over texts": result.plot(use_pyplot=False)[0],
-        "delta of language modelling loss": result.plot(statistic="nll", use_pyplot=False)[0],
+        "increase of perplexity, mean over texts": result.plot(use_pyplot=False)[0],
+        "increase of the language modelling loss": result.plot(statistic="nll", use_pyplot=False)[
+            0
+        ],
     }
 
 
 def _removal_item(name: str, title: str, reading: str, **choices: Any) -> Item:
+    """Return an item that measures removal."""
     reading += " Rows with (95%) are differences with paired bootstrap intervals over texts."
-    return Item(
-        name, title, reading, _removal(name, **choices), _removal_table, _removal_pictures,
-        FaithfulnessResult.load,
-    )  # fmt: skip
+    run, load = _run_removal(name, **choices), FaithfulnessResult.load
+    return Item(name, title, reading, run, _removal_table, _plot_removal, load)
 
 
 _ITEMS = (
     Item(
         "F1",
         "Attention and contribution of random heads (Figs. 1, 12-14)",
-        "Attention piles up on the first token, contributions do not.",
-        _maps,
-        pictures=_map_pictures,
+        "Attention concentrates on the first token; contributions do not.",
+        _run_maps,
+        pictures=_plot_maps,
     ),
     Item(
         "F2",
         "The factors of one head's contributions (Fig. 2)",
-        "Attention, relative norm, cosine and their product, of the first head of F1.",
-        _maps,
+        "Attention, relative norm, cosine and their product, for the first head of F1.",
+        _run_maps,
         pictures=lambda result: {"": result.plot_factors(use_pyplot=False)[0]},
     ),
     _removal_item(
         "F3",
-        "Removal by layer, sinks kept, scored online (Figs. 3, 8)",
-        "Top removed: higher is better; bottom removed: lower is better. The paper finds "
-        "contributions ahead throughout, chance is ours.",
+        "Removal by layer, sinks protected, scored online (Figs. 3, 8)",
+        "With the top removed, higher is better; with the bottom removed, lower is better. In the "
+        "paper, contributions are always ahead. The random baseline is ours.",
     ),
     Item(
         "F4",
         "Accuracy of downstream tasks, bottom removed (Fig. 4)",
         "Contributions keep the accuracy of the unchanged model at higher rates. The largest rate "
-        "is the last that leaves it within its 95% interval.",
-        _tasks,
+        "is the last one that keeps accuracy within its 95% interval.",
+        _run_tasks,
         _task_table,
         load=TaskResult.load,
     ),
     _removal_item(
         "F9a",
         "Removal by layer, scored in an unchanged pass",
-        "What Fig. 9 is to be compared with: a global ranking needs clean scores.",
+        "The comparison for Fig. 9: a global ranking needs scores from an unchanged pass.",
         scoring="clean",
     ),
     _removal_item(
         "F9",
         "Removal by a ranking over all layers (Fig. 9)",
-        "Contributions stay ahead, by less.",
+        "Contributions are still ahead, but by less.",
         scoring="clean",
         ranking="global",
     ),
     _removal_item(
         "F10",
         "Removal with sinks unprotected (Fig. 10)",
-        "From the top, attention removes the sinks at once, and the model collapses.",
+        "From the top, attention removes the sinks first, and the model collapses.",
         protect_sinks=False,
     ),
     _removal_item(
         "across",
         "Whole tokens removed, by scores across layers",
-        "Ours: rollout of attention (Abnar & Zuidema 2020), of contributions through the residual "
-        "stream, and ALTI (Ferrando et al. 2022), beside means over layers. Sums over queries, "
-        "since the mean ranks whole tokens badly.",
-        methods=_across,
+        "Not in the paper: rollout of attention (Abnar & Zuidema 2020), of contributions through "
+        "the residual stream, and ALTI (Ferrando et al. 2022), compared with means over layers. "
+        "Scores are sums over queries, because means rank whole tokens badly.",
+        methods=_methods_across_layers,
         granularity="token",
         reduction="sum",
     ),
     Item(
         "T1",
         "What the factors explain of contributions (Table 1)",
-        "Centred R2 of a line through the origin. For the first token geometry decides, for the "
-        "others attention and cosine together.",
-        _regression(log=False),
+        "Centred R2 of a line through the origin. Geometry explains the first token; attention and "
+        "cosine together explain the others.",
+        _run_analysis(analysis.component_regression, "points", "seed", log=False),
         _regression_table,
     ),
     Item(
         "T3",
-        "The same in logarithms, as the caption of Table 3 says",
+        "What the factors explain in logarithms, as the caption of Table 3 says",
         "The columns printed in Table 3 equal those of Table 1 for FineWeb-Edu, so they are not in "
-        "logarithms; those for GSM8K are set beside.",
-        _regression(log=True),
+        "logarithms. The printed columns for GSM8K are shown here.",
+        _run_analysis(analysis.component_regression, "points", "seed", log=True),
         _regression_table,
     ),
     Item(
         "T2",
         "Correlation of the factors' logarithms (Table 2)",
-        "Weakly correlated.",
-        _correlations,
+        "The factors are weakly correlated.",
+        _run_analysis(analysis.component_correlations, sample="correlations"),
     ),
     Item(
         "F7",
-        "How the factors are spread (Fig. 7)",
-        "Large dispersion in all pairs; cosines centred near zero.",
-        _simple(analysis.component_dispersion, seed=True),
+        "Distribution of the factors (Fig. 7)",
+        "All pairs have a large dispersion; cosines are centred near zero.",
+        _run_analysis(analysis.component_dispersion, "seed"),
     ),
     Item(
         "T4",
         "Mean weight on the first token (Table 4)",
-        "Attention overstates it; contributions lower it below value-weighted attention (in print "
-        "not so for 1B). The 3B row repeats the 8B row, so it is left out. VW as printed is in the "
-        "unit of the hidden states.",
-        _simple(analysis.first_token_weight),
+        "Attention overstates this weight. Contributions lower it below value-weighted attention "
+        "(in print, not for 1B). The printed 3B row repeats the 8B row, so it is left out. VW as "
+        "printed is in the unit of the hidden states.",
+        _run_analysis(analysis.first_token_weight),
     ),
     Item(
         "T5",
         "Entropy of weights (Table 5)",
-        "In nats. Without the first token contributions are the most concentrated.",
-        _simple(analysis.weight_entropy),
+        "In nats. Without the first token, contributions are the most concentrated.",
+        _run_analysis(analysis.weight_entropy),
     ),
     Item(
         "D.6",
         "Contribution over attention against cosine (section D.6)",
-        "Within heads; a strong correlation.",
-        _simple(analysis.interference, seed=True),
+        "Within heads, the two are strongly correlated.",
+        _run_analysis(analysis.interference, "seed"),
     ),
     Item(
         "F5a",
         "Alignment of the first token's value (Fig. 5a)",
         "The first value opposes the others, which agree with each other.",
-        _simple(analysis.value_alignment),
+        _run_analysis(analysis.value_alignment),
     ),
     Item(
         "F5b",
         "Norm of head outputs against the sink rate (Figs. 5b, 11; Appendix E)",
-        "The norm is least below a sink rate of 1. Convexity is automatic, and with g = 0 the "
-        "least lies below 1 too: the opposition of the sink is not needed for it.",
-        _simple(analysis.output_norms, seed=True),
+        "The norm is smallest below a sink rate of 1. Convexity is automatic, and with g = 0 the "
+        "minimum is also below 1, so it does not need the opposition of the sink.",
+        _run_analysis(analysis.output_norms, "seed"),
     ),
     Item(
         "F5c",
         "Perplexity as the first token's value is scaled (Fig. 5c)",
         "Perplexity rises as the value shrinks.",
-        _scaling,
+        _run_analysis(analysis.sink_scaling, sample="scaling"),
     ),
     Item(
         "F6",
         "Head outputs and the cone of values (Fig. 6)",
-        "Of the quarter of outputs with the lowest norm, the share inside the cone, with the "
-        "sink's value and without; that nearly all are inside without it follows nearly by "
-        "construction.",
-        _simple(analysis.semantic_cone),
+        "The fraction inside the cone, of the quarter of outputs with the lowest norm, with and "
+        "without the sink's value. Without it, nearly all are inside almost by construction.",
+        _run_analysis(analysis.semantic_cone),
     ),
     Item(
         "selection",
-        "Do the tokens that attention selects stand apart? (arXiv 2602.01893)",
-        "Precision, recall and F of the N keys with the most attention, beside random sets of the "
+        "Separation of the tokens that attention selects (arXiv 2602.01893)",
+        "Precision, recall and F of the N keys with the most attention, and of random sets of the "
         "same size. F at N = 1 is one by definition.",
-        _simple(analysis.token_selection, seed=True),
+        _run_analysis(analysis.token_selection, "seed"),
         _selection_table,
     ),
     Item(
         "regimes",
         "Retrievers, mixers and resets (arXiv 2602.01893)",
-        "Heads in three clusters, by their separation and what the sink takes; where each begins "
-        "is our choice. The silhouette says whether three is a good number.",
-        _simple(analysis.head_regimes, seed=True),
+        "Heads in three clusters, by their separation and the attention on the sink. The rule that "
+        "names the clusters is ours. The silhouette shows whether three is a good number.",
+        _run_analysis(analysis.head_regimes, "seed"),
     ),
     Item(
         "assumptions",
-        "What the theory of token selection assumes (arXiv 2602.01893)",
-        "Value norms that are stable but for a compressed sink, similarity that decays with "
-        "distance, and a profile of attention in pieces.",
-        _simple(analysis.selection_assumptions, seed=True),
+        "Assumptions of the theory of token selection (arXiv 2602.01893)",
+        "Value norms are stable except for a compressed sink, similarity decays with distance, and "
+        "attention by rank is piecewise.",
+        _run_analysis(analysis.selection_assumptions, "seed"),
     ),
     Item(
         "frames",
         "The frame of reference (arXiv 2508.02546)",
-        "Attention as a graph, and where its sinks stand: at one place (centralised), at several "
-        "or varying ones (distributed), or at both ends (bidirectional). The rule is ours.",
-        _simple(analysis.reference_frames, seed=True),
+        "Attention as a graph, and the positions of its sinks: one position (centralised), several "
+        "or varying positions (distributed), or both ends (bidirectional). The rule is ours.",
+        _run_analysis(analysis.reference_frames, "seed"),
         _frame_table,
     ),
-)  # fmt: skip
+)
 
-#: By name, in the order of the report.
+#: The items by name, in the order of the report.
 ITEMS: Mapping[str, Item] = {item.name: item for item in _ITEMS}

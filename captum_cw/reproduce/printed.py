@@ -1,26 +1,20 @@
-"""The figures that arXiv 2606.07604 prints, to stand beside those that are computed."""
+"""The figures that arXiv 2606.07604 prints, for comparison with the computed ones."""
 
 from __future__ import annotations
+
+from captum_cw.reproduce.verdicts import PRODUCTS
 
 __all__ = ["PAPER", "PRINTED"]
 
 PAPER = "arXiv 2606.07604"
 
-_COMPONENTS = (
-    "attention",
-    "relative norm",
-    "cosine",
-    "attention x relative norm",
-    "attention x cosine",
-    "relative norm x cosine",
-)
-
 
 def _regression(**groups: tuple[float, ...]) -> dict[str, dict[str, float]]:
-    return {group: dict(zip(_COMPONENTS, values, strict=True)) for group, values in groups.items()}
+    """Return the R2 of each product of factors, by group."""
+    return {group: dict(zip(PRODUCTS, values, strict=True)) for group, values in groups.items()}
 
 
-#: By item, by column of its table, by row.
+#: The printed figures by item, by column of its table, and by row.
 PRINTED: dict[str, dict[str, dict[str, float]]] = {
     "T1": {
         f"{group}, printed (LLaMA-3.1-8B, FineWeb-Edu)": values
@@ -45,7 +39,7 @@ PRINTED: dict[str, dict[str, dict[str, float]]] = {
             "relative norm, cosine": -0.070,
         }
     },
-    # The row of LLaMA-3B repeats that of 8B, so it is no target.
+    # The printed row of LLaMA-3B repeats that of LLaMA-8B, so it is left out.
     "T4": {
         "printed, LLaMA-1B": {"attention": 0.632, "vw": 0.147, "contribution": 0.243},
         "printed, LLaMA-8B": {"attention": 0.708, "vw": 0.159, "contribution": 0.142},

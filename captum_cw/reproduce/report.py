@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no other, and the verdicts as JSON and CSV."""
+"""The report: a self-contained HTML file, and the verdicts as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from typing import Any
 
 from captum_cw._utils.files import write_json
 from captum_cw._version import __version__
-from captum_cw.reproduce.claims import CLAIMS, Claim, Judgement, judge
+from captum_cw.reproduce.claims import CLAIMS, Claim, judge
 from captum_cw.reproduce.items import Item
 from captum_cw.reproduce.printed import PAPER
 from captum_cw.reproduce.study import Plan
+from captum_cw.reproduce.verdicts import Judgement
 
 __all__ = ["Done", "StudyResults", "write_report"]
 
 VERSION = 1
 LIBRARIES = ("torch", "transformers", "captum", "scikit-learn", "scipy")
-#: Dots per inch of a picture in the page.
+#: Dots per inch of the figures.
 DPI = 90
 
 
 @dataclass(frozen=True)
 class Done:
-    """An item that was run.
+    """The outcome of an item.
 
     Args:
         item: The item.
-        result: What it found; None where it was refused.
-        seconds: How long that took.
+        result: Its result; None if it could not be computed.
+        seconds: The run time.
         refused: Why there is no result.
     """
 
@@ -46,7 +47,7 @@ class Done:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What was found of one model, and of which weights, on one set of texts."""
+    """The results of one model on one set of texts. ``weights`` identifies the weights."""
 
     model: str
     weights: str
@@ -55,7 +56,7 @@ class StudyResults:
     items: Sequence[Done]
 
     def judgement(self, claim: Claim) -> Judgement:
-        """The verdict on a claim."""
+        """Judge a claim by these results."""
         found = {done.item.name: done.result for done in self.items if done.result is not None}
         return judge(claim, found)
 
@@ -63,7 +64,7 @@ class StudyResults:
 def write_report(
     folder: Path, studies: Sequence[StudyResults], claims: Sequence[Claim] = CLAIMS
 ) -> list[Path]:
-    """Writes ``report.html``, ``claims.json`` and ``claims.csv``.
+    """Write ``report.html``, ``claims.json`` and ``claims.csv``.
 
     Returns:
         The files.
@@ -73,28 +74,34 @@ def write_report(
 
     judged = [(claim, [study.judgement(claim) for study in studies]) for claim in claims]
     rows = [
-        {"claim": claim.name, "model": study.model, "weights": study.weights, "data": study.data,
-         "verdict": judgement.verdict, "figures": judgement.figures,
-         "statement": claim.statement, "rule": claim.rule}
+        {
+            "claim": claim.name,
+            "model": study.model,
+            "weights": study.weights,
+            "data": study.data,
+            **judgement._asdict(),
+            "statement": claim.statement,
+            "rule": claim.rule,
+        }
         for claim, judgements in judged
         for study, judgement in zip(studies, judgements, strict=True)
-    ]  # fmt: skip
+    ]
     files = [folder / name for name in ("report.html", "claims.json", "claims.csv")]
     environment = Environment(
-        loader=PackageLoader("captum_cw.reproduce", "."), autoescape=True,
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("captum_cw.reproduce", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     page = environment.get_template("report.html.jinja").render(
         title="Contribution Weights, reproduced",
         paper=PAPER,
-        stand_ins=_stand_ins(studies),
+        substitution=_substitution_note(studies),
         versions=_versions(),
         seed=studies[0].plan.seed,
-        studies=[_study(number, study) for number, study in enumerate(studies)],
-        claims=[
-            {"statement": claim.statement, "rule": claim.rule, "judgements": judgements}
-            for claim, judgements in judged
-        ],
+        studies=[_study_context(number, study) for number, study in enumerate(studies)],
+        claims=judged,
     )
     files[0].write_text(page, encoding="utf-8")
     write_json(files[1], {"version": VERSION, "versions": _versions(), "claims": rows})
@@ -102,19 +109,22 @@ def write_report(
     return files
 
 
-def _stand_ins(studies: Sequence[StudyResults]) -> str:
+def _substitution_note(studies: Sequence[StudyResults]) -> str:
+    """Return a note if the texts are a substitute for those of the paper."""
     data = {study.data for study in studies}
     if any("fineweb" in name for name in data) or not any("wikitext" in name for name in data):
         return ""
-    return "WikiText stands in for FineWeb-Edu, the paper's set of web texts."
+    return "WikiText replaces FineWeb-Edu, the web texts of the paper."
 
 
 def _versions() -> str:
+    """Return the versions of the libraries."""
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     return f"captum_cw {__version__}, {libraries}, Python {platform.python_version()}"
 
 
-def _study(number: int, study: StudyResults) -> dict[str, Any]:
+def _study_context(number: int, study: StudyResults) -> dict[str, Any]:
+    """Return the template variables of a study."""
     plan = study.plan
     return {
         "anchor": f"study-{number}",
@@ -123,24 +133,22 @@ def _study(number: int, study: StudyResults) -> dict[str, Any]:
         "data": study.data,
         "plan": f"{plan.name}: {plan.texts} texts of up to {plan.length} tokens"
         f"{f', after the first {plan.skip}' if plan.skip else ''}; correlations "
-        f"{_pair(plan.correlations)}, scaling {_pair(plan.scaling)}, removal {_pair(plan.removal)}",
-        "time": _time(sum(done.seconds for done in study.items)),
-        "contents": [_item(done) for done in study.items],
+        f"{_format_size(plan.correlations)}, scaling {_format_size(plan.scaling)}, removal "
+        f"{_format_size(plan.removal)}",
+        "time": _format_time(sum(done.seconds for done in study.items)),
+        "contents": [_item_context(done) for done in study.items],
     }
 
 
-def _pair(pair: tuple[int, int]) -> str:
+def _format_size(pair: tuple[int, int]) -> str:
     return f"{pair[0]} of {pair[1]}"
 
 
-def _item(done: Done) -> dict[str, Any]:
+def _item_context(done: Done) -> dict[str, Any]:
+    """Return the template variables of an item."""
     item = done.item
-    head = {
-        "name": item.name,
-        "title": item.title,
-        "reading": item.reading,
-        "refused": done.refused,
-    }
+    head = {name: getattr(item, name) for name in ("name", "title", "reading")}
+    head["refused"] = done.refused
     if done.result is None:
         return head
     table = item.table(item.name, done.result)
@@ -148,28 +156,29 @@ def _item(done: Done) -> dict[str, Any]:
         **head,
         "columns": list(table.columns),
         "rows": [
-            {"name": name, "cells": [_readable(x) for x in row]}
+            {"name": name, "cells": [_format_cell(x) for x in row]}
             for name, row in zip(table.index, table.to_numpy(), strict=True)
         ],
         "pictures": [
-            {"caption": caption, "data": _picture(figure)}
+            {"caption": caption, "data": _encode_figure(figure)}
             for caption, figure in item.pictures(done.result).items()
         ],
-        "settings": _settings(done.result.settings),
-        "time": f"It took {_time(done.seconds)}.",
+        "settings": _format_settings(done.result.settings),
+        "time": f"Run time: {_format_time(done.seconds)}.",
     }
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
-    """In a line; what takes a table of its own stays in the files."""
-    # The model stands in the heading, by a name that means something elsewhere too.
+def _format_settings(settings: Mapping[str, Any]) -> str:
+    """Return the short settings of a result, in one line."""
+    # The heading already names the model. Nested settings are in the saved files.
     short = {n: x for n, x in settings.items() if not isinstance(x, Mapping) and n != "model"}
     return "; ".join(
         f"{name} {x}" for name, x in short.items() if x not in (None, []) and len(str(x)) <= 120
     )
 
 
-def _readable(x: Any) -> str:
+def _format_cell(x: Any) -> str:
+    """Format a table cell."""
     if not isinstance(x, (int, float)):
         return str(x)
     if math.isnan(x):
@@ -179,12 +188,12 @@ def _readable(x: Any) -> str:
     return f"{x:.3f}" if isinstance(x, float) and 0.001 <= abs(x) < 1000 else f"{x:.3g}"
 
 
-def _time(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def _picture(figure: Any) -> str:
-    """As WebP without loss, which is half as large as PNG."""
+def _encode_figure(figure: Any) -> str:
+    """Encode a figure as lossless WebP, which is half as large as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="webp", dpi=DPI, pil_kwargs={"lossless": True})
     return base64.b64encode(buffer.getvalue()).decode("ascii")

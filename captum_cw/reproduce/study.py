@@ -1,4 +1,4 @@
-"""One model on one set of texts, and how much of it is run."""
+"""A study: one model on one set of texts, and the plan of its size."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ __all__ = ["FULL", "PAPER_DATA", "PAPER_MODELS", "PAPER_TASKS", "PLANS", "QUICK"
 
 @dataclass(frozen=True)
 class Plan:
-    """How many texts, how long, and at how many rates.
+    """The size of a run: how many texts, how long, and which rates.
 
     Args:
-        name: Of the plan.
-        texts: Of the analyses.
-        length: The most tokens of each.
+        name: The name of the plan.
+        texts: The number of texts for the analyses.
+        length: The maximum number of tokens of each text.
         correlations: Texts and tokens for the correlation of components.
         scaling: Texts and tokens for the scaling of the first token's value.
         removal: Texts and tokens for comprehensiveness and sufficiency.
-        top: Fractions that are removed from the top.
-        bottom: Fractions that are removed from the bottom.
-        points: Of the sample of a regression.
-        documents: Of each downstream task.
-        skip: Texts that are passed over first, so that claims can be judged on unseen ones.
-        batch_size: Texts in a pass of the metric.
-        seed: Of all random choices.
+        top: The fractions to remove from the top.
+        bottom: The fractions to remove from the bottom.
+        points: The size of the sample of a regression.
+        documents: The number of documents of each downstream task.
+        skip: How many texts to skip at the start, so that claims can be judged on unseen texts.
+        batch_size: The number of texts in a pass of the removal metric.
+        seed: Random seed.
     """
 
     name: str
@@ -52,42 +52,50 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Texts that it reads."""
+        """The number of texts that the plan reads."""
         return self.skip + max(pair[0] for pair in self.pairs)
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
-        """Texts and tokens of all that is run."""
+        """Texts and tokens of each part of the run."""
         return (self.texts, self.length), self.correlations, self.scaling, self.removal
 
     def resized(self, texts: int | None, length: int | None, documents: int | None = None) -> Plan:
-        """With no more texts, tokens and documents than these."""
+        """Return a plan with at most this many texts, tokens and documents."""
 
         def smaller(pair: tuple[int, int]) -> tuple[int, int]:
             return min(pair[0], texts or pair[0]), min(pair[1], length or pair[1])
 
-        (most, longest), correlations, scaling, removal = map(smaller, self.pairs)
-        return replace(
-            self,
-            texts=most,
-            length=longest,
-            correlations=correlations,
-            scaling=scaling,
-            removal=removal,
-            documents=min(self.documents, documents or self.documents),
-        )
+        (count, longest), *others = map(smaller, self.pairs)
+        names = ("correlations", "scaling", "removal")
+        parts: dict[str, Any] = dict(zip(names, others, strict=True))
+        documents = min(self.documents, documents or self.documents)
+        return replace(self, texts=count, length=longest, documents=documents, **parts)
 
 
 QUICK = Plan("quick", 6, 96, (6, 96), (6, 96), (6, 64), (0.01, 0.1), (0.3, 0.7), 200_000, 50)
 FULL = Plan(
-    "full", 32, 512, (32, 128), (32, 512), (32, 512), (0.01, 0.02, 0.05, 0.1, 0.2),
-    (0.1, 0.3, 0.5, 0.7, 0.9), 1_000_000, 500,
-)  # fmt: skip
-#: The counts of arXiv 2606.07604, where it gives them.
-PAPER = Plan(
-    "paper", 32, 512, (32, 128), (128, 1024), (64, 512), (0.01, 0.02, 0.05, 0.1, 0.2),
-    (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), 5_000_000, 2000,
-)  # fmt: skip
+    name="full",
+    texts=32,
+    length=512,
+    correlations=(32, 128),
+    scaling=(32, 512),
+    removal=(32, 512),
+    top=(0.01, 0.02, 0.05, 0.1, 0.2),
+    bottom=(0.1, 0.3, 0.5, 0.7, 0.9),
+    points=1_000_000,
+    documents=500,
+)
+#: The sizes of arXiv 2606.07604, where the paper states them.
+PAPER = replace(
+    FULL,
+    name="paper",
+    scaling=(128, 1024),
+    removal=(64, 512),
+    bottom=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    points=5_000_000,
+    documents=2000,
+)
 PLANS = {plan.name: plan for plan in (QUICK, FULL, PAPER)}
 
 PAPER_MODELS = (
@@ -110,11 +118,11 @@ class Study:
         model: The model.
         tokenizer: Its tokenizer.
         texts: The texts, as many as the plan needs.
-        model_name: What the model is called.
-        data_name: What the texts are called.
-        plan: How much is run.
-        tasks: Downstream tasks, as lm-evaluation-harness names them.
-        task_path: A folder of task files of your own.
+        model_name: The name of the model.
+        data_name: The name of the texts.
+        plan: The size of the run.
+        tasks: Downstream tasks, by their names in lm-evaluation-harness.
+        task_path: A folder with your own task files.
     """
 
     model: nn.Module
@@ -127,10 +135,10 @@ class Study:
     task_path: Path | None = None
 
     def batches(self, texts: int, length: int, batch_size: int = 1) -> list[dict[str, Tensor]]:
-        """The first texts after those that are skipped, cut to ``length`` tokens.
+        """Return batches of the first texts after the skipped ones, cut to ``length`` tokens.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If all texts are skipped.
         """
         skip = self.plan.skip
         if skip >= len(self.texts):
@@ -146,11 +154,11 @@ class Study:
 
     @cached_property
     def analysed(self) -> list[dict[str, Tensor]]:
-        """The texts of most analyses, one by one."""
+        """The texts of most analyses, one per batch."""
         return self.batches(self.plan.texts, self.plan.length)
 
     def identity(self) -> Mapping[str, Any]:
-        """What has to be the same for results to belong together."""
+        """Return what must be equal for results to belong to the same run."""
         return {
             "weights": fingerprint(self.model),
             "texts": checksum(*(batch["input_ids"] for batch in self.analysed)),

@@ -1,6 +1,6 @@
-"""Scores and maps for the eye: coloured text, attention beside contribution.
+"""Plots of scores and maps: coloured text, attention next to contribution, scores on images.
 
-Everything here takes plain tensors; nothing here runs a model.
+All functions take plain tensors; they do not run a model.
 """
 
 from captum_cw.text.tokens import readable_tokens

@@ -1,4 +1,4 @@
-"""How pictures come into being and leave: new figures, files, and the one HTML page frame."""
+"""New figures, saved figures, and the frame of HTML pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-# What matplotlib would stamp into a file, and what must not differ between two runs.
+# Removes the metadata that would differ between two runs.
 _METADATA: dict[str, dict[str, str | None]] = {"svg": {"Date": None}, "png": {"Software": None}}
 
 Picture = tuple[Figure, npt.NDArray[Any]]
@@ -34,11 +34,11 @@ th, td:not(:last-child) { white-space: nowrap; }
 def new_figure(
     rows: int, columns: int, size: tuple[float, float], use_pyplot: bool
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    """A figure of ``size`` inches and its ``(rows, columns)`` array of axes.
+    """Make a figure of ``size`` inches, with a ``(rows, columns)`` array of axes.
 
-    Compressed layout keeps square maps together and makes room for their labels. A figure of
-    pyplot is shown by a notebook and by ``plt.show()``, and lives until it is closed; a bare
-    one is freed with its last reference. ``use_pyplot`` is Captum's name for that choice.
+    Compressed layout keeps square maps together and makes room for their labels. Notebooks and
+    ``plt.show()`` show a pyplot figure, and it lives until it is closed. A plain figure is freed
+    with its last reference. ``use_pyplot`` is Captum's name for this choice.
     """
     make = plt.figure if use_pyplot else Figure
     fig = make(figsize=size, layout=ConstrainedLayoutEngine(compress=True, w_pad=0.08))
@@ -46,7 +46,7 @@ def new_figure(
 
 
 def html_page(title: str, body: str) -> str:
-    """A complete HTML page that needs no other file; ``body`` is HTML, ``title`` plain text."""
+    """Return a self-contained HTML page; ``body`` is HTML, ``title`` is plain text."""
     title = escape(title)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -56,18 +56,18 @@ def html_page(title: str, body: str) -> str:
 
 
 def save_figure(fig: Figure, path: str | PathLike[str]) -> None:
-    """Save a figure in the format its suffix names.
+    """Save a figure, in the format of the file suffix.
 
-    Files carry no date and no random ids: the same calls give the same bytes. (A figure that
-    was drawn before, as by a notebook, may lie a fraction of a pixel elsewhere.)
+    Files have no dates and no random ids, so the same calls give the same bytes. A figure that was
+    drawn before, for example by a notebook, may differ by a fraction of a pixel.
 
     Args:
-        fig: the figure.
-        path: a file ending in ``.png``, ``.svg`` or ``.html``. The page holds the figure as
-            SVG and needs no other file.
+        fig: The figure.
+        path: A file name that ends in ``.png``, ``.svg`` or ``.html``. The HTML page is
+            self-contained and holds the figure as SVG.
 
     Raises:
-        ValueError: for any other suffix.
+        ValueError: For any other suffix.
 
     Example::
 
@@ -98,7 +98,7 @@ def save_figure(fig: Figure, path: str | PathLike[str]) -> None:
 
 
 def _render(fig: Figure, file_format: str) -> bytes:
-    """The figure as a file's bytes."""
+    """Return the bytes of the figure in a file format."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "captum_cw"}):
         fig.savefig(buffer, format=file_format, dpi=150, metadata=_METADATA[file_format])

@@ -13,7 +13,7 @@ from captum_cw.visualization._output import new_figure
 
 __all__ = ["plot_curves"]
 
-# Told apart without colours, too.
+# Markers, so that curves differ without colours too.
 _MARKERS = "osD^vPX*<>"
 _DECADES = 2
 
@@ -26,18 +26,18 @@ def plot_curves(
     log: bool | None = None,
     use_pyplot: bool = True,
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    """A panel of curves over rates for each title, a curve for each method.
+    """Plot curves over rates, with a panel for each title and a curve for each method.
 
     Args:
-        panels: by title, by method ``(rates,)``.
-        rates: by title, the fractions removed.
-        ylabel: what the curves show.
-        log: a logarithmic scale, linear from -1 to 1 where not all values are positive; None where
-            those of a panel span two decades of it.
-        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
+        panels: Values by title and method, ``(rates,)`` each.
+        rates: The removed fractions, by title.
+        ylabel: The label of the y axis.
+        log: Use a logarithmic scale, which is linear from -1 to 1 if values are not all positive.
+            By default, it is used if the values of a panel span two decades of it.
+        use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure.
 
     Returns:
-        The figure, and its axes, one a panel.
+        The figure, and its array of axes, one per panel.
 
     Example::
 
@@ -53,7 +53,7 @@ def plot_curves(
         for curves in panels.values()
     ]
     positive = all(lowest > 0 for lowest, _ in ends)
-    if log is None:  # the same in all panels, so that they can be compared
+    if log is None:  # the same scale in all panels makes them comparable
         log = any(highest > (lowest if positive else 1) * 10**_DECADES for lowest, highest in ends)
     fig, axes = new_figure(1, len(panels), (5.0 * len(panels), 3.8), use_pyplot)
     for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
@@ -67,9 +67,7 @@ def plot_curves(
             )
         if log:
             ax.set_yscale("log") if positive else ax.set_yscale("symlog", linthresh=1)
-        ax.set_title(title)
-        ax.set_xlabel("removed (%)")
-        ax.set_ylabel(ylabel)
+        ax.set(title=title, xlabel="removed (%)", ylabel=ylabel)
         ax.grid(alpha=0.3)
     axes[0, 0].legend()
     return fig, axes[0]

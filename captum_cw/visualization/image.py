@@ -1,4 +1,4 @@
-"""Scores of image tokens, back on the image."""
+"""Scores of image tokens, shown on the image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Size = int | tuple[int, int]
 
 
 class PatchScores(NamedTuple):
-    """Scores of image tokens: those of patches, and those that are no part of the image.
+    """Scores of image tokens: those of patches, and those of special tokens.
 
     Example:
         >>> patches, special = fold_patches(torch.rand(5), image_size=4, patch_size=2)
@@ -33,20 +33,20 @@ class PatchScores(NamedTuple):
 
 
 def fold_patches(scores: Tensor, image_size: Size, patch_size: Size) -> PatchScores:
-    """Puts the scores of image tokens back on the grid of patches.
+    """Fold the scores of image tokens into the grid of patches.
 
     Args:
-        scores: ``(..., T)`` scores of tokens, patches row by row after any class and register
-            tokens, as ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP have them: what ``TokenScores``
-            gives, or the row of a map.
+        scores: Scores of tokens, ``(..., T)``, such as those of ``TokenScores`` or the row of a
+            map. Patches are row by row, after any class and register tokens, as in ViT, DeiT,
+            DINOv2, DINOv3, CLIP and SigLIP.
         image_size: Height and width in pixels, or one number for both: ``pixel_values.shape[-2:]``.
-        patch_size: Of a patch, likewise: ``model.config.patch_size``.
+        patch_size: Height and width of a patch, or one number: ``model.config.patch_size``.
 
     Returns:
         The scores of the patches, and those of the tokens before them.
 
     Raises:
-        ValueError: If the image has more patches than there are tokens, or no whole patch.
+        ValueError: If the image has more patches than there are tokens, or is smaller than a patch.
 
     Example:
         >>> folded = fold_patches(torch.arange(5.0), image_size=4, patch_size=2)
@@ -59,8 +59,8 @@ def fold_patches(scores: Tensor, image_size: Size, patch_size: Size) -> PatchSco
     if rows * columns == 0 or n < 0:
         raise ValueError(
             f"An image of {height} x {width} pixels has {rows} x {columns} patches of {tall} x "
-            f"{wide}, but there are {T} tokens: give the size that the model was given, and its "
-            "patch size (model.config.patch_size, or that of its vision_config)."
+            f"{wide}, but there are {T} tokens: give the image size of the model input, and the "
+            "model's patch size (model.config.patch_size, or that of its vision_config)."
         )
     return PatchScores(scores[..., n:].reshape(*scores.shape[:-1], rows, columns), scores[..., :n])
 
@@ -75,23 +75,24 @@ def plot_image_scores(
     outlier_perc: float = 2,
     use_pyplot: bool = True,
 ) -> tuple[Figure, list[Axes]]:
-    """An image beside the scores of its patches, by Captum's ``visualize_image_attr``.
+    """Plot an image next to the scores of its patches, with Captum's ``visualize_image_attr``.
 
     Args:
-        scores: ``(T,)`` scores of one image's tokens.
-        image: ``(3, H, W)`` or ``(1, H, W)``, what the model was given; shown between its least
-            and its largest number.
-        patch_size: Of a patch, in pixels.
-        title: Of the right panel.
+        scores: Scores of one image's tokens, ``(T,)``.
+        image: The model input, ``(3, H, W)`` or ``(1, H, W)``. It is shown between its smallest and
+            its largest value.
+        patch_size: The size of a patch in pixels.
+        title: The title of the right panel.
         sign: ``"absolute_value"``, ``"positive"``, ``"negative"`` or ``"all"``, as in Captum.
-        outlier_perc: The share of the largest scores that does not set the scale.
+        outlier_perc: The percentage of the largest scores that the colour scale ignores.
         use_pyplot: As in Captum.
 
     Returns:
         The figure, and its two axes.
 
     Raises:
-        ValueError: If ``image`` is no image, the numbers of patches differ, or all scores are zero.
+        ValueError: If ``image`` is not an image, the numbers of patches differ, or all scores are
+            zero.
 
     Example:
         >>> fig, axes = plot_image_scores(
@@ -106,10 +107,10 @@ def plot_image_scores(
     height, width = image.shape[-2:]
     patches = fold_patches(scores.detach().float().cpu(), (height, width), patch_size).patches
     if not patches.any():
-        raise ValueError("The scores of all patches are zero: there is nothing to show.")
+        raise ValueError("The scores of all patches are zero.")
     tall, wide = _pair(patch_size)
     pixels = patches.repeat_interleave(tall, 0).repeat_interleave(wide, 1)
-    # Where the image is no multiple of a patch, the model does not see its edge.
+    # The model does not see the edge of an image whose size is not a multiple of the patch size.
     pixels = torch.nn.functional.pad(pixels, (0, width - pixels.shape[1], 0, height - len(pixels)))
 
     shown = image.detach().float().cpu()
@@ -138,4 +139,5 @@ def plot_image_scores(
 
 
 def _pair(size: Size) -> tuple[int, int]:
+    """Return height and width."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

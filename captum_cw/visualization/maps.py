@@ -1,7 +1,8 @@
-"""Maps of heads (Figs. 1, 2 and 12 of arXiv 2606.07604) and strips of token scores.
+"""Maps of heads (Figs. 1, 2 and 12 of arXiv 2606.07604), and rows of token scores.
 
-Colours mean the same everywhere: magnitudes run from dark to bright, signed quantities from
-blue over white at zero to red, and grey is where no attention went, such as the future.
+Colours have the same meaning in all maps. Magnitudes go from dark to bright. Signed values go from
+blue (negative) through white (zero) to red (positive). Grey cells have no attention, such as future
+keys.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _SEQUENTIAL = "viridis"
 _DIVERGING = "RdBu_r"
 _BLANK = "0.85"
 _COLUMNS = 4
-# Beyond this many tokens at most half as many are named, evenly spaced.
-_READABLE = 40
-_LONGEST_LABEL = 14
-# Tokens are text: a "$" in them does not open a formula.
+# With more tokens than this, at most half as many get labels, evenly spaced.
+_MAX_LABELS = 40
+_MAX_LABEL_LENGTH = 14
+# Tokens are literal text: a "$" must not start a formula.
 _LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 
 
@@ -52,37 +53,37 @@ def plot_attention_and_contribution(
     quantile: float = 1.0,
     use_pyplot: bool = True,
 ) -> tuple[Figure, Array]:
-    """Attention maps above the contribution maps of the same heads (Figs. 1 and 12).
+    """Plot the attention maps of heads above their contribution maps (Figs. 1 and 12).
 
-    All heads share two scales: attention from zero to its maximum, contributions symmetric
-    about zero, so that white is no contribution. Cells that are zero in both maps, such as
-    future keys, are left blank.
+    All heads share two scales: attention goes from zero to its maximum, and contributions are
+    symmetric about zero, so that white is a contribution of zero. Cells that are zero in both maps,
+    such as future keys, are blank.
 
     Args:
-        attention: ``(B, H, T, S)`` attention weights, or a list of them, one a layer.
-        contribution: contribution weights of the same shapes, fractions of the output.
-        tokens: ``S`` key tokens; positions where not given.
-        query_tokens: ``T`` query tokens; ``tokens`` where ``T = S``, else positions.
-        pairs: the (layer, head) pairs to show, layers counted within the list given.
-        count: how many pairs to draw at random where ``pairs`` is None.
-        seed: of that random choice.
-        layer_names: names of the layers for the titles.
-        batch: the sequence of the batch to show.
-        paper_scale: use the fixed scales of Fig. 12, attention [0, 1] and contribution
-            [-0.01, 0.15]; zero stays white, so the two arms of the scale differ in slope.
-        quantile: let the scales end at this quantile of the magnitudes, so that a single cell
-            does not pale all others. The colour bar ends in a point where cells lie beyond.
-        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one, which
+        attention: Attention weights ``(B, H, T, S)``, or a list of them, one per layer.
+        contribution: Contribution weights of the same shapes, as fractions of the output.
+        tokens: ``S`` key tokens; by default, positions.
+        query_tokens: ``T`` query tokens; by default, ``tokens`` if ``T = S``, otherwise positions.
+        pairs: The pairs of layer and head to show. Layers count within the given list.
+        count: How many pairs to draw at random if ``pairs`` is None.
+        seed: Random seed.
+        layer_names: Names of the layers for the titles.
+        batch: The sequence of the batch to show.
+        paper_scale: Use the fixed scales of Fig. 12: attention [0, 1] and contribution [-0.01,
+            0.15]. Zero is white, so the two sides of the contribution scale have different slopes.
+        quantile: End the scales at this quantile of the magnitudes, so that a single cell does not
+            make all others pale. A pointed colour bar shows that cells exceed it.
+        use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure, which
             need not be closed.
 
     Returns:
-        The figure, and its ``(2, pairs)`` axes: attention, then contribution.
+        The figure, and its axes ``(2, pairs)``: attention, then contribution.
 
     Raises:
-        ValueError: for maps that are not finite, not ``(B, H, T, S)`` or not alike in shape,
-            tokens or layer names of another number, no pairs, or ``paper_scale`` together with
-            ``quantile``.
-        IndexError: for a pair or a sequence that does not exist.
+        ValueError: If maps are not finite, do not have shape ``(B, H, T, S)`` or differ in shape;
+            tokens or layer names have the wrong number; ``pairs`` is empty; or ``paper_scale`` and
+            ``quantile`` are used together.
+        IndexError: If a pair or a sequence does not exist.
 
     Example::
 
@@ -94,8 +95,8 @@ def plot_attention_and_contribution(
         >>> [ax.get_title() for ax in axes[:, 0]]
         ['layer 0, head 1', '']
     """
-    attention_layers = _layers("attention", attention)
-    contribution_layers = _layers("contribution", contribution)
+    attention_layers = _as_layers("attention", attention)
+    contribution_layers = _as_layers("contribution", contribution)
     if len(attention_layers) != len(contribution_layers):
         raise ValueError(
             f"attention has {len(attention_layers)} layers, contribution "
@@ -106,48 +107,63 @@ def plot_attention_and_contribution(
     if len(layer_names) != len(attention_layers):
         raise ValueError(f"got {len(layer_names)} names for {len(attention_layers)} layers")
     if pairs is None:
-        pairs = _random_pairs(attention_layers, count, seed)
+        heads = [(n, h) for n, layer in enumerate(attention_layers) for h in range(layer.shape[1])]
+        pairs = sorted(random.Random(seed).sample(heads, min(count, len(heads))))
     if not pairs:
-        raise ValueError("there are no pairs to show: name at least one (layer, head)")
-    weights = _heads("attention", attention_layers, pairs, batch)
-    shares = _heads("contribution", contribution_layers, pairs, batch)
+        raise ValueError("pairs is empty: give at least one (layer, head)")
+    weights = _select_heads("attention", attention_layers, pairs, batch)
+    shares = _select_heads("contribution", contribution_layers, pairs, batch)
     if weights.shape != shares.shape:
         raise ValueError(
             f"attention has maps of shape {weights.shape[1:]}, contribution {shares.shape[1:]}: "
-            "expected one (T, S) for both"
+            "expected the same (T, S) for both"
         )
     blank = (weights == 0) & (shares == 0)
     queries, keys = _labels(tokens, query_tokens, weights.shape[1:])
-    weight_norm = _from_zero(weights[~blank], quantile)
-    share_norm = _about_zero(shares[~blank], quantile)
-    if paper_scale:
-        if quantile != 1:
-            raise ValueError(f"paper_scale=True fixes both scales: leave out quantile={quantile}")
-        weight_norm, share_norm = Normalize(0, 1), TwoSlopeNorm(0, vmin=-0.01, vmax=0.15)
-
-    blocks = math.ceil(len(pairs) / _COLUMNS)
-    columns = math.ceil(len(pairs) / blocks)
-    width, height = _panel_size(weights.shape[1:])
-    size = (columns * width + 1.8, blocks * 2 * height + 1.2)
-    fig, grid = new_figure(2 * blocks, columns, size, use_pyplot)
-    axes = grid.reshape(blocks, 2, columns).swapaxes(0, 1).reshape(2, -1)
-    for unused in axes[:, len(pairs) :].flat:
-        unused.set_visible(False)
+    weight_norm, share_norm = _map_norms(weights[~blank], shares[~blank], quantile, paper_scale)
+    fig, grid = _new_blocks(len(pairs), weights.shape[1:], use_pyplot)
+    axes = grid.swapaxes(0, 1).reshape(2, -1)
     for n, (layer, head) in enumerate(pairs):
         top, bottom = axes[:, n]
         top.set_title(f"{layer_names[layer]}, head {head}", fontsize=9, **_LITERAL)
         _draw_map(top, weights[n], blank[n], _SEQUENTIAL, weight_norm)
         _draw_map(bottom, shares[n], blank[n], _DIVERGING, share_norm)
-        _name_ticks(top.xaxis, "key", None)
-        _name_ticks(bottom.xaxis, "key", keys)
+        _label_axis(top.xaxis, "key", None)
+        _label_axis(bottom.xaxis, "key", keys)
         for ax in (top, bottom):
-            _name_ticks(ax.yaxis, "query", queries if n % columns == 0 else None)
-    for attention_row, contribution_row in grid.reshape(blocks, 2, columns):
-        _add_scale(fig, attention_row, "attention weight", weights[~blank])
-        bar = _add_scale(fig, contribution_row, "contribution (fraction of output)", shares[~blank])
+            _label_axis(ax.yaxis, "query", queries if n % grid.shape[-1] == 0 else None)
+    for attention_row, contribution_row in grid:
+        _add_colorbar(fig, attention_row, "attention weight", weights[~blank])
+        unit = "contribution (fraction of output)"
+        bar = _add_colorbar(fig, contribution_row, unit, shares[~blank])
         if paper_scale:
             bar.set_ticks([-0.01, 0, 0.05, 0.1, 0.15])
     return fig, axes[:, : len(pairs)]
+
+
+def _map_norms(
+    weights: Array, shares: Array, quantile: float, paper_scale: bool
+) -> tuple[Normalize, Normalize]:
+    """Return the scales of attention and contribution."""
+    if not paper_scale:
+        norm = Normalize(0, _scale_limit(weights, quantile))
+        return norm, _symmetric_norm(shares, quantile)
+    if quantile != 1:
+        raise ValueError(f"paper_scale=True fixes both scales: leave out quantile={quantile}")
+    return Normalize(0, 1), TwoSlopeNorm(0, vmin=-0.01, vmax=0.15)
+
+
+def _new_blocks(count: int, shape: tuple[int, ...], use_pyplot: bool) -> tuple[Figure, Array]:
+    """Make a figure for ``count`` pairs of maps, with axes ``(blocks, 2, columns)``."""
+    blocks = math.ceil(count / _COLUMNS)
+    columns = math.ceil(count / blocks)
+    width, height = _panel_size(shape)
+    size = (columns * width + 1.8, blocks * 2 * height + 1.2)
+    fig, grid = new_figure(2 * blocks, columns, size, use_pyplot)
+    grid = grid.reshape(blocks, 2, columns)
+    for unused in grid.swapaxes(0, 1).reshape(2, -1)[:, count:].flat:
+        unused.set_visible(False)
+    return fig, grid
 
 
 def plot_decomposition(
@@ -160,29 +176,29 @@ def plot_decomposition(
     quantile: float = 1.0,
     use_pyplot: bool = True,
 ) -> tuple[Figure, Array]:
-    """The factors of one head's contributions and their product (Fig. 2, Eq. 14).
+    """Plot the factors of one head's contributions, and their product (Fig. 2, Eq. 14).
 
-    Where neither attention nor contribution went, as to future keys, all four are blank, though
-    norm and cosine have values there.
+    Cells in which attention and contribution are zero, such as future keys, are blank in all four
+    maps, although the norm and the cosine have values there.
 
     Args:
-        decomposition: attention, relative norm, cosine and contribution, in this order, each
-            ``(B, H, T, S)``: what ``ContributionWeights.decompose`` gives for a layer.
-        tokens: ``S`` key tokens; positions where not given.
-        query_tokens: ``T`` query tokens; ``tokens`` where ``T = S``, else positions.
-        head: the head to show.
-        batch: the sequence of the batch to show.
-        quantile: let the scales, but for the cosine's, end at this quantile of the magnitudes.
-        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one, which
+        decomposition: Attention, relative norm, cosine and contribution, in this order, each ``(B,
+            H, T, S)``, as ``ContributionWeights.decompose`` returns them for a layer.
+        tokens: ``S`` key tokens; by default, positions.
+        query_tokens: ``T`` query tokens; by default, ``tokens`` if ``T = S``, otherwise positions.
+        head: The head to show.
+        batch: The sequence of the batch to show.
+        quantile: End the scales, except that of the cosine, at this quantile of the magnitudes.
+        use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure, which
             need not be closed.
 
     Returns:
         The figure, and its four axes.
 
     Raises:
-        ValueError: if there are not four maps, or they are not finite, not ``(B, H, T, S)``
-            or not alike in shape, or for tokens of another number.
-        IndexError: for a head or a sequence that does not exist.
+        ValueError: If there are not four maps; they are not finite, do not have shape ``(B, H, T,
+            S)`` or differ in shape; or tokens have the wrong number.
+        IndexError: If the head or the sequence does not exist.
 
     Example::
 
@@ -196,20 +212,21 @@ def plot_decomposition(
     if len(decomposition) != len(names):
         raise ValueError(f"decomposition has {len(decomposition)} maps, expected {len(names)}")
     maps = [
-        _heads(name, _layers(name, given), [(0, head)], batch)[0]
+        _select_heads(name, _as_layers(name, given), [(0, head)], batch)[0]
         for name, given in zip(names, decomposition, strict=True)
     ]
     shapes = [values.shape for values in maps]
     if len(set(shapes)) > 1:
-        raise ValueError(f"the four maps have shapes {shapes}, expected one (T, S)")
-    attention, relative_norm, _, contribution = maps
+        raise ValueError(f"the four maps have shapes {shapes}, expected the same (T, S)")
+    attention, contribution = maps[0], maps[3]
     blank = (attention == 0) & (contribution == 0)
     queries, keys = _labels(tokens, query_tokens, attention.shape)
+    shown = [values[~blank] for values in maps]
     styles = (
-        (_SEQUENTIAL, _from_zero(attention[~blank], quantile), "attention weight"),
-        (_SEQUENTIAL, _from_zero(relative_norm[~blank], quantile), "value norm / output norm"),
+        (_SEQUENTIAL, Normalize(0, _scale_limit(shown[0], quantile)), "attention weight"),
+        (_SEQUENTIAL, Normalize(0, _scale_limit(shown[1], quantile)), "value norm / output norm"),
         (_DIVERGING, Normalize(-1, 1), "cosine of value and output"),
-        (_DIVERGING, _about_zero(contribution[~blank], quantile), "fraction of output"),
+        (_DIVERGING, _symmetric_norm(shown[3], quantile), "fraction of output"),
     )
 
     width, height = _panel_size(attention.shape)
@@ -218,9 +235,9 @@ def plot_decomposition(
     for ax, name, values, (cmap, norm, unit) in zip(axes, names, maps, styles, strict=True):
         ax.set_title(name, fontsize=10)
         _draw_map(ax, values, blank, cmap, norm)
-        _name_ticks(ax.xaxis, "key", keys)
-        _name_ticks(ax.yaxis, "query", queries if ax is axes[0] else None)
-        _add_scale(fig, [ax], unit, values[~blank])
+        _label_axis(ax.xaxis, "key", keys)
+        _label_axis(ax.yaxis, "query", queries if ax is axes[0] else None)
+        _add_colorbar(fig, [ax], unit, values[~blank])
     return fig, axes
 
 
@@ -231,24 +248,24 @@ def plot_token_scores(
     skip: Collection[int] = (),
     use_pyplot: bool = True,
 ) -> tuple[Figure, Axes]:
-    """Scores of the same tokens by several methods, a row each.
+    """Plot scores of the same tokens by several methods, one row per method.
 
-    Every row is divided by its own largest absolute value: rows compare in pattern, not in
-    size.
+    Each row is divided by its largest absolute value, so rows can be compared in pattern, but not
+    in size.
 
     Args:
-        scores: ``(T,)`` scores a method, in any unit: token scores, Integrated Gradients.
+        scores: Scores by method, ``(T,)`` each, in any unit: token scores, Integrated Gradients.
         tokens: ``T`` tokens.
-        skip: positions that do not set a row's scale, such as an attention sink; clipped to it.
-        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one, which
+        skip: Positions that do not set the scale of a row, such as an attention sink. They are
+            clipped to the scale.
+        use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure, which
             need not be closed.
 
     Returns:
         The figure and its axes.
 
     Raises:
-        ValueError: for scores of another shape than ``(T,)`` or not finite, or a wrong
-            ``skip``.
+        ValueError: If scores are not finite or do not have shape ``(T,)``, or ``skip`` is invalid.
 
     Example::
 
@@ -265,14 +282,14 @@ def plot_token_scores(
     ax: Axes = grid[0, 0]
     _draw_map(ax, values, np.zeros_like(values, dtype=bool), _DIVERGING, Normalize(-1, 1))
     ax.set_aspect("auto")
-    _name_ticks(ax.xaxis, "token", tokens)
+    _label_axis(ax.xaxis, "token", tokens)
     ax.set_yticks(range(len(rows)), list(rows), fontsize=9, **_LITERAL)
-    _add_scale(fig, [ax], "score / row's largest", values).set_ticks([-1, 0, 1])
+    _add_colorbar(fig, [ax], "score / largest of the row", values).set_ticks([-1, 0, 1])
     return fig, ax
 
 
-def _layers(name: str, given: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    """The maps of all layers, each ``(B, H, T, S)``."""
+def _as_layers(name: str, given: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the maps of all layers, ``(B, H, T, S)`` each."""
     layers = [given] if isinstance(given, Tensor) else given
     for n, layer in enumerate(layers):
         if layer.ndim != 4:
@@ -282,36 +299,31 @@ def _layers(name: str, given: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     return layers
 
 
-def _random_pairs(layers: Sequence[Tensor], count: int, seed: int) -> list[tuple[int, int]]:
-    heads = [(n, head) for n, layer in enumerate(layers) for head in range(layer.shape[1])]
-    return sorted(random.Random(seed).sample(heads, min(count, len(heads))))
-
-
-def _heads(
+def _select_heads(
     name: str, layers: Sequence[Tensor], pairs: Sequence[tuple[int, int]], batch: int
 ) -> Array:
-    """The ``(pairs, T, S)`` maps of some heads of one sequence."""
+    """Return the maps of some heads of one sequence, ``(pairs, T, S)``."""
     maps: list[Array] = []
     for layer, head in pairs:
         if not 0 <= layer < len(layers):
-            raise IndexError(f"no layer {layer} in {name}, which has {len(layers)}")
+            raise IndexError(f"layer {layer} does not exist: {name} has {len(layers)} layers")
         sequences, heads = layers[layer].shape[:2]
         if not 0 <= batch < sequences:
-            raise IndexError(f"no sequence {batch} in {name}, which has {sequences}")
+            raise IndexError(f"sequence {batch} does not exist: {name} has {sequences}")
         if not 0 <= head < heads:
-            raise IndexError(f"no head {head} in {name} of layer {layer}, which has {heads}")
+            raise IndexError(f"head {head} does not exist: {name} has {heads} in layer {layer}")
         chosen = layers[layer][batch, head].detach().float().cpu().numpy()
         if not np.isfinite(chosen).all():
             raise ValueError(
                 f"{name} of layer {layer}, head {head} is not finite: replace such cells, for "
-                "instance by nan_to_num()"
+                "example with nan_to_num()"
             )
         maps.append(chosen)
     shapes = {chosen.shape for chosen in maps}
     if len(shapes) > 1:
         raise ValueError(
-            f"{name} has maps of shapes {sorted(shapes)} among the pairs: choose pairs of one "
-            "(T, S), such as only self-attention"
+            f"{name} of these pairs has maps of shapes {sorted(shapes)}: choose pairs with the "
+            "same (T, S), such as only self-attention"
         )
     return np.stack(maps)
 
@@ -319,7 +331,7 @@ def _heads(
 def _labels(
     tokens: Sequence[str] | None, query_tokens: Sequence[str] | None, shape: tuple[int, ...]
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """The names of the ``T`` queries and ``S`` keys."""
+    """Return the names of the ``T`` queries and ``S`` keys."""
     n_queries, n_keys = shape
     if query_tokens is None and n_queries == n_keys:
         query_tokens = tokens
@@ -332,29 +344,27 @@ def _labels(
     return queries, keys
 
 
-def _from_zero(values: Array, quantile: float) -> Normalize:
-    return Normalize(0, _limit(values, quantile))
-
-
-def _about_zero(values: Array, quantile: float) -> Normalize:
-    limit = _limit(values, quantile)
+def _symmetric_norm(values: Array, quantile: float) -> Normalize:
+    """Return a scale that is symmetric about zero."""
+    limit = _scale_limit(values, quantile)
     return Normalize(-limit, limit)
 
 
-def _limit(values: Array, quantile: float) -> float:
-    """The magnitude at which a scale ends: never zero, which would be no scale."""
+def _scale_limit(values: Array, quantile: float) -> float:
+    """Return the magnitude at which a scale ends; never zero, because a scale needs a range."""
     if not 0 < quantile <= 1:
         raise ValueError(f"quantile={quantile}, expected a number above 0 and up to 1")
     return float(np.quantile(np.abs(values), quantile)) if values.any() else 1.0
 
 
 def _panel_size(shape: tuple[int, ...]) -> tuple[float, float]:
-    """Width and height in inches, with room for the label of every token that gets one."""
-    height, width = (max(0.17 * n, 2.4) if n <= _READABLE else 4.0 for n in shape)
+    """Return the width and height in inches, with room for the labels of the tokens."""
+    height, width = (max(0.17 * n, 2.4) if n <= _MAX_LABELS else 4.0 for n in shape)
     return width, height
 
 
 def _draw_map(ax: Axes, values: Array, blank: Array, cmap: str, norm: Normalize) -> AxesImage:
+    """Draw a map with blank cells in grey."""
     square = values.shape[0] == values.shape[1]
     ax.set_facecolor(_BLANK)
     return ax.imshow(
@@ -366,34 +376,29 @@ def _draw_map(ax: Axes, values: Array, blank: Array, cmap: str, norm: Normalize)
     )
 
 
-def _name_ticks(axis: XAxis | YAxis, title: str, tokens: Sequence[str] | None) -> None:
-    """Name an axis and its tokens; with None nothing, since a neighbour's names hold for it."""
+def _label_axis(axis: XAxis | YAxis, title: str, tokens: Sequence[str] | None) -> None:
+    """Label an axis and its tokens.
+
+    With None, the axis has no labels, because a neighbouring panel has them.
+    """
     if tokens is None:
         axis.set_ticks([])
         return
-    step = 1 if len(tokens) <= _READABLE else math.ceil(2 * len(tokens) / _READABLE)
+    step = 1 if len(tokens) <= _MAX_LABELS else math.ceil(2 * len(tokens) / _MAX_LABELS)
     ticks = range(0, len(tokens), step)
     rotation = 90 if isinstance(axis, XAxis) else 0
-    labels = [_shortened(tokens[tick]) for tick in ticks]
+    names = [tokens[tick] for tick in ticks]
+    labels = [x if len(x) <= _MAX_LABEL_LENGTH else x[: _MAX_LABEL_LENGTH - 1] + "…" for x in names]
     axis.set_label_text(title, fontsize=9)
     axis.set_ticks(ticks, labels, fontsize=7, rotation=rotation, **_LITERAL)
 
 
-def _shortened(token: str) -> str:
-    return token if len(token) <= _LONGEST_LABEL else token[: _LONGEST_LABEL - 1] + "…"
-
-
-def _add_scale(fig: Figure, axes: Sequence[Axes] | Array, unit: str, values: Array) -> Colorbar:
-    """One colour bar for axes of one scale, pointed at the ends that ``values`` pass."""
+def _add_colorbar(fig: Figure, axes: Sequence[Axes] | Array, unit: str, values: Array) -> Colorbar:
+    """Add a colour bar, pointed at the ends that ``values`` exceed."""
     image = axes[0].images[0]
     low, high = image.get_clim()
     passed = (bool((values < low).any()), bool((values > high).any()))
-    extend = {
-        (False, False): "neither",
-        (True, False): "min",
-        (False, True): "max",
-        (True, True): "both",
-    }[passed]
+    extend = [["neither", "max"], ["min", "both"]][passed[0]][passed[1]]
     bar = fig.colorbar(image, ax=axes, extend=extend)
     bar.set_label(unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)

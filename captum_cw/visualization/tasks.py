@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,18 +23,18 @@ def plot_tasks(
     ylabel: str = "accuracy",
     use_pyplot: bool = True,
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    """A panel for each task: a curve for each method, and what the unchanged model reaches.
+    """Plot the accuracy of each task, with a curve for each method and the unchanged model.
 
     Args:
-        panels: by title, by method ``(rates,)``.
-        rates: the fractions removed.
-        baselines: by title, the unchanged model's value and half the width of the interval that
-            is shaded around it (NaN: none).
-        ylabel: what the curves show.
-        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
+        panels: Values by title and method, ``(rates,)`` each.
+        rates: The removed fractions.
+        baselines: The value of the unchanged model and half the width of its interval, by title.
+            The interval is shaded; NaN means that there is none.
+        ylabel: The label of the y axis.
+        use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure.
 
     Returns:
-        The figure, and its axes, one a panel.
+        The figure, and its array of axes, one per panel.
 
     Example::
 
@@ -49,7 +50,7 @@ def plot_tasks(
     for ax, title in zip(axes, panels, strict=True):
         value, half = baselines[title]
         ax.axhline(value, color="black", linestyle="--", linewidth=1, label="nothing removed")
-        if half == half:  # not NaN
+        if not math.isnan(half):
             ax.axhspan(value - half, value + half, color="black", alpha=0.1, linewidth=0)
     axes[0].legend()
     return fig, axes

@@ -19,33 +19,33 @@ from captum_cw.visualization._output import html_page
 def normalized_scores(
     scores: Mapping[str, Tensor], tokens: Sequence[str], skip: Collection[int]
 ) -> dict[str, Tensor]:
-    """Each method's ``(T,)`` scores over its own largest absolute value, so within [-1, 1].
+    """Divide each method's scores ``(T,)`` by their largest absolute value.
 
-    Positions in ``skip`` do not set the scale, and are clipped to it.
+    Positions in ``skip`` do not set the scale. Their scores are clipped to [-1, 1].
     """
     length = len(tokens)
     for position in skip:
         if not -length <= position < length:
-            raise ValueError(f"skip holds {position}, outside the {length} tokens")
+            raise ValueError(f"skip holds {position}, which is not a position of {length} tokens")
     if not scores:
-        raise ValueError("scores are empty, expected {method's name: (T,) tensor}")
+        raise ValueError("scores are empty, expected a dict of method names and (T,) tensors")
     counted = torch.ones(length, dtype=torch.bool, device="cpu")
     counted[list(skip)] = False
     if not counted.any():
         raise ValueError(f"skip={skip!r} leaves none of the {length} tokens to set the scale")
     normalized = {}
     for method, given in scores.items():
-        values = _numbers(given)
+        values = _to_float64(given)
         if values.shape != (length,):
             raise ValueError(
                 f"the scores of {method!r} have shape {tuple(values.shape)}, expected "
-                f"({length},), one a token: of a batch, give one row with its own tokens"
+                f"({length},), one per token; for a batch, give one row and its tokens"
             )
         if not values.isfinite().all():
             position = int((~values.isfinite()).nonzero()[0])
             raise ValueError(
                 f"the scores of {method!r} hold {values[position].item()} at position "
-                f"{position} ({tokens[position]!r}): replace it, for instance by nan_to_num()"
+                f"{position} ({tokens[position]!r}): replace it, for example with nan_to_num()"
             )
         peak = values[counted].abs().max()
         scaled = (values / peak).clamp(-1, 1) if peak > 0 else values.sign()
@@ -53,8 +53,8 @@ def normalized_scores(
     return normalized
 
 
-def _numbers(scores: Any) -> Tensor:
-    # To the CPU first, since not every device has float64.
+def _to_float64(scores: Any) -> Tensor:
+    # Some devices have no float64, so the scores go to the CPU first.
     scores = scores.detach().cpu() if isinstance(scores, Tensor) else scores
     return torch.as_tensor(scores, dtype=torch.float64, device="cpu")
 
@@ -68,27 +68,26 @@ def text_records(
     probability: float = nan,
     skip: Collection[int] = (),
 ) -> list[captum_text.VisualizationDataRecord]:
-    """Captum text records, one a method, that compare scores of the same tokens.
+    """Build Captum text records, one per method, that compare scores of the same tokens.
 
-    Captum clips scores to [-1, 1] and writes tokens into the page as they are; so each row is
-    divided by its own largest absolute value first, and every text is escaped.
+    Captum clips scores to [-1, 1] and does not escape tokens. So each row is divided by its largest
+    absolute value first, and all texts are escaped.
 
     Args:
-        scores: ``(T,)`` scores a method, in any unit: token scores, Integrated Gradients.
-        tokens: ``T`` strings, such as :func:`readable_tokens` gives.
-        target: what is explained, for Captum's column "True Label".
-        predicted: what the model predicted, for "Predicted Label".
-        probability: the model's probability of ``predicted``; NaN where it is not known.
-        skip: positions that do not set a row's scale, such as an attention sink that would
-            leave all others pale. They are shown, clipped to the scale.
+        scores: Scores by method, ``(T,)`` each, in any unit: token scores, Integrated Gradients.
+        tokens: ``T`` strings, such as those of :func:`readable_tokens`.
+        target: What is explained, for Captum's column "True Label".
+        predicted: What the model predicted, for "Predicted Label".
+        probability: The model's probability of ``predicted``; NaN if unknown.
+        skip: Positions that do not set the scale of a row, such as an attention sink that would
+            make all others pale. They are shown, clipped to the scale.
 
     Returns:
-        One record a method, in order, for :func:`text_html` or Captum's ``visualize_text``:
-        the method's name as attribution label, the sum of its raw scores as attribution score.
+        One record per method, in order, for :func:`text_html` or Captum's ``visualize_text``. The
+        attribution label is the method's name, and the attribution score is the sum of its scores.
 
     Raises:
-        ValueError: for scores of another shape than ``(T,)`` or not finite, or a wrong
-            ``skip``.
+        ValueError: If scores are not finite or do not have shape ``(T,)``, or ``skip`` is invalid.
 
     Example::
 
@@ -97,7 +96,7 @@ def text_records(
         (tensor([ 0.2500, -1.0000]), ['&lt;s&gt;', ' no'], 'contribution')
     """
     normalized = normalized_scores(scores, tokens, skip)
-    # Escaping also keeps Captum from taking "<|im_start|>" for markup and cutting its brackets.
+    # Without escaping, Captum would also cut the brackets of tokens such as "<|im_start|>".
     escaped = [escape(token) for token in tokens]
     return [
         captum_text.VisualizationDataRecord(
@@ -106,7 +105,7 @@ def text_records(
             pred_class=escape(predicted),
             true_class=escape(target),
             attr_class=escape(method),
-            attr_score=_numbers(scores[method]).sum().item(),
+            attr_score=_to_float64(scores[method]).sum().item(),
             raw_input_ids=escaped,
             convergence_score=nan,
         )
@@ -117,14 +116,14 @@ def text_records(
 def text_html(
     records: Sequence[captum_text.VisualizationDataRecord], title: str = "Token scores"
 ) -> str:
-    """One self-contained HTML page of text records, coloured by Captum.
+    """Return a self-contained HTML page of text records, coloured by Captum.
 
-    The page has the columns of Captum's ``visualize_text``, without those that no record
-    fills, and needs no notebook.
+    The page has the columns of Captum's ``visualize_text``, except those that are empty in all
+    records. It needs no notebook.
 
     Args:
-        records: records of :func:`text_records`; their texts are HTML already.
-        title: the page's title, plain text.
+        records: Records of :func:`text_records`, whose texts are already HTML.
+        title: The title of the page, as plain text.
 
     Returns:
         The page.
@@ -158,6 +157,7 @@ def text_html(
 
 
 def _prediction(record: captum_text.VisualizationDataRecord) -> str:
+    """Return the predicted label with its probability, if known."""
     known = "" if isnan(record.pred_prob) else f"({record.pred_prob:.2f})"
     return f"{record.pred_class} {known}".strip()
 
@@ -170,9 +170,9 @@ def save_text(
     """Save the page of :func:`text_html` to ``path``.
 
     Args:
-        records: records of :func:`text_records`.
-        path: the file, usually ending in ``.html``.
-        title: the page's title, plain text.
+        records: Records of :func:`text_records`.
+        path: The file, usually ending in ``.html``.
+        title: The title of the page, as plain text.
 
     Example::
 

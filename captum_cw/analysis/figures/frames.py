@@ -1,4 +1,4 @@
-"""The graphs and sinks of a model by layer, and its frame over checkpoints (arXiv 2508.02546)."""
+"""Figures of reference frames: graphs and sinks by layer, and frames over checkpoints."""
 
 from __future__ import annotations
 
@@ -20,24 +20,17 @@ __all__ = ["plot_checkpoints", "plot_reference_frames"]
 
 _MARKERS = "osD^vPX*<>"
 
-#: Attention below it is drawn as if it were that.
+#: Attention below this is drawn as this.
 _FAINTEST = 1e-3
 
-#: How many positions at either end are drawn.
+#: The number of positions drawn at each end.
 _ENDS = 16
 
 
 def plot_reference_frames(
     result: ReferenceFrames, *, use_pyplot: bool = True
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    """Fiedler value, star-likeness, received attention and divergence of heads, by layer.
-
-    Args:
-        result: what was found.
-        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
-
-    Returns:
-        The figure, and its axes ``(2, 2)``.
+    """Plot the Fiedler value, star-likeness, received attention and divergence of heads, by layer.
 
     Example::
 
@@ -48,7 +41,7 @@ def plot_reference_frames(
         'Fiedler value'
     """
     fig, axes = new_figure(2, 2, (12.0, 8.0), use_pyplot)
-    _plot_graph(axes[0, 0], result, "fiedler", "Fiedler value", "Second eigenvalue (a star has 1)")
+    _plot_graph(axes[0, 0], result, "fiedler", "Fiedler value", "Second eigenvalue (1 for a star)")
     axes[0, 0].axhline(1, color="black", linestyle="--", linewidth=1)
     largest = max(1.0, float(result.tables["graph"]["fiedler"].max()))
     if largest > 10:
@@ -61,50 +54,46 @@ def plot_reference_frames(
     _plot_divergence(axes[1, 1], result)
     for ax in axes.flat:
         ax.set_xlabel("layer")
-    axes[1, 0].set_xlabel("position of the key; from the end if negative")
+    axes[1, 0].set_xlabel("key position (negative: from the end)")
     fig.suptitle(_headline(result))
     return fig, axes
 
 
 def _headline(result: ReferenceFrames) -> str:
+    """Return the title: the type of the frame and its evidence."""
     found, frame = result.numbers, result.frame
     if frame == "none":
         return f"No reference frame: {found['with_anchor']:.0%} of the maps have an anchor"
     evidence = {
-        "centralised": f"the top stands at {found['top_position']:.0f} in "
-        f"{found['top_share']:.0%} of the maps, alone in {found['alone_share']:.0%}",
-        "distributed": f"{found['anchors']:.1f} anchors a map, of which "
+        "centralised": f"the top anchor is at {found['top_position']:.0f} in "
+        f"{found['top_share']:.0%} of the maps, and alone in {found['alone_share']:.0%}",
+        "distributed": f"{found['anchors']:.1f} anchors per map, of which "
         f"{found['recurrence']:.0%} recur in another layer",
-        "bidirectional": f"the first is an anchor in {found['first_share']:.0%} of the maps, "
+        "bidirectional": f"the first token is an anchor in {found['first_share']:.0%} of the maps, "
         f"the last in {found['last_share']:.0%}",
     }[frame]
     return f"{frame.capitalize()} reference frame: {evidence} (p = {result.p_value:.2g})"
 
 
 def _plot_graph(ax: Any, result: ReferenceFrames, column: str, label: str, title: str) -> None:
+    """Plot a graph measure by layer, with a curve for each threshold."""
     by_threshold = result.tables["graph"].groupby("threshold")
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(by_threshold)))
     for number, (threshold, rows) in enumerate(by_threshold):
-        ax.plot(
-            rows["layer"],
-            rows[column],
-            label=f"{threshold:g}",
-            color=colours[number],
-            marker=_MARKERS[number % len(_MARKERS)],
-            markersize=4,
-        )
-    ax.set_ylabel(label)
-    ax.set_title(title)
+        style = {"color": colours[number], "marker": _MARKERS[number % len(_MARKERS)]}
+        ax.plot(rows["layer"], rows[column], label=f"{threshold:g}", markersize=4, **style)
+    ax.set(ylabel=label, title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
 
 
 def _plot_received(fig: Figure, ax: Any, result: ReferenceFrames) -> None:
+    """Plot the received attention by layer and position, as a map."""
     table = result.tables["positions"]
     table = table[(table["position"] < _ENDS) & (table["position"] >= -_ENDS)]
     received = table.pivot(index="layer", columns="position", values="received")
     positions = np.array(received.columns)
-    # What counts from the end stands on the right, behind a gap.
+    # Positions from the end are on the right, after a gap.
     places = np.where(positions < 0, 2 * _ENDS + 1 + positions, positions)
     for side in (positions >= 0, positions < 0):
         image = ax.pcolormesh(
@@ -117,49 +106,36 @@ def _plot_received(fig: Figure, ax: Any, result: ReferenceFrames) -> None:
         )
     shown = positions % 4 == np.where(positions < 0, 3, 0)
     ax.set_xticks(places[shown], positions[shown])
-    fig.colorbar(image, ax=ax, label="mean weight, from others")
-    ax.set_ylabel("layer")
-    ax.set_title("Received attention, at the start and at the end")
+    fig.colorbar(image, ax=ax, label="mean attention from other tokens")
+    ax.set(ylabel="layer", title="Received attention at both ends")
     ax.yaxis.get_major_locator().set_params(integer=True)
 
 
 def _plot_divergence(ax: Any, result: ReferenceFrames) -> None:
+    """Plot the divergence of heads by layer, with and without sinks."""
     sinks = result.tables["sinks"]
     by_percentile = sinks.groupby("percentile")
-    # The rows of heads over which it is taken hardly differ between percentiles.
+    # The divergence with sinks hardly depends on the percentile.
     _, lowest = next(iter(by_percentile))
-    ax.plot(
-        lowest["layer"], lowest["divergence"], color="black", marker="o", ms=4, label="with sinks"
-    )
+    style = {"color": "black", "marker": "o", "markersize": 4}
+    ax.plot(lowest["layer"], lowest["divergence"], label="with sinks", **style)
     colours = colormaps["plasma"](np.linspace(0.2, 0.8, len(by_percentile)))
     for number, (percentile, rows) in enumerate(by_percentile):
-        ax.plot(
-            rows["layer"],
-            rows["divergence_without"],
-            color=colours[number],
-            marker=_MARKERS[1 + number % (len(_MARKERS) - 1)],
-            markersize=4,
-            label=f"without, from {percentile:g}%",
-        )
-    ax.set_ylabel("mean KL divergence (nats)")
-    ax.set_title("Heads from their average")
+        marker = _MARKERS[1 + number % (len(_MARKERS) - 1)]
+        style = {"color": colours[number], "marker": marker, "markersize": 4}
+        label = f"without, percentile {percentile:g}"
+        ax.plot(rows["layer"], rows["divergence_without"], label=label, **style)
+    ax.set(ylabel="mean KL divergence (nats)", title="Divergence of heads from their mean")
     ax.set_ylim(bottom=0)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
-    ax.legend(title="sinks, by percentile", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.legend(title="sinks", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def plot_checkpoints(
     result: FramesOverCheckpoints, *, use_pyplot: bool = True
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    r"""Where anchors stand, and what speaks for each type of frame, over revisions.
-
-    Args:
-        result: what was found.
-        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
-
-    Returns:
-        The figure, and its two axes.
+    r"""Plot the anchors and the evidence for each type of frame over revisions.
 
     Example::
 
@@ -174,15 +150,15 @@ def plot_checkpoints(
     places = range(len(table))
     fig, axes = new_figure(1, 2, (max(14.0, 5 + 2.2 * len(table)), 4.6), use_pyplot)
     shares = {
-        "with_anchor": "have an anchor (of all)",
-        "alone_share": "have only one",
-        "first_share": "have one at the first",
-        "last_share": "have one at the last",
+        "with_anchor": "has an anchor (of all maps)",
+        "alone_share": "has only one anchor",
+        "first_share": "first token is an anchor",
+        "last_share": "last token is an anchor",
     }
     statistics = {
-        "top_share": "centralised: the top is\nat the commonest position",
+        "top_share": "centralised: the top anchor is\nat its most common position",
         "recurrence": "distributed: an anchor\nrecurs in another layer",
-        "rarer_share": "bidirectional: the rarer\nend has an anchor",
+        "rarer_share": "bidirectional: the rarer\nend is an anchor",
     }
     for ax, lines in zip(axes[0], (shares, statistics), strict=True):
         for number, (column, label) in enumerate(lines.items()):
@@ -192,16 +168,18 @@ def plot_checkpoints(
             if lines is statistics:
                 ax.plot(places, table[f"chance_{column}"], color=line.get_color(), linestyle="--")
         ax.set_ylim(-0.03, 1.03)
-        ax.set_xticks(places, list(map(_moment, table.to_dict("records"))), fontsize="small")
-        ax.set_xlabel("revision, its frame, and the test of that")
+        ax.set_xticks(
+            places, list(map(_revision_label, table.to_dict("records"))), fontsize="small"
+        )
+        ax.set_xlabel("revision, frame and p-value")
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes[0, 0].set_ylabel("share of maps")
-    axes[0, 0].set_title("Which maps have anchors")
-    axes[0, 1].set_ylabel("share of maps, or of anchors")
-    axes[0, 1].set_title("What speaks for each type (dashed: places exchanged)")
+    axes[0, 0].set(ylabel="share of maps", title="Maps with anchors")
+    axes[0, 1].set_ylabel("share of maps or anchors")
+    axes[0, 1].set_title("Evidence for each type (dashed: permuted)")
     return fig, axes[0]
 
 
-def _moment(row: Mapping[str, Any]) -> str:
+def _revision_label(row: Mapping[str, Any]) -> str:
+    """Return the label of a revision: its name, frame and p-value."""
     return f"{row['revision']}\n{row['frame']}\np = {row['p_value']:.2g}"

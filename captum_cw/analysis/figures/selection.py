@@ -1,4 +1,4 @@
-"""Figures of token selection: sets by size, regimes of heads, what the theory assumes."""
+"""Figures of token selection: separation by size, regimes of heads, and assumptions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["plot_head_regimes", "plot_selection_assumptions", "plot_token_select
 
 Tables = Mapping[str, "pd.DataFrame"]
 
-# Told apart without colours, too.
+# Colours and markers, so that curves differ without colours too.
 _MEASURES = {"precision": ("C0", "o"), "recall": ("C1", "s"), "f": ("C2", "D")}
 _REGIMES = {"Retriever": ("C0", "o"), "Mixer": ("C1", "s"), "Reset": ("C3", "^")}
 _BLANK = "0.85"
@@ -33,26 +33,18 @@ _BLANK = "0.85"
 def plot_token_selection(
     tables: Tables, numbers: Mapping[str, float], *, use_pyplot: bool = True
 ) -> Picture:
-    """Separation by size, its excess over random sets, the best size, and sinks against recall.
-
-    Args:
-        tables: Of a ``TokenSelection``.
-        numbers: Of the same.
-        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
-
-    Returns:
-        The figure, and its ``(2, 2)`` axes.
-    """
+    """Plot separation by size, the excess, the best size, and sinks against recall."""
     fig, axes = new_figure(2, 2, (11.0, 8.0), use_pyplot)
     (by_size, excess), (best, sinks) = axes
-    _separation(by_size, tables["sizes"])
-    _excess(excess, tables["contexts"], tables["best"])
-    _best_size(best, tables["best"], tables["contexts"])
-    _sinks_and_recall(fig, sinks, tables["heads"], numbers)
+    _plot_separation(by_size, tables["sizes"])
+    _plot_excess(excess, tables["contexts"], tables["best"])
+    _plot_best_size(best, tables["best"], tables["contexts"])
+    _plot_sinks_and_recall(fig, sinks, tables["heads"], numbers)
     return fig, axes
 
 
-def _separation(ax: Axes, sizes: pd.DataFrame) -> None:
+def _plot_separation(ax: Axes, sizes: pd.DataFrame) -> None:
+    """Plot precision, recall and F by size, of top and random sets."""
     for name, (colour, marker) in _MEASURES.items():
         for kind, style in (("top", "-"), ("random", "--")):
             rows = sizes[sizes["set"] == kind]
@@ -67,13 +59,16 @@ def _separation(ax: Axes, sizes: pd.DataFrame) -> None:
         Line2D([], [], color="0.3", linestyle="--", label="random sets"),
     ]
     ax.legend(handles=handles, fontsize=8)
-    _powers_of_two(ax.xaxis, sizes["size"].unique())
-    ax.set(title="Sets and the other keys", xlabel="size N (keys)", ylabel="mean over queries")
+    _set_log_ticks(ax.xaxis, sizes["size"].unique())
+    ax.set(
+        title="Separation from the other keys", xlabel="size N (keys)", ylabel="mean over queries"
+    )
     ax.set_ylim(-0.02, 1.02)
     ax.grid(alpha=0.3)
 
 
-def _excess(ax: Axes, contexts: pd.DataFrame, best: pd.DataFrame) -> None:
+def _plot_excess(ax: Axes, contexts: pd.DataFrame, best: pd.DataFrame) -> None:
+    """Plot the excess of F over random sets by size, with a curve for each context."""
     groups = list(contexts.groupby("above"))
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(groups)))
     for (above, rows), colour in zip(groups, colours, strict=True):
@@ -83,33 +78,33 @@ def _excess(ax: Axes, contexts: pd.DataFrame, best: pd.DataFrame) -> None:
         best["size"], best["excess"], "*", color="black", markersize=10, zorder=3, label="best N"
     )
     ax.axhline(0, color="0.5", linewidth=0.8)
-    _powers_of_two(ax.xaxis, contexts["size"].unique())
-    ax.set(title="Beyond random sets", xlabel="size N (keys)", ylabel="F - F of random sets")
+    _set_log_ticks(ax.xaxis, contexts["size"].unique())
+    ax.set(title="Excess over random sets", xlabel="size N (keys)", ylabel="F - F of random sets")
     ax.legend(title="keys seen (T)", fontsize=8, title_fontsize=8)
     ax.grid(alpha=0.3)
 
 
-def _best_size(ax: Axes, best: pd.DataFrame, contexts: pd.DataFrame) -> None:
+def _plot_best_size(ax: Axes, best: pd.DataFrame, contexts: pd.DataFrame) -> None:
+    """Plot the best size by context."""
     largest = contexts.groupby("above")["size"].max()[best["above"]]
-    ax.plot(
-        best["up_to"], best["size"], color="black", marker="*", markersize=10,
-        label="largest F - F of random sets",
-    )  # fmt: skip
-    ax.plot(
-        best["up_to"], best["largest_f_size"], color="C2", marker="D", markersize=5,
-        label="largest F, N > 1",
-    )  # fmt: skip
+    for column, colour, marker, size, label in (
+        ("size", "black", "*", 10, "largest F - F of random sets"),
+        ("largest_f_size", "C2", "D", 5, "largest F, N > 1"),
+    ):
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": size}
+        ax.plot(best["up_to"], best[column], label=label, **style)
     ax.plot(best["up_to"], largest, ":", color="0.5", label="largest N measured")
-    _powers_of_two(ax.xaxis, best["up_to"])
-    _powers_of_two(ax.yaxis, largest)
-    ax.set(title="Best size by context", xlabel="keys seen, up to (T)", ylabel="size N (keys)")
+    _set_log_ticks(ax.xaxis, best["up_to"])
+    _set_log_ticks(ax.yaxis, largest)
+    ax.set(title="Best size by context", xlabel="keys seen, at most (T)", ylabel="size N (keys)")
     ax.legend(fontsize=8)
     ax.grid(alpha=0.3)
 
 
-def _sinks_and_recall(
+def _plot_sinks_and_recall(
     fig: Figure, ax: Axes, heads: pd.DataFrame, numbers: Mapping[str, float]
 ) -> None:
+    """Plot the recall of each head against its sink similarity."""
     size = int(numbers["best_size"])
     rows = heads[(heads["set"] == "top") & (heads["size"] == size)]
     points = ax.scatter(
@@ -123,14 +118,14 @@ def _sinks_and_recall(
     ax.set(
         title=f"Sinks and recall, N = {size}\n"
         f"r = {over_heads:.2f} over heads, {over_queries:.2f} over queries",
-        xlabel="sink similarity cos(v_1, s_N), mean of a head",
-        ylabel="recall, mean of a head",
+        xlabel="sink similarity cos(v_1, s_N), mean over queries",
+        ylabel="recall, mean over queries",
     )
     ax.grid(alpha=0.3)
 
 
-def _powers_of_two(axis: XAxis | YAxis, values: Any) -> None:
-    """A logarithmic axis that names these values as they are."""
+def _set_log_ticks(axis: XAxis | YAxis, values: Any) -> None:
+    """Set a logarithmic axis with ticks at these values."""
     (axis.axes.set_xscale if isinstance(axis, XAxis) else axis.axes.set_yscale)("log", base=2)
     axis.set_major_locator(FixedLocator(sorted(set(values))))
     axis.set_minor_locator(NullLocator())
@@ -138,16 +133,7 @@ def _powers_of_two(axis: XAxis | YAxis, values: Any) -> None:
 
 
 def plot_head_regimes(tables: Tables, size: int, *, use_pyplot: bool = True) -> Picture:
-    """The regime of each head by layer; beside it the heads by weight of the first token and F.
-
-    Args:
-        tables: Of a ``HeadRegimes``.
-        size: The size of the sets.
-        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
-
-    Returns:
-        The figure, and its two axes.
-    """
+    """Plot the regime of each head by layer, and the heads by first-token weight and F."""
     heads, regimes = tables["heads"], tables["regimes"].set_index("regime")
     layers, most = int(heads["layer"].max()) + 1, int(heads["head"].max()) + 1
     codes = np.full((layers, most), np.nan)
@@ -157,12 +143,10 @@ def plot_head_regimes(tables: Tables, size: int, *, use_pyplot: bool = True) -> 
     height = min(max(1.5 + 0.2 * layers, 4.0), 12.0)
     fig, axes = new_figure(1, 2, (width + 5.0, height), use_pyplot)
     map_ax, plane = axes[0]
-    map_ax.set_facecolor(_BLANK)  # layers may have fewer heads than others
+    map_ax.set_facecolor(_BLANK)  # some layers may have fewer heads
     colours = ListedColormap([colour for colour, _ in _REGIMES.values()])
-    map_ax.imshow(
-        np.ma.masked_invalid(codes), cmap=colours, vmin=-0.5, vmax=2.5, aspect="auto",
-        interpolation="nearest",
-    )  # fmt: skip
+    masked = np.ma.masked_invalid(codes)
+    map_ax.imshow(masked, colours, vmin=-0.5, vmax=2.5, aspect="auto", interpolation="nearest")
     for axis in (map_ax.xaxis, map_ax.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     map_ax.set(title="Regime of each head", xlabel="head", ylabel="layer")
@@ -173,15 +157,16 @@ def plot_head_regimes(tables: Tables, size: int, *, use_pyplot: bool = True) -> 
     }
     handles = [Patch(color=colour, label=labels[name]) for name, (colour, _) in _REGIMES.items()]
     map_ax.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), fontsize=8,
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.6 / height),
+        fontsize=8,
         ncols=3 if width > 5 else 1,
-    )  # fmt: skip
+    )
     for name, (colour, marker) in _REGIMES.items():
         rows = heads[heads["regime"] == name]
-        plane.scatter(
-            rows["first_weight"], rows["f"], s=18, color=colour, marker=marker, label=labels[name],
-            alpha=0.8, linewidths=0,
-        )  # fmt: skip
+        style = {"color": colour, "marker": marker, "label": labels[name]}
+        plane.scatter(rows["first_weight"], rows["f"], s=18, alpha=0.8, linewidths=0, **style)
     plane.set(
         title=f"Heads, means over queries, N = {size}",
         xlabel="attention on the first token",
@@ -197,68 +182,54 @@ def plot_head_regimes(tables: Tables, size: int, *, use_pyplot: bool = True) -> 
 def plot_selection_assumptions(
     tables: Tables, numbers: Mapping[str, float], *, use_pyplot: bool = True
 ) -> Picture:
-    """Norms of values by layer, similarity by distance, and attention by rank, with their fits.
-
-    Args:
-        tables: Of a ``SelectionAssumptions``.
-        numbers: Of the same.
-        use_pyplot: make a pyplot figure, which notebooks show; False gives a bare one.
-
-    Returns:
-        The figure, and its three axes.
-    """
+    """Plot value norms by layer, similarity by distance and attention by rank, with fits."""
     fig, axes = new_figure(1, 3, (15.0, 4.2), use_pyplot)
-    norms, similarity, profile = axes[0]
+    _plot_value_norms(axes[0, 0], tables["value_norms"])
+    _plot_similarity(axes[0, 1], tables["similarity"], numbers)
+    _plot_profile(axes[0, 2], tables["profile"], numbers)
+    for ax in axes[0]:
+        ax.legend(fontsize=8)
+        ax.grid(alpha=0.3)
+    return fig, axes[0]
 
-    values = tables["value_norms"]
+
+def _plot_value_norms(ax: Axes, values: pd.DataFrame) -> None:
+    """Plot the variation of value norms and the relative norm of the first value, by layer."""
     for name, label, colour, marker in (
         ("cv", "variation of ||v_j||, j > 1", "C0", "o"),
         ("first_over_mean", "||v_1|| / mean ||v_j||", "C3", "^"),
     ):
-        norms.scatter(
-            values["layer"],
-            values[name],
-            s=12,
-            color=colour,
-            marker=marker,
-            alpha=0.5,
-            linewidths=0,
-        )
+        style: dict[str, Any] = {"color": colour, "marker": marker}
+        ax.scatter(values["layer"], values[name], s=12, alpha=0.5, linewidths=0, **style)
         medians = values.groupby("layer")[name].median()
-        norms.plot(medians.index, medians, color=colour, marker=marker, markersize=4, label=label)
-    norms.axhline(1, color="0.5", linewidth=0.8)
-    norms.set_ylim(bottom=0)
-    norms.xaxis.set_major_locator(MaxNLocator(integer=True))
-    norms.set(title="Norms of values (line: median of heads)", xlabel="layer", ylabel="ratio")
-    norms.legend(fontsize=8)
+        ax.plot(medians.index, medians, markersize=4, label=label, **style)
+    ax.axhline(1, color="0.5", linewidth=0.8)
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(title="Norms of values (line: median of heads)", xlabel="layer", ylabel="ratio")
 
-    rows = tables["similarity"]
-    similarity.plot(rows["distance"], rows["cosine"], ".", color="0.4", label="measured")
+
+def _plot_similarity(ax: Axes, rows: pd.DataFrame, numbers: Mapping[str, float]) -> None:
+    """Plot the mean cosine of two values by distance, with its fits."""
+    ax.plot(rows["distance"], rows["cosine"], ".", color="0.4", label="measured")
     for form, r2, style in (
         ("exponential", "similarity_r2", "--"),
         ("exponential + constant", "similarity_r2_constant", "-"),
     ):
         label = f"{form}, R2 = {numbers[r2]:.2f}"
-        similarity.plot(rows["distance"], rows[form], style, label=label)
-    similarity.axhline(
-        np.average(rows["cosine"], weights=rows["pairs"]), color="0.5", linestyle=":",
-        label="constant, R2 = 0",
-    )  # fmt: skip
-    similarity.set(
-        title="Similarity of values", xlabel="distance (tokens)", ylabel="mean cos(v_i, v_j)"
-    )
-    similarity.legend(fontsize=8)
+        ax.plot(rows["distance"], rows[form], style, label=label)
+    mean = np.average(rows["cosine"], weights=rows["pairs"])
+    ax.axhline(mean, color="0.5", linestyle=":", label="constant, R2 = 0")
+    ax.set(title="Similarity of values", xlabel="distance (tokens)", ylabel="mean cos(v_i, v_j)")
 
-    rows = tables["profile"]
-    profile.loglog(rows["rank"], rows["weight"], ".", color="0.4", label="measured")
+
+def _plot_profile(ax: Axes, rows: pd.DataFrame, numbers: Mapping[str, float]) -> None:
+    """Plot the mean attention by rank, with its fits."""
+    ax.loglog(rows["rank"], rows["weight"], ".", color="0.4", label="measured")
     for form, label, style in (("one_piece", "one line", "--"), ("two_piece", "two lines", "-")):
         label = f"{label}, R2 = {numbers[form + '_r2']:.4f}"
-        profile.plot(rows["rank"], rows[form], style, label=label)
+        ax.plot(rows["rank"], rows[form], style, label=label)
     if np.isfinite(numbers["break_rank"]):
         label = f"break at rank {numbers['break_rank']:.0f}"
-        profile.axvline(numbers["break_rank"], color="0.5", linestyle=":", label=label)
-    profile.set(title="Attention by rank", xlabel="rank of the key", ylabel="mean attention weight")
-    profile.legend(fontsize=8)
-    for ax in axes[0]:
-        ax.grid(alpha=0.3)
-    return fig, axes[0]
+        ax.axvline(numbers["break_rank"], color="0.5", linestyle=":", label=label)
+    ax.set(title="Attention by rank", xlabel="rank of the key", ylabel="mean attention weight")

@@ -1,0 +1,285 @@
+"""The type of a reference frame, from where the sinks of many attention maps are.
+
+The types are those of *What are you sinking? A geometric approach on attention sink* (arXiv
+2508.02546). The paper does not say exactly how it decides. The rule of :func:`find_frame` and the
+constants below are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from captum_cw.analysis.attention_graph import Received, sinks_above
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+__all__ = ["Anchors", "Frame", "FrameEvidence", "anchors_of", "find_frame"]
+
+Frame = Literal["centralised", "distributed", "bidirectional", "none"]
+
+#: An anchor receives at least this fraction of what the strongest sink of its map receives.
+ANCHOR_OF_TOP = 0.5
+#: A statement about many maps, or about many queries of one map, must hold for this fraction.
+MAJORITY = 0.5
+#: In a bidirectional frame, each end is an anchor in at least this fraction of the maps.
+RARER_END = 0.25
+
+
+class Anchors(NamedTuple):
+    """The anchors of one map: by our rule, the sinks that stand out.
+
+    Attributes:
+        text: The number of the text. The maps of one text follow each other.
+        T: The number of tokens of the text.
+        places: The positions of the anchors, by falling received attention.
+        counts: How many anchors are left at each percentile.
+        free: The positions where an anchor could be: those of the keys that are compared.
+    """
+
+    text: int
+    T: int
+    places: Array
+    counts: tuple[int, ...]
+    free: Array
+
+
+def anchors_of(received: Received, percentiles: Sequence[float], text: int = 0) -> Anchors:
+    """Select the anchors: by our rule, sinks with at least half of the top sink's attention.
+
+    At least half of the queries that see an anchor must also follow it: they give it at least twice
+    the attention of a uniform row. Otherwise every causal map would have an anchor at its start,
+    because the first queries see few keys, and many would have anchors where tokens attend to their
+    neighbours.
+
+    Args:
+        received: The attention that each key receives.
+        percentiles: The percentiles for :func:`sinks_above`.
+        text: The number of the text.
+
+    Example:
+        >>> import numpy as np
+        >>> received = Received(np.array([0.6, 0.3, 0.1, 0.0]), np.ones(4), np.full(4, 3))
+        >>> anchors = anchors_of(received, (40, 80))
+        >>> anchors.places.tolist(), anchors.counts
+        ([0, 1], (2, 1))
+    """
+    r, followed = received.mean, received.compared & (received.followers >= MAJORITY)
+    stands_out = followed & (r >= ANCHOR_OF_TOP * r.max(where=followed, initial=0))
+    sinks = [sinks_above(received, percentile) & stands_out for percentile in percentiles]
+    by_size = np.argsort(-r, kind="stable")
+    places = by_size[np.any(sinks, axis=0)[by_size]]
+    counts = tuple(int(some.sum()) for some in sinks)
+    return Anchors(text, len(r), places, counts, np.flatnonzero(received.compared))
+
+
+class FrameEvidence(NamedTuple):
+    """The frame of a model and the evidence for it.
+
+    Shares are fractions of the maps that have an anchor, and 0 if not a single map has one.
+
+    Attributes:
+        frame: The type of the frame.
+        p_value: The p-value of the statistic of this type; 1 without a frame.
+        with_anchor: The share of all maps that have an anchor.
+        top_position: The most common position of the top anchor, counted from 0, or from the end
+            (-1) if negative; NaN without anchors.
+        top_share: How often the top anchor is there: the statistic of a centralised frame.
+        alone_share: How often the top anchor is the only anchor.
+        anchors: The mean number of anchors of a map.
+        first_share: How often the first position is an anchor.
+        last_share: How often the last position is an anchor.
+        both_share: How often both ends are anchors of the same map.
+        either_share: How often at least one end is an anchor.
+        recurrence: How often an anchor of one layer is also an anchor of another layer of the same
+            text: the statistic of a distributed frame. NaN if every text has at most one map with
+            anchors.
+        rarer_share: The smaller of ``first_share`` and ``last_share``: the statistic of a
+            bidirectional frame. Layers may prefer either end.
+        chance_top_share: The mean of ``top_share`` over permutations of the positions.
+        chance_recurrence: The mean of ``recurrence`` over permutations.
+        chance_rarer_share: The mean of ``rarer_share`` over permutations.
+        p_centralised: The p-value of ``top_share``.
+        p_distributed: The p-value of ``recurrence``.
+        p_bidirectional: The p-value of ``rarer_share``.
+    """
+
+    frame: Frame
+    p_value: float
+    with_anchor: float
+    top_position: float
+    top_share: float
+    alone_share: float
+    anchors: float
+    first_share: float
+    last_share: float
+    both_share: float
+    either_share: float
+    recurrence: float
+    rarer_share: float
+    chance_top_share: float
+    chance_recurrence: float
+    chance_rarer_share: float
+    p_centralised: float
+    p_distributed: float
+    p_bidirectional: float
+
+
+class _PlaceCounts:
+    """Counts of the positions of anchors, for ``R`` placements of the anchors of the same maps."""
+
+    def __init__(self, R: int, longest: int) -> None:
+        self.rows = np.arange(R)
+        self.from_start = np.zeros((R, longest), np.int32)
+        self.from_end = np.zeros((R, longest), np.int32)
+        self.first, self.last, self.both, self.repeats = (np.zeros(R) for _ in range(4))
+        self.maps = self.alone = self.anchors = self.pairs = 0
+
+    def add_text(self, T: int, maps: Sequence[Array]) -> None:
+        """Count the maps of one text, each ``(R, k)`` with ``k > 0``; the top anchor is first."""
+        visits = np.zeros((len(self.rows), T), np.int32)
+        for places in maps:
+            top = places[:, 0]
+            self.from_start[self.rows, top] += 1
+            self.from_end[self.rows, T - 1 - top] += 1
+            first, last = (places == 0).any(1), (places == T - 1).any(1)
+            self.first += first
+            self.last += last
+            self.both += first & last
+            visits[self.rows[:, None], places] += 1
+            k = places.shape[1]
+            self.maps += 1
+            self.alone += k == 1
+            self.anchors += k
+            self.pairs += k * (len(maps) - 1)
+        self.repeats += (visits * (visits - 1)).sum(1)
+
+    @property
+    def statistics(self) -> tuple[Array, Array, Array]:
+        """The top share, recurrence and rarer share of each placement, ``(R,)`` each."""
+        top = np.maximum(self.from_start.max(1), self.from_end.max(1))
+        repeats = self.repeats / self.pairs if self.pairs else np.full(len(self.rows), np.nan)
+        maps = max(self.maps, 1)
+        return top / maps, repeats, np.minimum(self.first, self.last) / maps
+
+    @property
+    def top_position(self) -> int:
+        """The most common position of the top anchor in the first placement."""
+        starts, ends = self.from_start[0], self.from_end[0]
+        return int(starts.argmax()) if starts.max() >= ends.max() else -1 - int(ends.argmax())
+
+
+def find_frame(
+    maps: Sequence[Anchors], *, permutations: int = 1000, seed: int = 0
+) -> list[FrameEvidence]:
+    """Find the type of the frame that the anchors of a model's maps form, and test it.
+
+    The types are decided by our rule. Shares are of the maps that have an anchor, unless stated:
+
+    * *none*: fewer than half of all maps have an anchor.
+    * *bidirectional*: the first or the last position is an anchor in at least half of the maps, and
+      each of them in at least a quarter.
+    * *centralised*: the top anchor is at the same position (counted from the start or from the end)
+      in at least half of the maps, and at least half of the maps have only one anchor.
+    * *distributed*: all other cases, with several anchors or varying positions.
+
+    The test permutes the positions of each map independently: received attention keeps its values,
+    but moves to other positions. Then ``p = (1 + count) / (1 + permutations)``, where ``count`` is
+    the number of permutations with a statistic at least as large. The statistic of a centralised
+    frame is the share of the most common top position. That of a bidirectional frame is the share
+    of its rarer anchor. Varying positions are what permutations themselves produce, so the
+    statistic of a distributed frame is how often the anchors of one layer recur in other layers of
+    the same text. With one layer it cannot be tested, and its ``p`` is 1.
+
+    The type is chosen from the same maps that test it, so compare ``p`` with a third of the usual
+    level. The layers of a text depend on each other: a small ``p`` says that the positions are not
+    random, and the shares say how strong the frame is. A single text cannot distinguish a fixed
+    position from one that varies between texts.
+
+    Args:
+        maps: The anchors of the maps of all texts and layers, for the same percentiles. The maps of
+            one text follow each other.
+        permutations: The number of permutations.
+        seed: Random seed.
+
+    Returns:
+        The frame at each percentile.
+
+    Raises:
+        ValueError: If ``maps`` is empty, or ``permutations`` is below 1.
+
+    Example:
+        >>> import numpy as np
+        >>> maps = [Anchors(text, 8, np.array([0]), (1,), np.arange(7)) for text in range(9)]
+        >>> (found,) = find_frame(maps)
+        >>> found.frame, found.top_share, round(found.p_value, 4)
+        ('centralised', 1.0, 0.001)
+    """
+    check_permutations(permutations)
+    if not maps:
+        raise ValueError("maps is empty: give at least one map.")
+    longest, percentiles = max(m.T for m in maps), range(len(maps[0].counts))
+    observed = [_PlaceCounts(1, longest) for _ in percentiles]
+    permuted = [_PlaceCounts(permutations, longest) for _ in percentiles]
+    random = np.random.default_rng(seed)
+    for _, group in groupby(maps, key=lambda m: m.text):
+        text = [m for m in group if len(m.places)]
+        shuffled = [_permute_anchors(m, permutations, random) for m in text]
+        for p in percentiles:
+            pairs = [(m, s) for m, s in zip(text, shuffled, strict=True) if m.counts[p]]
+            if pairs:
+                T = text[0].T
+                observed[p].add_text(T, [m.places[None, : m.counts[p]] for m, _ in pairs])
+                permuted[p].add_text(T, [s[:, : m.counts[p]] for m, s in pairs])
+    return [_evidence(observed[p], permuted[p], len(maps)) for p in percentiles]
+
+
+def _permute_anchors(anchors: Anchors, permutations: int, random: np.random.Generator) -> Array:
+    """Return the positions of a map's anchors after each permutation, ``(permutations, k)``."""
+    orders = random.permuted(np.tile(anchors.free, (permutations, 1)), axis=1)
+    return orders[:, : len(anchors.places)].copy()  # a view would keep the whole array
+
+
+def _evidence(observed: _PlaceCounts, permuted: _PlaceCounts, maps: int) -> FrameEvidence:
+    """Decide the type of the frame from the observed counts, and test it."""
+    statistics = [float(x[0]) for x in observed.statistics]
+    chances = [float(x.mean()) for x in permuted.statistics]
+    # Not "x >= s": if the statistic is NaN, every permutation must count.
+    p_values = [
+        (1 + int((~(x < s - 1e-12)).sum())) / (1 + len(permuted.rows))
+        for x, s in zip(permuted.statistics, statistics, strict=True)
+    ]
+    top_share, recurrence, rarer = statistics
+    maps_with_anchor = max(observed.maps, 1)
+    with_anchor, alone = observed.maps / maps, observed.alone / maps_with_anchor
+    either = observed.first + observed.last - observed.both
+    ends = [
+        float(x[0]) / maps_with_anchor
+        for x in (observed.first, observed.last, observed.both, either)
+    ]
+    frame: Frame = "distributed"
+    p_value = p_values[1]
+    if with_anchor < MAJORITY:
+        frame, p_value = "none", 1.0
+    elif ends[-1] >= MAJORITY and rarer >= RARER_END:
+        frame, p_value = "bidirectional", p_values[2]
+    elif top_share >= MAJORITY and alone >= MAJORITY:
+        frame, p_value = "centralised", p_values[0]
+    position = float(observed.top_position) if observed.maps else float("nan")
+    anchors = observed.anchors / maps_with_anchor
+    top = (with_anchor, position, top_share, alone, anchors)
+    # In the order of the fields.
+    values = (frame, p_value, *top, *ends, recurrence, rarer, *chances, *p_values)
+    return FrameEvidence._make(values)
+
+
+def check_permutations(permutations: int) -> None:
+    """Raise a ValueError if ``permutations`` is below 1."""
+    if permutations < 1:
+        raise ValueError(f"permutations must be 1 or more, got {permutations}")
