@@ -47,45 +47,87 @@ PRODUCTS = {"mul", "multiply", "__mul__", "__rmul__", "div", "true_divide", "__t
 _following: ContextVar[ResidualUpdates | None] = ContextVar("captum_cw_updates", default=None)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Path:
-    """An output on its way.
+    """A tensor on its way through functions and modules.
 
     Args:
-        name: Of the attention layer.
-        output: What its projection gave.
-        found: Is told.
-        now: The output as it is now.
-        steps: What has been done to it.
-        inside: The modules that were given it and have not returned, the innermost last.
-        norm: The one that uses it.
-        given: What the modules of its layer were given; None if the stream is not asked for.
-        gain_and_bias: Of a norm that it went through, where it is followed further.
-        update: What it is when it joins others.
-        added: The output when it does so, ``(B, T, d)``.
-        sum: Once it has joined the stream, and is followed further: ``now`` is the sum then.
-        normed: The sum with the norm that it went through; None if through none.
+        name: The name of the attention layer.
+        found: Takes what was found out.
+        now: The tensor as it is now.
+        given: What the modules of the layer were given; None if the stream is not asked for.
+        inside: The modules that were given the tensor and have not returned, the innermost last.
+        reader: The module that uses it, until that module returns.
     """
 
     name: str
-    output: Tensor
     found: Found
     now: Tensor
-    steps: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    given: GivenStates | None
     inside: list[nn.Module] = field(default_factory=list)
-    norm: nn.Module | None = None
-    given: GivenStates | None = None
+    reader: nn.Module | None = None
+
+
+@dataclass(kw_only=True)
+class _UpdatePath(_Path):
+    """The output of an attention layer on its way to the residual stream.
+
+    Args:
+        output: What the output projection gave.
+        steps: What has been done to it.
+        gain_and_bias: Those of a norm that it went through.
+    """
+
+    output: Tensor
+    steps: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
     gain_and_bias: tuple[Tensor, Tensor] | None = None
-    update: FrozenUpdate | None = None
-    added: Tensor | None = None
-    sum: ResidualSum | None = None
-    normed: ResidualSum | None = None
 
     def taken(self, output: Tensor) -> Tensor:
-        """Another output, taken as far as this one is."""
+        """Takes another output as far as this one has come."""
         for step in self.steps:
             output = step(output)
         return output
+
+    def update(self) -> FrozenUpdate | None:
+        """What the output has become on its way to a sum; None if it is as it was."""
+        if same_place(self.now, self.output):
+            return None
+        ones = torch.ones_like(self.output[0, 0])
+        gain, bias = self.gain_and_bias or (ones, 0 * ones)
+        update = _frozen(self.output, self.now.view_as(self.output), gain, bias)
+        if update is None:
+            raise _unknown(self, "more than one factor")
+        return update
+
+    def joined(self, given: GivenStates) -> _SumPath:
+        """The path from the sum on that the output is about to join."""
+        return _SumPath(
+            name=self.name,
+            found=self.found,
+            now=self.now,
+            given=given,
+            update=self.update(),
+            added=given.by_example(self.now).clone(),
+        )
+
+
+@dataclass(kw_only=True)
+class _SumPath(_Path):
+    """The sum that an output has joined, until it is known whether a norm reads it.
+
+    Args:
+        given: What the modules of the layer were given.
+        update: What the output was when it joined the sum.
+        added: The output itself then, ``(B, T, d)``.
+        sum: The sum with the residual stream, once the stream has joined.
+        normed: The sum with the norm that it went through; None if it went through none.
+    """
+
+    given: GivenStates
+    update: FrozenUpdate | None
+    added: Tensor
+    sum: ResidualSum | None = None
+    normed: ResidualSum | None = None
 
 
 class ResidualUpdates:
@@ -97,7 +139,7 @@ class ResidualUpdates:
 
     def __init__(self, roots: Collection[nn.Module]) -> None:
         self._modules = {module for root in roots for module in root.modules()}
-        self._path: _Path | None = None
+        self._path: _UpdatePath | _SumPath | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -125,25 +167,24 @@ class ResidualUpdates:
         With the states that the modules of the layer were given, also of the residual stream.
         """
         self.check_arrived()
-        self._path = _Path(name, output, found, output, given=given)
+        self._path = _UpdatePath(name=name, found=found, now=output, given=given, output=output)
 
     def check_arrived(self) -> None:
         """Raises an UnsupportedModelError if an output that was followed went nowhere."""
         path = self._path
         if path is None:
             return
-        if path.sum is not None:
-            self._finish(path, path.normed or path.sum)
-        elif path.added is not None:
+        if isinstance(path, _UpdatePath):
+            raise _unknown(path, "nothing that could be seen")
+        if path.sum is None:
             raise UnsupportedModelError(
                 f"The output of attention layer {path.name!r} is added to something that no module "
                 "of its layer was given, so the residual stream is not known: use another choice "
                 "of layers, such as 'mean', or roll out AttentionWeights, which do not need it."
             )
-        else:
-            raise _unknown(path, "nothing that could be seen")
+        self._finish(path, path.normed or path.sum)
 
-    def _finish(self, path: _Path, residual: ResidualSum) -> None:
+    def _finish(self, path: _SumPath, residual: ResidualSum) -> None:
         self._path = None
         path.found(path.update, residual)
 
@@ -151,7 +192,7 @@ class ResidualUpdates:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
         path = self._path
-        if _following.get() is self and path is not None and path.norm is None:
+        if _following.get() is self and path is not None and path.reader is None:
             given = (*args, *(kwargs or {}).values())
             if any(same_place(x, path.now) for x in given):
                 path.inside.append(module)
@@ -162,11 +203,15 @@ class ResidualUpdates:
             return None
         while path.inside.pop() is not module:
             pass
-        if path.norm is not module:
+        if path.reader is not module:
             return None
-        if path.sum is not None:
-            self._left_by_sum(path, path.sum, module, result)
+        if isinstance(path, _SumPath):
+            self._leave_with_sum(path, module, result)
             return None
+        return self._leave_with_update(path, module, result)
+
+    def _leave_with_update(self, path: _UpdatePath, module: nn.Module, result: Any) -> Any:
+        """Takes the module that has read an output for its norm, or refuses the model."""
         what = type(module).__name__
         if not isinstance(result, Tensor) or result.shape != path.now.shape:
             raise _unknown(path, what)
@@ -176,63 +221,73 @@ class ResidualUpdates:
         if update is None:
             raise _unknown(path, f"{what}, which is no norm")
         if path.given is not None:  # and on to the sum
-            path.now, path.norm, path.gain_and_bias = result, None, (gain, bias)
+            path.now, path.reader, path.gain_and_bias = result, None, (gain, bias)
             return None
         self._path = None
         other = path.found(update, None)
         return None if other is None else module.forward(path.taken(other))
 
-    def _left_by_sum(
-        self, path: _Path, residual: ResidualSum, module: nn.Module, result: Any
-    ) -> None:
-        """A module has read the sum: a norm, or what shows that the sum itself goes on."""
+    def _leave_with_sum(self, path: _SumPath, module: nn.Module, result: Any) -> None:
+        """Notes the norm that has read the sum, or ends the path if the module is not a norm."""
+        assert path.sum is not None
         if path.normed is None:
-            path.normed = _normed(residual, path, module, result)
+            path.normed = _normed(path.sum, path, module, result)
             if path.normed is None:
-                self._finish(path, residual)
+                self._finish(path, path.sum)
                 return
-        path.norm = None  # now, since what was computed here is none of the model's
+        path.reader = None  # only now: the calls of the module above are not the model's
 
     def __call__(
-        self, func: Any, args: tuple[Any, ...], given: dict[str, Any], proceed: Proceed
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Looks at a function of torch that runs."""
         path = self._path
-        if path is None or path.norm is not None or _following.get() is not self:
-            return proceed(func, args, given)
-        if not any(same_place(x, path.now) for x in (*args, *given.values())):
-            return proceed(func, args, given)
+        if path is None or path.reader is not None or _following.get() is not self:
+            return proceed(func, args, kwargs)
+        if not any(same_place(x, path.now) for x in (*args, *kwargs.values())):
+            return proceed(func, args, kwargs)
         name = getattr(func, "__name__", str(func))
-        if path.given is not None and name in SUMS and not path.inside and path.added is None:
-            path.update = _update(path)
-            path.added = path.given.by_example(path.now).clone()
-        if path.added is not None:
-            return self._with_others(path, name, partial(proceed, func, args, given), args, given)
-        changes = in_place(func) or "out" in given
+        if isinstance(path, _UpdatePath):
+            if path.given is None or name not in SUMS or path.inside:
+                return self._follow_update(path, name, func, args, kwargs, proceed)
+            path = self._path = path.joined(path.given)
+        return self._follow_sum(path, name, partial(proceed, func, args, kwargs), args, kwargs)
+
+    def _follow_update(
+        self,
+        path: _UpdatePath,
+        name: str,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        proceed: Proceed,
+    ) -> Any:
+        """Runs a function on an output that is on its way to a sum or a norm."""
+        changes = in_place(func) or "out" in kwargs
         if not changes:
-            result = proceed(func, args, given)
+            result = proceed(func, args, kwargs)
             if not isinstance(result, Tensor):  # a shape, or the like
                 return result
-            if same_place(result, path.now) or (not path.inside and _follows(name, args, given)):
+            if same_place(result, path.now) or (not path.inside and _follows(name, args, kwargs)):
                 before = path.now
-                path.steps.append(lambda x: _with(func, args, given, before, x))
+                path.steps.append(lambda x: _with(func, args, kwargs, before, x))
                 path.now = result
                 return result
         if path.inside:
-            path.norm = path.inside[-1]
-            return proceed(func, args, given) if changes else result
+            path.reader = path.inside[-1]
+            return proceed(func, args, kwargs) if changes else result
         if name not in SUMS:
             raise _unknown(path, f"{name!r}")
-        update = _update(path)
+        update = path.update()
         self._path = None
         other = path.found(update, None)
         if other is None:
-            return proceed(func, args, given) if changes else result
-        return proceed(func, *_replaced(args, given, path.now, path.taken(other)))
+            return proceed(func, args, kwargs) if changes else result
+        return proceed(func, *_replaced(args, kwargs, path.now, path.taken(other)))
 
-    def _with_others(
+    def _follow_sum(
         self,
-        path: _Path,
+        path: _SumPath,
         name: str,
         run: Callable[[], Any],
         args: tuple[Any, ...],
@@ -256,13 +311,10 @@ class ResidualUpdates:
                 return result
             if not path.inside:
                 raise _unknown(path, f"{name!r} after it was added to the stream")
-            path.norm = path.inside[-1]
+            path.reader = path.inside[-1]
             return result
-        given, added = path.given, path.added
-        assert given is not None
-        assert added is not None
         # What is changed in place is not what it was.
-        stream = others[0].clone() if joins and given.holds(others[0]) else None
+        stream = others[0].clone() if joins and path.given.holds(others[0]) else None
         result = run()
         if not joins and (not isinstance(result, Tensor) or same_place(result, path.now)):
             return result
@@ -270,30 +322,17 @@ class ResidualUpdates:
             raise _unknown(path, f"{name!r} after it was added to something else")
         path.now = result
         if stream is not None:
-            x = given.by_example(stream)
-            path.sum = ResidualSum(x, x + added)
-            if not same_numbers(stream, given.own):
+            x = path.given.by_example(stream)
+            path.sum = ResidualSum(x, x + path.added)
+            if not same_numbers(stream, path.given.own):
                 self._finish(path, path.sum)
         return result
 
 
-def _update(path: _Path) -> FrozenUpdate | None:
-    """What an output has become on its way to a sum; None if it is as it was."""
-    if same_place(path.now, path.output):
-        return None
-    ones = torch.ones_like(path.output[0, 0])
-    gain, bias = path.gain_and_bias or (ones, 0 * ones)
-    update = _frozen(path.output, path.now.view_as(path.output), gain, bias)
-    if update is None:
-        raise _unknown(path, "more than one factor")
-    return update
-
-
 def _normed(
-    residual: ResidualSum, path: _Path, module: nn.Module, result: Any
+    residual: ResidualSum, path: _SumPath, module: nn.Module, result: Any
 ) -> ResidualSum | None:
     """The sum with the module that has read it as its norm; None if that is none."""
-    assert path.given is not None
     if not isinstance(result, Tensor) or result.shape != path.now.shape:
         return None
     if any(weight.dim() > 1 for weight in module.parameters()):
