@@ -27,10 +27,10 @@ from captum_cw import (
     TokenScores,
     VWAttention,
     VWONAttention,
-    aggregation,
     comprehensiveness,
     functional,
     remove_tokens,
+    rollout,
 )
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.capture.forward_call import parameters_of
@@ -420,7 +420,7 @@ def test_maps_of_a_layer_with_gates_and_norms(
         residual = replace(layer.residual, norm=norm, result=result)
         layer = replace(layer, update=update, residual=residual)
     if block is not None:
-        for module in (functional, aggregation):
+        for module in (functional, rollout):
             monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
     found = dense_map(layer, MIXINGS[name])
     assert found.shape == (B, 1, T, T)
@@ -531,7 +531,7 @@ def test_flows_of_several_queries_are_reduced_over_those_that_a_token_reaches() 
 
 def test_flows_that_would_take_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
-    monkeypatch.setattr(aggregation, "FLOW_STEPS", 3 * 2 * 9**3)
+    monkeypatch.setattr(rollout, "FLOW_STEPS", 3 * 2 * 9**3)
     four = TokenScores(AttentionWeights(model), layers="flow", queries=slice(0, 4))
     with pytest.raises(ValueError, match=r"to 9 tokens from 4 of them.* need 5\.8e\+03.*rollout"):
         four.attribute(token_ids())

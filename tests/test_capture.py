@@ -32,7 +32,7 @@ from captum_cw import (
     VWONAttention,
     functional,
 )
-from captum_cw.capture import UnsupportedModelError, huggingface
+from captum_cw.capture import UnsupportedModelError, hf_registry
 from captum_cw.capture.attention_call import AttentionCall, query_mask
 from captum_cw.functional import AttentionLayer
 
@@ -433,7 +433,7 @@ def test_a_kernel_of_its_own_kind_is_replayed_block_by_block(
         return eager(*args, **kwargs)[0], None
 
     monkeypatch.setattr(file, "eager_attention_forward", fused)
-    monkeypatch.setattr(huggingface, "_find_eager", lambda module: eager)
+    monkeypatch.setattr(hf_registry, "_find_eager", lambda module: eager)
     for elements in (1, 2**20):
         monkeypatch.setattr(functional, "BLOCK_ELEMENTS", elements)
         for x, y in zip(AttentionWeights(model).attribute(token_ids()), expected, strict=True):

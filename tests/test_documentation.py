@@ -27,19 +27,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 import captum_cw
-from captum_cw import (
-    analysis,
-    capture,
-    cli,
-    data,
-    loading,
-    metrics,
-    reproduce,
-    sinks,
-    tokens,
-    visualization,
-)
+from captum_cw import analysis, capture, cli, data, metrics, reproduce, visualization
 from captum_cw.cli.parsing import UsageError
+from captum_cw.models import loading
+from captum_cw.removal import sinks
+from captum_cw.text import tokens
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

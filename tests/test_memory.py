@@ -9,7 +9,8 @@ import pytest
 import torch
 from models import llama, token_ids
 
-from captum_cw import ContributionWeights, TokenScores, memory
+from captum_cw import ContributionWeights, TokenScores
+from captum_cw._utils import memory
 from captum_cw._utils.memory import cgroup_free, cuda_free, free_bytes
 
 MB = 10**6
