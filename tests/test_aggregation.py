@@ -9,12 +9,8 @@ from typing import Any
 
 import networkx
 import pytest
-import reference
 import torch
 import transformers
-from models import SIZES, build, gpt2, llama, look, mistral, token_ids
-from test_capture import padded_batch, positions, state_of
-from test_residual import gemma2, olmo2, updates
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,12 +47,17 @@ from captum_cw.rollout import (
     max_flow,
     norm_mixing,
 )
+from support import reference
+from support.inputs import padded_batch, position_ids, token_ids
+from support.models import SIZES, bert, build, gemma2, gpt2, gptj, llama, mistral, olmo2
+from support.reference import eager_layers, norm_updates
+from support.state import state_of
 
 NO_BOS: dict[str, Any] = {**SIZES, "bos_token_id": None, "eos_token_id": None}
 
 
-def bert() -> Any:
-    model: Any = build(transformers.BertModel, transformers.BertConfig(**NO_BOS))
+def bert_with_gains() -> Any:
+    model: Any = bert(transformers.BertModel, bos_token_id=None, eos_token_id=None)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "LayerNorm" in name:
@@ -68,7 +69,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
     "gpt2": gpt2,
     "gemma2": gemma2,
-    "bert": bert,
+    "bert": bert_with_gains,
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -152,8 +153,8 @@ def in_full(model: Any, inputs: dict[str, Tensor], real: Tensor) -> list[Terms]:
     both = (real[:, :, None] & real[:, None])[:, None]
     if isinstance(model, transformers.BertModel):
         return bert_in_full(model, inputs, both)
-    given = {**inputs, "position_ids": positions(real)}
-    seen = look(model, **given)
+    given = {**inputs, "position_ids": position_ids(real)}
+    seen = eager_layers(model, **given)
     model = copy.deepcopy(model)
     if hasattr(model, "transformer"):
         layers, after = model.transformer.h, [layer.ln_2 for layer in model.transformer.h]
@@ -164,7 +165,7 @@ def in_full(model: Any, inputs: dict[str, Tensor], real: Tensor) -> list[Terms]:
         after = [getattr(layer, name) for layer in layers]
     streams = inputs_of(list(layers), model, given)
     results = inputs_of(after, model, given)
-    maps = updates(model, **given) if len(after) and "pre_feed" in str(layers[0]) else None
+    maps = norm_updates(model, **given) if len(after) and "pre_feed" in str(layers[0]) else None
     found = []
     for number, layer in enumerate(seen):
         a = layer.attention.double() * both
@@ -542,14 +543,6 @@ def test_flows_that_would_take_too_long_are_refused(monkeypatch: pytest.MonkeyPa
 # The residual stream of a running model
 
 
-def gptj() -> Any:
-    config = transformers.GPTJConfig(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return build(transformers.GPTJForCausalLM, config)
-
-
 def falcon() -> Any:
     config = transformers.FalconConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -592,7 +585,7 @@ STREAMS: dict[str, tuple[Callable[[], Any], bool]] = {
     "mlp-beside-in-place": (falcon, False),
     "mlp-beside-after": (cohere, False),
     "factor": (granite, False),
-    "after-the-sum": (bert, True),
+    "after-the-sum": (bert_with_gains, True),
     "after-the-sum-one-module": (albert, True),
     "after-the-sum-no-layers": (xlm, True),
     "none-in-the-first-layer": (modernbert, False),

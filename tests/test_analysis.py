@@ -13,14 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import reference
-import test_gates
 import torch
 import transformers
 from matplotlib import pyplot as plt
-from models import SIZES, build, gpt2, llama, look, mistral, token_ids
 from sklearn.model_selection import KFold
-from test_capture import state_of
 from torch import Tensor, nn
 
 from captum_cw import AttentionWeights, scale_values
@@ -60,6 +56,20 @@ from captum_cw.functional import (
     map_blocks,
     vw,
 )
+from support import reference
+from support.inputs import token_ids
+from support.models import (
+    GATED_MODELS,
+    SIZES,
+    afmoe,
+    build,
+    gpt2,
+    llama,
+    mistral,
+    with_bare_projections,
+)
+from support.reference import eager_layers, gate_factors
+from support.state import state_of
 
 Array = np.ndarray[Any, Any]
 LENGTHS = (9, 6, 7)
@@ -94,7 +104,7 @@ def definitions(model: nn.Module, ids: Tensor, slides: bool) -> list[dict[str, T
     if slides:
         visible &= ~torch.ones(T, T).tril(-WINDOW).bool()
     found = []
-    for seen in look(model, input_ids=ids[None]):
+    for seen in eager_layers(model, input_ids=ids[None]):
         parts = {
             name: x[0]
             for name, x in reference.measures(
@@ -571,7 +581,7 @@ def test_a_sink_of_factor_zero_is_one_whose_value_is_not_there() -> None:
         return removed
 
     real = torch.ones(1, len(ids), dtype=torch.bool)
-    logits = reference.plain_llama(model, ids[None], real, first_of_all_heads)
+    logits = reference.llama_logits(model, ids[None], real, first_of_all_heads)
     assert found.to_dataframe().perplexity[0] == pytest.approx(perplexity(logits, ids), rel=1e-4)
 
 
@@ -1193,27 +1203,27 @@ def test_models_that_look_ahead_are_refused(name: str) -> None:
         ANALYSES[name](model, some())
 
 
-@pytest.mark.parametrize("gated", test_gates.MODELS)
+@pytest.mark.parametrize("gated", GATED_MODELS)
 @pytest.mark.parametrize("name", OF_PROJECTED_VALUES)
 def test_gated_models_are_refused_where_projected_values_differ(name: str, gated: str) -> None:
     with pytest.raises(UnsupportedModelError, match="self_attn.*multiplies head outputs by a"):
-        ANALYSES[name](test_gates.MODELS[gated](), some())
+        ANALYSES[name](GATED_MODELS[gated](), some())
 
 
 @pytest.mark.parametrize("name", [x for x in ANALYSES if x not in OF_PROJECTED_VALUES])
 def test_gated_models_run_where_each_query_has_its_own_numbers(name: str) -> None:
-    result = ANALYSES[name](test_gates.afmoe(), some())
+    result = ANALYSES[name](afmoe(), some())
     assert np.isfinite(list(result.numbers.values())).all()
 
 
 def test_gated_norms_are_those_that_each_query_sees() -> None:
     """Fig. 7 of a model whose values have another norm for each query."""
-    model = test_gates.afmoe()
+    model = afmoe()
     found = component_dispersion(model, texts()[0][None], points=10_000).to_dataframe()
     ids = texts()[0][None]
-    layers = look(test_gates.bare(model), input_ids=ids)
+    layers = eager_layers(with_bare_projections(model), input_ids=ids)
     rows = []
-    for seen, gate in zip(layers, test_gates.gates(model, input_ids=ids), strict=True):
+    for seen, gate in zip(layers, gate_factors(model, input_ids=ids), strict=True):
         given = reference.measures(seen.attention, seen.value, seen.output_weight, gate=gate)
         norms = given["vw"] / seen.attention
         rows += [

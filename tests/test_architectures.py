@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib.metadata import version
 
 import pytest
-from architectures import GROUPS, types
-from matrix import NO_SOFTMAX, PAGE, outcome, page
 from packaging.version import parse
 
 from captum_cw.models.architectures import ModelTypes, Outcome
+from support.architectures import GROUPS, types
+from support.matrix import NO_SOFTMAX, PAGE, outcome, page
 
 #: What is known not to work, so that nothing else comes to be refused unnoticed.
 REFUSED = {

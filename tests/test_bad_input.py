@@ -10,12 +10,13 @@ import psutil
 import pytest
 import torch
 import transformers
-from models import SIZES, build, gpt2, llama, token_ids
-from test_capture import state_of
 from torch import nn
 
 from captum_cw import ContributionWeights, LLMTokenAttribution, TokenScores
 from captum_cw.capture import UnsupportedModelError
+from support.inputs import token_ids
+from support.models import SIZES, build, gpt2, llama
+from support.state import state_of
 
 MODEL = llama()
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
+from support.running import process_environment
 
 
 @pytest.fixture
@@ -36,9 +37,10 @@ def command(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> list[str]:
 
 
 def started(command: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=process_environment(), stdout=pipe, stderr=pipe, text=True
+    )
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import SIZES, build, llama, mistral, token_ids
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
@@ -22,6 +21,8 @@ from captum_cw import (
     scale_values,
 )
 from captum_cw.capture.caches import find_cache, is_cache, own_copy, tokens_in
+from support.inputs import token_ids
+from support.models import SIZES, build, llama, mistral
 
 
 class Remembering(transformers.LlamaForCausalLM):

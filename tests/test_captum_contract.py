@@ -9,6 +9,10 @@ from typing import Any
 
 import matplotlib
 
+from support.inputs import token_ids
+from support.measures import MEASURES
+from support.models import llama
+
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
@@ -17,21 +21,15 @@ import torch
 from captum.attr import LayerAttribution, LLMAttributionResult, NoiseTunnel, TextTokenInput
 from captum.attr import visualization as captum_visualization
 from captum.metrics import infidelity, sensitivity_max
-from models import llama, token_ids
 from torch import Tensor, nn
 
 import captum_cw
 from captum_cw import (
-    AttentionWeights,
     ContributionWeights,
     LLMTokenAttribution,
     TokenScores,
-    VWAttention,
-    VWONAttention,
 )
 from captum_cw.visualization import text_records
-
-MEASURES = (AttentionWeights, VWAttention, VWONAttention, ContributionWeights)
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def embeddings(model: nn.Module) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", MEASURES.values())
 def test_measures_are_layer_attributions(measure: Any, model: nn.Module) -> None:
     method = measure(model)
     assert isinstance(method, LayerAttribution)
@@ -56,7 +54,7 @@ def test_measures_are_layer_attributions(measure: Any, model: nn.Module) -> None
     assert parameters[:3] == ["forward_func", "layer", "device_ids"]
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", MEASURES.values())
 def test_noise_tunnel_runs_a_layer(measure: Any, model: nn.Module, embeddings: Tensor) -> None:
     method = measure(model, model.model.layers[1].self_attn)
     torch.manual_seed(0)
@@ -156,7 +154,7 @@ def test_llm_attribution_gives_captums_result_and_its_plots(
         plt.close(figure)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", MEASURES.values())
 def test_llm_scores_are_those_of_the_query_that_predicts_each_token(
     measure: Any, language_model: tuple[nn.Module, Any]
 ) -> None:

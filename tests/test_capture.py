@@ -6,65 +6,36 @@ import sys
 from typing import Any
 
 import pytest
-import reference
 import torch
 import transformers
-from models import (
-    MODELS,
-    SIZES,
-    build,
-    gpt2,
-    in_threads,
-    last_tokens_and_cache,
-    llama,
-    look,
-    mistral,
-    token_ids,
-)
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from captum_cw import (
     AttentionWeights,
     ContributionWeights,
     TokenScores,
     VWAttention,
-    VWONAttention,
     functional,
 )
 from captum_cw.capture import UnsupportedModelError, hf_registry
 from captum_cw.capture.attention_call import AttentionCall, query_mask
 from captum_cw.functional import AttentionLayer
-
-CLASSES: dict[str, Any] = {
-    "attention": AttentionWeights,
-    "vw": VWAttention,
-    "vwon": VWONAttention,
-    "inter": ContributionWeights,
-    "intra": lambda model: ContributionWeights(model, scope="intra"),
-}
-IMPLEMENTATIONS = ("sdpa", "eager")
-
-
-def padded_batch(side: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Two texts of 9 and 6 tokens, and which tokens are real."""
-    ids = token_ids()
-    real = torch.ones_like(ids, dtype=torch.bool)
-    if side == "left":
-        real[1, :3] = False
-    if side == "right":
-        real[1, 6:] = False
-    if side == "none":
-        return {"input_ids": ids}, real
-    return {"input_ids": ids.masked_fill(~real, 0), "attention_mask": real.long()}, real
-
-
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if hasattr(m, "o_proj") or hasattr(m, "c_attn")]
-
-
-def positions(real: Tensor) -> Tensor:
-    return (real.long().cumsum(-1) - 1).clamp(min=0)
+from support import reference
+from support.inputs import last_tokens_and_cache, padded_batch, position_ids, token_ids
+from support.measures import MEASURES_AND_INTRA
+from support.models import (
+    IMPLEMENTATIONS,
+    MODELS,
+    SIZES,
+    attention_modules,
+    build,
+    gpt2,
+    llama,
+    mistral,
+)
+from support.reference import eager_layers
+from support.running import run_in_threads
+from support.state import state_of
 
 
 @pytest.fixture(params=MODELS)
@@ -78,10 +49,10 @@ def test_every_measure_equals_the_definition(
     model: nn.Module, implementation: str, side: str
 ) -> None:
     inputs, real = padded_batch(side)
-    seen = look(model, **inputs, position_ids=positions(real))
+    seen = eager_layers(model, **inputs, position_ids=position_ids(real))
     model.set_attn_implementation(implementation)
     both = (real[:, :, None] & real[:, None, :])[:, None]
-    for name, method in CLASSES.items():
+    for name, method in MEASURES_AND_INTRA.items():
         maps = method(model).attribute(inputs)
         assert len(maps) == len(seen) == 2
         for found, layer in zip(maps, seen, strict=True):
@@ -95,7 +66,7 @@ def test_every_measure_equals_the_definition(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_token_scores_equal_the_definition(model: nn.Module, implementation: str) -> None:
     inputs, real = padded_batch("left")
-    seen = look(model, **inputs, position_ids=positions(real))
+    seen = eager_layers(model, **inputs, position_ids=position_ids(real))
     model.set_attn_implementation(implementation)
     i = torch.arange(9)
     visible = (real[:, None, :] & real[:, :, None] & (i <= i[:, None]))[:, None].expand(2, 4, 9, 9)
@@ -136,22 +107,6 @@ def test_an_observed_model_computes_bit_for_bit_what_it_computes_alone(
         assert all(torch.equal(x, y) for x, y in pairs)
 
 
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """Everything that an observation touches."""
-    file = sys.modules[type(model).__module__]
-    # Some models have no part in it before transformers 5.
-    registry = getattr(file, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    return {
-        "implementation": model.config._attn_implementation,
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-        "registry": {name: registry[name] for name in registry},
-        "local": dict(registry._local_mapping),
-        "eager": getattr(file, "eager_attention_forward", None),
-        "training": [m.training for m in model.modules()],
-        "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters()},
-    }
-
-
 def test_the_model_is_left_as_it_was(model: nn.Module) -> None:
     before = state_of(model)
     ContributionWeights(model).attribute(token_ids())
@@ -185,7 +140,7 @@ def test_training_mode_is_said_and_put_back() -> None:
 
 def test_a_batch_equals_its_single_examples(model: nn.Module) -> None:
     ids = token_ids(B=3)
-    for method in CLASSES.values():
+    for method in MEASURES_AND_INTRA.values():
         whole = method(model).attribute(ids)
         for b in range(3):
             alone = method(model).attribute(ids[b : b + 1])
@@ -200,7 +155,7 @@ def test_padding_changes_no_other_number(model: nn.Module, side: str, implementa
     inputs, real = padded_batch(side)
     alone = inputs["input_ids"][1:][real[1:]][None]
     cut = slice(3, 9) if side == "left" else slice(0, 6)
-    for method in CLASSES.values():
+    for method in MEASURES_AND_INTRA.values():
         for padded, single in zip(
             method(model).attribute(inputs), method(model).attribute(alone), strict=True
         ):
@@ -242,7 +197,7 @@ def test_a_callable_that_hides_the_mask_leaves_padding_out(implementation: str) 
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
 
     def forward(ids: Tensor, mask: Tensor) -> Any:
-        return model(input_ids=ids, attention_mask=mask, position_ids=positions(real))
+        return model(input_ids=ids, attention_mask=mask, position_ids=position_ids(real))
 
     expected = ContributionWeights(model).attribute(inputs)
     hidden = ContributionWeights(forward, attention_modules(model)).attribute((ids, mask))
@@ -271,7 +226,7 @@ def test_queries_after_a_cache_have_the_rows_of_the_whole_text(
     model.set_attn_implementation(implementation)
     inputs = {"input_ids": token_ids(), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     inputs["attention_mask"][1, :padded] = 0
-    where = positions(inputs["attention_mask"].bool())
+    where = position_ids(inputs["attention_mask"].bool())
     whole = ContributionWeights(model).attribute(inputs)
     late = ContributionWeights(model).attribute(
         {**last_tokens_and_cache(model, inputs, where, T), "position_ids": where[:, -T:]}
@@ -382,7 +337,7 @@ def test_two_threads_on_one_model_do_not_hear_each_other() -> None:
             for x, y in zip(found, expected[n], strict=True):
                 assert torch.allclose(x, y, atol=1e-6)
 
-    in_threads(len(inputs), work)
+    run_in_threads(len(inputs), work)
     assert state_of(model) == before
 
 

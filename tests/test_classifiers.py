@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import SIZES, build, llama, token_ids
 from torch import Tensor, nn
 
 from captum_cw import ComprehensivenessSufficiency, comprehensiveness, remove_values, sufficiency
@@ -16,6 +15,8 @@ from captum_cw.cli.demo_figures import explain_prediction
 from captum_cw.cli.run_folder import save_result
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.metrics.quantities import MetricName
+from support.inputs import token_ids
+from support.models import SIZES, bert, build, llama
 
 CLASSES = 3
 MASK = 3
@@ -23,19 +24,17 @@ MASK = 3
 
 def classifier(kind: str) -> Any:
     if kind == "bert":
-        config: Any = transformers.BertConfig(**SIZES, num_labels=CLASSES)
-        return build(transformers.BertForSequenceClassification, config)
+        return bert(transformers.BertForSequenceClassification, num_labels=CLASSES)
     config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, num_labels=CLASSES)
     return build(transformers.LlamaForSequenceClassification, config)
 
 
 def masked_model() -> Any:
-    return build(transformers.BertForMaskedLM, transformers.BertConfig(**SIZES))
+    return bert()
 
 
 def tagger() -> Any:
-    config = transformers.BertConfig(**SIZES, num_labels=CLASSES)
-    return build(transformers.BertForTokenClassification, config)
+    return bert(transformers.BertForTokenClassification, num_labels=CLASSES)
 
 
 def batch() -> dict[str, Tensor]:

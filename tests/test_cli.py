@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import string
@@ -20,7 +19,6 @@ from typing import Any, get_args
 import pytest
 import torch
 import transformers
-from models import SIZES, build, gpt2
 
 import captum_cw
 from captum_cw.capture import StateSpace
@@ -37,8 +35,9 @@ from captum_cw.removal.interventions import Scoring
 from captum_cw.removal.ranking import RateOf, Scope
 from captum_cw.removal.scoring import CONTROLS, METHODS, RANDOM
 from captum_cw.reproduce import ITEMS, PLANS
-
-ROOT = Path(__file__).parent.parent
+from support.models import SIZES, build, gpt2
+from support.paths import ROOT
+from support.running import process_environment
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +65,9 @@ def data(tmp_path: Path) -> str:
 
 
 def started(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "captum_cw", *arguments],
-        env=environment, capture_output=True, text=True, check=False, **settings,
+        env=process_environment(), capture_output=True, text=True, check=False, **settings,
     )  # fmt: skip
 
 

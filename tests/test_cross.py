@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import build
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_cw import (
     ComprehensivenessSufficiency,
@@ -21,23 +20,7 @@ from captum_cw import (
     scale_values,
 )
 from captum_cw.capture import UnsupportedModelError
-
-
-def bart(**options: Any) -> nn.Module:
-    config = transformers.BartConfig(
-        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32,
-        max_position_embeddings=64, pad_token_id=0, **options,
-    )  # fmt: skip
-    return build(transformers.BartForConditionalGeneration, config)
-
-
-def t5() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2,
-        num_heads=4, decoder_start_token_id=0,
-    )  # fmt: skip
-    return build(transformers.T5ForConditionalGeneration, config)
+from support.models import bart, build, t5
 
 
 def tokens(n: int, seed: int = 0) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
-import string
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +20,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import transformers
 from captum.attr import TextTemplateInput, TextTokenInput
 from matplotlib import pyplot as plt
-from models import SIZES, build, gpt2, llama, token_ids
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
 import captum_cw
@@ -62,17 +56,9 @@ from captum_cw.visualization import (
     text_html,
     text_records,
 )
+from support.inputs import TEXT, letter_tokenizer, token_ids
+from support.models import bert, gpt2, llama
 
-
-def small_tokenizer() -> Any:
-    """Of words: "?" is 0, "a" is 1."""
-    words = {word: place for place, word in enumerate(f"?{string.ascii_letters}{string.digits}")}
-    model = Tokenizer(WordLevel(words, unk_token="?"))
-    model.pre_tokenizer = WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="?")
-
-
-TEXT = "a b c d e f g h"
 SHARES = [0.1, 0.3333333, 0.7, 0.11, 0.013, -0.2, 0.05, 0.6]
 
 
@@ -108,15 +94,10 @@ DEFAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
-def bert() -> Any:
-    config = transformers.BertConfig(**SIZES)
-    return build(transformers.BertForMaskedLM, config)
-
-
 @pytest.fixture(scope="module")
 def at(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """All that has to exist before the defaults change."""
-    tokenizer = small_tokenizer()
+    tokenizer = letter_tokenizer()
     tokenizer.pad_token, tokenizer.eos_token = "?", "Z"
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"

@@ -6,30 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reference
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_cw import (
-    AttentionWeights,
     ContributionWeights,
     TokenScores,
-    VWAttention,
-    VWONAttention,
     remove_tokens,
     remove_values,
 )
 from captum_cw.capture import UnsupportedModelError, register_adapter
 from captum_cw.removal.sinks import find_sinks
+from support import reference
+from support.measures import check_measures
+from support.reference import multihead_measures, projection_measures
 
 B, T, H, D = 2, 7, 4, 16
-METHODS = {
-    "attention": AttentionWeights,
-    "vw": VWAttention,
-    "vwon": VWONAttention,
-    "inter": ContributionWeights,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -43,20 +36,6 @@ def states(n: int = T) -> Tensor:
 
 def heads(x: Tensor) -> Tensor:
     return x.unflatten(-1, (H, -1)).transpose(1, 2)
-
-
-def definition(a: Tensor, v: Tensor, w: Tensor) -> dict[str, Tensor]:
-    """The measures by ``v~`` in full; ``w`` is the weight ``(d, H * d_h)`` of the projection."""
-    by_head = w.T.unflatten(0, (v.shape[1], -1)).double()
-    projected = torch.einsum("bhsd,hde->bhse", v.double(), by_head)
-    expanded = projected[:, :, None].expand(-1, -1, a.shape[2], -1, -1)
-    return reference.measures_of(a.double(), expanded)
-
-
-def agree(module: nn.Module, inputs: Any, right: dict[str, Tensor], number: int = 0) -> None:
-    for name, method in METHODS.items():
-        found = method(module, kind="all").attribute(inputs)[number]
-        assert torch.allclose(found.double(), right[name], atol=1e-5), name
 
 
 class Written(nn.Module):
@@ -104,7 +83,7 @@ class Written(nn.Module):
     def right(self, x: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             q, k, v = (heads(z) for z in self.qkv(x).chunk(3, -1))
-            return definition(self.weights(q, k), v, self.out.weight)
+            return projection_measures(self.weights(q, k), v, self.out.weight)
 
 
 WAYS = ["fused", "masked", "product", "folded", "summed", "summed_last"]
@@ -113,7 +92,7 @@ WAYS = ["fused", "masked", "product", "folded", "summed", "summed_last"]
 @pytest.mark.parametrize("way", WAYS)
 def test_attention_written_by_hand(way: str) -> None:
     module, x = Written(way).eval(), states()
-    agree(module, x, module.right(x))
+    check_measures(module, x, module.right(x))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -133,7 +112,7 @@ def test_attention_with_heads_folded_into_examples_by_einsum() -> None:
             return y.view(-1, H, n, D // H).transpose(1, 2).reshape(-1, n, D)
 
     module, x = Folded("folded").eval(), states()
-    agree(module, x, module.right(x))
+    check_measures(module, x, module.right(x))
     masks = [torch.rand(B, H, T) < 0.4]
     other = Written("product").eval()
     other.load_state_dict(module.state_dict())
@@ -157,7 +136,7 @@ def test_attention_in_a_part_of_the_module() -> None:
             return self.core(q, k, v).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
 
     module, x = Parted().eval(), states()
-    agree(module, x, module.right(x))
+    check_measures(module, x, module.right(x))
 
 
 def test_values_that_all_examples_share() -> None:
@@ -211,7 +190,7 @@ def test_a_bias_that_is_added_in_place_is_no_part_of_the_output() -> None:
     module, x = Written("fused"), states()
     inner = Biased()
     module.out = inner  # type: ignore[assignment]
-    agree(module.eval(), x, module.right(x))
+    check_measures(module.eval(), x, module.right(x))
 
 
 def test_linear_attention_is_none() -> None:
@@ -435,23 +414,6 @@ def test_dropout_that_stays_on_is_refused() -> None:
 # PyTorch's own
 
 
-def own(module: nn.MultiheadAttention, q: Tensor, kv: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """The measures of a MultiheadAttention (batch first); ``mask`` is True where a key is seen."""
-    with torch.no_grad():
-        if module.in_proj_weight is not None:
-            ws = module.in_proj_weight.chunk(3)
-        else:
-            ws = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
-        assert module.in_proj_bias is not None
-        bs = module.in_proj_bias.chunk(3)
-        query, key, value = (
-            heads(x @ w.T + b) for x, w, b in zip((q, kv, kv), ws, bs, strict=True)
-        )
-        logits = query @ key.transpose(-1, -2) / (D // H) ** 0.5
-        a = logits.masked_fill(~mask, -torch.inf).softmax(-1)
-        return definition(a, value, module.out_proj.weight)
-
-
 def perturbed(module: nn.Module) -> nn.Module:
     """With biases that are not zero."""
     for name, p in module.named_parameters():
@@ -488,10 +450,10 @@ def test_multihead_attention(batch_first: bool, need_weights: bool, masking: str
     if masking in ("padding", "both"):
         kwargs["key_padding_mask"] = padding
         visible &= ~padding[:, None, None]
-    right = own(module, x, x, visible)
+    right = multihead_measures(module, x, x, visible)
     if masking in ("padding", "both"):
         right = {n: g.masked_fill(padding[:, None, :, None], 0) for n, g in right.items()}
-    agree(module, kwargs, right)
+    check_measures(module, kwargs, right)
     with torch.no_grad():
         alone = module(**kwargs)
         _, seen = ContributionWeights(module).observe(kwargs, None, lambda e, layer: None)
@@ -507,7 +469,9 @@ def test_multihead_attention_between_sequences_of_other_widths() -> None:
     assert isinstance(module, nn.MultiheadAttention)
     q, kv = states(), torch.randn(B, 5, 6)
     inputs = {"query": q, "key": kv, "value": kv}
-    agree(module, inputs, own(module, q, kv, torch.ones(1, 1, T, 5, dtype=torch.bool)))
+    check_measures(
+        module, inputs, multihead_measures(module, q, kv, torch.ones(1, 1, T, 5, dtype=torch.bool))
+    )
     with pytest.raises(ValueError, match="kind='self', but all 1 .* are of the kind 'cross'"):
         ContributionWeights(module).attribute(inputs)
 
@@ -517,7 +481,9 @@ def test_multihead_attention_of_one_example() -> None:
     assert isinstance(module, nn.MultiheadAttention)
     x = states()[:1]
     inputs = dict.fromkeys(("query", "key", "value"), x[0])
-    agree(module, inputs, own(module, x, x, torch.ones(1, 1, T, T, dtype=torch.bool)))
+    check_measures(
+        module, inputs, multihead_measures(module, x, x, torch.ones(1, 1, T, T, dtype=torch.bool))
+    )
 
 
 @pytest.mark.parametrize("option", [{"add_bias_kv": True}, {"add_zero_attn": True}])
@@ -547,7 +513,9 @@ def test_transformer_encoder_though_it_has_a_fused_path(norm_first: bool, padded
         for block in model.layers:
             assert isinstance(block, nn.TransformerEncoderLayer)
             inside = block.norm1(states_now) if norm_first else states_now
-            right = own(block.self_attn, inside, inside, real[:, None, None])["inter"]
+            right = multihead_measures(block.self_attn, inside, inside, real[:, None, None])[
+                "inter"
+            ]
             seen.append(right.masked_fill(~real[:, None, :, None], 0))
             hidden = None if real.all() else ~real
             states_now = block(states_now, src_key_padding_mask=hidden)
@@ -626,7 +594,7 @@ def test_an_adapter_shows_what_was_not_seen() -> None:
     with pytest.raises(UnsupportedModelError):
         ContributionWeights(module).attribute(x)
     adapt(lambda out: out)
-    agree(module, x, module.right(x))
+    check_measures(module, x, module.right(x))
     assert "forward" not in vars(module)
 
 

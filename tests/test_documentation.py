@@ -32,8 +32,8 @@ from captum_cw.cli.parsing import UsageError
 from captum_cw.models import loading
 from captum_cw.removal import sinks
 from captum_cw.text import tokens
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [
     ROOT / "README.md",

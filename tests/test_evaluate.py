@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import string
@@ -22,8 +21,8 @@ from captum_cw.cli import main
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.models.loading import load_model
+from support.running import process_environment
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES, BATCH = 10, 2
 
 
@@ -46,10 +45,9 @@ def command(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> list[str]:
 def started(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
     many = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     program = [sys.executable, *(many if processes > 1 else []), "-m", "captum_cw"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [*program, *arguments], env=environment, stdout=pipe, stderr=pipe, text=True
+        [*program, *arguments], env=process_environment(), stdout=pipe, stderr=pipe, text=True
     )
 
 

@@ -20,11 +20,6 @@ from captum.attr import (
     TextTemplateInput,
     TextTokenInput,
 )
-from models import SIZES, build, gpt2, llama, mistral
-from test_capture import state_of
-from test_cross import t5
-from test_gates import MODELS as GATED
-from test_residual import gemma3
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -40,6 +35,8 @@ from captum_cw import (
 )
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.explanation.explanation import HeadMaps
+from support.models import GATED_MODELS, SIZES, bert, build, gemma3, gpt2, llama, mistral, t5
+from support.state import state_of
 
 IDS = torch.tensor([[1, 5, 3, 9, 1, 30, 12]])
 METHODS: dict[str, Any] = {
@@ -50,18 +47,13 @@ METHODS: dict[str, Any] = {
 }
 
 
-def bert() -> nn.Module:
-    """Sees in both directions."""
-    return build(transformers.BertForMaskedLM, transformers.BertConfig(**SIZES))
-
-
 MODELS: dict[str, Any] = {
     "llama": llama,
     "gpt2": gpt2,
     "window": mistral,
     "bert": bert,
     "gemma3": gemma3,
-    **GATED,
+    **GATED_MODELS,
 }
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reference
 import torch
-import transformers
-from models import SIZES, build, llama, look, token_ids
-from test_capture import padded_batch, positions, state_of
-from test_interventions import removed_layer_by_layer
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -23,82 +17,16 @@ from captum_cw import (
 )
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.functional import AttentionLayer, dense_map, head_share, vw
+from support import reference
+from support.inputs import padded_batch, position_ids, token_ids
+from support.models import (
+    GATED_MODELS,
+    llama,
+    with_bare_projections,
+)
+from support.reference import eager_layers, gate_factors, logits_removed_layer_by_layer
+from support.state import state_of
 
-
-def afmoe() -> nn.Module:
-    if not hasattr(transformers, "AfmoeConfig"):
-        pytest.skip("transformers has AFMoE since 5.0")
-    """A gate of each feature, and a norm after the projection."""
-    config = transformers.AfmoeConfig(
-        **SIZES, num_key_value_heads=2, head_dim=8, num_dense_layers=1, num_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=16,
-        layer_types=["full_attention", "full_attention"],
-    )  # fmt: skip
-    return build(transformers.AfmoeForCausalLM, config)
-
-
-def bitnet() -> nn.Module:
-    """A norm before the projection."""
-    config = transformers.BitNetConfig(**SIZES, num_key_value_heads=2)
-    model = build(transformers.BitNetForCausalLM, config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "attn_sub_norm" in name:
-                p.normal_(0.5, 0.5)
-    return model
-
-
-class _HeadGate(nn.Module):
-    """One factor a head, after the heads are side by side."""
-
-    def __init__(self, o_proj: nn.Linear, gate: nn.Module) -> None:
-        super().__init__()
-        self.o_proj, self.gate = o_proj, gate
-        self.hidden: Tensor = torch.empty(0)
-
-    def forward(self, y: Tensor) -> Tensor:
-        heads = y.unflatten(-1, (4, -1)) * self.gate(self.hidden).sigmoid()[..., None]
-        return self.o_proj(heads.flatten(2))  # type: ignore[no-any-return]
-
-
-class _Normed(_HeadGate):
-    """PyTorch's own norm before the projection."""
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.o_proj(self.gate(y))  # type: ignore[no-any-return]
-
-
-def normed() -> nn.Module:
-    """A fused norm before the projection."""
-    model: Any = llama()
-    torch.manual_seed(3)
-    for layer in model.model.layers:
-        norm = nn.RMSNorm(32, eps=1e-6)
-        nn.init.normal_(norm.weight)
-        layer.self_attn.o_proj = _Normed(layer.self_attn.o_proj, norm)
-    return model.eval()  # type: ignore[no-any-return]
-
-
-def _keep(attention: Any, args: object, kwargs: dict[str, Tensor]) -> None:
-    attention.o_proj.hidden = kwargs["hidden_states"]
-
-
-def head_gated() -> nn.Module:
-    """A gate of each head."""
-    model: Any = llama()
-    torch.manual_seed(2)
-    for layer in model.model.layers:
-        layer.self_attn.o_proj = _HeadGate(layer.self_attn.o_proj, nn.Linear(32, 4))
-        layer.self_attn.register_forward_pre_hook(_keep, with_kwargs=True)
-    return model.eval()  # type: ignore[no-any-return]
-
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "afmoe": afmoe,
-    "bitnet": bitnet,
-    "head-gated": head_gated,
-    "rms-norm": normed,
-}
 METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "vw": VWAttention,
     "vwon": VWONAttention,
@@ -107,59 +35,21 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def gates(model: Any, **inputs: Tensor) -> list[Tensor]:
-    """What the heads' values are multiplied by, ``(B, H, T, d_h)``, from the model's formula."""
-    model = copy.deepcopy(model)
-    found: list[Tensor] = []
-
-    def note(module: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
-        if "Norm" in type(module).__name__:
-            x = args[0].double()
-            eps = module.eps if isinstance(module, nn.RMSNorm) else module.variance_epsilon
-            scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-            gate = scale * module.weight.double()
-        else:
-            gate = out.sigmoid()
-            if gate.shape[-1] == 4:
-                gate = gate.repeat_interleave(8, -1)
-        found.append(gate.unflatten(-1, (4, 8)).transpose(1, 2).detach())
-
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        for place in ("gate_proj", "attn_sub_norm"):
-            if hasattr(attention, place):
-                getattr(attention, place).register_forward_hook(note)
-        if isinstance(attention.o_proj, _HeadGate):
-            attention.o_proj.gate.register_forward_hook(note)
-    with torch.no_grad():
-        model(**inputs)
-    return found
-
-
-def bare(model: Any) -> Any:
-    """A copy in which ``o_proj`` is the linear layer again: what ``look`` reads."""
-    model = copy.deepcopy(model)
-    for layer in model.model.layers:
-        if isinstance(layer.self_attn.o_proj, _HeadGate):
-            layer.self_attn.o_proj.weight = layer.self_attn.o_proj.o_proj.weight
-    return model
-
-
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=GATED_MODELS)
 def model(request: pytest.FixtureRequest) -> Any:
-    return MODELS[request.param]()
+    return GATED_MODELS[request.param]()
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("name", METHODS)
 def test_values_are_gated_at_each_query(model: Any, name: str, side: str) -> None:
     inputs, real = padded_batch(side)
-    given = {**inputs, "position_ids": positions(real)}
+    given = {**inputs, "position_ids": position_ids(real)}
     before = state_of(model)
     maps = METHODS[name](model).attribute(inputs)
     assert state_of(model) == before
-    layers = look(bare(model), **given)
-    for found, seen, gate in zip(maps, layers, gates(model, **given), strict=True):
+    layers = eager_layers(with_bare_projections(model), **given)
+    for found, seen, gate in zip(maps, layers, gate_factors(model, **given), strict=True):
         expected = reference.measures(
             seen.attention, seen.value, seen.output_weight, gate=gate
         )[name]  # fmt: skip
@@ -202,8 +92,8 @@ def test_logits_are_those_of_the_unobserved_model(model: Any, dtype: torch.dtype
 @pytest.mark.parametrize("which", ["top", "bottom"])
 def test_online_removal_equals_removal_layer_by_layer(model: Any, which: Any) -> None:
     inputs, real = padded_batch("left")
-    given = {**inputs, "position_ids": positions(real)}
-    expected = removed_layer_by_layer(ContributionWeights(model), given, real, which)
+    given = {**inputs, "position_ids": position_ids(real)}
+    expected = logits_removed_layer_by_layer(ContributionWeights(model), given, real, which)
     with remove_tokens(model, "contribution", 0.3, which), torch.no_grad():
         found = model(**given).logits
     assert torch.allclose(found[real], expected[real], atol=1e-4)

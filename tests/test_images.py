@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import SIZES, build
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from captum_cw import (
 )
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.removal.sinks import find_sinks
+from support.models import SIZES, build
 
 IMAGE = 3
 TEXT: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import build, gpt2, llama, token_ids
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
 from captum_cw import AttentionWeights, ContributionWeights, TokenScores, remove_tokens
+from support.inputs import token_ids
+from support.models import build, gpt2, llama, t5
 
 SEQ2SEQ: dict[str, Any] = {
     "vocab_size": 64,
@@ -41,14 +42,6 @@ def seq2seq(family: str, head: str, **options: Any) -> nn.Module:
     config = getattr(transformers, f"{family}Config")(**SEQ2SEQ, **options)
     config._attn_implementation = "eager"
     return build(getattr(transformers, f"{family}{head}"), config)
-
-
-def t5() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2,
-        num_heads=4, decoder_start_token_id=0,
-    )  # fmt: skip
-    return build(transformers.T5ForConditionalGeneration, config)
 
 
 def ending(T: int = 7) -> Tensor:

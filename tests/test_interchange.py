@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from captum_cw import Explanation, explain
 from captum_cw.explanation.explanation import HeadMaps
+from support.paths import ROOT
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 
@@ -239,7 +240,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
 def test_the_page_on_results_runs(
     tiny_model: nn.Module, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = Path(__file__).parents[1] / "docs" / "howto" / "results.md"
+    page = ROOT / "docs" / "howto" / "results.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) > 5
     monkeypatch.chdir(tmp_path)

@@ -10,12 +10,8 @@ from typing import Any
 
 import accelerate
 import pytest
-import reference
 import torch
 import transformers
-from models import MODELS, SIZES, build, gpt2, in_threads, llama, token_ids
-from test_capture import IMPLEMENTATIONS, padded_batch, positions, state_of
-from test_ranking import plain
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -28,14 +24,19 @@ from captum_cw import (
     sufficiency,
 )
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.removal.sinks import find_sinks
+from support import reference
+from support.inputs import padded_batch, position_ids, token_ids
+from support.models import IMPLEMENTATIONS, MODELS, SIZES, build, gpt2, llama
+from support.reference import sorted_pairs
+from support.running import run_in_threads
+from support.state import state_of
 
 NAMES = {"attention": "attention", "vw": "vw", "vwon": "vwon", "contribution": "inter"}
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor], real: Tensor, **given: Any) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(**inputs, position_ids=positions(real), **given).logits
+        logits: Tensor = model(**inputs, position_ids=position_ids(real), **given).logits
     return logits
 
 
@@ -61,10 +62,10 @@ def test_online_removal_equals_zeroing_by_hand(
     def remove(number: int, seen: dict[str, Tensor]) -> Tensor:
         scores = reference.token_scores(seen[NAMES[method]], seen["visible"], "mean")
         kept = reference.sinks(seen["hidden"], real)
-        chosen.extend(plain([scores], real, [kept], "0.3", which, "layer", "removable"))
+        chosen.extend(sorted_pairs([scores], real, [kept], "0.3", which, "layer", "removable"))
         return chosen[-1]
 
-    expected = reference.plain_llama(model, inputs["input_ids"], real, remove)
+    expected = reference.llama_logits(model, inputs["input_ids"], real, remove)
     for implementation in IMPLEMENTATIONS:
         model.set_attn_implementation(implementation)
         with remove_tokens(model, method, 0.3, which):
@@ -88,9 +89,9 @@ def test_clean_removal_equals_zeroing_by_hand(scope: Any, which: Any) -> None:
         kept.append(reference.sinks(seen["hidden"], real))
         return torch.zeros_like(scores[-1], dtype=torch.bool)
 
-    reference.plain_llama(model, inputs["input_ids"], real, note)
-    masks = plain(scores, real, kept, "0.5", which, scope, "removable")
-    expected = reference.plain_llama(model, inputs["input_ids"], real, lambda n, _: masks[n])
+    reference.llama_logits(model, inputs["input_ids"], real, note)
+    masks = sorted_pairs(scores, real, kept, "0.5", which, scope, "removable")
+    expected = reference.llama_logits(model, inputs["input_ids"], real, lambda n, _: masks[n])
     method = TokenScores(ContributionWeights(model), "sum")
     with remove_tokens(model, method, 0.5, which, scoring="clean", scope=scope):
         found = logits_of(model, inputs, real)
@@ -113,22 +114,6 @@ def test_a_copy_made_under_an_intervention_is_a_model_of_its_own() -> None:
         assert torch.equal(copied(ids).logits, 2 * alone)
         with remove_tokens(copied, "contribution", 0.5):
             assert not torch.equal(copied(ids).logits, 2 * alone)
-
-
-def removed_layer_by_layer(
-    method: Any, given: dict[str, Tensor], real: Tensor, which: Any
-) -> Tensor:
-    """Logits of online removal at 30%, from a pass for each layer with known removals before it."""
-    per_head = TokenScores(method, layers=None, heads=None)
-    masks = [torch.zeros(2, 4, real.shape[1], dtype=torch.bool)] * 2
-    for number in range(2):
-        with remove_values(method.model, masks):
-            scores = per_head.attribute(given)[:, number]
-            kept = find_sinks(method.model, given)[number]
-        masks[number] = plain([scores], real, [kept], "0.3", which, "layer", "removable")[0]
-    with remove_values(method.model, masks), torch.no_grad():
-        logits: Tensor = method.model(**given).logits
-    return logits
 
 
 def test_head_scope_and_layer_scope_differ() -> None:
@@ -238,7 +223,7 @@ def test_threads_with_removals_of_their_own_do_not_meet() -> None:
         for _ in range(5):
             assert torch.allclose(removed(n), expected[n], atol=1e-5)
 
-    in_threads(3, work)
+    run_in_threads(3, work)
     assert "forward" not in vars(model)
 
 
@@ -330,10 +315,10 @@ def test_what_a_prompt_loses_stays_lost_while_text_is_generated(scoring: Any, ca
     def remove(number: int, seen: dict[str, Tensor]) -> Tensor:
         scores = reference.token_scores(seen["inter"], seen["visible"], "mean")
         kept = reference.sinks(seen["hidden"], real)
-        masks.extend(plain([scores], real, [kept], "0.5", "bottom", "layer", "removable"))
+        masks.extend(sorted_pairs([scores], real, [kept], "0.5", "bottom", "layer", "removable"))
         return masks[-1] if scoring == "online" else torch.zeros_like(masks[-1])
 
-    reference.plain_llama(model, ids, real, remove)
+    reference.llama_logits(model, ids, real, remove)
     with remove_values(model, [nn.functional.pad(m, (0, new)) for m in masks]), torch.no_grad():
         whole = model(written).logits
     assert torch.equal(whole[:, 5:-1].argmax(-1), written[:, 6:])

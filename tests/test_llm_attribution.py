@@ -11,7 +11,6 @@ import accelerate
 import pytest
 import torch
 import transformers
-from models import SIZES, build, llama, token_ids
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +23,8 @@ from captum_cw import (
     functional,
 )
 from captum_cw.capture import UnsupportedModelError
+from support.inputs import token_ids
+from support.models import SIZES, bert, build, llama
 
 IDS = token_ids(1, 9)
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -36,10 +37,6 @@ def expected_of(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
 
 
 # Models that do not predict the next token
-
-
-def bert(kind: Any = transformers.BertForMaskedLM, **options: Any) -> nn.Module:
-    return build(kind, transformers.BertConfig(**SIZES, **options))
 
 
 @pytest.mark.parametrize("layers", ["mean", "rollout"])

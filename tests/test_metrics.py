@@ -5,17 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
-import transformers
-from models import SIZES, build, gpt2, llama, look, token_ids
-from test_capture import padded_batch, positions, state_of
-from test_ranking import plain
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -36,22 +30,17 @@ from captum_cw.removal.ranking import chosen_pairs
 from captum_cw.removal.scoring import CONTROLS, METHODS, RandomPairs, pair_scorer
 from captum_cw.removal.sinks import find_sinks
 from captum_cw.visualization.curves import plot_curves
+from support import reference
+from support.inputs import padded_batch, position_ids, token_ids
+from support.models import bert, gpt2, llama
+from support.reference import eager_layers, mean_nll, sorted_pairs
+from support.state import state_of
 
 SIDES = {"comprehensiveness": "top", "sufficiency": "bottom"}
 METHODS_HERE = {"cw": "contribution", "a": "attention"}
 
 
-def nll_of(logits: Tensor, ids: Tensor, real: Tensor) -> list[float]:
-    """Mean negative log-likelihood, with loops."""
-    out = []
-    for b in range(len(ids)):
-        places = real[b].nonzero()[:, 0].tolist()
-        losses = [-logits[b, i].double().log_softmax(-1)[ids[b, j]] for i, j in pairwise(places)]
-        out.append(float(torch.stack(losses).mean()))
-    return out
-
-
-def plain_run(model: nn.Module, inputs: dict[str, Tensor], **given: Any) -> Tensor:
+def logits_of(model: nn.Module, inputs: dict[str, Tensor], **given: Any) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(**inputs, **given).logits
     return logits
@@ -76,7 +65,7 @@ def test_deltas_equal_removal_by_hand(scoring: Any, padding: str, side: Any) -> 
         kept.append(reference.sinks(seen["hidden"], real))
         return torch.zeros_like(scores["inter"][-1], dtype=torch.bool)
 
-    clean = nll_of(reference.plain_llama(model, ids, real, note), ids, real)
+    clean = mean_nll(reference.llama_logits(model, ids, real, note), ids, real)
     metric = ComprehensivenessSufficiency(model, [0.25, 0.5], scoring=scoring)
     result = metric.evaluate(METHODS_HERE, inputs)
     assert result.clean == pytest.approx(float(torch.tensor(clean).exp().mean()), rel=1e-4)
@@ -87,10 +76,12 @@ def test_deltas_equal_removal_by_hand(scoring: Any, padding: str, side: Any) -> 
             if scoring == "online":
                 here = reference.token_scores(seen[measure], seen["visible"], "mean")
             # Sinks are those of the clean pass.
-            (mask,) = plain([here], real, [kept[number]], rate, SIDES[side], "layer", "removable")
+            (mask,) = sorted_pairs(
+                [here], real, [kept[number]], rate, SIDES[side], "layer", "removable"
+            )
             return mask
 
-        changed = nll_of(reference.plain_llama(model, ids, real, remove), ids, real)
+        changed = mean_nll(reference.llama_logits(model, ids, real, remove), ids, real)
         return torch.tensor(changed).exp() - torch.tensor(clean).exp()
 
     for name, measure in (("cw", "inter"), ("a", "attention")):
@@ -106,8 +97,8 @@ def test_each_metric_is_what_its_name_says(metric: Any) -> None:
     inputs, real = padded_batch("left")
     masks = [torch.zeros(2, 1, 9, dtype=torch.bool) for _ in range(2)]
     scores = torch.arange(9.0).expand(2, 9)
-    where = positions(real)
-    clean = plain_run(model, inputs, position_ids=where)
+    where = position_ids(real)
+    clean = logits_of(model, inputs, position_ids=where)
     sinks = torch.stack(find_sinks(model, inputs)).any(0)
     removable = real & ~sinks
     for b in range(2):
@@ -115,7 +106,7 @@ def test_each_metric_is_what_its_name_says(metric: Any) -> None:
         for mask in masks:
             mask[b, 0, removable[b].nonzero()[-count:, 0]] = True
     with remove_values(model, masks):
-        changed = plain_run(model, inputs, position_ids=where)
+        changed = logits_of(model, inputs, position_ids=where)
 
     def own(logits: Tensor, batch: Any, clean_logits: Tensor) -> Tensor:
         assert torch.equal(batch["input_ids"], inputs["input_ids"])
@@ -125,7 +116,7 @@ def test_each_metric_is_what_its_name_says(metric: Any) -> None:
     target = clean[:, -1].argmax(-1)
     row = torch.arange(2)
     kl = (log_clean.exp() * (log_clean - log_changed)).sum(-1)
-    nll = [torch.tensor(nll_of(x, inputs["input_ids"], real)) for x in (changed, clean)]
+    nll = [torch.tensor(mean_nll(x, inputs["input_ids"], real)) for x in (changed, clean)]
     expected = {
         "perplexity": nll[0].exp() - nll[1].exp(),
         "nll": nll[0] - nll[1],
@@ -228,7 +219,7 @@ def test_a_head_that_copies_one_token_ranks_it_first(method: str) -> None:
 
 def test_controls_are_the_products_of_their_factors() -> None:
     model = llama()
-    (layer, _) = look(model, input_ids=token_ids())
+    (layer, _) = eager_layers(model, input_ids=token_ids())
     m = reference.measures(layer.attention, layer.value, layer.output_weight)
     o = reference.outputs(
         layer.attention, reference.projected_values(layer.value, layer.output_weight)
@@ -284,9 +275,9 @@ def test_scores_of_tokens_remove_them_in_all_heads_and_layers(granularity: Any) 
     for rate in (0.25, 0.5):
         (tokens,) = chosen_pairs([scores[:, None]], [real], [sinks], rate, "top")
         with remove_values(model, [tokens, tokens]):
-            changed = plain_run(model, inputs)
-        nll = nll_of(changed, inputs["input_ids"], real)
-        clean = nll_of(plain_run(model, inputs), inputs["input_ids"], real)
+            changed = logits_of(model, inputs)
+        nll = mean_nll(changed, inputs["input_ids"], real)
+        clean = mean_nll(logits_of(model, inputs), inputs["input_ids"], real)
         expected.append(torch.tensor(nll) - torch.tensor(clean))
     metric = ComprehensivenessSufficiency(model, [0.25, 0.5], metric="nll", granularity=granularity)
     methods = {"tensor": scores, "call": lambda batch: scores, "one": lambda batch: (scores,)}
@@ -361,9 +352,10 @@ def test_scores_of_another_model_are_taken_in_its_own_pass() -> None:
     real = torch.ones_like(ids, dtype=torch.bool)
     masks = chosen_pairs(list(scores.unbind(1)), [real] * 2, find_sinks(model, ids), 0.5, "top")
     with remove_values(model, masks):
-        changed = plain_run(model, {"input_ids": ids})
+        changed = logits_of(model, {"input_ids": ids})
     nll, clean = (
-        torch.tensor(nll_of(x, ids, real)) for x in (changed, plain_run(model, {"input_ids": ids}))
+        torch.tensor(mean_nll(x, ids, real))
+        for x in (changed, logits_of(model, {"input_ids": ids}))
     )
     for scoring in ("online", "clean"):
         found = comprehensiveness(
@@ -400,10 +392,11 @@ def test_a_token_that_is_a_sink_in_one_layer_stays_in_all() -> None:
     sinks = torch.stack(find_sinks(model, ids, threshold=threshold))
     assert (sinks.any(0) & ~sinks.all(0)).any()  # some are sinks in one layer only
     with remove_values(model, [(~sinks.any(0))[:, None]] * 2):
-        changed = plain_run(model, {"input_ids": ids})
+        changed = logits_of(model, {"input_ids": ids})
     real = torch.ones_like(ids, dtype=torch.bool)
     nll, clean = (
-        torch.tensor(nll_of(x, ids, real)) for x in (changed, plain_run(model, {"input_ids": ids}))
+        torch.tensor(mean_nll(x, ids, real))
+        for x in (changed, logits_of(model, {"input_ids": ids}))
     )
     options: dict[str, Any] = {"metric": "nll", "sink_threshold": threshold, "scoring": "clean"}
     for scope in ("layer", "global"):
@@ -417,13 +410,14 @@ def test_sinks_of_online_removal_are_those_of_the_clean_pass() -> None:
     threshold = 0.2
     sinks = find_sinks(model, ids, threshold=threshold)
     with remove_values(model, [~s[:, None] for s in sinks]):
-        changed = plain_run(model, {"input_ids": ids})
+        changed = logits_of(model, {"input_ids": ids})
     with remove_tokens(model, "vw", 1.0, sink_threshold=threshold):  # takes them from that pass
-        in_flight = plain_run(model, {"input_ids": ids})
+        in_flight = logits_of(model, {"input_ids": ids})
     assert not torch.allclose(changed, in_flight, atol=1e-3)
     real = torch.ones_like(ids, dtype=torch.bool)
     nll, clean = (
-        torch.tensor(nll_of(x, ids, real)) for x in (changed, plain_run(model, {"input_ids": ids}))
+        torch.tensor(mean_nll(x, ids, real))
+        for x in (changed, logits_of(model, {"input_ids": ids}))
     )
     found = comprehensiveness(model, ids, "vw", [1.0], metric="nll", sink_threshold=threshold)
     assert torch.allclose(found[:, 0].float(), nll - clean, rtol=1e-3, atol=1e-5)
@@ -858,10 +852,9 @@ def test_scores_that_cannot_be_compared_are_refused() -> None:
 CLS, SEP, MASK = 1, 2, 63
 
 
-def bert() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+def bert_and_texts() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     """A BERT, two texts between class and separator tokens, and which tokens are real."""
-    config = transformers.BertConfig(**{**SIZES, "bos_token_id": None, "eos_token_id": None})
-    model = build(transformers.BertForMaskedLM, config)
+    model = bert(bos_token_id=None, eos_token_id=None)
     ids = token_ids(2, 8)
     real = torch.ones_like(ids, dtype=torch.bool)
     real[1, 6:] = False
@@ -872,7 +865,7 @@ def bert() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
 
 @pytest.mark.parametrize("scoring", ["clean", "online"])
 def test_masked_models_are_measured_by_pseudo_perplexity(scoring: Any) -> None:
-    model, inputs, real = bert()
+    model, inputs, real = bert_and_texts()
     ids = inputs["input_ids"]
     metric = ComprehensivenessSufficiency(
         model, [0.5], scoring=scoring, mask_token_id=MASK, protected_ids=[CLS, SEP]
@@ -894,7 +887,7 @@ def test_masked_models_are_measured_by_pseudo_perplexity(scoring: Any) -> None:
                 given = {"input_ids": masked, "attention_mask": inputs["attention_mask"][b : b + 1]}
                 one = [m[b : b + 1] for m in masks]
                 with remove_values(model, one) if removed else contextlib.nullcontext():
-                    logits = plain_run(model, given)
+                    logits = logits_of(model, given)
                 losses[b].append(-logits[0, j].double().log_softmax(-1)[ids[b, j]])
         return torch.stack([torch.stack(x).mean() for x in losses])
 
@@ -919,7 +912,7 @@ def test_masked_models_are_measured_by_pseudo_perplexity(scoring: Any) -> None:
 
 
 def test_a_masked_model_is_not_taken_for_a_causal_one() -> None:
-    model, inputs, _ = bert()
+    model, inputs, _ = bert_and_texts()
     with pytest.raises(ValueError, match="give mask_token_id"):
         sufficiency(model, inputs, "contribution", [0.5])
 
@@ -935,9 +928,10 @@ def test_protected_tokens_are_never_removed() -> None:
     found = comprehensiveness(model, ids, "vw", [1.0], scoring="clean", protected_ids=protected)
     removed = ~torch.isin(ids, torch.tensor(protected))
     with remove_values(model, [(removed & ~sinks)[:, None] for sinks in find_sinks(model, ids)]):
-        changed = plain_run(model, {"input_ids": ids})
+        changed = logits_of(model, {"input_ids": ids})
     real = torch.ones_like(ids, dtype=torch.bool)
     nll, clean = (
-        torch.tensor(nll_of(x, ids, real)) for x in (changed, plain_run(model, {"input_ids": ids}))
+        torch.tensor(mean_nll(x, ids, real))
+        for x in (changed, logits_of(model, {"input_ids": ids}))
     )
     assert torch.allclose(found[:, 0].float(), nll.exp() - clean.exp(), rtol=1e-3, atol=1e-4)

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
-from models import SIZES, build, gpt2, llama
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE, WordLevel
 from torch import nn
@@ -27,11 +26,7 @@ from captum_cw import (
 from captum_cw.data import token_batches
 from captum_cw.text.templates import render_chat
 from captum_cw.visualization import readable_tokens
-
-
-def bert() -> nn.Module:
-    config = transformers.BertConfig(**SIZES)
-    return build(transformers.BertForMaskedLM, config)
+from support.models import SIZES, bert, build, gpt2, llama
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
 
 
 def test_passes_are_counted_and_missing_libraries_named(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import llama, token_ids
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -25,6 +24,8 @@ from captum_cw import (
 from captum_cw.explanation.explanation import MEASURES
 from captum_cw.removal.scoring import CONTROLS
 from captum_cw.rollout import attention_mixing
+from support.inputs import token_ids
+from support.models import llama
 
 IDS = token_ids(1, 7)
 METHODS: dict[str, Any] = {

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import SIZES, build, gpt2, llama, token_ids
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -17,6 +16,8 @@ from captum_cw import (
     TokenScores,
     remove_tokens,
 )
+from support.inputs import token_ids
+from support.models import SIZES, build, gpt2, gptj, llama
 
 
 def encoder(name: str, **options: Any) -> nn.Module:
@@ -30,15 +31,6 @@ def opt() -> nn.Module:
         max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=1,
     )  # fmt: skip
     return build(transformers.OPTForCausalLM, config)
-
-
-def gptj() -> nn.Module:
-    """Its table holds sines and cosines."""
-    config = transformers.GPTJConfig(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=8,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return build(transformers.GPTJForCausalLM, config)
 
 
 TABLES = {

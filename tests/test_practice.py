@@ -15,28 +15,26 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from models import gpt2, llama, qwen2, token_ids
-from test_residual import gemma2
 from torch import Tensor, nn
 
 from captum_cw import (
-    AttentionWeights,
     ContributionWeights,
     TokenScores,
-    VWAttention,
-    VWONAttention,
     remove_tokens,
     remove_values,
 )
 from captum_cw.capture import UnsupportedModelError
+from support.inputs import token_ids
+from support.measures import MEASURES
+from support.models import gemma2, gpt2, llama, qwen2
+from support.paths import ROOT
+from support.state import check_untouched
 
-METHODS = AttentionWeights, VWAttention, VWONAttention, ContributionWeights
 
-
-def alike(a: nn.Module, b: nn.Module, atol: float = 1e-4) -> None:
+def check_alike(a: nn.Module, b: nn.Module, atol: float = 1e-4) -> None:
     """All measures and both removals of two models that compute the same."""
     ids = token_ids()
-    for method in METHODS:
+    for method in MEASURES.values():
         for x, y in zip(method(a).attribute(ids), method(b).attribute(ids), strict=True):
             assert torch.allclose(x, y, atol=atol * max(1.0, float(y.abs().max())))
     masks = [torch.rand(2, 4, 9, generator=torch.Generator().manual_seed(0)) < 0.3] * 2
@@ -50,17 +48,6 @@ def alike(a: nn.Module, b: nn.Module, atol: float = 1e-4) -> None:
         with torch.no_grad(), changed(b):
             expected = b(ids).logits
         assert torch.allclose(found, expected, atol=atol * float(expected.abs().max()))
-
-
-def untouched(model: nn.Module) -> None:
-    """Observing leaves no hook and no forward behind."""
-    before = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    with torch.no_grad():
-        alone = model(token_ids()).logits
-        ContributionWeights(model).attribute(token_ids())
-        assert torch.equal(model(token_ids()).logits, alone)
-    after = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    assert after == before
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,14 +80,14 @@ def test_adapters_count_whether_merged_or_not(name: str) -> None:
         without = apart(token_ids()).logits
     with torch.no_grad():
         assert not torch.allclose(apart(token_ids()).logits, without, atol=1e-2)
-    alike(apart, merged)
-    untouched(apart)
+    check_alike(apart, merged)
+    check_untouched(apart)
 
 
 def test_adapters_that_are_turned_off_do_not_count() -> None:
     model = ADAPTERS["lora"]()
     with model.disable_adapter():
-        alike(model, llama())
+        check_alike(model, llama())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -154,8 +141,8 @@ def test_whatever_is_linear_in_the_head_outputs_is_a_projection(kind: type[_Mixe
         layer.self_attn.o_proj = projection
         with torch.no_grad():
             other.self_attn.o_proj.weight.copy_(projection.plain())
-    alike(model, plain)
-    untouched(model)
+    check_alike(model, plain)
+    check_untouched(model)
 
 
 class _Subclass(torch.Tensor):
@@ -167,7 +154,7 @@ def test_weights_of_another_class_are_asked_for() -> None:
     for layer in model.model.layers:
         projection = layer.self_attn.o_proj
         projection.weight = nn.Parameter(projection.weight.detach().as_subclass(_Subclass))
-    alike(model, llama())
+    check_alike(model, llama())
 
 
 class _Bent(_Mixed):
@@ -215,7 +202,7 @@ def test_a_projection_of_one_length_alone_is_followed_inside() -> None:
     attention.o_proj = _ByToken(attention.o_proj).eval()
     c = ContributionWeights(model).attribute(token_ids())[1]
     assert torch.allclose(c.sum((1, 3)), torch.ones(2, 9), atol=1e-5)
-    untouched(model)
+    check_untouched(model)
 
 
 class _Thinned(nn.Module):
@@ -233,7 +220,7 @@ def test_a_module_that_passes_head_outputs_on_is_no_projection() -> None:
     model = llama()
     for layer in model.model.layers:
         layer.self_attn.o_proj = _Thinned(layer.self_attn.o_proj).eval()
-    alike(model, llama())
+    check_alike(model, llama())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -247,13 +234,13 @@ def test_eight_bit_weights_with_rounded_activations() -> None:
     for name, layer in plain.named_modules():
         if isinstance(layer, nn.Linear):
             layer.weight = nn.Parameter(model.get_submodule(name).weight().dequantize())
-    for method in METHODS:
+    for method in MEASURES.values():
         maps = method(model).attribute(token_ids()), method(plain).attribute(token_ids())
         for x, y in zip(*maps, strict=True):
             assert torch.allclose(x, y, atol=0.1 * float(y.abs().max()))
     for c in ContributionWeights(model).attribute(token_ids()):
         assert torch.allclose(c.sum((1, 3)), torch.ones(2, 9), atol=1e-5)
-    untouched(model)
+    check_untouched(model)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -277,7 +264,7 @@ def test_torchao(bits: int) -> None:
     head: Any = model.lm_head.weight
     if hasattr(head, "dequantize"):
         dequantised.lm_head.weight = nn.Parameter(head.dequantize())
-    alike(model, dequantised, atol=1e-3)
+    check_alike(model, dequantised, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -296,7 +283,7 @@ def _one_process(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_one_process")
 def test_distributed_data_parallel() -> None:
-    alike(nn.parallel.DistributedDataParallel(llama()), llama())
+    check_alike(nn.parallel.DistributedDataParallel(llama()), llama())
 
 
 @pytest.mark.usefixtures("_one_process")
@@ -308,11 +295,11 @@ def test_fully_sharded() -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    alike(model, llama())
+    check_alike(model, llama())
 
 
 def test_data_parallel() -> None:
-    alike(nn.DataParallel(llama()), llama())
+    check_alike(nn.DataParallel(llama()), llama())
 
 
 def test_gradient_checkpointing_in_training() -> None:
@@ -350,7 +337,7 @@ def test_models_that_are_spread_over_processes_are_as_the_whole(tmp_path: Path) 
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
     folders = [str(tmp_path / name) for name in models]
-    script = Path(__file__).parent / "two_processes.py"
+    script = ROOT / "tests" / "support" / "two_processes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, "--standalone", str(script), *folders],

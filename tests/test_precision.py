@@ -8,10 +8,7 @@ from typing import Any
 
 import peft
 import pytest
-import test_gates
 import torch
-from models import gpt2, llama, token_ids
-from test_default_dtype import TEXT, small_tokenizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +34,8 @@ from captum_cw.capture.rounding import product_rounding, rounding
 from captum_cw.functional import AttentionLayer, output_gram, value_norms, widest
 from captum_cw.metrics import agreement
 from captum_cw.removal.sinks import find_sinks, sink_rate
+from support.inputs import TEXT, letter_tokenizer, token_ids
+from support.models import bitnet, gpt2, head_gated, llama
 
 # ---------------------------------------------------------------------------------------------
 # Without float64
@@ -98,12 +97,12 @@ def evaluated(metric: Any = "perplexity", **options: Any) -> Callable[[nn.Module
 
 
 def explained(model: nn.Module, ids: Tensor) -> Any:
-    found = explain(model, small_tokenizer(), ids[:1])
+    found = explain(model, letter_tokenizer(), ids[:1])
     return [found.scores, found.maps, [vars(head) for head in found.heads]]
 
 
 def generated(model: nn.Module, ids: Tensor) -> Any:
-    llm = LLMTokenAttribution(ContributionWeights(model), small_tokenizer())
+    llm = LLMTokenAttribution(ContributionWeights(model), letter_tokenizer())
     found = llm.attribute(TEXT, target="b d e")
     return [found.seq_attr, found.token_attr, found.output_probs]
 
@@ -157,7 +156,7 @@ ENTRIES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_no_result_needs_float64(entry: str) -> None:
     # BitNet multiplies head outputs by a factor of each feature.
-    for make in (llama, gpt2, test_gates.bitnet) if entry in METHODS else (llama,):
+    for make in (llama, gpt2, bitnet) if entry in METHODS else (llama,):
         model, ids = make(), token_ids(2, 9)
         expected = tensors(ENTRIES[entry](model, ids))
         with NoFloat64():
@@ -252,7 +251,7 @@ def test_measures_under_autocast_are_near_those_without(entry: str) -> None:
         assert 0 < error(found, expected) < 0.06
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, test_gates.bitnet, test_gates.head_gated])
+@pytest.mark.parametrize("make", [llama, gpt2, bitnet, head_gated])
 @pytest.mark.parametrize("method", ["random", "contribution"])
 def test_online_removal_runs_under_autocast(make: Any, method: str) -> None:
     model, ids = make(), token_ids(2, 9)
@@ -406,7 +405,7 @@ def test_products_in_tf32_are_not_refused(entry: str, attention: str) -> None:
 def test_large_logits_of_rounded_operands_are_not_refused(
     attention: str, setting: str, by: float
 ) -> None:
-    for make in (llama, test_gates.bitnet):
+    for make in (llama, bitnet):
         model = sharpened(make(), by)
         model.set_attn_implementation(attention)
         with products_in(setting):

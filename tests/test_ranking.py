@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from captum_cw.removal.ranking import chosen_pairs, quota
-
-
-def plain(
-    scores: list[Tensor], real: Tensor, kept: list[Tensor], rate: str, which: str, scope: str,
-    rate_of: str,
-) -> list[Tensor]:  # fmt: skip
-    """The rules of the ranking, word by word."""
-    out = [torch.zeros_like(s, dtype=torch.bool) for s in scores]
-    B, H, S = scores[0].shape
-    for b in range(B):
-        pairs = [
-            (layer, h, j)
-            for layer in range(len(scores))
-            for h in range(H)
-            for j in range(S)
-            if real[b, j] and (rate_of == "all" or not kept[layer][b, j])
-        ]
-        group = {"layer": lambda p: p[0], "head": lambda p: p[:2], "global": lambda p: 0}[scope]
-        for name in {group(p) for p in pairs}:
-            members = [p for p in pairs if group(p) == name]
-            sign = -1 if which == "top" else 1
-            members.sort(key=lambda p: (sign * float(scores[p[0]][b, p[1], p[2]]), p))
-            exact = Fraction(rate) * len(members)
-            count = int(exact) + (exact - int(exact) >= Fraction(1, 2))
-            for layer, h, j in members[:count]:
-                out[layer][b, h, j] = not kept[layer][b, j]
-    return out
+from support.reference import sorted_pairs
 
 
 @pytest.mark.parametrize("rate_of", ["removable", "all"])
@@ -58,7 +30,9 @@ def test_the_choice_follows_the_rules(
     real = torch.rand(B, S, generator=generator) < 0.8
     kept = [(torch.rand(B, S, generator=generator) < 0.2) & real for _ in range(L)]
     found = chosen_pairs(scores, [real] * L, kept, float(rate), which, scope, rate_of)
-    for x, y in zip(found, plain(scores, real, kept, rate, which, scope, rate_of), strict=True):
+    for x, y in zip(
+        found, sorted_pairs(scores, real, kept, rate, which, scope, rate_of), strict=True
+    ):
         assert torch.equal(x, y)
 
 

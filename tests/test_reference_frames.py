@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from models import MODELS, SIZES, build, llama, look, token_ids
 from torch import Tensor, nn
 
 from captum_cw.analysis.attention_graph import (
@@ -40,6 +39,9 @@ from captum_cw.analysis.frames import (
 from captum_cw.analysis.result import AnalysisResult
 from captum_cw.analysis.streaming import SeenLayer
 from captum_cw.functional import AttentionLayer, QueryMask
+from support.inputs import token_ids
+from support.models import MODELS, SIZES, build, llama
+from support.reference import eager_layers
 
 # -- the definitions, with loops ------------------------------------------------------------------
 
@@ -593,7 +595,7 @@ def test_tables_follow_the_definitions(name: str) -> None:
     for text, x in enumerate(ids):
         maps += [
             (text, number, seen.attention[0])
-            for number, seen in enumerate(look(model, input_ids=x))
+            for number, seen in enumerate(eager_layers(model, input_ids=x))
         ]
     graph = found.tables["graph"].set_index(["layer", "threshold"])
     sinks = found.tables["sinks"].set_index(["layer", "percentile"])

@@ -7,12 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reference
 import torch
 import transformers
-from models import SIZES, build, in_threads, llama, look, token_ids
-from test_capture import padded_batch, positions, state_of
-from test_interventions import removed_layer_by_layer
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -25,55 +21,18 @@ from captum_cw import (
     remove_tokens,
 )
 from captum_cw.capture import UnsupportedModelError
-
-
-def with_gains(model: nn.Module) -> nn.Module:
-    """Norms with gains far from one, so that leaving them out is seen."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name:
-                p.normal_(0.5, 0.5)
-    return model
-
-
-def gemma2() -> nn.Module:
-    config = transformers.Gemma2Config(
-        **SIZES, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
-        attn_implementation="eager",  # where SDPA is possible, it leaves out the soft-cap
-    )  # fmt: skip
-    return with_gains(build(transformers.Gemma2ForCausalLM, config))
-
-
-def gemma3() -> nn.Module:
-    config = transformers.Gemma3TextConfig(
-        **SIZES, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    return with_gains(build(transformers.Gemma3ForCausalLM, config))
-
-
-def olmo2() -> nn.Module:
-    config = transformers.Olmo2Config(**SIZES, num_key_value_heads=2)
-    return with_gains(build(transformers.Olmo2ForCausalLM, config))
-
-
-def layer_norm() -> nn.Module:
-    """A norm that takes off the mean, and adds a bias."""
-    model: Any = gemma2()
-    torch.manual_seed(1)
-    for layer in model.model.layers:
-        norm = nn.LayerNorm(32)
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-        layer.post_attention_layernorm = norm
-    return model.eval()  # type: ignore[no-any-return]
-
+from support import reference
+from support.inputs import padded_batch, position_ids, token_ids
+from support.models import SIZES, build, gemma2, gemma2_with_layer_norm, gemma3, llama, olmo2
+from support.reference import eager_layers, logits_removed_layer_by_layer, norm_updates
+from support.running import run_in_threads
+from support.state import state_of
 
 MODELS: dict[str, Callable[[], Any]] = {
     "gemma2": gemma2,
     "gemma3": gemma3,
     "olmo2": olmo2,
-    "layer-norm": layer_norm,
+    "layer-norm": gemma2_with_layer_norm,
 }
 METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "vw": lambda model: VWAttention(model, space="residual"),
@@ -81,32 +40,6 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "inter": lambda model: ContributionWeights(model, space="residual"),
     "intra": lambda model: ContributionWeights(model, scope="intra", space="residual"),
 }
-
-
-def updates(model: Any, **inputs: Tensor) -> list[Tensor]:
-    """``P_i`` of each layer, ``(B, T, d, d)``, from the norm's own formula."""
-    model = copy.deepcopy(model)
-    found: list[Tensor] = []
-
-    def note(norm: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
-        x = args[0].double()
-        d = x.shape[-1]
-        if isinstance(norm, nn.LayerNorm):
-            centre = torch.eye(d, dtype=torch.float64) - 1 / d
-            x, gain, eps = x @ centre, norm.weight.double(), norm.eps
-        else:
-            centre = torch.eye(d, dtype=torch.float64)
-            gemma = "Gemma" in type(norm).__name__
-            gain = norm.weight.double() + (1 if gemma else 0)
-            eps = norm.eps if gemma else norm.variance_epsilon
-        scale = (x.square().mean(-1) + eps).rsqrt()
-        found.append(scale[..., None, None] * (centre * gain))
-
-    for layer in model.model.layers:
-        layer.post_attention_layernorm.register_forward_hook(note)
-    with torch.no_grad():
-        model(**inputs)
-    return found
 
 
 @pytest.fixture(params=MODELS)
@@ -118,13 +51,13 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("name", METHODS)
 def test_values_and_output_are_measured_after_the_norm(model: Any, name: str, side: str) -> None:
     inputs, real = padded_batch(side)
-    given = {**inputs, "position_ids": positions(real)}
+    given = {**inputs, "position_ids": position_ids(real)}
     method = METHODS[name](model)
     before = state_of(model)
     maps = method.attribute(inputs)
     assert state_of(model) == before
     for found, seen, update in zip(
-        maps, look(model, **given), updates(model, **given), strict=True
+        maps, eager_layers(model, **given), norm_updates(model, **given), strict=True
     ):
         expected = reference.measures(seen.attention, seen.value, seen.output_weight, update)[name]
         rows = real[:, None, :, None].expand(expected.shape)
@@ -243,8 +176,8 @@ def test_what_is_no_norm_is_refused() -> None:
 @pytest.mark.parametrize("which", ["top", "bottom"])
 def test_online_removal_equals_removal_layer_by_layer(model: Any, which: Any) -> None:
     inputs, real = padded_batch("left")
-    given = {**inputs, "position_ids": positions(real)}
-    expected = removed_layer_by_layer(
+    given = {**inputs, "position_ids": position_ids(real)}
+    expected = logits_removed_layer_by_layer(
         ContributionWeights(model, space="residual"), given, real, which
     )
     method = ContributionWeights(model, space="residual")
@@ -305,7 +238,7 @@ def test_threads_do_not_see_each_other() -> None:
             found = ContributionWeights(model, space=space).attribute(ids)  # type: ignore[arg-type]
             assert all(torch.equal(a, b) for a, b in zip(found, expected[number % 2], strict=True))
 
-    in_threads(4, work)
+    run_in_threads(4, work)
 
 
 def test_attention_weights_have_no_space() -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
 import torch
 import transformers
-from models import MODELS, SIZES, build, llama, look, token_ids
-from test_capture import padded_batch, positions, state_of
 from torch import Tensor, nn
 
 from captum_cw.removal.sinks import find_sinks, first_token_mass, sink_rate, sinks_among
+from support import reference
+from support.inputs import padded_batch, position_ids, token_ids
+from support.models import MODELS, SIZES, build, llama
+from support.reference import eager_layers
+from support.state import state_of
 
 
 @pytest.fixture(params=MODELS)
@@ -39,7 +41,7 @@ def test_sinks_are_found_by_the_states_around_the_norm(
         for norm in norms_before_attention(model)
     ]
     with torch.no_grad():
-        model(**inputs, position_ids=positions(real))
+        model(**inputs, position_ids=position_ids(real))
     for handle in handles:
         handle.remove()
     before = state_of(model)
@@ -55,7 +57,7 @@ def test_sinks_are_found_by_the_states_around_the_norm(
 @pytest.mark.parametrize("space", ["key", "value"])
 def test_sinks_are_found_by_keys_and_values(space: Any) -> None:
     model = llama()
-    seen = look(model, input_ids=token_ids())
+    seen = eager_layers(model, input_ids=token_ids())
     real = torch.ones(2, 9, dtype=torch.bool)
     found = find_sinks(model, token_ids(), space=space, threshold=0.2)
     if space == "value":
@@ -89,7 +91,7 @@ def test_a_model_that_normalises_afterwards_has_one_state() -> None:
 def test_mass_and_rate_are_means_over_the_queries_that_see_the_token(side: str) -> None:
     model = llama()
     inputs, real = padded_batch(side)
-    seen = look(model, **inputs, position_ids=positions(real))
+    seen = eager_layers(model, **inputs, position_ids=position_ids(real))
     mass = first_token_mass(model, inputs)
     assert mass.shape == (2, 2, 4)
     for number, layer in enumerate(seen):

@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
-from models import look
-from test_capture import CLASSES, IMPLEMENTATIONS, state_of
-from test_data import shared
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -25,6 +21,12 @@ from captum_cw import (
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import with_shuffled_weights
 from captum_cw.removal.scoring import METHODS
+from support import reference
+from support.measures import MEASURES_AND_INTRA
+from support.models import IMPLEMENTATIONS
+from support.paths import shared_data
+from support.reference import eager_layers
+from support.state import state_of
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -63,9 +65,9 @@ def test_every_measure_equals_the_definition(
     model: nn.Module, texts: list[Tensor], implementation: str
 ) -> None:
     ids = texts[0]
-    seen = look(model, input_ids=ids)
+    seen = eager_layers(model, input_ids=ids)
     model.set_attn_implementation(implementation)
-    found = {name: method(model).attribute(ids) for name, method in CLASSES.items()}
+    found = {name: method(model).attribute(ids) for name, method in MEASURES_AND_INTRA.items()}
     assert all(len(maps) == len(seen) == 30 for maps in found.values())
     for number, layer in enumerate(seen):
         expected = reference.measures(layer.attention, layer.value, layer.output_weight)
@@ -81,7 +83,7 @@ def test_token_scores_equal_the_definition(model: nn.Module, texts: list[Tensor]
     ids = texts[0]
     T = ids.shape[1]
     visible = torch.ones(T, T, dtype=torch.bool).tril().expand(1, 9, T, T)
-    seen = look(model, input_ids=ids)
+    seen = eager_layers(model, input_ids=ids)
     for reduction in ("mean", "sum", "max", "rms"):
         method = TokenScores(ContributionWeights(model), reduction, layers=None, heads=None)
         scores = method.attribute(ids)
@@ -129,9 +131,9 @@ def test_a_padded_batch_equals_its_single_examples(
             assert torch.allclose(scores[b][real[b]], alone, rtol=1e-3, atol=1e-5)
     layer = model.get_submodule("model.layers.20.self_attn")
     for name in ("vw", "vwon"):
-        maps = CLASSES[name](model, layer).attribute(inputs)
+        maps = MEASURES_AND_INTRA[name](model, layer).attribute(inputs)
         for b, ids in enumerate(texts):
-            alone = CLASSES[name](model, layer).attribute(ids)[0]
+            alone = MEASURES_AND_INTRA[name](model, layer).attribute(ids)[0]
             inside = maps[b][:, real[b]][:, :, real[b]]
             assert torch.allclose(inside, alone, rtol=1e-3, atol=1e-5)
 
@@ -173,7 +175,7 @@ def test_the_answer_is_drawn_from_the_question(smollm2: tuple[nn.Module, Any]) -
 def problems(smollm2: tuple[nn.Module, Any]) -> Tensor:
     """Four texts of 128 tokens."""
     (batch,) = token_batches(
-        load_texts(shared("gsm8k_test.jsonl")),
+        load_texts(shared_data("gsm8k_test.jsonl")),
         smollm2[1],
         length=128,
         samples=4,

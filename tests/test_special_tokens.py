@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import llama
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -17,6 +16,7 @@ from captum_cw import (
     remove_tokens,
 )
 from captum_cw.removal.sinks import find_sinks
+from support.models import llama
 
 PADDED = "begins or ends with pad_token_id=0, but there is no attention_mask: every id counts"
 TWICE = r"begins with two begin tokens \(bos_token_id=1\).*add_special_tokens=False"

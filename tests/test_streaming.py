@@ -13,7 +13,6 @@ import pytest
 import scipy
 import torch
 import transformers
-from models import SIZES, build, gpt2, llama, look, mistral, token_ids
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -21,6 +20,9 @@ from captum_cw import AttentionWeights
 from captum_cw.analysis import AnalysisResult, first_token_weight
 from captum_cw.analysis.streaming import Reservoir, SeenLayer, check_causal, run_texts, texts_of
 from captum_cw.functional import AttentionLayer, QueryMask, attention, dense_map
+from support.inputs import token_ids
+from support.models import SIZES, build, gpt2, llama, mistral
+from support.reference import eager_layers
 
 # ---------------------------------------------------------------------------------------------
 # Texts
@@ -86,7 +88,7 @@ def test_layers_come_text_by_text_in_order(make: Any) -> None:
         assert len(ended) == seen.text
         assert len(texts[seen.text]) == seen.T
         assert torch.equal(seen.ids, texts[seen.text])
-        expected = look(model, input_ids=seen.ids[None])[seen.number].attention
+        expected = eager_layers(model, input_ids=seen.ids[None])[seen.number].attention
         assert torch.allclose(dense_map(seen.layer, attention), expected, atol=1e-5)
 
     names = run_texts(model, texts, on_layer, after_text=lambda ids: ended.append(len(ids)))

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from models import SIZES, build, llama
-from test_capture import state_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from captum_cw import ContributionWeights, TokenScores, remove_tokens
 from captum_cw._utils.records import RecordsError
 from captum_cw.metrics.tasks import Score, TaskResult, evaluate_tasks
+from support.models import SIZES, build, llama
+from support.state import state_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import transformers
-from models import SIZES, build
 
 from captum_cw.cli import main
 from captum_cw.models import loading
+from support.models import SIZES, build
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 #: Of no page of Windows, and of none of ASCII.
 WORDS = ["ж", "→", "中", "é", "a", "b"]
 #: How a terminal that cannot show them is told so.

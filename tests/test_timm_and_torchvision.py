@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_direct import agree, definition, own
 from torch import Tensor, nn
 
 from captum_cw import ContributionWeights, TokenScores, remove_values
+from support.measures import check_measures
+from support.reference import multihead_measures, projection_measures
 
 for name in ("timm", "torchvision"):
     if importlib.util.find_spec(name) is None:
@@ -65,7 +66,7 @@ def by_definition(attention: Any, x: Tensor) -> dict[str, Tensor]:
     q, k, v = attention.qkv(x).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4)
     q, k = attention.q_norm(q), attention.k_norm(k)
     a = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-    return definition(a, v, attention.proj.weight)
+    return projection_measures(a, v, attention.proj.weight)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -88,7 +89,7 @@ def test_vision_transformers_of_timm(name: str, options: dict[str, Any], fused: 
         before = model(pixels)
     for number, (attention, x) in enumerate(zip(attentions, given, strict=True)):
         with torch.no_grad():
-            agree(model, pixels, by_definition(attention, x), number)
+            check_measures(model, pixels, by_definition(attention, x), number)
     contribution = ContributionWeights(model)
     scores = TokenScores(contribution, queries=0).attribute(pixels)
     assert scores.shape == (2, given[0].shape[1])
@@ -120,4 +121,4 @@ def test_vision_transformer_of_torchvision() -> None:
     for number, (attention, x) in enumerate(zip(attentions, given, strict=True)):
         assert isinstance(attention, nn.MultiheadAttention)
         seen = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-        agree(model, pixels, own(attention, x, x, seen), number)
+        check_measures(model, pixels, multihead_measures(attention, x, x, seen), number)

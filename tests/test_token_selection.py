@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from models import SIZES, build, gpt2, llama, look, mistral, token_ids
 from scipy.stats import pearsonr
 from torch import Tensor, nn
 
@@ -40,6 +39,9 @@ from captum_cw.analysis.selection_geometry import (
     terms_of,
 )
 from captum_cw.functional import AttentionLayer, QueryMask
+from support.inputs import token_ids
+from support.models import SIZES, bert, build, gpt2, llama, mistral
+from support.reference import eager_layers
 
 # ---------------------------------------------------------------------------------------------
 # The definition, with loops
@@ -239,7 +241,7 @@ def test_sums_are_those_of_each_query_and_set() -> None:
 def expected_rows(model: nn.Module, ids: Tensor, sizes: tuple[int, ...]) -> pd.DataFrame:
     """A row a text, layer, head, query and size, of eager attention."""
     rows = []
-    for number, seen in enumerate(look(model, input_ids=ids)):
+    for number, seen in enumerate(eager_layers(model, input_ids=ids)):
         B, H, T, _ = seen.attention.shape
         value = seen.value.repeat_interleave(H // seen.value.shape[1], dim=1)
         for b in range(B):
@@ -491,7 +493,7 @@ def test_norms_and_similarities_are_those_of_loops() -> None:
     model, ids = llama(), [token_ids(1, 17), token_ids(2, 20, seed=1)]
     found = selection_assumptions(model, ids, queries=None)
     texts = [row[None] for batch in ids for row in batch]
-    seen = [look(model, input_ids=text) for text in texts]
+    seen = [eager_layers(model, input_ids=text) for text in texts]
     table = found.to_dataframe().set_index(["layer", "head"])
     total, count = np.zeros(19), np.zeros(19)
     for layer in range(2):
@@ -639,15 +641,11 @@ def test_figures_are_labelled(results: list[AnalysisResult]) -> None:
             assert ax.get_legend() or title.startswith("Sinks")
 
 
-def bert() -> nn.Module:
-    config = transformers.BertConfig(**{**SIZES, "bos_token_id": None, "eos_token_id": None})
-    return build(transformers.BertModel, config)
-
-
 @pytest.mark.parametrize("analysis", [token_selection, head_regimes, selection_assumptions])
 def test_bidirectional_models_are_refused(analysis: Any) -> None:
+    model = bert(transformers.BertModel, bos_token_id=None, eos_token_id=None)
     with pytest.raises(ValueError, match="is bidirectional"):
-        analysis(bert(), token_ids(1, 20))
+        analysis(model, token_ids(1, 20))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import SIZES, build, gpt2, in_threads, last_tokens_and_cache, llama, mistral, token_ids
-from test_capture import attention_modules, padded_batch, positions, state_of
 from torch import Tensor, nn
 
 from captum_cw import ContributionWeights, TokenScores, functional
 from captum_cw.capture import UnsupportedModelError
+from support.inputs import last_tokens_and_cache, padded_batch, position_ids, token_ids
+from support.models import SIZES, attention_modules, build, gpt2, llama, mistral
+from support.running import run_in_threads
+from support.state import state_of
 
 
 def scores(method: Any, inputs: Any, additional: Any = None, **options: Any) -> Tensor:
@@ -64,7 +66,7 @@ def test_padding_is_seen_however_the_mask_comes(side: str, implementation: str) 
     model = llama()
     model.set_attn_implementation(implementation)
     inputs, real = padded_batch(side)
-    ids, mask, where = inputs["input_ids"], inputs["attention_mask"], positions(real)
+    ids, mask, where = inputs["input_ids"], inputs["attention_mask"], position_ids(real)
     causal = torch.ones(9, 9, dtype=torch.bool).tril()
     four = causal & real[:, None, None, :]
     lowest = torch.finfo(torch.float32).min
@@ -103,7 +105,7 @@ def test_padding_in_a_cached_chunk_keeps_positions(side: str) -> None:
     T = 5
     whole = ContributionWeights(model).attribute(inputs)
     late = ContributionWeights(model).attribute(
-        last_tokens_and_cache(model, inputs, positions(real), T)
+        last_tokens_and_cache(model, inputs, position_ids(real), T)
     )
     for x, y in zip(late, whole, strict=True):
         assert torch.allclose(x, y[:, :, -T:], atol=1e-6)
@@ -147,7 +149,7 @@ def test_threads_on_a_model_in_training_mode_agree() -> None:
         for _ in range(5):
             assert torch.allclose(scores(ContributionWeights(model), token_ids()), expected)
 
-    in_threads(3, work)
+    run_in_threads(3, work)
     assert state_of(model) == before
 
 

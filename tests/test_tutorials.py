@@ -11,7 +11,8 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
+
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 SHOWN = {
     "01_contribution_weights_and_integrated_gradients": {

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import SIZES, build, llama
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -31,6 +30,9 @@ from captum_cw import (
 from captum_cw.capture import evaluating
 from captum_cw.models.inspection import attention_layers
 from captum_cw.removal.sinks import find_sinks, first_token_mass, sink_rate
+from support.inputs import letter_tokenizer
+from support.models import SIZES, build, llama
+from support.state import contents_of
 
 
 class Untidy(transformers.LlamaForCausalLM):
@@ -66,30 +68,6 @@ def untidy() -> nn.Module:
     return build(Untidy, transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
 
 
-def everything(x: Any, known: dict[int, Any] | None = None) -> Any:
-    """All that an object holds, as something that can be compared."""
-    known = {} if known is None else known
-    if id(x) in known:
-        return "again"
-    if isinstance(x, Tensor):
-        return x.dtype, tuple(x.shape), x.requires_grad, x.is_leaf, x.detach().flatten().tolist()
-    if isinstance(x, (str, int, float, type(None), torch.device, torch.dtype, type)) or callable(x):
-        return x if not isinstance(x, nn.Module) else everything_in(x, known)
-    known[id(x)] = x
-    if isinstance(x, dict):
-        return [(everything(a, known), everything(b, known)) for a, b in x.items()]
-    if isinstance(x, (list, tuple)):
-        return [everything(y, known) for y in x]
-    if isinstance(x, (set, frozenset)):
-        return sorted(map(repr, x))
-    return type(x), everything(getattr(x, "__dict__", None), known)
-
-
-def everything_in(module: nn.Module, known: dict[int, Any]) -> Any:
-    known[id(module)] = module
-    return type(module), everything(vars(module), known)
-
-
 def text() -> Tensor:
     return torch.tensor([[5, 9, 3, 7, 11, 4, 8]])
 
@@ -105,18 +83,8 @@ def metric(model: nn.Module, inputs: Any, **options: Any) -> None:
 
 
 def llm(model: nn.Module, inputs: Any, **options: Any) -> None:
-    tokenizer = words()
+    tokenizer = letter_tokenizer()
     LLMTokenAttribution(ContributionWeights(model), tokenizer).attribute("a b c", **options)
-
-
-def words() -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    model = Tokenizer(WordLevel({w: n for n, w in enumerate("?abcdefg")}, unk_token="?"))
-    model.pre_tokenizer = WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="?")
 
 
 CALLS: dict[str, Callable[[nn.Module, Any], Any]] = {
@@ -139,7 +107,7 @@ CALLS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "metric, tokens": lambda m, x: metric(m, x, granularity="token"),
     "llm": lambda m, x: llm(m, x, target="d e"),
     "llm, generated": lambda m, x: llm(m, x, gen_args={"max_new_tokens": 2}),
-    "explain": lambda m, x: explain(m, words(), "a b c"),
+    "explain": lambda m, x: explain(m, letter_tokenizer(), "a b c"),
 }
 needs_ids = {"metric", "metric, clean", "metric, tokens", "llm", "llm, generated", "explain"}
 
@@ -152,20 +120,20 @@ def test_a_call_leaves_the_model_and_its_inputs_as_they_were(
 ) -> None:
     model = make().train(training)
     inputs = {"input_ids": text(), "attention_mask": torch.ones(1, 7, dtype=torch.long)}
-    before = everything([model, inputs])
+    before = contents_of([model, inputs])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The model is in training mode")
         CALLS[call](model, inputs)
-    assert everything([model, inputs]) == before
+    assert contents_of([model, inputs]) == before
 
 
 @pytest.mark.parametrize("call", sorted(CALLS.keys() - needs_ids))
 def test_a_call_leaves_embeddings_as_they_were(call: str) -> None:
     model = llama()
     inputs = {"inputs_embeds": model.get_input_embeddings()(text()).detach()}
-    before = everything([model, inputs])
+    before = contents_of([model, inputs])
     CALLS[call](model, inputs)
-    assert everything([model, inputs]) == before
+    assert contents_of([model, inputs]) == before
 
 
 @pytest.mark.parametrize("call", sorted(CALLS.keys() - {"alti", "rollout", "sinks"} - needs_ids))
@@ -175,9 +143,9 @@ def test_a_call_leaves_a_cache_as_it_was(call: str) -> None:
     with torch.no_grad():
         model(text(), **{_name_of_cache(model): cache})
     inputs = {"input_ids": text(), _name_of_cache(model): cache}
-    before = everything([model, inputs])
+    before = contents_of([model, inputs])
     CALLS[call](model, inputs)
-    assert everything([model, inputs]) == before
+    assert contents_of([model, inputs]) == before
 
 
 def _name_of_cache(model: nn.Module) -> str:
@@ -189,14 +157,14 @@ def test_hooks_that_a_model_installs_once_are_taken_off_and_installed_again() ->
     """Asked for hidden states, models of transformers 5 put hooks on their layers and note it."""
     model = llama()
     given = {"input_ids": text(), "output_hidden_states": True}
-    before = everything([model])
+    before = contents_of([model])
     ContributionWeights(model).attribute(given)
-    assert everything([model]) == before
+    assert contents_of([model]) == before
     with torch.no_grad():
         assert len(model(**given).hidden_states) == 3
-    installed = everything([model])
+    installed = contents_of([model])
     ContributionWeights(model).attribute(given)
-    assert everything([model]) == installed
+    assert contents_of([model]) == installed
     with torch.no_grad():
         assert len(model(**given).hidden_states) == 3
 
@@ -238,10 +206,10 @@ def test_a_model_that_cannot_be_kept_is_left_alone() -> None:
 def test_a_model_is_as_it_was_after_an_error_too() -> None:
     model = untidy()
     handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
-    before = everything([model])
+    before = contents_of([model])
     with pytest.raises(ZeroDivisionError):
         ContributionWeights(model).attribute(text())
-    assert everything([model]) == before
+    assert contents_of([model]) == before
     handle.remove()
 
 

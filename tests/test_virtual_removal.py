@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from models import llama, token_ids
-from test_virtual_tokens import KINDS, V, tuned
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -22,6 +19,9 @@ from captum_cw import (
     sufficiency,
 )
 from captum_cw.capture import UnsupportedModelError
+from support.inputs import token_ids
+from support.models import VIRTUAL_COUNT, VIRTUAL_KINDS, llama, with_virtual_tokens
+from support.reference import mean_nll
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Position ids")
 UNPROTECTED: dict[str, Any] = {"protect_sinks": False}
@@ -57,27 +57,24 @@ def zeroed(model: nn.Module, removed: Tensor) -> Iterator[None]:
             handle.remove()
 
 
-def nll_of(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """Mean negative log-likelihood of the text's tokens, ``(B,)``, with loops."""
-    ids, found = inputs["input_ids"], []
-    logits = logits[:, -ids.shape[1] :].double().log_softmax(-1)
-    for b, real in enumerate(inputs["attention_mask"]):
-        places = pairwise(real.nonzero()[:, 0].tolist())
-        found.append(torch.stack([-logits[b, i, ids[b, j]] for i, j in places]).mean())
-    return torch.stack(found)
+def text_nll(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Mean negative log-likelihood of the text's own tokens, ``(B,)``."""
+    ids = inputs["input_ids"]
+    found = mean_nll(logits[:, -ids.shape[1] :], ids, inputs["attention_mask"])
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("granularity", ["pair", "token"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIRTUAL_KINDS)
 def test_the_metric_counts_from_the_end(kind: str, granularity: Any) -> None:
-    model, inputs = tuned(kind), batch()
+    model, inputs = with_virtual_tokens(kind), batch()
     scores = torch.arange(9.0).expand(2, 9)
     removed = torch.zeros(2, 9, dtype=torch.bool)
     removed[0, 5:] = removed[1, 4:] = True  # half of 7 and of 9, rounded up
     with torch.no_grad():
-        clean = nll_of(model(**inputs).logits, inputs)
+        clean = text_nll(model(**inputs).logits, inputs)
         with zeroed(model, removed):
-            changed = nll_of(model(**inputs).logits, inputs)
+            changed = text_nll(model(**inputs).logits, inputs)
     settings: dict[str, Any] = {"metric": "nll", "granularity": granularity, **UNPROTECTED}
     metric = ComprehensivenessSufficiency(model, [0.5], **settings)
     result = metric.evaluate({"s": scores}, inputs, show_progress=False)
@@ -91,9 +88,9 @@ def test_the_metric_counts_from_the_end(kind: str, granularity: Any) -> None:
 
 @pytest.mark.parametrize("rate_of", ["removable", "all"])
 @pytest.mark.parametrize("scoring", ["online", "clean"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIRTUAL_KINDS)
 def test_virtual_tokens_are_never_removed(kind: str, scoring: Any, rate_of: Any) -> None:
-    model, inputs = tuned(kind), batch()
+    model, inputs = with_virtual_tokens(kind), batch()
     settings: dict[str, Any] = {"scoring": scoring, "rate_of": rate_of, **UNPROTECTED}
     with torch.no_grad():
         clean = model(**inputs).logits
@@ -105,14 +102,14 @@ def test_virtual_tokens_are_never_removed(kind: str, scoring: Any, rate_of: Any)
     torch.testing.assert_close(found[:, -9:][real], expected[:, -9:][real], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, clean, atol=1e-2)
     lost = sufficiency(model, inputs, "contribution", [1.0], metric="nll", **settings)
-    by_hand = nll_of(expected, inputs) - nll_of(clean, inputs)
+    by_hand = text_nll(expected, inputs) - text_nll(clean, inputs)
     torch.testing.assert_close(lost[:, 0], by_hand, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIRTUAL_KINDS)
 def test_pairs_are_ranked_by_the_scores_of_the_texts_own_tokens(kind: str) -> None:
     """The pair of the highest score of each layer is removed, in a pass by hand."""
-    model, ids = tuned(kind), token_ids(1, 9)
+    model, ids = with_virtual_tokens(kind), token_ids(1, 9)
     method = TokenScores(ContributionWeights(model), layers=None, heads=None)
     scores = method.attribute(ids)[0, :, :, -9:]  # (L, H, T)
     handles = []
@@ -161,9 +158,9 @@ def test_pairs_are_ranked_by_the_scores_of_the_texts_own_tokens(kind: str) -> No
     torch.testing.assert_close(found, changed, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIRTUAL_KINDS)
 def test_every_method_and_sink_rule_runs(kind: str) -> None:
-    model, inputs = tuned(kind), batch()
+    model, inputs = with_virtual_tokens(kind), batch()
     for space in ("normed", "residual", "key", "value"):
         settings: dict[str, Any] = {"sink_space": space, "granularity": "token"}
         metric = ComprehensivenessSufficiency(model, [0.5], **settings)
@@ -196,8 +193,8 @@ def test_other_tokens_of_a_models_own_are_refused() -> None:
 
 
 def test_an_adapter_that_is_off_has_no_virtual_tokens() -> None:
-    model, ids = tuned("prompt"), token_ids()
-    assert V
+    model, ids = with_virtual_tokens("prompt"), token_ids()
+    assert VIRTUAL_COUNT
     with model.disable_adapter():
         found = sufficiency(model, ids, "contribution", [0.5])
     expected = sufficiency(model.get_base_model(), ids, "contribution", [0.5])

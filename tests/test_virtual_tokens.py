@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import peft
 import pytest
 import torch
-from models import llama, token_ids
 from torch import Tensor, nn
 
 from captum_cw import (
@@ -19,58 +17,42 @@ from captum_cw import (
     explain,
 )
 from captum_cw.capture import UnsupportedModelError
+from support.inputs import token_ids
+from support.models import VIRTUAL_COUNT, VIRTUAL_KINDS, llama, with_virtual_tokens
 
-V = 3
-KINDS = {
-    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=V),
-    "p": lambda: peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=V, encoder_hidden_size=16
-    ),
-    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=V),
-}
 IDS = token_ids(1, 9)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Position ids")
 
 
-def tuned(kind: str) -> Any:
-    torch.manual_seed(1)
-    model = peft.get_peft_model(llama(), KINDS[kind]()).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "prompt_encoder" in name:
-                p.normal_(0, 0.5)
-    return model
-
-
-def own(maps: list[Tensor]) -> Tensor:
+def maps_of_text(maps: list[Tensor]) -> Tensor:
     """``(L, H, 9, 9)``: the text's own queries and keys of maps ``(1, H, T, S)``."""
     return torch.stack([x[0, :, -9:, -9:] for x in maps])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIRTUAL_KINDS)
 def test_virtual_tokens_are_seen_by_a_plain_call(kind: str) -> None:
-    shapes = {tuple(x.shape) for x in ContributionWeights(tuned(kind)).attribute(IDS)}
-    assert shapes == {(1, 4, 9 if kind == "prefix" else 9 + V, 9 + V)}
+    shapes = {tuple(x.shape) for x in ContributionWeights(with_virtual_tokens(kind)).attribute(IDS)}
+    assert shapes == {(1, 4, 9 if kind == "prefix" else 9 + VIRTUAL_COUNT, 9 + VIRTUAL_COUNT)}
 
 
 @pytest.mark.parametrize("measure", [ContributionWeights, VWONAttention])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIRTUAL_KINDS)
 def test_rows_are_those_of_the_texts_own_tokens(kind: str, measure: Any) -> None:
-    model = tuned(kind)
-    expected = own(measure(model).attribute(IDS)).abs().mean((0, 1))
+    model = with_virtual_tokens(kind)
+    expected = maps_of_text(measure(model).attribute(IDS)).abs().mean((0, 1))
     for inputs in (IDS, {"input_ids": IDS}, (IDS,)):
         rows, output = TokenScores(measure(model)).rows(inputs, slice(3, 6))
         assert torch.allclose(rows[0], expected[3:6], atol=1e-5)
     assert output.logits.shape[-1] == 64
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIRTUAL_KINDS)
 def test_an_output_is_made_of_the_prompts_own_tokens(kind: str, tiny_tokenizer: Any) -> None:
-    model = tuned(kind)
+    model = with_virtual_tokens(kind)
     llm = LLMTokenAttribution(ContributionWeights(model), tiny_tokenizer)
     found = llm.attribute({"input_ids": IDS[:, :6]}, target=IDS[0, 6:])
-    expected = own(ContributionWeights(model).attribute(IDS)).abs().mean((0, 1))
+    expected = maps_of_text(ContributionWeights(model).attribute(IDS)).abs().mean((0, 1))
     assert torch.allclose(found.token_attr, expected[5:8, :6], atol=1e-5)
     with torch.no_grad():
         logits = model(IDS).logits[0, -9:]
@@ -82,20 +64,22 @@ def test_an_output_is_made_of_the_prompts_own_tokens(kind: str, tiny_tokenizer: 
 
 @pytest.mark.parametrize("method", [ContributionWeights, ALTIWeights])
 def test_influence_over_virtual_tokens_is_followed_and_cut(method: Any) -> None:
-    model = tuned("prompt")
+    model = with_virtual_tokens("prompt")
     for query in (4, 8):
-        last = TokenScores(method(model), layers="rollout", queries=query + V).attribute(IDS)
+        last = TokenScores(
+            method(model), layers="rollout", queries=query + VIRTUAL_COUNT
+        ).attribute(IDS)
         rows, _ = TokenScores(method(model), layers="rollout").rows(IDS, slice(query, query + 1))
-        assert torch.allclose(rows[0, 0], last[0, V:], atol=1e-6)
+        assert torch.allclose(rows[0, 0], last[0, VIRTUAL_COUNT:], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VIRTUAL_KINDS)
 def test_an_explanation_is_of_the_texts_own_tokens(kind: str, tiny_tokenizer: Any) -> None:
-    model = tuned(kind)
+    model = with_virtual_tokens(kind)
     found = explain(model, tiny_tokenizer, IDS, keys=9)
     assert len(found.tokens) == 9
     contributions = ContributionWeights(model).attribute(IDS)
-    mine = own(contributions)
+    mine = maps_of_text(contributions)
     assert torch.allclose(found.maps["contribution"], mine.abs().mean((0, 1)), atol=1e-5)
     assert torch.allclose(found.maps["signed"], mine.sum(1).mean(0), atol=1e-5)
     counts = torch.arange(9, 0, -1)  # the queries that see a key
@@ -114,7 +98,7 @@ def test_an_explanation_is_of_the_texts_own_tokens(kind: str, tiny_tokenizer: An
 def test_blocks_of_queries_change_nothing(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tuned("prompt")
+    model = with_virtual_tokens("prompt")
     whole = explain(model, tiny_tokenizer, IDS)
     monkeypatch.setattr("captum_cw.functional.BLOCK_ELEMENTS", 4 * 12 * 5)
     blocks = explain(model, tiny_tokenizer, IDS)

@@ -1,7 +1,7 @@
 """Run by two processes: a model that is spread over them gives what the whole one gives, be it by
 its heads (tensor parallel) or by its weights (FSDP2).
 
-torchrun --nproc_per_node 2 tests/two_processes.py FOLDER [FOLDER ...]
+torchrun --nproc_per_node 2 tests/support/two_processes.py FOLDER [FOLDER ...]
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def _first(out: Any) -> Tensor:
     return first
 
 
-def look(model: nn.Module, inputs: dict[str, Any]) -> list[Call]:
+def attention_calls(model: nn.Module, inputs: dict[str, Any]) -> list[Call]:
     """The attention calls of a pass."""
     softmaxes = Softmaxes()
     with torch.no_grad(), softmaxes.watching(model):

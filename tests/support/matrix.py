@@ -1,6 +1,6 @@
 """Every model type of transformers against a reference that knows none of them.
 
-    python tests/matrix.py
+    cd tests && python -m support.matrix
 
 writes docs/architectures.md, and the same for ``captum-cw models``. The model's own eager kernel
 tells attention weights and values. What comes of head outputs is asked of the attention module
@@ -16,38 +16,27 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import by_hand
-import reference
 import torch
 import transformers
-from architectures import GROUPS, CannotBuild, build, types
-from architectures import inputs as inputs_of
 from torch import Tensor, nn
 
 from captum_cw import (
-    AttentionWeights,
     ContributionWeights,
     TokenScores,
-    VWAttention,
-    VWONAttention,
     remove_values,
 )
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.models.architectures import TITLES, ModelTypes, Outcome
+from support import handwritten, reference
+from support.architectures import GROUPS, CannotBuild, build, types
+from support.architectures import inputs as inputs_of
+from support.measures import MEASURES
+from support.paths import ROOT
 
-METHODS = {
-    "attention": AttentionWeights,
-    "vw": VWAttention,
-    "vwon": VWONAttention,
-    "inter": ContributionWeights,
-}
-
-
-PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+PAGE = ROOT / "docs" / "architectures.md"
 #: Types without a softmax over tokens.
 NO_SOFTMAX = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
 
@@ -132,7 +121,7 @@ class Kernels:
         return run
 
 
-def look(model: nn.Module, inputs: dict[str, Any]) -> list[Call]:
+def kernel_calls(model: nn.Module, inputs: dict[str, Any]) -> list[Call]:
     """The attention calls of a pass, with what their modules were given."""
     kernels = Kernels()
 
@@ -171,7 +160,7 @@ def projected(model: nn.Module, call: Call, inner: bool = False) -> tuple[Tensor
     """
     linear = call.inner if inner else call.linear
     args, kwargs = call.given
-    kwargs = kwargs | {name: None for name in by_hand.CACHES if name in kwargs}
+    kwargs = kwargs | {name: None for name in handwritten.CACHES if name in kwargs}
     B, T, H, d_h = call.head_output.shape
     kernels = Kernels()
 
@@ -212,27 +201,27 @@ def check(model: Any, inputs: dict[str, Any]) -> Outcome:
     """
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        calls: list[Any] = look(model, inputs)
+        calls: list[Any] = kernel_calls(model, inputs)
         by_itself = not calls
         if by_itself:
-            calls = by_hand.look(model, inputs)
+            calls = handwritten.attention_calls(model, inputs)
         kinds = tuple(dict.fromkeys(type(c.module).__name__ for c in calls))
         try:
             maps = {
                 name: method(model, kind="all").attribute(inputs)
-                for name, method in METHODS.items()
+                for name, method in MEASURES.items()
             }
         except UnsupportedModelError as error:
             return Outcome("refused", str(error), 0, kinds, "" if by_itself else "registry")
         scores = _scores(model, inputs)
         _check_logits(model, inputs)
     if len(calls) != len(maps["inter"]):  # some go through the registry, some do not
-        calls, by_itself = by_hand.look(model, inputs), True
+        calls, by_itself = handwritten.attention_calls(model, inputs), True
     assert len(calls) == len(maps["inter"]), (len(calls), len(maps["inter"]))
     for number, call in enumerate(calls):
         seeing = call.attention.sum((1, 3)) > 0  # (B, T)
         for inner in (False, True):
-            v, o = (by_hand.projected if by_itself else projected)(model, call, inner)
+            v, o = (handwritten.projected if by_itself else projected)(model, call, inner)
             total = (call.attention.double()[..., None] * v).sum((1, 3))
             o = o * seeing[..., None]
             linear = torch.allclose(total, o, atol=1e-3 * float(o.abs().max()))
@@ -240,7 +229,7 @@ def check(model: Any, inputs: dict[str, Any]) -> Outcome:
                 break
         assert linear, "no linear map"
         measured = reference.measures_of(call.attention, v)
-        expected = {name: measured[name] for name in METHODS}
+        expected = {name: measured[name] for name in MEASURES}
         expected = {n: torch.where(seeing[:, None, :, None], g, 0) for n, g in expected.items()}
         for name, g in expected.items():
             scale = float(g.abs().max())
@@ -321,7 +310,7 @@ def _check_removal(model: Any, inputs: dict[str, Any], calls: list[Any], by_itse
         B, H, _, S = call.attention.shape
         masks.append(torch.rand(B, H, S, generator=generator) < 0.3)
     if by_itself:
-        expected = answer(by_hand.without_values(model, inputs, masks))
+        expected = answer(handwritten.without_values(model, inputs, masks))
     else:
         kernels = Kernels(values=lambda n, v: v.masked_fill(masks[n][..., None], 0))
         with torch.no_grad(), kernels.watching(model):
@@ -359,14 +348,14 @@ def page(found: ModelTypes) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Made by `python tests/matrix.py` with transformers {found.transformers}, torch "
-        f"{found.torch}: model types of transformers, each small and with random weights. A "
-        "type works if all four measures, token scores and a removal are those of a slow reference "
-        "that asks the attention modules themselves, and if what it returns does not change by a "
-        "bit while it is observed. Attention is computed through the attention registry of "
-        "transformers, there under the eager kernel and under SDPA, or by the model itself. What "
-        "is not supported is refused with its reason; what is left out of a model is said in a "
-        "warning.",
+        "Made by `python -m support.matrix` in `tests/` with transformers "
+        f"{found.transformers}, torch {found.torch}: model types of transformers, each small and "
+        "with random weights. A type works if all four measures, token scores and a removal are "
+        "those of a slow reference that asks the attention modules themselves, and if what it "
+        "returns does not change by a bit while it is observed. Attention is computed through the "
+        "attention registry of transformers, there under the eager kernel and under SDPA, or by "
+        "the model itself. What is not supported is refused with its reason; what is left out of "
+        "a model is said in a warning.",
     ]
     for group, of_group in found.groups.items():
         lines += ["", f"## {TITLES[group]}", "", _counts(found, group), ""]
