@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 # They build models from configurations that transformers has since 5.0.
 collect_ignore = (
-    ["tests/support/architectures.py", "tests/support/matrix.py", "tests/test_architectures.py"]
+    [
+        "tests/models/test_architectures.py",
+        "tests/support/architectures.py",
+        "tests/support/matrix.py",
+    ]
     if version("transformers") < "5"
     else []
 )

@@ -100,7 +100,7 @@ def test_layers_come_text_by_text_in_order(make: Any) -> None:
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="since transformers 5.5")
 def test_no_layer_comes_twice_where_a_model_leaves_queries_out() -> None:
     """Gemma 4, asked for its last logits alone, runs its last layers on the last token alone."""
-    import architectures  # builds models that transformers has since 5.0
+    from support import architectures  # builds models that transformers has since 5.0
 
     model = architectures.build("gemma4_text")
     texts = [token_ids(1, T, seed=T)[0] + architectures.RESERVED - 3 for T in (9, 4, 6)]

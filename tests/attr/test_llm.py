@@ -347,7 +347,7 @@ def test_only_the_logits_of_the_output_are_asked_for(
 
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="since transformers 5.5")
 def test_layers_that_leave_out_early_queries_are_read_from_the_end(tiny_tokenizer: Any) -> None:
-    import architectures
+    from support import architectures
 
     model = architectures.build("gemma4_text")
     scores = TokenScores(AttentionWeights(model))
