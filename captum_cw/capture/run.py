@@ -99,7 +99,7 @@ class Runner:
         self.kind: Kinds = kind
         self.chosen: list[nn.Module] | None = None
         if self.layer is not None:
-            self.chosen = [self.layer] if isinstance(self.layer, nn.Module) else self.layer
+            self.chosen = [self.layer] if isinstance(self.layer, nn.Module) else list(self.layer)
         self.roots: list[nn.Module] = self.chosen or [] if self.model is None else [self.model]
         self._names: list[str] | None = None
         self._all_logits = False  # whether the model leaves queries out that have no logits
