@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import string
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import captum_cw
 from captum_cw.models import loading
+from support.inputs import letter_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +19,11 @@ if TYPE_CHECKING:
 
 # They build models from configurations that transformers has since 5.0.
 collect_ignore = (
-    ["tests/architectures.py", "tests/matrix.py", "tests/test_architectures.py"]
+    [
+        "tests/models/test_architectures.py",
+        "tests/support/architectures.py",
+        "tests/support/matrix.py",
+    ]
     if version("transformers") < "5"
     else []
 )
@@ -58,12 +59,7 @@ def tiny_model() -> PreTrainedModel:
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
     """Words are the letters and digits, split at white space: "a" is 1; others are unknown."""
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: place for place, word in enumerate(f"?{string.ascii_letters}{string.digits}")}
-    model = Tokenizer(WordLevel(words, unk_token="?"))
-    model.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="?")
+    return letter_tokenizer()
 
 
 @pytest.fixture(scope="session")

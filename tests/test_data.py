@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -17,18 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from captum_cw.data import load_texts, token_batches
-
-SHARED = Path(
-    os.environ.get("CAPTUM_CW_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
-)
-
-
-def shared(name: str) -> Path:
-    """A set that is kept beside the repository."""
-    if not (SHARED / name).exists():
-        pytest.skip(f"{SHARED / name} is missing: CAPTUM_CW_DATA names the folder of these sets")
-    return SHARED / name
-
+from support.paths import shared_data
 
 MMLU_TEXT = "Question: 1 + 1?\nA. 0.50\nB. None\nC. 2\nD. 3\nAnswer: C"
 BOOLQ = {"passage": "Ice is cold.", "question": "is ice cold"}
@@ -356,7 +344,7 @@ def test_without_datasets_the_install_is_named(
     ],
 )
 def test_real_sets_are_read_in_full(name: str, count: int, part: str) -> None:
-    texts = load_texts(shared(name))
+    texts = load_texts(shared_data(name))
     assert len(texts) == count
     assert part in texts[0]
 

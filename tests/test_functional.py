@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from captum_cw import functional
 from captum_cw.functional import AttentionLayer, QueryMask, contribution, dense_map
+from support import reference
 
 MEASURES = {
     "attention": functional.attention,

@@ -1,7 +1,7 @@
 """Which model types of transformers are tested, and what came of each.
 
 ``architectures.json`` beside this file is written by the tests of the whole matrix of model types,
-``python tests/matrix.py``, and nowhere else.
+``python -m support.matrix`` in ``tests/``, and nowhere else.
 """
 
 from __future__ import annotations

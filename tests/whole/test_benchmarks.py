@@ -1,0 +1,90 @@
+"""The benchmark measures what it says, and writes one page."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from support.paths import ROOT
+from support.running import process_environment
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("run")
+
+
+@pytest.fixture
+def command(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> list[str]:
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    sizes = ["--lengths", "16", "--memory-lengths", "16,32", "--repeats", "2"]
+    options = ["--model", str(tmp_path / "model"), "--threads", "1", "--gradient-steps", "2"]
+    return [
+        *(sys.executable, "benchmarks/run.py"),
+        *(*sizes, *options),
+        *("--out", str(tmp_path / "page.md")),
+    ]
+
+
+def started(command: list[str]) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=ROOT, env=process_environment(), stdout=pipe, stderr=pipe, text=True
+    )
+
+
+@pytest.mark.slow
+def test_one_command_writes_all_tables_and_goes_on_after_a_kill(
+    command: list[str], tmp_path: Path
+) -> None:
+    unfinished = tmp_path / "page.records"
+    killed = started(command)
+    while not unfinished.exists() or unfinished.read_bytes().count(b"\n") < 3:
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    before = [line for line in unfinished.read_bytes().splitlines(keepends=True) if b"\n" in line]
+
+    other = started([*command, "--repeats", "3"])
+    assert "repeats: 2 there, 3 here" in other.communicate()[1]
+    assert other.returncode == 1
+
+    ran = started(command)
+    while unfinished.read_bytes().count(b"\n") <= len(before):
+        assert ran.poll() is None, ran.communicate()[1]
+        time.sleep(0.05)
+    assert unfinished.read_bytes().startswith(b"".join(before))
+    out, err = ran.communicate()
+    assert ran.returncode == 0, err
+    assert not unfinished.exists()
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert text.strip() == out.strip()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [len(row) for row in rows] == [3] * 8 + [3] * 3 + [3] * 3 + [5] * 4
+    assert "extrapolated" in text
+    assert "failed" not in text
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_reported(benchmark: ModuleType) -> None:
+    assert benchmark.in_own_process(os._exit, 3) == "failed: exit code 3"
+
+
+@pytest.mark.parametrize("options", [["--lengths", "0"], ["--gradient-steps", "1"]])
+def test_senseless_options_are_refused(
+    benchmark: ModuleType, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(options)
+    assert options[0] in capsys.readouterr().err
