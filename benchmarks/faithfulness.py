@@ -56,8 +56,8 @@ SETTINGS = {
     "clean-sum": Setting("Clean scoring, sum", {"scoring": "clean", "reduction": "sum"}),
     "clean-max": Setting("Clean scoring, max", {"scoring": "clean", "reduction": "max"}),
     "clean-rms": Setting("Clean scoring, rms", {"scoring": "clean", "reduction": "rms"}),
-    "global-mean": Setting("All layers ranked jointly", {"scoring": "clean", "scope": "global"}),
-    "head-mean": Setting("Each head ranked alone", {"scoring": "clean", "scope": "head"}),
+    "global-mean": Setting("All layers ranked jointly", {"scoring": "clean", "ranking": "global"}),
+    "head-mean": Setting("Each head ranked alone", {"scoring": "clean", "ranking": "head"}),
     "sinks-mean": Setting("Sinks may be removed", {"scoring": "clean", "protect_sinks": False}),
     "tokens-mean": Setting("Whole tokens, mean", {"scoring": "clean", "granularity": "token"}),
     "tokens-sum": Setting(

@@ -98,7 +98,7 @@ def pictures(model: Any, tokenizer: Any) -> Iterator[tuple[str, Figure]]:
 
     batches = token_batches(TEXTS, tokenizer, batch_size=3)
     metric = ComprehensivenessSufficiency(
-        model, rates={"top": [0.02, 0.05, 0.1], "bottom": [0.3, 0.5, 0.7]}, metric="nll"
+        model, rates={"top": [0.02, 0.05, 0.1], "bottom": [0.3, 0.5, 0.7]}, quantity="nll"
     )
     methods = ("contribution", "vwon", "vw", "attention", "random")
     result = metric.evaluate({name: name for name in methods}, batches)

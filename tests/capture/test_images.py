@@ -324,7 +324,7 @@ def test_faithfulness_is_that_of_the_language_model_alone(
 ) -> None:
     model, inputs = make(), inputs_of(make)
     reference = Alone(model, alone(model, inputs)).eval()
-    options = {"rates": [0.25, 0.5], "scoring": scoring, "scope": scope, "metric": "nll"}
+    options = {"rates": [0.25, 0.5], "scoring": scoring, "ranking": scope, "quantity": "nll"}
     methods = {"ours": "contribution", "chance": "random"}
     found, expected = (
         ComprehensivenessSufficiency(m, **options, granularity=granularity).evaluate(
@@ -342,7 +342,7 @@ def test_faithfulness_is_that_of_the_language_model_alone(
 def test_padding_of_the_text_does_not_count_in_the_likelihood() -> None:
     model, inputs = llava(), inputs_of(llava)
     inputs["attention_mask"][1, -2:] = 0
-    metric = ComprehensivenessSufficiency(model, [0.5], metric="nll")
+    metric = ComprehensivenessSufficiency(model, [0.5], quantity="nll")
     result = metric.evaluate({"ours": "contribution"}, inputs, show_progress=False)
     assert [record["count"] for record in result.records] == [9, 7]
     with torch.no_grad():
@@ -354,7 +354,7 @@ def test_padding_of_the_text_does_not_count_in_the_likelihood() -> None:
 def test_tokens_that_are_seen_ahead_do_not_count_in_the_likelihood() -> None:
     """In Gemma 3 the tokens of an image see each other, and the text sees what comes before it."""
     model, inputs = gemma3(), inputs_of(gemma3)
-    metric = ComprehensivenessSufficiency(model, [0.5], metric="nll")
+    metric = ComprehensivenessSufficiency(model, [0.5], quantity="nll")
     result = metric.evaluate({"ours": "contribution"}, inputs, show_progress=False)
     with torch.no_grad():
         logits = model(**inputs).logits.log_softmax(-1)
@@ -544,7 +544,7 @@ def test_single_tokens_of_a_masked_language_model_are_measured_beside_padding() 
         "attention_mask": torch.tensor([[1, 0, 0], [1, 0, 0]]),
     }
     metric = ComprehensivenessSufficiency(
-        model, [0.5], metric="nll", mask_token_id=5, protect_sinks=False
+        model, [0.5], quantity="nll", mask_token_id=5, protect_sinks=False
     )
     result = metric.evaluate({"ours": "contribution"}, inputs, show_progress=False)
     assert [record["count"] for record in result.records] == [1, 1]

@@ -21,19 +21,18 @@ import torch
 import transformers
 
 import captum_cw
+from captum_cw import measures
 from captum_cw.capture import StateSpace
 from captum_cw.cli import attribute, choices, main, output, parser, problems
 from captum_cw.cli import demo as demo_command
 from captum_cw.cli import reproduce as reproduce_command
 from captum_cw.data import _HUB_SETS, Bos
 from captum_cw.functional import Reduction
-from captum_cw.metrics.batch import Granularity
-from captum_cw.metrics.quantities import MetricName
+from captum_cw.metrics.quantities import QuantityName
 from captum_cw.models import inspection, loading
 from captum_cw.models.architectures import ModelTypes
-from captum_cw.removal.interventions import Scoring
-from captum_cw.removal.ranking import RateOf, Scope
-from captum_cw.removal.scoring import CONTROLS, METHODS, RANDOM
+from captum_cw.removal.options import Granularity, Scoring
+from captum_cw.removal.ranking import RankingScope, RateOf
 from captum_cw.reproduce import ITEMS, PLANS
 from support.models import SIZES, build, gpt2
 from support.paths import ROOT
@@ -92,7 +91,7 @@ def printed_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return document
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", measures.names())
 @pytest.mark.parametrize("target", [[], ["--target", "d e"]])
 def test_attribute_prints_each_token_with_its_score(
     folder: str, method: str, target: list[str], capsys: pytest.CaptureFixture[str]
@@ -447,13 +446,13 @@ def test_a_classifier_is_evaluated_by_its_classes(
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
     assert "predicts classes, not tokens (its logits are (3, 3))" in capsys.readouterr().err
     out = tmp_path / "classes"
-    assert main([*arguments, "--metric", "log_prob", "--out", str(out)]) == 0
+    assert main([*arguments, "--quantity", "log_prob", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "log_prob of 3 texts" in printed
     assert "corpus" not in printed
     header = (out / "result.csv").read_text().splitlines()[0]
     assert header == "method,side,rate,delta"
-    assert main([*arguments, "--metric", "log_prob", "--out", str(out), "--json"]) == 0
+    assert main([*arguments, "--quantity", "log_prob", "--out", str(out), "--json"]) == 0
     assert printed_json(capsys)["texts"]["clean_corpus"] is None
 
 
@@ -464,7 +463,7 @@ def test_a_masked_language_model_is_evaluated_by_its_masks(
     model = saved_bert("BertForMaskedLM", tiny_tokenizer, tmp_path / "masked")
     arguments = ["evaluate", "--model", model, "--data", data, "--methods", "vw,random"]
     out = tmp_path / "out"
-    assert main([*arguments, "--rates", "0.5", "--metric", "nll", "--out", str(out)]) == 0
+    assert main([*arguments, "--rates", "0.5", "--quantity", "nll", "--out", str(out)]) == 0
     settings = captum_cw.metrics.FaithfulnessResult.load(out / "result.json").settings
     assert settings["mask_token_id"] == tiny_tokenizer.mask_token_id
 
@@ -472,7 +471,7 @@ def test_a_masked_language_model_is_evaluated_by_its_masks(
 def test_tasks_are_refused_of_a_classifier_before_the_texts_are_run(
     classifier: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["evaluate", "--model", classifier, "--data", data, "--metric", "kl"]
+    arguments = ["evaluate", "--model", classifier, "--data", data, "--quantity", "kl"]
     assert main([*arguments, "--tasks", "quiz", "--out", str(tmp_path / "out")]) == 1
     assert "BertForSequenceClassification does not predict the next token" in (
         capsys.readouterr().err
@@ -740,18 +739,15 @@ def test_the_package_runs_as_a_module() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert tuple(METHODS) == choices.METHODS
-    assert tuple(CONTROLS) == choices.CONTROLS
-    assert choices.RANDOM == RANDOM
     assert tuple(_HUB_SETS) == choices.DATA
     assert tuple(ITEMS) == choices.ITEMS
     assert tuple(PLANS) == choices.PRESETS
     for known, of in (
         (choices.REDUCTIONS, Reduction),
         (choices.SCORINGS, Scoring),
-        (choices.SCOPES, Scope),
+        (choices.RANKINGS, RankingScope),
         (choices.RATES_OF, RateOf),
-        (choices.METRICS, MetricName),
+        (choices.QUANTITIES, QuantityName),
         (choices.GRANULARITIES, Granularity),
         (choices.STATES, StateSpace),
         (choices.STARTS, Bos),

@@ -80,7 +80,7 @@ def test_a_run_leaves_numbers_tables_and_figures(
 
 def test_options_reach_the_metric(command: list[str], tmp_path: Path) -> None:
     options = {
-        "scoring": "clean", "scope": "global", "reduction": "sum", "metric": "kl",
+        "scoring": "clean", "ranking": "global", "reduction": "sum", "quantity": "kl",
         "rate_of": "all", "sink_space": "value", "granularity": "token", "seed": "3",
     }  # fmt: skip
     flags = [x for n, v in options.items() for x in (f"--{n.replace('_', '-')}", v)]
@@ -121,7 +121,7 @@ def test_wrong_usage_is_told_from_failure(
     [
         (["--rates", "0.5,0.2"], "ascending order"),
         (["--data", "no/such/file.txt"], "no/such/file.txt"),
-        (["--scope", "global"], "scoring='clean'"),
+        (["--ranking", "global"], "scoring='clean'"),
         (["--device", "nowhere"], "nowhere"),
     ],
 )

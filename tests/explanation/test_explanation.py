@@ -102,7 +102,7 @@ def spread(keys: Tensor, x: Tensor, S: int) -> Tensor:
 
 def test_the_keys_that_are_kept_are_those_that_matter_most(tiny_tokenizer: Any) -> None:
     model = llama()
-    found = explain(model, tiny_tokenizer, IDS, keys=2)
+    found = explain(model, tiny_tokenizer, IDS, top_k=2)
     for layer, d in zip(found.heads, ContributionWeights(model).decompose(IDS), strict=True):
         importance = torch.maximum(
             d.attention / d.attention.amax(-1, keepdim=True),
@@ -111,17 +111,17 @@ def test_the_keys_that_are_kept_are_those_that_matter_most(tiny_tokenizer: Any) 
         best = importance.topk(2).indices
         assert torch.equal(layer.keys[:, 1:].long(), best[:, 1:])  # the first sees one key
         close(layer.attention, d.attention[0].gather(-1, best))
-    assert explain(model, tiny_tokenizer, IDS, keys=1).heads[0].keys.shape == (4, 7, 1)
-    assert explain(model, tiny_tokenizer, IDS, keys=0).heads == ()
+    assert explain(model, tiny_tokenizer, IDS, top_k=1).heads[0].keys.shape == (4, 7, 1)
+    assert explain(model, tiny_tokenizer, IDS, top_k=0).heads == ()
 
 
 def test_blocks_of_queries_change_nothing(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = llama()
-    whole = explain(model, tiny_tokenizer, IDS, keys=4)
+    whole = explain(model, tiny_tokenizer, IDS, top_k=4)
     monkeypatch.setattr("captum_cw.functional.BLOCK_ELEMENTS", 60)  # two queries
-    blocks = explain(model, tiny_tokenizer, IDS, keys=4)
+    blocks = explain(model, tiny_tokenizer, IDS, top_k=4)
     for name, x in whole.maps.items():
         close(blocks.maps[name], x)
         close(blocks.scores[name], whole.scores[name])
@@ -178,7 +178,7 @@ def test_an_output_that_vanishes_is_zero_and_said(tiny_tokenizer: Any) -> None:
     with pytest.warns(UserWarning, match="7 attention outputs vanish"):
         found = explain(model, tiny_tokenizer, IDS)
     with pytest.warns(UserWarning, match="vanish"):
-        gone, _ = explain(model, tiny_tokenizer, IDS, keys=1).heads
+        gone, _ = explain(model, tiny_tokenizer, IDS, top_k=1).heads
     close(gone.attention[..., 0], AttentionWeights(model).attribute(IDS)[0][0].amax(-1))
     gone = found.heads[0]
     assert not gone.output_norm.any()
@@ -206,7 +206,11 @@ def test_a_text_and_its_ids_are_explained_alike(tiny_tokenizer: Any) -> None:
     {
         "empty": (lambda t: explain(llama(), t, ""), ValueError, r"shape \(1, 0\).*one token"),
         "a batch": (lambda t: explain(llama(), t, IDS.expand(2, 7)), ValueError, r"shape \(2, 7\)"),
-        "keys": (lambda t: explain(llama(), t, IDS, keys=-1), ValueError, "keys=-1"),
+        "keys": (
+            lambda t: explain(llama(), t, IDS, top_k=-1),
+            ValueError,
+            "top_k must be 0 or more, got -1",
+        ),
         "an encoding": (
             lambda t: explain(llama(), t, t(["a b", "c d"], return_tensors="pt")),
             ValueError,
@@ -235,7 +239,7 @@ def test_maps_that_would_not_fit_are_refused_with_their_size(
     monkeypatch.setattr("captum_cw._utils.memory.psutil.virtual_memory", Memory)
     model = llama()
     before = state_of(model)
-    with pytest.raises(MemoryError, match=r"GB \(5 of 7 x 7, and 7 keys.*2 x 4 heads.*keys=0"):
+    with pytest.raises(MemoryError, match=r"GB \(5 of 7 x 7, and 7 keys.*2 x 4 heads.*top_k=0"):
         explain(model, tiny_tokenizer, IDS)
     needed = 4 * (6 * 7 * 7 + 2 * 4 * 7 * (7 * 4 + 1))
     Memory.available = needed - 1
@@ -251,10 +255,10 @@ def test_maps_that_would_not_fit_are_refused_with_their_size(
 
 def test_dense_maps_make_the_same_explanation(tiny_tokenizer: Any) -> None:
     for model in (llama(), mistral(), bert()):
-        expected = explain(model, tiny_tokenizer, IDS, keys=3)
+        expected = explain(model, tiny_tokenizer, IDS, top_k=3)
         method = ContributionWeights(model)
         found = Explanation.from_maps(
-            expected.tokens, method.decompose(IDS), layers=method.layers, keys=3
+            expected.tokens, method.decompose(IDS), layers=method.layers, top_k=3
         )
         plain = Explanation.from_maps(
             expected.tokens, {name: kind(model).attribute(IDS) for name, kind in METHODS.items()}

@@ -27,7 +27,7 @@ def explanation(tiny_model: nn.Module, tiny_tokenizer: Any) -> Explanation:
     """With all that one may hold."""
     tiny_tokenizer.chat_template = TEMPLATE
     chat = [{"role": "U", "content": "a b ?"}, {"role": "A", "content": "c d"}]
-    return explain(tiny_model, tiny_tokenizer, chat, keys=3)
+    return explain(tiny_model, tiny_tokenizer, chat, top_k=3)
 
 
 def check_equal(found: Any, expected: Any) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from captum_cw import ContributionWeights, Explanation, explain
-from captum_cw.explanation.explanation import MEASURES, HeadMaps
+from captum_cw.explanation.explanation import OF_HEADS, HeadMaps
 from captum_cw.explanation.page import LABELS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -81,7 +81,7 @@ def show(browser, tmp_path: Path) -> Iterator[Show]:
 
 @pytest.fixture
 def explanation(tiny_model, tiny_tokenizer) -> Explanation:
-    return explain(tiny_model, tiny_tokenizer, TEXT, keys=4)
+    return explain(tiny_model, tiny_tokenizer, TEXT, top_k=4)
 
 
 def figures(page: Page, heading: str | None = None) -> dict[str, float]:
@@ -489,7 +489,7 @@ def test_output_tokens_draw_from_input_tokens(show: Show) -> None:
 
 
 def test_no_kept_keys_show_no_heads(show: Show, tiny_model, tiny_tokenizer) -> None:
-    page = show(explain(tiny_model, tiny_tokenizer, TEXT, keys=0))
+    page = show(explain(tiny_model, tiny_tokenizer, TEXT, top_k=0))
     assert page.locator("#layer option").count() == 1
 
 
@@ -593,9 +593,7 @@ def long_explanation() -> Explanation:
     layer = HeadMaps(
         "layer", kept.indices.int(), kept.values, norm, cosine, torch.ones(T), cosine.sum(-1)
     )
-    maps = {
-        name: torch.rand(T, T, generator=draw) * seen for name in (*MEASURES, "contribution-signed")
-    }
+    maps = {name: torch.rand(T, T, generator=draw) * seen for name in OF_HEADS}
     scores = {name: x.mean(0) for name, x in maps.items()}
     return Explanation([f" token{n}" for n in range(T)], scores, maps, [layer] * 30)
 

@@ -14,7 +14,7 @@ from captum_cw import ComprehensivenessSufficiency, comprehensiveness, remove_va
 from captum_cw.cli.demo_figures import explain_prediction
 from captum_cw.cli.run_folder import save_result
 from captum_cw.metrics import FaithfulnessResult
-from captum_cw.metrics.quantities import MetricName
+from captum_cw.metrics.quantities import QuantityName
 from support.inputs import token_ids
 from support.models import SIZES, bert, build, llama
 
@@ -72,7 +72,7 @@ def test_deltas_of_classes_equal_removal_by_hand(kind: str, metric: Any) -> None
         "kl": (log_clean.exp() * (log_clean - log_changed)).sum(-1),
     }[metric]
     given = first_class if metric == "own" else metric
-    settings: dict[str, Any] = {"metric": given, "protect_sinks": False}
+    settings: dict[str, Any] = {"quantity": given, "protect_sinks": False}
     found = comprehensiveness(model, inputs, scores, [0.25], **settings)
     assert expected.abs().min() > 1e-5
     torch.testing.assert_close(found[:, 0], expected, rtol=1e-3, atol=1e-5)
@@ -87,7 +87,7 @@ def test_classifiers_are_measured_by_pairs_and_tokens(
     model = classifier(kind)
     choices: dict[str, Any] = {"scoring": scoring, "granularity": granularity}
     for metric in (first_class, "log_prob", "prob", "kl"):
-        choices.update(metric=metric, protect_sinks=False)
+        choices.update(quantity=metric, protect_sinks=False)
         whole = ComprehensivenessSufficiency(model, [0.5], **choices)
         result = whole.evaluate({"c": "contribution", "r": "random"}, batch(), show_progress=False)
         assert result.deltas("c", "sufficiency").isfinite().all()
@@ -96,7 +96,7 @@ def test_classifiers_are_measured_by_pairs_and_tokens(
 
 def test_a_class_may_be_given() -> None:
     model, inputs = classifier("bert"), batch()
-    settings: dict[str, Any] = {"metric": "prob"}
+    settings: dict[str, Any] = {"quantity": "prob"}
     each = [sufficiency(model, inputs, "vw", [0.5], target=c, **settings) for c in range(CLASSES)]
     assert torch.stack(each).sum(0).abs().max() < 1e-6  # probabilities sum to one
     two = sufficiency(model, inputs, "vw", [0.5], target=torch.tensor([2, 0]), **settings)
@@ -110,9 +110,11 @@ def test_a_class_may_be_given() -> None:
 
 @pytest.mark.parametrize("metric", ["perplexity", "nll"])
 @pytest.mark.parametrize("make", [lambda: classifier("bert"), lambda: classifier("llama"), tagger])
-def test_a_text_has_no_likelihood_by_a_classifier(make: Any, metric: MetricName) -> None:
-    with pytest.raises(ValueError, match=r"predicts classes, not tokens .* use metric='log_prob'"):
-        sufficiency(make(), batch(), "contribution", [0.5], metric=metric)
+def test_a_text_has_no_likelihood_by_a_classifier(make: Any, metric: QuantityName) -> None:
+    with pytest.raises(
+        ValueError, match=r"predicts classes, not tokens .* use quantity='log_prob'"
+    ):
+        sufficiency(make(), batch(), "contribution", [0.5], quantity=metric)
 
 
 def test_labels_of_classes_are_no_labels_of_tokens() -> None:
@@ -121,13 +123,13 @@ def test_labels_of_classes_are_no_labels_of_tokens() -> None:
     def of_label(logits: Tensor, batch: Any, clean: Tensor) -> Tensor:
         return logits.gather(-1, batch["labels"][:, None])[:, 0]
 
-    found = sufficiency(classifier("bert"), inputs, "vw", [0.5], metric=of_label)
+    found = sufficiency(classifier("bert"), inputs, "vw", [0.5], quantity=of_label)
     assert (found != 0).all()
 
 
 def test_a_mask_token_is_refused_where_nothing_is_masked() -> None:
     with pytest.raises(ValueError, match=f"mask_token_id={MASK} .* predicts classes: leave it out"):
-        sufficiency(classifier("bert"), batch(), "vw", [0.5], metric="kl", mask_token_id=MASK)
+        sufficiency(classifier("bert"), batch(), "vw", [0.5], quantity="kl", mask_token_id=MASK)
     with pytest.raises(ValueError, match="predicts the next token: leave it out"):
         sufficiency(llama(), token_ids(), "vw", [0.5], mask_token_id=MASK)
 
@@ -143,16 +145,16 @@ def test_without_a_mask_token_the_logits_are_those_of_the_text_as_it_is(make: An
         seen.append(clean)
         return (logits - clean).abs().sum((1, 2))
 
-    assert (sufficiency(model, inputs, "vw", [0.5], metric=own) > 0).all()
+    assert (sufficiency(model, inputs, "vw", [0.5], quantity=own) > 0).all()
     assert torch.equal(seen[0], logits)
-    assert (sufficiency(model, inputs, "vw", [0.5], metric="kl") > 0).all()
+    assert (sufficiency(model, inputs, "vw", [0.5], quantity="kl") > 0).all()
     for metric in ("log_prob", "prob"):
         with pytest.raises(ValueError, match="not the token after the text"):
-            sufficiency(model, inputs, "vw", [0.5], metric=metric)
+            sufficiency(model, inputs, "vw", [0.5], quantity=metric)
 
 
 def test_results_without_likelihood_are_saved_shown_and_refused_by_name(tmp_path: Path) -> None:
-    metric = ComprehensivenessSufficiency(classifier("bert"), [0.25, 0.5], metric="log_prob")
+    metric = ComprehensivenessSufficiency(classifier("bert"), [0.25, 0.5], quantity="log_prob")
     settings: dict[str, Any] = {"resume_from": tmp_path / "run", "show_progress": False}
     methods = {"c": "contribution", "r": "random"}
     result = metric.evaluate(methods, batch(), **settings)
@@ -215,7 +217,7 @@ class Returns(nn.Module):
 def test_the_first_logits_of_tokens_count(how: str, tiny_tokenizer: Any) -> None:
     model, ids = Returns(how), token_ids()
     for metric in ("perplexity", "log_prob", "kl"):
-        settings: dict[str, Any] = {"metric": metric}
+        settings: dict[str, Any] = {"quantity": metric}
         found = sufficiency(model, ids, "contribution", [0.5], **settings)
         assert torch.equal(found, sufficiency(model.inner, ids, "contribution", [0.5], **settings))
     tiny_tokenizer.eos_token = "a"
@@ -228,4 +230,4 @@ def test_the_first_logits_of_tokens_count(how: str, tiny_tokenizer: Any) -> None
 def test_a_model_without_logits_is_refused() -> None:
     model = build(transformers.BertModel, transformers.BertConfig(**SIZES))
     with pytest.raises(TypeError, match=r"without logits .*\(B, C\)"):
-        sufficiency(model, batch(), "contribution", [0.5], metric="kl")
+        sufficiency(model, batch(), "contribution", [0.5], quantity="kl")

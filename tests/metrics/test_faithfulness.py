@@ -19,6 +19,7 @@ from captum_cw import (
     TokenScores,
     VWONAttention,
     comprehensiveness,
+    measures,
     remove_tokens,
     remove_values,
     sufficiency,
@@ -27,7 +28,7 @@ from captum_cw._utils.records import RecordsError
 from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask
 from captum_cw.metrics import FaithfulnessResult, agreement, with_shuffled_weights
 from captum_cw.removal.ranking import chosen_pairs
-from captum_cw.removal.scoring import CONTROLS, METHODS, RandomPairs, pair_scorer
+from captum_cw.removal.scoring import RandomPairs, pair_scorer
 from captum_cw.removal.sinks import find_sinks
 from captum_cw.visualization.curves import plot_curves
 from support import reference
@@ -126,7 +127,7 @@ def test_each_metric_is_what_its_name_says(metric: Any) -> None:
         "own": (changed - clean).abs().mean((1, 2)),
     }[metric]
     found = comprehensiveness(
-        model, inputs, scores, [0.25], metric=own if metric == "own" else metric
+        model, inputs, scores, [0.25], quantity=own if metric == "own" else metric
     )
     assert found.shape == (2, 1)
     assert torch.allclose(found[:, 0].float(), expected.float(), rtol=1e-3, atol=1e-5)
@@ -136,10 +137,10 @@ def test_a_target_may_be_given() -> None:
     model, ids = llama(), token_ids()
     with torch.no_grad():
         clean = model(ids).logits[:, -1].double().softmax(-1)
-    found = sufficiency(model, ids, "random", [1.0], metric="prob", target=7)
-    each = sufficiency(model, ids, "random", [1.0], metric="prob", target=torch.tensor([7, 7]))
+    found = sufficiency(model, ids, "random", [1.0], quantity="prob", target=7)
+    each = sufficiency(model, ids, "random", [1.0], quantity="prob", target=torch.tensor([7, 7]))
     assert torch.equal(found, each)
-    other = sufficiency(model, ids, "random", [1.0], metric="prob", target=8)
+    other = sufficiency(model, ids, "random", [1.0], quantity="prob", target=8)
     assert not torch.allclose(found, other)
     assert float(found.max()) <= float(clean[:, 7].max())
 
@@ -150,9 +151,9 @@ def test_where_more_is_better_the_sign_is_turned() -> None:
     def good(logits: Tensor, batch: Any, clean: Tensor) -> Tensor:
         return logits.mean((1, 2))
 
-    plainly = comprehensiveness(model, ids, "contribution", [0.5], metric=good)
+    plainly = comprehensiveness(model, ids, "contribution", [0.5], quantity=good)
     good.higher_is_better = True  # type: ignore[attr-defined]
-    turned = comprehensiveness(model, ids, "contribution", [0.5], metric=good)
+    turned = comprehensiveness(model, ids, "contribution", [0.5], quantity=good)
     assert torch.equal(plainly, -turned)
     assert plainly.abs().max() > 0
 
@@ -201,7 +202,7 @@ def test_both_panels_have_the_same_scale() -> None:
 # -- hand-made cases ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", measures.names())
 def test_a_head_that_copies_one_token_ranks_it_first(method: str) -> None:
     B, H, T, d_h = 1, 3, 6, 4
     generator = torch.Generator().manual_seed(0)
@@ -242,7 +243,7 @@ def test_controls_are_the_products_of_their_factors() -> None:
         "projection": (m["inter"] * o, False),
         "closeness": (2 * m["inter"] - m["vwon"] ** 2, True),
     }
-    assert expected.keys() == CONTROLS.keys()
+    assert {*expected} == {*measures.names(controls=True)} - {*measures.names()}
     mask = QueryMask(9, 9, causal=True)
     seen = AttentionLayer.from_tensors(layer.attention, layer.value, layer.output_weight, mask)
     seen = dataclasses.replace(seen, update=FrozenUpdate(gain, scale, centred=True))
@@ -279,7 +280,9 @@ def test_scores_of_tokens_remove_them_in_all_heads_and_layers(granularity: Any) 
         nll = mean_nll(changed, inputs["input_ids"], real)
         clean = mean_nll(logits_of(model, inputs), inputs["input_ids"], real)
         expected.append(torch.tensor(nll) - torch.tensor(clean))
-    metric = ComprehensivenessSufficiency(model, [0.25, 0.5], metric="nll", granularity=granularity)
+    metric = ComprehensivenessSufficiency(
+        model, [0.25, 0.5], quantity="nll", granularity=granularity
+    )
     methods = {"tensor": scores, "call": lambda batch: scores, "one": lambda batch: (scores,)}
     result = metric.evaluate(methods, inputs)
     for name in methods:
@@ -313,7 +316,7 @@ def test_a_batch_equals_its_single_examples() -> None:
 
 def test_own_classes_and_their_names_are_the_same_method() -> None:
     model, ids = gpt2(), token_ids()
-    metric = ComprehensivenessSufficiency(model, [0.5], scoring="clean", scope="global")
+    metric = ComprehensivenessSufficiency(model, [0.5], scoring="clean", ranking="global")
     methods = {
         "class": VWONAttention(model),
         "name": "vwon",
@@ -359,7 +362,7 @@ def test_scores_of_another_model_are_taken_in_its_own_pass() -> None:
     )
     for scoring in ("online", "clean"):
         found = comprehensiveness(
-            model, ids, VWONAttention(other), [0.5], metric="nll", scoring=scoring
+            model, ids, VWONAttention(other), [0.5], quantity="nll", scoring=scoring
         )
         assert torch.allclose(found[:, 0].float(), nll - clean, rtol=1e-3, atol=1e-5)
     tokens = comprehensiveness(model, ids, VWONAttention(other), [0.5], granularity="token")
@@ -398,10 +401,10 @@ def test_a_token_that_is_a_sink_in_one_layer_stays_in_all() -> None:
         torch.tensor(mean_nll(x, ids, real))
         for x in (changed, logits_of(model, {"input_ids": ids}))
     )
-    options: dict[str, Any] = {"metric": "nll", "sink_threshold": threshold, "scoring": "clean"}
+    options: dict[str, Any] = {"quantity": "nll", "sink_threshold": threshold, "scoring": "clean"}
     for scope in ("layer", "global"):
         scores = torch.rand(2, 9)
-        found = comprehensiveness(model, ids, scores, [1.0], scope=scope, **options)
+        found = comprehensiveness(model, ids, scores, [1.0], ranking=scope, **options)
         assert torch.allclose(found[:, 0].float(), nll - clean, rtol=1e-3, atol=1e-5)
 
 
@@ -419,7 +422,7 @@ def test_sinks_of_online_removal_are_those_of_the_clean_pass() -> None:
         torch.tensor(mean_nll(x, ids, real))
         for x in (changed, logits_of(model, {"input_ids": ids}))
     )
-    found = comprehensiveness(model, ids, "vw", [1.0], metric="nll", sink_threshold=threshold)
+    found = comprehensiveness(model, ids, "vw", [1.0], quantity="nll", sink_threshold=threshold)
     assert torch.allclose(found[:, 0].float(), nll - clean, rtol=1e-3, atol=1e-5)
 
 
@@ -548,7 +551,7 @@ def test_the_better_method_is_named_on_either_side() -> None:
         for i in range(5)
     ]  # fmt: skip
     rates = {"top": (0.5,), "bottom": (0.5,)}
-    result = FaithfulnessResult(rates, {"higher_is_better": False, "metric": "nll"}, records)
+    result = FaithfulnessResult(rates, {"higher_is_better": False, "quantity": "nll"}, records)
     lower = result.compare("a", "b")
     for found in (lower.difference, lower.low, lower.high):
         assert found.tolist() == pytest.approx([-1.0])
@@ -664,10 +667,10 @@ def test_another_run_is_refused_and_its_file_left_alone(tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [
         {"scoring": "clean"},
         {"seed": 1},
-        {"metric": "nll"},
+        {"quantity": "nll"},
         {"reduction": "sum"},
         {"rate_of": "all"},
-        {"scope": "head"},
+        {"ranking": "head"},
         {"granularity": "token"},
         {"protect_sinks": False},
         {"sink_threshold": 0.9},
@@ -700,8 +703,8 @@ def test_another_run_is_refused_and_its_file_left_alone(tmp_path: Path) -> None:
         ({"rates": [1.5]}, r"fractions in \(0, 1\]"),
         ({"rates": []}, r"fractions in \(0, 1\]"),
         ({"rates": [float("nan")]}, r"fractions in \(0, 1\]"),
-        ({"scope": "global"}, "use scoring='clean'"),
-        ({"metric": "accuracy"}, "metric='accuracy' is unknown"),
+        ({"ranking": "global"}, "use scoring='clean'"),
+        ({"quantity": "accuracy"}, "quantity='accuracy' is unknown"),
         ({"granularity": "word"}, "granularity='word' is unknown"),
         ({"reduction": "median"}, "reduction='median' is unknown"),
     ],
@@ -808,7 +811,7 @@ def test_other_misuse_is_refused(result: FaithfulnessResult) -> None:
         ComprehensivenessSufficiency("model")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one number an example"):
         comprehensiveness(
-            model, token_ids(), "vw", [0.5], metric=lambda logits, batch, clean: logits.mean()
+            model, token_ids(), "vw", [0.5], quantity=lambda logits, batch, clean: logits.mean()
         )
     with pytest.raises(ValueError, match="target has shape"):
         sufficiency(model, token_ids(), "vw", [0.5], target=torch.tensor([1, 2, 3]))
@@ -918,8 +921,8 @@ def test_a_masked_model_is_not_taken_for_a_causal_one() -> None:
 
 
 def test_a_masked_model_predicts_no_next_token() -> None:
-    with pytest.raises(ValueError, match="metric='prob' is of the token after the text"):
-        ComprehensivenessSufficiency(llama(), metric="prob", mask_token_id=MASK)
+    with pytest.raises(ValueError, match="quantity='prob' is of the token after the text"):
+        ComprehensivenessSufficiency(llama(), quantity="prob", mask_token_id=MASK)
 
 
 def test_protected_tokens_are_never_removed() -> None:

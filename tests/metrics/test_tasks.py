@@ -506,7 +506,7 @@ def test_tasks_without_one_accuracy_are_refused(run: Run) -> None:
         ({"methods": {}}, ValueError, "no method"),
         ({"methods": {"a": "attentoin"}}, ValueError, "'attentoin' is unknown"),
         ({"methods": {"a": torch.ones(1, 3)}}, TypeError, "Tensor"),
-        ({"scope": "global"}, ValueError, "scoring='clean'"),
+        ({"ranking": "global"}, ValueError, "scoring='clean'"),
         ({"sink_space": "nowhere"}, ValueError, "nowhere"),
         ({"limit": 0}, ValueError, "limit=0"),
         ({"batch_size": 0}, ValueError, "batch_size=0"),

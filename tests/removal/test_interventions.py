@@ -93,7 +93,7 @@ def test_clean_removal_equals_zeroing_by_hand(scope: Any, which: Any) -> None:
     masks = sorted_pairs(scores, real, kept, "0.5", which, scope, "removable")
     expected = reference.llama_logits(model, inputs["input_ids"], real, lambda n, _: masks[n])
     method = TokenScores(ContributionWeights(model), "sum")
-    with remove_tokens(model, method, 0.5, which, scoring="clean", scope=scope):
+    with remove_tokens(model, method, 0.5, which, scoring="clean", ranking=scope):
         found = logits_of(model, inputs, real)
     assert torch.allclose(found[real].double(), expected[real], atol=1e-4)
     with remove_values(model, masks):
@@ -120,7 +120,7 @@ def test_head_scope_and_layer_scope_differ() -> None:
     model, ids = llama(), token_ids()
     logits = []
     for scope in ("layer", "head"):
-        with torch.no_grad(), remove_tokens(model, "contribution", 0.5, scope=scope):
+        with torch.no_grad(), remove_tokens(model, "contribution", 0.5, ranking=scope):
             logits.append(model(ids).logits)
     assert not torch.allclose(*logits, atol=1e-3)
 
@@ -459,8 +459,8 @@ def test_training_mode_is_refused() -> None:
         ({"rate": 1.5}, "rate=1.5 is no fraction"),
         ({"rate": float("nan")}, "rate=nan is no fraction"),
         ({"which": "middle"}, "which='middle' is unknown"),
-        ({"scope": "word"}, "scope='word' is unknown"),
-        ({"scope": "global"}, "use scoring='clean'"),
+        ({"ranking": "word"}, "ranking='word' is unknown"),
+        ({"ranking": "global"}, "use scoring='clean'"),
         ({"scoring": "late"}, "scoring='late' is unknown"),
         ({"reduction": "median"}, "reduction='median' is unknown"),
         ({"sink_space": "logits"}, "sink_space='logits' is unknown"),

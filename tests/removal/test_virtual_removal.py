@@ -75,7 +75,7 @@ def test_the_metric_counts_from_the_end(kind: str, granularity: Any) -> None:
         clean = text_nll(model(**inputs).logits, inputs)
         with zeroed(model, removed):
             changed = text_nll(model(**inputs).logits, inputs)
-    settings: dict[str, Any] = {"metric": "nll", "granularity": granularity, **UNPROTECTED}
+    settings: dict[str, Any] = {"quantity": "nll", "granularity": granularity, **UNPROTECTED}
     metric = ComprehensivenessSufficiency(model, [0.5], **settings)
     result = metric.evaluate({"s": scores}, inputs, show_progress=False)
     assert [record["count"] for record in result.records] == [6, 8]
@@ -101,7 +101,7 @@ def test_virtual_tokens_are_never_removed(kind: str, scoring: Any, rate_of: Any)
     real = inputs["attention_mask"] != 0
     torch.testing.assert_close(found[:, -9:][real], expected[:, -9:][real], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, clean, atol=1e-2)
-    lost = sufficiency(model, inputs, "contribution", [1.0], metric="nll", **settings)
+    lost = sufficiency(model, inputs, "contribution", [1.0], quantity="nll", **settings)
     by_hand = text_nll(expected, inputs) - text_nll(clean, inputs)
     torch.testing.assert_close(lost[:, 0], by_hand, rtol=1e-4, atol=1e-5)
 

@@ -76,7 +76,7 @@ def test_influence_over_virtual_tokens_is_followed_and_cut(method: Any) -> None:
 @pytest.mark.parametrize("kind", VIRTUAL_KINDS)
 def test_an_explanation_is_of_the_texts_own_tokens(kind: str, tiny_tokenizer: Any) -> None:
     model = with_virtual_tokens(kind)
-    found = explain(model, tiny_tokenizer, IDS, keys=9)
+    found = explain(model, tiny_tokenizer, IDS, top_k=9)
     assert len(found.tokens) == 9
     contributions = ContributionWeights(model).attribute(IDS)
     mine = maps_of_text(contributions)

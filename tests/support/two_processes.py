@@ -56,7 +56,7 @@ def results(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         "one value": scale_values(model, 0.5, positions=[0], layers=[1]),
         "online": remove_tokens(model, contribution, 0.3),
         "clean": remove_tokens(model, contribution, 0.3, scoring="clean"),
-        "global": remove_tokens(model, contribution, 0.3, scoring="clean", scope="global"),
+        "global": remove_tokens(model, contribution, 0.3, scoring="clean", ranking="global"),
     }
     yield "untouched", model(**BATCH).logits
     for name, change in changes.items():

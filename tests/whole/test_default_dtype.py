@@ -145,7 +145,7 @@ def faithfulness(*methods: object, T: int = 9, **options: Any) -> Callable[[Simp
     def run(at: SimpleNamespace) -> Any:
         metric = ComprehensivenessSufficiency(at.model, rates=[0.5], **options)
         inputs = {name: x[:, -T:] for name, x in at.padded.items()}
-        target = at.target if "prob" in str(options.get("metric")) else None
+        target = at.target if "prob" in str(options.get("quantity")) else None
         of = {str(n): m(at) if callable(m) else m for n, m in enumerate(methods)}
         found = metric.evaluate(of, inputs, target=target, show_progress=False)
         return found.per_example, found.corpus, found.aopc()
@@ -280,15 +280,15 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
     "first_token_mass": lambda at: first_token_mass(at.model, at.padded),
     "remove_tokens by contribution": removal(),
     "remove_tokens at random": removal(method="random"),
-    "remove_tokens, clean": removal(scoring="clean", scope="global", method="random"),
+    "remove_tokens, clean": removal(scoring="clean", ranking="global", method="random"),
     "remove_values": without_values,
     "scale_values": texts_scaled,
     **{
-        f"metric {name}": faithfulness("contribution", "random", metric=name)
+        f"metric {name}": faithfulness("contribution", "random", quantity=name)
         for name in ("perplexity", "nll", "log_prob", "prob", "kl")
     },
     "metric of one's own": faithfulness(
-        "vw", metric=lambda logits, batch, clean: (logits - clean).abs().mean((1, 2))
+        "vw", quantity=lambda logits, batch, clean: (logits - clean).abs().mean((1, 2))
     ),
     "metric of tokens": faithfulness(
         lambda at: at.scores,
@@ -301,7 +301,7 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
     "metric of a shuffled model": faithfulness(
         lambda at: ContributionWeights(with_shuffled_weights(at.model))
     ),
-    "metric, clean": faithfulness("random", "vwon", scoring="clean", scope="global"),
+    "metric, clean": faithfulness("random", "vwon", scoring="clean", ranking="global"),
     "compare": lambda at: [
         at.result.compare("ours", "chance", statistic=s, samples=50)
         for s in ("mean", "nll", "corpus")

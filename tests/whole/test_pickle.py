@@ -109,7 +109,7 @@ def quality(logits: Tensor, batch: Any, clean: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("metric", ["perplexity", "nll", "log_prob", "prob", "kl", quality])
 def test_faithfulness_is_pickled(metric: Any) -> None:
-    metrics = ComprehensivenessSufficiency(llama(), [0.3, 0.6], metric=metric)
+    metrics = ComprehensivenessSufficiency(llama(), [0.3, 0.6], quantity=metric)
     methods = {"contribution": "contribution", "vwon": "vwon"}
     expected = metrics.evaluate(methods, IDS, show_progress=False)
     for other in (again(metrics), copy.deepcopy(metrics)):

@@ -85,7 +85,7 @@ def removed(method: object, **options: Any) -> Callable[[nn.Module, Tensor], Ten
 
 def evaluated(metric: Any = "perplexity", **options: Any) -> Callable[[nn.Module, Tensor], Any]:
     def run(model: nn.Module, ids: Tensor) -> Any:
-        faithfulness = ComprehensivenessSufficiency(model, [0.5], metric=metric, **options)
+        faithfulness = ComprehensivenessSufficiency(model, [0.5], quantity=metric, **options)
         methods = {"ours": "contribution", "chance": "random", "vw": "vw"}
         found = faithfulness.evaluate(methods, padded(model, ids), show_progress=False)
         # What is read later lies on the CPU, which has float64.

@@ -97,7 +97,7 @@ def test_token_scores_equal_the_definition(model: nn.Module, texts: list[Tensor]
 
 @pytest.mark.parametrize("scope", ["inter", "intra"])
 def test_contributions_sum_to_one(model: nn.Module, texts: list[Tensor], scope: Any) -> None:
-    method = ContributionWeights(model, scope=scope)
+    method = ContributionWeights(model, ranking=scope)
     _, deltas = method.attribute(texts[1], return_convergence_delta=True)
     assert max(float(delta.abs().max()) for delta in deltas) <= 1e-5
 
@@ -213,7 +213,7 @@ def test_scores_of_a_model_that_has_learnt_nothing_find_nothing(
         "of nothing": ContributionWeights(with_shuffled_weights(model)),
         "random": "random",
     }
-    metric = ComprehensivenessSufficiency(model, {"bottom": [0.5]}, metric="nll", scoring="clean")
+    metric = ComprehensivenessSufficiency(model, {"bottom": [0.5]}, quantity="nll", scoring="clean")
     loss = {name: float(x[0]) for name, x in metric.evaluate(methods, problems).sufficiency.items()}
     assert loss["contribution"] < 0.2 * loss["of nothing"]
     assert loss["of nothing"] > 0.5 * loss["random"]
@@ -226,7 +226,7 @@ def test_a_chat_is_explained_by_word_and_by_message(
         {"role": "user", "content": "Which city is the capital of France?"},
         {"role": "assistant", "content": "Paris, of course."},
     ]
-    found = explain(*smollm2, chat, keys=4)
+    found = explain(*smollm2, chat, top_k=4)
     assert [message.role for message in found.messages or ()] == ["user", "assistant"]
     words = found.by_word()
     assert words.tokens[-7:-1] == ["Paris", ",", " of", " course", ".", "<|im_end|>"]

@@ -1,0 +1,108 @@
+"""A measure that joins the registry is found everywhere that reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from captum_cw import ComprehensivenessSufficiency, explain, functional, measures, remove_tokens
+from captum_cw.attr.measures import AttentionAttribution
+from captum_cw.cli import main
+from captum_cw.cli.parsing import parser
+from captum_cw.explanation.page import explanation_page
+from support.inputs import token_ids
+from support.models import llama
+
+
+def squared(layer: functional.AttentionLayer) -> functional.Block:
+    return lambda weights, rows: weights.square()
+
+
+class SquaredAttention(AttentionAttribution):
+    """The square of the attention weights."""
+
+    name = "squared"
+    measure = staticmethod(squared)
+
+
+@pytest.fixture
+def toy() -> Iterator[measures.Entry]:
+    entry = measures.Entry(
+        "squared", SquaredAttention, label="Squared attention", about="Attention by itself, twice."
+    )
+    measures.register(entry)
+    yield entry
+    measures.unregister("squared")
+
+
+def test_entries_give_the_classes_of_their_names() -> None:
+    for entry in measures.entries():
+        assert entry.attribution().name == entry.name
+    with pytest.raises(TypeError, match="'cosine' has no class"):
+        measures.find("cosine").attribution()  # type: ignore[union-attr]
+
+
+def test_a_name_is_registered_once(toy: measures.Entry) -> None:
+    with pytest.raises(ValueError, match="name='squared' is taken"):
+        measures.register(toy)
+    with pytest.raises(ValueError, match="name='random' is taken"):
+        measures.register(measures.Entry("random", SquaredAttention, "", ""))
+
+
+def test_a_new_measure_is_on_the_command_line(
+    toy: measures.Entry, tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, capsys: Any
+) -> None:
+    tiny_model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    command = ["attribute", "--model", str(tmp_path), "--text", "a b c", "--method", "squared"]
+    assert main([*command, "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    ids = tiny_tokenizer("a b c", return_tensors="pt").input_ids
+    maps = SquaredAttention(tiny_model).attribute(ids)
+    sees = torch.ones(3, 3).tril().sum(0)
+    expected = torch.stack([x[0].mean(0).sum(0) / sees for x in maps]).mean(0)
+    assert torch.allclose(torch.tensor(scores), expected, atol=1e-6)
+    evaluate = parser().parse_args(
+        ["evaluate", "--model", "M", "--out", "o", "--methods", "squared,contribution"]
+    )
+    assert evaluate.methods == ["squared", "contribution"]
+
+
+def test_a_new_measure_is_in_removal_and_the_metric(toy: measures.Entry) -> None:
+    model, ids = llama(), token_ids()
+    metric = ComprehensivenessSufficiency(model, [0.5])
+    methods = {"by name": "squared", "by class": SquaredAttention(model), "other": "contribution"}
+    result = metric.evaluate(methods, ids, show_progress=False)
+    found = result.deltas("by name", "sufficiency")
+    assert torch.equal(found, result.deltas("by class", "sufficiency"))
+    assert not torch.equal(found, result.deltas("other", "sufficiency"))
+    with remove_tokens(model, "squared", 0.5), torch.no_grad():
+        assert model(ids).logits.isfinite().all()
+
+
+def test_a_new_measure_is_explained_and_on_the_page(
+    toy: measures.Entry, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    found = explain(tiny_model, tiny_tokenizer, "a b c d")
+    maps = SquaredAttention(tiny_model).attribute(
+        tiny_tokenizer("a b c d", return_tensors="pt").input_ids
+    )
+    expected = torch.stack([x[0].mean(0) for x in maps]).mean(0)
+    assert torch.allclose(found.maps["squared"], expected, atol=1e-6)
+    page = explanation_page(found)
+    assert '"label":"Squared attention"' in page
+    assert "Attention by itself, twice." in page
+
+
+def test_an_unknown_name_is_refused_everywhere_after_it_has_left(toy: measures.Entry) -> None:
+    measures.unregister("squared")
+    try:
+        with pytest.raises(ValueError, match="'squared' is unknown"):
+            ComprehensivenessSufficiency(llama(), [0.5]).evaluate({"x": "squared"}, token_ids())
+    finally:
+        measures.register(toy)
