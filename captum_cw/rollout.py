@@ -28,10 +28,9 @@ attention, as a state space model or a convolution, is not seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,34 +51,16 @@ from captum_cw.functional import (
     expand_heads,
     of_whole_tokens,
     vw,
-    widest,
 )
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
 __all__ = [
-    "Flow",
-    "LayerPath",
     "Rollout",
-    "Through",
     "alti",
     "attention_mixing",
     "contribution_mixing",
-    "max_flow",
     "norm_mixing",
     "reduced",
 ]
-
-Through = Literal["rollout", "flow"]
-
-#: How many units a capacity of one is, since SciPy counts in 32-bit integers.
-UNITS = 10**9
-
-#: Flows times the edges that each may run through, at most. A model of 30 layers, one query and 512
-#: tokens come near it, and take minutes; 128 tokens take seconds.
-FLOW_STEPS = 2**32
-
 
 # ---------------------------------------------------------------------------------------------
 # One layer: how it mixes tokens
@@ -218,158 +199,93 @@ def _normalised(x: Tensor) -> Tensor:
 # All layers
 
 
-class LayerPath:
-    """Takes layers in order, and says what each query owes to each token of the text."""
+class Rollout:
+    """The influence of tokens through all layers: the product of their maps, ``M_L ... M_1``.
 
-    def __init__(self) -> None:
-        self._seen: Tensor | None = None  # (B, T, T): what reaches a query through all layers
-        self._last: tuple[QueryMask, bool] | None = None
-
-    def add(self, layer: AttentionLayer, mixing: Measure, name: str = "") -> None:
-        """Goes through one more layer.
-
-        Args:
-            layer: The layer.
-            mixing: How it mixes tokens.
-            name: Of the layer, for messages.
-
-        Raises:
-            ValueError: If it is of other tokens than those before it.
-        """
-        if layer.T != layer.S:
-            raise ValueError(
-                f"Attention layer {name!r} has {layer.S} keys for {layer.T} queries, and only "
-                "layers whose tokens attend to each other can be put together: give the whole text "
-                "at once, without a cache, and layers that are no cross-attention."
-            )
-        if self._seen is not None and self._seen.shape[1] != layer.T:
-            raise ValueError(
-                f"Attention layer {name!r} has {layer.T} tokens, those before it "
-                f"{self._seen.shape[1]}: choose layers over one text (layer=...), such as those "
-                "of the encoder, or another choice of layers, such as 'mean'."
-            )
-        mixed = dense_map(layer, mixing)[:, 0]
-        if self._seen is not None:
-            mixed = mixed.to(self._seen.device)  # layers may lie on several
-        self._reach(layer.mask, mixed)
-        self._take(mixed)
-
-    def _reach(self, mask: QueryMask, mixed: Tensor) -> None:
-        if self._seen is None:
-            self._seen, self._last = _visible(mask, mixed), None
-            return
-        if self._last is not None and self._last[0] is mask and self._last[1]:
-            return  # the same mask showed nothing more before
-        wider = (_visible(mask, mixed).to(mixed) @ self._seen.to(mixed)) > 0
-        self._last = mask, torch.equal(wider, self._seen)
-        self._seen = wider
-
-    def _take(self, mixed: Tensor) -> None:
-        raise NotImplementedError
-
-    def rows(self, chosen: Tensor | None = None) -> Tensor:
-        """The influence of each token on each query.
-
-        Args:
-            chosen: ``(B, T)`` boolean, which queries are asked for; None for all.
-
-        Returns:
-            ``(B, T, T)``; rows of other queries, and of padding, are zero.
-        """
-        raise NotImplementedError
-
-    def scores(self, reduction: Reduction = "mean", chosen: Tensor | None = None) -> Tensor:
-        """The influence of each token, reduced over the queries that it reaches (Eq. 15).
-
-        Args:
-            reduction: Over queries.
-            chosen: ``(B, T)`` boolean, which queries count; None for all.
-
-        Returns:
-            ``(B, T)``.
-        """
-        assert self._seen is not None  # a layer was added
-        if chosen is not None:
-            chosen = chosen.to(self._seen.device)
-        seen = self._seen if chosen is None else self._seen & chosen[:, :, None]
-        return reduced(self.rows(chosen), seen, reduction)
-
-
-class Rollout(LayerPath):
-    """The product of the maps of all layers, ``M_L ... M_1``; holds no map of a single layer.
+    It holds two maps of size ``T x T``: the product, and which tokens reach which.
 
     Example:
         >>> a = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
         >>> layer = AttentionLayer.from_tensors(a, torch.ones(1, 1, 2, 3), torch.ones(1, 3, 3))
-        >>> path = Rollout()
-        >>> path.add(layer, attention_mixing())
-        >>> path.add(layer, attention_mixing())
-        >>> path.rows().tolist()
+        >>> rollout = Rollout()
+        >>> rollout.add(layer, attention_mixing())
+        >>> rollout.add(layer, attention_mixing())
+        >>> rollout.rows().tolist()
         [[[1.0, 0.0], [0.4375, 0.5625]]]
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._product: Tensor | None = None
+        self._product: Tensor | None = None  # (B, T, T)
+        self._reached: Tensor | None = None  # (B, T, T): which tokens reach which query
+        self._unchanged_by: QueryMask | None = None
 
-    def _take(self, mixed: Tensor) -> None:
-        # No entry is negative, so nothing cancels and float32 loses nothing that matters.
+    def add(self, layer: AttentionLayer, mixing: Measure, name: str = "") -> None:
+        """Multiplies the product by the map of the next layer.
+
+        Args:
+            layer: the next layer, in the order of execution.
+            mixing: the measure that gives the layer's map, such as ``attention_mixing()``.
+            name: the layer's name, for error messages.
+
+        Raises:
+            ValueError: If the layer's queries and keys are not the same tokens, or not the tokens
+                of the layers before it.
+        """
+        if layer.T != layer.S:
+            raise ValueError(
+                f"Attention layer {name!r} has {layer.S} keys for {layer.T} queries, but a rollout "
+                "needs layers whose tokens attend to each other: pass the whole text at once, "
+                "without a cache, and choose layers that are not cross-attention."
+            )
+        if self._product is not None and self._product.shape[1] != layer.T:
+            raise ValueError(
+                f"Attention layer {name!r} has {layer.T} tokens, but the layers before it have "
+                f"{self._product.shape[1]}: choose layers over one text (layer=...), such as those "
+                "of the encoder, or aggregate the layers in another way, such as layers='mean'."
+            )
+        mixed = dense_map(layer, mixing)[:, 0]
+        if self._product is not None:
+            mixed = mixed.to(self._product.device)  # the layers may lie on several devices
+        self._extend_reach(layer.mask, mixed)
+        # No entry is negative, so nothing cancels and float32 is precise enough.
         self._product = mixed if self._product is None else mixed @ self._product
 
+    def _extend_reach(self, mask: QueryMask, mixed: Tensor) -> None:
+        if self._reached is None:
+            self._reached = _visible(mask, mixed)
+        elif self._unchanged_by is not mask:  # layers that share a mask need one product
+            wider = (_visible(mask, mixed).to(mixed) @ self._reached.to(mixed)) > 0
+            self._unchanged_by = mask if torch.equal(wider, self._reached) else None
+            self._reached = wider
+
     def rows(self, chosen: Tensor | None = None) -> Tensor:
-        """See :meth:`LayerPath.rows`; each row sums to one."""
+        """Return the influence of each token on each query.
+
+        Args:
+            chosen: ``(B, T)`` boolean, the queries to return; None for all.
+
+        Returns:
+            ``(B, T, T)``. Each row sums to one; the rows of other queries, and of padding, are
+            zero.
+        """
         assert self._product is not None  # a layer was added
         return self._product if chosen is None else self._product * chosen[:, :, None]
 
+    def scores(self, reduction: Reduction = "mean", chosen: Tensor | None = None) -> Tensor:
+        """Reduce the influence of each token over the queries that it reaches (Eq. 15).
 
-class Flow(LayerPath):
-    """The maximum flow from a query, after the last layer, to each token, before the first.
+        Args:
+            reduction: how to reduce over queries.
+            chosen: ``(B, T)`` boolean, the queries that count; None for all.
 
-    Holds the maps of all layers; runs on the CPU, and slowly: one flow for each query and token.
-
-    Example:
-        >>> a = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
-        >>> layer = AttentionLayer.from_tensors(a, torch.ones(1, 1, 2, 3), torch.ones(1, 3, 3))
-        >>> path = Flow()
-        >>> path.add(layer, attention_mixing())
-        >>> path.add(layer, attention_mixing())
-        >>> path.rows(torch.tensor([[False, True]])).tolist()
-        [[[0.0, 0.0], [0.5, 0.75]]]
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._maps: list[Tensor] = []
-
-    def _take(self, mixed: Tensor) -> None:
-        self._maps.append(mixed.cpu())
-        self._check(1)
-
-    def _check(self, queries: int) -> None:
-        L, T = len(self._maps), self._maps[0].shape[1]
-        steps = queries * L * T**3
-        if steps > FLOW_STEPS:
-            raise ValueError(
-                f"Flows to {T} tokens from {queries} of them, through {L} layers or more, need "
-                f"{steps:.1e} steps, and {FLOW_STEPS:.1e} are the most that is waited for: choose "
-                "fewer queries, a shorter text, or layers='rollout'."
-            )
-
-    def rows(self, chosen: Tensor | None = None) -> Tensor:
-        """See :meth:`LayerPath.rows`; a row has no fixed sum, each entry is at most one.
-
-        Raises:
-            ValueError: If that would take too long, with the figure.
+        Returns:
+            ``(B, T)``.
         """
-        out = torch.zeros_like(self._maps[0])
-        wanted = out.new_ones(out.shape[:2], dtype=torch.bool) if chosen is None else chosen.cpu()
-        self._check(int(wanted.sum(1).max()))
-        for b in range(len(out)):
-            maps = [mixed[b] for mixed in self._maps]
-            for query in wanted[b].nonzero()[:, 0].tolist():
-                out[b, query] = max_flow(maps, query)
-        assert self._seen is not None
-        return out.to(self._seen.device)
+        assert self._reached is not None  # a layer was added
+        if chosen is not None:
+            chosen = chosen.to(self._reached.device)
+        seen = self._reached if chosen is None else self._reached & chosen[:, :, None]
+        return reduced(self.rows(chosen), seen, reduction)
 
 
 def _visible(mask: QueryMask, like: Tensor) -> Tensor:
@@ -380,59 +296,6 @@ def _visible(mask: QueryMask, like: Tensor) -> Tensor:
     seen = own.new_ones(B, T, T) if seen is None else seen[:, 0].to(like.device) | own
     seen = seen.expand(B, T, T)
     return seen if mask.real is None else seen & mask.real.to(like.device)[:, :, None]
-
-
-def max_flow(maps: Sequence[Tensor], query: int) -> Tensor:
-    """The maximum flow from one query to each token, through maps ``(T, T)`` of all layers.
-
-    Needs SciPy. Capacities are rounded to a billionth.
-
-    Args:
-        maps: The first layer's first; an edge from each query to each key.
-        query: After the last layer.
-
-    Returns:
-        ``(T,)``.
-
-    Example:
-        >>> max_flow([torch.tensor([[1.0, 0.0], [0.25, 0.75]])] * 2, 1).tolist()
-        [0.5, 0.75]
-    """
-    import numpy as np
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.csgraph import maximum_flow
-
-    edges = np.stack([_in_units(mixed) for mixed in maps])
-    L, T, _ = edges.shape
-    below = _reached(edges[::-1], query)[::-1]  # by the query: after no layer, one, ...
-    flows = maps[0].new_zeros(T)
-    for token in np.flatnonzero(below[0]).tolist():
-        above = _reached(edges.transpose(0, 2, 1), token)
-        used = edges * below[1:, :, None] * above[:-1, None, :]
-        layer, i, j = used.nonzero()
-        graph = csr_matrix(
-            (used[layer, i, j], ((layer + 1) * T + i, layer * T + j)), shape=((L + 1) * T,) * 2
-        )
-        flows[token] = maximum_flow(graph, L * T + query, token).flow_value / UNITS
-    return flows
-
-
-def _in_units(capacities: Tensor) -> npt.NDArray[Any]:
-    import numpy as np
-
-    known = capacities.to(widest(capacities.device)).numpy()
-    return np.rint(known.astype(np.float64) * UNITS).astype(np.int32)
-
-
-def _reached(edges: npt.NDArray[Any], start: int) -> npt.NDArray[Any]:
-    """What can be reached from one node through the first 0, 1, ... layers, ``(L + 1, T)``."""
-    import numpy as np
-
-    reached = np.zeros((len(edges) + 1, edges.shape[1]), dtype=bool)
-    reached[0, start] = True
-    for n, layer in enumerate(edges):
-        reached[n + 1] = (layer[reached[n]] > 0).any(0)
-    return reached
 
 
 def reduced(influence: Tensor, seen: Tensor, reduction: Reduction = "mean") -> Tensor:

@@ -259,11 +259,10 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
         VWAttention(at.model), "sum", layers=None, heads=None, queries=-1
     ).attribute(at.padded),
     **{
-        f"{kind.__name__} {layers}": lambda at, kind=kind, layers=layers: TokenScores(
-            kind(at.model), layers=layers, queries=-1
+        f"{kind.__name__} rollout": lambda at, kind=kind: TokenScores(
+            kind(at.model), layers="rollout", queries=-1
         ).attribute(at.padded)
         for kind in (AttentionWeights, VWAttention, ContributionWeights, ALTIWeights)
-        for layers in ("rollout", "flow")
     },
     "LLMTokenAttribution of texts": llm(ContributionWeights, lambda at: TEXT, target="b d e"),
     "LLMTokenAttribution of ids": llm(ContributionWeights, lambda at: at.prompt),
