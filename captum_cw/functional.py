@@ -60,7 +60,6 @@ __all__ = [
     "projection",
     "pull_back",
     "query_scores",
-    "relative_norm_cosine",
     "token_scores",
     "value_norms",
     "value_weighted",
@@ -750,11 +749,6 @@ def relative_norm(layer: AttentionLayer) -> Block:
     return lambda a, rows: _seen(layer, rows, scale[:, :, rows] * layer.norms(rows, a.shape[-1]))
 
 
-def cosine(layer: AttentionLayer) -> Block:
-    """``cos(o_i, v~_j)`` where the query sees the key, else zero (a factor of Eq. 14)."""
-    return cosine_with("inter")(layer)
-
-
 def cosine_with(scope: Scope) -> Measure:
     """The cosine of a value with the layer's output, or with the head's own, where it is seen."""
     check_choice("scope", scope, Scope)
@@ -789,13 +783,8 @@ def _geometry(scope: Scope, layer: AttentionLayer) -> Block:
 
 def attention_cosine(layer: AttentionLayer) -> Block:
     """``a_ij cos(o_i, v~_j)``: a contribution without its magnitude (two factors of Eq. 14)."""
-    factor = cosine(layer)
+    factor = cosine_with("inter")(layer)
     return lambda a, rows: a.mul_(factor(a, rows))
-
-
-def relative_norm_cosine(layer: AttentionLayer) -> Block:
-    """``<o_i, v~_j> / ||o_i||^2``: a contribution without its attention (two factors of Eq. 14)."""
-    return geometry("inter")(layer)
 
 
 def projection(layer: AttentionLayer) -> Block:
@@ -1119,6 +1108,5 @@ def decompose(layer: AttentionLayer) -> Decomposition:
         >>> torch.allclose(d.attention * d.relative_norm * d.cosine, d.contribution, atol=1e-5)
         True
     """
-    return Decomposition(
-        *(dense_map(layer, m) for m in (attention, relative_norm, cosine, contribution("inter")))
-    )
+    factors = attention, relative_norm, cosine_with("inter"), contribution("inter")
+    return Decomposition(*(dense_map(layer, measure) for measure in factors))

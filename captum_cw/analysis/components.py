@@ -22,7 +22,6 @@ from captum_cw.functional import (
     Measure,
     attention,
     contribution,
-    cosine,
     cosine_with,
     geometry,
     map_blocks,
@@ -128,7 +127,7 @@ def component_regression(
     samples = {group: Reservoir(points, seed + n) for n, group in enumerate(GROUPS)}
 
     def on_layer(seen: SeenLayer) -> None:
-        measures = attention, relative_norm, cosine, contribution()
+        measures = attention, relative_norm, cosine_with("inter"), contribution()
         for visible, maps in _blocks(seen, *measures):
             first = torch.zeros_like(visible)
             first[..., 0] = True
@@ -259,7 +258,7 @@ def component_correlations(
 
     def on_layer(seen: SeenLayer) -> None:
         nonlocal dropped
-        for visible, maps in _blocks(seen, attention, relative_norm, cosine):
+        for visible, maps in _blocks(seen, attention, relative_norm, cosine_with("inter")):
             columns = torch.stack([x[visible] for x in maps]).double()
             whole = (columns != 0).all(0)
             dropped += int((~whole).sum())
@@ -369,7 +368,7 @@ def component_dispersion(
     texts, sample, moments = texts_of(batches), Reservoir(points, seed), Moments(3)
 
     def on_layer(seen: SeenLayer) -> None:
-        for visible, maps in _blocks(seen, attention, _norms, cosine):
+        for visible, maps in _blocks(seen, attention, _norms, cosine_with("inter")):
             moments.add(torch.stack([x[visible] for x in maps]))
             _columns(visible, maps, sample)
 

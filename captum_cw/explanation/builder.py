@@ -182,7 +182,7 @@ def _look(
     kept = {part: _on_cpu(H, T, K) for part in PARTS}
     places = _on_cpu(H, T, K, dtype=torch.int32)
     share = _on_cpu(H, T)
-    factors = (functional.relative_norm, functional.cosine)
+    factors = (functional.relative_norm, functional.cosine_with("inter"))
     chosen = None
     if skipped:
         chosen = torch.ones(1, layer.T, dtype=torch.bool, device=layer.value.device)

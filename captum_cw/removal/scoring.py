@@ -67,9 +67,9 @@ CONTROLS: dict[str, Control] = {
     "contribution-intra": Control(functional.contribution("intra")),
     "contribution-residual": Control(functional.contribution("inter"), space="residual"),
     "relative-norm": Control(functional.relative_norm),
-    "cosine": Control(functional.cosine),
+    "cosine": Control(functional.cosine_with("inter")),
     "attention-cosine": Control(functional.attention_cosine),
-    "relative-norm-cosine": Control(functional.relative_norm_cosine),
+    "relative-norm-cosine": Control(functional.geometry("inter")),
     "projection": Control(functional.projection),
     "closeness": Control(functional.closeness, signed=True),
 }
