@@ -1,29 +1,30 @@
-"""Influence of tokens across layers: rollout, flow, and the mixing of tokens in one layer.
+"""The influence of tokens through all layers: maps of single layers, and their rollout.
 
-Attention adds to the residual stream ``x_i`` of each token a sum over others, so that one layer
-makes of it ``r_i = x_i + sum_j sum_h a_ij^h v~_j^h``. How much of ``r_i`` each token ``j`` makes is
-a map ``M`` ``(T, T)`` whose rows sum to one; the stream's own part stands on the diagonal. There
-are four of them, each a :data:`~captum_cw.functional.Measure` that puts heads together:
+Attention adds a weighted sum over all tokens to the residual stream ``x_i`` of each token. After
+one layer the stream is ``r_i = x_i + sum_j sum_h a_ij^h v~_j^h``. A map ``M`` ``(T, T)`` says how
+much of ``r_i`` comes from each token ``j``. Its rows sum to one, and its diagonal includes the
+stream itself. There are four such maps. Each is a :data:`~captum_cw.functional.Measure` that
+aggregates heads:
 
-* :func:`attention_mixing`: ``0.5 A + 0.5 I``, ``A`` the attention averaged over heads, rows
-  normalised (Abnar & Zuidema 2020): the stream counts as much as all that is added to it;
+* :func:`attention_mixing`: ``0.5 A + 0.5 I``, where ``A`` is the attention averaged over heads,
+  with normalised rows. The stream counts as much as everything that is added to it (Abnar & Zuidema
+  2020);
 * :func:`norm_mixing`: the norms of the terms, ``sum_h |a_ij^h| ||v~_j^h||``, and ``||x_i||`` for
   the stream;
 * :func:`contribution_mixing`: the share of each term, ``<r_i, sum_h a_ij^h v~_j^h> / ||r_i||^2``,
-  and ``<r_i, x_i> / ||r_i||^2`` for the stream. Shares sum to one; their absolute values are taken
-  once heads are added up, and rows are normalised again;
-* :func:`alti`: with ``T_i(x_j) = sum_h a_ij^h v~_j^h``, and ``x_i`` added to it for ``j = i``, what
-  ``max(0, ||y_i||_1 - ||y_i - T_i(x_j)||_1)`` is of its sum over ``j``; ``y_i`` is ``r_i`` with
-  the biases (ALTI: Ferrando, Gallego & Costa-jussa 2022).
+  and ``<r_i, x_i> / ||r_i||^2`` for the stream. These shares sum to one. Their absolute values are
+  taken after the sum over heads, and the rows are then normalised again;
+* :func:`alti`: ``max(0, ||y_i||_1 - ||y_i - T_i(x_j)||_1)``, divided by its sum over ``j``. Here
+  ``T_i(x_j) = sum_h a_ij^h v~_j^h``, plus ``x_i`` for ``j = i``, and ``y_i`` is ``r_i`` with the
+  biases (ALTI: Ferrando, Gallego & Costa-jussa 2022).
 
-Layers are put together by :class:`Rollout`, the product ``M_L ... M_1``, or by :class:`Flow`, the
-maximum flow from an output position to each input token through the layers, whose edges have the
-capacities ``M`` (Abnar & Zuidema 2020).
+:class:`Rollout` multiplies the maps of all layers, ``M_L ... M_1`` (Abnar & Zuidema 2020).
 
-Where a norm stands between attention and the sum (Gemma 2), terms are measured after it, and where
-one follows the sum (BERT), all of them are, its scale held fixed. What else a layer does, as its
-MLP, is a map of each token alone: it mixes nothing, and is left out. What mixes tokens without
-attention, as a state space model or a convolution, is not seen.
+If a model applies a norm between attention and the sum (Gemma 2), terms are measured after that
+norm. If a norm follows the sum (BERT), all terms are measured after it, with its scale held fixed.
+The rest of a layer, such as its MLP, maps each token alone. It does not mix tokens, so it is left
+out. Layers that mix tokens without attention, such as state space models or convolutions, are not
+taken into account.
 """
 
 from __future__ import annotations
@@ -63,14 +64,14 @@ __all__ = [
 ]
 
 # ---------------------------------------------------------------------------------------------
-# One layer: how it mixes tokens
+# The map of one layer
 
 
 def attention_mixing(heads: Aggregation = "mean") -> Measure:
-    """``0.5 A + 0.5 I``, rows normalised; ``A`` is ``|a_ij|`` aggregated over heads.
+    """``0.5 A + 0.5 I`` with normalised rows, where ``A`` is ``|a_ij|`` aggregated over heads.
 
     Args:
-        heads: How; the mean is that of Abnar & Zuidema (2020).
+        heads: How to aggregate heads. Abnar & Zuidema (2020) take the mean.
 
     Example:
         >>> a = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
@@ -88,22 +89,22 @@ def _attention_mixing(heads: Aggregation, layer: AttentionLayer) -> Block:
 
 @of_whole_tokens
 def norm_mixing(layer: AttentionLayer) -> Block:
-    """``sum_h |a_ij^h| ||v~_j^h||``, and ``||x_i||`` on the diagonal, rows normalised."""
-    stream, layer = _on_the_stream(layer)
+    """``sum_h |a_ij^h| ||v~_j^h||``, plus ``||x_i||`` on the diagonal, with normalised rows."""
+    stream, layer = _after_norms(layer)
     norms, size = vw(layer), stream.norm(dim=-1)
     return lambda a, rows: _mixed(norms(a, rows).sum(1), size, rows)
 
 
 @of_whole_tokens
 def contribution_mixing(layer: AttentionLayer) -> Block:
-    """``|<r_i, sum_h a_ij^h v~_j^h + [i = j] x_i>|``, rows normalised: shares of the stream.
+    """``|<r_i, sum_h a_ij^h v~_j^h + [i = j] x_i>|`` with normalised rows.
 
-    ``r_i`` is without the biases, so that the shares sum to one before the absolute value.
+    ``r_i`` excludes the biases, so that the shares sum to one before the absolute value.
     """
-    stream, layer = _on_the_stream(layer)
+    stream, layer = _after_norms(layer)
     scale = None if layer.scale is None else layer.scale[:, :, None]
     added = layer.output if scale is None else layer.output * scale
-    # A row of shares is normalised, whatever it is relative to.
+    # Rows are normalised, so a common factor of a row does not matter.
     whole = replace(layer, output=stream + added)
     shares = contribution("inter")(whole)
     norm2 = whole.direction("inter")[1][:, 0]
@@ -118,27 +119,27 @@ def contribution_mixing(layer: AttentionLayer) -> Block:
 
 @of_whole_tokens
 def alti(layer: AttentionLayer) -> Block:
-    """``max(0, ||y_i||_1 - ||y_i - T_i(x_j)||_1)``, rows normalised (Ferrando et al. 2022).
+    """``max(0, ||y_i||_1 - ||y_i - T_i(x_j)||_1)`` with normalised rows (Ferrando et al. 2022).
 
-    A row in which no part leads towards ``y_i`` stays zero. The vectors ``T_i(x_j)`` are made in
-    blocks of keys, since all of them are ``T x S x d``.
+    A row stays zero if all its entries are zero. The vectors ``T_i(x_j)`` are computed in blocks of
+    keys, since all of them together have size ``T x S x d``.
     """
-    stream, layer = _on_the_stream(layer)
+    stream, layer = _after_norms(layer)
     assert layer.residual is not None
     y = layer.residual.result
     sign, size = torch.where(y < 0, -1.0, 1.0).to(y.dtype)[:, None], y.abs()[:, None]
-    transformed = _transformed(layer)
+    terms_of = _term_function(layer)
 
     def block(a: Tensor, rows: slice) -> Tensor:
         B, _, t, n = a.shape
         out = a.new_zeros(B, t, n)
         along, reach = sign[:, :, rows], 2 * size[:, :, rows]
         for keys in blocks(n, max(1, BLOCK_ELEMENTS // (B * t * y.shape[-1]))):
-            terms = transformed(a[..., keys], rows, keys)  # (B, m, t, d)
+            terms = terms_of(a[..., keys], rows, keys)  # (B, m, t, d)
             first, end = max(rows.start, keys.start), min(rows.stop, keys.stop)
             own = torch.arange(first, max(first, end), device=a.device)
             terms[:, own - keys.start, own - rows.start] += stream[:, own]
-            # |y| - |y - T| is the least of the two, and loses no small T beside a large y.
+            # The minimum equals |y| - |y - T|, but does not cancel where T is small beside y.
             terms *= along
             torch.minimum(terms, reach - terms, out=terms)
             out[:, :, keys] = terms.sum(-1).transpose(1, 2)
@@ -147,13 +148,11 @@ def alti(layer: AttentionLayer) -> Block:
     return block
 
 
-def _on_the_stream(layer: AttentionLayer) -> tuple[Tensor, AttentionLayer]:
-    """The stream ``(B, T, d)``, and the layer, both measured where their sum goes on."""
+def _after_norms(layer: AttentionLayer) -> tuple[Tensor, AttentionLayer]:
+    """Return the stream ``(B, T, d)`` and the layer, both measured after the layer's norms."""
     residual, layer = layer.residual, layer.seen_in("residual")
     if residual is None:
-        raise ValueError(
-            "The residual stream that the layer adds to is not known: give AttentionLayer.residual."
-        )
+        raise ValueError("The layer's residual stream is unknown: set AttentionLayer.residual.")
     stream, norm = residual.stream, residual.norm
     if norm is None:
         return stream, layer
@@ -165,11 +164,11 @@ def _on_the_stream(layer: AttentionLayer) -> tuple[Tensor, AttentionLayer]:
     )
 
 
-def _transformed(layer: AttentionLayer) -> Callable[[Tensor, slice, slice], Tensor]:
-    """What gives ``sum_h a_ij^h v~_ij^h`` ``(B, m, t, d)`` of ``a`` ``(B, H, t, m)``."""
+def _term_function(layer: AttentionLayer) -> Callable[[Tensor, slice, slice], Tensor]:
+    """Return a function from ``a`` ``(B, H, t, m)`` to the terms ``(B, m, t, d)``."""
     w, gate = layer.output_weight, layer.gate
 
-    def together(a: Tensor, rows: slice, keys: slice) -> Tensor:
+    def terms(a: Tensor, rows: slice, keys: slice) -> Tensor:
         if layer.scale is not None:
             a = a * layer.scale[:, None, rows, None]
         value = expand_heads(layer.value[:, :, keys], layer.H)
@@ -180,23 +179,23 @@ def _transformed(layer: AttentionLayer) -> Callable[[Tensor, slice, slice], Tens
         gated = (a[..., None] * gate[:, :, rows, None]) * value[:, :, None]
         return gated.permute(0, 3, 2, 1, 4).flatten(3) @ w.flatten(0, 1)
 
-    return together
+    return terms
 
 
 def _mixed(others: Tensor, own: Tensor, rows: slice) -> Tensor:
-    """``(B, t, n)`` with ``own`` ``(B, T)`` added on the diagonal; absolute, rows normalised."""
+    """Add ``own`` ``(B, T)`` to the diagonal of a block, take absolutes and normalise its rows."""
     others.diagonal(rows.start, 1, 2).add_(own[:, rows])
     return _normalised(others.abs_())
 
 
 def _normalised(x: Tensor) -> Tensor:
-    """Rows ``(B, t, n)`` over their sums, as ``(B, 1, t, n)``; rows of zeros stay."""
+    """Divide the rows of ``(B, t, n)`` by their sums, as ``(B, 1, t, n)``. Zero rows stay zero."""
     total = x.sum(-1, keepdim=True)
     return (x / torch.where(total == 0, 1, total))[:, None]
 
 
 # ---------------------------------------------------------------------------------------------
-# All layers
+# The product of all layers
 
 
 class Rollout:
@@ -220,12 +219,12 @@ class Rollout:
         self._unchanged_by: QueryMask | None = None
 
     def add(self, layer: AttentionLayer, mixing: Measure, name: str = "") -> None:
-        """Multiplies the product by the map of the next layer.
+        """Multiply the product by the map of the next layer.
 
         Args:
-            layer: the next layer, in the order of execution.
-            mixing: the measure that gives the layer's map, such as ``attention_mixing()``.
-            name: the layer's name, for error messages.
+            layer: The next layer, in the order of execution.
+            mixing: The measure that gives the layer's map, such as ``attention_mixing()``.
+            name: The layer's name, for error messages.
 
         Raises:
             ValueError: If the layer's queries and keys are not the same tokens, or not the tokens
@@ -275,7 +274,7 @@ class Rollout:
         """Reduce the influence of each token over the queries that it reaches (Eq. 15).
 
         Args:
-            reduction: how to reduce over queries.
+            reduction: How to reduce over queries.
             chosen: ``(B, T)`` boolean, the queries that count; None for all.
 
         Returns:
@@ -289,7 +288,7 @@ class Rollout:
 
 
 def _visible(mask: QueryMask, like: Tensor) -> Tensor:
-    """Which tokens a layer shows to each query, itself included, ``(B, T, T)`` boolean."""
+    """Return the tokens that each query sees in a layer, and itself, ``(B, T, T)`` boolean."""
     B, T, _ = like.shape
     seen = mask.of_any_head().block(slice(0, T))
     own = torch.eye(T, dtype=torch.bool, device=like.device)
@@ -299,15 +298,15 @@ def _visible(mask: QueryMask, like: Tensor) -> Tensor:
 
 
 def reduced(influence: Tensor, seen: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """A map reduced over the queries that see each token (Eq. 15).
+    """Reduce a map over the queries that see each token (Eq. 15).
 
     Args:
-        influence: ``(B, T, S)``, not negative, zero where not ``seen``.
-        seen: ``(B, T, S)`` boolean: which queries count for which token.
+        influence: ``(B, T, S)``, not negative, and zero where not ``seen``.
+        seen: ``(B, T, S)`` boolean: whether the query sees the token and counts.
         reduction: ``"mean"``, ``"sum"``, ``"max"`` or ``"rms"``.
 
     Returns:
-        ``(B, S)``; zero for a token that no query sees.
+        ``(B, S)``. A token that no query sees has the score zero.
 
     Example:
         >>> influence = torch.tensor([[[1.0, 0.0], [0.5, 0.5]]])

@@ -453,7 +453,7 @@ def test_parts_that_lead_away_count_nothing_by_alti_and_their_size_by_contributi
 def test_a_stream_that_is_not_known_is_refused() -> None:
     layer = replace(random_layer(1, 1, 3), residual=None)
     for measure in (norm_mixing, contribution_mixing, alti):
-        with pytest.raises(ValueError, match=r"give AttentionLayer\.residual"):
+        with pytest.raises(ValueError, match=r"set AttentionLayer\.residual"):
             dense_map(layer, measure)
 
 
