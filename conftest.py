@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+#: Docstring examples may use the words of these sentences.
+SENTENCES = "The capital of France is Paris", "Ice is cold", "Name the capital"
+
 # They build models from configurations that transformers has since 5.0.
 collect_ignore = (
     ["tests/architectures.py", "tests/matrix.py", "tests/test_architectures.py"]
@@ -58,10 +61,16 @@ def tiny_model() -> PreTrainedModel:
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
     """Words are the letters and digits, split at white space: "a" is 1; others are unknown."""
+    return word_tokenizer()
+
+
+def word_tokenizer(*sentences: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of the letters and digits, and then of the words of some sentences."""
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: place for place, word in enumerate(f"?{string.ascii_letters}{string.digits}")}
-    model = Tokenizer(WordLevel(words, unk_token="?"))
+    words = ["?", *string.ascii_letters, *string.digits, *" ".join(sentences).split()]
+    vocabulary = {word: place for place, word in enumerate(dict.fromkeys(words))}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="?"))
     model.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="?")
 
@@ -80,5 +89,7 @@ def _names_of_examples(request: pytest.FixtureRequest) -> None:
         names.update({name: getattr(captum_cw, name) for name in captum_cw.__all__})
         names["torch"] = torch
         names["model"] = request.getfixturevalue("tiny_model")
-        names["tokenizer"] = request.getfixturevalue("tiny_tokenizer")
+        names["tokenizer"] = word_tokenizer(*SENTENCES)
+        names["model"].resize_token_embeddings(len(names["tokenizer"]))
+        names["model"].eval()  # the new embedding is in training mode
         names["input_ids"] = torch.tensor([[1, 2, 3, 4, 5]])
