@@ -2,8 +2,8 @@
 
 A forward pass may change its model. Qwen2-VL stores the positions of its last text, dynamic rotary
 embeddings change their buffers, older code keeps its keys and values in a tensor of the module, and
-models of transformers install hooks when hidden states are first requested. The next call of the
-user's must not depend on the passes of this package.
+models of transformers install hooks when hidden states are first requested. The user's
+next call must not depend on the passes of this package.
 """
 
 from __future__ import annotations
@@ -67,13 +67,9 @@ class _Snapshot:
                     "forward pass. It is too large to be copied, so it keeps the new content.",
                     stacklevel=6,
                 )
-        elif isinstance(x, (list, deque)):
-            if not _same(x, content):
-                x.clear()
-                x.extend(content)
-        elif x != content if isinstance(x, set) else not _same_items(x, content):
+        elif not _is_unchanged(x, content):
             x.clear()
-            x.update(content)
+            (x.update if isinstance(x, (dict, set)) else x.extend)(content)
 
 
 def _version(x: Tensor) -> int | None:
@@ -86,8 +82,11 @@ def _same(a: Collection[Any], b: Collection[Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def _same_items(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
-    return _same(a, b) and _same(a.values(), b.values())
+def _is_unchanged(x: Any, before: Any) -> bool:
+    """Whether a list, set or dict still holds what it held before."""
+    if isinstance(x, set):
+        return x == before  # type: ignore[no-any-return]
+    return _same(x, before) and (not isinstance(x, dict) or _same(x.values(), before.values()))
 
 
 class _ModuleState:
@@ -132,7 +131,8 @@ def _remove_hooks(module: nn.Module, before: list[frozenset[int]]) -> None:
 
 
 def _restore_entries(held: dict[str, Any], before: dict[str, Any], own: dict[str, Any]) -> None:
-    if _same_items(held, before):
+    """Undo the changes of a pass in a module's attributes or buffers."""
+    if _is_unchanged(held, before):
         return
     changed = [n for n, x in held.items() if before.get(n, _MISSING) is not x]
     for name in (*changed, *(before.keys() - held.keys())):
