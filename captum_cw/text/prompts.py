@@ -282,6 +282,6 @@ def refuse_later_tokens(
         if bool(later.any() if seen is None else (seen & later.to(seen.device)).any()):
             raise UnsupportedModelError(
                 f"In layer {execution.name!r} ({type(execution.module).__name__}), tokens see "
-                "later tokens, so the model does not predict the next token: use "
+                "those that come after them, so the model does not predict the next token: use "
                 "TokenScores(method) or explain, which explain a text as a whole."
             )
