@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+#: Docstring examples may use the words of these sentences.
+SENTENCES = "The capital of France is Paris", "Ice is cold", "Name the capital"
+
 # They build models from configurations that transformers has since 5.0.
 collect_ignore = (
     [
@@ -76,5 +79,7 @@ def _names_of_examples(request: pytest.FixtureRequest) -> None:
         names.update({name: getattr(captum_cw, name) for name in captum_cw.__all__})
         names["torch"] = torch
         names["model"] = request.getfixturevalue("tiny_model")
-        names["tokenizer"] = request.getfixturevalue("tiny_tokenizer")
+        names["tokenizer"] = letter_tokenizer(*SENTENCES)
+        names["model"].resize_token_embeddings(len(names["tokenizer"]))
+        names["model"].eval()  # the new embedding is in training mode
         names["input_ids"] = torch.tensor([[1, 2, 3, 4, 5]])

@@ -148,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             batches = token_batches(
                 load_texts(source),
                 tokenizer,
-                length=options.length,
-                samples=options.samples,
+                max_length=options.length,
+                num_examples=options.samples,
                 batch_size=options.batch_size,
                 pack=True,
             )

@@ -1,6 +1,7 @@
-"""Texts to evaluate on, from the hub or from files, and the batches of tokens made of them.
+"""Texts for evaluations, and the batches of tokens that are made from them.
 
-Everything is read by `datasets`; what a row says as one text depends only on its columns.
+The `datasets` library reads the hub and all files. This module turns each row into one text,
+depending on the row's columns.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from string import ascii_uppercase
 from types import ModuleType
@@ -37,9 +38,9 @@ class _HubSet(NamedTuple):
     config: str | None
     split: str
     streamed: bool = False
-    """Too large to fetch in full."""
+    """Whether the set is too large to download in full."""
     by_line: bool = False
-    """A row is a line of one long document."""
+    """Whether the rows are the lines of one long document."""
 
 
 _HUB_SETS = {
@@ -62,18 +63,19 @@ _BUILDERS = {
 
 
 def load_texts(data: str | Path, *, samples: int | None = None) -> list[str]:
-    r"""The texts of a data set, in its order.
+    r"""Load the texts of a data set, in its order.
 
-    A row becomes a text by its columns, for example ``text``, or ``question`` and ``answer``; an
-    error lists them all. A ``.txt`` file is split into articles where it has headings
-    ``= Title =`` (WikiText), else into paragraphs at blank lines. Empty texts are left out.
+    A row's columns decide how it becomes a text, for example ``text``, or ``question`` and
+    ``answer``. If a row's columns are unknown, the error lists the known ones. A ``.txt`` file is
+    split into articles if it has headings ``= Title =`` (WikiText), and otherwise into paragraphs
+    at blank lines. Empty texts are skipped.
 
     Args:
-        data: ``"boolq"``, ``"fineweb-edu"``, ``"gsm8k"``, ``"lambada"``, ``"mmlu"``,
-            ``"wikitext"`` or ``"winogrande"``, from the hub; or a file (``.txt``, ``.jsonl``,
-            ``.json``, ``.csv``, ``.parquet``), or a folder of files of one of these kinds. A
-            ``Path`` is never taken for a set's name.
-        samples: The first so many texts; None for all.
+        data: The name of a set on the hub (``"boolq"``, ``"fineweb-edu"``, ``"gsm8k"``,
+            ``"lambada"``, ``"mmlu"``, ``"wikitext"`` or ``"winogrande"``), a file (``.txt``,
+            ``.jsonl``, ``.json``, ``.csv``, ``.parquet``), or a folder of files of one kind. A
+            ``Path`` always means a file or folder.
+        samples: The number of texts to load; None for all.
 
     Returns:
         The texts.
@@ -81,8 +83,8 @@ def load_texts(data: str | Path, *, samples: int | None = None) -> list[str]:
     Raises:
         ImportError: If `datasets` is not installed.
         OSError: If the hub cannot be reached.
-        ValueError: If there is no such set or file, or it cannot be read, has no text, or has a
-            row that cannot be understood.
+        ValueError: If the set or file does not exist, cannot be parsed, does not contain a text, or
+            has a row that cannot become a text.
 
     Example:
         >>> path = getfixture("tmp_path") / "sums.jsonl"
@@ -90,16 +92,16 @@ def load_texts(data: str | Path, *, samples: int | None = None) -> list[str]:
         >>> load_texts(path)
         ['Question: 1 + 1?\nAnswer: 2']
     """
-    _check_samples(samples)
+    _check_count("samples", samples)
     if isinstance(data, str) and data in _HUB_SETS:
         if samples is None and _HUB_SETS[data].streamed:
-            raise ValueError(f"{data!r} is too large to load in full: say how many samples.")
+            raise ValueError(f"{data!r} is too large to load in full: set samples.")
         rows = _hub_rows(data)
     else:
         rows = _file_rows(Path(data))
     texts = list(islice((text for row in rows if (text := _as_text(row)).strip()), samples))
     if not texts:
-        raise ValueError(f"{str(data)!r} has no text: give a set or file that has some.")
+        raise _without_text(data)
     return texts
 
 
@@ -107,71 +109,80 @@ def token_batches(
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    length: int = 512,
-    samples: int | None = None,
+    max_length: int = 512,
+    num_examples: int | None = None,
     batch_size: int = 8,
     pack: bool = False,
     bos: Bos = "auto",
 ) -> list[dict[str, Tensor]]:
-    """Batches of tokens for a causal language model, in the order of the texts.
+    """Tokenize texts into batches for a causal language model, in the order of the texts.
 
-    Of special tokens, only the begin token and, when texts are packed, the end token between
-    them are added. Where a text has a begin token already, as a rendered chat has, there is a
-    warning.
+    The only special tokens added are the begin token and, if texts are packed, the end token
+    between texts. A warning says if a text already starts with a begin token, as a rendered chat
+    does.
 
     Args:
         texts: The texts.
-        tokenizer: The model's.
-        length: The most tokens of an example, its begin token included; when ``pack``, the exact
-            number.
-        samples: The first so many examples; None for all.
-        batch_size: Examples in a batch; the last batch may have fewer.
-        pack: Whether texts are joined and cut into pieces of the same length, of which an
-            incomplete last one is dropped. Otherwise a text is an example, cut to ``length``;
-            one of fewer than two tokens predicts nothing, and is skipped.
+        tokenizer: The model's tokenizer.
+        max_length: The maximum number of tokens in an example, with its begin token. With
+            ``pack``, the exact number.
+        num_examples: The number of examples to make; None for all.
+        batch_size: The number of examples in a batch. The last batch may have fewer.
+        pack: Whether to join the texts and cut them into examples of equal length. An incomplete
+            last example is dropped. Otherwise each text is an example, cut to ``max_length``. A
+            text of fewer than two tokens is skipped, since it does not predict a token.
         bos: Whether an example starts with the begin token: ``"always"``, ``"never"``, or
-            ``"auto"``: where the tokenizer adds it by itself.
+            ``"auto"`` (if the tokenizer adds it by default).
 
     Returns:
-        Batches of ``input_ids (B,T)`` and ``attention_mask (B,T)``, padded on the right to the
-        longest example; the mask is 0 there.
+        Batches of ``input_ids`` ``(B, T)`` and ``attention_mask`` ``(B, T)``, padded on the right
+        to the longest example. The mask is 0 at padding.
 
     Raises:
-        ValueError: If the texts make no example, the tokenizer has no begin token and is to
-            ``"always"`` add it, or an argument is out of range.
+        ValueError: If the texts do not give an example, ``bos`` is ``"always"`` and the tokenizer
+            does not have a begin token, or an argument is out of range.
 
     Example:
-        >>> batch, = token_batches(["a b c", "a b"], tokenizer)
-        >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
-        ([[1, 2, 3], [1, 2, 0]], [[1, 1, 1], [1, 1, 0]])
-        >>> token_batches(["a b c", "a b"], tokenizer, length=2, pack=True)[0]["input_ids"].tolist()
-        [[1, 2], [3, 1]]
+        >>> batch, = token_batches(["The capital of France is Paris", "Ice is cold"], tokenizer)
+        >>> batch["input_ids"].tolist()
+        [[63, 64, 65, 66, 67, 68], [69, 67, 70, 0, 0, 0]]
+        >>> batch["attention_mask"].tolist()
+        [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]
+        >>> packed, = token_batches(["Ice is cold"] * 2, tokenizer, max_length=2, pack=True)
+        >>> packed["input_ids"].tolist()
+        [[69, 67], [70, 69], [67, 70]]
     """
-    _check_samples(samples)
-    if length < 2:
-        raise ValueError(f"length={length} leaves nothing to predict: give 2 or more.")
+    _check_count("num_examples", num_examples)
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2 to predict a token, got {max_length}.")
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} makes no batch: give 1 or more.")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     begin = _begin(tokenizer, bos)
     encoded = (_encoded(tokenizer, text, begin) for text in texts)
     if pack:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        pieces = _pieces(_joined(encoded, end), length - len(begin))
-        examples = (begin + piece for piece in pieces)
+        joined = chain.from_iterable(end * (n > 0) + ids for n, ids in enumerate(encoded))
+        examples = (begin + piece for piece in _pieces(joined, max_length - len(begin)))
     else:
-        cut = ((begin + ids)[:length] for ids in encoded)
+        cut = ((begin + ids)[:max_length] for ids in encoded)
         examples = (ids for ids in cut if len(ids) >= 2)
-    rows = [torch.tensor(ids, dtype=torch.long, device="cpu") for ids in islice(examples, samples)]
+    rows = [
+        torch.tensor(ids, dtype=torch.long, device="cpu") for ids in islice(examples, num_examples)
+    ]
     if not rows:
-        raise ValueError("No text has two tokens or more: give texts that are longer.")
+        raise ValueError("All texts are shorter than two tokens: give longer texts.")
     known_pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad = next(token for token in known_pads if token is not None)
     return [_padded(rows[i : i + batch_size], pad) for i in range(0, len(rows), batch_size)]
 
 
-def _check_samples(samples: int | None) -> None:
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples={samples} leaves nothing: give 1 or more, or None for all.")
+def _check_count(name: str, count: int | None) -> None:
+    if count is not None and count < 1:
+        raise ValueError(f"{name} must be at least 1, or None for all, got {count}.")
+
+
+def _without_text(data: str | Path) -> ValueError:
+    return ValueError(f"{str(data)!r} does not contain a text: choose another set or file.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,8 +200,8 @@ def _hub_rows(name: str) -> Iterator[Mapping[str, Any]]:
             yield from rows
     except (OSError, ValueError) as error:  # ValueError: offline, with another config in the cache
         raise OSError(
-            f"Data set {name!r} ({hub.path}) cannot be loaded from the hub: go online, or give a "
-            f"local file of the same set ({', '.join(_BUILDERS)}). {error}"
+            f"Data set {name!r} ({hub.path}) could not be loaded from the hub: connect to the "
+            f"internet, or give a local file of the same set ({', '.join(_BUILDERS)}). {error}"
         ) from error
 
 
@@ -198,12 +209,10 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     files, builder = _files(path)
     datasets = _import_datasets()
     try:
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
         if builder == "csv":
             options = _csv_options(files[0], datasets)
-        elif builder == "text":
-            options = {"sample_by": "document"}
-        # Streamed, since a copy in the cache of what is on disk already would serve nobody.
+        # Streamed, so that files on disk are not copied into the cache of `datasets`.
         rows = datasets.load_dataset(
             builder,
             data_files=[glob.escape(str(file)) for file in files],
@@ -212,12 +221,9 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             **options,
         )
         for row in rows:
-            if builder == "text":
-                yield from _passages(row["text"])
-            else:
-                yield row
+            yield from _passages(row["text"]) if builder == "text" else [row]
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} cannot be read as {builder}: mend it. {error}") from error
+        raise ValueError(f"{str(path)!r} could not be parsed as {builder}. {error}") from error
 
 
 def _import_datasets() -> ModuleType:
@@ -225,17 +231,17 @@ def _import_datasets() -> ModuleType:
         return import_module("datasets")
     except ImportError as error:
         raise ImportError(
-            "Texts are read by `datasets`, which is missing: pip install 'captum-cw[evaluate]'"
+            "Loading texts needs the `datasets` library: pip install 'captum-cw[evaluate]'"
         ) from error
 
 
 def _files(path: Path) -> tuple[list[Path], str]:
-    """The files that ``path`` stands for, and the name of the builder that reads them."""
+    """Return the files at ``path``, and the name of the `datasets` builder that reads them."""
     suffixes = ", ".join(_BUILDERS)
     if not path.exists():
         raise ValueError(
-            f"{str(path)!r} is neither a known data set ({', '.join(_HUB_SETS)}) nor a file or "
-            f"folder that exists ({suffixes}).{suggestion_of_path(path, _HUB_SETS)}"
+            f"{str(path)!r} is not a known data set ({', '.join(_HUB_SETS)}), and not an existing "
+            f"file or folder ({suffixes}).{suggestion_of_path(path, _HUB_SETS)}"
         )
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in inside if file.suffix.lower() in _BUILDERS]
@@ -246,34 +252,32 @@ def _files(path: Path) -> tuple[list[Path], str]:
             f"({', '.join(builders) or 'none'}): give a file, or a folder of files, of one kind "
             f"({suffixes})."
         )
-    # An empty file is no JSON, CSV or Parquet to `datasets`, but to us only one without text.
+    # `datasets` refuses an empty JSON, CSV or Parquet file; here it is a file without texts.
     files = [file for file in files if file.stat().st_size]
     if not files:
-        raise ValueError(f"{str(path)!r} has no text: give a set or file that has some.")
+        raise _without_text(path)
     return files, builders[0]
 
 
 def _csv_options(file: Path, datasets: ModuleType) -> dict[str, Any]:
-    """Cells are read as they are written: "0.50" stays so, and "None" may be an answer."""
+    """Read cells as strings, as written: "0.50" stays "0.50", and "None" can be an answer."""
     with file.open(newline="", encoding="utf-8-sig") as lines:
         first = next(csv.reader(lines), [])
-    options: dict[str, Any] = {"na_filter": False}
-    if len(first) == 6 and first[-1] in list("ABCD"):  # MMLU as first published, without a header
-        columns = ["question", "A", "B", "C", "D", "answer"]
-        options["column_names"] = columns
-    else:
-        columns = [name or f"Unnamed: {n}" for n, name in enumerate(first)]  # pandas' names
-    string = datasets.Value("string")
-    return {**options, "features": datasets.Features(dict.fromkeys(columns, string))}
+    names = None
+    columns = [name or f"Unnamed: {n}" for n, name in enumerate(first)]  # as pandas names them
+    if len(first) == 6 and first[-1] in list("ABCD"):  # the first release of MMLU, without a header
+        columns = names = ["question", "A", "B", "C", "D", "answer"]
+    features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
+    return {"na_filter": False, "column_names": names, "features": features}
 
 
-# A heading of level one stands alone between blank lines; in WikiText, some formulas look alike.
+# A heading of level one has a blank line before and after it, unlike the formulas of WikiText.
 _TITLE = re.compile(r"(?:\A|^[ \t]*\n)(?=[ \t]*= [^=\s].* =[ \t]*\n[ \t]*(?:\n|\Z))", re.MULTILINE)
 _BLANK = re.compile(r"\n[ \t]*(?=\n)")
 
 
 def _passages(document: str) -> list[dict[str, str]]:
-    """A row for each article, or, where there are no titles, for each paragraph."""
+    """Split a document into articles if it has titles, and into paragraphs otherwise."""
     split_at = _TITLE if _TITLE.search(document) else _BLANK
     return [{"text": passage.strip()} for passage in split_at.split(document)]
 
@@ -287,12 +291,12 @@ def _as_text(row: Mapping[str, Any]) -> str:
     if not fitting:
         understood = "; ".join(", ".join(columns) for columns in _FORMATS)
         raise ValueError(
-            f"A row has the columns {', '.join(row)}: rename some, so that there are those of one "
-            f"of these: {understood}."
+            f"The columns of a row are unknown: {', '.join(row)}. Rename them to one of these "
+            f"sets: {understood}."
         )
     for columns in fitting:
         values = [row[column] for column in columns]
-        # Rows of different columns share one table in `datasets`, with None where one has none.
+        # `datasets` puts rows with different columns into one table, and fills gaps with None.
         if None not in values:
             return _FORMATS[columns](*values)
     return ""
@@ -301,8 +305,8 @@ def _as_text(row: Mapping[str, Any]) -> str:
 def _choose(answer: object, options: Mapping[str, str]) -> str:
     if str(answer) not in options:
         raise ValueError(
-            f"The answer {answer!r} of a row is none of {', '.join(options)}: "
-            "leave out rows without a known answer."
+            f"The answer of a row must be one of {', '.join(options)}, got {answer!r}: remove rows "
+            "without a known answer."
         )
     return options[str(answer)]
 
@@ -313,7 +317,7 @@ def _yes_no_question(passage: str, question: str, answer: object) -> str:
 
 
 def _multiple_choice(question: str, answer: object, *choices: object) -> str:
-    """``answer`` is a letter, or a number that counts from 0."""
+    """Format a question whose ``answer`` is a letter, or a number that counts from 0."""
     letters = ascii_uppercase[: len(choices)]
     names = {**{letter: letter for letter in letters}, **_numbered(letters)}
     lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
@@ -332,7 +336,8 @@ def _numbered(options: Iterable[str]) -> dict[str, str]:
     return {str(n): option for n, option in enumerate(options)}
 
 
-# The first whose columns a row has; their values are the arguments, in this order.
+# The columns of each kind of row, and the function of their values that makes the text. The first
+# entry that fits a row is used.
 _FORMATS: dict[tuple[str, ...], Callable[..., str]] = {
     ("text",): "{}".format,
     ("passage", "question", "answer"): _yes_no_question,
@@ -351,35 +356,30 @@ _FORMATS: dict[tuple[str, ...], Callable[..., str]] = {
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
-    """What an example begins with: the begin token, or nothing."""
+    """Return the tokens that an example begins with: the begin token, or an empty list."""
     check_choice("bos", bos, Bos)
     begin = [tokenizer.bos_token_id]
     if bos == "always" and begin == [None]:
-        raise ValueError('bos="always", but the tokenizer has no begin token: use "auto".')
+        raise ValueError(
+            'bos="always" needs a begin token, which the tokenizer does not have: use "auto".'
+        )
     wanted = bos == "always" or (bos == "auto" and tokenizer("a").input_ids[:1] == begin)
     return begin if wanted else []
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, begin: list[int]) -> list[int]:
-    """The tokens of a text that is to come after the begin token, if there is one."""
+    """Tokenize a text that follows ``begin``, and warn if it repeats the begin token."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     warn_of_two_begin_tokens(tokenizer, begin + ids, stacklevel=5)
     return ids
-
-
-def _joined(encoded: Iterable[list[int]], end: list[int]) -> Iterator[int]:
-    for n, ids in enumerate(encoded):
-        if n:
-            yield from end
-        yield from ids
 
 
 def _pieces(tokens: Iterator[int], length: int) -> Iterator[list[int]]:
     piece = list(islice(tokens, length))
     if len(piece) < length:
         raise ValueError(
-            f"The texts have {len(piece)} tokens together, but one piece takes {length}: give "
-            "more text, or a smaller length."
+            f"All texts together have {len(piece)} tokens, but one example needs {length}: give "
+            "more texts or a smaller length."
         )
     while len(piece) == length:
         yield piece

@@ -1,23 +1,25 @@
-"""The mathematics of attention-based attribution, on plain tensors; needs torch alone.
+"""The measures of attention-based attribution, as functions of plain tensors.
 
-An attention layer gives, for query ``i`` and head ``h``, ``y_i^h = sum_j a_ij^h v_j^h`` and the
-output ``o_i = sum_h y_i^h W_O^h``: a weighted sum of projected values ``v~_j^h = v_j^h W_O^h``.
-The measures here say how much each term makes of that sum (*Contribution Weights*,
-arXiv 2606.07604, Eq. 5-15). No function builds ``v~`` or anything of size ``T x S x d``: inner
-products with ``v~_j`` are inner products of ``v_j`` with a direction pulled back through
-``W_O``, and norms of ``v~_j`` come from one small Gram matrix a head.
+An attention layer computes, for query ``i`` and head ``h``, ``y_i^h = sum_j a_ij^h v_j^h`` and the
+output ``o_i = sum_h y_i^h W_O^h``. The output is a weighted sum of the projected values
+``v~_j^h = v_j^h W_O^h``. The measures here compute how much each term contributes to that sum
+(*Contribution Weights*, arXiv 2606.07604, Eq. 5-15). No function builds ``v~``, or any other
+tensor of size ``T x S x d``. An inner product with ``v~_j`` is computed as the inner product of
+``v_j`` with a direction that is pulled back through ``W_O``. The norms of ``v~_j`` are computed
+from one small Gram matrix per head.
 
-Letters, the same everywhere: ``B`` examples, ``H`` query heads, ``H_kv`` key-value heads
-(``H`` is a multiple of it), ``T`` queries, ``S`` keys, ``d_h`` size of a head's values, ``d``
-size of the layer's output. All results are dimensionless but :func:`value_weighted`, which has
-the unit of the hidden states.
+Shapes use the same letters everywhere: ``B`` examples, ``H`` query heads, ``H_kv`` key-value heads
+(``H`` is a multiple of ``H_kv``), ``T`` queries, ``S`` keys, ``d_h`` the size of a head's values,
+``d`` the size of the layer's output. All results are dimensionless, except those of
+:func:`value_weighted`, which have the unit of the hidden states.
 
-Two ways in:
+There are two ways to use this module:
 
-* **dense**: :func:`contribution_weights` and its siblings take tensors and give ``(B, H, T, S)``;
-* **blockwise**: an :class:`AttentionLayer` gives its weights in blocks of queries, and
-  :func:`dense_map`, :func:`token_scores` and :func:`query_scores` run a :data:`Measure` over
-  them, so that a map never has to exist as a whole.
+* **dense**: :func:`contribution_weights` and its siblings take tensors and return
+  ``(B, H, T, S)``;
+* **blockwise**: an :class:`AttentionLayer` yields its attention weights in blocks of queries, and
+  :func:`dense_map`, :func:`token_scores` and :func:`query_scores` apply a :data:`Measure` to each
+  block, so that the full map is never in memory.
 """
 
 from __future__ import annotations
@@ -60,7 +62,6 @@ __all__ = [
     "projection",
     "pull_back",
     "query_scores",
-    "relative_norm_cosine",
     "token_scores",
     "value_norms",
     "value_weighted",
@@ -74,20 +75,21 @@ Scope = Literal["inter", "intra"]
 Reduction = Literal["mean", "sum", "max", "rms"]
 Aggregation = Literal["mean", "sum", "max"]
 Space = Literal["attention", "residual"]
-"""Where projections and norms are measured: at the attention layer's output, or at what is added
-to the residual stream, which differs where a model normalises that output first."""
+"""Where projections and norms are measured: at the attention layer's output (``"attention"``), or
+at what is added to the residual stream (``"residual"``). The two differ where a model normalises
+the output before it adds it."""
 
-#: Rows whose output is this much smaller than its parts could make it are called zero: their
-#: direction is rounding noise.
+#: An output counts as zero if its norm is smaller than this fraction of the norm that its parts
+#: could reach. Its direction is then only rounding noise.
 VANISHING = 1e-6
 
-#: Elements of one block of attention weights. A block passes through the cache several times
-#: (logits, softmax, product, sum), so it should fit there; 2^20 floats were fastest.
+#: The number of elements of one block of attention weights. Several operations (logits, softmax,
+#: product, sum) pass over a block, so it should fit into the CPU cache; 2^20 floats were fastest.
 BLOCK_ELEMENTS = 2**20
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """Raises a ValueError that names ``value`` and the choices of the Literal ``choices``."""
+    """Raise a ValueError with the known choices if ``value`` is not one of the Literal's."""
     allowed = get_args(choices)
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, allowed))}.")
@@ -97,11 +99,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs a function on tensors, or on a layer, in their own dtype.
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function run in the dtype of its tensors or its layer, also under ``torch.autocast``.
 
-    Under ``torch.autocast``, matrix products would run in half precision, which loses the small
-    terms.
+    Autocast would run matrix products in half precision, which loses the small terms.
     """
 
     @wraps(function)
@@ -120,11 +121,11 @@ def _outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Parts
+# Building blocks
 
 
 def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All in one dtype: the widest of them, and no narrower than float32."""
+    """Convert all tensors to their widest dtype, or to float32 if that is wider."""
     dtype = torch.float32
     for x in tensors:
         dtype = torch.promote_types(dtype, x.dtype)
@@ -132,7 +133,7 @@ def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64 where a device has it, else float32.
+    """Return float64 if the device supports it, and float32 otherwise.
 
     Example:
         >>> widest(torch.device("cpu"))
@@ -140,23 +141,23 @@ def widest(device: torch.device) -> torch.dtype:
     """
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
-    except Exception:  # each kind of device has its own
+    except Exception:  # each kind of device raises its own error
         return torch.float32
     return torch.float64
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:
-    """Repeats key-value heads to query heads: ``(B, H_kv, ...)`` to ``(B, H, ...)``."""
+    """Repeat key-value heads for the query heads: ``(B, H_kv, ...)`` becomes ``(B, H, ...)``."""
     if heads % x.shape[1]:
         raise ValueError(
-            f"{heads} query heads cannot share {x.shape[1]} key-value heads: "
-            "the first number must be a multiple of the second."
+            f"{heads} query heads cannot share {x.shape[1]} key-value heads: the number of query "
+            "heads must be a multiple of the number of key-value heads."
         )
     return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _grouped_matmul(rows: Tensor, keys: Tensor) -> Tensor:
-    """``<rows_i^h, keys_j^g(h)>`` without repeating the shared key-value heads.
+    """Compute ``<rows_i^h, keys_j^g(h)>`` without a copy of the shared key-value heads.
 
     Args:
         rows: ``(B, H, t, d_h)``.
@@ -171,7 +172,7 @@ def _grouped_matmul(rows: Tensor, keys: Tensor) -> Tensor:
     return product.view(B, H, t, keys.shape[2])
 
 
-@_outside_autocast
+@_without_autocast
 def attention_weights(
     query: Tensor,
     key: Tensor,
@@ -180,19 +181,20 @@ def attention_weights(
     mask: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Softmax attention (Eq. 1).
+    """Compute softmax attention (Eq. 1).
 
     Args:
         query: ``(B, H, T, d_k)``.
         key: ``(B, H_kv, S, d_k)``.
-        scaling: Factor of the inner products; ``1 / sqrt(d_k)`` by default.
-        mask: Broadcastable to ``(B, H, T, S)``: boolean (True = visible) or additive.
-        causal: Without a mask: the queries are the last ``T`` of the ``S`` tokens, and see none
-            that comes after them.
+        scaling: The factor of the inner products; ``1 / sqrt(d_k)`` by default.
+        mask: The attention mask, broadcastable to ``(B, H, T, S)``: boolean (True = visible) or
+            additive.
+        causal: Whether the queries are the last ``T`` of the ``S`` tokens, and do not see later
+            tokens. It applies only without ``mask``.
 
     Returns:
-        ``(B, H, T, S)``, float32 at least; a query whose keys a boolean mask hides, all of them,
-        has a row of zeros.
+        ``(B, H, T, S)`` in float32 or wider. If a boolean mask hides all keys from a query, the
+        query's row is zero.
 
     Example:
         >>> a = attention_weights(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
@@ -201,14 +203,13 @@ def attention_weights(
     """
     query, key = _at_least_float32(query, key)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    expand = query.shape[1] // key.shape[1]
-    if query.shape[1] != expand * key.shape[1]:
-        expand_heads(key, query.shape[1])  # raises, and says why
+    if query.shape[1] % key.shape[1]:
+        expand_heads(key, query.shape[1])  # raises an error with the reason
     logits = _grouped_matmul(query * scaling, key)
     lowest = torch.finfo(logits.dtype).min
     if mask is None:
         if causal:
-            # Only among the last T keys is there one that a query cannot see.
+            # Only the last T keys can be later than a query.
             T = logits.shape[2]
             future = torch.ones(T, T, dtype=torch.bool, device=logits.device).triu(1)
             logits[..., -T:].masked_fill_(future, lowest)
@@ -218,9 +219,9 @@ def attention_weights(
     return (logits + mask).softmax(-1)
 
 
-@_outside_autocast
+@_without_autocast
 def output_gram(output_weight: Tensor) -> Tensor:
-    """``G_h = W_O^h W_O^h^T``, so that ``||v~_j^h||^2 = v_j^h G_h v_j^h``.
+    """Compute ``G_h = W_O^h W_O^h^T``, so that ``||v~_j^h||^2 = v_j^h G_h v_j^h``.
 
     Args:
         output_weight: ``W_O`` by heads, ``(H, d_h, d)``.
@@ -235,9 +236,9 @@ def output_gram(output_weight: Tensor) -> Tensor:
     return output_weight @ output_weight.transpose(-1, -2)
 
 
-@_outside_autocast
+@_without_autocast
 def value_norms(value: Tensor, output_weight: Tensor) -> Tensor:
-    """Norms of the projected values, ``||v~_j^h||``.
+    """Compute the norms of the projected values, ``||v~_j^h||``.
 
     Args:
         value: ``(B, H_kv, S, d_h)``.
@@ -257,9 +258,9 @@ def value_norms(value: Tensor, output_weight: Tensor) -> Tensor:
 class _OutputForm:
     """The quadratic form ``v G_h v^T = ||v W_O^h||^2`` of each head.
 
-    It is evaluated in float64, since in float32 it loses what is below 3e-4 of its largest values.
-    A device without float64 takes the triangular factor ``R_h`` with ``R_h^T R_h = G_h`` instead,
-    whose product ``v R_h^T`` has the norm of ``v W_O^h`` to float32's own rounding.
+    It is evaluated in float64. In float32, values below 3e-4 of the largest would be lost. A device
+    without float64 uses the triangular factor ``R_h`` with ``R_h^T R_h = G_h`` instead: the product
+    ``v R_h^T`` has the norm of ``v W_O^h`` up to the rounding of float32.
 
     Args:
         output_weight: ``(H, d_h, d)``.
@@ -272,19 +273,19 @@ class _OutputForm:
         if self.dtype == torch.float64:
             self.gram = output_gram(weight)
         else:
-            # On the CPU: what has no float64 (MPS) may have no such decomposition either.
+            # A device without float64 (MPS) may also lack the QR decomposition.
             factor = torch.linalg.qr(weight.mT.cpu(), mode="r").R
             self.factor = factor.to(weight.device)
 
     def norms(self, v: Tensor) -> Tensor:
-        """``||v W_O^h||``, ``(B, H, n)``, of ``v`` ``(B, H, n, d_h)``."""
+        """Return ``||v W_O^h||`` ``(B, H, n)`` for ``v`` ``(B, H, n, d_h)``."""
         if self.factor is not None:
             norms: Tensor = torch.linalg.vector_norm(v.to(self.dtype) @ self.factor.mT, dim=-1)
             return norms
         return self.pulled_back(v)[1].sqrt_()
 
     def pulled_back(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``v G_h``, of the shape of ``v``, and ``||v W_O^h||^2``, ``(B, H, n)``."""
+        """Return ``v G_h``, in the shape of ``v``, and ``||v W_O^h||^2`` ``(B, H, n)``."""
         v = v.to(self.dtype)
         if self.gram is not None:
             u = v @ self.gram
@@ -294,12 +295,12 @@ class _OutputForm:
         return short @ self.factor, short.square().sum(-1)
 
 
-@_outside_autocast
+@_without_autocast
 def pull_back(direction: Tensor, output_weight: Tensor) -> Tensor:
-    """``u_i^h = W_O^h direction_i``, so that ``<direction_i, v~_j^h> = <u_i^h, v_j^h>``.
+    """Compute ``u_i^h = W_O^h direction_i``, so that ``<direction_i, v~_j^h> = <u_i^h, v_j^h>``.
 
     Args:
-        direction: ``(B, T, d)``; the layer's output for contributions.
+        direction: ``(B, T, d)``. For contributions it is the layer's output.
         output_weight: ``(H, d_h, d)``.
 
     Returns:
@@ -315,22 +316,22 @@ def pull_back(direction: Tensor, output_weight: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# One layer, seen blockwise
+# One attention layer, in blocks of queries
 
 
 @dataclass(frozen=True)
 class QueryMask:
-    """Which keys each query of a layer can see.
+    """The attention mask of a layer: which keys each query can see.
 
     Args:
-        T: Number of queries.
-        S: Number of keys.
-        visible: Boolean, broadcastable to ``(B, H, T, S)``; None if nothing but ``causal`` and
-            ``real`` hides a key.
-        causal: The query ``i`` sees no key beyond ``i + S - T``. With ``visible`` it is a promise
-            about that tensor, which lets blocks leave out the keys that none of them sees.
-        real: ``(B, T)``, False where a query is padding; None if none is. Padded keys
-            are hidden by ``visible``.
+        T: The number of queries.
+        S: The number of keys.
+        visible: Boolean, broadcastable to ``(B, H, T, S)``; None if only ``causal`` and ``real``
+            hide keys.
+        causal: Whether the query ``i`` sees no key after ``i + S - T``. If ``visible`` is given,
+            it must agree; blocks then skip the keys that none of their queries sees.
+        real: ``(B, T)``, False where a query is padding; None without padding. Padded keys must be
+            hidden by ``visible``.
 
     Example:
         >>> QueryMask(2, 2, causal=True).block(slice(0, 2)).tolist()
@@ -344,11 +345,11 @@ class QueryMask:
     real: Tensor | None = None
 
     def keys(self, rows: slice) -> int:
-        """How many leading keys the queries ``rows`` can see at most."""
+        """Return the number of leading keys that at least one of the queries ``rows`` can see."""
         return min(self.S, rows.stop + self.S - self.T) if self.causal else self.S
 
     def block(self, rows: slice) -> Tensor | None:
-        """Visibility of the leading keys for ``rows``: ``(B|1, H|1, t, keys)``; None is all."""
+        """Return which leading keys ``rows`` see, ``(B|1, H|1, t, keys)``; None if all."""
         n = self.keys(rows)
         if self.visible is not None or not self.causal:
             return self.visible_block(rows)
@@ -357,7 +358,7 @@ class QueryMask:
         return torch.ones(1, 1, t, n, dtype=torch.bool, device=device).tril(n - t)
 
     def visible_block(self, rows: slice) -> Tensor | None:
-        """The rows of ``visible`` for the leading keys; None where there is no such tensor."""
+        """Return the part of ``visible`` for the leading keys; None if ``visible`` is None."""
         v = self.visible
         if v is None:
             return None
@@ -365,16 +366,16 @@ class QueryMask:
         return v[:, :, rows if v.shape[2] > 1 else slice(None), :n]
 
     def of_any_head(self) -> QueryMask:
-        """What the heads see together."""
+        """Return the mask that shows a key if any head sees it."""
         v = self.visible
         return self if v is None or v.shape[1] == 1 else replace(self, visible=v.any(1, True))
 
     def counts(self, chosen: Tensor | None, device: torch.device) -> Tensor:
-        """How many chosen queries see each key.
+        """Count the chosen queries that see each key.
 
         Args:
-            chosen: ``(B, T)`` boolean, None for every query. Padded queries never count.
-            device: Where the result goes.
+            chosen: ``(B, T)`` boolean; None for every query. Padded queries never count.
+            device: The device of the result.
 
         Returns:
             ``(B|1, H|1, S)``, float32.
@@ -403,40 +404,41 @@ class QueryMask:
         return counts
 
     def chosen(self, chosen: Tensor | None) -> Tensor | None:
-        """``chosen`` without the padded queries."""
+        """Return ``chosen`` without the padded queries."""
         if chosen is None or self.real is None:
             return self.real if chosen is None else chosen
         return chosen & self.real
 
 
 def blocks(T: int, size: int) -> Iterator[slice]:
-    """Slices of ``size`` queries that cover ``range(T)``."""
+    """Yield slices of at most ``size`` queries that together cover ``range(T)``."""
     for start in range(0, T, size):
         yield slice(start, min(start + size, T))
 
 
 class Weights(Protocol):
-    """Gives attention weights for a block of queries."""
+    """A function that returns the attention weights of a block of queries."""
 
     def __call__(self, rows: slice) -> Tensor:
-        """The weights ``(B, H, t, n)`` of the queries ``rows`` on the first ``n`` keys.
+        """Return the weights ``(B, H, t, n)`` of the queries ``rows`` on the first ``n`` keys.
 
-        Those on the other keys are zero. The caller may overwrite the result.
+        The weights on all other keys are zero. The caller may overwrite the result.
         """
         ...  # pragma: no cover
 
 
 @dataclass(frozen=True)
 class FrozenUpdate:
-    """What a model makes of an attention output before it adds it to the residual stream.
+    """The linear map from an attention output to what is added to the residual stream.
 
-    ``update_i = scale_i * gain * output_i``, of the centred output where ``centred``: a norm with
-    its scale held fixed at that output, which makes it linear, and without its bias.
+    ``update_i = scale_i * gain * output_i``, where the mean over ``d`` is first subtracted from the
+    output if ``centred``. It describes a norm without its bias. The norm's scale is held fixed at
+    the value for this output, which makes the map linear.
 
     Args:
         gain: ``(d,)``.
         scale: ``(B, T)``.
-        centred: Whether the mean over ``d`` is taken off, as by a layer norm.
+        centred: Whether the mean over ``d`` is subtracted, as in a layer norm.
 
     Example:
         >>> update = FrozenUpdate(torch.tensor([1.0, 2.0]), torch.ones(1, 1), centred=True)
@@ -449,18 +451,18 @@ class FrozenUpdate:
     centred: bool
 
     def without_scale(self, x: Tensor) -> Tensor:
-        """``gain * x``, of the centred ``x`` where ``centred``; ``x`` is ``(..., d)``."""
+        """Return ``gain * x`` for ``x`` ``(..., d)``, centred first if ``centred``."""
         return (x - x.mean(-1, keepdim=True) if self.centred else x) * self.gain
 
 
 @dataclass(frozen=True)
 class ResidualSum:
-    """The residual stream that an attention output is added to, and what goes on from there.
+    """The residual stream before and after an attention output is added to it.
 
     Args:
         stream: ``x_i`` before the sum, ``(B, T, d)``.
-        result: The sum, biases included, or what ``norm`` makes of it, ``(B, T, d)``.
-        norm: What the sum goes through before it goes on, as in BERT; None if it goes on as it is.
+        result: The sum with all biases, after ``norm`` if there is one, ``(B, T, d)``.
+        norm: The norm that is applied to the sum, as in BERT; None if there is not one.
     """
 
     stream: Tensor
@@ -468,32 +470,32 @@ class ResidualSum:
     norm: FrozenUpdate | None = None
 
     def to(self, dtype: torch.dtype) -> ResidualSum:
-        """The same in another floating dtype."""
+        """Return the same sum in another floating dtype."""
         return replace(self, stream=self.stream.to(dtype), result=self.result.to(dtype))
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One execution of an attention layer: what every measure is computed from.
+    """One execution of an attention layer: the data from which every measure is computed.
+
+    All tensors have one floating dtype, float32 or wider, since the geometry of small terms is lost
+    in half precision.
 
     Args:
-        weights: ``a_ij`` in blocks of queries, in the dtype of ``value``.
-        value: ``v_j``, ``(B, H_kv, S, d_h)``, a bias included.
+        weights: Returns ``a_ij`` for a block of queries, in the dtype of ``value``.
+        value: ``v_j``, ``(B, H_kv, S, d_h)``, with the bias.
         head_output: ``y_i^h``, ``(B, H, T, d_h)``.
         output_weight: ``W_O`` by heads, ``(H, d_h, d)``.
-        output: ``o_i = sum_h y_i^h W_O^h``, ``(B, T, d)``, without the output bias: only so do
-            contributions sum to one.
-        mask: Which keys a query can see.
-        scale: ``(B, T)``, what the output of each query is multiplied by beyond
-            ``output_weight``; None is one. It cancels in what is relative to the output.
-        gate: ``(B, H, T, d_h)``, what the head outputs are multiplied by before ``output_weight``,
-            as by an output gate or a norm; None is one.
-        update: What becomes of the output on its way to the residual stream; None if it is added
-            as it is.
-        residual: The stream that it is added to; None where that was not asked for.
-
-    All tensors have one floating dtype, float32 or wider: geometry in half precision loses the
-    small terms.
+        output: ``o_i = sum_h y_i^h W_O^h``, ``(B, T, d)``, without the output bias. With the bias,
+            contributions would not sum to one.
+        mask: The attention mask.
+        scale: ``(B, T)``, a factor of each query's output in addition to ``output_weight``; None
+            for one. It cancels in all measures that are relative to the output.
+        gate: ``(B, H, T, d_h)``, a factor of the head outputs before ``output_weight``, such as an
+            output gate or a norm; None for one.
+        update: The map from the output to what is added to the residual stream; None if the output
+            itself is added.
+        residual: The residual stream; None if it was not requested.
 
     Example:
         >>> layer = AttentionLayer.from_tensors(
@@ -514,17 +516,20 @@ class AttentionLayer:
     residual: ResidualSum | None = None
 
     @classmethod
-    @_outside_autocast
+    @_without_autocast
     def from_tensors(
         cls, attention: Tensor, value: Tensor, output_weight: Tensor, mask: QueryMask | None = None
     ) -> AttentionLayer:
-        """A layer from dense weights.
+        """Build a layer from dense attention weights.
 
         Args:
             attention: ``(B, H, T, S)``.
             value: ``(B, H_kv, S, d_h)``.
             output_weight: ``(H, d_h, d)``.
-            mask: By default every key is visible to every query.
+            mask: The attention mask. By default every query sees every key.
+
+        Raises:
+            ValueError: If the shapes do not fit.
         """
         B, H, T, S = attention.shape
         shapes = (value.shape[0], value.shape[2], output_weight.shape[:2])
@@ -539,43 +544,48 @@ class AttentionLayer:
         o = torch.einsum("bhte,hed->btd", y, output_weight)
         mask = mask or QueryMask(T, S)
         return cls(
-            lambda rows: attention[:, :, rows, : mask.keys(rows)].clone(),
-            value, y, output_weight, o, mask,
-        )  # fmt: skip
+            weights=lambda rows: attention[:, :, rows, : mask.keys(rows)].clone(),
+            value=value,
+            head_output=y,
+            output_weight=output_weight,
+            output=o,
+            mask=mask,
+        )
 
     @property
     def T(self) -> int:
-        """Number of queries."""
+        """The number of queries."""
         return self.head_output.shape[2]
 
     @property
     def S(self) -> int:
-        """Number of keys."""
+        """The number of keys."""
         return self.value.shape[2]
 
     @property
     def H(self) -> int:
-        """Number of query heads."""
+        """The number of query heads."""
         return self.output_weight.shape[0]
 
     def on_cpu(self) -> AttentionLayer:
-        """The layer as its output projection made it, without ``residual``, on the CPU."""
+        """Copy the layer to the CPU, without ``residual``."""
 
-        def moved(x: Tensor | None) -> Any:
+        def to_cpu(x: Tensor | None) -> Any:
             return None if x is None else x.cpu()
 
-        mask = replace(self.mask, visible=moved(self.mask.visible), real=moved(self.mask.real))
-        update = self.update
+        names = "value", "head_output", "output_weight", "output", "scale", "gate"
+        mask, update = self.mask, self.update
         if update is not None:
             update = replace(update, gain=update.gain.cpu(), scale=update.scale.cpu())
         return AttentionLayer(
-            lambda rows: self.weights(rows).cpu(),
-            moved(self.value), moved(self.head_output), moved(self.output_weight),
-            moved(self.output), mask, moved(self.scale), moved(self.gate), update,
-        )  # fmt: skip
+            weights=lambda rows: self.weights(rows).cpu(),
+            mask=replace(mask, visible=to_cpu(mask.visible), real=to_cpu(mask.real)),
+            update=update,
+            **{name: to_cpu(getattr(self, name)) for name in names},
+        )
 
     def seen_in(self, space: Space) -> AttentionLayer:
-        """The layer with its output and values measured in that space."""
+        """Return the layer with its output and values measured in ``space``."""
         check_choice("space", space, Space)
         return self if space == "attention" or self.update is None else self._in_residual
 
@@ -596,14 +606,14 @@ class AttentionLayer:
 
     @cached_property
     def value_norms(self) -> Tensor:
-        """``||v~_j^h||``, ``(B, H, S)``, without scale and gate."""
+        """``||v~_j^h||``, ``(B, H, S)``, without the scale and the gate."""
         return value_norms(self.value, self.output_weight)
 
     def norms(self, rows: slice, n: int) -> Tensor:
-        """``||v~_ij^h||`` of the first ``n`` keys for the queries ``rows``, without the scale.
+        """Return ``||v~_ij^h||`` of the first ``n`` keys for ``rows``, without the scale.
 
         Returns:
-            ``(B, H, t, n)``; of size 1 for ``t`` where nothing depends on the query.
+            ``(B, H, t, n)``. ``t`` is 1 if the norms are the same for all queries.
         """
         if self.gate is None:
             return self.value_norms[:, :, None, :n]
@@ -621,13 +631,13 @@ class AttentionLayer:
 
     @cached_property
     def gates_heads(self) -> bool:
-        """Whether the gate is one number a head and query."""
+        """Whether the gate has one number for each head and query."""
         assert self.gate is not None
         return bool((self.gate == self.gate[..., :1]).all())
 
     @cached_property
     def _gated_output(self) -> Tensor:
-        """``y`` as the projection reads it, ``(B, H, T, d_h)``."""
+        """The input of the output projection, ``(B, H, T, d_h)``."""
         return self.head_output if self.gate is None else self.head_output * self.gate
 
     @cached_property
@@ -635,12 +645,13 @@ class AttentionLayer:
         return {}
 
     def direction(self, scope: Scope) -> tuple[Tensor, Tensor]:
-        """The output to project on, pulled back through ``W_O``, and its squared norm.
+        """Return the output, pulled back through ``W_O``, and its squared norm.
 
         Returns:
-            ``u``: ``(B, H, T, d_h)``, and ``||o||^2``: ``(B, 1, T)`` for ``"inter"``, where
-            the output is the layer's (Eq. 12), ``(B, H, T)`` for ``"intra"``, where it is the
-            head's own (Eq. 9). The norm is zero where the output vanishes.
+            ``u``, ``(B, H, T, d_h)``, and ``||o||^2``. For ``"inter"``, ``o`` is the layer's output
+            (Eq. 12) and its norm has shape ``(B, 1, T)``. For ``"intra"``, ``o`` is the head's own
+            output (Eq. 9) and its norm has shape ``(B, H, T)``. The norm is zero if the output
+            vanishes (see :data:`VANISHING`).
         """
         if scope not in self._directions:
             self._directions[scope] = self._direction(scope)
@@ -653,7 +664,7 @@ class AttentionLayer:
             y2 = self._gated_output.square().sum((1, 3))[:, None]
             w2 = self.output_weight.square().sum()
         else:
-            # o_i^h itself is not needed: W_O^h o_i^h = G_h y_i^h.
+            # o_i^h itself is not needed, since W_O^h o_i^h = G_h y_i^h.
             found = self._output_form.pulled_back(self._gated_output)
             u, norm2 = (x.to(self.value.dtype) for x in found)
             y2 = self._gated_output.square().sum(-1)
@@ -663,38 +674,39 @@ class AttentionLayer:
         return u, norm2.masked_fill(norm2 <= VANISHING**2 * y2 * w2, 0)
 
     def vanishing(self, scope: Scope) -> int:
-        """How many outputs of real queries vanish, so that their rows are returned as zeros."""
+        """Count the outputs of real queries that vanish. Their rows are returned as zeros."""
         norm2 = self.direction(scope)[1]
         gone = norm2 == 0
         return int((gone if self.mask.real is None else gone & self.mask.real[:, None]).sum())
 
 
 def _reciprocal(x: Tensor) -> Tensor:
-    """``1 / x``, and zero where ``x`` is zero."""
+    """Return ``1 / x``, and zero where ``x`` is zero."""
     return torch.where(x == 0, 0, x.reciprocal())
 
 
 # ---------------------------------------------------------------------------------------------
-# Measures: what each makes of a block of attention weights
+# Measures
 
 
 Block = Callable[[Tensor, slice], Tensor]
-"""Takes ``a`` ``(B, H, t, n)`` and its rows, gives the measure there; may overwrite ``a``."""
+"""Takes ``a`` ``(B, H, t, n)`` and its rows, and returns the measure there. It may overwrite
+``a``."""
 
 Measure = Callable[[AttentionLayer], Block]
-"""Prepares what one layer needs once, and returns what to do with each block of its weights."""
+"""Takes a layer, computes what all blocks need, and returns the function for one block."""
 
 MeasureT = TypeVar("MeasureT", bound=Measure)
 
 
 def of_whole_tokens(measure: MeasureT) -> MeasureT:
-    """Marks a measure that puts heads together: its blocks are ``(B, 1, t, n)``."""
+    """Mark a measure that aggregates heads: its blocks are ``(B, 1, t, n)``."""
     measure.puts_heads_together = True  # type: ignore[attr-defined]
     return measure
 
 
 def heads_of(measure: Measure, heads: int) -> int:
-    """How many maps a measure gives of a layer of ``heads`` heads: as many, or one.
+    """Return the number of maps that a measure gives for a layer with ``heads`` heads.
 
     Example:
         >>> heads_of(attention, 12)
@@ -704,21 +716,21 @@ def heads_of(measure: Measure, heads: int) -> int:
 
 
 def attention(layer: AttentionLayer) -> Block:
-    """``a_ij``."""
+    """Attention weights, ``a_ij``."""
     return lambda a, rows: a
 
 
 def vw(layer: AttentionLayer) -> Block:
-    """``|a_ij| ||v~_j||``."""
-    return _scaled(layer, _value_weighted(layer))
+    """Value-weighted attention, ``|a_ij| ||v~_j||``."""
+    return _times_scale(layer, _value_weighted(layer))
 
 
 def _value_weighted(layer: AttentionLayer) -> Block:
     return lambda a, rows: a.abs_().mul_(layer.norms(rows, a.shape[-1]))
 
 
-def _scaled(layer: AttentionLayer, block: Block) -> Block:
-    """In the unit of the output, where the layer's own leaves out a scale."""
+def _times_scale(layer: AttentionLayer, block: Block) -> Block:
+    """Multiply a measure that has the unit of the output by the layer's scale."""
     if layer.scale is None:
         return block
     scale = layer.scale.abs()[:, None, :, None]
@@ -726,14 +738,14 @@ def _scaled(layer: AttentionLayer, block: Block) -> Block:
 
 
 def vwon(layer: AttentionLayer) -> Block:
-    """``|a_ij| ||v~_j|| / ||o_i||``."""
+    """Value-weighted attention relative to the output, ``|a_ij| ||v~_j|| / ||o_i||``."""
     scale = _reciprocal(layer.direction("inter")[1].sqrt())[..., None]
     weighted = _value_weighted(layer)
     return lambda a, rows: weighted(a, rows).mul_(scale[:, :, rows])
 
 
 def contribution(scope: Scope = "inter") -> Measure:
-    """``a_ij <o_i, v~_j> / ||o_i||^2``, for the layer's output (Eq. 12) or the head's (Eq. 9)."""
+    """Contribution weights, ``a_ij <o_i, v~_j> / ||o_i||^2`` (Eq. 12 inter, Eq. 9 intra)."""
     check_choice("scope", scope, Scope)
     return partial(_contribution, scope)  # not a closure, so that measures can be pickled
 
@@ -745,18 +757,17 @@ def _contribution(scope: Scope, layer: AttentionLayer) -> Block:
 
 
 def relative_norm(layer: AttentionLayer) -> Block:
-    """``||v~_j|| / ||o_i||`` where the query sees the key, else zero (a factor of Eq. 14)."""
+    """``||v~_j|| / ||o_i||`` where the query sees the key, and zero elsewhere (Eq. 14)."""
     scale = _reciprocal(layer.direction("inter")[1].sqrt())[..., None]
-    return lambda a, rows: _seen(layer, rows, scale[:, :, rows] * layer.norms(rows, a.shape[-1]))
 
+    def block(a: Tensor, rows: slice) -> Tensor:
+        return _zero_where_hidden(layer, rows, scale[:, :, rows] * layer.norms(rows, a.shape[-1]))
 
-def cosine(layer: AttentionLayer) -> Block:
-    """``cos(o_i, v~_j)`` where the query sees the key, else zero (a factor of Eq. 14)."""
-    return cosine_with("inter")(layer)
+    return block
 
 
 def cosine_with(scope: Scope) -> Measure:
-    """The cosine of a value with the layer's output, or with the head's own, where it is seen."""
+    """``cos(o_i, v~_j)`` where the query sees the key, and zero elsewhere (Eq. 14)."""
     check_choice("scope", scope, Scope)
     return partial(_cosine_with, scope)
 
@@ -768,13 +779,13 @@ def _cosine_with(scope: Scope, layer: AttentionLayer) -> Block:
     def block(a: Tensor, rows: slice) -> Tensor:
         n = a.shape[-1]
         along = _grouped_matmul(u[:, :, rows], layer.value[:, :, :n])
-        return _seen(layer, rows, along.mul_(_reciprocal(layer.norms(rows, n))))
+        return _zero_where_hidden(layer, rows, along.mul_(_reciprocal(layer.norms(rows, n))))
 
     return block
 
 
 def geometry(scope: Scope) -> Measure:
-    """``<o_i, v~_j> / ||o_i||^2`` where seen: what a contribution is beyond attention (Eq. 24)."""
+    """``<o_i, v~_j> / ||o_i||^2`` where the query sees the key: ``c_ij / a_ij`` (Eq. 24)."""
     check_choice("scope", scope, Scope)
     return partial(_geometry, scope)
 
@@ -782,33 +793,31 @@ def geometry(scope: Scope) -> Measure:
 def _geometry(scope: Scope, layer: AttentionLayer) -> Block:
     u, norm2 = layer.direction(scope)
     u = u * _reciprocal(norm2)[..., None]
-    return lambda a, rows: _seen(
-        layer, rows, _grouped_matmul(u[:, :, rows], layer.value[:, :, : a.shape[-1]])
-    )
+
+    def block(a: Tensor, rows: slice) -> Tensor:
+        along = _grouped_matmul(u[:, :, rows], layer.value[:, :, : a.shape[-1]])
+        return _zero_where_hidden(layer, rows, along)
+
+    return block
 
 
 def attention_cosine(layer: AttentionLayer) -> Block:
-    """``a_ij cos(o_i, v~_j)``: a contribution without its magnitude (two factors of Eq. 14)."""
-    factor = cosine(layer)
+    """``a_ij cos(o_i, v~_j)``: a contribution without the relative norm (Eq. 14)."""
+    factor = cosine_with("inter")(layer)
     return lambda a, rows: a.mul_(factor(a, rows))
 
 
-def relative_norm_cosine(layer: AttentionLayer) -> Block:
-    """``<o_i, v~_j> / ||o_i||^2``: a contribution without its attention (two factors of Eq. 14)."""
-    return geometry("inter")(layer)
-
-
 def projection(layer: AttentionLayer) -> Block:
-    """``a_ij <o_i, v~_j> / ||o_i||``: how far a term reaches along the output, not its share."""
+    """``a_ij <o_i, v~_j> / ||o_i||``: the length of a term along the output."""
     share = contribution()(layer)
     norm = layer.direction("inter")[1].sqrt()[..., None]
-    return _scaled(layer, lambda a, rows: share(a, rows).mul_(norm[:, :, rows]))
+    return _times_scale(layer, lambda a, rows: share(a, rows).mul_(norm[:, :, rows]))
 
 
 def closeness(layer: AttentionLayer) -> Block:
-    """``2c - r^2 = 1 - ||o_i - a_ij v~_j||^2 / ||o_i||^2``, with ``r = |a_ij| ||v~_j|| / ||o_i||``.
+    """``1 - ||o_i - a_ij v~_j||^2 / ||o_i||^2``: how well one term alone approximates the output.
 
-    How much nearer than nothing one term alone comes to the output.
+    It is computed as ``2c - r^2`` with ``r = |a_ij| ||v~_j|| / ||o_i||``.
     """
     share, size = contribution()(layer), vwon(layer)
 
@@ -819,28 +828,29 @@ def closeness(layer: AttentionLayer) -> Block:
     return block
 
 
-def _seen(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:
+def _zero_where_hidden(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:
     seen = layer.mask.block(rows)
     return x if seen is None else x * seen.to(x.device)
 
 
 # ---------------------------------------------------------------------------------------------
-# The engine: one pass over a layer in blocks of queries
+# The engine: one pass over a layer, in blocks of queries
 
 
 def map_blocks(
     layer: AttentionLayer, *measures: Measure, chosen: Tensor | None = None
 ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """The maps of measures in blocks of queries, so that none has to exist as a whole.
+    """Yield the maps of one or more measures, in blocks of queries.
 
     Args:
         layer: The layer.
-        measures: What to make of its weights, which are computed once.
-        chosen: ``(B, T)`` boolean, which queries count; None for all. Rows of others, and of
-            padding, are zero, and blocks without any are left out.
+        measures: The measures. The attention weights are computed once for all of them.
+        chosen: ``(B, T)`` boolean, the queries that count; None for all. The rows of other queries,
+            and of padding, are zero. Blocks without a chosen query are skipped.
 
     Yields:
-        Rows, and for each measure ``(B, H, t, n)`` at the first ``n`` keys; it may be overwritten.
+        The rows of the block, and for each measure ``(B, H, t, n)`` at the first ``n`` keys. The
+        caller may overwrite these maps.
 
     Example:
         >>> layer = AttentionLayer.from_tensors(
@@ -859,14 +869,14 @@ def map_blocks(
         found = (*(apply(a.clone(), rows) for apply in first), last(a, rows))
         if chosen is not None and not chosen[:, rows].all():
             for g in found:
-                # Not a product: what a padded query computes may be NaN.
+                # A product would keep NaN, which padded queries may have.
                 g.masked_fill_(~chosen[:, None, rows, None], 0)
         yield rows, found
 
 
-@_outside_autocast
+@_without_autocast
 def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
-    """The whole map of a measure, ``(B, H, T, S)``.
+    """Compute the full map of a measure, ``(B, H, T, S)``.
 
     Example:
         >>> layer = AttentionLayer.from_tensors(
@@ -881,7 +891,7 @@ def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
     return out
 
 
-@_outside_autocast
+@_without_autocast
 def token_scores(
     layer: AttentionLayer,
     measure: Measure,
@@ -890,22 +900,22 @@ def token_scores(
     signed: bool = False,
     queries: Tensor | None = None,
 ) -> Tensor:
-    """A measure reduced over the queries that can see each key (Eq. 15).
+    """Reduce a measure over the queries that can see each key (Eq. 15).
 
-    Holds one block of queries at a time, so memory grows linearly with the text.
+    Only one block of queries is in memory at a time, so memory grows linearly with the text.
 
     Args:
         layer: The layer.
-        measure: What to reduce.
-        reduction: ``"mean"`` over the queries that see the key is Eq. 15; ``"sum"``,
-            ``"max"`` and ``"rms"`` (root of the mean square over the same queries).
-        signed: Keeps signs; by default absolute values are taken before the reduction (measure
-            iv of the paper).
-        queries: ``(B, T)`` boolean, which queries count; None for all.
+        measure: The measure.
+        reduction: ``"mean"`` (Eq. 15), ``"sum"``, ``"max"`` or ``"rms"`` (the root of the mean
+            square), over the queries that see the key.
+        signed: Whether to keep signs. By default the absolute values are reduced (measure iv of the
+            paper).
+        queries: ``(B, T)`` boolean, the queries that count; None for all.
 
     Returns:
-        ``(B, H, S)``; zero for a key that none of the queries sees. ``H`` is 1 for a measure that
-        puts heads together.
+        ``(B, H, S)``. A key that none of the queries sees has the score zero. ``H`` is 1 for a
+        measure that aggregates heads.
 
     Example:
         >>> a = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
@@ -928,13 +938,12 @@ def token_scores(
         part = total[..., : g.shape[-1]]
         if reduction == "max":
             if signed:
-                g.masked_fill_(~_counted(mask, rows, chosen, g), -math.inf)
+                g.masked_fill_(~_counted_pairs(mask, rows, chosen, g), -math.inf)
             torch.maximum(part, g.amax(-2), out=part)
         else:
-            # A product with ones, since summing over rows reads memory in the wrong order.
-            part += (g.new_ones(1, g.shape[-2]) @ (g.square_() if reduction == "rms" else g))[
-                ..., 0, :
-            ]
+            # A product with ones is faster than a sum over rows, which reads memory out of order.
+            terms = g.square_() if reduction == "rms" else g
+            part += (g.new_ones(1, g.shape[-2]) @ terms)[..., 0, :]
     counts = mask.counts(queries, total.device).to(total.dtype)
     if reduction in ("mean", "rms"):
         total /= counts.clamp(min=1)
@@ -943,14 +952,14 @@ def token_scores(
     return total.masked_fill_(counts == 0, 0)
 
 
-def _counted(mask: QueryMask, rows: slice, chosen: Tensor | None, g: Tensor) -> Tensor:
-    """Where in a block a chosen query sees the key; elsewhere its zero is no value."""
+def _counted_pairs(mask: QueryMask, rows: slice, chosen: Tensor | None, g: Tensor) -> Tensor:
+    """Return where a chosen query sees the key. Elsewhere, a zero in ``g`` is not a value."""
     seen = mask.block(rows)
     seen = torch.ones_like(g, dtype=torch.bool) if seen is None else seen.to(g.device)
     return seen if chosen is None else seen & chosen[:, None, rows, None]
 
 
-@_outside_autocast
+@_without_autocast
 def query_scores(
     layer: AttentionLayer,
     measure: Measure,
@@ -959,16 +968,16 @@ def query_scores(
     heads: Aggregation = "mean",
     signed: bool = False,
 ) -> Tensor:
-    """The rows of a few queries, aggregated over heads.
+    """Compute the rows of a few queries, aggregated over heads.
 
-    Holds these rows and one block of queries, so memory grows linearly with the text.
+    Only these rows and one block of queries are in memory, so memory grows linearly with the text.
 
     Args:
         layer: The layer.
-        measure: What to aggregate.
+        measure: The measure.
         queries: A slice of queries with a start and a stop.
-        heads: How.
-        signed: Keeps signs; by default absolute values are aggregated.
+        heads: How to aggregate heads.
+        signed: Whether to keep signs. By default the absolute values are aggregated.
 
     Returns:
         ``(B, t, S)``.
@@ -992,12 +1001,12 @@ def query_scores(
     return out
 
 
-@_outside_autocast
+@_without_autocast
 def head_share(layer: AttentionLayer) -> Tensor:
-    """``sum_j c_ij^h``: how much of the layer's output each head makes; needs no map.
+    """Compute ``sum_j c_ij^h``, each head's share of the layer's output, without a map.
 
     Returns:
-        ``(B, H, T)``; sums to one over ``H``. Padded queries have zeros.
+        ``(B, H, T)``, which sums to one over ``H``. Padded queries have zeros.
 
     Example:
         >>> layer = AttentionLayer.from_tensors(
@@ -1012,7 +1021,7 @@ def head_share(layer: AttentionLayer) -> Tensor:
 
 
 def aggregate(scores: Tensor, how: Aggregation | None, dim: int) -> Tensor:
-    """Reduces heads or layers; None keeps them.
+    """Aggregate scores over one dimension, such as heads or layers; None keeps the dimension.
 
     Example:
         >>> aggregate(torch.tensor([[1.0, 3.0]]), "mean", dim=1).tolist()
@@ -1027,13 +1036,13 @@ def aggregate(scores: Tensor, how: Aggregation | None, dim: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# Dense: from tensors to maps
+# Dense maps from tensors
 
 
 class Decomposition(NamedTuple):
-    """The factors of a contribution (Eq. 14), each ``(B, H, T, S)``, dimensionless.
+    """The factors of a contribution (Eq. 14), each ``(B, H, T, S)`` and dimensionless.
 
-    ``contribution = attention * relative_norm * cosine``. The two geometric factors are zero
+    ``contribution = attention * relative_norm * cosine``. ``relative_norm`` and ``cosine`` are zero
     where a query cannot see a key.
     """
 
@@ -1050,17 +1059,18 @@ def contribution_weights(
     *,
     scope: Scope = "inter",
 ) -> Tensor:
-    """Contribution weights: each token's share of the attention output (Eq. 9, 12).
+    """Compute contribution weights: each token's share of the attention output (Eq. 9, 12).
 
     Args:
         attention: ``(B, H, T, S)``.
         value: ``(B, H_kv, S, d_h)``.
         output_weight: ``W_O`` by heads, ``(H, d_h, d)``.
-        scope: ``"inter"`` projects on the layer's output, ``"intra"`` on the head's own.
+        scope: ``"inter"`` projects on the layer's output, ``"intra"`` on the head's own output.
 
     Returns:
-        ``(B, H, T, S)``: inter sums to one over heads and keys (Eq. 13), intra over keys
-        (Eq. 10). Rows of a vanishing output are zero.
+        ``(B, H, T, S)``. Inter-head contributions sum to one over heads and keys (Eq. 13), and
+        intra-head contributions over keys (Eq. 10). The row of a query whose output vanishes is
+        zero.
 
     Raises:
         ValueError: If the shapes do not fit, or ``scope`` is unknown.
@@ -1076,9 +1086,9 @@ def contribution_weights(
 
 
 def value_weighted(attention: Tensor, value: Tensor, output_weight: Tensor) -> Tensor:
-    """Value-weighted attention ``|a_ij| ||v~_j||`` (section 5.2, measure ii).
+    """Compute value-weighted attention, ``|a_ij| ||v~_j||`` (section 5.2, measure ii).
 
-    Args and errors as :func:`contribution_weights`.
+    It takes the arguments and raises the errors of :func:`contribution_weights`.
 
     Returns:
         ``(B, H, T, S)``, in the unit of the hidden states.
@@ -1094,9 +1104,9 @@ def value_weighted(attention: Tensor, value: Tensor, output_weight: Tensor) -> T
 def value_weighted_output_normalised(
     attention: Tensor, value: Tensor, output_weight: Tensor
 ) -> Tensor:
-    """VW-ON, ``|a_ij| ||v~_j|| / ||o_i||`` (section 5.2, measure iii).
+    """Compute VW-ON, ``|a_ij| ||v~_j|| / ||o_i||`` (section 5.2, measure iii).
 
-    Args and errors as :func:`contribution_weights`.
+    It takes the arguments and raises the errors of :func:`contribution_weights`.
 
     Returns:
         ``(B, H, T, S)``.
@@ -1110,7 +1120,7 @@ def value_weighted_output_normalised(
 
 
 def decompose(layer: AttentionLayer) -> Decomposition:
-    """Attention, relative norm, cosine and their product, the contribution (Eq. 14).
+    """Compute attention, relative norm, cosine and their product, the contribution (Eq. 14).
 
     Example:
         >>> layer = AttentionLayer.from_tensors(
@@ -1119,6 +1129,5 @@ def decompose(layer: AttentionLayer) -> Decomposition:
         >>> torch.allclose(d.attention * d.relative_norm * d.cosine, d.contribution, atol=1e-5)
         True
     """
-    return Decomposition(
-        *(dense_map(layer, m) for m in (attention, relative_norm, cosine, contribution("inter")))
-    )
+    factors = attention, relative_norm, cosine_with("inter"), contribution("inter")
+    return Decomposition(*(dense_map(layer, measure) for measure in factors))

@@ -19,7 +19,7 @@ MEASURES = {
     "inter": contribution("inter"),
     "intra": contribution("intra"),
     "relative_norm": functional.relative_norm,
-    "cosine": functional.cosine,
+    "cosine": functional.cosine_with("inter"),
 }
 MASKS = (
     "none",

@@ -1,4 +1,4 @@
-"""Influence across layers: rollout, flow and ALTI, against the definitions in full."""
+"""Influence across layers: rollout and ALTI, against the definitions in full."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import networkx
 import pytest
 import torch
 import transformers
@@ -39,12 +38,10 @@ from captum_cw.functional import (
 )
 from captum_cw.removal.scoring import pair_scorer
 from captum_cw.rollout import (
-    Flow,
     Rollout,
     alti,
     attention_mixing,
     contribution_mixing,
-    max_flow,
     norm_mixing,
 )
 from support import reference
@@ -287,7 +284,7 @@ def test_scores_reduce_the_rolled_out_map_over_the_queries_that_a_token_reaches(
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("layers", ["rollout", "flow", "mean"])
+@pytest.mark.parametrize("layers", ["rollout", "mean"])
 @pytest.mark.parametrize("name", METHODS)
 def test_padding_changes_no_other_number(name: str, layers: Any, side: str) -> None:
     model = llama()
@@ -457,86 +454,8 @@ def test_parts_that_lead_away_count_nothing_by_alti_and_their_size_by_contributi
 def test_a_stream_that_is_not_known_is_refused() -> None:
     layer = replace(random_layer(1, 1, 3), residual=None)
     for measure in (norm_mixing, contribution_mixing, alti):
-        with pytest.raises(ValueError, match=r"give AttentionLayer\.residual"):
+        with pytest.raises(ValueError, match=r"set AttentionLayer\.residual"):
             dense_map(layer, measure)
-
-
-# ---------------------------------------------------------------------------------------------
-# Flow
-
-
-def flows_by_networkx(maps: list[Tensor], query: int) -> list[float]:
-    graph = networkx.DiGraph()
-    L, T = len(maps), len(maps[0])
-    graph.add_nodes_from((0, j) for j in range(T))
-    for number, mixed in enumerate(maps):
-        for i in range(T):
-            for j in range(T):
-                if mixed[i, j] > 0:
-                    graph.add_edge((number + 1, i), (number, j), capacity=float(mixed[i, j]))
-    return [networkx.maximum_flow_value(graph, (L, query), (0, j)) for j in range(T)]
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_flow_equals_networkx(causal: bool) -> None:
-    torch.manual_seed(0)
-    maps = []
-    for _ in range(3):
-        a = torch.rand(5, 5, dtype=torch.float64).pow(4)
-        a = a.tril() if causal else a
-        maps.append(a / a.sum(-1, keepdim=True))
-    for query in (1, 4):
-        expected = torch.tensor(flows_by_networkx(maps, query), dtype=torch.float64)
-        assert torch.allclose(max_flow(maps, query), expected, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", ["attention", "contribution", "alti"])
-def test_flow_through_a_model(name: str) -> None:
-    model = llama()
-    inputs, real = padded_batch("left")
-    maps = [mixing(terms, name).nan_to_num() for terms in in_full(model, inputs, real)]
-    found = TokenScores(METHODS[name](model), layers="flow", queries=-1).attribute(inputs)
-    both = real[:, :, None] & real[:, None]
-    for b in range(2):
-        expected = flows_by_networkx([(mixed * both)[b] for mixed in maps], 8)
-        assert torch.allclose(found[b].double(), torch.tensor(expected).double(), atol=1e-4)
-
-
-def test_a_flow_through_one_layer_is_its_map_and_never_less_than_a_rollout() -> None:
-    model: Any = llama()
-    ids = token_ids()
-    method = AttentionWeights(model, model.model.layers[0].self_attn)
-    flow, rolled = (
-        TokenScores(method, layers=layers, queries=3).attribute(ids)  # type: ignore[arg-type]
-        for layers in ("flow", "rollout")
-    )
-    assert torch.allclose(flow, rolled, atol=1e-6)
-    flow, rolled = (
-        TokenScores(AttentionWeights(model), layers=layers, queries=3).attribute(ids)  # type: ignore[arg-type]
-        for layers in ("flow", "rollout")
-    )
-    assert (flow >= rolled - 1e-6).all()
-    assert (flow > rolled + 1e-3).any()
-
-
-def test_flows_of_several_queries_are_reduced_over_those_that_a_token_reaches() -> None:
-    model, ids = llama(), token_ids(1, 5)
-    rows = [
-        TokenScores(AttentionWeights(model), layers="flow", queries=q).attribute(ids)[0]
-        for q in (2, 3)
-    ]
-    both = TokenScores(AttentionWeights(model), layers="flow", queries=slice(2, 4)).attribute(ids)
-    counts = torch.tensor([2, 2, 2, 1, 1])
-    assert torch.allclose(both[0], (rows[0] + rows[1]) / counts, atol=1e-6)
-
-
-def test_flows_that_would_take_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama()
-    monkeypatch.setattr(rollout, "FLOW_STEPS", 3 * 2 * 9**3)
-    four = TokenScores(AttentionWeights(model), layers="flow", queries=slice(0, 4))
-    with pytest.raises(ValueError, match=r"to 9 tokens from 4 of them.* need 5\.8e\+03.*rollout"):
-        four.attribute(token_ids())
-    TokenScores(AttentionWeights(model), layers="flow", queries=slice(0, 3)).attribute(token_ids())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -677,7 +596,6 @@ def test_the_metric_takes_scores_of_whole_tokens() -> None:
     model, ids = llama(), token_ids(2, 12)
     methods = {
         "rollout": TokenScores(AttentionWeights(model), "sum", layers="rollout"),
-        "flow": TokenScores(AttentionWeights(model), layers="flow", queries=-1),
         "contribution": TokenScores(ContributionWeights(model), "sum", layers="rollout"),
         "alti": TokenScores(ALTIWeights(model), "sum", layers="rollout"),
         "alti-mean": TokenScores(ALTIWeights(model), "sum"),
@@ -715,7 +633,6 @@ def test_pairs_cannot_be_ranked_by_scores_of_whole_tokens() -> None:
     rollout = TokenScores(ContributionWeights(model), layers="rollout")
     for method, named in (
         (rollout, "layers='rollout'"),
-        (TokenScores(AttentionWeights(model), layers="flow", queries=-1), "layers='flow'"),
         (ALTIWeights(model), "ALTIWeights"),
         (TokenScores(ALTIWeights(model)), "layers='mean'"),
     ):
@@ -728,15 +645,14 @@ def test_pairs_cannot_be_ranked_by_scores_of_whole_tokens() -> None:
         pass
 
 
-@pytest.mark.parametrize("layers", ["rollout", "flow"])
 def test_generated_text_is_explained_through_all_layers(
-    layers: Any, tiny_model: Any, tiny_tokenizer: Any
+    tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
-    method = TokenScores(AttentionWeights(tiny_model), layers=layers)
+    method = TokenScores(AttentionWeights(tiny_model), layers="rollout")
     result = LLMTokenAttribution(method, tiny_tokenizer).attribute("a b c", target="d e")
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     for o, query in enumerate((2, 3)):
-        scores = TokenScores(AttentionWeights(tiny_model), layers=layers, queries=query)
+        scores = TokenScores(AttentionWeights(tiny_model), layers="rollout", queries=query)
         assert torch.allclose(result.token_attr[o], scores.attribute(ids)[0, :3], atol=1e-6)
 
 
@@ -794,18 +710,16 @@ def test_choices_that_make_no_sense_are_refused() -> None:
         TokenScores(ContributionWeights(model, scope="intra"), layers="rollout")
     with pytest.raises(ValueError, match="signed=True, but layers='rollout'"):
         TokenScores(contributions, layers="rollout", signed=True)
-    with pytest.raises(ValueError, match="layers='product' is unknown.*'rollout', 'flow', or None"):
+    with pytest.raises(ValueError, match="layers='product' is unknown.*'rollout', or None"):
         TokenScores(contributions, layers="product")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="queries='all', but layers='flow'"):
-        TokenScores(attention, layers="flow").attribute(token_ids())
     with pytest.raises(IndexError, match="queries=9, but example 0 has 9 tokens"):
         TokenScores(attention, layers="rollout", queries=9).attribute(token_ids())
 
 
 def test_layers_of_other_tokens_are_refused() -> None:
-    path = Flow()
+    path = Rollout()
     path.add(random_layer(1, 1, 4), alti, "a")
-    with pytest.raises(ValueError, match="'b' has 3 tokens, those before it 4"):
+    with pytest.raises(ValueError, match="'b' has 3 tokens, but the layers before it have 4"):
         path.add(random_layer(1, 1, 3), alti, "b")
     values = torch.ones(1, 1, 3, 2)
     layer = AttentionLayer.from_tensors(torch.rand(1, 1, 2, 3), values, torch.ones(1, 2, 2))

@@ -1,1 +1,1 @@
-"""Small tools that every room may use: progress bars, files, processes, records, memory."""
+"""Small tools for all packages: progress bars, files, processes, records, memory, suggestions."""

@@ -1,4 +1,4 @@
-"""Results on disk: JSON, with the version of its form."""
+"""JSON files of results, with a version number of their format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ __all__ = ["read_json", "whole_file", "write_json"]
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Where to write what becomes the file at once: a kill leaves no half one."""
+    """Yield a temporary path that replaces ``path`` at the end.
+
+    If the process is killed, ``path`` is either the whole new file or the old one.
+    """
     whole = Path(f"{path}.part")
     if not whole.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {whole.parent}.")
@@ -26,24 +29,29 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes a file at once."""
+    """Write a JSON file as a whole (see :func:`whole_file`)."""
     with whole_file(path) as whole:
         whole.write_text(json.dumps(content), encoding="utf-8")
 
 
 def read_json(path: str | Path, version: int, needed: str) -> dict[str, Any]:
-    """What :func:`write_json` wrote, of that version and with that entry.
+    """Read a file of :func:`write_json`, and check its version and that it has an entry.
+
+    Args:
+        path: The file.
+        version: The version that this release reads.
+        needed: The name of an entry that files of this kind have.
 
     Raises:
-        ValueError: If the file is another one, or of an unknown version.
+        ValueError: If the file is of another kind or version.
     """
     try:
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         found = content["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no result of this package.") from error
+        raise ValueError(f"{path} is not a result of this package.") from error
     if found != version:
         raise ValueError(f"{path} has version {found!r}; this release reads {version}.")
     if needed not in content:
-        raise ValueError(f"{path} holds no result of this kind.")
+        raise ValueError(f"{path} is not a result of this kind.")
     return content

@@ -1,4 +1,4 @@
-"""How much memory is free, for those who would rather refuse than be killed."""
+"""The free memory of a device, so that a call can refuse to run instead of being killed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 __all__ = ["cgroup_free", "cuda_free", "free_bytes"]
 
-#: Which control groups a process is in, and where the kernel shows them.
+#: The file that lists a process's control groups, and the folder of all control groups.
 OWN, ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
-#: By version of control groups: where the files of memory are below :data:`ROOT`, the limit, what
-#: is used, and what of that the kernel gives back when it is asked for.
+#: For each version of control groups: the folder of memory files below :data:`ROOT`, the files with
+#: the limit and the usage, and the statistic of used memory that the kernel can reclaim.
 FILES = {
     1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("", "memory.max", "memory.current", "inactive_file"),
@@ -22,10 +22,10 @@ FILES = {
 
 
 def free_bytes(device: torch.device) -> int:
-    """The bytes that can be allocated on a device now.
+    """Return the number of bytes that can be allocated on a device now.
 
-    On the CPU that is what the machine has available, and no more than what the control groups of
-    the process, such as those of a container or a batch job, leave of their limits.
+    On the CPU, this is the machine's available memory, bounded by the limits of the process's
+    control groups, such as those of a container or a batch job.
 
     Example:
         >>> free_bytes(torch.device("cpu")) > 0
@@ -38,46 +38,47 @@ def free_bytes(device: torch.device) -> int:
 
 
 def cuda_free(device: torch.device) -> int:
-    """What the driver has, and what PyTorch's allocator holds and does not use."""
+    """Return the driver's free memory plus the unused memory of PyTorch's allocator."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
 
 
 def cgroup_free(own: Path, root: Path) -> int | None:
-    """The least that a control group of this process, or one around it, leaves of its limit.
+    """Return the bytes that the limits of a process's control groups leave.
 
     Args:
-        own: The file that tells which groups the process is in.
-        root: The folder that holds the groups.
+        own: The file that lists the process's groups.
+        root: The folder of all groups.
 
     Returns:
-        Bytes; None where no group has a limit, or the system has no control groups.
+        The minimum over the groups and their outer groups; None without a limit or without control
+        groups.
 
     Example:
         >>> cgroup_free(Path("/nowhere"), Path("/nowhere")) is None
         True
     """
-    return min(_left(own, root), default=None)
+    return min(_free_by_group(own, root), default=None)
 
 
-def _left(own: Path, root: Path) -> Iterator[int]:
-    for version, group in _groups(_text(own)):
+def _free_by_group(own: Path, root: Path) -> Iterator[int]:
+    for version, group in _groups(_read_text(own)):
         place, limit, used, inactive = FILES[version]
-        for outer in (group, *group.parents):  # each group bounds those inside of it
+        for outer in (group, *group.parents):  # the limit of a group also holds for inner groups
             folder = root / place / outer
-            most, now = _number(folder / limit), _number(folder / used)
+            most, now = _read_number(folder / limit), _read_number(folder / used)
             if most is not None and now is not None:
-                yield max(0, most - now + _counted(folder / "memory.stat", inactive))
+                yield max(0, most - now + _read_statistic(folder / "memory.stat", inactive))
 
 
 def _groups(own: str) -> Iterator[tuple[int, Path]]:
-    """The version and the path, below the folder of all groups, of those that bound memory.
+    """Yield the version and the path, below the root, of the groups that limit memory.
 
     Lines are ``0::/path`` in version 2, and ``number:controllers:/path`` in version 1.
     """
     for line in own.splitlines():
         number, controllers, path = (*line.split(":", 2), "", "")[:3]
-        # Seen from inside a container, what lies outside of it begins with "..".
+        # Inside a container, paths of groups outside of it start with "..".
         group = Path(*(part for part in Path(path).parts if part not in ("/", "..")))
         if number == "0" and not controllers:
             yield 2, group
@@ -85,20 +86,20 @@ def _groups(own: str) -> Iterator[tuple[int, Path]]:
             yield 1, group
 
 
-def _text(file: Path) -> str:
-    """Nothing where it cannot be read."""
+def _read_text(file: Path) -> str:
+    """Read a file; return "" if it cannot be read."""
     try:
         return file.read_text("utf-8", "replace")
     except OSError:
         return ""
 
 
-def _number(file: Path) -> int | None:
-    """None where it cannot be read, or says "max"."""
-    text = _text(file).strip()
+def _read_number(file: Path) -> int | None:
+    """Read a number from a file; return None if the file is unreadable or says "max"."""
+    text = _read_text(file).strip()
     return int(text) if text.isdecimal() else None
 
 
-def _counted(file: Path, name: str) -> int:
-    lines = (line.split() for line in _text(file).splitlines())
+def _read_statistic(file: Path, name: str) -> int:
+    lines = (line.split() for line in _read_text(file).splitlines())
     return next((int(line[1]) for line in lines if line[:1] == [name]), 0)

@@ -1,4 +1,4 @@
-"""The processes that share a run, under ``torchrun`` or ``accelerate launch``."""
+"""The processes of one run under ``torchrun`` or ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 
 class Processes:
-    """All processes of a run, seen from one of them.
+    """All processes of a run, from the view of one process.
 
     Args:
-        several: Whether to look for others; they talk through accelerate.
+        several: Whether to look for other processes. They communicate through accelerate.
 
     Attributes:
-        count: How many there are.
-        index: Which of them this is; 0 is the one that writes files.
-        device: Where a model of this process goes.
+        count: The number of processes.
+        index: The index of this process. Process 0 writes files.
+        device: The device for the model of this process.
     """
 
     def __init__(self, several: bool = True) -> None:
@@ -41,10 +41,10 @@ class Processes:
         return self.index == 0
 
     def gathered(self, work: Callable[[], T]) -> list[T]:
-        """What ``work`` gives in each process, in their order, known to all of them.
+        """Run ``work`` in each process, and return the results of all, in the order of processes.
 
         Raises:
-            RuntimeError: If it fails in another process: no process waits for one that is gone.
+            RuntimeError: If ``work`` fails in another process, so that no process waits forever.
         """
         if self.count == 1:
             return [work()]
@@ -62,6 +62,6 @@ class Processes:
         return [result for result, _ in found]
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives in the main process, known to all; the others do not run it."""
+        """Run ``work`` in the main process only, and return its result in all processes."""
         first: T | None = self.gathered(lambda: work() if self.is_main else None)[0]
         return first  # type: ignore[return-value]  # the main process has run it

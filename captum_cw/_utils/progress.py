@@ -1,4 +1,4 @@
-"""The one progress bar."""
+"""The progress bar."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ __all__ = ["progress_bar"]
 
 
 def progress_bar(total: int | None, description: str, *, show: bool) -> Any:
-    """A bar that appears once the work has taken two seconds, and leaves nothing behind."""
+    """Return a bar that appears after two seconds of work, and disappears at the end."""
     return tqdm(total=total, desc=description, disable=not show, delay=2, leave=False)

@@ -1,8 +1,9 @@
-"""Records of a long run: on disk as soon as they exist, so that a killed run goes on.
+"""Records of a long run, written to disk one by one, so that a killed run can be resumed.
 
-A file of records is a line that says which run it belongs to, and a line for each record, keyed by
-what was computed. Lines are appended and synced one at a time, each with a checksum. A kill can
-only tear the last one: that is dropped. Any other damage is refused, and the file left alone.
+The first line of a file identifies the run. Each further line is one record with its key. Lines are
+appended and synced one at a time, each with a checksum. If the process is killed, only the last
+line can be incomplete; it is dropped. Any other damage raises an error, and the file is not
+changed.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ __all__ = ["Records", "RecordsError"]
 
 
 class RecordsError(ValueError):
-    """A file of records is damaged, or belongs to another run; it was left as it is."""
+    """Raised if a file of records is damaged or belongs to another run. The file is unchanged."""
 
 
 class Records(Mapping[str, Any]):
-    """Records by key, in memory and on disk; a context manager that closes the file.
+    """Records by key, in memory and on disk. As a context manager it closes the file.
 
     Args:
-        path: The file; made, with its folder, where there is none.
-        run: What must be the same for records to belong together, such as settings and versions;
-            JSON.
+        path: The file. A missing file, or folder, is created.
+        run: The settings and versions that all records of the file must share (JSON).
 
     Raises:
-        RecordsError: If the file is damaged, no file of records, of another run, or being written.
+        RecordsError: If the file is damaged, is not a file of records, belongs to another run, or
+            is being written by another run.
 
     Example:
         >>> path = getfixture("tmp_path") / "run.records"
@@ -64,7 +65,7 @@ class Records(Mapping[str, Any]):
         *whole, torn = content.split(b"\n")
         lines = [self._read(line, n) for n, line in enumerate(whole, 1)]
         if not lines and torn and not _line({"run": run}).startswith(torn):
-            raise RecordsError(f"{self.path} is no file of records: choose another name.")
+            raise RecordsError(f"{self.path} is not a file of records: choose another name.")
         if lines:
             self._check_run(lines[0], run)
             for n, line in enumerate(lines[1:], 2):
@@ -77,11 +78,11 @@ class Records(Mapping[str, Any]):
             self._append({"run": run})
 
     def add(self, key: str, value: Any) -> None:
-        """Keeps a record (JSON; floats come back bit for bit); it is on disk on return."""
+        """Add a record (JSON; floats are exact). It is on disk when this returns."""
         self.update({key: value})
 
     def update(self, records: Mapping[str, Any]) -> None:
-        """Keeps several records at once."""
+        """Add several records at once."""
         for key in records:
             if key in self._records:
                 raise KeyError(f"There is a record {key!r} already.")
@@ -89,7 +90,7 @@ class Records(Mapping[str, Any]):
         self._records.update(records)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Records:
@@ -135,19 +136,19 @@ class Records(Mapping[str, Any]):
                 if there.get(name) != here.get(name)
             )
             raise RecordsError(
-                f"{self.path} is of another run ({differences}): go on with the same settings, or "
-                "choose another file."
+                f"{self.path} is of another run ({differences}): use the same settings, or choose "
+                "another file."
             )
 
     def _damaged(self, n: int) -> RecordsError:
-        what = "is damaged" if n > 1 else "is damaged, or no file of records:"
+        what = "is damaged" if n > 1 else "is damaged, or is not a file of records,"
         return RecordsError(
-            f"{self.path} {what} at line {n}: restore it, or choose another file to start anew."
+            f"{self.path} {what} at line {n}: restore it, or choose another file for a new run."
         )
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """One run at a time writes a file; the system unlocks it when it is closed, or the run dies."""
+    """Lock the file for this run. The system unlocks it when it is closed or the run ends."""
     if sys.platform != "win32":
         import fcntl
 

@@ -1,4 +1,4 @@
-"""Names like one that is not known, for messages."""
+"""Suggestions of similar names, for error messages about unknown names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["suggestion", "suggestion_of_path"]
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """A question that ends a message: which known name is meant; empty if none is like it.
+    """Return " Did you mean ...?" with the most similar known name; "" if none is similar.
 
     Example:
         >>> suggestion("atention", ["contribution", "attention"]), suggestion("xyz", ["vw"])
@@ -22,11 +22,11 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def suggestion_of_path(path: Path, others: Iterable[str] = ()) -> str:
-    """The same for a file or folder that is not there, among what lies where it should.
+    """Suggest a similar file or folder in the same folder as a missing one.
 
     Args:
-        path: What is not there.
-        others: Names that may be meant as well.
+        path: The missing file or folder.
+        others: Further names to suggest from.
     """
     try:
         beside = [str(path.parent / other.name) for other in path.parent.iterdir()]

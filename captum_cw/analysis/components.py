@@ -23,7 +23,6 @@ from captum_cw.functional import (
     Measure,
     attention,
     contribution,
-    cosine,
     cosine_with,
     geometry,
     map_blocks,
@@ -132,7 +131,7 @@ def component_regression(
     samples = {group: Reservoir(points, seed + n) for n, group in enumerate(GROUPS)}
 
     def on_layer(seen: SeenLayer) -> None:
-        measures = attention, relative_norm, cosine, contribution()
+        measures = attention, relative_norm, cosine_with("inter"), contribution()
         for visible, maps in _map_blocks_with_mask(seen, *measures):
             first = torch.zeros_like(visible)
             first[..., 0] = True
@@ -267,7 +266,8 @@ def component_correlations(
 
     def on_layer(seen: SeenLayer) -> None:
         nonlocal dropped
-        for visible, maps in _map_blocks_with_mask(seen, attention, relative_norm, cosine):
+        measures = attention, relative_norm, cosine_with("inter")
+        for visible, maps in _map_blocks_with_mask(seen, *measures):
             columns = torch.stack([x[visible] for x in maps]).double()
             whole = (columns != 0).all(0)
             dropped += int((~whole).sum())
@@ -380,7 +380,8 @@ def component_dispersion(
     texts, sample, moments = texts_of(batches), Reservoir(points, seed), Moments(3)
 
     def on_layer(seen: SeenLayer) -> None:
-        for visible, maps in _map_blocks_with_mask(seen, attention, _projected_norms, cosine):
+        measures = attention, _projected_norms, cosine_with("inter")
+        for visible, maps in _map_blocks_with_mask(seen, *measures):
             moments.add(torch.stack([x[visible] for x in maps]))
             _sample_cells(visible, maps, sample)
 

@@ -25,7 +25,7 @@ from captum_cw.capture import Execution
 from captum_cw.capture.forward_call import LOGITS, tokens_of
 from captum_cw.capture.run import Inputs
 from captum_cw.functional import Aggregation, AttentionLayer, Reduction, check_choice
-from captum_cw.rollout import Flow, LayerPath, Rollout, Through
+from captum_cw.rollout import Rollout
 from captum_cw.text.prompts import leading, refuse_later_tokens
 
 __all__ = ["TokenScores"]
@@ -38,21 +38,20 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
     see it (arXiv 2606.07604, Eq. 15); heads and layers are then aggregated. Layers are
     reduced while the model runs, so memory grows linearly with the text.
 
-    With ``layers="rollout"`` or ``"flow"``, influence is followed through the layers first, each
+    With ``layers="rollout"``, influence is followed through the layers first, each
     seen as a map of how much of the residual stream after attention each token makes, heads put
     together: for :class:`AttentionWeights` half attention and half the stream itself, for
     :class:`ContributionWeights` the absolute shares of the stream, for :class:`ALTIWeights` the
     weights. That is measured where the sum goes on, whatever the method's ``space``. The one map of
     all layers is then reduced over the queries that a token reaches. Such a map, of size ``T x T``,
-    is held; for a flow one for each layer.
+    is held.
 
     Args:
         method: A measure, such as ``ContributionWeights(model)``.
         reduction: Over queries: ``"mean"`` (Eq. 15), ``"sum"``, ``"max"`` or ``"rms"``. The mean
             overrates late tokens, which few queries see; the sum does not.
-        layers: Over layers: ``"mean"``, ``"sum"``, ``"max"``, or None to keep them; ``"rollout"``,
-            the product of their maps (Abnar & Zuidema 2020); ``"flow"``, the maximum flow through
-            them, for given ``queries`` (likewise; slow, and needs SciPy).
+        layers: Over layers: ``"mean"``, ``"sum"``, ``"max"``, or None to keep them; or
+            ``"rollout"``, the product of their maps (Abnar & Zuidema 2020).
         heads: Over heads: ``"mean"``, ``"sum"``, ``"max"``, or None to keep them. With ``"sum"``,
             contributions are shares of a layer's output, which sum to one for each query where
             ``signed`` is True. Where layers are followed, leave ``"mean"`` (attention can be put
@@ -80,7 +79,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         self,
         method: AttentionAttribution,
         reduction: Reduction = "mean",
-        layers: Aggregation | Through | None = "mean",
+        layers: Aggregation | Literal["rollout"] | None = "mean",
         heads: Aggregation | None = "mean",
         queries: Literal["all"] | int | slice = "all",
         signed: bool = False,
@@ -93,7 +92,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         check_choice("reduction", reduction, Reduction)
         aggregations = get_args(Aggregation)
         for name, how, known in (
-            ("layers", layers, aggregations + get_args(Through)),
+            ("layers", layers, (*aggregations, "rollout")),
             ("heads", heads, aggregations),
         ):
             if how is not None and how not in known:
@@ -101,16 +100,16 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                     f"{name}={how!r} is unknown: choose {', '.join(map(repr, known))}, or None to "
                     "keep them."
                 )
-        if layers in get_args(Through):
+        if layers == "rollout":
             method.mixing(heads)  # raises where it has none
             if signed:
                 raise ValueError(
-                    f"signed=True, but layers={layers!r} follows absolute values: leave it out."
+                    "signed=True, but layers='rollout' multiplies absolute values: leave it out."
                 )
         super().__init__(method.forward_func)
         self.method = method
         self.reduction: Reduction = reduction
-        self.layers: Aggregation | Through | None = layers
+        self.layers: Aggregation | Literal["rollout"] | None = layers
         self.heads: Aggregation | None = heads
         self.queries = _readable_queries(queries)
         self.signed = signed
@@ -123,7 +122,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
     @property
     def ranks_whole_tokens(self) -> bool:
         """Whether heads are put together before tokens have scores, so that none are of a head."""
-        return self.layers in get_args(Through) or self.method.maps_of(2) == 1
+        return self.layers == "rollout" or self.method.maps_of(2) == 1
 
     @logged
     def attribute(
@@ -150,12 +149,12 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         Raises:
             IndexError: If an example has no query at the index ``queries``.
             ValueError: As the method's ``attribute``, where layers of different shape are to be put
-                together, and where flows would take too long.
+                together.
             UnsupportedModelError: As the method's ``attribute``, and where layers are followed
                 through cross-attention, or a residual stream that is not found.
         """
         refuse_target(target)
-        if self.layers in get_args(Through):
+        if self.layers == "rollout":
             return as_given(inputs, self._through(inputs, additional_forward_args, show_progress))
         chosen: dict[int, Tensor | None] = {}
 
@@ -177,18 +176,12 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         return as_given(inputs, self._over_layers(scores))
 
     def _over_layers(self, scores: Tensor) -> Tensor:
-        assert self.layers not in get_args(Through)
         return functional.aggregate(scores, cast(Aggregation | None, self.layers), dim=1)
 
     def _through(
         self, inputs: Inputs, additional_forward_args: object, show_progress: bool
     ) -> Tensor:
         """``(B, T)``, by layers that are followed."""
-        if self.layers == "flow" and self.queries == "all":
-            raise ValueError(
-                "queries='all', but layers='flow' takes one flow for each query and token: give "
-                "the index of a query (-1 for the last), or a slice."
-            )
         path, chosen, _ = self._path(
             inputs,
             additional_forward_args,
@@ -205,9 +198,9 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         show_progress: bool,
         *,
         text_only: bool = False,
-    ) -> tuple[LayerPath, Tensor | None, Any]:
+    ) -> tuple[Rollout, Tensor | None, Any]:
         """The way through all layers, the chosen queries, and the output of the model."""
-        path: LayerPath = Rollout() if self.layers == "rollout" else Flow()
+        path = Rollout()
         mixing = self.method.mixing(self.heads)
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor | None:
@@ -292,7 +285,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
             start = max(0, before[1] - cached)
             return slice(queries.start + before[0], queries.stop + before[0]), slice(start, None)
 
-        if self.layers in get_args(Through):
+        if self.layers == "rollout":
             return self._rows_through(inputs, own, show_progress)
         heads = self.heads
 

@@ -1,9 +1,9 @@
-"""Modules that are run, while they are observed, in a way that lets their attention be seen.
+"""Adapters: equivalent implementations of modules whose own attention cannot be observed.
 
-An adapter computes what a module's ``forward`` computes, with
-:func:`torch.nn.functional.scaled_dot_product_attention` and a linear layer that reads the head
-outputs. It runs beside ``forward`` while someone listens to attention, and in its place where
-something is changed; where the two give something else, the module is refused.
+An adapter computes the same as a module's ``forward``, but with
+:func:`torch.nn.functional.scaled_dot_product_attention` and a linear layer whose input is the head
+outputs. During an observation it runs in addition to ``forward``. If values are changed, it
+replaces ``forward``. If the outputs of the two differ, an error is raised.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _adapters: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 def register_adapter(kind: type[nn.Module]) -> Callable[[Adapter], Adapter]:
-    """Says how modules of a class can be run so that their attention is seen.
+    """Register an adapter: a function that replaces ``forward`` in the modules of a class.
 
-    For attention in a kernel of one's own, or in an order that is not recognised. The adapter is
-    called as ``adapter(module, *args, **kwargs)`` with the arguments of ``module.forward``, and
-    must return the same. Both run, and are compared; the model goes on with what its own
-    ``forward`` gave, unless values are changed.
+    An adapter is needed for attention in a custom kernel, or in an order of operations that is not
+    recognised. It is called as ``adapter(module, *args, **kwargs)`` with the arguments of
+    ``module.forward``, and must return the same output. Both run, and their outputs are compared.
+    The model continues with the output of its own ``forward``, unless values are changed.
 
     Args:
-        kind: The class of the attention module; subclasses with a ``forward`` of their own are
-            left alone.
+        kind: The class of the attention module. The adapter does not apply to subclasses that
+            define their own ``forward``.
 
     Example:
         >>> import torch.nn.functional as F
@@ -47,12 +47,12 @@ def register_adapter(kind: type[nn.Module]) -> Callable[[Adapter], Adapter]:
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.qkv, self.out = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
-        ...     def forward(self, x):  # heads in a loop: not recognised
+        ...     def forward(self, x):  # a loop over heads is not recognised
         ...         q, k, v = (z.split(4, -1) for z in self.qkv(x).chunk(3, -1))
         ...         heads = [((a @ b.mT / 2).softmax(-1) @ c) for a, b, c in zip(q, k, v)]
         ...         return self.out(torch.cat(heads, -1))
         >>> @register_adapter(Attention)
-        ... def see(module, x):
+        ... def adapter(module, x):
         ...     qkv = module.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
         ...     heads = F.scaled_dot_product_attention(*qkv)
         ...     return module.out(heads.transpose(1, 2).flatten(2))
@@ -70,23 +70,23 @@ def register_adapter(kind: type[nn.Module]) -> Callable[[Adapter], Adapter]:
 
 @contextmanager
 def adapted(modules: Collection[nn.Module]) -> Iterator[None]:
-    """Runs adapters in place of the modules that they are for."""
+    """Wrap the modules that have an adapter, so that it runs while attention is observed."""
     with ExitStack() as stack:
         for module in modules:
-            adapter = _adapter_of(type(module))
+            adapter = _find_adapter(type(module))
             if adapter is not None:
-                wrap = functools.partial(_Adapted, module, adapter)
+                wrap = functools.partial(_AdaptedForward, module, adapter)
                 stack.enter_context(wrapping(MethodOf(module, "adapter"), wrap))
         yield
 
 
-def _adapter_of(kind: type[nn.Module]) -> Callable[..., Any] | None:
+def _find_adapter(kind: type[nn.Module]) -> Callable[..., Any] | None:
     known = next((k for k in kind.__mro__ if k in _adapters), None)
     return _adapters[known] if known is not None and known.forward is kind.forward else None
 
 
-class _Adapted:
-    """A forward that an adapter stands in for where someone wants to know of its attention."""
+class _AdaptedForward:
+    """A ``forward`` method that also runs its adapter while attention is observed."""
 
     def __init__(
         self, module: nn.Module, adapter: Callable[..., Any], forward: Callable[..., Any]
@@ -102,7 +102,7 @@ class _Adapted:
         with taken_over():
             own = self._forward(*args, **kwargs)
             if altered() == before:
-                # The model goes on with its own, to the last bit.
+                # The model continues with its own output, which is bit for bit unchanged.
                 self._check(own, found)
                 return own
             self._check(own, self._adapter(self._module, *args, **kwargs))
@@ -113,9 +113,9 @@ class _Adapted:
             tolerance = max(1e-4, 8 * product_rounding(a)) * float(a.nan_to_num().abs().max())
             if a.shape != b.shape or not torch.allclose(a, b, 0, tolerance, equal_nan=True):
                 raise UnsupportedModelError(
-                    f"The adapter for {type(self._module).__name__} does not give what its forward "
-                    "gives, so what it shows would be wrong: correct the function that "
-                    "register_adapter was given."
+                    f"The adapter for {type(self._module).__name__} does not return what the "
+                    "module's forward returns, so results would be wrong: correct the function "
+                    "that was registered with register_adapter."
                 )
 
 
@@ -125,7 +125,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 @register_adapter(nn.MultiheadAttention)
-def _multi_head_attention(
+def _run_multi_head_attention(
     module: nn.MultiheadAttention,
     query: Tensor,
     key: Tensor,
@@ -134,13 +134,13 @@ def _multi_head_attention(
     need_weights: bool = True,
     attn_mask: Tensor | None = None,
     average_attn_weights: bool = True,
-    is_causal: bool = False,  # a hint: the mask says the same
+    is_causal: bool = False,  # only a hint: the mask says the same
 ) -> tuple[Tensor, Tensor | None]:
-    """``torch.nn.MultiheadAttention``, whose own kernel keeps what is between to itself."""
+    """Run ``torch.nn.MultiheadAttention``, whose fused kernel does not expose its attention."""
     if module.bias_k is not None or module.add_zero_attn:
         raise UnsupportedModelError(
-            "MultiheadAttention with add_bias_kv or add_zero_attn has a key that is no token: it "
-            "is not supported."
+            "MultiheadAttention with add_bias_kv or add_zero_attn is not supported: it has a key "
+            "that is not a token."
         )
     batched, H = query.dim() == 3, module.num_heads
     if not batched:
@@ -160,10 +160,10 @@ def _multi_head_attention(
     )
     mask = None
     if attn_mask is not None:
-        mask = _additive(attn_mask, q)
+        mask = _to_additive(attn_mask, q)
         mask = mask[None, None] if mask.dim() == 2 else mask.view(-1, H, *mask.shape[1:])
     if key_padding_mask is not None:
-        padding = _additive(key_padding_mask, q)[:, None, None]
+        padding = _to_additive(key_padding_mask, q)[:, None, None]
         mask = padding if mask is None else mask + padding
     y = F.scaled_dot_product_attention(
         q, k, v, mask, dropout_p=module.dropout if module.training else 0.0
@@ -182,8 +182,8 @@ def _multi_head_attention(
     return out if module.batch_first else out.transpose(0, 1), attention
 
 
-def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask of MultiheadAttention, True where a key is hidden, as one that is added."""
+def _to_additive(mask: Tensor, like: Tensor) -> Tensor:
+    """Convert a mask of MultiheadAttention (True hides a key) to an additive mask."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)

@@ -1,8 +1,8 @@
-"""Key-value caches, known by what they are rather than by the argument that passes them.
+"""Key-value caches, which are recognised by their type and not by the name of an argument.
 
-Releases of transformers call the argument ``past_key_values``, ``cache_params`` or ``cache``, and a
-model of one's own calls it what it likes. A cache is an object that tells how many tokens it holds,
-or, as in older code, a tuple of the keys and values of each layer.
+Releases of transformers call the argument ``past_key_values``, ``cache_params`` or ``cache``, and
+other models use other names. A cache is an object with the method ``get_seq_length``, or, in older
+code, a tuple of the keys and values of each layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 __all__ = ["find_cache", "holds_tokens", "is_cache", "own_copy", "tokens_in"]
 
-#: What is shared between an object and its copy: it is never a part of a cache's state.
+#: Objects that a cache and its copy share, since they are not part of a cache's state.
 _SHARED = (
     nn.Module,
     type,
@@ -45,26 +45,19 @@ def is_cache(x: object) -> bool:
 
 
 def tokens_in(cache: object) -> int:
-    """How many tokens of a text a cache holds.
-
-    Args:
-        cache: The cache, or None.
-
-    Returns:
-        The number; 0 for None.
-    """
+    """Return the number of tokens that a cache holds; 0 for None."""
     if cache is None:
         return 0
     if _is_tuple_of_layers(cache):
         return int(cache[0][0].shape[-2])  # type: ignore[index]  # a tuple of tuples
-    return int(cache.get_seq_length())  # type: ignore[attr-defined]  # is_cache has looked
+    return int(cache.get_seq_length())  # type: ignore[attr-defined]  # see is_cache
 
 
 def find_cache(values: object) -> Any:
-    """The first cache among arguments or results; None if there is none.
+    """Return the first cache among arguments or results; None without a cache.
 
     Args:
-        values: A mapping, a tuple or list, or an object whose attributes are looked at.
+        values: A mapping, a tuple, a list, or an object whose attributes are searched.
     """
     found: Iterable[object]
     if isinstance(values, Mapping):
@@ -77,14 +70,13 @@ def find_cache(values: object) -> Any:
 
 
 def holds_tokens(values: Iterable[object]) -> bool:
-    """Whether one of these arguments is a cache that holds tokens."""
+    """Whether one of the arguments is a cache that is not empty."""
     return any(is_cache(x) and tokens_in(x) > 0 for x in values)
 
 
 def own_copy(x: Any) -> Any:
-    """A copy of what a model is given, which shares no tensor with it.
+    """Copy an input of a model, with all its tensors, so that a model cannot change the original.
 
-    What a model appends to the copy, or overwrites in it, does not reach the original.
     :func:`copy.deepcopy` would refuse tensors that autograd has recorded.
 
     Example:
@@ -92,46 +84,46 @@ def own_copy(x: Any) -> Any:
         >>> own_copy(given)["keys"].add_(1), given["keys"]
         (tensor([1.]), tensor([0.]))
     """
-    return _copied(x, {})
+    return _copy(x, {})
 
 
-def _copied(x: Any, known: dict[int, Any]) -> Any:
+def _copy(x: Any, known: dict[int, Any]) -> Any:
     if id(x) in known:
         return known[id(x)][1]
 
     def keep(copied: Any) -> Any:
-        known[id(x)] = x, copied  # the original too, so that its id stays its own
+        known[id(x)] = x, copied  # the original is kept alive, so that its id stays unique
         return copied
 
     if isinstance(x, Tensor):
         return keep(x.detach().clone())
     if isinstance(x, types.MethodType):
-        return keep(types.MethodType(x.__func__, _copied(x.__self__, known)))
+        return keep(types.MethodType(x.__func__, _copy(x.__self__, known)))
     if isinstance(x, _SHARED):
         return x
     if isinstance(x, tuple):
-        parts = [_copied(y, known) for y in x]
+        parts = [_copy(y, known) for y in x]
         return keep(type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts))
     if isinstance(x, (list, set, deque)):
         copied = keep(copy.copy(x))
         copied.clear()
         add = copied.add if isinstance(x, set) else copied.append
         for y in x:
-            add(_copied(y, known))
+            add(_copy(y, known))
         return copied
     if isinstance(x, dict):
         copied = keep(copy.copy(x))
         for name, y in x.items():
-            copied[name] = _copied(y, known)
+            copied[name] = _copy(y, known)
         return copied
     if not hasattr(x, "__dict__"):
         return x
     try:
         copied = keep(copy.copy(x))
-    except TypeError:  # such as an open file, which has no copy
+    except TypeError:  # for example an open file, which cannot be copied
         return x
     for name, y in vars(x).items():
-        copied.__dict__[name] = _copied(y, known)
+        copied.__dict__[name] = _copy(y, known)
     return copied
 
 

@@ -1,12 +1,13 @@
-"""The output projection of an attention layer, found by the data.
+"""The output projection of an attention layer, found by following the head outputs.
 
-``W_O`` is the weight of the linear product that reads the head outputs which the kernel returned,
-whatever its name and wherever it stands (BERT keeps it beside the attention module). Where a model
-multiplies the head outputs first, by a gate or by a norm, the product reads what comes of that:
-head outputs are followed through the functions that PyTorch runs, and autograd tells the factors.
+``W_O`` is the weight of the linear product whose input is the head outputs that the kernel
+returned. Its name and place do not matter (BERT keeps it outside of the attention module). Some
+models first multiply the head outputs by a gate or a norm, and the product takes the result. So
+this module follows the head outputs through the functions that PyTorch runs, and autograd computes
+the factors.
 
-Functions are seen in this thread only: hooks on modules would be shared with whoever else runs
-the model.
+Only functions in this thread are observed. Hooks on modules would also run in other threads that
+use the model.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ __all__ = [
     "same_place",
 ]
 
-#: How far a product with a quantised input may be from that of its weight.
+#: The relative error that a product with a quantised input may have.
 ROUNDING = 0.03
 
-#: What norms make of the size of their input: it is held fixed, which makes them linear.
+#: The functions with which norms compute their scale. It is held fixed, which makes norms linear.
 SCALES = {"rsqrt", "sqrt"}
 
 
 @dataclass(frozen=True)
 class LinearProduct:
-    """``result = input @ weight + bias``, as it ran.
+    """One call of ``result = input @ weight + bias``.
 
     Args:
         input: ``(..., n)``.
-        weight: ``(n, d)``; None where it cannot be read as numbers, as where it is quantised.
+        weight: ``(n, d)``; None if it cannot be read as numbers, for example if it is quantised.
         bias: ``(d,)`` or None.
         result: ``(..., d)``.
-        of: The same product of another input of that shape, or of another number of rows.
+        of: Computes the product for another input, which may have another number of rows.
     """
 
     input: Tensor
@@ -60,12 +61,13 @@ class LinearProduct:
     of: Callable[[Tensor], Tensor]
 
     def read(self, tolerance: float = ROUNDING) -> LinearProduct | None:
-        """The product with its weight, asked for row by row; None if it is not linear.
-
-        Nor is it a projection where it only multiplies each feature.
+        """Compute the weight from the product of unit vectors.
 
         Args:
-            tolerance: How far the result may be from that of the weight, relative to it.
+            tolerance: The maximum relative error of the result of that weight.
+
+        Returns:
+            The product with its weight; None if the product is not linear, or only scales features.
         """
         n = self.input.shape[-1]
         rows = torch.eye(n, dtype=self.input.dtype, device=self.input.device)
@@ -73,35 +75,35 @@ class LinearProduct:
         try:
             nothing = self.of(torch.zeros_like(rows[..., :1, :])).detach()
             weight = (self.of(rows).detach() - nothing).reshape(n, -1)
-        except Exception:  # it may be made for no other number of rows
+        except Exception:  # the product may not accept another number of rows
             return None
         if weight.shape == (n, n) and torch.equal(weight, weight.diag().diag()):
             return None
         dtype = torch.promote_types(self.result.dtype, torch.float32)
         bias = nothing.flatten()
         again = self.input.detach().to(dtype) @ weight.to(dtype) + bias.to(dtype)
-        wrong = (again - self.result.detach().to(dtype)).norm(dim=-1)
+        error = (again - self.result.detach().to(dtype)).norm(dim=-1)
         tolerance = max(tolerance, 8 * product_rounding(self.result))
-        if (wrong > tolerance * again.norm(dim=-1) + TINY).any():
+        if (error > tolerance * again.norm(dim=-1) + TINY).any():
             return None
         return replace(self, weight=weight, bias=bias)
 
 
 def fits(x: Tensor, head_output: Tensor) -> bool:
-    """Whether a product's input is as large as the head outputs ``(B, T, H, d_h)``."""
+    """Whether a product's input has the size of the head outputs ``(B, T, H, d_h)``."""
     y = head_output
-    if type(x) is not type(y):  # a shard of it, say
+    if type(x) is not type(y):  # for example a shard
         return False
     return x.numel() == y.numel() and x.shape[-1] == y.shape[2] * y.shape[3]
 
 
 def reads(x: Tensor, head_output: Tensor) -> bool:
-    """Whether a product's input is the head outputs ``(B, T, H, d_h)``."""
+    """Whether a product's input equals the head outputs ``(B, T, H, d_h)``."""
     y = head_output
     if not fits(x, y) or x.dtype != y.dtype:
         return False
     x = x.reshape(y.shape)
-    # In another order, such as tokens before examples, the same numbers may lie in the same place.
+    # The strides show whether the same memory has another order, such as tokens before examples.
     return (x.data_ptr() == y.data_ptr() and x.stride() == y.stride()) or torch.equal(x, y)
 
 
@@ -114,16 +116,16 @@ class _Step:
 
 
 class HeadFlow:
-    """Head outputs on their way to the projection, and what is done to them.
+    """The path of the head outputs to the projection, with the functions applied to them.
 
     Args:
-        head_output: The tensor that the kernel gave to the model.
-        by_token: Puts something of its shape into ``(B, T, H, d_h)``.
+        head_output: The tensor that the kernel returned to the model.
+        by_token: Arranges a tensor of that shape as ``(B, T, H, d_h)``.
     """
 
     def __init__(self, head_output: Tensor, by_token: Callable[[Tensor], Tensor]) -> None:
         self.start, self.by_token = head_output, by_token
-        # Whoever asks for gradients gets those of the model as it is.
+        # If the caller records gradients, they must be those of the unchanged model.
         self.recorded = head_output.requires_grad and torch.is_grad_enabled()
         self.source = head_output
         if not self.recorded:
@@ -133,50 +135,50 @@ class HeadFlow:
         self._steps: list[_Step] = []
 
     def holds(self, x: Tensor) -> bool:
-        """Whether a tensor comes from the head outputs."""
+        """Whether a tensor was computed from the head outputs."""
         return id(x) in self._known
 
     def touched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a function is given something that comes from the head outputs."""
-        return any(id(x) in self._known for x in _flat((*args, *kwargs.values())))
+        """Whether an argument of a function was computed from the head outputs."""
+        return any(id(x) in self._known for x in _tensors_in((*args, *kwargs.values())))
 
     def run(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
-        """Runs a function on something that comes from the head outputs."""
+        """Run a function on arguments that were computed from the head outputs."""
         if self.recorded or in_place(func):
             self.overwritten |= in_place(func)
             result = proceed(func, args, kwargs)
         else:
-            given = _replaced((args, kwargs), {id(self.start): self.source})
+            given = _substitute((args, kwargs), {id(self.start): self.source})
             with torch.enable_grad():
-                result = _with_fixed_scale(func, *given, proceed)
-        for x in _flat((result,)):
+                result = _run_with_fixed_scale(func, *given, proceed=proceed)
+        for x in _tensors_in((result,)):
             self._known[id(x)] = x
         self._steps.append(_Step(func, args, kwargs, result))
         return result
 
     def plain(self, given: Any) -> Any:
-        """Arguments as the model would have them if it were not followed."""
+        """Return the arguments of a function without the graph that was recorded here."""
         if self.recorded:
             return given
-        return _replaced(given, {key: x.detach() for key, x in self._known.items()})
+        return _substitute(given, {key: x.detach() for key, x in self._known.items()})
 
     def again(self, head_output: Tensor, x: Tensor) -> Tensor:
-        """What ``x`` would be for other head outputs."""
+        """Recompute ``x`` from other head outputs."""
         now: dict[int, Tensor] = {id(self.start): head_output}
         for step in self._steps:
-            args, kwargs = _replaced((step.args, step.kwargs), now)
+            args, kwargs = _substitute((step.args, step.kwargs), now)
             result = step.func(*args, **kwargs)
-            for old, new in zip(_flat((step.result,)), _flat((result,)), strict=True):
+            for old, new in zip(_tensors_in((step.result,)), _tensors_in((result,)), strict=True):
                 now[id(old)] = new
         return now[id(x)]
 
     def factors(self, x: Tensor) -> Tensor | None:
-        """What head outputs were multiplied by to give ``x``; None if that is not all.
+        """Return the factors of the head outputs in ``x``.
 
         Returns:
-            ``(B, T, H, d_h)``.
+            ``(B, T, H, d_h)``; None if ``x`` is not a product of head outputs and factors.
         """
         if not x.requires_grad:
             return None
@@ -188,34 +190,34 @@ class HeadFlow:
             return None
         dtype = torch.promote_types(x.dtype, torch.float32)
         by, y = (self.by_token(z).detach().to(dtype) for z in (by, self.start))
-        wrong = (by * y - x.detach().to(dtype).reshape(y.shape)).abs()
+        error = (by * y - x.detach().to(dtype).reshape(y.shape)).abs()
         eps = max(1e-5, 4 * rounding(x, self.start))
         size = (by * y).abs()
         size = size + 1e-3 * size.amax(-1, keepdim=True) + torch.finfo(size.dtype).tiny
-        # NaN is not wrong: padded queries may have it.
-        return None if (wrong > eps * size).any() else by
+        # NaN is not an error here, since padded queries may have it.
+        return None if (error > eps * size).any() else by
 
 
-def _flat(items: Any) -> Iterator[Tensor]:
+def _tensors_in(items: Any) -> Iterator[Tensor]:
     for x in items:
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, (list, tuple)):
-            yield from _flat(x)
+            yield from _tensors_in(x)
 
 
-def _replaced(x: Any, by: dict[int, Tensor]) -> Any:
+def _substitute(x: Any, by: dict[int, Tensor]) -> Any:
     if isinstance(x, Tensor):
         return by.get(id(x), x)
     if isinstance(x, (list, tuple)) and type(x) in (list, tuple):
-        return type(x)(_replaced(y, by) for y in x)
+        return type(x)(_substitute(y, by) for y in x)
     if isinstance(x, dict):
-        return {name: _replaced(y, by) for name, y in x.items()}
+        return {name: _substitute(y, by) for name, y in x.items()}
     return x
 
 
 def same_place(a: object, b: Tensor) -> bool:
-    """Whether ``a`` is the numbers of ``b`` in the same place, whatever its shape."""
+    """Whether ``a`` shares the memory of ``b``, possibly in another shape."""
     return (
         isinstance(a, Tensor)
         and a.numel() == b.numel()
@@ -226,15 +228,15 @@ def same_place(a: object, b: Tensor) -> bool:
 
 
 def in_place(func: Any) -> bool:
-    """Whether a function changes its first argument, by PyTorch's naming."""
+    """Whether a function changes its first argument in place, by PyTorch's naming."""
     name = getattr(func, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
-def _with_fixed_scale(
+def _run_with_fixed_scale(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
 ) -> Any:
-    """Runs a function; the scale of a norm counts as a constant, as ALTI has it."""
+    """Run a function, and detach the scale of a norm, so that it is constant as in ALTI."""
     result = proceed(func, args, kwargs)
     name = getattr(func, "__name__", "")
     if name in SCALES or (name in ("pow", "__pow__") and _exponent(args, kwargs) < 1):
@@ -244,13 +246,13 @@ def _with_fixed_scale(
         gain = torch.ones_like(x) if weight is None else weight.detach().expand_as(x)
         size = (x * gain).square().sum(-1, keepdim=True)
         scale = (result.detach() * x * gain).sum(-1, keepdim=True) / size.clamp(min=TINY)
-        times: Callable[..., Tensor] = _Times.apply  # some releases of torch have no types for it
+        times: Callable[..., Tensor] = _ConstantFactors.apply  # not typed in some releases of torch
         return times(args[0], result.detach(), scale * gain)
     return result
 
 
-class _Times(torch.autograd.Function):
-    """What came of an input, as that input times constant factors."""
+class _ConstantFactors(torch.autograd.Function):
+    """Replaces a result by its input times constant factors in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, result: Tensor, factors: Tensor) -> Tensor:
@@ -276,18 +278,18 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
 def functions(
     flow: Callable[[], HeadFlow | None], listener: Callable[[LinearProduct], Tensor | None]
 ) -> Iterator[None]:
-    """Follows head outputs through the functions that run in this thread.
+    """Follow head outputs through the functions that run in this thread.
 
     Args:
-        flow: Says which ones are on their way.
-        listener: Is told of every linear product, right after it has run; where it returns a
-            tensor, the model goes on with that in place of the result.
+        flow: Returns the current path of head outputs, or None.
+        listener: Receives every linear product right after it has run. If it returns a tensor, the
+            model continues with that tensor instead of the result.
     """
-    with following(_Functions(flow, listener)):
+    with following(_FunctionObserver(flow, listener)):
         yield
 
 
-class _Functions:
+class _FunctionObserver:
     def __init__(
         self,
         flow: Callable[[], HeadFlow | None],
@@ -303,7 +305,7 @@ class _Functions:
         touched = flow is not None and flow.touched(args, kwargs)
         if flow is not None and touched and not linear:
             return flow.run(func, args, kwargs, proceed)
-        # What autograd was asked for ends here.
+        # A linear product is the end of the path, so it runs without the recorded graph.
         given = flow.plain((args, kwargs)) if flow is not None and touched else (args, kwargs)
         result = proceed(func, *given)
         if not linear:
@@ -312,7 +314,7 @@ class _Functions:
             bias, x, weight = args
             product = LinearProduct(x, weight, bias, result, lambda x: func(bias, x, weight))
         elif func is torch.nn.functional.linear:
-            product = _linear(result, *args, **kwargs)
+            product = _record_linear(result, *args, **kwargs)
         else:
             x, weight = args
             product = LinearProduct(x, weight, None, result, lambda x: func(x, weight))
@@ -321,7 +323,7 @@ class _Functions:
 
 
 def _is_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a function is the product of states and a weight."""
+    """Whether a function multiplies states by a weight."""
     if func is torch.nn.functional.linear:
         return True
     if kwargs:
@@ -331,9 +333,9 @@ def _is_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
     return func is torch.addmm
 
 
-def _linear(
+def _record_linear(
     result: Tensor,
-    input: Tensor,  # noqa: A002  the name that torch gives it
+    input: Tensor,  # noqa: A002  torch uses this name
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> LinearProduct:
@@ -352,32 +354,32 @@ def projection(
     dtype: torch.dtype,
     name: str,
 ) -> tuple[Tensor, Tensor]:
-    """``o`` without the bias, and ``W_O`` by heads.
+    """Return ``o`` without the bias, and ``W_O`` by heads.
 
     Args:
-        product: What read the head outputs, with its weight; None if it could not be read.
+        product: The product of the head outputs, with its weight; None if it could not be read.
         head_output: ``(B, T, H, d_h)``.
-        factors: Likewise: what they were multiplied by before; None if by nothing.
-        dtype: What to compute in.
-        name: The attention layer, for messages.
+        factors: The factors of the head outputs before the product, ``(B, T, H, d_h)``, or None.
+        dtype: The dtype of the results.
+        name: The name of the attention layer, for error messages.
 
     Returns:
         ``(B, T, d)`` and ``(H, d_h, d)``.
 
     Raises:
-        UnsupportedModelError: If there is no weight.
+        UnsupportedModelError: If the weight could not be read.
     """
     B, T, H, d_h = head_output.shape
     if product is None or product.weight is None or product.weight.is_meta:
         raise UnsupportedModelError(
-            f"The weight of the output projection of layer {name!r} cannot be read, nor asked for: "
+            f"The weight of the output projection of layer {name!r} could not be read or computed: "
             "load the model in floating point."
         )
     w = product.weight.detach().to(dtype)
     if factors is None and product.bias is None and product.result.dtype == dtype:
         o = product.result.view(B, T, -1)
     else:
-        # In half precision the result is rounded, and a bias is no part of the sum.
+        # The result is rounded in half precision, and includes the bias, which is not in the sum.
         y = head_output.to(dtype) if factors is None else head_output.to(dtype) * factors
         o = y.reshape(B, T, H * d_h) @ w
     return o, w.view(H, d_h, -1)

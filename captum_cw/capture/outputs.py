@@ -1,4 +1,4 @@
-"""The logits in whatever a model returned."""
+"""The logits in the output of a model."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ __all__ = ["logits_of"]
 
 
 def logits_of(output: object, ranks: tuple[int, ...] = (3,)) -> Tensor:
-    """The logits of what a model returned: its ``.logits``, else the first tensor that fits.
+    """Return the logits in a model's output: its ``.logits``, or the first tensor that fits.
 
     Args:
         output: A ``ModelOutput``, a mapping, a tuple such as ``(logits, loss)``, or a tensor.
-        ranks: How many dimensions logits may have: 3 for ``(B, T, V)``, 2 for ``(B, C)``.
+        ranks: The allowed numbers of dimensions: 3 for ``(B, T, V)``, 2 for ``(B, C)``.
 
     Returns:
         The logits.
 
     Raises:
-        TypeError: If there is no floating-point tensor of such a rank.
+        TypeError: If the output does not have a floating-point tensor of such a rank.
 
     Example:
         >>> logits_of((torch.zeros(2), torch.zeros(1, 5, 64))).shape
         torch.Size([1, 5, 64])
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    # What else is named, such as hidden states, is not the logits.
+    # Other named outputs, such as hidden states, are not logits.
     listed = output if isinstance(output, (list, tuple)) else (output,)
     for x in listed if named is None else (named,):
         if isinstance(x, Tensor) and x.dim() in ranks and x.is_floating_point():

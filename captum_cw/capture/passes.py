@@ -1,4 +1,4 @@
-"""Forward passes of a model, with something around each."""
+"""Context managers that run around each forward pass of a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from captum_cw.capture.patching import MethodOf, wrapping
 __all__ = ["Around", "around_passes"]
 
 Forward = Callable[..., Any]
-Told = Callable[[Any], None]
-Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], AbstractContextManager[Told]]
-"""Takes what runs a call, and the arguments of the call; is told of what came out."""
+OnOutput = Callable[[Any], None]
+Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], AbstractContextManager[OnOutput]]
+"""Takes the function that runs a call, and the call's arguments. Its context manager yields a
+function that receives the call's output."""
 
 Method = Literal["forward", "generate"]
 
@@ -29,19 +30,19 @@ _around: ContextVar[tuple[tuple[nn.Module, Method, Around], ...]] = ContextVar(
 
 @contextmanager
 def around_passes(model: nn.Module, around: Around, method: Method = "forward") -> Iterator[None]:
-    """Runs each call of ``model``'s method in this context inside of ``around(...)``.
+    """Run each call of a model's method inside ``around(...)``, while this context is active.
 
     Args:
         model: The model.
-        around: What each call runs inside of.
-        method: ``"forward"``: each forward pass; ``"generate"``: each generation of a text, which
-            is many passes. A model without that method is left alone.
+        around: Returns the context manager for one call.
+        method: ``"forward"`` for each forward pass, or ``"generate"`` for each generated text
+            (many passes). Nothing happens if the model does not have the method.
     """
     if not callable(getattr(model, method, None)):
         yield
         return
     place = MethodOf(model, f"around {method}", method)
-    with wrapping(place, functools.partial(_Watched, model, method)):
+    with wrapping(place, functools.partial(_WrappedMethod, model, method)):
         token = _around.set((*_around.get(), (model, method, around)))
         try:
             yield
@@ -49,8 +50,8 @@ def around_passes(model: nn.Module, around: Around, method: Method = "forward") 
             _around.reset(token)
 
 
-class _Watched:
-    """A method that runs inside of what is put around it in its caller's context."""
+class _WrappedMethod:
+    """A method that runs inside the context managers of its caller's context."""
 
     def __init__(self, model: nn.Module, method: Method, own: Forward) -> None:
         functools.update_wrapper(self, own)
@@ -62,16 +63,16 @@ class _Watched:
         return self._within(arounds, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        # A copy of the model runs itself, as it is, not the model that it was copied from.
+        # The copy of a model must call its own method, not that of the original model.
         return copy.deepcopy(self._own, memo)
 
     def _within(self, arounds: Sequence[Around], *args: Any, **kwargs: Any) -> Any:
         if not arounds:
             return self._own(*args, **kwargs)
         *outer, last = arounds
-        # A pass that the last one makes of its own is a whole pass of those around it.
+        # If the last one runs a pass itself, the outer ones treat it as a pass of the model.
         inside = functools.partial(self._within, outer)
-        with last(inside, args, kwargs) as told:
+        with last(inside, args, kwargs) as on_output:
             output = inside(*args, **kwargs)
-            told(output)
+            on_output(output)
         return output

@@ -1,4 +1,4 @@
-"""Callables that are replaced in place while someone needs it, and put back afterwards."""
+"""Temporary wrappers around callables, such as the methods of a module."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["MethodOf", "Place", "wrapping"]
 
 
 class Place(Protocol):
-    """Where a callable is kept."""
+    """A place that holds a callable."""
 
     @property
     def key(self) -> tuple[int, str]:
-        """What tells this place from all others."""
+        """The unique key of this place."""
 
     def get(self) -> Callable[..., Any]:
-        """What is there."""
+        """Return the callable."""
 
     def put(self, wrapper: Callable[..., Any]) -> None:
-        """Puts something else there."""
+        """Replace the callable by a wrapper."""
 
     def restore(self, original: Callable[..., Any]) -> None:
-        """Puts back what was there."""
+        """Restore the original callable."""
 
 
 @dataclass
@@ -44,9 +44,9 @@ _wrapped: dict[tuple[int, str], _Wrapping] = {}
 def wrapping(
     place: Place, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Keeps the callable at a place wrapped; the last user to leave, of any thread, puts it back.
+    """Wrap the callable at a place; the last user to leave, in any thread, restores it.
 
-    All users of a place share one wrapper, which asks its caller's context what to do.
+    All users of a place share one wrapper. The wrapper decides by its caller's context what to do.
     """
     with _lock:
         if place.key not in _wrapped:
@@ -64,12 +64,12 @@ def wrapping(
 
 @dataclass(frozen=True)
 class MethodOf:
-    """A method of a module: of its class, or put on the module itself, as accelerate does.
+    """A method of a module, defined by its class or set on the module itself, as accelerate does.
 
     Args:
         module: The module.
-        use: What it is wrapped for; each use has a wrapper of its own.
-        name: The method.
+        use: The purpose of the wrapper. Each purpose has its own wrapper.
+        name: The name of the method.
     """
 
     module: nn.Module
@@ -78,20 +78,20 @@ class MethodOf:
 
     @property
     def key(self) -> tuple[int, str]:
-        """The module, and the use."""
+        """The module and the purpose."""
         return id(self.module), self.use
 
     def get(self) -> Callable[..., Any]:
-        """The method."""
+        """Return the method."""
         method: Callable[..., Any] = getattr(self.module, self.name)
         return method
 
     def put(self, wrapper: Callable[..., Any]) -> None:
-        """Puts one on the module."""
+        """Set a wrapper on the module."""
         setattr(self.module, self.name, wrapper)
 
     def restore(self, original: Callable[..., Any]) -> None:
-        """Takes it off."""
+        """Remove the wrapper."""
         delattr(self.module, self.name)
         if getattr(self.module, self.name) != original:
             setattr(self.module, self.name, original)

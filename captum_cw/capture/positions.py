@@ -1,7 +1,8 @@
-"""Tables of learned positions: where they end, a text is too long for the model.
+"""Tables of learned positions, which limit the length of a text.
 
-A table is known by what it is asked: consecutive rows, one a token. How many rows a configuration
-promises does not count: RoBERTa's table begins at its third row, and rotary models have no table.
+A table is recognised by its lookups: consecutive rows, one for each token. The number of rows in a
+config is not reliable, since RoBERTa's table starts at its third row, and models with rotary
+positions do not have a table.
 """
 
 from __future__ import annotations
@@ -17,32 +18,32 @@ from captum_cw.capture.dispatch import Proceed, following
 
 __all__ = ["check_positions", "longest_text", "too_long"]
 
-#: The largest row at which tables begin: RoBERTa's and OPT's begin behind rows for padding.
+#: The largest row at which a table may start. Those of RoBERTa and OPT start after padding rows.
 OFFSET = 4
 
 
 def check_positions(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raises a ValueError where a model looks up positions beyond the end of their table.
+    """Raise a ValueError if a model looks up positions beyond the end of their table.
 
     Args:
-        func: What the model calls. Only an embedding, :func:`torch.gather` and an index look
-            things up.
-        args: The positional arguments.
-        kwargs: The keyword arguments.
+        func: The function that the model calls. Only embeddings, :func:`torch.gather` and indexing
+            can be lookups.
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
     """
-    found = _lookup(func, args, kwargs)
+    found = _find_lookup(func, args, kwargs)
     if found is None or int(found.rows.max()) < found.size:
         return
     run = found.run()
     if run is not None:
         first, length = run
-        # A text that goes on, after a cache or by given positions, begins before its first row.
+        # With a cache or given positions, the first row is not the start of the text.
         offset = first if first <= OFFSET else 0
         raise ValueError(too_long(first + length - offset, found.size - offset))
 
 
 def too_long(length: int, limit: int) -> str:
-    """The message for a text that is longer than the table of positions."""
+    """Return the error message for a text that is longer than the table of positions."""
     return (
         f"The text has {length} tokens, but the model's table of positions ends after {limit}: cut "
         f"the text (truncation=True, max_length={limit}) or use a model with a longer context."
@@ -50,13 +51,13 @@ def too_long(length: int, limit: int) -> str:
 
 
 def longest_text(run: Callable[[], Any]) -> int | None:
-    """How many tokens fit the model's tables of positions, by a pass over a short text.
+    """Return the maximum number of tokens of a text, from a forward pass over a short text.
 
     Args:
         run: Runs the model on a text of a few tokens.
 
     Returns:
-        The number; None where the model looks nothing up.
+        The number; None if the model does not use a table of positions.
     """
     lookups = _Lookups()
     with following(lookups):
@@ -65,7 +66,7 @@ def longest_text(run: Callable[[], Any]) -> int | None:
 
 
 class _Lookups:
-    """Notes for each table of positions how long a text may be."""
+    """Records the maximum length of a text for each table of positions."""
 
     def __init__(self) -> None:
         self.limits: list[int] = []
@@ -73,7 +74,7 @@ class _Lookups:
     def __call__(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
-        found = _lookup(func, args, kwargs)
+        found = _find_lookup(func, args, kwargs)
         run = None if found is None else found.run()
         if found is not None and run is not None:
             self.limits.append(found.size - run[0])
@@ -82,12 +83,12 @@ class _Lookups:
 
 @dataclass(frozen=True)
 class _Lookup:
-    """That a model looks up rows of a table.
+    """A lookup of rows in a table.
 
     Args:
         rows: The rows, ``(B, T)`` or ``(T,)``.
-        size: How many rows the table has.
-        padding: The row of padding; None where the call does not name it.
+        size: The number of rows of the table.
+        padding: The row for padding; None if the call does not name it.
     """
 
     rows: Tensor
@@ -95,27 +96,27 @@ class _Lookup:
     padding: int | None
 
     def run(self) -> tuple[int, int] | None:
-        """The first row and how many follow one another; None if they are not consecutive."""
+        """Return the first row and the number of rows; None if they are not consecutive."""
         rows = self.rows
         row = rows if rows.dim() == 1 else rows[rows.amax(-1).argmax()]
         if self.padding is not None:
             row = row[row != self.padding]
         values, counts = torch.unique(row, return_counts=True)
-        if len(counts) and counts[0] > 1:  # all padding has one position, before the first
+        if len(counts) and counts[0] > 1:  # all padding shares one row, before the first position
             values = values[1:]
         length = len(values)
-        if length < 2 or int(values[-1] - values[0]) + 1 != length:  # ids of a vocabulary
+        if length < 2 or int(values[-1] - values[0]) + 1 != length:  # these are ids of a vocabulary
             return None
         return int(values[0]), length
 
 
-def _lookup(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Lookup | None:
+def _find_lookup(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Lookup | None:
     padding = None
     if func is torch.nn.functional.embedding:
-        rows, table = _named(args, kwargs, "input", "weight")
+        rows, table = _bind(args, kwargs, "input", "weight")
         dim, padding = 0, kwargs.get("padding_idx")
     elif func in (torch.gather, Tensor.gather):
-        table, dim, rows = _named(args, kwargs, "input", "dim", "index")
+        table, dim, rows = _bind(args, kwargs, "input", "dim", "index")
     elif func is Tensor.__getitem__:
         table, rows = args
         dim = 0
@@ -127,6 +128,6 @@ def _lookup(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Loo
     return _Lookup(rows[..., 0] if rows.dim() > 2 else rows, table.shape[dim], padding)
 
 
-def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any], *names: str) -> tuple[Any, ...]:
+def _bind(args: tuple[Any, ...], kwargs: Mapping[str, Any], *names: str) -> tuple[Any, ...]:
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return tuple(given.get(name) for name in names)

@@ -1,9 +1,9 @@
-"""Modules that are as they were after their forward passes.
+"""Restoring the state of modules after forward passes.
 
-A forward pass may leave things behind in its model: Qwen2-VL notes the positions of its last text,
-dynamic rotary embeddings change their buffers, older code keeps its keys and values in a tensor of
-the module, and models of transformers install hooks the first time that somebody asks for hidden
-states. What the caller does next with the model must not depend on our passes.
+A forward pass may change its model. Qwen2-VL stores the positions of its last text, dynamic rotary
+embeddings change their buffers, older code keeps its keys and values in a tensor of the module, and
+models of transformers install hooks when hidden states are first requested. The user's
+next call must not depend on the passes of this package.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from torch.nn.parameter import is_lazy
 
 __all__ = ["evaluating"]
 
-#: What torch keeps in every module, such as parameters, submodules and hooks.
+#: The attributes that torch keeps in every module, such as parameters, submodules and hooks.
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
-#: Larger tensors, such as quantised weights, are not copied for what never happens; if one of them
-#: is overwritten all the same, a warning says so.
+#: Larger tensors, such as quantised weights, are not copied, since models hardly ever overwrite
+#: them. If one is overwritten, a warning says so.
 _COPIED_BYTES = 2**20
 
 _MISSING = object()
 _MUTABLE = (Tensor, list, dict, set, deque)
 
 
-class _Kept:
-    """A tensor, list, set or dict as it was: the same object, and what was in it."""
+class _Snapshot:
+    """A snapshot of a tensor, list, set or dict: the object, and a copy of its content."""
 
     def __init__(self, x: Any) -> None:
         self.x = x
         self.version: int | None = None
         self.content: Any = None
-        if is_lazy(x):  # a buffer whose size the first pass will tell
+        if is_lazy(x):  # the size of this buffer is known after the first pass
             return
         if isinstance(x, Tensor):
             self.version = _version(x)
@@ -52,7 +52,7 @@ class _Kept:
             self.content = x.copy()
 
     def restore(self, name: str) -> None:
-        """Puts the content back where it has changed."""
+        """Restore the content if it has changed."""
         x, content = self.x, self.content
         if is_lazy(x):
             return
@@ -64,24 +64,16 @@ class _Kept:
             elif self.version is not None:
                 warnings.warn(
                     f"The model overwrites its tensor {name!r} of shape {tuple(x.shape)} in a "
-                    "forward pass: it is left as it was after the pass, not before it.",
+                    "forward pass. It is too large to be copied, so it keeps the new content.",
                     stacklevel=6,
                 )
-        elif isinstance(x, dict):
-            if not _same([*x, *x.values()], [*content, *content.values()]):
-                x.clear()
-                x.update(content)
-        elif isinstance(x, set):
-            if x != content:
-                x.clear()
-                x.update(content)
-        elif not _same(x, content):
+        elif not _is_unchanged(x, content):
             x.clear()
-            x.extend(content)
+            (x.update if isinstance(x, (dict, set)) else x.extend)(content)
 
 
 def _version(x: Tensor) -> int | None:
-    """How often a tensor was overwritten; None where torch does not count."""
+    """Return how often a tensor was overwritten; None if torch does not count it."""
     return None if x.is_inference() else x._version
 
 
@@ -90,8 +82,15 @@ def _same(a: Collection[Any], b: Collection[Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-class _State:
-    """The plain attributes and buffers of a module as they were."""
+def _is_unchanged(x: Any, before: Any) -> bool:
+    """Whether a list, set or dict still holds what it held before."""
+    if isinstance(x, set):
+        return x == before  # type: ignore[no-any-return]
+    return _same(x, before) and (not isinstance(x, dict) or _same(x.values(), before.values()))
+
+
+class _ModuleState:
+    """A snapshot of the plain attributes and buffers of a module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.kind = type(module)
@@ -99,46 +98,47 @@ class _State:
         self.attributes = vars(module).copy()
         self.buffers = module._buffers.copy()
         self.kept = [
-            (name, _Kept(x))
+            (name, _Snapshot(x))
             for name, x in (*self.attributes.items(), *self.buffers.items())
             if name not in _OF_TORCH and isinstance(x, _MUTABLE)
         ]
 
     def restore(self, module: nn.Module) -> None:
-        """Puts them back."""
-        if type(module) is not self.kind:  # a lazy module, which has found its sizes
+        """Restore the module."""
+        if type(module) is not self.kind:  # a lazy module changes its class after the first pass
             module.training = self.attributes["training"]
             return
-        _take_off(module, self.hooks)
+        _remove_hooks(module, self.hooks)
         for name, kept in self.kept:
             kept.restore(name)
-        _put_back(module._buffers, self.buffers, {})
+        _restore_entries(module._buffers, self.buffers, {})
         own = {"forward": MethodType(type(module).forward, module)}
-        _put_back(vars(module), self.attributes, own)
+        _restore_entries(vars(module), self.attributes, own)
 
 
-def _take_off(module: nn.Module, before: list[frozenset[int]]) -> None:
-    """Removes the hooks that the model itself has put on a module in a pass."""
+def _remove_hooks(module: nn.Module, before: list[frozenset[int]]) -> None:
+    """Remove the hooks that the model itself installed on a module during a pass."""
     for name, known in zip(_HOOKS, before, strict=True):
         hooks = vars(module)[name]
         if len(hooks) == len(known) and known.issuperset(hooks):
             continue
         own = "transformers", type(module).__module__.partition(".")[0]
         for key in [key for key in hooks if key not in known]:
-            # Others may belong to another thread: to its observation, or to a probe of the user's.
+            # Other hooks may belong to another thread: to an observation, or to the user's code.
             if str(getattr(hooks[key], "__module__", "")).partition(".")[0] in own:
                 for held in (hooks, vars(module)[f"{name}_with_kwargs"]):
                     held.pop(key, None)
 
 
-def _put_back(held: dict[str, Any], before: dict[str, Any], own: dict[str, Any]) -> None:
-    if _same(held, before) and _same(held.values(), before.values()):
+def _restore_entries(held: dict[str, Any], before: dict[str, Any], own: dict[str, Any]) -> None:
+    """Undo the changes of a pass in a module's attributes or buffers."""
+    if _is_unchanged(held, before):
         return
     changed = [n for n, x in held.items() if before.get(n, _MISSING) is not x]
     for name in (*changed, *(before.keys() - held.keys())):
         old, new = before.get(name, _MISSING), held.get(name, _MISSING)
-        # A callable is a method that somebody has put there: it is theirs to take away, unless it
-        # is the class's own, which transformers 4 leaves on modules that it had wrapped.
+        # A callable is a method that other code has replaced and must restore itself. The exception
+        # is the class's own forward, which transformers 4 leaves on modules that it has wrapped.
         if name in _OF_TORCH or callable(old) or (callable(new) and new != own.get(name)):
             continue
         if old is _MISSING:
@@ -147,25 +147,25 @@ def _put_back(held: dict[str, Any], before: dict[str, Any], own: dict[str, Any])
             held[name] = old
 
 
-_states: dict[nn.Module, _State] = {}
+_states: dict[nn.Module, _ModuleState] = {}
 _users: Counter[nn.Module] = Counter()
 _lock = threading.Lock()
 
 
 @contextmanager
 def evaluating(roots: Collection[nn.Module]) -> Iterator[None]:
-    """Runs modules in evaluation mode, and leaves them as they were.
+    """Run modules in evaluation mode, and restore them afterwards.
 
-    The last of several threads to leave puts back what the first has found: the modes, buffers and
-    plain attributes of the modules.
+    The modes, buffers and plain attributes of the modules are restored. If several threads use a
+    module, the last one to leave restores the state that the first one found.
 
     Args:
-        roots: The modules; what is in them counts too.
+        roots: The modules, including all their submodules.
     """
     modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
     with _lock:
-        # All are read before any is changed, so that nothing stays behind where one cannot be read.
-        new = {module: _State(module) for module in modules if not _users[module]}
+        # All states are read before the first change, in case reading one raises an error.
+        new = {module: _ModuleState(module) for module in modules if not _users[module]}
         _states.update(new)
         _users.update(modules)
         for module in modules:

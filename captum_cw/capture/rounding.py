@@ -1,4 +1,4 @@
-"""How far numbers may lie apart that would be equal if nothing were rounded."""
+"""Rounding errors: how far numbers may differ that would be equal without rounding."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 __all__ = ["product_rounding", "rounding"]
 
-#: What products keep of float32 operands, by the names of PyTorch's settings: TF32 has ten bits
-#: behind the point, and bfloat16 has seven.
+#: The precision of float32 operands in matrix products, by the names of PyTorch's settings: TF32
+#: keeps ten bits of the mantissa, and bfloat16 keeps seven.
 KEPT = {"high": 2**-10, "tf32": 2**-10, "medium": 2**-7, "bf16": 2**-7}
 
 
 def rounding(*tensors: Tensor) -> float:
-    """The rounding of the coarsest dtype among floating tensors, relative to a number.
+    """Return the relative rounding error of the coarsest dtype among floating tensors.
 
     Example:
         >>> rounding(torch.ones(2)), rounding(torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
@@ -25,9 +25,9 @@ def rounding(*tensors: Tensor) -> float:
 
 
 def product_rounding(*tensors: Tensor) -> float:
-    """The rounding of the operands of matrix products that gave ``tensors``.
+    """Return the relative rounding error of the operands of the products that gave ``tensors``.
 
-    PyTorch may be set to round float32 operands, in the whole process:
+    PyTorch can be set to round float32 operands, for the whole process, by
     ``torch.set_float32_matmul_precision("high")`` or ``"medium"``,
     ``torch.backends.cuda.matmul.allow_tf32``, or ``fp32_precision`` of a backend.
 
@@ -41,15 +41,15 @@ def product_rounding(*tensors: Tensor) -> float:
 
 
 def _settings() -> list[str]:
-    """What PyTorch says of float32 products; a setting that it cannot tell is another's business.
+    """Return PyTorch's settings for float32 products, without those that cannot be read.
 
-    Since 2.9 the old question raises an error where the settings of backends differ.
+    Since PyTorch 2.9, the old getter raises an error if the settings of backends differ.
     """
     backends = torch.backends
     found = []
     with suppress(RuntimeError):
         found.append(torch.get_float32_matmul_precision())
     for backend in (backends.cuda, backends.mkldnn):
-        with suppress(RuntimeError, AttributeError):  # there since 2.9
+        with suppress(RuntimeError, AttributeError):  # new in PyTorch 2.9
             found.append(backend.matmul.fp32_precision)
     return found or ["highest"]

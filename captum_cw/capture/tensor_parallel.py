@@ -1,7 +1,8 @@
-"""Layers whose heads are spread over processes (tensor parallel).
+"""Attention layers whose heads are sharded over processes (tensor parallelism).
 
-Each process runs some heads, and the layer's output is the sum of what they add to it. What is
-handed over is the whole layer, in every process, so that no other room knows of it.
+Each process runs some of the heads, and the layer's output is the sum over all processes. This
+module gathers the whole layer in every process, so that the rest of the package needs no special
+case.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ __all__ = ["HeadGroup", "head_group"]
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """The processes that run the heads of a layer, each as many, in the order of their ranks.
+    """The processes that share the heads of a layer equally, in the order of their ranks.
 
     Args:
-        group: They.
-        heads: How many query heads each runs.
+        group: The process group that shards the heads.
+        heads: The number of query heads of each process.
     """
 
     group: dist.ProcessGroup
@@ -31,11 +32,11 @@ class HeadGroup:
 
     @property
     def H(self) -> int:
-        """How many query heads the layer has."""
+        """The number of query heads of the whole layer."""
         return self.heads * self.group.size()
 
     def gathered(self, x: Tensor, dim: int) -> Tensor:
-        """What all of them hold, one after the other along ``dim``."""
+        """Concatenate the tensors of all processes along ``dim``."""
         parts = [
             torch.empty_like(x, memory_format=torch.contiguous_format)
             for _ in range(self.group.size())
@@ -44,11 +45,11 @@ class HeadGroup:
         return torch.cat(parts, dim)
 
     def part(self, x: Tensor) -> Tensor:
-        """Of something ``(B, H|1, ...)``, what belongs to the heads of this process."""
+        """Return the part of ``x`` ``(B, H|1, ...)`` for the heads of this process."""
         return x if x.shape[1] == 1 else x.narrow(1, self.group.rank() * self.heads, self.heads)
 
     def whole(self, layer: AttentionLayer) -> AttentionLayer:
-        """The layer, of the parts of it that each process holds."""
+        """Gather the whole layer from the parts of all processes."""
         y, w = self.gathered(layer.head_output, 1), self.gathered(layer.output_weight, 0)
         gate = None if layer.gate is None else self.gathered(layer.gate, 1)
         given = y if gate is None else y * gate
@@ -58,7 +59,7 @@ class HeadGroup:
             value=self.gathered(layer.value, 1),
             head_output=y,
             output_weight=w,
-            # Not a sum of what each has: the model may have added them up in place by now.
+            # Recomputed, since the model may already have summed the outputs in place.
             output=given.transpose(1, 2).flatten(2) @ w.flatten(0, 1),
             mask=self._mask(layer.mask),
             gate=gate,
@@ -75,15 +76,15 @@ class HeadGroup:
 
 
 def head_group(module: nn.Module, heads: int, d_h: int) -> HeadGroup | None:
-    """Which processes run the heads of an attention module; None where this one runs them all.
+    """Return the processes that share the heads of an attention module; None if only this one.
 
-    The output projection tells: its weight lies in shards of its input features, of which this
-    process has ``heads * d_h``.
+    They are found by the weight of the output projection. It is sharded over its input features, of
+    which this process has ``heads * d_h``.
 
     Args:
         module: The attention module, before its output projection runs.
-        heads: How many query heads this process runs.
-        d_h: Features of each.
+        heads: The number of query heads of this process.
+        d_h: The size of each head.
     """
     if not dist.is_available() or not dist.is_initialized():
         return None

@@ -1,9 +1,9 @@
-"""Which attention layers of a model of images, sounds and text read its text.
+"""The attention layers over the text, in a model of images, sounds and text.
 
-Found by the data of a call. The layers of a vision tower run inside a module that is given the
-images and not the text; the layers of the language model run inside modules that are given the
-token ids, or embeddings of as many tokens or more, since a model may put tokens of its own before
-them.
+They are recognised by the inputs of modules. The layers of a vision tower run inside a module that
+receives the images and not the text. The layers of the language model run inside modules that
+receive the token ids, or embeddings of at least as many tokens, since a model may put its own
+tokens before the text.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from captum_cw.capture.module_stack import Run
 
 __all__ = ["LOGITS", "TextLayers"]
 
-#: By which models are asked for the logits of the last tokens alone.
+#: The argument that restricts the logits to the last tokens.
 LOGITS = "logits_to_keep"
 
-#: How the names of floating-point arguments end that belong to the text.
+#: Floating-point arguments whose names end like this belong to the text.
 OF_TEXT = ("inputs_embeds", "mask", "labels")
 
 
 @dataclass(frozen=True, eq=False)
 class TextLayers:
-    """Tells the layers over the tokens of a call from those over its other inputs.
+    """Distinguishes the layers over the tokens of a call from those over its other inputs.
 
     Args:
         tokens: Token ids ``(B, T)`` or embeddings ``(B, T, d)``.
         others: The other inputs, such as the pixels of images.
-        kept: The last tokens of which logits are asked for: some models compute no other queries
-            in their last layers. None where all are.
+        kept: The number of last tokens whose logits are requested; None for all. Some models
+            compute only these queries in their last layers.
     """
 
     tokens: Tensor
@@ -43,11 +43,11 @@ class TextLayers:
 
     @classmethod
     def of(cls, tokens: Tensor | None, named: Mapping[str, Any]) -> TextLayers | None:
-        """Reads a call; None where it has no text, or nothing beside it.
+        """Create it from the arguments of a call; None if all or none of them belong to a text.
 
         Args:
-            tokens: The tokens of the call; None where there are none.
-            named: The arguments of the call by their names.
+            tokens: The tokens of the call; None without tokens.
+            named: The arguments of the call by name.
         """
         others = [
             x
@@ -62,18 +62,18 @@ class TextLayers:
         return cls(tokens, others, kept if isinstance(kept, int) and kept > 0 else None)
 
     def holds(self, runs: Iterable[Run], B: int, T: int | None = None) -> bool:
-        """Whether a layer reads the text.
+        """Whether a layer is over the text.
 
         Args:
-            runs: The modules that are running, its own among them.
-            B: The number of its examples.
-            T: The number of its queries; None where only the modules around it are to tell.
+            runs: The running modules, including the layer's own.
+            B: The layer's number of examples.
+            T: The layer's number of queries; None to decide by the modules around it alone.
         """
         T = self.tokens.shape[1] if T is None else T
         return self._fit(B, T) and not any(self.is_foreign(run) for run in runs)
 
     def is_foreign(self, run: Run) -> bool:
-        """Whether a module is given other inputs, or what was made of them, without the text."""
+        """Whether a module receives hidden states, but not the text."""
         given = [x for x in run.tensors() if x.dim() > 1]
         states = any(x.is_floating_point() for x in given)
         return states and not any(self._is_text(x) for x in given)
@@ -81,7 +81,7 @@ class TextLayers:
     def _is_text(self, x: Tensor) -> bool:
         if not x.is_floating_point():
             return _same(x, self.tokens)
-        first, second = x.shape[:2]  # some modules take tokens before examples
+        first, second = x.shape[:2]  # in some modules the first dimension is the tokens
         fits = x.dim() == 3 and (self._fit(first, second) or self._fit(second, first))
         return fits and not any(_same(x, other) for other in self.others)
 
@@ -91,5 +91,5 @@ class TextLayers:
 
 
 def _same(x: Tensor, given: Tensor) -> bool:
-    """Whether a tensor is one that the model was given, moved or cast perhaps."""
+    """Whether a tensor equals an input of the model after a move to its device and dtype."""
     return x.shape == given.shape and torch.equal(x, given.to(x))

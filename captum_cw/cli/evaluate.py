@@ -84,8 +84,8 @@ def _batches(
     batches = token_batches(
         texts,
         tokenizer,
-        length=options.length,
-        samples=options.samples,
+        max_length=options.length,
+        num_examples=options.samples,
         batch_size=options.batch_size,
         pack=options.pack,
         bos=options.bos,

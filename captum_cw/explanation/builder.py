@@ -157,7 +157,7 @@ def _check_memory(H: int, T: int, layers: int, K: int, measures: int) -> None:
     )
 
 
-FACTORS = (functional.relative_norm, functional.cosine)
+FACTORS = (functional.relative_norm, functional.cosine_with("inter"))
 
 
 class _Layer(NamedTuple):

@@ -139,7 +139,7 @@ class ComprehensivenessSufficiency:
             methods: By a name of your choice: a measure, ``TokenScores`` around one (whose
                 ``reduction`` and ``signed`` count; one of another model of the same shape scores
                 in a clean pass of that model), the name of a measure or control,
-                ``"random"``; ``TokenScores`` with ``layers="rollout"`` or ``"flow"``, or
+                ``"random"``; ``TokenScores`` with ``layers="rollout"``, or
                 ``ALTIWeights``, which score whole tokens in an unchanged pass; or a callable that
                 takes a batch, or a tensor, that gives ``(B, T)`` scores, ranked as they are (take
                 absolute values where signs should not count).

@@ -1,1 +1,1 @@
-"""Loading models, looking into them, and the list of tested architectures."""
+"""Loading and inspecting models, and the list of tested architectures."""

@@ -1,7 +1,7 @@
-"""Which model types of transformers are tested, and what came of each.
+"""The model types of transformers that were tested, with the result of each.
 
-``architectures.json`` beside this file is written by the tests of the whole matrix of model types,
-``python -m support.matrix`` in ``tests/``, and nowhere else.
+Only the tests of the whole matrix of model types, ``python -m support.matrix`` in ``tests/``, write
+the file ``architectures.json`` in this folder.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a model type.
+    """The result of testing one model type.
 
     Args:
-        status: ``"works"``, ``"refused"`` or why there is nothing to be right about.
-        reason: Of a refusal.
-        layers: How many attention layers were seen.
-        kinds: The classes of their modules.
-        way: How its attention is computed: through the ``"registry"``, or ``"by itself"``.
+        status: One of :data:`STATUSES`.
+        reason: The reason of a refusal.
+        layers: The number of attention layers that were observed.
+        kinds: The classes of the attention modules.
+        way: How the model computes attention: through the ``"registry"`` of transformers, or
+            ``"by itself"``.
     """
 
     status: str
@@ -47,12 +48,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ModelTypes:
-    """All model types of a release of transformers.
+    """The results of all model types in one release of transformers.
 
     Args:
         transformers: The release.
-        torch: With which it was tested.
-        groups: By group, as :data:`TITLES` has them, and type.
+        torch: The release of PyTorch.
+        groups: The results by group (see :data:`TITLES`) and model type.
 
     Example:
         >>> tested = ModelTypes.load()
@@ -67,17 +68,17 @@ class ModelTypes:
     groups: Mapping[str, Mapping[str, Outcome]]
 
     def counts(self, group: str) -> dict[str, int]:
-        """How many types of a group there are of each status."""
+        """Count the model types of a group by status."""
         found = [outcome.status for outcome in self.groups[group].values()]
         return {status: found.count(status) for status in STATUSES}
 
     def of_registry(self, group: str) -> tuple[int, int]:
-        """How many types go through the attention registry, and how many of these work."""
+        """Count the model types that use the attention registry, and those of them that work."""
         found = [x.status for x in self.groups[group].values() if x.way == "registry"]
         return len(found), found.count("works")
 
     def save(self) -> None:
-        """Writes the file that :meth:`load` reads."""
+        """Write the file that :meth:`load` reads."""
         groups = {
             group: {name: vars(outcome) for name, outcome in of_group.items()}
             for group, of_group in self.groups.items()
@@ -87,7 +88,7 @@ class ModelTypes:
 
     @classmethod
     def load(cls) -> ModelTypes:
-        """What was found when this release was made."""
+        """Load the results of this release."""
         content = read_json(FILE, VERSION, "groups")
         groups = {
             group: {

@@ -1,4 +1,4 @@
-"""What the attention layers of a model look like, and what maps of them would take."""
+"""An overview of a model's attention layers, and the memory that their maps would need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from captum_cw.functional import AttentionLayer
 
 __all__ = ["LayerOverview", "attention_layers", "maps_bytes"]
 
-#: What attention modules of transformers call their window.
+#: The attribute with the window size in the attention modules of transformers.
 WINDOW = "sliding_window"
 
 
@@ -23,18 +23,18 @@ class LayerOverview:
     """One execution of an attention layer.
 
     Args:
-        name: Of the module, as in ``model.get_submodule(name)``.
-        module: Its class.
-        kind: Whether it attends to its own tokens (``"self"``) or to others (``"cross"``).
-        heads: ``H``.
-        key_value_heads: How many heads there are of keys and values, shared by those of queries.
-        head_size: ``d_h``, of the values.
-        causal: Whether no query sees a later token.
-        window: How many tokens a query sees, as the module says; None where it says nothing.
-        gate: Whether head outputs are multiplied before ``W_O``, by an output gate or a norm.
-        rows_below_one: Whether attention sums to less than one: where learned sinks take the rest,
-            or weights are changed after the softmax.
-        projection: The module in which ``W_O`` was found.
+        name: The name of the module, as in ``model.get_submodule(name)``.
+        module: The class of the module.
+        kind: ``"self"`` if queries and keys are the same tokens, and ``"cross"`` otherwise.
+        heads: ``H``, the number of query heads.
+        key_value_heads: ``H_kv``, the number of key-value heads.
+        head_size: ``d_h``, the size of a head's values.
+        causal: Whether a causal mask hides later tokens.
+        window: The size of the sliding window, if the module has the attribute; else None.
+        gate: Whether a gate or a norm multiplies the head outputs before ``W_O``.
+        rows_below_one: Whether attention weights sum to less than one, because of learned sinks or
+            a change after the softmax.
+        projection: The module that holds ``W_O``.
     """
 
     name: str
@@ -51,18 +51,19 @@ class LayerOverview:
 
 
 def attention_layers(model: nn.Module, inputs: Inputs | None = None) -> list[LayerOverview]:
-    """Runs a model once and tells what its attention layers look like.
+    """Run a model once and describe its attention layers.
 
     Args:
         model: The model.
-        inputs: As :class:`captum_cw.AttentionWeights` takes them; None for two tokens.
+        inputs: The inputs, in a form that :class:`captum_cw.AttentionWeights` accepts; None for two
+            tokens.
 
     Returns:
-        The layers in execution order, cross-attention included.
+        The layers in execution order, including cross-attention.
 
     Raises:
-        UnsupportedModelError: If no measure can be computed of the model.
-        ValueError: If ``inputs`` is None and the model reads no tokens.
+        UnsupportedModelError: If measures cannot be computed for the model.
+        ValueError: If ``inputs`` is None and the model does not take tokens.
 
     Example:
         >>> first, second = attention_layers(model)
@@ -74,14 +75,14 @@ def attention_layers(model: nn.Module, inputs: Inputs | None = None) -> list[Lay
     if inputs is None:
         needed = getattr(model, "main_input_name", "other inputs")
         raise ValueError(
-            f"{type(model).__name__} reads {needed}, not tokens: give inputs, as in "
+            f"{type(model).__name__} takes {needed} instead of tokens: give inputs, as in "
             "captum_cw.models.inspection.attention_layers(model, inputs)."
         )
-    found, _ = Runner(model, kind="all").observe(inputs, _seen)
+    found, _ = Runner(model, kind="all").observe(inputs, _describe_layer)
     return [layer for _, layer in found]
 
 
-def _seen(execution: Execution, layer: AttentionLayer) -> LayerOverview:
+def _describe_layer(execution: Execution, layer: AttentionLayer) -> LayerOverview:
     window = getattr(execution.module, WINDOW, None)
     attention = layer.weights(slice(layer.T - 1, layer.T))
     return LayerOverview(
@@ -100,11 +101,11 @@ def _seen(execution: Execution, layer: AttentionLayer) -> LayerOverview:
 
 
 def maps_bytes(layers: Iterable[LayerOverview], length: int) -> int:
-    """What the maps ``(H, T, S)`` of all layers take, in float32, of one text.
+    """Return the bytes of the maps ``(H, T, S)`` of all layers for one text, in float32.
 
     Args:
         layers: The layers.
-        length: ``T`` and ``S``.
+        length: The number of tokens, ``T`` and ``S``.
 
     Example:
         >>> maps_bytes(attention_layers(model), 512) == 2 * 4 * 512**2 * 4

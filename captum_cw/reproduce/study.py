@@ -148,7 +148,11 @@ class Study:
             )
         device = next(self.model.parameters()).device
         batches = token_batches(
-            self.texts[skip:], self.tokenizer, length=length, samples=texts, batch_size=batch_size
+            self.texts[skip:],
+            self.tokenizer,
+            max_length=length,
+            num_examples=texts,
+            batch_size=batch_size,
         )
         return [{name: x.to(device) for name, x in batch.items()} for batch in batches]
 

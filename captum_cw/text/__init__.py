@@ -1,1 +1,1 @@
-"""Tokens that a person can read, and the templates that chats are put into."""
+"""Readable tokens, chat templates, and the inputs of models for one text."""

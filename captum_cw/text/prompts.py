@@ -1,4 +1,4 @@
-"""One text as a model reads it: from what users give to a call, and from layers back to tokens."""
+"""One text: from the inputs of a user to the inputs of a model, and from layers back to tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 Text = str | tuple[str, str] | Messages | Mapping[str, Any] | Tensor
 
-#: What tokenizers return, and not every model takes.
+#: Outputs of tokenizers that not every model accepts.
 _OF_TOKENIZERS = {
     "assistant_masks",
     "attention_mask",
@@ -48,23 +48,24 @@ def read_text(
     add_generation_prompt: bool,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Encoded:
-    """The tokens of one text, in whatever form it is given.
+    """Tokenize one text, in any of the forms that a user may give.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        text: A text; a pair of texts, in a tuple; the messages of a chat; what a tokenizer returned
-            for one text, or a dict of a model's arguments; or token ids ``(T,)`` or ``(1, T)``.
-        add_generation_prompt: Whether the model is to speak next in a chat.
-        chat_template_kwargs: Further arguments for a chat's template.
+        text: A text; a tuple of two texts; the messages of a chat; the output of a tokenizer for
+            one text, or a dict of a model's arguments; or token ids ``(T,)`` or ``(1, T)``.
+        add_generation_prompt: Whether the prompt of a chat ends with the start of the model's
+            answer.
+        chat_template_kwargs: Further arguments of the chat template.
 
     Raises:
-        TypeError: If ``text`` is of another kind.
-        ValueError: If there is not exactly one text, it is empty or padded, or
-            ``chat_template_kwargs`` are given for something other than a chat.
+        TypeError: If ``text`` is of another type.
+        ValueError: If ``text`` is not exactly one text, is empty or has padding, or if
+            ``chat_template_kwargs`` are given and ``text`` is not a chat.
 
     Example:
-        >>> read_text(tokenizer, ("a b", "c"), add_generation_prompt=False).ids
-        tensor([[1, 2, 3]])
+        >>> read_text(tokenizer, "The capital of France is", add_generation_prompt=False).ids
+        tensor([[63, 64, 65, 66, 67]])
     """
     pair = isinstance(text, tuple) and len(text) == 2 and all(isinstance(t, str) for t in text)
     if isinstance(text, (list, tuple)) and not pair:
@@ -76,42 +77,42 @@ def read_text(
         )
     if chat_template_kwargs is not None:
         raise ValueError(
-            f"chat_template_kwargs={chat_template_kwargs!r} are for the template of a chat, but "
-            f"the text is of type {type(text).__name__}: give the messages, or leave them out."
+            f"chat_template_kwargs={chat_template_kwargs!r} apply to the messages of a chat, but "
+            f"the text is of type {type(text).__name__}: give messages, or leave them out."
         )
     if isinstance(text, str):
         read = encode(tokenizer, text)
     elif isinstance(text, tuple):
         read = encode(tokenizer, *text)
     elif isinstance(text, Mapping):
-        read = _of_mapping(text)
+        read = _read_mapping(text)
     elif isinstance(text, Tensor):
         read = Encoded(None, _as_ids(text))
     else:
         raise TypeError(
-            f"text is of type {type(text).__name__}: give a text, a pair of texts in a tuple, the "
+            f"text is of type {type(text).__name__}: give a text, a tuple of two texts, the "
             "messages of a chat, a BatchEncoding or dict with input_ids, or token ids (T,), "
             "without padding."
         )
     if read.ids.dim() != 2 or len(read.ids) != 1 or not read.ids.numel():
         raise ValueError(
-            f"The text has token ids of shape {tuple(read.ids.shape)}: give one text of one token "
-            "or more."
+            f"The token ids have shape {tuple(read.ids.shape)}: give one text of at least one "
+            "token."
         )
     return read
 
 
-def _of_mapping(given: Mapping[str, Any]) -> Encoded:
+def _read_mapping(given: Mapping[str, Any]) -> Encoded:
     if "input_ids" not in given:
         raise TypeError(
             f"The dict has {', '.join(map(repr, given)) or 'nothing'}, but no 'input_ids': give "
-            "what the tokenizer returned for one text (or, for a chat, a list of messages)."
+            "the tokenizer's output for one text (or, for a chat, a list of messages)."
         )
     for name, x in given.items():
         if find_cache((x,)) is not None:
             raise ValueError(
-                f"The dict has {name!r}, but tokens in a cache cannot be explained: give the whole "
-                "text, without a cache."
+                f"The dict has the cache {name!r}, but tokens in a cache cannot be explained: give "
+                "the whole text, without a cache."
             )
     ids = _as_ids(_as_tensor(given["input_ids"]))
     T = ids.shape[-1]
@@ -125,14 +126,14 @@ def _of_mapping(given: Mapping[str, Any]) -> Encoded:
     if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):
         place = int((mask == 0).nonzero()[0, -1])
         raise ValueError(
-            f"attention_mask is 0 at token {place}, which is padding: give one text without "
-            "padding (tokenize it alone, without padding=...)."
+            f"attention_mask is 0 at token {place}, but padding is not allowed: give one text "
+            "without padding (tokenize it alone, without padding=...)."
         )
     return Encoded(None, ids, None, extras)
 
 
 def _as_tensor(x: Any) -> Any:
-    """Lists and arrays as tensors, as tokenizers return them; else ``x``."""
+    """Convert a list or an array to a tensor of the dtype that tokenizers return."""
     if isinstance(x, Tensor) or not (isinstance(x, list) or hasattr(x, "__array__")):
         return x
     tensor = torch.from_numpy(np.array(x))
@@ -143,22 +144,22 @@ def _as_ids(ids: Any) -> Tensor:
     if not isinstance(ids, Tensor):
         raise TypeError(f"input_ids is of type {type(ids).__name__}: give integers (T,).")
     if (ids.is_floating_point() and ids.numel()) or ids.dtype == torch.bool:
-        raise TypeError(f"text is a tensor of {ids.dtype}: give token ids, integers (T,).")
+        raise TypeError(f"The ids have dtype {ids.dtype}: give token ids, integers (T,).")
     return (ids[None] if ids.dim() == 1 else ids).long()
 
 
 def model_inputs(model: nn.Module, tokenizer: Any, text: Encoded) -> dict[str, Any]:
-    """What the model is given for a text: ids, and what else there is of it that it takes.
+    """Collect the arguments of the model for one text, on the model's device.
 
-    Warns where the text begins with two begin tokens.
+    A warning says if the text starts with two begin tokens.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         text: The text.
 
     Example:
-        >>> text = read_text(tokenizer, "a b c", add_generation_prompt=False)
+        >>> text = read_text(tokenizer, "The capital of France is", add_generation_prompt=False)
         >>> sorted(model_inputs(model, tokenizer, text))
         ['attention_mask', 'input_ids']
     """
@@ -171,17 +172,18 @@ def model_inputs(model: nn.Module, tokenizer: Any, text: Encoded) -> dict[str, A
 
 
 def extended(inputs: Mapping[str, Any], output: Tensor) -> dict[str, Any]:
-    """The inputs of a prompt, with the tokens of its output after it.
+    """Append the tokens of an output to the inputs of its prompt.
 
-    Masks go on with ones, token types with the last one, as when models generate, and positions
-    count on. What does not speak of tokens, such as the pixels of images, stays as it is.
+    The attention mask is continued with ones, token types with the last type, and positions by
+    counting on, as models do when they generate. Inputs without an entry per token, such as the
+    pixels of images, stay the same.
 
     Args:
-        inputs: Of the prompt, with ``input_ids`` ``(1, n)``.
-        output: ``(m,)`` ids.
+        inputs: The prompt's inputs, with ``input_ids`` ``(1, n)``.
+        output: The ids of the output, ``(m,)``.
 
     Raises:
-        ValueError: If it is not known how something else goes on.
+        ValueError: If the package does not know how to continue another input.
 
     Example:
         >>> inputs = {"input_ids": torch.tensor([[1, 2]]), "token_type_ids": torch.tensor([[0, 1]])}
@@ -193,12 +195,12 @@ def extended(inputs: Mapping[str, Any], output: Tensor) -> dict[str, Any]:
     for name, x in inputs.items():
         by_token = isinstance(x, Tensor) and x.shape[:2] == (1, n)
         if by_token and x.is_floating_point() and x.dim() > 2 and not name.endswith("mask"):
-            by_token = False  # as many channels of an image as tokens, by chance
+            by_token = False  # an image that happens to have n channels
         if not by_token and name in ("attention_mask", "position_ids"):
             what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
-                f"{name} is {what}, so it is not known how it goes on over the output: give a "
-                f"tensor (1, {n}), or leave it out."
+                f"{name} is {what} and cannot be continued over the output: give a tensor "
+                f"(1, {n}), or leave it out."
             )
         if by_token:
             found[name] = torch.cat([x, _continued(name, x, output)], dim=1)
@@ -206,13 +208,13 @@ def extended(inputs: Mapping[str, Any], output: Tensor) -> dict[str, Any]:
 
 
 def _continued(name: str, x: Tensor, output: Tensor) -> Tensor:
-    """``(1, m)``: what comes after ``x`` ``(1, n)``."""
+    """Return the ``(1, m)`` entries that follow ``x`` ``(1, n)``."""
     m, last = len(output), x[:, -1:]
     if name == "input_ids":
         return output[None].to(x)
     if name == "attention_mask":
         return x.new_ones(1, m)
-    if name.endswith("mm_token_type_ids"):  # which are of images, and which are text
+    if name.endswith("mm_token_type_ids"):  # 0 marks text, other numbers mark images
         return x.new_zeros(1, m)
     if name == "cross_attention_mask":  # the images that the prompt's last token sees
         return last.expand(1, m, *x.shape[2:])
@@ -221,36 +223,37 @@ def _continued(name: str, x: Tensor, output: Tensor) -> Tensor:
     if name.endswith("token_type_ids"):
         return last.expand(1, m)
     raise ValueError(
-        f"{name!r} has an entry for each of the {x.shape[1]} tokens of the prompt, and it is not "
-        "known how it goes on over the output: leave it out."
+        f"{name!r} has an entry for each of the {x.shape[1]} tokens of the prompt, and cannot be "
+        "continued over the output: leave it out."
     )
 
 
 def leading(execution: Execution, layer: AttentionLayer, T: int | None, kept: int | None) -> Span:
-    """How many queries and keys of a layer stand before those of the text.
+    """Return the numbers of queries and keys of a layer before those of the text.
 
-    Learned virtual tokens stand there (prompt tuning adds queries and keys, prefix tuning keys).
+    Learned virtual tokens come before the text: prompt tuning adds queries and keys, and prefix
+    tuning adds keys.
 
     Args:
-        execution: The layer.
-        layer: The same.
-        T: How many tokens the text has; None where that is not known.
-        kept: The last tokens of which the model was asked for logits. Some models compute no
-            other queries in their last layers: then the first number is negative.
+        execution: The execution of the layer.
+        layer: The layer's tensors.
+        T: The number of tokens of the text; None if it is unknown.
+        kept: The number of last tokens for which the model was asked for logits. Some models
+            compute only these queries in their last layers. The first number is then negative.
 
     Raises:
-        UnsupportedModelError: If the layer does not attend from these tokens to these tokens.
+        UnsupportedModelError: If the layer's queries and keys do not fit the text.
     """
     if T is None or execution.kind == "cross":
         return 0, 0
     queries, keys = layer.T - T, layer.S - T
     real = layer.mask.real
-    # What is padded at the end, as to whole windows, is hidden there.
+    # Queries that the model adds at the end, to fill whole windows, are hidden by the mask.
     virtual = real is None or queries <= 0 or bool(real[:, queries:].all())
     if keys < 0 or (queries < 0 and kept != layer.T) or not virtual:
         raise UnsupportedModelError(
             f"Layer {execution.name!r} attends from {layer.T} queries to {layer.S} keys, but the "
-            f"text has {T} tokens, so it is not known which are the text's: use "
+            f"text has {T} tokens, so the text's own queries and keys are unknown: use "
             "ContributionWeights(model).attribute."
         )
     return queries, keys
@@ -259,13 +262,13 @@ def leading(execution: Execution, layer: AttentionLayer, T: int | None, kept: in
 def refuse_later_tokens(
     execution: Execution, layer: AttentionLayer, before: Span, prompt: int
 ) -> None:
-    """Raises an UnsupportedModelError where tokens see the output that comes after them.
+    """Raise an UnsupportedModelError if tokens see output tokens that come after them.
 
     Args:
-        execution: The layer.
-        layer: The same.
-        before: What :func:`leading` gave.
-        prompt: How many tokens are not of the output. They may see each other.
+        execution: The execution of the layer.
+        layer: The layer's tensors.
+        before: The result of :func:`leading`.
+        prompt: The number of tokens before the output. They may see each other.
     """
     mask = layer.mask
     if mask.causal or execution.kind == "cross":

@@ -1,7 +1,7 @@
-"""Texts that are made of parts, such as chats: where the parts stand, by characters and by tokens.
+"""Chats and other texts made of parts: where each part is in the text and in its tokens.
 
-A template is a function of its values, and says nothing of where it puts them. So it is run once
-more with values between marks that no text has, and where they are found is where the values stand.
+A template is a function of its values, and does not report where it puts them. So this module
+renders the template a second time with private marks around each value, and finds the marks.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ __all__ = ["Encoded", "Message", "RenderedChat", "encode", "owners", "places_of"
 
 Messages = Sequence[Mapping[str, Any]]
 
-#: What :func:`render_chat` decides itself.
+#: Arguments of the chat template that :func:`render_chat` sets itself.
 _OWN_ARGUMENTS = ("tokenize", "return_dict", "return_tensors")
 
-#: Two characters for each value, from here on: private, of no meaning in any text.
+#: The first mark. Each value has two marks, from a private area of Unicode that texts do not use.
 _MARKS = 0xF0000
 
 
 class Message(NamedTuple):
-    """Which tokens hold what a message of a chat says, without its role and its end.
+    """The tokens of a message's content in a chat, without its role and its end token.
 
     Args:
-        role: Who speaks.
+        role: The role of the message, such as ``"user"``.
         start: The first token.
-        stop: The one after the last.
+        stop: The token after the last.
     """
 
     role: str
@@ -46,11 +46,11 @@ class Encoded:
     """A text and its tokens.
 
     Args:
-        text: The text; None where it is not known.
+        text: The text; None if it is unknown.
         ids: ``(1, T)``.
-        offsets: ``T`` ranges of characters, empty for special tokens that are not in the text; None
-            where the tokenizer does not tell.
-        extras: What the model is given beside the ids, such as ``token_type_ids`` ``(1, T)``.
+        offsets: The characters of each of the ``T`` tokens, empty for special tokens that are not
+            in the text; None if the tokenizer does not report them.
+        extras: The model's other inputs, such as ``token_type_ids`` ``(1, T)``.
     """
 
     text: str | None
@@ -61,11 +61,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class RenderedChat(Encoded):
-    """A chat as a model reads it.
+    """A chat, rendered by its template and tokenized.
 
     Args:
-        messages: Where they stand; None where that is not known, since the template rewrites them
-            or the tokenizer has no offsets.
+        messages: The tokens of each message; None if they are unknown, because the template changes
+            the content or the tokenizer does not report offsets.
     """
 
     messages: list[Message] | None = None
@@ -74,24 +74,24 @@ class RenderedChat(Encoded):
 def encode(
     tokenizer: Any, text: str, pair: str | None = None, *, add_special_tokens: bool = True
 ) -> Encoded:
-    """The tokens of a text, and where they stand in it.
+    """Tokenize a text, with the characters of each token.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         text: The text.
-        pair: A second text after it. Offsets are not known then, since they are of two texts.
-        add_special_tokens: As of the tokenizer.
+        pair: A second text. Offsets are then unknown, since they would refer to two texts.
+        add_special_tokens: Whether the tokenizer adds its special tokens.
     """
     known = pair is None and bool(getattr(tokenizer, "is_fast", False))
     texts = (text,) if pair is None else (text, pair)
     found = tokenizer(*texts, add_special_tokens=add_special_tokens, return_offsets_mapping=known)
     offsets = [(start, stop) for start, stop in found["offset_mapping"]] if known else None
-    ids, extras = _read(found)
+    ids, extras = _split_output(found)
     return Encoded(text if pair is None else None, ids, offsets, extras)
 
 
-def _read(found: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a tokenizer gave of one text: ids ``(1, T)``, and what else it says of each token."""
+def _split_output(found: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Split a tokenizer's output for one text into ids ``(1, T)`` and other entries per token."""
     extras = {
         name: torch.tensor([x], dtype=torch.long, device="cpu")
         for name, x in found.items()
@@ -101,18 +101,18 @@ def _read(found: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def owners(text: str, offsets: Sequence[Span], ranges: Sequence[Span]) -> list[int | None]:
-    """Which range of characters each token belongs to: the one that holds most of it.
+    """Assign each token to the range of characters that holds most of it.
 
-    White space does not count, since many vocabularies put a word's space into its token; where two
-    hold as much, it is the first. A token that is outside of all for the greater part has none.
+    White space does not count, since many vocabularies include a word's space in its token. In a
+    tie the first range wins. A token that is mostly outside of all ranges is not assigned.
 
     Args:
         text: The text.
-        offsets: Where its ``T`` tokens stand.
-        ranges: Of characters; none overlap.
+        offsets: The characters of each of the ``T`` tokens.
+        ranges: The ranges of characters. They must not overlap.
 
     Returns:
-        ``T`` numbers of ranges, or None.
+        For each token the number of its range, or None.
     """
     of_character: list[int | None] = [None] * len(text)
     for number, (start, stop) in enumerate(ranges):
@@ -128,22 +128,22 @@ def owners(text: str, offsets: Sequence[Span], ranges: Sequence[Span]) -> list[i
 
 
 def places_of(render: Callable[[list[str]], str], values: Sequence[str]) -> list[list[Span]] | None:
-    """Where values stand in the text that is made of them.
+    """Find where each value is in the text that is rendered from all values.
 
     Args:
-        render: Makes the text.
-        values: What it is made of.
+        render: Renders the text from the values.
+        values: The values.
 
     Returns:
-        For each value the ranges of characters where it stands, none where it is left out; None
-        where that cannot be told, since what is made of a value depends on it.
+        For each value its ranges of characters, an empty list if the text leaves it out. None if
+        the places are unknown, because the template changes the text depending on a value.
     """
     text = render(list(values))
-    # Templates that strip a value would leave the white space of one that is marked as a whole.
+    # A template may strip its values, so the second try puts the marks inside the white space.
     for mark in (_mark_whole, _mark_stripped):
         try:
             marked = render([mark(number, value) for number, value in enumerate(values)])
-        except Exception:  # a template may do anything, and refuse what it does not expect
+        except Exception:  # a template may raise any error for a value that it does not expect
             continue
         found = _find_marks(marked, len(values))
         if found is not None and found[0] == text:
@@ -163,7 +163,7 @@ def _mark_stripped(number: int, value: str) -> str:
 
 
 def _find_marks(marked: str, count: int) -> tuple[str, list[list[Span]]] | None:
-    """The text without its marks, and what stood between each pair; None where one is alone."""
+    """Remove the marks, and return the ranges between each pair; None if a mark has no partner."""
     text: list[str] = []
     ranges: list[list[Span]] = [[] for _ in range(count)]
     opened: dict[int, int] = {}
@@ -187,61 +187,60 @@ def render_chat(
     add_generation_prompt: bool,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> RenderedChat:
-    """A chat by the tokenizer's template, and where its messages stand.
+    """Render a chat with the tokenizer's template, and find the tokens of each message.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.
-        messages: Each with a ``"role"``, and a ``"content"`` that is a text, a list of parts such
-            as ``{"type": "text", "text": "..."}``, or None, as where a tool is called.
-        add_generation_prompt: Whether the model is to speak next. ``chat_template_kwargs`` can say
-            otherwise.
+        messages: The messages. Each has a ``"role"``, and a ``"content"`` that is a text, a list of
+            parts such as ``{"type": "text", "text": "..."}``, or None, for example in a tool call.
+        add_generation_prompt: Whether the prompt ends with the start of the model's answer.
+            ``chat_template_kwargs`` can override it.
         chat_template_kwargs: Further arguments for ``tokenizer.apply_chat_template``, such as
             ``{"enable_thinking": False}`` or ``{"tools": [...]}``.
 
     Raises:
-        TypeError: If a message is not a mapping with a role, or its content is of another kind.
-        ValueError: If there is no message, the tokenizer has no chat template, or
-            ``chat_template_kwargs`` say how to tokenize.
+        TypeError: If a message is not a mapping with a role, or its content is of another type.
+        ValueError: If the chat is empty, the tokenizer does not have a chat template, or
+            ``chat_template_kwargs`` include an argument of the tokenization.
 
     Example:
         >>> tokenizer.chat_template = (
         ...     "{% for m in messages %}{{ m.content }} {% endfor %}{{ 'y' if think else 'n' }}"
         ... )
-        >>> chat = [{"role": "user", "content": "a b"}]
-        >>> options = {"think": True}
+        >>> chat = [{"role": "user", "content": "Name the capital of France"}]
         >>> render_chat(
-        ...     tokenizer, chat, add_generation_prompt=True, chat_template_kwargs=options
+        ...     tokenizer, chat, add_generation_prompt=True, chat_template_kwargs={"think": True}
         ... ).text
-        'a b y'
+        'Name the capital of France y'
     """
     options = dict(chat_template_kwargs or {})
-    _check(tokenizer, messages, options)
-    # A message that is continued is not followed by another one.
+    _check_chat(tokenizer, messages, options)
+    # A message that the model continues must not be followed by the start of another one.
     continued = bool(options.get("continue_final_message", False))
     options = {"add_generation_prompt": add_generation_prompt and not continued, **options}
 
     def render(texts: list[str]) -> str:
-        filled = _with_texts(messages, texts)
+        filled = _replace_texts(messages, texts)
         text: str = tokenizer.apply_chat_template(filled, tokenize=False, **options)
         return text
 
     texts = [text for message in messages for text in _texts(message)]
     numbers = [n for n, message in enumerate(messages) for _ in _texts(message)]
     rendered = render(texts)
-    encoded = _encoded(tokenizer, messages, options, rendered)
+    encoded = _tokenize(tokenizer, messages, options, rendered)
     places = None if encoded.offsets is None else places_of(render, texts)
-    spans = None if places is None else _message_spans(encoded, messages, numbers, places)
+    spans = None if places is None else _find_messages(encoded, messages, numbers, places)
     return RenderedChat(rendered, encoded.ids, encoded.offsets, encoded.extras, spans)
 
 
-def _encoded(
+def _tokenize(
     tokenizer: Any, messages: Messages, options: Mapping[str, Any], rendered: str
 ) -> Encoded:
-    """The tokens as the tokenizer itself makes them of a chat."""
+    """Tokenize a chat with its template. Offsets are known if the rendered text gives the same."""
     found = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, **options
     )
-    ids, extras = _read(found)
+    ids, extras = _split_output(found)
     encoded = encode(tokenizer, rendered, add_special_tokens=False)
     if torch.equal(encoded.ids, ids):
         return replace(encoded, extras=extras)
@@ -249,7 +248,7 @@ def _encoded(
 
 
 def _texts(message: Mapping[str, Any]) -> list[str]:
-    """The texts that a message's content is made of."""
+    """Return the texts in a message's content."""
     content = message.get("content")
     if isinstance(content, str):
         return [content]
@@ -260,8 +259,8 @@ def _is_text(part: object) -> bool:
     return isinstance(part, Mapping) and isinstance(part.get("text"), str)
 
 
-def _with_texts(messages: Messages, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The messages with other texts in the places of theirs."""
+def _replace_texts(messages: Messages, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Replace the texts in the content of all messages, in order."""
     remaining = iter(texts)
     filled = []
     for message in messages:
@@ -276,10 +275,10 @@ def _with_texts(messages: Messages, texts: Sequence[str]) -> list[dict[str, Any]
     return filled
 
 
-def _message_spans(
+def _find_messages(
     encoded: Encoded, messages: Messages, numbers: Sequence[int], places: list[list[Span]]
 ) -> list[Message] | None:
-    """Where messages stand; ``numbers`` are those of the messages that texts belong to."""
+    """Find the tokens of each message. ``numbers`` are the messages that own the texts."""
     if encoded.offsets is None or any(len(ranges) != 1 for ranges in places):
         return None
     assert encoded.text is not None
@@ -294,29 +293,29 @@ def _message_spans(
     return spans
 
 
-def _check(tokenizer: Any, messages: Messages, options: Mapping[str, Any]) -> None:
+def _check_chat(tokenizer: Any, messages: Messages, options: Mapping[str, Any]) -> None:
     if not messages:
-        raise ValueError("The chat has no message: give at least one.")
+        raise ValueError("The chat is empty: give at least one message.")
     for message in messages:
         if not isinstance(message, Mapping) or not _is_content(message.get("content")):
             raise TypeError(
-                f"{message!r} is not a message: give {{'role': 'user', 'content': 'a text'}} (a "
-                "list is one chat; explain several texts one by one). Content is a text, None, or "
-                "a list of parts such as {'type': 'text', 'text': 'a text'}; for others, apply the "
-                "chat template yourself and give its text or ids."
+                f"{message!r} is not a message: give {{'role': 'user', 'content': 'a text'}}. A "
+                "list is one chat: explain several texts one by one. The content must be a text, "
+                "None, or a list of parts such as {'type': 'text', 'text': 'a text'}. For other "
+                "content, apply the chat template yourself and give its text or ids."
             )
         if "role" not in message:
             raise TypeError(f"{message!r} has no role: give {{'role': 'user', 'content': ...}}.")
     for name in _OWN_ARGUMENTS:
         if name in options:
             raise ValueError(
-                f"chat_template_kwargs holds {name!r}, which is decided here: leave it out, and "
-                "give arguments of the template, such as {'enable_thinking': False}."
+                f"chat_template_kwargs must not set {name!r}: leave it out, and give arguments of "
+                "the template, such as {'enable_thinking': False}."
             )
     if not getattr(tokenizer, "chat_template", None) and not options.get("chat_template"):
         raise ValueError(
-            "The tokenizer has no chat template: use that of the model's version for chats, set "
-            "tokenizer.chat_template, or give the text as the model expects it."
+            "The tokenizer has no chat template: use the chat version of the model, set "
+            "tokenizer.chat_template, or give the text in the format that the model expects."
         )
 
 

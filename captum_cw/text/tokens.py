@@ -1,4 +1,4 @@
-"""Tokens as a person reads them: their text, the words they make, and the scores of those."""
+"""Readable text of tokens, the words that they form, and the scores of words."""
 
 from __future__ import annotations
 
@@ -26,48 +26,48 @@ __all__ = [
 ]
 
 Span = tuple[int, int]
-"""Start and stop, as of a slice."""
+"""Start and stop, like a slice."""
 Grouping = Literal["sum", "mean", "max"]
 
 _UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 _LINE_MARKS = {"\n": "⏎", "\t": "⇥"}
-# They shape the letters around them (Persian, emoji families), so inside a word they stay.
+# They shape the letters around them (Persian, emoji families), so they stay inside a word.
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
-# By the first word of their characters' names: scripts that leave no space between words.
+# Scripts without spaces between words, by the first word of their characters' Unicode names.
 _UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
 
 
 class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that reading tokens needs."""
+    """The methods of a Hugging Face tokenizer that this module calls."""
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Ids of tokens such as the end of a text."""
+        """The ids of special tokens, such as the end token."""
 
     def convert_ids_to_tokens(self, ids: int) -> Any:
-        """The vocabulary's entry, with its marks."""
+        """Return the entry of the vocabulary, with its marks."""
 
     def decode(self, token_ids: list[int], **kwargs: Any) -> Any:
-        """The text."""
+        """Return the text of some ids."""
 
 
 def readable_tokens(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> list[str]:
-    r"""The tokens of one sequence as a person reads them, exactly one string an id.
+    r"""Return the readable text of each token of one sequence.
 
-    Words keep their leading space, continuations have none, whatever marks the vocabulary
-    uses (``Ġ``, ``▁``, ``##``). Special tokens stay as they are. White space that stands alone
-    is shown (``␣``, ``⏎``, ``⇥``), and bytes that are only part of a character are shown as
-    bytes (``⟨f0⟩``).
+    Words keep their leading space and continuations do not have one, whichever marks the vocabulary
+    uses (``Ġ``, ``▁``, ``##``). Special tokens are not changed. White space alone is shown as
+    ``␣``, ``⏎`` or ``⇥``. Bytes that are only part of a character are shown as ``⟨f0⟩``.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
-        input_ids: ``(T,)`` ids of one sequence.
+        tokenizer: A Hugging Face tokenizer.
+        input_ids: The ids of one sequence, ``(T,)``.
 
     Returns:
         ``T`` strings.
 
     Raises:
-        ValueError: if ``input_ids`` is not one sequence, or holds an id the tokenizer lacks.
+        ValueError: If ``input_ids`` is not one sequence, or holds an id that the tokenizer does not
+            have.
 
     Example::
 
@@ -88,9 +88,10 @@ def readable_tokens(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> 
 
 
 def readable_ids(tokenizer: Tokenizer, ids: Tensor | Sequence[int]) -> list[str]:
-    """As :func:`readable_tokens`, for ids that only the model may know.
+    """Return the readable text of ids, some of which only the model may have.
 
-    Many models have more entries than their tokenizer. Such an id is shown by its number.
+    The vocabulary of many models is larger than that of their tokenizer. An id that the tokenizer
+    does not have is shown as its number.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -100,8 +101,8 @@ def readable_ids(tokenizer: Tokenizer, ids: Tensor | Sequence[int]) -> list[str]
         ``T`` strings.
 
     Example:
-        >>> readable_ids(tokenizer, [1, 2, 63])
-        [' a', ' b', '⟨#63⟩']
+        >>> readable_ids(tokenizer, [*tokenizer("France is cold").input_ids, 99])
+        [' France', ' is', ' cold', '⟨#99⟩']
     """
     ids = _one_sequence(ids)
     known = [i for i in set(ids) if _entry(tokenizer, i) is not None]
@@ -112,16 +113,17 @@ def readable_ids(tokenizer: Tokenizer, ids: Tensor | Sequence[int]) -> list[str]
 def warn_of_two_begin_tokens(
     tokenizer: Any, ids: Sequence[int], model: object = None, *, stacklevel: int = 3
 ) -> None:
-    """Warns where a text begins with two begin tokens.
+    """Warn if a text starts with two begin tokens.
 
-    A chat that was rendered to text has a begin token, and the tokenizer adds another one.
+    This happens if a chat is rendered to text, which includes a begin token, and the tokenizer adds
+    another one.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         ids: The text's token ids.
-        model: The model that reads them. If its own configuration names this begin token, its
-            forward call is checked already, and nothing is said here.
-        stacklevel: As of :func:`warnings.warn`.
+        model: The model that reads the ids. If its config names this begin token, the check of the
+            forward call warns already, and this function does not.
+        stacklevel: The argument of :func:`warnings.warn`.
 
     Example:
         >>> warn_of_two_begin_tokens(tokenizer, [1, 2])
@@ -134,46 +136,47 @@ def warn_of_two_begin_tokens(
     if ids[0] == getattr(text_config, "bos_token_id", None):
         return
     warnings.warn(
-        f"The text begins with the begin token {tokenizer.convert_ids_to_tokens(ids[0])!r} twice: "
-        "it was probably rendered by a chat template and then tokenized again. Give the messages, "
-        "or tokenize the rendered text with add_special_tokens=False.",
+        f"The text starts with the begin token {tokenizer.convert_ids_to_tokens(ids[0])!r} twice. "
+        "A chat template probably added the first one, and the tokenizer the second. Give the "
+        "messages, or tokenize the rendered text with add_special_tokens=False.",
         stacklevel=stacklevel,
     )
 
 
 def word_spans(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> list[Span]:
-    """Which tokens make a word.
+    """Group tokens into words.
 
-    A word begins at a space, and where letters or digits meet punctuation, each token of which is
-    a word of its own. Special tokens and tokens of nothing but white space belong to none. Where a
-    script leaves no space between words (Chinese, Japanese, Thai), tokens stay apart, but the
-    parts of one character.
+    A word starts at a space, and where letters or digits meet punctuation. Each token of
+    punctuation is a word. Special tokens and tokens of white space do not belong to a word. In
+    scripts without spaces between words (Chinese, Japanese, Thai), each token is a word, except
+    that the tokens of one character stay together.
 
-    What decides is the text of the tokens, the same for all tokenizers; their own ``word_ids``
-    take a Japanese sentence, and in many vocabularies of SentencePiece the whole text, for a word.
+    The result depends only on the text of the tokens. A tokenizer's own ``word_ids`` would treat a
+    Japanese sentence, and with many SentencePiece vocabularies the whole text, as one word.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
-        input_ids: ``(T,)`` ids of one sequence.
+        tokenizer: A Hugging Face tokenizer.
+        input_ids: The ids of one sequence, ``(T,)``.
 
     Returns:
-        For each word its first token and the one after its last, in order.
+        For each word its first token and the token after its last, in order.
 
     Raises:
-        ValueError: as :func:`~captum_cw.visualization.readable_tokens`.
+        ValueError: If ``input_ids`` is not one sequence, or holds an id that the tokenizer does not
+            have.
 
     Example::
 
-        >>> word_spans(tokenizer, tokenizer("a b")["input_ids"])
-        [(0, 1), (1, 2)]
+        >>> word_spans(tokenizer, tokenizer("The capital of France is").input_ids)
+        [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
     """
     spans: list[Span] = []
     before = " "
-    for place, text in enumerate(_texts(tokenizer, _one_sequence(input_ids))):
+    for place, text in enumerate(_token_texts(tokenizer, _one_sequence(input_ids))):
         if text is None or text.isspace():
             before = " "
             continue
-        if not before.isspace() and (not text or _goes_on(before, text[0])):
+        if not before.isspace() and (not text or _continues_word(before, text[0])):
             spans[-1] = (spans[-1][0], place + 1)
         else:
             spans.append((place, place + 1))
@@ -182,12 +185,12 @@ def word_spans(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> list[
 
 
 def word_numbers(tokenizer: Tokenizer, ids: Tensor) -> list[int | None]:
-    """For each token the number of its word (see :func:`word_spans`); None of no word.
+    """Return the number of each token's word (see :func:`word_spans`); None without a word.
 
     Example::
 
-        >>> word_numbers(tokenizer, tokenizer("a b", return_tensors="pt").input_ids[0])
-        [0, 1]
+        >>> word_numbers(tokenizer, tokenizer("Ice is cold", return_tensors="pt").input_ids[0])
+        [0, 1, 2]
     """
     numbers: list[int | None] = [None] * len(ids)
     for number, (start, stop) in enumerate(word_spans(tokenizer, ids)):
@@ -196,9 +199,10 @@ def word_numbers(tokenizer: Tokenizer, ids: Tensor) -> list[int | None]:
 
 
 def sink(tokens: Sequence[str]) -> tuple[int, ...]:
-    """The positions that should set no colour scale: the first, unless it is alone.
+    """Return the positions that a colour scale should ignore: the first, unless it is alone.
 
-    Heads with nothing to add attend to the first token, so that it would pale all others.
+    Many heads attend mostly to the first token. On a scale that includes it, all other tokens would
+    be pale.
 
     Args:
         tokens: The tokens of a text.
@@ -211,19 +215,20 @@ def sink(tokens: Sequence[str]) -> tuple[int, ...]:
 
 
 def group_scores(scores: Tensor, spans: Sequence[Span], how: Grouping = "sum") -> Tensor:
-    """Scores of spans of tokens from scores of tokens.
+    """Aggregate the scores of tokens over spans of tokens.
 
     Args:
         scores: ``(..., S)``.
-        spans: start and stop of each span; none overlap. Tokens in no span do not count.
+        spans: The start and stop of each span. Spans must not overlap. Tokens outside of all spans
+            do not count.
         how: ``"sum"``, ``"mean"`` or ``"max"`` over the tokens of a span.
 
     Returns:
         ``(..., len(spans))``.
 
     Raises:
-        ValueError: if a span is empty, overlaps another or is outside of the tokens, or ``how`` is
-            unknown.
+        ValueError: If a span is empty, overlaps another span or is outside of the tokens, or
+            ``how`` is unknown.
 
     Example::
 
@@ -241,7 +246,7 @@ def group_scores(scores: Tensor, spans: Sequence[Span], how: Grouping = "sum") -
 
 
 def joined(tokens: Sequence[str]) -> str:
-    """Readable tokens as one text, in which characters stand whose bytes they had shared."""
+    """Join readable tokens into one text, and decode the characters that tokens had shared."""
 
     def character(found: re.Match[str]) -> str:
         try:
@@ -253,12 +258,12 @@ def joined(tokens: Sequence[str]) -> str:
 
 
 def check_spans(spans: Sequence[Span], length: int, of: str) -> None:
-    """Raises a ValueError that names the span that is empty, out of range or overlaps another."""
+    """Raise a ValueError if a span is empty, out of range or overlaps another."""
     for start, stop in spans:
         if not 0 <= start < stop <= length:
             raise ValueError(
-                f"Span {(start, stop)} is empty or not within the {length} {of}: give 0 <= start < "
-                f"stop <= {length}."
+                f"Span {(start, stop)} is empty or not within the {length} {of}: give "
+                f"0 <= start < stop <= {length}."
             )
     ordered = sorted(spans)
     for one, other in pairwise(ordered):
@@ -271,15 +276,15 @@ def _one_sequence(input_ids: Tensor | Sequence[int]) -> list[int]:
     if ids.ndim != 1:
         raise ValueError(
             f"input_ids have shape {tuple(ids.shape)}, expected (T,): give one sequence of a "
-            "batch, input_ids[0]"
+            "batch, input_ids[0]."
         )
     return list(ids.tolist())
 
 
-def _texts(tokenizer: Tokenizer, ids: list[int]) -> list[str | None]:
-    """What each token adds to a text; None for special ones, nothing for what ends a character."""
+def _token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str | None]:
+    """Return the text of each token: None for a special token, "" for the end of a character."""
     special = set(tokenizer.all_special_ids)
-    known = {i: None if i in special else _added(tokenizer, i) for i in set(ids)}
+    known = {i: None if i in special else _text_or_bytes(tokenizer, i) for i in set(ids)}
     parts = [known[i] for i in ids]
     texts: list[str | None] = []
     for place, part in enumerate(parts):
@@ -301,8 +306,8 @@ def _ends_character(part: bytes) -> bool:
     return 0x80 <= part[0] < 0xC0
 
 
-def _goes_on(before: str, first: str) -> bool:
-    """Whether a token that begins so belongs to the word of the character before."""
+def _continues_word(before: str, first: str) -> bool:
+    """Whether a token that starts with ``first`` continues the word that ends with ``before``."""
     if unicodedata.category(first) in ("Mn", "Mc", "Me", "Lm", "Cf"):  # accents, joiners
         return True
     return _in_spaced_word(before) and _in_spaced_word(first)
@@ -316,7 +321,7 @@ def _in_spaced_word(character: str) -> bool:
 
 
 def _readable(tokenizer: Tokenizer, token_id: int, special: bool) -> str:
-    text = _added(tokenizer, token_id)
+    text = _text_or_bytes(tokenizer, token_id)
     if special:
         entry = _entry(tokenizer, token_id)
         return entry.decode("utf-8", "replace") if isinstance(entry, bytes) else str(entry)
@@ -326,26 +331,26 @@ def _readable(tokenizer: Tokenizer, token_id: int, special: bool) -> str:
 
 
 def _entry(tokenizer: Tokenizer, token_id: int) -> str | bytes | None:
-    """The vocabulary's entry, bytes in some vocabularies; None where there is none."""
+    """Return an id's entry in the vocabulary (bytes in some); None if the id is unknown."""
     if token_id < 0:
         return None
     try:
         entry: str | bytes | None = tokenizer.convert_ids_to_tokens(token_id)
-    except (IndexError, KeyError, ValueError):  # what tokenizers written in Python raise
+    except (IndexError, KeyError, ValueError):  # tokenizers written in Python raise these
         return None
     return entry
 
 
-def _added(tokenizer: Tokenizer, token_id: int) -> str | bytes:
-    """What a token adds to a text: bytes where it is only part of a character."""
+def _text_or_bytes(tokenizer: Tokenizer, token_id: int) -> str | bytes:
+    """Return the text of a token, or its bytes if they are only part of a character."""
     token = _entry(tokenizer, token_id)
     if token is None:
         raise ValueError(
-            f"input_ids hold {token_id}, which the tokenizer does not know: put its "
-            "pad_token_id where labels or masks left such a filler"
+            f"input_ids hold {token_id}, which the tokenizer does not know: replace filler values, "
+            "as of labels, with its pad_token_id."
         )
-    # A token reads as what it adds to a text: only behind another token does a decoder keep a
-    # word's leading space and drop a continuation's mark, and the token itself always fits.
+    # Decoders keep a word's leading space, and drop a continuation's mark, only after another
+    # token. So the token is decoded after itself.
     alone: str = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
     twice: str = tokenizer.decode([token_id, token_id], clean_up_tokenization_spaces=False)
     text = twice.removeprefix(alone) or alone
@@ -355,7 +360,7 @@ def _added(tokenizer: Tokenizer, token_id: int) -> str | bytes:
 
 
 def _visible(text: str) -> str:
-    """The text with everything that would print as nothing made visible."""
+    """Replace characters that would print as nothing with visible marks."""
 
     def mark(character: str) -> str:
         if character == " " and text.isspace():
@@ -368,7 +373,7 @@ def _visible(text: str) -> str:
 
 
 def _byte_of_glyph() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable Latin-1 is itself, other bytes follow from 256."""
+    """Build the alphabet of byte-level BPE: printable Latin-1, then other bytes from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -380,7 +385,7 @@ _BYTE_OF_GLYPH = _byte_of_glyph()
 
 
 def _token_bytes(token: str | bytes) -> bytes | None:
-    """The bytes that a token of a byte-level or byte-fallback vocabulary stands for."""
+    """Return the bytes of a token in a byte-level or byte-fallback vocabulary; else None."""
     if isinstance(token, bytes):
         return token
     if fallback := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token):

@@ -74,7 +74,7 @@ def test_any_other_damage_is_refused_and_nothing_lost(file: Path) -> None:
         if place > end and damaged[place] == ord("\n"):
             continue  # what follows would be a torn line, were the checksum before it right
         file.write_bytes(damaged)
-        with pytest.raises(RecordsError, match="damaged|no file of records"):
+        with pytest.raises(RecordsError, match="damaged|not a file of records"):
             Records(file, RUN)
         assert file.read_bytes() == bytes(damaged)
 
@@ -89,7 +89,7 @@ def test_a_lost_line_break_is_refused(file: Path) -> None:
 @pytest.mark.parametrize("content", [b"text", b"text\n", b"\n", b"{}\n{}\n", bytes(64)])
 def test_a_foreign_file_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "foreign").write_bytes(content)
-    with pytest.raises(RecordsError, match="no file of records"):
+    with pytest.raises(RecordsError, match="not a file of records"):
         Records(tmp_path / "foreign", RUN)
     assert (tmp_path / "foreign").read_bytes() == content
 

@@ -291,9 +291,9 @@ def test_a_table_without_rows_keeps_its_columns(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     for content, message in (
-        ("no json", "holds no result of this package"),
+        ("no json", "is not a result of this package"),
         ('{"version": 99, "analysis": "Example"}', "version 99"),
-        ('{"version": 1}', "no result of this kind"),
+        ('{"version": 1}', "not a result of this kind"),
         ('{"version": 1, "analysis": "Unheard"}', "'Unheard'.*known: .*Example"),
     ):
         path.write_text(content)

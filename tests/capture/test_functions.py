@@ -491,7 +491,7 @@ def test_multihead_attention_with_a_key_that_is_no_token_is_refused(
     option: dict[str, bool],
 ) -> None:
     module = nn.MultiheadAttention(D, H, batch_first=True, **option).eval()
-    with pytest.raises(UnsupportedModelError, match="a key that is no token"):
+    with pytest.raises(UnsupportedModelError, match="a key that is not a token"):
         ContributionWeights(module).attribute(dict.fromkeys(("query", "key", "value"), states()))
 
 
@@ -601,5 +601,5 @@ def test_an_adapter_shows_what_was_not_seen() -> None:
 @pytest.mark.usefixtures("_adapters")
 def test_an_adapter_that_computes_something_else_is_refused() -> None:
     adapt(lambda out: 1.01 * out)
-    with pytest.raises(UnsupportedModelError, match="adapter for Looped does not give"):
+    with pytest.raises(UnsupportedModelError, match="adapter for Looped does not return"):
         ContributionWeights(Looped("fused").eval()).attribute(states())

@@ -585,8 +585,8 @@ def test_a_result_comes_back_bit_for_bit(result: FaithfulnessResult, tmp_path: P
 def test_foreign_results_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     for content, message in (
-        ("[]", "no result"),
-        ("{", "no result"),
+        ("[]", "not a result"),
+        ("{", "not a result"),
         ('{"version": 9}', "reads 1"),
     ):
         file.write_text(content)

@@ -464,7 +464,7 @@ def test_results_are_saved_and_read(run: Run, tmp_path: Path) -> None:
         TaskResult.load(file)
     for content in ("no", '{"version": 1}'):
         file.write_text(content)
-        with pytest.raises(ValueError, match="holds no result of this"):
+        with pytest.raises(ValueError, match="is not a result of this"):
             TaskResult.load(file)
 
 

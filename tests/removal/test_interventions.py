@@ -578,7 +578,7 @@ def test_a_kernel_that_repeats_by_a_rule_of_its_own_is_refused() -> None:
 
     with implementation("own", own), scale_values(model, 0.5, positions=3), torch.no_grad():
         model.set_attn_implementation("own")
-        with pytest.raises(UnsupportedModelError, match="changed by head"):
+        with pytest.raises(UnsupportedModelError, match="changed per head"):
             model(token_ids())
 
 

@@ -59,11 +59,15 @@ def last_tokens_and_cache(
     }
 
 
-def letter_tokenizer() -> PreTrainedTokenizerBase:
-    """Words are the letters and digits, split at white space: "a" is 1; others are unknown, 0."""
+def letter_tokenizer(*sentences: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that splits at white space; its words are letters, digits and those of sentences.
+
+    "a" is 1; words that it does not know are 0.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: place for place, word in enumerate(f"?{string.ascii_letters}{string.digits}")}
-    model = Tokenizer(WordLevel(words, unk_token="?"))
+    words = ["?", *string.ascii_letters, *string.digits, *" ".join(sentences).split()]
+    vocabulary = {word: place for place, word in enumerate(dict.fromkeys(words))}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="?"))
     model.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="?")

@@ -229,13 +229,13 @@ def test_arguments_of_a_template_need_a_chat(chats: Any) -> None:
             llm.attribute(given, target="a", chat_template_kwargs=options)
     with pytest.raises(ValueError, match="chat_template_kwargs={'enable_thinking': False}"):
         explain(llama(), chats, "a b", chat_template_kwargs=options)
-    with pytest.raises(ValueError, match="chat_template_kwargs holds 'tokenize'"):
+    with pytest.raises(ValueError, match="chat_template_kwargs must not set 'tokenize'"):
         explain(llama(), chats, CHAT, chat_template_kwargs={"tokenize": False})
 
 
 @pytest.mark.parametrize("content", [3, [{"type": "text"}], ["a"], {"text": "a"}])
 def test_content_of_another_kind_is_refused(chats: Any, content: Any) -> None:
-    with pytest.raises(TypeError, match="is not a message.*Content is a text, None"):
+    with pytest.raises(TypeError, match="is not a message.*content must be a text, None"):
         explain(llama(), chats, [{"role": "U", "content": content}])
 
 
@@ -277,7 +277,7 @@ def test_a_rendered_chat_that_is_tokenized_again_is_warned_of(beginning: Any) ->
         lambda: llm.attribute(rendered, target="c"),
         lambda: llm.attribute(TextTokenInput(rendered, beginning), target="c"),
         lambda: token_batches([rendered], beginning),
-        lambda: token_batches([rendered], beginning, length=3, pack=True),
+        lambda: token_batches([rendered], beginning, max_length=3, pack=True),
     ):
         (found,) = warnings_of(call)
         assert "begin token 'B' twice" in found

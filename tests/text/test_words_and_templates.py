@@ -432,7 +432,7 @@ def test_a_chat_is_explained_without_a_prompt_for_more(
 @pytest.mark.parametrize(
     ("messages", "kind", "message"),
     [
-        ([], ValueError, "no message"),
+        ([], ValueError, "chat is empty"),
         (["a"], TypeError, "'a' is not a message.*several texts one by one"),
         ([{"role": "U", "content": [{"type": "text"}]}], TypeError, "apply the chat template"),
         ([{"content": "a"}], TypeError, "has no role"),

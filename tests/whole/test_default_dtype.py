@@ -240,11 +240,10 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
         VWAttention(at.model), "sum", layers=None, heads=None, queries=-1
     ).attribute(at.padded),
     **{
-        f"{kind.__name__} {layers}": lambda at, kind=kind, layers=layers: TokenScores(
-            kind(at.model), layers=layers, queries=-1
+        f"{kind.__name__} rollout": lambda at, kind=kind: TokenScores(
+            kind(at.model), layers="rollout", queries=-1
         ).attribute(at.padded)
         for kind in (AttentionWeights, VWAttention, ContributionWeights, ALTIWeights)
-        for layers in ("rollout", "flow")
     },
     "LLMTokenAttribution of texts": llm(ContributionWeights, lambda at: TEXT, target="b d e"),
     "LLMTokenAttribution of ids": llm(ContributionWeights, lambda at: at.prompt),
@@ -308,9 +307,9 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
     ],
     "result frame": lambda at: at.result.to_dataframe(),
     "agreement": lambda at: agreement(at.scores.round(decimals=1), at.of_texts),
-    "token_batches": lambda at: token_batches([TEXT, "a b"], at.tokenizer, length=6),
+    "token_batches": lambda at: token_batches([TEXT, "a b"], at.tokenizer, max_length=6),
     "packed token_batches": lambda at: token_batches(
-        [TEXT, "a b c"], at.tokenizer, length=4, pack=True
+        [TEXT, "a b c"], at.tokenizer, max_length=4, pack=True
     ),
     "readable_tokens": lambda at: readable_tokens(at.tokenizer, [1, 2, 3]),
     "word_spans": lambda at: word_spans(at.tokenizer, at.ids[0]),

@@ -136,7 +136,6 @@ ENTRIES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "mean scores": scores(VWAttention),
     "largest scores": scores(METHODS["intra"], reduction="max", layers=None, heads=None),
     "rollout": scores(VWAttention, layers="rollout"),
-    "flow": scores(ContributionWeights, layers="flow", queries=-1),
     "explain": explained,
     "LLMTokenAttribution": generated,
     "find_sinks": lambda model, ids: find_sinks(model, padded(model, ids), space="residual"),

@@ -177,8 +177,8 @@ def problems(smollm2: tuple[nn.Module, Any]) -> Tensor:
     (batch,) = token_batches(
         load_texts(shared_data("gsm8k_test.jsonl")),
         smollm2[1],
-        length=128,
-        samples=4,
+        max_length=128,
+        num_examples=4,
         batch_size=4,
         pack=True,
     )
