@@ -39,7 +39,9 @@ from captum_cw import ContributionWeights, TokenScores
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
-from captum_cw.removal.interventions import CleanPass, FixedChange, OnlineRemoval, Ranking, SinkRule
+from captum_cw.removal.changes import FixedChange, OnlineRemoval
+from captum_cw.removal.clean_pass import CleanPass
+from captum_cw.removal.options import RemovalOptions
 from captum_cw.removal.scoring import pair_scorer
 
 Result = TypeVar("Result")
@@ -242,16 +244,16 @@ def alternating_removals(settings: Settings, length: int) -> list[dict[str, floa
     """
     model = _load(settings)
     ids = _ids(model, length)
-    scorer, rule, ranking = pair_scorer("contribution"), SinkRule(), Ranking(REMOVED, "bottom")
-    clean = CleanPass.run(model, partial(model, ids), {"": scorer}, rule, ())
+    scorer, options = pair_scorer("contribution"), RemovalOptions()
+    clean = CleanPass.run(model, partial(model, ids), {"": scorer}, options, ())
 
     def removed_by_clean_scores() -> object:
-        factors = ranking.factors(clean.scores[""], clean.real, clean.sinks)
+        factors = options.factors(REMOVED, "bottom", clean.scores[""], clean.real, clean.sinks)
         with FixedChange(model, factors).in_force():
             return model(ids)
 
     def removed_by_online_scores() -> object:
-        with OnlineRemoval(model, scorer, ranking, rule, clean.sinks).in_force():
+        with OnlineRemoval(model, scorer, REMOVED, "bottom", options, clean.sinks).in_force():
             return model(ids)
 
     calls: dict[str, Callable[[], object]] = {

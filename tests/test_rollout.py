@@ -639,7 +639,7 @@ def test_pairs_cannot_be_ranked_by_scores_of_whole_tokens() -> None:
         with pytest.raises(ValueError, match=f"{named} gives scores of whole tokens"):
             pair_scorer(method)
     with (
-        pytest.raises(ValueError, match="whole tokens, but pairs"),
+        pytest.raises(ValueError, match="whole tokens, not of pairs"),
         remove_tokens(model, rollout, 0.5),
     ):
         pass

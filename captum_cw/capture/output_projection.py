@@ -150,9 +150,10 @@ class HeadFlow:
             self.overwritten |= in_place(func)
             result = proceed(func, args, kwargs)
         else:
-            given = _substitute((args, kwargs), {id(self.start): self.source})
+            sources = {id(self.start): self.source}
+            args_, kwargs_ = _substitute(args, sources), _substitute(kwargs, sources)
             with torch.enable_grad():
-                result = _run_with_fixed_scale(func, *given, proceed=proceed)
+                result = _run_with_fixed_scale(func, args_, kwargs_, proceed)
         for x in _tensors_in((result,)):
             self._known[id(x)] = x
         self._steps.append(_Step(func, args, kwargs, result))

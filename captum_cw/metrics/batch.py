@@ -18,12 +18,8 @@ from captum_cw.capture.model import evaluation_mode
 from captum_cw.capture.outputs import logits_of
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll
-from captum_cw.removal.interventions import (
-    CleanPass,
-    FixedChange,
-    OnlineRemoval,
-    mean_of_pairs,
-)
+from captum_cw.removal.changes import FixedChange, OnlineRemoval
+from captum_cw.removal.clean_pass import CleanPass, mean_of_pairs
 from captum_cw.removal.options import RemovalOptions
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.scoring import PairScorer, RandomPairs, TokenMethod

@@ -40,7 +40,7 @@ from captum_cw.metrics.batch import (
 from captum_cw.metrics.identity import check_told, checksum, described, fingerprint
 from captum_cw.metrics.quantities import QuantityName, quantity_of
 from captum_cw.metrics.result import REMOVED, FaithfulnessResult, Side
-from captum_cw.removal.interventions import check_self_attention
+from captum_cw.removal.changes import check_self_attention
 from captum_cw.removal.options import RemovalKeywords, RemovalOptions
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.scoring import TokenMethod, model_of, scorer_of

@@ -88,7 +88,7 @@ def test_options_reach_the_metric(command: list[str], tmp_path: Path) -> None:
     assert main([*command, *flags, "--allow-sinks", "--out", str(folder)]) == 0
     settings = FaithfulnessResult.load(folder / "result.json").settings
     assert {name: str(settings[name]) for name in options} == options
-    assert settings["sink_threshold"] is None
+    assert settings["protect_sinks"] is False
     assert not (folder / "curves_corpus.png").exists()
 
 

@@ -156,7 +156,7 @@ def test_an_entry_beyond_the_tokenizers_is_told_by_its_number(tiny_tokenizer: An
 
 
 def test_it_is_told_in_one_line(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    names = "attention, vw, vwon, contribution, signed"
+    names = "attention, vw, vwon, contribution, contribution-signed"
     assert repr(explain(tiny_model, tiny_tokenizer, "a b c")) == (
         f"<Explanation: 3 tokens; scores of {names}; maps of {names}; heads of 2 layers>"
     )

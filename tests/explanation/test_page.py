@@ -18,9 +18,8 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from captum_cw import ContributionWeights, Explanation, explain
+from captum_cw import ContributionWeights, Explanation, explain, measures
 from captum_cw.explanation.explanation import OF_HEADS, HeadMaps
-from captum_cw.explanation.page import LABELS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 Page = playwright.Page
@@ -33,6 +32,7 @@ pytestmark = pytest.mark.skipif(
 TEXT = "a b c d e f g h i j"
 # Of the map, for the labels, in pixels.
 MARGIN_TOP, MARGIN_LEFT = 92, 112
+LABELS = {entry.name: entry.label for entry in measures.explained()}
 TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 Show = Callable[..., Page]
 

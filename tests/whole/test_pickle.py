@@ -20,9 +20,8 @@ from captum_cw import (
     VWAttention,
     VWONAttention,
     functional,
+    measures,
 )
-from captum_cw.explanation.explanation import MEASURES
-from captum_cw.removal.scoring import CONTROLS
 from captum_cw.rollout import attention_mixing
 from support.inputs import token_ids
 from support.models import llama
@@ -123,8 +122,7 @@ def test_faithfulness_is_pickled(metric: Any) -> None:
 @pytest.mark.parametrize(
     "measure",
     [
-        *MEASURES.values(),
-        *(control.measure for control in CONTROLS.values()),
+        *(entry.function() for entry in measures.entries(controls=True)),
         functional.geometry("intra"),
         functional.cosine_with("intra"),
         attention_mixing("max"),

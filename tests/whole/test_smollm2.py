@@ -17,10 +17,10 @@ from captum_cw import (
     LLMTokenAttribution,
     TokenScores,
     explain,
+    measures,
 )
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import with_shuffled_weights
-from captum_cw.removal.scoring import METHODS
 from support import reference
 from support.measures import MEASURES_AND_INTRA
 from support.models import IMPLEMENTATIONS
@@ -97,7 +97,7 @@ def test_token_scores_equal_the_definition(model: nn.Module, texts: list[Tensor]
 
 @pytest.mark.parametrize("scope", ["inter", "intra"])
 def test_contributions_sum_to_one(model: nn.Module, texts: list[Tensor], scope: Any) -> None:
-    method = ContributionWeights(model, ranking=scope)
+    method = ContributionWeights(model, scope=scope)
     _, deltas = method.attribute(texts[1], return_convergence_delta=True)
     assert max(float(delta.abs().max()) for delta in deltas) <= 1e-5
 
@@ -189,7 +189,7 @@ def problems(smollm2: tuple[nn.Module, Any]) -> Tensor:
 def test_contributions_find_what_matters_best_and_chance_worst(
     model: nn.Module, problems: Tensor
 ) -> None:
-    methods = {name: name for name in (*METHODS, "random")}
+    methods = {name: name for name in (*measures.names(), "random")}
     for scoring, rates in (
         ("online", {"top": [0.1], "bottom": [0.5, 0.7]}),
         ("clean", {"top": [0.3]}),
