@@ -651,7 +651,7 @@ class AttentionLayer:
             ``u``, ``(B, H, T, d_h)``, and ``||o||^2``. For ``"inter"``, ``o`` is the layer's output
             (Eq. 12) and its norm has shape ``(B, 1, T)``. For ``"intra"``, ``o`` is the head's own
             output (Eq. 9) and its norm has shape ``(B, H, T)``. The norm is zero if the output
-            vanishes (see :data:`VANISHING`).
+            vanishes (see ``VANISHING``).
         """
         if scope not in self._directions:
             self._directions[scope] = self._direction(scope)

@@ -75,9 +75,9 @@ class ReferenceFrames(AnalysisResult):
         settings: ``frame`` (the type at the lowest percentile), the constants of the rule, and the
             options of the run.
         numbers: The evidence for ``frame``, as in
-            :class:`~captum_cw.analysis.frame_rule.FrameEvidence`, at the lowest percentile. This
+            ``FrameEvidence``, at the lowest percentile. This
             percentile allows the most sinks.
-        tables: ``graph``: the :class:`~captum_cw.analysis.attention_graph.GraphNumbers` by layer
+        tables: ``graph``: the ``GraphNumbers`` by layer
             and threshold, averaged over the texts for which they are defined. ``sinks``, by layer
             and percentile: the mean number of sinks and anchors of a text, the fraction of all
             attention that is on sinks (``mass``), the fraction of texts in which the first and the
