@@ -40,7 +40,7 @@ class Entry:
 
     Args:
         name: The name that users type.
-        source: The class of :mod:`captum_cw.attr`, or a function of a
+        source: The class of ``captum_cw.attr``, or a function of a
             :class:`~captum_cw.functional.AttentionLayer`; or the import path of one of them, as in
             ``"captum_cw.functional:projection"``.
         label: A short label for tables, figures and the page.

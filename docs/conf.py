@@ -41,7 +41,10 @@ napoleon_use_ivar = True
 
 # Of our own names every reference must lead somewhere; those of others would need the network.
 nitpicky = True
-nitpick_ignore = [("py:class", "captum_cw.attr.measures.Result")]  # a type variable
+nitpick_ignore = [  # type variables
+    ("py:class", "captum_cw.attr.measures.Result"),
+    ("py:class", "captum_cw.capture.run.Result"),
+]
 nitpick_ignore_regex = [("py:class", r"(?!captum_cw\.).*"), ("py:.*", r"(captum|torch)\..*")]
 
 html_theme = "furo"
