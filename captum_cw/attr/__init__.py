@@ -1,4 +1,4 @@
-"""Attribution classes in Captum's form: thin, over ``captum_cw.capture`` and ``functional``."""
+"""Attribution classes in Captum's form; the work is in ``captum_cw.capture`` and ``functional``."""
 
 from captum_cw.attr.chat import ChatTokenInput
 from captum_cw.attr.llm import LLMTokenAttribution

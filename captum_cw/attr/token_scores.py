@@ -1,4 +1,4 @@
-"""One score a token from a measure: reductions over queries, heads and layers (Eq. 15).
+"""One score per token from a measure: reductions over queries, heads and layers (Eq. 15).
 
 Layers are reduced each for itself, or followed from the last one to the first (see
 :mod:`captum_cw.rollout`).

@@ -1,4 +1,4 @@
-"""Attention calls, however a model makes them."""
+"""Observe attention calls in all the ways that are known, and change their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one function mode: it hands each function of torch that runs to the followers of its thread.
+"""Let several followers watch each torch function that runs in a thread, by one function mode.
 
 A follower is called in place of the function, and runs it by ``proceed``, which hands it on to the
 followers that began earlier. What a follower computes by itself is not handed to anybody.

@@ -1,4 +1,4 @@
-"""From what a person passes to ``attribute`` to one call of the model, checked."""
+"""Read and check the user's inputs, and build one forward call of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who hears of attention calls in a context, and who changes the values that they read."""
+"""Register who observes attention calls in a context, and who changes their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model behind what a user passes: without wrappers, in evaluation mode, uncompiled."""
+"""Unwrap a model, and run it in evaluation mode, uncompiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model makes of an attention output before it adds it to the residual stream.
+"""Follow an attention output to the residual stream.
 
 Found by the data: the output is followed, through functions that leave its numbers alone or
 multiply them by one number, to where it is used. If that is in a module which was given it, that

@@ -1,4 +1,4 @@
-"""What a command has found, for people and for machines."""
+"""The result of a command, as text and as JSON."""
 
 from __future__ import annotations
 

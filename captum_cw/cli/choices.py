@@ -1,4 +1,4 @@
-"""What options can be.
+"""The values of options.
 
 The library knows the same names, but imports torch for them, which would make ``--help`` and
 completion wait for seconds; a test holds the two together.

@@ -1,4 +1,4 @@
-"""What prints for people."""
+"""The terminal console."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be typed: commands, options, and their help.
+"""The commands, their options and their help.
 
 Nothing here imports torch, so that help and wrong usage are told at once.
 """

@@ -1,4 +1,4 @@
-"""What went wrong, in a line that says what to do."""
+"""Error messages of one line, which say what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of one text, in one object: its tokens, their scores, and where these come from.
+"""The explanation of one text: its tokens, scores and maps.
 
 Measures give tensors; an explanation puts the tokens beside them, so that it can be shown, kept,
 grouped by word, and handed to other libraries. Scores of any method, Captum's included, have room

@@ -1,4 +1,4 @@
-"""How far two methods agree on the tokens of a text, whichever of them is right."""
+"""How far two methods agree on the tokens of a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The passes over one batch: a clean one, and those without what a method ranks."""
+"""The clean pass and the removal passes over one batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tells models, data and methods apart, so that runs of different ones do not mix."""
+"""Identify models, data and methods, so that records of different runs do not mix."""
 
 from __future__ import annotations
 

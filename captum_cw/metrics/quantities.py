@@ -1,4 +1,4 @@
-"""What is compared between a changed and an unchanged pass: one number an example."""
+"""The quantities that are compared between a changed and an unchanged pass."""
 
 from __future__ import annotations
 

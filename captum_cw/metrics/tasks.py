@@ -1,4 +1,4 @@
-"""Accuracy of downstream tasks without what a method ranks lowest, or highest.
+"""Accuracy on downstream tasks after tokens are removed.
 
 As Fig. 4 of arXiv 2606.07604. The tasks are those of lm-evaluation-harness, which asks, scores and
 averages; here, every pass of the model that it calls for is changed by :func:`remove_tokens`. The

@@ -1,4 +1,4 @@
-"""Forward passes in which the values of attention layers are changed: how it is done."""
+"""Change the values of attention layers during the passes of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which pairs of a head and a token go first: exact counts, and the same ones every time.
+"""Rank pairs of head and token, and choose an exact count of them, always the same ones.
 
 Section 4 of the method's evaluation (arXiv 2606.07604, Eq. 16-17) removes a fraction of the pairs
 ``(h, j)`` of a layer, those of the highest scores (comprehensiveness) or of the lowest

@@ -1,4 +1,4 @@
-"""How pairs of a head and a token are scored, to be ranked: by a measure, a control, or chance."""
+"""Score pairs of head and token, or whole tokens: by a measure, a control or chance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learned virtual tokens, which stand before a text and have no ids (PEFT).
+"""Learned virtual tokens, which precede a text and do not have ids (PEFT).
 
 Prompt tuning puts embeddings before those of a text, so that layers have more queries and keys than
 the text has tokens; prefix tuning puts keys and values into each layer. What ranks and removes
