@@ -20,6 +20,7 @@ import captum
 import torch
 import transformers
 
+from captum_cw import measures
 from captum_cw._utils.progress import progress_bar
 from captum_cw.cli.run_folder import evaluate_into
 from captum_cw.data import load_texts, token_batches
@@ -27,11 +28,11 @@ from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, REMOVED, Side
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
 from captum_cw.removal.ranking import Which
-from captum_cw.removal.scoring import CONTROLS, METHODS
 
 OUT = Path(__file__).parent.parent / "docs" / "results"
 RATES: dict[Which, Sequence[float]] = {"top": (0.1, 0.3, 0.5), "bottom": (0.3, 0.5, 0.7, 0.9)}
-MEASURES = (*METHODS, "random")
+MEASURES = (*measures.names(), measures.RANDOM)
+CONTROLS = tuple(entry.name for entry in measures.entries(controls=True) if entry.control)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ class Entry:
         signed: Whether signs are kept when scores are taken. Scores of heads are then added up;
             otherwise absolute values are averaged.
         scope: The argument for a source that takes a scope and gives the function.
-        space: Where projections and norms are measured.
+        space: Where projections and norms are measured when pairs are scored by name; None for
+            where the class measures them. :func:`~captum_cw.explain` has a ``space`` of its own.
         control: Whether the entry is a control, which changes one thing of a contribution to show
             what that thing is worth.
         explained: Whether :func:`~captum_cw.explain` computes the measure.
@@ -64,7 +65,7 @@ class Entry:
     colour: str | None = None
     signed: bool = False
     scope: Literal["inter", "intra"] | None = None
-    space: Literal["attention", "residual"] = "attention"
+    space: Literal["attention", "residual"] | None = None
     control: bool = False
     explained: bool = True
 
@@ -85,6 +86,23 @@ class Entry:
         found = found.measure if hasattr(found, "measure") else found
         function: Measure = found if self.scope is None else found(self.scope)
         return function
+
+    def seen_in(self) -> Literal["attention", "residual"]:
+        """Where projections and norms are measured."""
+        own: Literal["attention", "residual"] = getattr(self._resolved(), "space", "attention")
+        return self.space or own
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether the measure is of this package, so that its name tells what it computes."""
+        return isinstance(self.source, str) and self.source.startswith("captum_cw.")
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether the measure scores pairs of head and token, by the layer alone."""
+        found, function = self._resolved(), self.function()
+        together = getattr(function, "puts_heads_together", False)
+        return not (together or getattr(found, "needs_stream", False))
 
     def _resolved(self) -> Any:
         if not isinstance(self.source, str):

@@ -106,3 +106,34 @@ def test_an_unknown_name_is_refused_everywhere_after_it_has_left(toy: measures.E
             ComprehensivenessSufficiency(llama(), [0.5]).evaluate({"x": "squared"}, token_ids())
     finally:
         measures.register(toy)
+
+
+def power(exponent: float) -> functional.Measure:
+    return lambda layer: lambda weights, rows: weights**exponent
+
+
+def test_records_tell_apart_what_one_name_computed(tmp_path: Path) -> None:
+    metric = ComprehensivenessSufficiency(llama(), [0.5])
+    path = tmp_path / "run.records"
+    for exponent in (1.0, 2.0):
+        measures.register(measures.Entry("mine", power(exponent), "Mine", "A power.", control=True))
+        try:
+            if exponent == 1:
+                metric.evaluate({"x": "mine"}, token_ids(), resume_from=path, show_progress=False)
+            else:
+                with pytest.raises(ValueError, match="is of another run"):
+                    metric.evaluate({"x": "mine"}, token_ids(), resume_from=path)
+        finally:
+            measures.unregister("mine")
+
+
+def test_the_name_of_a_measure_of_whole_tokens_is_refused_with_the_way_out() -> None:
+    measures.register(measures.Entry("alti", "captum_cw.attr:ALTIWeights", "ALTI", "Nearness."))
+    try:
+        with (
+            pytest.raises(ValueError, match="scores whole tokens.* give the measure itself"),
+            remove_tokens(llama(), "alti", 0.5),
+        ):
+            pass
+    finally:
+        measures.unregister("alti")

@@ -42,11 +42,11 @@ class _Dispatcher(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         # The mode is off while a function is handled: what a follower starts then gets another.
-        _local.dispatcher = None
+        before, _local.dispatcher = _local.dispatcher, None
         try:
             return _handed(self.followers, len(self.followers), func, args, kwargs or {})
         finally:
-            _local.dispatcher = self
+            _local.dispatcher = before
 
 
 class _Local(threading.local):

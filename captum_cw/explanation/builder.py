@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +104,7 @@ def explain(
     T = ids.shape[1]
     K = min(top_k, T)
     method = ContributionWeights(model, space=space)
-    explained = measures.explained()
+    explained = [entry for entry in measures.explained() if entry.scores_pairs]
     maps: dict[str, Tensor] = {}
     seen: list[Execution] = []
     causal = True
@@ -194,7 +195,7 @@ def _summarise(
     # Of each function of its own the first place; contributions are asked for twice.
     parts = (functional.attention, functional.contribution("inter"), *FACTORS)
     asked = [*parts, *(entry.function() for entry in explained)]
-    keys = [(getattr(f, "func", f), getattr(f, "args", ())) for f in asked]
+    keys = [_key(function) for function in asked]
     functions = dict(reversed([*zip(keys, asked, strict=True)]))
     chosen = None
     if skipped:
@@ -225,6 +226,13 @@ def _summarise(
         {entry.name: _over_heads(entry, totals[entry.name] / counts) for entry in explained},
         HeadMaps(name, places, **kept, output_norm=norm[skipped:].cpu().float(), share=share),
     )
+
+
+def _key(function: Any) -> object:
+    """The same for functions of a layer that compute the same."""
+    if isinstance(function, partial) and function.func.__module__ == functional.__name__:
+        return function.func, function.args
+    return function
 
 
 def _over_heads(entry: Entry, x: Tensor) -> Tensor:

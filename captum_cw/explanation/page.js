@@ -33,7 +33,7 @@
   let picture = null; // the whole map, a pixel a cell
   const current = () => state.pointed ?? state.chosen;
 
-  // Numbers, as visualization/page.py packs them
+  // Numbers, as explanation/page.py packs them
 
   const once = (make) => {
     const made = new Map();
@@ -102,7 +102,7 @@
     attention: (layer, i) => layer.attention[i],
     vwon: (layer, i) => Math.abs(layer.attention[i]) * layer.relativeNorm[i],
     vw: (layer, i, query) => MEASURES.vwon(layer, i) * layer.norm[query],
-    signed: (layer, i) => layer.contribution[i],
+    "contribution-signed": (layer, i) => layer.contribution[i],
     contribution: (layer, i) => Math.abs(layer.contribution[i]),
   };
 

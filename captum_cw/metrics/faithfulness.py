@@ -316,7 +316,7 @@ def comprehensiveness(
         attributions: Scores ``(B, T)``, a measure, or a name, as for
             :meth:`ComprehensivenessSufficiency.evaluate`.
         rates: The fractions to remove.
-        target: For the metrics ``"log_prob"`` and ``"prob"``.
+        target: For the quantities ``"log_prob"`` and ``"prob"``.
         settings: As for :class:`ComprehensivenessSufficiency`.
 
     Returns:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_cw import measures
 from captum_cw.attr import TokenScores
 from captum_cw.attr.measures import AttentionAttribution
 
@@ -99,9 +100,12 @@ def described(method: object, model: nn.Module | None = None) -> str:
         >>> described(scale(2)) == described(scale(2)), described(scale(2)) == described(scale(3))
         (True, False)
     """
+    description = _Description(model)
+    entry = measures.find(method) if isinstance(method, str) else None
+    if entry is not None and not entry.is_built_in:
+        method = entry.function(), entry.signed, entry.seen_in()
     if isinstance(method, str):
         return method
-    description = _Description(model)
     text = description.of(method)
     if not isinstance(method, (TokenScores, AttentionAttribution, Tensor)):
         named = method if hasattr(method, "__qualname__") else type(method)

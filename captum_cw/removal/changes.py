@@ -27,7 +27,7 @@ from captum_cw.capture.forward_call import Tokens, parameters_of, tokens_of, war
 from captum_cw.capture.model import uncompiled, unwrapped
 from captum_cw.capture.module_stack import running
 from captum_cw.capture.run import no_attention
-from captum_cw.capture.text_layers import TextLayers
+from captum_cw.capture.text_layers import LOGITS, TextLayers
 from captum_cw.functional import AttentionLayer
 from captum_cw.removal.clean_pass import (
     CleanPass,
@@ -57,6 +57,10 @@ __all__ = [
 ]
 
 
+#: Arguments that say how a model runs, not what it reads: a scorer of tokens does not get them.
+NOT_OF_TEXT = ("use_cache", LOGITS, "return_dict")
+
+
 @dataclass(frozen=True)
 class _Call:
     """What runs a pass, what it is called with, and what that says of its tokens."""
@@ -75,6 +79,8 @@ class _State(threading.local):
         self.length = 0
         self.cache: Callable[[], Any] = _no_cache
         self.running = False
+        # Whether passes run unchanged, as those that score tokens do.
+        self.suspended = False
         # Within model.generate: the first text that it ran, (B, T).
         self.generating = False
         self.prompt: Tensor | None = None
@@ -120,6 +126,9 @@ class Intervention:
     ) -> Iterator[Callable[[Any], None]]:
         """Around ``model.generate``, which runs a prompt, then the same text with more tokens."""
         state = self._state
+        if state.suspended:
+            yield _ignore
+            return
         before = state.generating, state.prompt, state.text
         state.generating, state.prompt = True, None
         state.text = tokens_of(self.model, args[:1], kwargs).text
@@ -130,7 +139,7 @@ class Intervention:
 
     def _only_in_passes(self, module: nn.Module, heads: int, value: Tensor) -> None:
         state = self._state
-        if not state.running:
+        if not (state.running or state.suspended):
             # Newer releases of transformers make states of images before the first pass.
             if state.text is not None and not state.text.holds(running(), value.shape[0]):
                 return
@@ -144,7 +153,11 @@ class Intervention:
     def _pass(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[Callable[[Any], None]]:
-        tokens, state = tokens_of(self.model, args, kwargs), self._state
+        state = self._state
+        if state.suspended:
+            yield _ignore
+            return
+        tokens = tokens_of(self.model, args, kwargs)
         if isinstance(tokens.cache, (tuple, list)):
             raise TypeError(
                 "The key-value cache is a tuple of tensors, which does not tell whether it goes on "
@@ -411,7 +424,12 @@ class CleanRemoval(Intervention):
             return mean_of_pairs(clean.scores[""])
         whole = clean.real[0]
         shape = whole.shape if tokens.ids is None else tokens.ids.shape[:2]
-        scores = self._scorer.checked(own_copy(dict(inputs)), shape, whole.shape)
+        batch = {name: own_copy(x) for name, x in inputs.items() if name not in NOT_OF_TEXT}
+        self._state.suspended = True
+        try:
+            scores = self._scorer.checked(batch, shape, whole.shape)
+        finally:
+            self._state.suspended = False
         return behind(scores.to(whole.device), whole.shape[1])
 
 

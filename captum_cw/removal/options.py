@@ -91,11 +91,11 @@ class RemovalOptions:
         check_choice("granularity", self.granularity, Granularity)
         check_choice("rate_of", self.rate_of, RateOf)
         check_choice("sink_space", self.sink_space, StateSpace)
-        if not -1 <= self.sink_threshold <= 1:
+        if not isinstance(self.sink_threshold, Real) or not -1 <= float(self.sink_threshold) <= 1:
             raise ValueError(
                 f"sink_threshold is a cosine and must lie in [-1, 1], got {self.sink_threshold!r}."
             )
-        if self.ranking == "global" and self.scoring == "online":
+        if self.ranking == "global" and not self.scores_before:
             raise ValueError(
                 "ranking='global' ranks all layers at once, but scoring='online' knows one layer "
                 "after the other: use scoring='clean'."

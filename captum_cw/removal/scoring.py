@@ -203,8 +203,13 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
     if method == measures.RANDOM:
         return RandomPairs(seed)
     entry = measures.find(method)
+    if entry is not None and not entry.scores_pairs:
+        raise ValueError(
+            f"{method!r} scores whole tokens, which its name cannot ask for: give the measure "
+            "itself, made with the model, and granularity='token'."
+        )
     if entry is not None:
-        return MeasuredPairs(entry.function(), reduction, entry.signed, entry.space)
+        return MeasuredPairs(entry.function(), reduction, entry.signed, entry.seen_in())
     raise ValueError(f"method={method!r} is unknown; known: {measures.known_names()}.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import transformers
 from torch import Tensor, nn
 
 from captum_cw import (
+    ALTIWeights,
+    ComprehensivenessSufficiency,
     ContributionWeights,
     TokenScores,
     VWONAttention,
@@ -647,3 +650,87 @@ def test_a_compiled_model_is_changed_alike() -> None:
             found = compiled(ids).logits
         assert torch.allclose(found, expected, atol=1e-5)
         assert torch.equal(compiled(ids).logits, alone)
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole tokens
+
+
+def by_gradients(model: Any) -> Callable[[Any], Tensor]:
+    """Gradient times embedding, by a pass of the same model."""
+
+    def score(batch: Any) -> Tensor:
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        embeddings = model.get_input_embeddings()(given.pop("input_ids")).detach()
+        embeddings.requires_grad_()
+        top = model(inputs_embeds=embeddings, **given).logits.amax(-1).sum()
+        (gradient,) = torch.autograd.grad(top, embeddings)
+        return (gradient * embeddings).sum(-1).abs()
+
+    return score
+
+
+WHOLE: dict[str, Callable[[Any], Any]] = {
+    "a measure": ContributionWeights,
+    "a name": lambda model: "vw",
+    "chance": lambda model: "random",
+    "rollout": lambda model: TokenScores(ContributionWeights(model), layers="rollout"),
+    "alti": ALTIWeights,
+    "a callable that runs the model": by_gradients,
+    "a tensor": lambda model: torch.arange(18.0).view(2, 9).flip(1),
+}
+
+
+@pytest.mark.parametrize("which", ["top", "bottom"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_tokens_are_removed_as_the_metric_removes_them(name: str, which: Any) -> None:
+    model, ids = llama(), token_ids()
+    method = WHOLE[name](model)
+    metric = ComprehensivenessSufficiency(
+        model, {which: [0.4]}, granularity="token", quantity="nll"
+    )
+    expected = metric.evaluate({"x": method}, ids, show_progress=False)
+    side = "comprehensiveness" if which == "top" else "sufficiency"
+    with remove_tokens(model, method, 0.4, which, granularity="token"), torch.no_grad():
+        logits = model(ids).logits
+    with torch.no_grad():
+        clean = model(ids).logits
+    nll = [
+        torch.nn.functional.cross_entropy(
+            x[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+        ).mean(1)
+        for x in (logits, clean)
+    ]
+    lost = (nll[0] - nll[1]).double()
+    assert torch.allclose(lost, expected.deltas("x", side)[:, 0].double(), atol=1e-5)
+    assert not torch.equal(logits, clean)
+
+
+@pytest.mark.parametrize("name", ["a measure", "rollout", "a callable that runs the model"])
+def test_whole_tokens_stay_removed_in_a_generated_text(name: str) -> None:
+    model, ids = llama(), token_ids(B=1)
+    method = WHOLE[name](model)
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True}
+    found = []
+    for cached in (True, False):
+        with remove_tokens(model, method, 0.5, granularity="token"):
+            found.append(
+                model.generate(ids, use_cache=cached, return_dict_in_generate=True, **options)
+            )
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    with remove_tokens(model, method, 0.5, granularity="token"), torch.no_grad():
+        first = model(ids).logits[:, -1]
+    assert torch.allclose(found[0].logits[0], first, atol=1e-5)
+
+
+def test_a_scorer_that_fails_leaves_the_model_usable() -> None:
+    model, ids = llama(), token_ids()
+
+    def fail(batch: Any) -> Tensor:
+        model(batch["input_ids"])
+        raise ZeroDivisionError
+
+    with remove_tokens(model, fail, 0.5, granularity="token"), torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                model(ids)
