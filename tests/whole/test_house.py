@@ -24,7 +24,7 @@ ALLOWED = {
     "removal": {"attr", "capture", "measures", "functional"},
     "visualization": {"text"},
     "explanation": {"attr", "capture", "text", "measures", "functional", "_utils"},
-    "metrics": {"removal", "attr", "capture", "functional", "_utils"},
+    "metrics": {"removal", "attr", "capture", "measures", "functional", "_utils"},
     "models": {"capture", "functional", "_utils"},
     "data": {"text", "functional", "_utils"},
     "analysis": {
