@@ -20,6 +20,8 @@ __all__ = ["check_positions", "longest_text", "too_long"]
 
 #: The largest row at which a table may start. Those of RoBERTa and OPT start after padding rows.
 OFFSET = 4
+#: The types of numbers of rows; masks are not among them.
+ROWS = (torch.int32, torch.int64)
 
 
 def check_positions(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -123,7 +125,7 @@ def _find_lookup(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     else:
         return None
     known = isinstance(rows, Tensor) and isinstance(table, Tensor)
-    if not known or rows.is_meta or rows.is_floating_point() or not rows.numel():
+    if not known or rows.is_meta or rows.dtype not in ROWS or not rows.numel():
         return None
     return _Lookup(rows[..., 0] if rows.dim() > 2 else rows, table.shape[dim], padding)
 

@@ -424,7 +424,11 @@ class CleanRemoval(Intervention):
             return mean_of_pairs(clean.scores[""])
         whole = clean.real[0]
         shape = whole.shape if tokens.ids is None else tokens.ids.shape[:2]
-        batch = {name: own_copy(x) for name, x in inputs.items() if name not in NOT_OF_TEXT}
+        batch = {
+            name: own_copy(x)
+            for name, x in inputs.items()
+            if x is not None and name not in NOT_OF_TEXT
+        }
         self._state.suspended = True
         try:
             scores = self._scorer.checked(batch, shape, whole.shape)

@@ -142,3 +142,16 @@ def test_an_id_outside_of_the_vocabulary_is_not_taken_for_a_position() -> None:
         ValueError, match=r"Token id 64 of input_ids is outside of the model's vocabulary"
     ):
         ContributionWeights(llama()).attribute(torch.tensor([[3, 64]]))
+
+
+def test_masks_are_not_taken_for_positions() -> None:
+    class Masked(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            real = torch.ones_like(input_ids, dtype=torch.bool)
+            assert len(input_ids[real]) == input_ids.numel()
+            return super().forward(input_ids=input_ids, **kwargs)
+
+    model, ids = build(Masked, llama().config), text(9)
+    expected = ContributionWeights(llama()).attribute(ids)
+    for a, b in zip(ContributionWeights(model).attribute(ids), expected, strict=True):
+        assert torch.equal(a, b)
