@@ -95,7 +95,7 @@ class Entry:
     @property
     def is_built_in(self) -> bool:
         """Whether the measure is of this package, so that its name tells what it computes."""
-        return isinstance(self.source, str) and self.source.startswith("captum_cw.")
+        return self in _built_in
 
     @property
     def scores_pairs(self) -> bool:
@@ -112,6 +112,7 @@ class Entry:
 
 
 _registry: dict[str, Entry] = {}
+_built_in: list[Entry] = []
 
 
 def entries(*, controls: bool = False) -> list[Entry]:
@@ -280,3 +281,4 @@ for _entry in (
     ),
 ):
     register(_entry)
+_built_in += _registry.values()

@@ -15,6 +15,7 @@ from captum_cw.attr.measures import AttentionAttribution
 from captum_cw.cli import main
 from captum_cw.cli.parsing import parser
 from captum_cw.explanation.page import explanation_page
+from captum_cw.metrics.identity import described
 from support.inputs import token_ids
 from support.models import llama
 
@@ -125,6 +126,16 @@ def test_records_tell_apart_what_one_name_computed(tmp_path: Path) -> None:
                     metric.evaluate({"x": "mine"}, token_ids(), resume_from=path)
         finally:
             measures.unregister("mine")
+
+
+def test_a_name_of_ones_own_is_told_by_what_it_computes() -> None:
+    found = set()
+    for source in ("captum_cw.attr:VWAttention", "captum_cw.attr:AttentionWeights"):
+        measures.register(measures.Entry("mine", source, "Mine", "A measure by another name."))
+        found.add(described("mine"))
+        measures.unregister("mine")
+    assert len(found) == 2
+    assert described("vw") == "vw"
 
 
 def test_the_name_of_a_measure_of_whole_tokens_is_refused_with_the_way_out() -> None:

@@ -132,7 +132,7 @@ class Received(NamedTuple):
 
     @property
     def compared(self) -> Array:
-        """Which keys can be sinks: by our rule, those that enough queries see.
+        """Select the keys that can be sinks: those that enough queries see (our rule).
 
         Enough is a quarter of the queries that see the most visible key. The mean of a key that few
         queries see says little: only one other token sees the last but one token of a causal map,

@@ -73,7 +73,7 @@ def _sample_cells(where: Tensor, maps: tuple[Tensor, ...], sample: Reservoir) ->
 
 
 class ComponentRegression(AnalysisResult):
-    """How much of contributions each product of factors explains (Tables 1 and 3).
+    """Measure how much of the contributions each product of factors explains (Tables 1 and 3).
 
     Attributes:
         numbers: R2 for each group and product of factors, as ``"others: attention x cosine"``. For
@@ -406,7 +406,7 @@ def _projected_norms(layer: AttentionLayer) -> Block:
 
 
 class Interference(AnalysisResult):
-    """How the alignment of values changes attention within a head (section D.6).
+    """Measure how the alignment of values changes attention within a head (section D.6).
 
     Attributes:
         numbers: ``"r"``, Pearson's correlation of ``c / a`` with the cosine (the paper: 0.949); the

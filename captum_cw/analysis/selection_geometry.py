@@ -1,4 +1,4 @@
-"""How far the keys that attention selects are separated from the other keys, on plain tensors.
+"""Measure how well selected keys are separated from the other keys, on plain tensors.
 
 In one head, a query turns its keys into the terms ``z_j = a_j v_j`` (before ``W_O``, and before any
 gate). A set ``S`` of ``N`` keys has the sum ``s_N = sum_S z_j``, not renormalised. Each key has a
@@ -89,7 +89,7 @@ class Terms(NamedTuple):
 
 
 class Separation(NamedTuple):
-    """How well a set of keys is separated from the other keys, ``(H, Q)`` each.
+    """Measure how well a set of keys is separated from the other keys, ``(H, Q)`` each.
 
     By our definition, ``sink_similarity`` is ``cos(v_1, s_N)``, of the first key's value and the
     sum. The paper's formula is not known to us.

@@ -1,4 +1,4 @@
-"""How the sink suppresses head outputs: their norms and their directions.
+"""Measure how the sink suppresses head outputs, by their norms and their directions.
 
 These analyses fit the norm of a head's output by the attention on the first token, with the model
 of Appendix E of arXiv 2606.07604 (Figs. 5b and 11), and compare head outputs with the cone of

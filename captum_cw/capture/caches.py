@@ -70,7 +70,7 @@ def find_cache(values: object) -> Any:
 
 
 def holds_tokens(values: Iterable[object]) -> bool:
-    """Whether one of the arguments is a cache that is not empty."""
+    """Return whether an argument is a cache that holds tokens."""
     return any(is_cache(x) and tokens_in(x) > 0 for x in values)
 
 

@@ -621,7 +621,7 @@ def _too_long(model: nn.Module, T: int) -> Callable[[], str | None] | None:
         short = two_tokens(model)
         if short is None:
             return None
-        short["input_ids"][:, 1:] = short["input_ids"][:, :1]  # so that ids are no positions
+        short["input_ids"][:, 1:] = short["input_ids"][:, :1]  # equal ids are not positions
         try:
             with taken_over():  # this pass is not a part of what is observed
                 limit = longest_text(lambda: model(**short))

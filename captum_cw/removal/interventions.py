@@ -68,7 +68,7 @@ def remove_tokens(
             ``sink_space`` and ``seed``.
 
     Raises:
-        TypeError, ValueError: If a choice is unknown, or ``rate`` is no fraction.
+        TypeError, ValueError: If a choice is unknown, or ``rate`` does not lie in [0, 1].
 
     Example:
         >>> with remove_tokens(model, ContributionWeights(model), 0.5):
