@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ __all__ = [
     "HeadFlow",
     "LinearProduct",
     "fits",
-    "functions",
     "in_place",
+    "products_observed",
     "projection",
     "reads",
     "same_place",
@@ -276,7 +277,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
 
 
 @contextmanager
-def functions(
+def products_observed(
     flow: Callable[[], HeadFlow | None], listener: Callable[[LinearProduct], Tensor | None]
 ) -> Iterator[None]:
     """Follow head outputs through the functions that run in this thread.
@@ -286,41 +287,23 @@ def functions(
         listener: Receives every linear product right after it has run. If it returns a tensor, the
             model continues with that tensor instead of the result.
     """
-    with following(_FunctionObserver(flow, listener)):
-        yield
 
-
-class _FunctionObserver:
-    def __init__(
-        self,
-        flow: Callable[[], HeadFlow | None],
-        listener: Callable[[LinearProduct], Tensor | None],
-    ) -> None:
-        self.flow, self.listener = flow, listener
-
-    def __call__(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
-    ) -> Any:
-        flow = self.flow()
-        linear = _is_linear(func, args, kwargs)
-        touched = flow is not None and flow.touched(args, kwargs)
-        if flow is not None and touched and not linear:
-            return flow.run(func, args, kwargs, proceed)
+    def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed) -> Any:
+        path = flow()
+        if path is not None and not path.touched(args, kwargs):
+            path = None
+        if not _is_linear(func, args, kwargs):
+            if path is None:
+                return proceed(func, args, kwargs)
+            return path.run(func, args, kwargs, proceed)
         # A linear product is the end of the path, so it runs without the recorded graph.
-        given = flow.plain((args, kwargs)) if flow is not None and touched else (args, kwargs)
+        given = (args, kwargs) if path is None else path.plain((args, kwargs))
         result = proceed(func, *given)
-        if not linear:
-            return result
-        if func is torch.addmm:
-            bias, x, weight = args
-            product = LinearProduct(x, weight, bias, result, lambda x: func(bias, x, weight))
-        elif func is torch.nn.functional.linear:
-            product = _record_linear(result, *args, **kwargs)
-        else:
-            x, weight = args
-            product = LinearProduct(x, weight, None, result, lambda x: func(x, weight))
-        changed = self.listener(product)
+        changed = listener(_linear_product(func, result, args, kwargs))
         return result if changed is None else changed
+
+    with following(follow):
+        yield
 
 
 def _is_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -334,17 +317,27 @@ def _is_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
     return func is torch.addmm
 
 
-def _record_linear(
+def _linear_product(
+    func: Any, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LinearProduct:
+    if func is torch.nn.functional.linear:
+        return _product_of_linear(result, *args, **kwargs)
+    if func is torch.addmm:
+        bias, x, weight = args
+        return LinearProduct(x, weight, bias, result, lambda x: func(bias, x, weight))
+    x, weight = args
+    return LinearProduct(x, weight, None, result, lambda x: func(x, weight))
+
+
+def _product_of_linear(
     result: Tensor,
     input: Tensor,  # noqa: A002  torch uses this name
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> LinearProduct:
-    def again(x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, weight, bias)
-
     plain = isinstance(weight, nn.Parameter) or type(weight) is Tensor
     plain = plain and type(weight.detach()) is Tensor
+    again = partial(torch.nn.functional.linear, weight=weight, bias=bias)
     return LinearProduct(input, weight.detach().T if plain else None, bias, result, again)
 
 

@@ -287,9 +287,15 @@ def test_a_position_bias_does_not_uncover_a_hidden_key() -> None:
     hidden = torch.tensor([[0.0, lowest * 0.9], [-5.0, 3.0]])[None, None]
     q = torch.zeros(1, 1, 2, 4)
     call = AttentionCall(
-        nn.Identity(), (), q, q, q, hidden, False, None,
-        q.transpose(1, 2), lambda y: y, None, None, lambda _: q,
-    )  # fmt: skip
+        module=nn.Identity(),
+        query=q,
+        key=q,
+        value=q,
+        mask=hidden,
+        returned=q.transpose(1, 2),
+        by_token=lambda y: y,
+        scaled=lambda _: q,
+    )
     assert query_mask(call, None).visible.tolist() == [[[[True, False], [True, True]]]]
 
 
