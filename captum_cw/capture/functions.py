@@ -38,20 +38,6 @@ PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
 EQUATIONS = {3: "bts,bsd->btd", 4: "bhts,bhsd->bhtd"}
 
 
-def _arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> dict[str, Any]:
-    """Return the arguments of scaled_dot_product_attention by name."""
-    return locals()
-
-
 @dataclass
 class _Softmax:
     """A softmax whose result may later be multiplied by values.
@@ -134,47 +120,60 @@ class DirectAttention:
         if func is torch.nn.functional.multi_head_attention_forward:
             self._miss(innermost())  # its attention cannot be observed
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return self._run_fused(func, _arguments(*args, **kwargs), proceed)
+            return self._run_fused(proceed, *args, **kwargs)
         if getattr(func, "__name__", "") in ("softmax", "softmax_"):
             return self._run_softmax(func, args, kwargs, proceed)
         if self._softmax is not None and any(id(x) in self._softmax.results for x in _flat(args)):
             return self._follow_softmax(self._softmax, func, args, kwargs, proceed)
         return proceed(func, args, kwargs)
 
-    def _run_fused(self, func: Any, given: dict[str, Any], proceed: Proceed) -> Any:
-        query, key, value, mask = (given[n] for n in ("query", "key", "value", "attn_mask"))
+    def _run_fused(
+        self,
+        proceed: Proceed,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Run scaled_dot_product_attention."""
+        func = torch.nn.functional.scaled_dot_product_attention
         found = _attention_module(query.shape[:-1]) if query.dim() == 4 else None
         if found is None:
             self._miss(innermost())
-            return proceed(func, (), given)
-        module, B = found[0], query.shape[0]
-        H = max(query.shape[1], value.shape[1])
+            return proceed(func, (query, key, value, attn_mask, dropout_p, is_causal), options)
+        module, B, H = found[0], query.shape[0], max(query.shape[1], value.shape[1])
         if value.shape[0] != B:  # all examples share them
             key, value = (x.expand(B, -1, -1, -1) for x in (key, value))
 
-        def arguments(value: Tensor) -> dict[str, Any]:
+        def arguments(value: Tensor) -> tuple[Any, ...]:
             repeated = key if key.shape[1] == value.shape[1] else expand_heads(key, H)
-            return {**given, "key": repeated, "value": value}
+            return query, repeated, value, attn_mask, dropout_p, is_causal
 
         with suspended() as (listener, changes):
             value = _changed(changes, module, H, value)
-            result = proceed(func, (), arguments(value))
+            result = proceed(func, arguments(value), options)
         if listener is None:
             return result
-        _check_fused(module, given)
+        _check_fused(module, query.shape[2], key.shape[2], dropout_p, is_causal)
+        mask = attn_mask
         if mask is not None and mask.dim() < 4:
             mask = mask[(None,) * (4 - mask.dim())]
         call = AttentionCall(
             module=module,
             query=query,
-            key=arguments(value)["key"],
+            key=key,
             value=value,
             mask=mask,
-            causal=bool(given["is_causal"]) and query.shape[2] > 1,
-            scaling=given["scale"],
+            causal=is_causal and query.shape[2] > 1,
+            scaling=options.get("scale"),
             returned=result,
             by_token=lambda y: y.transpose(1, 2),
-            scaled=lambda factors: func(**arguments(times(expand_heads(value, H), factors))),
+            scaled=lambda factors: func(
+                *arguments(times(expand_heads(value, H), factors)), **options
+            ),
         )
         listener(call)
         return result
@@ -291,19 +290,18 @@ def _changed(
     return value
 
 
-def _check_fused(module: nn.Module, given: dict[str, Any]) -> None:
+def _check_fused(module: nn.Module, T: int, S: int, dropout_p: float, is_causal: bool) -> None:
     """Check that the weights of scaled_dot_product_attention can be recomputed.
 
     Raises:
         UnsupportedModelError: If weights are dropped, or the visible keys are unknown.
     """
-    T, S = given["query"].shape[2], given["key"].shape[2]
-    if given["dropout_p"]:
+    if dropout_p:
         raise UnsupportedModelError(
             f"{type(module).__name__} drops attention weights in evaluation mode: set dropout_p of "
             "scaled_dot_product_attention to 0 if the module is not in training."
         )
-    if given["is_causal"] and S != T:
+    if is_causal and S != T:
         raise UnsupportedModelError(
             f"{type(module).__name__} has {S} keys for {T} queries and is_causal=True, so it is "
             "unknown which keys its queries see: run it without a cache."

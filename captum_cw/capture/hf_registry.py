@@ -55,8 +55,9 @@ def registered_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
             registry = getattr(file, REGISTRY)
             for name in list(registry):
                 stack.enter_context(shared((id(registry), name), _wrapped_entry(registry, name)))
-            for name in _eager_kernels(file):
-                stack.enter_context(shared((id(file), name), _wrapped_eager_kernel(file, name)))
+            for name, kernel in list(vars(file).items()):
+                if name.endswith(EAGER) and callable(kernel) and not isinstance(kernel, type):
+                    stack.enter_context(shared((id(file), name), _wrapped_eager_kernel(file, name)))
         yield
 
 
@@ -64,14 +65,6 @@ def _modeling_files(modules: Iterable[nn.Module]) -> list[ModuleType]:
     """Return the Python modules that define ``modules`` and use the attention registry."""
     names = {cls.__module__ for module in modules for cls in type(module).__mro__}
     return [sys.modules[n] for n in sorted(names) if hasattr(sys.modules.get(n), REGISTRY)]
-
-
-def _eager_kernels(file: ModuleType) -> list[str]:
-    return [
-        name
-        for name, value in vars(file).items()
-        if name.endswith(EAGER) and callable(value) and not isinstance(value, type)
-    ]
 
 
 @contextmanager

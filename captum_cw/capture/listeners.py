@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor, nn
 
 from captum_cw.capture.attention_call import AttentionCall
+from captum_cw.capture.patching import set_to
 
 __all__ = [
     "Listener",
@@ -34,24 +35,14 @@ _listener: ContextVar[Listener | None] = ContextVar("captum_cw_listener", defaul
 _changes: ContextVar[tuple[ValueChange, ...]] = ContextVar("captum_cw_changes", default=())
 
 
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener) -> AbstractContextManager[None]:
     """Report the attention calls of this context to ``listener`` only."""
-    token = _listener.set(listener)
-    try:
-        yield
-    finally:
-        _listener.reset(token)
+    return set_to(_listener, listener)
 
 
-@contextmanager
-def changing(change: ValueChange) -> Iterator[None]:
+def changing(change: ValueChange) -> AbstractContextManager[None]:
     """Change values in this context, after the changes of outer contexts."""
-    token = _changes.set((*_changes.get(), change))
-    try:
-        yield
-    finally:
-        _changes.reset(token)
+    return set_to(_changes, (*_changes.get(), change))
 
 
 @contextmanager
@@ -60,13 +51,9 @@ def suspended() -> Iterator[tuple[Listener | None, tuple[ValueChange, ...]]]:
 
     So kernels that are called inside are not reported as separate attention calls.
     """
-    suspended_ones = _listener.get(), _changes.get()
-    tokens = _listener.set(None), _changes.set(())
-    try:
-        yield suspended_ones
-    finally:
-        _listener.reset(tokens[0])
-        _changes.reset(tokens[1])
+    listener, changes = _listener.get(), _changes.get()
+    with set_to(_listener, None), set_to(_changes, ()):
+        yield listener, changes
 
 
 def is_active() -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from captum_cw.capture.patching import set_to
 
 __all__ = ["Run", "innermost", "notifying", "running", "tracking"]
 
@@ -70,14 +72,9 @@ _stack: ContextVar[_Stack | None] = ContextVar("captum_cw_running", default=None
 _on_enter: ContextVar[Callable[[Run], None] | None] = ContextVar("captum_cw_on_enter", default=None)
 
 
-@contextmanager
-def notifying(on_enter: Callable[[Run], None]) -> Iterator[None]:
+def notifying(on_enter: Callable[[Run], None]) -> AbstractContextManager[None]:
     """Call ``on_enter``, and no outer one, for each module that starts to run in this context."""
-    token = _on_enter.set(on_enter)
-    try:
-        yield
-    finally:
-        _on_enter.reset(token)
+    return set_to(_on_enter, on_enter)
 
 
 @contextmanager
@@ -92,11 +89,8 @@ def tracking(modules: Collection[nn.Module]) -> Iterator[None]:
         for module in stack.modules:
             hooks.callback(module.register_forward_pre_hook(stack.enter, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(stack.leave, always_call=True).remove)
-        token = _stack.set(stack)
-        try:
+        with set_to(_stack, stack):
             yield
-        finally:
-            _stack.reset(token)
 
 
 def running() -> tuple[Run, ...]:

@@ -241,35 +241,20 @@ def _run_with_fixed_scale(
     """Run a function, and detach the scale of a norm, so that it is constant as in ALTI."""
     result = proceed(func, args, kwargs)
     name = getattr(func, "__name__", "")
-    if name in SCALES or (name in ("pow", "__pow__") and _exponent(args, kwargs) < 1):
+    if name in SCALES:
         return result.detach()
+    if name in ("pow", "__pow__"):
+        exponent = _argument(args, kwargs, 1, "exponent")
+        return result.detach() if isinstance(exponent, (int, float)) and exponent < 1 else result
     if name == "rms_norm":
         x, weight = args[0].detach(), _argument(args, kwargs, 2, "weight")
         gain = torch.ones_like(x) if weight is None else weight.detach().expand_as(x)
         size = (x * gain).square().sum(-1, keepdim=True)
         scale = (result.detach() * x * gain).sum(-1, keepdim=True) / size.clamp(min=TINY)
-        times: Callable[..., Tensor] = _ConstantFactors.apply  # not typed in some releases of torch
-        return times(args[0], result.detach(), scale * gain)
+        product = torch.empty_like(result).copy_(args[0] * (scale * gain))
+        product.data.copy_(result.detach())  # bit for bit the result, but linear for autograd
+        return product
     return result
-
-
-class _ConstantFactors(torch.autograd.Function):
-    """Replaces a result by its input times constant factors in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, result: Tensor, factors: Tensor) -> Tensor:
-        ctx.save_for_backward(factors)
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (factors,) = ctx.saved_tensors
-        return grads[0] * factors, None, None
-
-
-def _exponent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    exponent = _argument(args, kwargs, 1, "exponent")
-    return float(exponent) if isinstance(exponent, (int, float)) else 1.0
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Temporary replacements of callables, which all threads share."""
+"""Temporary values of context variables, and temporary wrappers that all threads share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,28 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["shared", "wrapped_method"]
+__all__ = ["set_to", "shared", "wrapped_method"]
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _users: Counter[Hashable] = Counter()
 _active: dict[Hashable, ExitStack] = {}
+
+
+@contextmanager
+def set_to(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Set a context variable while this context is active."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 @contextmanager
