@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
@@ -20,14 +21,8 @@ Proceed = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """Runs a function with the given positional and keyword arguments."""
 
 
-class Follower(Protocol):
-    """An observer of torch functions."""
-
-    def __call__(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
-    ) -> Any:
-        """Run the function by ``proceed(func, args, kwargs)``, and return the caller's result."""
-        ...  # pragma: no cover
+Follower = Callable[[Any, tuple[Any, ...], dict[str, Any], Proceed], Any]
+"""Runs a function by ``proceed(func, args, kwargs)``, and returns the result for the caller."""
 
 
 class _Dispatcher(TorchFunctionMode):
@@ -45,7 +40,7 @@ class _Dispatcher(TorchFunctionMode):
         # The mode is off while a function is handled, so observers that start now need another.
         before, _local.dispatcher = _local.dispatcher, None
         try:
-            return _dispatch(self.followers, len(self.followers), func, args, kwargs or {})
+            return _dispatch(self.followers, func, args, kwargs or {})
         finally:
             _local.dispatcher = before
 
@@ -58,16 +53,13 @@ _local = _Local()
 
 
 def _dispatch(
-    followers: list[Follower], n: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    followers: list[Follower], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Call the first ``n`` observers, starting with the last one."""
-    if not n:
+    """Call the last observer, which passes the function on to those before it."""
+    if not followers:
         return func(*args, **kwargs)
-
-    def proceed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _dispatch(followers, n - 1, func, args, kwargs)
-
-    return followers[n - 1](func, args, kwargs, proceed)
+    *earlier, last = followers
+    return last(func, args, kwargs, partial(_dispatch, earlier))
 
 
 @contextmanager

@@ -337,7 +337,7 @@ def _product(args: tuple[Any, ...], softmax: _Softmax) -> _Product | None:
         weights, value, a, b = value, weights, b, a
     if id(weights) not in softmax.results or len(a) not in (3, 4) or not (a + b).isalpha():
         return None
-    *batch, t, s = a
+    *batch, t, s = list(a)
     size = "".join(set(b) - set(a))
     ours, theirs = [*batch, s, size], [*batch, t, size]
     if len(size) != 1 or sorted(b) != sorted(ours) or sorted(out) != sorted(theirs):
