@@ -241,14 +241,9 @@ def padding_of(call: AttentionCall, masks: Sequence[Tensor]) -> Tensor | None:
     Returns:
         ``(B, T)``; None if no padding mask fits.
     """
-    best: Tensor | None = None
-    for real in masks:
-        if real.shape != (call.B, call.T):
-            continue
-        real = real.to(call.value.device)
-        if (best is None or real.sum() < best.sum()) and (real.all() or _hides(call, real)):
-            best = real
-    return best
+    candidates = [x.to(call.value.device) for x in masks if x.shape == (call.B, call.T)]
+    fitting = [real for real in candidates if real.all() or _hides(call, real)]
+    return min(fitting, key=lambda real: int(real.sum()), default=None)
 
 
 def _hides(call: AttentionCall, real: Tensor) -> bool:

@@ -27,7 +27,7 @@ from captum_cw.capture.output_projection import (
     ROUNDING,
     HeadFlow,
     LinearProduct,
-    fits,
+    Reading,
     products_observed,
     projection,
     reads,
@@ -63,19 +63,6 @@ class Execution:
     projection: str | None = None
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """A tensor that is made of the head outputs alone, and is read by a product or module.
-
-    Args:
-        input: The tensor.
-        factors: The factors of the head outputs in it, ``(B, T, H, d_h)``; None if they are one.
-    """
-
-    input: Tensor
-    factors: Tensor | None
-
-
 class _Part:
     """A linear product that reads the head outputs inside of a module.
 
@@ -84,7 +71,7 @@ class _Part:
         reading: Its input.
     """
 
-    def __init__(self, product: LinearProduct, reading: _Reading) -> None:
+    def __init__(self, product: LinearProduct, reading: Reading) -> None:
         self.product, self.reading = product, reading
         self._version = _version(product.result)
 
@@ -119,34 +106,6 @@ class _Pending:
     given: GivenStates | None = None
     container: nn.Module | None = None
     parts: list[_Part] = field(default_factory=list)
-
-    def reading(self, x: Tensor) -> _Reading | None:
-        """Return how ``x`` is made of the head outputs; None if it is not."""
-        if self.flow.overwritten:  # the head outputs no longer exist to be compared
-            return None
-        if reads(x, self.call.head_output):
-            return _Reading(x, None)
-        if not fits(x, self.call.head_output) or not self.flow.holds(x):
-            return None
-        factors = self.flow.factors(x)
-        return None if factors is None else _Reading(x, factors)
-
-    def output_of(
-        self, run: Callable[[Tensor], Tensor], reading: _Reading, factors: Tensor
-    ) -> Tensor:
-        """Return what ``run`` returns if values are multiplied by ``factors``.
-
-        Args:
-            run: The product or module that reads the head outputs.
-            reading: Its input.
-            factors: ``(B, H, S)``.
-        """
-        if self.group is not None:
-            factors = self.group.part(factors)
-        heads = self.call.scaled(factors)
-        if reading.factors is None:
-            return run(self.call.by_token(heads).reshape(reading.input.shape))
-        return run(self.flow.again(heads, reading.input))
 
 
 class Observation:
@@ -293,7 +252,7 @@ class Observation:
             return None
         pending = self._pending
         if pending is not None:
-            reading = pending.reading(product.input)
+            reading = pending.flow.reading(product.input)
             if reading is None:
                 return None
             _check_whole(pending, product)
@@ -314,7 +273,7 @@ class Observation:
         # A plain linear layer is one product, which is observed anyway.
         if len(given) != 1 or type(run.module).forward is nn.Linear.forward:
             return
-        reading = pending.reading(given[0])
+        reading = pending.flow.reading(given[0])
         if reading is None:
             return
         pending.container = run.module
@@ -329,7 +288,7 @@ class Observation:
         self._stack.callback(handle.remove)
 
     def _on_leave(
-        self, pending: _Pending, container: nn.Module, reading: _Reading, result: Any
+        self, pending: _Pending, container: nn.Module, reading: Reading, result: Any
     ) -> Any:
         """Take the result of the container as the projection, if it is linear as a whole."""
         parts, pending.container, pending.parts = pending.parts, None, []
@@ -361,9 +320,9 @@ class Observation:
         pending: _Pending,
         product: LinearProduct,
         module: nn.Module | None,
-        reading: _Reading,
+        reading: Reading,
         run: Callable[[Tensor], Tensor],
-        given: _Reading | None = None,
+        given: Reading | None = None,
     ) -> Tensor | None:
         """Hand the layer over, and return the result that replaces the model's own, or None.
 
@@ -400,7 +359,10 @@ class Observation:
                         "pass that measures them in the residual space cannot change their values: "
                         "use scoring='clean' or space='attention'."
                     )
-                return replaced(pending.output_of(run, given or reading, factors))
+                if pending.group is not None:
+                    factors = pending.group.part(factors)
+                heads = call.scaled(factors)
+                return replaced(run(pending.flow.again(heads, given or reading)))
 
         if self._updates is None:
             return hand_over(None, None)

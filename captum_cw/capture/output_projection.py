@@ -28,7 +28,7 @@ from captum_cw.capture.rounding import product_rounding, rounding
 __all__ = [
     "HeadFlow",
     "LinearProduct",
-    "fits",
+    "Reading",
     "in_place",
     "products_observed",
     "projection",
@@ -90,7 +90,7 @@ class LinearProduct:
         return replace(self, weight=weight, bias=bias)
 
 
-def fits(x: Tensor, head_output: Tensor) -> bool:
+def _fits(x: Tensor, head_output: Tensor) -> bool:
     """Whether a product's input has the size of the head outputs ``(B, T, H, d_h)``."""
     y = head_output
     if type(x) is not type(y):  # for example a shard
@@ -101,7 +101,7 @@ def fits(x: Tensor, head_output: Tensor) -> bool:
 def reads(x: Tensor, head_output: Tensor) -> bool:
     """Whether a product's input equals the head outputs ``(B, T, H, d_h)``."""
     y = head_output
-    if not fits(x, y) or x.dtype != y.dtype:
+    if not _fits(x, y) or x.dtype != y.dtype:
         return False
     x = x.reshape(y.shape)
     # The strides show whether the same memory has another order, such as tokens before examples.
@@ -109,11 +109,16 @@ def reads(x: Tensor, head_output: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Step:
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
+class Reading:
+    """A tensor that is made of the head outputs alone, and is read by a product or module.
+
+    Args:
+        input: The tensor.
+        factors: The factors of the head outputs in it, ``(B, T, H, d_h)``; None if they are one.
+    """
+
+    input: Tensor
+    factors: Tensor | None
 
 
 class HeadFlow:
@@ -131,13 +136,10 @@ class HeadFlow:
         self.source = head_output
         if not self.recorded:
             self.source = head_output.detach().requires_grad_()
-        self.overwritten = False
+        self._overwritten = False
         self._known: dict[int, Tensor] = {id(head_output): head_output}
-        self._steps: list[_Step] = []
-
-    def holds(self, x: Tensor) -> bool:
-        """Whether a tensor was computed from the head outputs."""
-        return id(x) in self._known
+        # The functions that ran, with their arguments and results.
+        self._steps: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def touched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an argument of a function was computed from the head outputs."""
@@ -148,7 +150,7 @@ class HeadFlow:
     ) -> Any:
         """Run a function on arguments that were computed from the head outputs."""
         if self.recorded or in_place(func):
-            self.overwritten |= in_place(func)
+            self._overwritten |= in_place(func)
             result = proceed(func, args, kwargs)
         else:
             sources = {id(self.start): self.source}
@@ -157,7 +159,7 @@ class HeadFlow:
                 result = _run_with_fixed_scale(func, args_, kwargs_, proceed)
         for x in _tensors_in((result,)):
             self._known[id(x)] = x
-        self._steps.append(_Step(func, args, kwargs, result))
+        self._steps.append((func, args, kwargs, result))
         return result
 
     def plain(self, given: Any) -> Any:
@@ -166,22 +168,30 @@ class HeadFlow:
             return given
         return _substitute(given, {key: x.detach() for key, x in self._known.items()})
 
-    def again(self, head_output: Tensor, x: Tensor) -> Tensor:
-        """Recompute ``x`` from other head outputs."""
+    def reading(self, x: Tensor) -> Reading | None:
+        """Return how ``x`` is made of the head outputs; None if it is not."""
+        if self._overwritten:  # the head outputs no longer exist to be compared
+            return None
+        y = self.by_token(self.start)
+        if reads(x, y):
+            return Reading(x, None)
+        factors = self._factors(x) if _fits(x, y) and id(x) in self._known else None
+        return None if factors is None else Reading(x, factors)
+
+    def again(self, head_output: Tensor, reading: Reading) -> Tensor:
+        """Recompute the input of a reading from other head outputs."""
+        if reading.factors is None:
+            return self.by_token(head_output).reshape(reading.input.shape)
         now: dict[int, Tensor] = {id(self.start): head_output}
-        for step in self._steps:
-            args, kwargs = _substitute((step.args, step.kwargs), now)
-            result = step.func(*args, **kwargs)
-            for old, new in zip(_tensors_in((step.result,)), _tensors_in((result,)), strict=True):
+        for func, args, kwargs, before in self._steps:
+            args, kwargs = _substitute((args, kwargs), now)
+            result = func(*args, **kwargs)
+            for old, new in zip(_tensors_in((before,)), _tensors_in((result,)), strict=True):
                 now[id(old)] = new
-        return now[id(x)]
+        return now[id(reading.input)]
 
-    def factors(self, x: Tensor) -> Tensor | None:
-        """Return the factors of the head outputs in ``x``.
-
-        Returns:
-            ``(B, T, H, d_h)``; None if ``x`` is not a product of head outputs and factors.
-        """
+    def _factors(self, x: Tensor) -> Tensor | None:
+        """Return the factors of the head outputs in ``x``; None if it is not their product."""
         if not x.requires_grad:
             return None
         with torch.enable_grad():
@@ -211,7 +221,7 @@ def _tensors_in(items: Any) -> Iterator[Tensor]:
 def _substitute(x: Any, by: dict[int, Tensor]) -> Any:
     if isinstance(x, Tensor):
         return by.get(id(x), x)
-    if isinstance(x, (list, tuple)) and type(x) in (list, tuple):
+    if type(x) in (list, tuple):
         return type(x)(_substitute(y, by) for y in x)
     if isinstance(x, dict):
         return {name: _substitute(y, by) for name, y in x.items()}

@@ -6,7 +6,7 @@ the file ``architectures.json`` in this folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class Outcome:
     status: str
     reason: str = ""
     layers: int = 0
-    kinds: tuple[str, ...] = ()
+    kinds: Sequence[str] = ()
     way: str = ""
 
 
@@ -58,7 +58,7 @@ class ModelTypes:
     Example:
         >>> tested = ModelTypes.load()
         >>> tested.groups["causal"]["llama"].kinds
-        ('LlamaAttention',)
+        ['LlamaAttention']
         >>> tested.counts("vision")["works"] <= len(tested.groups["vision"])
         True
     """
@@ -86,10 +86,7 @@ class ModelTypes:
         """Load the results of this release."""
         content = read_json(FILE, VERSION, "groups")
         groups = {
-            group: {
-                name: Outcome(**{**outcome, "kinds": tuple(outcome["kinds"])})
-                for name, outcome in of_group.items()
-            }
+            group: {name: Outcome(**outcome) for name, outcome in of_group.items()}
             for group, of_group in content["groups"].items()
         }
         return cls(content["transformers"], content["torch"], groups)
