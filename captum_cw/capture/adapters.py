@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_cw.capture.attention_call import UnsupportedModelError
-from captum_cw.capture.listeners import altered, is_heard, taken_over
-from captum_cw.capture.patching import MethodOf, wrapping
+from captum_cw.capture.listeners import count_replacements, is_active, suspended
+from captum_cw.capture.patching import wrapped_method
 from captum_cw.capture.rounding import product_rounding
 
 __all__ = ["adapted", "register_adapter"]
@@ -76,7 +76,7 @@ def adapted(modules: Collection[nn.Module]) -> Iterator[None]:
             adapter = _find_adapter(type(module))
             if adapter is not None:
                 wrap = functools.partial(_AdaptedForward, module, adapter)
-                stack.enter_context(wrapping(MethodOf(module, "adapter"), wrap))
+                stack.enter_context(wrapped_method(module, "forward", "adapter", wrap))
         yield
 
 
@@ -95,21 +95,21 @@ class _AdaptedForward:
         self._module, self._adapter, self._forward = module, adapter, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not is_heard():
+        if not is_active():
             return self._forward(*args, **kwargs)
-        before = altered()
-        found = self._adapter(self._module, *args, **kwargs)
-        with taken_over():
+        before = count_replacements()
+        adapted = self._adapter(self._module, *args, **kwargs)
+        with suspended():
             own = self._forward(*args, **kwargs)
-            if altered() == before:
+            if count_replacements() == before:
                 # The model continues with its own output, which is bit for bit unchanged.
-                self._check(own, found)
+                self._check(own, adapted)
                 return own
             self._check(own, self._adapter(self._module, *args, **kwargs))
-        return found
+        return adapted
 
-    def _check(self, own: Any, found: Any) -> None:
-        for a, b in zip(_tensors(own), _tensors(found), strict=False):
+    def _check(self, own: Any, adapted: Any) -> None:
+        for a, b in zip(_tensors(own), _tensors(adapted), strict=False):
             tolerance = max(1e-4, 8 * product_rounding(a)) * float(a.nan_to_num().abs().max())
             if a.shape != b.shape or not torch.allclose(a, b, 0, tolerance, equal_nan=True):
                 raise UnsupportedModelError(
@@ -172,7 +172,7 @@ def _run_multi_head_attention(
 
     attention = None
     if need_weights:
-        with taken_over():
+        with suspended():
             logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
             attention = (logits if mask is None else logits + mask).softmax(-1)
             attention = attention.mean(1) if average_attn_weights else attention

@@ -1,11 +1,10 @@
-"""Observe attention calls in all the ways that are known, and change their values."""
+"""Observe attention calls, and change their values, in every way in which models compute them."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from torch import Tensor, nn
 
@@ -14,64 +13,65 @@ from captum_cw.capture.dispatch import following
 from captum_cw.capture.functions import DirectAttention
 from captum_cw.capture.hf_registry import registered_kernels
 from captum_cw.capture.listeners import Listener, ValueChange, changing, listening
-from captum_cw.capture.module_stack import watching
+from captum_cw.capture.module_stack import tracking
 from captum_cw.capture.tensor_parallel import head_group
 
 __all__ = ["attention_calls", "changed_values"]
 
 
-#: What sees attention that a model computes by itself, with its thread: it must not be seen twice.
-_direct: ContextVar[tuple[int, DirectAttention] | None] = ContextVar(
-    "captum_cw_direct", default=None
-)
+class _Local(threading.local):
+    direct: DirectAttention | None = None
+
+
+#: The observer of this thread. A second one would report the same calls again.
+_local = _Local()
 
 
 @contextmanager
 def attention_calls(
     modules: Collection[nn.Module], listener: Listener
 ) -> Iterator[Callable[[], list[nn.Module]]]:
-    """Tells ``listener`` of every attention call that ``modules`` make in this context.
+    """Report every attention call that ``modules`` make in this context to ``listener``.
 
-    An observation within an observation hears its own calls only, and so does the outer one. Gives
-    what tells which modules seem to have attention that could not be seen.
+    If observations are nested, each call is reported to the inner one only. The context yields a
+    function that lists the modules whose attention could not be observed.
     """
-    with _seen(modules) as direct, listening(listener):
+    with _observed(modules) as direct, listening(listener):
         direct.begin()
         yield direct.missed
 
 
 @contextmanager
 def changed_values(modules: Collection[nn.Module], change: ValueChange) -> Iterator[None]:
-    """Changes the values that the attention of ``modules`` reads in this context.
+    """Change the values that the attention of ``modules`` reads in this context.
 
-    Changes within changes add up, and an observation hears of what is left.
+    The factors of nested changes are multiplied. An observation sees the changed values.
     """
     known = set(modules)
 
-    def of_known(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
+    def change_known(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
         if module not in known:
             return None
-        spread = head_group(module, heads, value.shape[3])
-        if spread is None:
+        group = head_group(module, heads, value.shape[3])
+        if group is None:
             return change(module, heads, value)
-        factors = change(module, spread.H, value)
-        return None if factors is None else spread.part(factors)
+        factors = change(module, group.H, value)
+        return None if factors is None else group.part(factors)
 
-    with _seen(known), changing(of_known):
+    with _observed(known), changing(change_known):
         yield
 
 
 @contextmanager
-def _seen(modules: Collection[nn.Module]) -> Iterator[DirectAttention]:
-    with watching(modules), adapted(modules), registered_kernels(modules):
-        thread, active = threading.get_ident(), _direct.get()
-        if active is not None and active[0] == thread:
-            yield active[1]
+def _observed(modules: Collection[nn.Module]) -> Iterator[DirectAttention]:
+    with tracking(modules), adapted(modules), registered_kernels(modules):
+        if _local.direct is not None:
+            yield _local.direct
             return
         direct = DirectAttention()
         with following(direct):
-            token = _direct.set((thread, direct))
+            _local.direct = direct
             try:
                 yield direct
             finally:
-                _direct.reset(token)
+                _local.direct = None

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from captum_cw.capture import module_stack
 from captum_cw.capture.module_stack import Run
 from captum_cw.capture.rounding import product_rounding, rounding
 from captum_cw.functional import QueryMask, Weights, attention_weights, expand_heads
 
 __all__ = [
     "AttentionCall",
+    "DenseKernel",
     "Kind",
     "UnsupportedModelError",
     "find_weights",
@@ -30,21 +32,27 @@ __all__ = [
 
 Kind = Literal["self", "cross"]
 
-#: What attention modules call the states that keys are made of, where these are not those that
-#: queries are made of.
-OTHER_STATES = (
-    "key_value_states", "encoder_hidden_states", "cross_attention_states", "encoder_outputs",
-    "encoder_output", "encoder_out", "enc_out", "enc", "context", "context_hidden_states", "ctx",
-    "memory", "mem", "source", "kv", "key", "keys", "k", "key_tensor",
-)  # fmt: skip
+DenseKernel = Callable[[slice, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Returns the attention weights ``(B, H, t, S)`` of a block of queries: ``(rows, query, key, value,
+mask)``."""
 
-#: An additive mask at or below this leaves no weight, in any dtype that can hold it.
+#: The names that attention modules give to the states of the keys, if these are not the states of
+#: the queries.
+OTHER_STATES = {
+    *("key_value_states", "encoder_hidden_states", "cross_attention_states"),
+    *("encoder_outputs", "encoder_output", "encoder_out", "enc_out", "enc"),
+    *("context", "context_hidden_states", "ctx", "memory", "mem", "source"),
+    *("kv", "key", "keys", "k", "key_tensor"),
+}
+
+#: A logit with an additive mask at or below this has a weight of zero, in every dtype that can
+#: hold it.
 HIDDEN = -1e8
 
-#: Below this a square is zero.
+#: Squares below this are treated as zero.
 TINY = 1e-30
 
-#: Queries at which recomputed weights are compared with the model's own, as fractions of T.
+#: The queries at which recomputed weights are compared with the model's own, as fractions of T.
 PROBED = (0.0, 0.34, 0.67, 1.0)
 
 
@@ -53,111 +61,109 @@ class UnsupportedModelError(RuntimeError):
 
 
 def times(value: Tensor, factors: Tensor) -> Tensor:
-    """Values ``(B, H, S, d_h)`` times factors ``(B|1, H|1, n)`` of the first ``n`` keys."""
-    missing = value.shape[2] - factors.shape[-1]  # keys that came later, or empty places
+    """Multiply values ``(B, H, S, d_h)`` by factors ``(B|1, H|1, n)`` of the first ``n`` keys."""
+    missing = value.shape[2] - factors.shape[-1]  # later keys, or empty places of a cache
     factors = torch.nn.functional.pad(factors, (0, missing), value=1.0).to(value)[..., None]
-    # Not a product alone: a value may be infinite.
+    # The product alone would give NaN if a value is infinite.
     return (value * factors).masked_fill(factors == 0, 0)
 
 
 def same_numbers(a: Tensor, b: Tensor | None) -> bool:
-    """Whether two tensors are equal, wherever they lie."""
+    """Whether two tensors are equal, in the same memory or not."""
     if b is None or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     return a is b or torch.equal(a, b)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """What went into an attention kernel, and what came out.
+    """The inputs and the output of one call of an attention kernel.
 
     Args:
         module: The attention module that made the call.
-        running: The modules that were running, ``module`` among them, the innermost last.
-        query, key: ``(B, H, T, d_k)`` and ``(B, H_kv, S, d_k)``; None where the weights are all
-            that is known.
         value: ``(B, H_kv, S, d_h)``.
-        mask: Boolean (True = visible) or additive, broadcastable to ``(B, H, T, S)``, or None.
-        causal: Whether the kernel takes no mask to mean that queries see no later key.
-        scaling: Factor of the inner products; None is ``1 / sqrt(d_k)``.
-        returned: What the kernel gave to the model.
-        by_token: Puts something of the shape of ``returned`` into that of ``y``,
-            ``(B, T, H, d_h)``.
-        weights: ``(B, H, T, S)`` where the kernel returned them, else None.
-        dense_kernel: The model's own kernel that returns weights, with all of its
-            peculiarities: ``(rows, query, key, value, mask) -> (B, H, t, S)``. None where it
-            has none.
-        scaled: What the same kernel gives once the values are multiplied by factors
+        returned: The tensor that the kernel returned to the model.
+        by_token: Arranges a tensor of the shape of ``returned`` as ``(B, T, H, d_h)``.
+        scaled: Returns what the kernel returns if the values are multiplied by factors
             ``(B, H, S)``.
+        query, key: ``(B, H, T, d_k)`` and ``(B, H_kv, S, d_k)``; None if only the weights are
+            known.
+        mask: Boolean (True = visible) or additive, broadcastable to ``(B, H, T, S)``, or None.
+        causal: Whether the kernel hides later keys if there is no mask.
+        scaling: The factor of the inner products; None is ``1 / sqrt(d_k)``.
+        weights: ``(B, H, T, S)`` if the kernel returned them; else None.
+        dense_kernel: The model's own kernel that returns weights, with all of its peculiarities;
+            None if the model does not have one.
+        running: The modules that are running, innermost last. ``module`` is one of them.
     """
 
     module: nn.Module
-    running: tuple[Run, ...]
-    query: Tensor | None
-    key: Tensor | None
     value: Tensor
-    mask: Tensor | None
-    causal: bool
-    scaling: float | None
     returned: Tensor
     by_token: Callable[[Tensor], Tensor]
-    weights: Tensor | None
-    dense_kernel: Callable[[slice, Tensor, Tensor, Tensor, Tensor], Tensor] | None
     scaled: Callable[[Tensor], Tensor]
+    query: Tensor | None = None
+    key: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    scaling: float | None = None
+    weights: Tensor | None = None
+    dense_kernel: DenseKernel | None = None
+    running: tuple[Run, ...] = field(default_factory=module_stack.running)
 
     @cached_property
     def head_output(self) -> Tensor:
-        """``y``, ``(B, T, H, d_h)``."""
+        """The head outputs ``y``, ``(B, T, H, d_h)``."""
         return self.by_token(self.returned)
 
     @property
     def B(self) -> int:
-        """Number of examples."""
+        """The number of examples."""
         return self.head_output.shape[0]
 
     @property
     def T(self) -> int:
-        """Number of queries."""
+        """The number of queries."""
         return self.head_output.shape[1]
 
     @property
     def H(self) -> int:
-        """Number of query heads."""
+        """The number of query heads."""
         return self.head_output.shape[2]
 
     @property
     def S(self) -> int:
-        """Number of keys."""
+        """The number of keys."""
         return self.value.shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that geometry is computed in: the model's, but float32 at least."""
+        """The dtype of the measures: the model's, but at least float32."""
         return torch.promote_types(self.value.dtype, torch.float32)
 
     def read(self, x: Tensor) -> Tensor:
-        """Queries, keys or values as the kernel read them, in :attr:`dtype`.
+        """Return queries, keys or values as the kernel read them, in :attr:`dtype`.
 
-        Autocast and kernels of half precision cast them to the dtype that they return.
+        Autocast and kernels of half precision round them to the dtype of their output.
         """
         return x.to(self.returned.dtype).to(self.dtype)
 
     @property
     def own(self) -> Run | None:
-        """What the attention module was given; None where that was not seen."""
+        """The run of the attention module; None if it was not observed."""
         return next((run for run in reversed(self.running) if run.module is self.module), None)
 
     @cached_property
     def kind(self) -> Kind:
-        """Whether keys are made of the tokens that queries are made of."""
+        """``"self"`` if the keys are the tokens of the queries, else ``"cross"``."""
         return kind_of(self.own, self.T, self.S)
 
 
 def kind_of(own: Run | None, T: int, S: int) -> Kind:
-    """Whether an attention module attends to the tokens that its queries are made of.
+    """Return the kind of attention of a module.
 
     Args:
-        own: What the module was given; None where that was not seen.
+        own: The run of the attention module; None if it was not observed.
         T: The number of queries.
         S: The number of keys.
     """
@@ -171,83 +177,78 @@ def kind_of(own: Run | None, T: int, S: int) -> Kind:
     for name, other in given.items():
         if not isinstance(other, Tensor) or other.dim() != 3 or same_numbers(other, states):
             continue
-        # Where lengths differ, it tells itself by its own.
+        # If the numbers of queries and keys differ, other states are recognised by their length.
         if name in OTHER_STATES or T != S == other.shape[1]:
             return "cross"
     return "self"
 
 
 def visible_keys(mask: Tensor) -> Tensor:
-    """A mask as a boolean one, True where a key is seen."""
+    """Convert a mask to a boolean one, True where a key is visible."""
     if mask.dtype == torch.bool:
         return mask
-    # Half of the minimum, since masks add up and a position bias may sit on top of them; and
-    # -1e9 where people write masks: no bias comes near, and no weight is left.
+    # Models write the minimum or -1e9. Half of the minimum is enough, since masks are added up and
+    # a position bias may be added to them. No bias comes near.
     return mask > max(torch.finfo(mask.dtype).min / 2, HIDDEN)
 
 
 def query_mask(call: AttentionCall, real: Tensor | None) -> QueryMask:
-    """Which keys the queries of a call can see.
+    """Return which keys the queries of a call can see.
 
     Args:
         call: The call.
-        real: ``(B, T)``, False at padded tokens; None where that is not told, so that it is to be
-            inferred from the mask.
+        real: ``(B, T)``, False at padded tokens; None to infer padding from the mask of the call.
     """
-    told = real is not None
-    if real is not None and real.all():
-        real = None
     T, S = call.T, call.S
     if call.mask is None:
+        real = None if real is None or real.all() else real
         return QueryMask(T, S, causal=call.causal, real=real)
     visible = visible_keys(call.mask)
     future = torch.ones(T, S, dtype=torch.bool, device=visible.device).triu(S - T + 1)
-    if not told:
-        real = _inferred(call, visible)
-    return QueryMask(T, S, visible, causal=not bool((visible & future).any()), real=real)
+    if real is None:
+        real = _infer_real(call, visible)
+    causal = not bool((visible & future).any())
+    return QueryMask(T, S, visible, causal=causal, real=None if real.all() else real)
 
 
-def _inferred(call: AttentionCall, visible: Tensor) -> Tensor | None:
-    """``(B, T)``: which queries are no padding, by the mask alone; None for all.
+def _infer_real(call: AttentionCall, visible: Tensor) -> Tensor:
+    """Infer from the mask which queries are not padding, ``(B, T)``.
 
-    A query that sees nothing is padding, and so is, where queries and keys are the same tokens, one
-    that no other sees, itself included.
+    A query that sees no key is padding. If queries and keys are the same tokens, so is a token that
+    no query sees.
     """
     B, T = call.B, call.T
     real = visible.any(-1).any(1).expand(B, T)
-    same = T == call.S and call.kind == "self"
-    if same and not (visible.shape[2] == 1 and visible.shape[3] == 1):
+    same_tokens = T == call.S and call.kind == "self"
+    if same_tokens and not (visible.shape[2] == 1 and visible.shape[3] == 1):
         rows = visible & real[:, None, :, None]
         real = real & rows.any(-2).any(1).expand(B, T)
-    return None if real.all() else real
+    return real
 
 
-def padding_of(call: AttentionCall, told: Sequence[Tensor]) -> Tensor | None:
-    """Which tokens of a call are no padding, of what was told of all sequences of a model.
+def padding_of(call: AttentionCall, masks: Sequence[Tensor]) -> Tensor | None:
+    """Select the padding mask that applies to a call.
 
-    An encoder and a decoder, or an image beside a text, may be of one length: a call's own padding
-    is the one that its mask bears out, and of several the one that explains most of it.
+    An encoder and a decoder, or an image and a text, may have the same length. So the mask of the
+    call must hide the padding. If several padding masks fit, the one with the most padding is
+    selected.
 
     Args:
         call: A call of self-attention.
-        told: Each ``(B, T)``, False at padded tokens of one sequence.
+        masks: The padding masks of the sequences that the model reads, each ``(B, T)``, False at
+            padded tokens.
 
     Returns:
-        ``(B, T)``; None where none fits.
+        ``(B, T)``; None if no padding mask fits.
     """
-    best: Tensor | None = None
-    for real in told:
-        if real.shape != (call.B, call.T):
-            continue
-        real = real.to(call.value.device)
-        if (best is None or real.sum() < best.sum()) and (real.all() or _hides(call, real)):
-            best = real
-    return best
+    candidates = [x.to(call.value.device) for x in masks if x.shape == (call.B, call.T)]
+    fitting = [real for real in candidates if real.all() or _hides(call, real)]
+    return min(fitting, key=lambda real: int(real.sum()), default=None)
 
 
 def _hides(call: AttentionCall, real: Tensor) -> bool:
-    """Whether a call's mask hides the padded keys."""
-    if call.S != call.T:  # earlier tokens are not told of
+    """Whether the mask of a call hides the padded keys."""
+    if call.S != call.T:  # the padding of earlier tokens is unknown
         return True
     if call.mask is None:
         return False
@@ -255,87 +256,92 @@ def _hides(call: AttentionCall, real: Tensor) -> bool:
     ahead = seen.triu(1).any(-1)
     rows = torch.ones_like(real)
     if not (ahead & real).any():
-        # A causal mask may show everything to a padded query, which would see nothing.
+        # A causal mask may show everything to a padded query that would see no key.
         rows = real | ~ahead
     return not (seen & rows[:, :, None] & ~real[:, None]).any()
 
 
 def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
-    """The weights that the call used, in blocks of queries.
+    """Return the attention weights that the call used, in blocks of queries.
 
-    The cheapest source that agrees with the model is taken: the weights that its kernel returned,
-    a plain softmax, or its own dense kernel run block by block. All are compared with the
-    head outputs at a few queries. Where the softmax and the dense kernel differ, the dense kernel
-    is tried first, since head outputs in half precision cannot tell a soft-capped weight from a
-    plain one.
+    There are three sources, from the cheapest to the most expensive: the weights that the kernel
+    returned, a plain softmax, and the model's own dense kernel, which runs block by block. The
+    first source that gives the head outputs at a few queries is used. If the softmax and the dense
+    kernel differ, the dense kernel comes first, since head outputs in half precision cannot tell
+    soft-capped weights from plain ones.
+
+    Args:
+        call: The call.
+        mask: Which keys its queries can see.
+        name: The name of the attention layer, for the error message.
 
     Raises:
-        UnsupportedModelError: If no source agrees with the head outputs.
+        UnsupportedModelError: If no source gives the head outputs.
     """
     sources = list(_sources(call, mask))
-    for weights in (*sources, *(_Rescaled(source, call, mask) for source in sources)):
+    for weights in (*sources, *(_rescaled(source, call) for source in sources)):
         if _reproduces(weights, call, mask):
             return weights
     raise UnsupportedModelError(
         f"The attention weights recomputed for layer {name!r} ({type(call.module).__name__}) do "
-        "not give the head outputs that the model computed, so every measure would be wrong. Try "
+        "not give the head outputs of the model, so every measure would be wrong. Try "
         "model.set_attn_implementation('eager'), which returns the weights themselves."
     )
 
 
 def _sources(call: AttentionCall, mask: QueryMask) -> Iterator[Weights]:
-    if call.weights is not None:
-        yield _Returned(call, mask)
+    returned = call.weights
+    if returned is not None:
+        yield lambda rows: returned[:, :, rows, : mask.keys(rows)].to(call.dtype, copy=True)
         return
-    softmax = _Softmax(call, mask)
+    softmax = _softmax(call, mask)
     if call.dense_kernel is None:
         yield softmax
         return
-    dense = _DenseKernel(call, mask)
+    dense = _dense(call, mask, call.dense_kernel)
     late = _probed(mask)[-2:]  # they see most keys
     agree = all(_agree(softmax(rows), dense(rows)) for rows in late)
     yield from (softmax, dense) if agree else (dense, softmax)
 
 
 def _probed(mask: QueryMask) -> list[slice]:
-    """Single queries, from the first to the last, spread over the text."""
+    """Return a few single queries, from the first to the last."""
     at = sorted({round(f * (mask.T - 1)) for f in PROBED})
     return [slice(i, i + 1) for i in at]
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two rows put their weights in the same places, however long they are."""
+    """Whether two blocks of weights are equal up to rounding."""
     return bool(((a - b).abs().sum(-1) < max(1e-4, 4 * product_rounding(a, b))).all())
 
 
 def _reproduces(weights: Weights, call: AttentionCall, mask: QueryMask) -> bool:
-    """Whether ``sum_j a_ij v_j`` is what the model computed, at a few real queries."""
+    """Whether ``sum_j a_ij v_j`` equals the head outputs at a few real queries."""
     tolerance = max(1e-4, 4 * product_rounding(call.value, call.returned))
-    v = expand_heads(call.read(call.value), call.H)
+    values = expand_heads(call.read(call.value), call.H)
+    output = call.head_output.transpose(1, 2)
     for rows in _probed(mask):
         a = weights(rows)
         n = a.shape[-1]
-        y = (a @ v[:, :, :n]).transpose(1, 2)
+        v = values[:, :, :n]
         error = a.abs() * (tolerance + _logit_rounding(call, rows, n))
-        wrong = (y - call.head_output[:, rows]).abs() > (error @ v[:, :, :n].abs()).transpose(
-            1, 2
-        ) + TINY
-        # NaN is not "wrong": it is reported as NaN, with its place.
+        # NaN does not count here: it is reported later, with its place.
+        wrong = (a @ v - output[:, :, rows]).abs() > error @ v.abs() + TINY
         if mask.real is not None:
-            wrong &= mask.real[:, rows, None, None]
+            wrong &= mask.real[:, None, rows, None]
         if wrong.any():
             return False
     return True
 
 
 def _logit_rounding(call: AttentionCall, rows: slice, n: int) -> Tensor | float:
-    """How far logits may be off where PyTorch is set to round the operands of their product.
+    """Return the error of logits if PyTorch is set to round the operands of their product.
 
-    Each of the ``d_k`` terms of a logit is off by up to the rounding of two operands, at random, so
-    that their sum is off by about that times the root of their squares' sum.
+    Each of the ``d_k`` terms of a logit has a random error of up to the rounding of two operands.
+    So the error of their sum is about that rounding times the root of the sum of their squares.
 
     Returns:
-        ``(B, H, t, n)``; zero where operands are used as they are.
+        ``(B, H, t, n)``; zero if operands are not rounded.
     """
     if call.query is None or call.key is None or call.weights is not None:
         return 0.0
@@ -348,85 +354,68 @@ def _logit_rounding(call: AttentionCall, rows: slice, n: int) -> Tensor | float:
     return 4 * coarse * scaling * terms.sqrt()
 
 
-class _Returned:
-    """Weights that the kernel returned."""
+def _softmax(call: AttentionCall, mask: QueryMask) -> Weights:
+    """Return weights by the plain softmax of Eq. 1, with the mask of the call."""
+    assert call.query is not None
+    assert call.key is not None
+    query, key = call.read(call.query), call.read(call.key)
+    bias = None if call.mask is None or call.mask.dtype == torch.bool else call.mask
 
-    def __init__(self, call: AttentionCall, mask: QueryMask) -> None:
-        assert call.weights is not None
-        self.weights, self.mask, self.dtype = call.weights, mask, call.dtype
-
-    def __call__(self, rows: slice) -> Tensor:
-        return self.weights[:, :, rows, : self.mask.keys(rows)].to(self.dtype, copy=True)
-
-
-class _Softmax:
-    """Weights by the plain softmax of Eq. 1, with the mask of the call."""
-
-    def __init__(self, call: AttentionCall, mask: QueryMask) -> None:
-        assert call.query is not None
-        assert call.key is not None
-        self.scaling = call.scaling
-        self.query, self.key = call.read(call.query), call.read(call.key)
-        self.mask = mask
-        self.bias = call.mask if call.mask is not None and call.mask.dtype != torch.bool else None
-
-    def __call__(self, rows: slice) -> Tensor:
-        n = self.mask.keys(rows)
-        seen = self.bias
-        if seen is not None:
-            seen = seen[:, :, rows if seen.shape[2] > 1 else slice(None), :n]
-        else:
-            seen = self.mask.visible_block(rows)
+    def weights(rows: slice) -> Tensor:
+        n = mask.keys(rows)
+        seen = mask.visible_block(rows) if bias is None else _block(bias, rows)[..., :n]
         return attention_weights(
-            self.query[:, :, rows],
-            self.key[:, :, :n],
-            scaling=self.scaling,
+            query[:, :, rows],
+            key[:, :, :n],
+            scaling=call.scaling,
             mask=seen,
-            causal=seen is None and self.mask.causal,
+            causal=seen is None and mask.causal,
         )
 
+    return weights
 
-class _Rescaled:
-    """Weights times what a kernel multiplies the head outputs of each query and head by.
 
-    So do kernels that apply a learned sink to the output, rather than to the weights (Granite).
+def _block(mask: Tensor, rows: slice) -> Tensor:
+    """Return the rows of a mask, which may be the same for all queries."""
+    return mask[:, :, rows] if mask.shape[2] > 1 else mask
+
+
+def _rescaled(weights: Weights, call: AttentionCall) -> Weights:
+    """Return weights that are scaled for each query and head to give the head outputs.
+
+    Kernels that apply a learned sink to the output, instead of the weights, need this (Granite).
     """
+    value = expand_heads(call.read(call.value), call.H)
+    output = call.head_output.transpose(1, 2).to(call.dtype)
 
-    def __init__(self, weights: Weights, call: AttentionCall, mask: QueryMask) -> None:
-        self.weights, self.mask = weights, mask
-        self.value = expand_heads(call.read(call.value), call.H)
-        self.output = call.head_output.transpose(1, 2).to(call.dtype)
-
-    def __call__(self, rows: slice) -> Tensor:
-        a = self.weights(rows)
-        y = a @ self.value[:, :, : a.shape[-1]]
+    def rescaled(rows: slice) -> Tensor:
+        a = weights(rows)
+        y = a @ value[:, :, : a.shape[-1]]
         size = y.square().sum(-1, keepdim=True)
-        scale = (y * self.output[:, :, rows]).sum(-1, keepdim=True) / size.clamp(min=TINY)
-        return a.mul_(scale.clamp(0, 1))  # a sink takes attention, and gives none
+        scale = (y * output[:, :, rows]).sum(-1, keepdim=True) / size.clamp(min=TINY)
+        return a.mul_(scale.clamp(0, 1))  # a sink takes attention from the tokens, never adds any
+
+    return rescaled
 
 
-class _DenseKernel:
-    """Weights by the model's own dense kernel, run on a block of queries."""
+def _dense(call: AttentionCall, mask: QueryMask, kernel: DenseKernel) -> Weights:
+    """Return weights by the model's own dense kernel, which runs on a block of queries."""
+    assert call.query is not None
+    assert call.key is not None
+    query, key, value = (call.read(x) for x in (call.query, call.key, call.value))
+    given, S = call.mask, mask.S
 
-    def __init__(self, call: AttentionCall, mask: QueryMask) -> None:
-        assert call.dense_kernel is not None
-        assert call.query is not None
-        assert call.key is not None
-        self.kernel, self.mask, self.call = call.dense_kernel, mask, call
-        self.query, self.key, self.value = (
-            call.read(x) for x in (call.query, call.key, call.value)
-        )
-
-    def __call__(self, rows: slice) -> Tensor:
-        given, n = self.call.mask, self.mask.S
+    def weights(rows: slice) -> Tensor:
         if given is None or given.dtype == torch.bool:
-            causal = QueryMask(self.mask.T, n, given, causal=given is None and self.call.causal)
-            seen = causal.block(rows)
-            bias = self.query.new_zeros(1, 1, rows.stop - rows.start, n)
+            causal = given is None and call.causal
+            seen = QueryMask(mask.T, S, given, causal=causal).block(rows)
+            bias = query.new_zeros(1, 1, rows.stop - rows.start, S)
             if seen is not None:
-                seen = torch.nn.functional.pad(seen, (0, n - seen.shape[-1]))  # False: unseen
+                seen = torch.nn.functional.pad(seen, (0, S - seen.shape[-1]))  # False: hidden
                 bias = bias.masked_fill(~seen.to(bias.device), torch.finfo(bias.dtype).min)
         else:
-            bias = given[:, :, rows if given.shape[2] > 1 else slice(None)].to(self.query.dtype)
-        a = self.kernel(rows, self.query[:, :, rows], self.key, self.value, bias)
-        return a.to(self.call.dtype)[..., : self.mask.keys(rows)]
+            bias = _block(given, rows).to(query.dtype)
+        a = kernel(rows, query[:, :, rows], key, value, bias)
+        return a.to(call.dtype)[..., : mask.keys(rows)]
+
+    return weights

@@ -1,32 +1,28 @@
-"""Let several followers watch each torch function that runs in a thread, by one function mode.
+"""Let several observers follow the torch functions that run in a thread, by one function mode.
 
-A follower is called in place of the function, and runs it by ``proceed``, which hands it on to the
-followers that began earlier. What a follower computes by itself is not handed to anybody.
+An observer is called instead of the function. It runs the function by calling ``proceed``, which
+passes it on to the observers that started earlier. Functions that an observer calls by itself are
+not observed.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["Follower", "Proceed", "following"]
 
 Proceed = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-"""Runs a function, given its arguments."""
+"""Runs a function with the given positional and keyword arguments."""
 
 
-class Follower(Protocol):
-    """Takes a function of torch that was called, and gives what the caller gets."""
-
-    def __call__(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
-    ) -> Any:
-        """Runs the function by ``proceed(func, args, kwargs)``."""
-        ...  # pragma: no cover
+Follower = Callable[[Any, tuple[Any, ...], dict[str, Any], Proceed], Any]
+"""Runs a function by ``proceed(func, args, kwargs)``, and returns the result for the caller."""
 
 
 class _Dispatcher(TorchFunctionMode):
@@ -41,10 +37,10 @@ class _Dispatcher(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # The mode is off while a function is handled: what a follower starts then gets another.
+        # The mode is off while a function is handled, so observers that start now need another.
         before, _local.dispatcher = _local.dispatcher, None
         try:
-            return _handed(self.followers, len(self.followers), func, args, kwargs or {})
+            return _dispatch(self.followers, func, args, kwargs or {})
         finally:
             _local.dispatcher = before
 
@@ -56,35 +52,26 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def _handed(
-    followers: list[Follower], n: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _dispatch(
+    followers: list[Follower], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Hands a function to the first ``n`` followers, the last one first."""
-    if not n:
+    """Call the last observer, which passes the function on to those before it."""
+    if not followers:
         return func(*args, **kwargs)
-
-    def proceed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _handed(followers, n - 1, func, args, kwargs)
-
-    return followers[n - 1](func, args, kwargs, proceed)
+    *earlier, last = followers
+    return last(func, args, kwargs, partial(_dispatch, earlier))
 
 
 @contextmanager
 def following(follower: Follower) -> Iterator[None]:
-    """Hands the functions that run in this thread and context to ``follower``."""
-    dispatcher = _local.dispatcher
-    if dispatcher is not None:
+    """Call ``follower`` for each torch function that runs in this thread and context."""
+    outer = _local.dispatcher
+    dispatcher = outer or _Dispatcher()
+    with nullcontext() if outer else dispatcher:
+        _local.dispatcher = dispatcher
         dispatcher.followers.append(follower)
         try:
             yield
         finally:
             dispatcher.followers.remove(follower)
-        return
-    dispatcher = _Dispatcher()
-    dispatcher.followers.append(follower)
-    with dispatcher:
-        _local.dispatcher = dispatcher
-        try:
-            yield
-        finally:
-            _local.dispatcher = None
+            _local.dispatcher = outer

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from captum_cw.capture import UnsupportedModelError, evaluating
 from captum_cw.capture.attention_call import Kind
 from captum_cw.capture.caches import find_cache, holds_tokens, own_copy, tokens_in
-from captum_cw.capture.listeners import taken_over
+from captum_cw.capture.listeners import suspended
 from captum_cw.capture.positions import longest_text, too_long
 from captum_cw.capture.text_layers import LOGITS, TextLayers
 
@@ -587,7 +587,7 @@ class _Counting:
         mask = torch.nn.functional.pad(torch.ones_like(ids), (1, 0))
         positions = torch.arange(3, device=ids.device)[None]
         try:
-            with torch.no_grad(), evaluating([model]), taken_over():
+            with torch.no_grad(), evaluating([model]), suspended():
                 plain = _first_states(model(**text), 3)
                 counted = _first_states(model(**{**text, "position_ids": positions}), 3)
                 behind = model(**{**text, "input_ids": padded, "attention_mask": mask})
@@ -623,7 +623,7 @@ def _too_long(model: nn.Module, T: int) -> Callable[[], str | None] | None:
             return None
         short["input_ids"][:, 1:] = short["input_ids"][:, :1]  # equal ids are not positions
         try:
-            with taken_over():  # this pass is not a part of what is observed
+            with suspended():  # this pass is not a part of what is observed
                 limit = longest_text(lambda: model(**short))
         except Exception:  # whatever ails the model, it is not the length
             return None

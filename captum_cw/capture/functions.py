@@ -1,14 +1,13 @@
-"""Attention that a model computes by itself, seen in the functions that PyTorch runs.
+"""Attention that a model computes by itself, observed in the functions that PyTorch runs.
 
-Either it calls :func:`torch.nn.functional.scaled_dot_product_attention`, or it takes a softmax
-over keys and multiplies values by what becomes of it. The attention module is the innermost one
-that is running, and its queries are the tokens whose states it was given: what attends to anything
-else, such as the states of one token in all layers, is no attention between tokens.
+A model either calls :func:`torch.nn.functional.scaled_dot_product_attention`, or takes a softmax
+over keys and multiplies the result by values. The attention module is the innermost module that is
+running. Its queries must be the tokens whose states it was given. Anything else, such as one token
+that attends to its own states in all layers, is not attention between tokens.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,270 +18,243 @@ from torch import Tensor, nn
 from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelError, times
 from captum_cw.capture.caches import is_cache
 from captum_cw.capture.dispatch import Proceed
-from captum_cw.capture.listeners import ValueChange, alter, is_heard, taken_over
-from captum_cw.capture.module_stack import running
+from captum_cw.capture.listeners import ValueChange, is_active, replaced, suspended
+from captum_cw.capture.module_stack import innermost, running
 from captum_cw.capture.positions import check_positions
 from captum_cw.functional import expand_heads
 
 __all__ = ["DirectAttention"]
 
-#: A logit this far below the largest of its query is that of a hidden key: models write -1e4 and
-#: less, and a position bias, which hides nothing, falls with the distance (ALiBi).
+#: A key is hidden if its logit is this far below the largest logit of the query. Models hide keys
+#: by -1e4 or less. A position bias that grows with the distance (ALiBi) does not hide keys.
 FAR_BELOW = 9e3
 
-#: How deep in an attention module the product may stand.
-PARTS = 2
+#: The number of innermost modules among which the attention module is searched, since the product
+#: may be computed in a part of it.
+DEPTH = 2
 
-#: Products of weights and values.
+#: The functions that multiply weights by values, with the equation for operands of the same rank.
 PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
-
-
-def _arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> dict[str, Any]:
-    """The arguments of scaled_dot_product_attention, by name."""
-    return locals()
+EQUATIONS = {3: "bts,bsd->btd", 4: "bhts,bhsd->bhtd"}
 
 
 @dataclass
-class _Probabilities:
-    """A softmax on its way to the values.
+class _Softmax:
+    """A softmax whose result may later be multiplied by values.
 
     Args:
-        module: What was running.
-        logits: What it was taken of, ``(..., T, S)``.
-        of_tokens: Whether its rows are the tokens that the module was given.
-        known: What became of it so far, by id, so that the ids stay their own.
+        module: The innermost module that was running.
+        logits: The input, ``(..., T, S)``.
+        of_tokens: Whether the rows are the tokens that the module was given.
+        results: The result, and what was computed from it, by id. It keeps the tensors, so that
+            their ids are not used again.
     """
 
     module: nn.Module | None
     logits: Tensor
     of_tokens: bool
-    known: dict[int, Tensor]
+    results: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
 class _Product:
-    """``weights @ value``, with the operands and the result in our order.
+    """The product of weights and values.
 
     Args:
-        module: What computes it.
+        module: The attention module.
         weights: ``(B, H, T, S)``.
         value: ``(B, H|1, S, d_h)``.
-        given: Puts values in our order back into that of the operand.
-        by_token: Puts the result, or something of its shape, into ``(B, T, H, d_h)``.
+        as_operand: Arranges values of that shape as the operand of the product.
+        by_token: Arranges a tensor of the result's shape as ``(B, T, H, d_h)``.
     """
 
     module: nn.Module
     weights: Tensor
     value: Tensor
-    given: Callable[[Tensor], Tensor]
+    as_operand: Callable[[Tensor], Tensor]
     by_token: Callable[[Tensor], Tensor]
 
 
 class DirectAttention:
-    """Sees the attention that runs in this thread outside of registered kernels, and changes it."""
+    """Observes, and changes, attention in this thread outside of registered kernels."""
 
     def __init__(self) -> None:
-        self._softmax: _Probabilities | None = None
+        self._softmax: _Softmax | None = None
         self._missed: dict[nn.Module, None] = {}
-        # Where queries or keys are normalised over another dimension: that is linear attention.
-        self._sideways: nn.Module | None = None
+        # The module that last normalised queries or keys over another dimension, as linear
+        # attention does.
+        self._linear_attention: nn.Module | None = None
 
     def begin(self) -> None:
-        """Forgets what was missed before."""
-        self._softmax, self._sideways = None, None
+        """Forget what was missed before."""
+        self._softmax, self._linear_attention = None, None
         self._missed.clear()
 
     def missed(self) -> list[nn.Module]:
-        """The modules that seem to have computed attention which could not be seen.
+        """Return the modules with something like attention that could not be observed.
 
-        That may be attention within windows or chunks, or between tokens that are not those which
-        the module was given.
+        It may be attention within windows or chunks, or between other tokens than those that the
+        module was given.
         """
-        self._lost()
+        self._drop_softmax()
         return list(self._missed)
 
-    def _lost(self) -> None:
+    def _miss(self, module: nn.Module | None) -> None:
+        if module is not None:
+            self._missed[module] = None
+
+    def _drop_softmax(self) -> None:
         softmax, self._softmax = self._softmax, None
-        if softmax is None or softmax.module is None:
-            return
-        *_, T, S = softmax.logits.shape
-        if softmax.logits.dim() > 3 or (T == S and softmax.of_tokens):
-            self._missed[softmax.module] = None
+        if softmax is not None:
+            *_, T, S = softmax.logits.shape
+            if softmax.logits.dim() > 3 or (T == S and softmax.of_tokens):
+                self._miss(softmax.module)
 
     def __call__(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
-        """Looks at a function of torch that runs."""
+        """Run a torch function, and observe it if it is a part of attention."""
         check_positions(func, args, kwargs)
-        if not is_heard():
+        if not is_active():
             return proceed(func, args, kwargs)
-        if func is torch.nn.functional.multi_head_attention_forward and running():
-            self._missed[running()[-1].module] = None  # what is in it cannot be seen
+        if func is torch.nn.functional.multi_head_attention_forward:
+            self._miss(innermost())  # its attention cannot be observed
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return self._fused(func, _arguments(*args, **kwargs), proceed)
+            return self._run_fused(proceed, *args, **kwargs)
         if getattr(func, "__name__", "") in ("softmax", "softmax_"):
-            return self._started(func, args, kwargs, proceed)
-        if self._softmax is not None and any(id(x) in self._softmax.known for x in _flat(args)):
-            return self._followed(func, args, kwargs, proceed)
+            return self._run_softmax(func, args, kwargs, proceed)
+        if self._softmax is not None and any(id(x) in self._softmax.results for x in _flat(args)):
+            return self._follow_softmax(self._softmax, func, args, kwargs, proceed)
         return proceed(func, args, kwargs)
 
-    # -- fused
-
-    def _fused(self, func: Any, given: dict[str, Any], proceed: Proceed) -> Tensor:
-        query, key, value, mask = (given[n] for n in ("query", "key", "value", "attn_mask"))
+    def _run_fused(
+        self,
+        proceed: Proceed,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Run scaled_dot_product_attention."""
+        func = torch.nn.functional.scaled_dot_product_attention
         found = _attention_module(query.shape[:-1]) if query.dim() == 4 else None
         if found is None:
-            if running():
-                self._missed[running()[-1].module] = None
-            result: Tensor = proceed(func, (), given)
-            return result
-        module, H, T = found[0], query.shape[1], query.shape[2]
-        if value.shape[0] != query.shape[0]:  # all examples share them
-            key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
-        with taken_over() as (listener, changes):
+            self._miss(innermost())
+            return proceed(func, (query, key, value, attn_mask, dropout_p, is_causal), options)
+        module, B, H = found[0], query.shape[0], max(query.shape[1], value.shape[1])
+        if value.shape[0] != B:  # all examples share them
+            key, value = (x.expand(B, -1, -1, -1) for x in (key, value))
+
+        def arguments(value: Tensor) -> tuple[Any, ...]:
+            repeated = key if key.shape[1] == value.shape[1] else expand_heads(key, H)
+            return query, repeated, value, attn_mask, dropout_p, is_causal
+
+        with suspended() as (listener, changes):
             value = _changed(changes, module, H, value)
-            if value.shape[1] != key.shape[1]:  # heads no longer share values
-                key = expand_heads(key, H)
-            given = {**given, "key": key, "value": value}
-            result = proceed(func, (), given)
+            result = proceed(func, arguments(value), options)
         if listener is None:
             return result
-        if given["dropout_p"]:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} drops attention weights though it is not in training: "
-                "set the dropout of scaled_dot_product_attention to 0 in evaluation."
-            )
-        if given["is_causal"] and key.shape[2] != T:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} has {key.shape[2]} keys for {T} queries and "
-                "is_causal=True: what its queries see is not known. Run it without a cache."
-            )
-
-        def scaled(factors: Tensor) -> Tensor:
-            H_kv = max(value.shape[1], H)
-            again: Tensor = func(
-                **{
-                    **given,
-                    "key": expand_heads(key, H_kv),
-                    "value": times(expand_heads(value, H_kv), factors),
-                }
-            )
-            return again
-
+        _check_fused(module, query.shape[2], key.shape[2], dropout_p, is_causal)
+        mask = attn_mask
         if mask is not None and mask.dim() < 4:
             mask = mask[(None,) * (4 - mask.dim())]
         call = AttentionCall(
             module=module,
-            running=running(),
             query=query,
             key=key,
             value=value,
             mask=mask,
-            causal=bool(given["is_causal"]) and T > 1,
-            scaling=given["scale"],
+            causal=is_causal and query.shape[2] > 1,
+            scaling=options.get("scale"),
             returned=result,
-            by_token=_heads_second,
-            weights=None,
-            dense_kernel=None,
-            scaled=scaled,
+            by_token=lambda y: y.transpose(1, 2),
+            scaled=lambda factors: func(
+                *arguments(times(expand_heads(value, H), factors)), **options
+            ),
         )
         listener(call)
         return result
 
-    # -- a softmax, and the product with values
-
-    def _started(
+    def _run_softmax(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         result = proceed(func, args, kwargs)
         logits = args[0] if args else kwargs.get("input")
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if isinstance(logits, Tensor) and logits.dim() > 2 and dim in (-1, logits.dim() - 1):
-            self._lost()
-            module = running()[-1].module if running() else None
+        if not isinstance(logits, Tensor) or logits.dim() < 3:
+            return result
+        module = innermost()
+        if dim in (-1, logits.dim() - 1):
+            self._drop_softmax()
             of_tokens = _attention_module(logits.shape[:-1]) is not None
-            self._softmax = _Probabilities(module, logits, of_tokens, {id(result): result})
-        elif isinstance(logits, Tensor) and logits.dim() > 2 and running():
-            self._sideways = running()[-1].module
+            self._softmax = _Softmax(module, logits, of_tokens, {id(result): result})
+        elif module is not None:
+            self._linear_attention = module
         return result
 
-    def _followed(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
+    def _follow_softmax(
+        self,
+        softmax: _Softmax,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        proceed: Proceed,
     ) -> Any:
-        softmax = self._softmax
-        assert softmax is not None
-        product = None
-        if getattr(func, "__name__", "") in PRODUCTS:
-            product = _product(args, softmax)
-        if product is not None and product.module is self._sideways:
-            product = None
-        if product is None:
+        multiplies = getattr(func, "__name__", "") in PRODUCTS
+        product = _product(args, softmax) if multiplies else None
+        if product is None or product.module is self._linear_attention:
             result = proceed(func, args, kwargs)
             if isinstance(result, Tensor) and result.numel() == softmax.logits.numel():
-                softmax.known[id(result)] = result
+                softmax.results[id(result)] = result
             return result
         self._softmax = None
         module, H = product.module, product.weights.shape[1]
 
-        def operands(value: Tensor) -> tuple[Any, ...]:
+        def arguments(value: Tensor) -> tuple[Any, ...]:
+            operand = product.as_operand(value)
             return tuple(
-                x if id(x) in softmax.known or not isinstance(x, Tensor) else product.given(value)
+                operand if isinstance(x, Tensor) and id(x) not in softmax.results else x
                 for x in _flat(args)
             )
 
-        def scaled(factors: Tensor) -> Tensor:
-            again: Tensor = func(*operands(times(expand_heads(value, H), factors)), **kwargs)
-            return again
-
-        with taken_over() as (listener, changes):
+        with suspended() as (listener, changes):
             value = _changed(changes, module, H, product.value)
-            given = args if value is product.value else operands(value)
+            given = args if value is product.value else arguments(value)
             result = proceed(func, given, kwargs)
-        if listener is not None:
-            visible = _visible(softmax.logits.view_as(product.weights), product.weights)
-            call = AttentionCall(
-                module=module,
-                running=running(),
-                query=None,
-                key=None,
-                value=value,
-                mask=visible,
-                causal=False,
-                scaling=None,
-                returned=result,
-                by_token=product.by_token,
-                weights=product.weights,
-                dense_kernel=None,
-                scaled=scaled,
-            )
-            listener(call)
+        if listener is None:
+            return result
+        call = AttentionCall(
+            module=module,
+            value=value,
+            mask=_visible(softmax.logits.view_as(product.weights), product.weights),
+            weights=product.weights,
+            returned=result,
+            by_token=product.by_token,
+            scaled=lambda factors: func(
+                *arguments(times(expand_heads(value, H), factors)), **kwargs
+            ),
+        )
+        listener(call)
         return result
 
 
 def _attention_module(queries: Sequence[int]) -> tuple[nn.Module, int] | None:
-    """The module that computes attention, and ``B``; None if this is no attention between tokens.
+    """Return the attention module and ``B``; None if this is not attention between tokens.
 
     Args:
-        queries: ``(B, H, T)`` or ``(B * H, T)``.
+        queries: The shape ``(B, H, T)`` or ``(B * H, T)``.
     """
     if len(queries) not in (2, 3):
         return None
     T = queries[-1]
-    # The product may stand in a part of the module, which is given queries, keys and values.
-    for run in running()[: -1 - PARTS : -1]:
+    for run in running()[: -1 - DEPTH : -1]:
         for x in run.tensors():
             if x.dim() not in (2, 3) or not x.is_floating_point():
                 continue
-            # Some modules take tokens before examples, or one example alone.
+            # Some modules take tokens before examples, or one example without a batch dimension.
             first, second = x.shape[:2] if x.dim() == 3 else (1, x.shape[0])
             for B, length in ((first, second), (second, first)):
                 if length == T and (queries[0] == B if len(queries) == 3 else not queries[0] % B):
@@ -291,14 +263,13 @@ def _attention_module(queries: Sequence[int]) -> tuple[nn.Module, int] | None:
 
 
 def _are_tokens(S: int) -> bool:
-    """Whether as many keys are tokens that a module was given, or of a cache that it was."""
-    for run in running()[: -1 - PARTS : -1]:
-        for x in run.tensors():
-            if x.dim() in (2, 3) and S in x.shape[:2]:
-                return True
+    """Whether ``S`` is the number of tokens that a module was given, or may be that of a cache."""
+    for run in running()[: -1 - DEPTH : -1]:
+        if any(x.dim() in (2, 3) and S in x.shape[:2] for x in run.tensors()):
+            return True
         if any(is_cache(x) for x in (*run.args, *run.kwargs.values())):
             return True
-        # Older code gives a layer its own keys and values, as a pair.
+        # Older code passes each layer a pair of keys and values.
         if any("past" in name and x is not None for name, x in run.kwargs.items()):
             return True
     return False
@@ -308,99 +279,87 @@ def _flat(args: Sequence[Any]) -> list[Any]:
     return [y for x in args for y in (x if isinstance(x, (list, tuple)) else (x,))]
 
 
-def _heads_second(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)
-
-
 def _changed(
     changes: Sequence[ValueChange], module: nn.Module, heads: int, value: Tensor
 ) -> Tensor:
+    """Apply changes to values; the result is ``value`` itself if nothing changes."""
     for change in changes:
         factors = change(module, heads, value)
         if factors is not None:
-            value = alter(times(expand_heads(value, heads), factors))
+            value = replaced(times(expand_heads(value, heads), factors))
     return value
 
 
+def _check_fused(module: nn.Module, T: int, S: int, dropout_p: float, is_causal: bool) -> None:
+    """Check that the weights of scaled_dot_product_attention can be recomputed.
+
+    Raises:
+        UnsupportedModelError: If weights are dropped, or the visible keys are unknown.
+    """
+    if dropout_p:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} drops attention weights in evaluation mode: set dropout_p of "
+            "scaled_dot_product_attention to 0 if the module is not in training."
+        )
+    if is_causal and S != T:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has {S} keys for {T} queries and is_causal=True, so it is "
+            "unknown which keys its queries see: run it without a cache."
+        )
+
+
 def _visible(logits: Tensor, weights: Tensor) -> Tensor | None:
-    """Which keys queries see, by the logits, which a mask has been added to; None for all."""
+    """Return which keys each query sees, by logits to which a mask was added; None if all."""
     lowest = logits.amax(-1, keepdim=True) - FAR_BELOW
     visible = (weights != 0) | (logits > lowest)
     return None if visible.all() else visible
 
 
-def _product(args: tuple[Any, ...], softmax: _Probabilities) -> _Product | None:
-    """How an attention output is made of these operands; None if it is none."""
+def _product(args: tuple[Any, ...], softmax: _Softmax) -> _Product | None:
+    """Read operands as weights and values; None if they are not.
+
+    Args:
+        args: The arguments of a function in :data:`PRODUCTS`.
+        softmax: The softmax that gave the weights.
+    """
+    found = _attention_module(softmax.logits.shape[:-1])
     equation = args[0] if args and isinstance(args[0], str) else None
     operands = _flat(args[1:] if equation else args)
-    if len(operands) != 2 or not all(isinstance(x, Tensor) for x in operands):
-        return None
-    weights, value = operands
-    found = _attention_module(softmax.logits.shape[:-1])
-    if found is None:
+    if found is None or len(operands) != 2 or not all(isinstance(x, Tensor) for x in operands):
         return None
     module, B = found
-    if equation is not None:
-        return _by_equation(module, B, equation, weights, value, softmax)
-    if id(weights) not in softmax.known or id(value) in softmax.known:
-        return None
-    if weights.dim() != value.dim() or weights.shape[-1] != value.shape[-2]:
-        return None
-    *batch, T, S = weights.shape
-    if not _are_tokens(S):
-        return None
-    H = math.prod(batch) // B
-    d_h = value.shape[-1]
-    if value.dim() == 3:
-        return _Product(
-            module,
-            weights.view(B, H, T, S),
-            value.reshape(B, H, S, d_h),
-            lambda v: v.reshape(B * H, S, d_h),
-            lambda y: y.view(B, H, T, d_h).transpose(1, 2),
-        )
-    if value.dim() != 4 or value.shape[0] != B or value.shape[1] not in (1, H):
-        return None
-    return _Product(module, weights, value, lambda v: v, _heads_second)
-
-
-def _by_equation(
-    module: nn.Module,
-    B: int,
-    equation: str,
-    weights: Tensor,
-    value: Tensor,
-    softmax: _Probabilities,
-) -> _Product | None:
-    equation = equation.replace(" ", "")
-    if id(value) in softmax.known:
-        left, _, out = equation.partition("->")
-        a, _, b = left.partition(",")
-        weights, value, equation = value, weights, f"{b},{a}->{out}"
-    left, _, out = equation.partition("->")
-    a, _, b = left.partition(",")
-    if id(weights) not in softmax.known or len(a) not in (3, 4) or not (a + b).isalpha():
+    weights, value = operands
+    if equation is None:
+        equation = EQUATIONS.get(value.dim(), "")
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    a, _, b = inputs.partition(",")
+    if id(value) in softmax.results:
+        weights, value, a, b = value, weights, b, a
+    if id(weights) not in softmax.results or len(a) not in (3, 4) or not (a + b).isalpha():
         return None
     *batch, t, s = list(a)
     size = "".join(set(b) - set(a))
     ours, theirs = [*batch, s, size], [*batch, t, size]
     if len(size) != 1 or sorted(b) != sorted(ours) or sorted(out) != sorted(theirs):
         return None
-    if not _are_tokens(weights.shape[-1]):
+    if weights.dim() != len(a) or not _are_tokens(weights.shape[-1]):
         return None
+    arranged = value.permute([b.index(x) for x in ours])
+    if arranged.shape[0] != weights.shape[0] or arranged.shape[-3] not in (1, weights.shape[-3]):
+        return None  # the examples share them
 
     def unfolded(x: Tensor) -> Tensor:
-        """With examples and heads apart."""
+        """Separate examples and heads."""
         return x if len(batch) == 2 else x.reshape(B, -1, *x.shape[1:])
 
-    def given(v: Tensor) -> Tensor:
+    def as_operand(v: Tensor) -> Tensor:
         v = v if len(batch) == 2 else v.flatten(0, 1)
         return v.permute([ours.index(x) for x in b])
 
     return _Product(
         module,
         unfolded(weights),
-        unfolded(value.permute([b.index(x) for x in ours])),
-        given,
+        unfolded(arranged),
+        as_operand,
         lambda y: unfolded(y.permute([out.index(x) for x in theirs])).transpose(1, 2),
     )

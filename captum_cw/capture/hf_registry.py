@@ -31,13 +31,13 @@ from torch import Tensor, nn
 
 from captum_cw.capture.attention_call import (
     AttentionCall,
+    DenseKernel,
     UnsupportedModelError,
     times,
     visible_keys,
 )
-from captum_cw.capture.listeners import taken_over
-from captum_cw.capture.module_stack import running
-from captum_cw.capture.patching import wrapping
+from captum_cw.capture.listeners import suspended
+from captum_cw.capture.patching import shared
 from captum_cw.capture.rounding import product_rounding
 from captum_cw.functional import expand_heads
 
@@ -54,9 +54,10 @@ def registered_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
         for file in _modeling_files(modules):
             registry = getattr(file, REGISTRY)
             for name in list(registry):
-                stack.enter_context(wrapping(_Entry(registry, name), _Kernel))
-            for name in _eager_kernels(file):
-                stack.enter_context(wrapping(_Global(vars(file), name), _EagerKernel))
+                stack.enter_context(shared((id(registry), name), _wrapped_entry(registry, name)))
+            for name, kernel in list(vars(file).items()):
+                if name.endswith(EAGER) and callable(kernel) and not isinstance(kernel, type):
+                    stack.enter_context(shared((id(file), name), _wrapped_eager_kernel(file, name)))
         yield
 
 
@@ -66,55 +67,58 @@ def _modeling_files(modules: Iterable[nn.Module]) -> list[ModuleType]:
     return [sys.modules[n] for n in sorted(names) if hasattr(sys.modules.get(n), REGISTRY)]
 
 
-def _eager_kernels(file: ModuleType) -> list[str]:
-    return [
-        name
-        for name, value in vars(file).items()
-        if name.endswith(EAGER) and callable(value) and not isinstance(value, type)
-    ]
+@contextmanager
+def _wrapped_entry(registry: Any, name: str) -> Iterator[None]:
+    """Wrap a kernel in a registry. Most modeling files share one registry."""
+    kernel = registry[name]
+    registry[name] = _Kernel(kernel)
+    yield
+    del registry[name]
+    # The entry may have been local to this registry, and not a shared one.
+    if registry.get(name) is not kernel:
+        registry[name] = kernel
+
+
+@contextmanager
+def _wrapped_eager_kernel(file: ModuleType, name: str) -> Iterator[None]:
+    """Wrap an eager kernel among the globals of a modeling file."""
+    kernel = getattr(file, name)
+    setattr(file, name, _Kernel(kernel, eager=True))
+    yield
+    setattr(file, name, kernel)  # never deleted, since other threads may call it
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """The place of a kernel in a registry. Most modeling files share one registry."""
+class _Arguments:
+    """The arguments of an attention kernel.
 
-    holder: Any
-    name: str
+    Args:
+        module: The attention module, or a stand-in for it.
+        query, key, value: ``(B, H, T, d_k)``, ``(B, H_kv, S, d_k)`` and ``(B, H_kv, S, d_h)``.
+        mask: The attention mask.
+        options: The other arguments.
+    """
 
-    @property
-    def key(self) -> tuple[int, str]:
-        return id(self.holder), self.name
-
-    def get(self) -> Callable[..., Any]:
-        kernel: Callable[..., Any] = self.holder[self.name]
-        return kernel
-
-    def put(self, kernel: Callable[..., Any]) -> None:
-        self.holder[self.name] = kernel
-
-    def restore(self, kernel: Callable[..., Any]) -> None:
-        del self.holder[self.name]
-        # The entry may have been local to this registry, and not a shared one.
-        if self.holder.get(self.name) is not kernel:
-            self.holder[self.name] = kernel
-
-
-class _Global(_Entry):
-    """The place of an eager kernel among the globals of a modeling file."""
-
-    def restore(self, kernel: Callable[..., Any]) -> None:
-        self.put(kernel)  # the name must exist at all times, for other threads
+    module: Any
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: dict[str, Any]
 
 
 class _Kernel:
-    """An attention kernel that reports its calls to the listener."""
+    """An attention kernel that reports its calls to the listener.
 
-    eager = False
-    """Whether a call without a mask sees every key, even if the module says it is causal."""
+    Args:
+        kernel: The kernel.
+        eager: Whether it is an eager kernel of a modeling file. Without a mask, such a kernel shows
+            every key, even if the module is causal.
+    """
 
-    def __init__(self, kernel: Callable[..., Any]) -> None:
+    def __init__(self, kernel: Callable[..., Any], eager: bool = False) -> None:
         functools.update_wrapper(self, kernel)
-        self.kernel = kernel
+        self.kernel, self.eager = kernel, eager
 
     def __call__(
         self,
@@ -125,130 +129,97 @@ class _Kernel:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        acting: Any = module
         if query.dim() != 4:
             raise ValueError(
                 f"{type(module).__name__} has queries of shape {tuple(query.shape)}, but they must "
                 "have shape (B, H, T, d_h): give the model token ids (B, T)."
             )
-        with taken_over() as (listener, changes):
+        given = _Arguments(module, query, key, value, attention_mask, kwargs)
+        with suspended() as (listener, changes):
             for change in changes:
-                factors = change(module, query.shape[1], value)
+                factors = change(module, query.shape[1], given.value)
                 if factors is not None:
-                    acting, key, value = self._scale_values(
-                        acting, query, key, value, attention_mask, kwargs, factors
-                    )
-            result = self.kernel(acting, query, key, value, attention_mask, **kwargs)
+                    given = self._scale_values(given, factors)
+            result = self._run(given)
         if listener is not None:
-            output, weights = result[0], result[1] if len(result) > 1 else None
-            listener(
-                self._describe_call(
-                    module, acting, query, key, value, attention_mask, output, weights, kwargs
-                )
-            )
+            listener(self._describe_call(module, given, result))
         return result
 
-    def _describe_call(
-        self,
-        module: nn.Module,
-        acting: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        output: Tensor,
-        weights: Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> AttentionCall:
-        T = query.shape[2]
+    def _run(self, given: _Arguments) -> Any:
+        return self.kernel(
+            given.module, given.query, given.key, given.value, given.mask, **given.options
+        )
+
+    def _describe_call(self, module: nn.Module, given: _Arguments, result: Any) -> AttentionCall:
+        mask, T = given.mask, given.query.shape[2]
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             raise UnsupportedModelError(
                 f"The attention implementation of {type(module).__name__} uses a mask of type "
                 f"{type(mask).__name__}, which is not supported: call "
                 "model.set_attn_implementation('sdpa') or ('eager') first."
             )
-        given = key, value, mask
-
-        def scaled(factors: Tensor) -> Tensor:
-            key, value, mask = given
-            standing, key, value = self._scale_values(
-                acting, query, key, value, mask, kwargs, factors
-            )
-            result: Tensor = self.kernel(standing, query, key, value, mask, **kwargs)[0]
-            return result
-
-        causal = kwargs.get("is_causal")
+        causal = given.options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        causal = bool(causal) and not self.eager and mask is None and T > 1
         call = AttentionCall(
             module=module,
-            running=running(),
-            query=query,
-            key=key,
-            value=value,
+            query=given.query,
+            key=given.key,
+            value=given.value,
             mask=mask,
-            causal=causal,
-            scaling=kwargs.get("scaling"),
-            returned=output,
+            causal=bool(causal) and not self.eager and mask is None and T > 1,
+            scaling=given.options.get("scaling"),
+            returned=result[0],
             by_token=lambda y: y,
-            weights=weights,
-            dense_kernel=self._dense_kernel(module, acting, T, kwargs),
-            scaled=scaled,
+            dense_kernel=_dense_kernel(module, given),
+            scaled=lambda factors: self._run(self._scale_values(given, factors))[0],
         )
         used = _used_keys(call) if call.kind == "self" else call.S
         if mask is not None and mask.shape[-1] > used:
-            mask = mask[..., :used]  # else the same object, which layers share
-        call = replace(call, key=key[:, :, :used], value=value[:, :, :used], mask=mask)
-        fits = weights is not None and weights.shape == (call.B, call.H, call.T, call.S)
-        return call if fits else replace(call, weights=None)
+            mask = mask[..., :used]  # otherwise it stays the same object, which layers share
+        weights = result[1] if len(result) > 1 else None
+        if weights is not None and weights.shape != (call.B, call.H, call.T, used):
+            weights = None
+        key, value = given.key[:, :, :used], given.value[:, :, :used]
+        return replace(call, key=key, value=value, mask=mask, weights=weights)
 
-    def _scale_values(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        kwargs: dict[str, Any],
-        factors: Tensor,
-    ) -> tuple[Any, Tensor, Tensor]:
-        """Return the arguments of the kernel for values times factors per query head."""
-        H = query.shape[1]
-        if value.shape[1] != H:
-            repeated = _Ungrouped(module), expand_heads(key, H), expand_heads(value, H)
+    def _scale_values(self, given: _Arguments, factors: Tensor) -> _Arguments:
+        """Multiply values by the factors of each query head."""
+        module, H = given.module, given.query.shape[1]
+        if given.value.shape[1] != H:
+            key, value = expand_heads(given.key, H), expand_heads(given.value, H)
+            repeated = replace(given, module=_Ungrouped(module), key=key, value=value)
             if _checked.get(module) is not self.kernel:
-                plain = self.kernel(module, query, key, value, mask, **kwargs)[0]
-                again = self.kernel(repeated[0], query, *repeated[1:], mask, **kwargs)[0]
-                if not _close(plain, again):
+                if not _close(self._run(given)[0], self._run(repeated)[0]):
                     raise UnsupportedModelError(
                         f"The attention kernel of {type(module).__name__} returns other head "
                         "outputs if shared keys and values are repeated for each head, so values "
                         "cannot be changed per head."
                     )
                 _checked[module] = self.kernel
-            module, key, value = repeated
-        return module, key, times(value, factors)
+            given = repeated
+        return replace(given, value=times(given.value, factors))
 
-    def _dense_kernel(
-        self, module: nn.Module, acting: Any, T: int, kwargs: dict[str, Any]
-    ) -> Callable[[slice, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
-        kernel = _find_eager(module)
-        if kernel is None:
-            return None
 
-        def weights(rows: slice, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-            def block(x: Any) -> Any:
-                """Select the rows of an argument by query, such as a position bias."""
-                by_query = isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == T
-                return x[:, :, rows] if by_query else x
+def _dense_kernel(module: nn.Module, given: _Arguments) -> DenseKernel | None:
+    """Return the eager kernel of a module's file, with the options of a call."""
+    kernel = _find_eager(module)
+    if kernel is None:
+        return None
+    T = given.query.shape[2]
 
-            given = {name: block(x) for name, x in kwargs.items()}
-            if "output_attentions" in given:  # some kernels return weights only if it is True
-                given["output_attentions"] = True
-            result: Tensor = kernel(acting, q, k, v, mask, **given)[1]
-            return result
+    def weights(rows: slice, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        def block(x: Any) -> Any:
+            """Select the rows of an argument by query, such as a position bias."""
+            by_query = isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == T
+            return x[:, :, rows] if by_query else x
 
-        return weights
+        options = {name: block(x) for name, x in given.options.items()}
+        if "output_attentions" in options:  # some kernels return weights only if it is True
+            options["output_attentions"] = True
+        result: Tensor = kernel(given.module, q, k, v, mask, **options)[1]
+        return result
+
+    return weights
 
 
 def _used_keys(call: AttentionCall) -> int:
@@ -260,12 +231,6 @@ def _used_keys(call: AttentionCall) -> int:
         return call.S
     seen = visible_keys(call.mask).flatten(0, -2).any(0).nonzero()
     return min(call.S, max(call.T, int(seen.max()) + 1 if len(seen) else 0))
-
-
-class _EagerKernel(_Kernel):
-    """The eager kernel of a modeling file."""
-
-    eager = True
 
 
 #: The kernels that were checked to accept repeated keys and values, by module.

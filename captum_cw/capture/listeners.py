@@ -1,102 +1,89 @@
-"""Register who observes attention calls in a context, and who changes their values."""
+"""Who observes the attention calls of the current context, and who changes their values."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor, nn
 
 from captum_cw.capture.attention_call import AttentionCall
+from captum_cw.capture.patching import set_to
 
 __all__ = [
     "Listener",
     "ValueChange",
-    "alter",
-    "altered",
     "changing",
-    "is_heard",
+    "count_replacements",
+    "is_active",
     "is_listening",
     "is_observed",
     "listening",
-    "taken_over",
+    "replaced",
+    "suspended",
 ]
 
 Listener = Callable[[AttentionCall], None]
 
 ValueChange = Callable[[nn.Module, int, Tensor], Tensor | None]
-"""Takes an attention module, ``H`` and its values ``(B, H_kv, S, d_h)``; gives the factors
-``(B|1, H|1, S)`` that they are multiplied by, or None to leave them."""
+"""Takes an attention module, its number of query heads ``H``, and its values ``(B, H_kv, S, d_h)``.
+Returns the factors ``(B|1, H|1, S)`` of the values, or None to leave them unchanged."""
 
 _listener: ContextVar[Listener | None] = ContextVar("captum_cw_listener", default=None)
 _changes: ContextVar[tuple[ValueChange, ...]] = ContextVar("captum_cw_changes", default=())
 
 
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Tells ``listener`` of attention calls in this context, and nobody else."""
-    token = _listener.set(listener)
-    try:
-        yield
-    finally:
-        _listener.reset(token)
+def listening(listener: Listener) -> AbstractContextManager[None]:
+    """Report the attention calls of this context to ``listener`` only."""
+    return set_to(_listener, listener)
+
+
+def changing(change: ValueChange) -> AbstractContextManager[None]:
+    """Change values in this context, after the changes of outer contexts."""
+    return set_to(_changes, (*_changes.get(), change))
 
 
 @contextmanager
-def changing(change: ValueChange) -> Iterator[None]:
-    """Changes values in this context, on top of what else changes them."""
-    token = _changes.set((*_changes.get(), change))
-    try:
-        yield
-    finally:
-        _changes.reset(token)
+def suspended() -> Iterator[tuple[Listener | None, tuple[ValueChange, ...]]]:
+    """Suspend the listener and the changes of this context, and yield them.
 
-
-class _Altered(threading.local):
-    times = 0
-
-
-_altered = _Altered()
-
-
-def altered() -> int:
-    """How often this thread has given a model something else than it had computed."""
-    return _altered.times
-
-
-def alter(x: Tensor) -> Tensor:
-    """``x``, which the model is given in place of what it had computed."""
-    _altered.times += 1
-    return x
-
-
-@contextmanager
-def taken_over() -> Iterator[tuple[Listener | None, tuple[ValueChange, ...]]]:
-    """While whoever asks deals with an attention call, what is inside of it is none.
-
-    A kernel may hand over to another one: that is still one attention call.
+    So kernels that are called inside are not reported as separate attention calls.
     """
-    mine = _listener.get(), _changes.get()
-    tokens = _listener.set(None), _changes.set(())
-    try:
-        yield mine
-    finally:
-        _listener.reset(tokens[0])
-        _changes.reset(tokens[1])
+    listener, changes = _listener.get(), _changes.get()
+    with set_to(_listener, None), set_to(_changes, ()):
+        yield listener, changes
 
 
-def is_heard() -> bool:
-    """Whether anyone wants to know of attention calls, or to change them."""
-    return _listener.get() is not None or bool(_changes.get())
+def is_active() -> bool:
+    """Whether attention calls in this context are observed or changed."""
+    return is_observed() or bool(_changes.get())
 
 
 def is_observed() -> bool:
-    """Whether anyone listens to attention calls that are made now, in this context."""
+    """Whether attention calls in this context are observed."""
     return _listener.get() is not None
 
 
 def is_listening(listener: Listener) -> bool:
-    """Whether attention calls made now, in this context, are told to ``listener``."""
+    """Whether attention calls in this context are reported to ``listener``."""
     return _listener.get() == listener
+
+
+class _Replacements(threading.local):
+    count = 0
+
+
+_replacements = _Replacements()
+
+
+def replaced(x: Tensor) -> Tensor:
+    """Return ``x``, and count that the model in this thread gets it instead of its own tensor."""
+    _replacements.count += 1
+    return x
+
+
+def count_replacements() -> int:
+    """Return how many tensors of models were replaced in this thread."""
+    return _replacements.count

@@ -1,17 +1,19 @@
-"""Which modules of a model are running, and what they were given."""
+"""The modules of a model that are running, and their inputs."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Run", "entries", "running", "watching"]
+from captum_cw.capture.patching import set_to
+
+__all__ = ["Run", "innermost", "notifying", "running", "tracking"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +22,8 @@ class Run:
 
     Args:
         module: The module.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        args: The positional arguments of its ``forward``.
+        kwargs: The keyword arguments of its ``forward``.
     """
 
     module: nn.Module
@@ -29,36 +31,36 @@ class Run:
     kwargs: dict[str, Any]
 
     def tensors(self) -> Iterator[Tensor]:
-        """The tensors that it was given, those in lists and the like left out."""
+        """Iterate over the arguments that are tensors, without those inside of lists or dicts."""
         for x in (*self.args, *self.kwargs.values()):
             if isinstance(x, Tensor):
                 yield x
 
     def states(self) -> Tensor | None:
-        """The hidden states ``(B, T, d)`` that it was given; None if there were none."""
+        """Return the hidden states ``(B, T, d)`` among the arguments; None without any."""
         return next((x for x in self.tensors() if x.is_floating_point() and x.dim() == 3), None)
 
 
 class _Stack(threading.local):
-    # Its own in each thread: a context may be copied into several.
+    # Each thread has its own content, since a context may be copied into several threads.
     def __init__(self, modules: Collection[nn.Module]) -> None:
         self.modules = frozenset(modules)
         self.runs: list[Run] = []
 
     def __reduce__(self) -> tuple[type[_Stack], tuple[tuple[()]]]:
-        # A copy of a model, and of the hooks on it, has nothing to do with this.
+        # If a model is copied together with its hooks, the copy must not use this stack.
         return _Stack, ((),)
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
-        # Hooks are shared with other threads, which may run one that has been registered but not
-        # yet marked as one that takes keyword arguments.
+        # Another thread may call this hook without kwargs, just before torch marks it as a hook
+        # that takes them.
         if _stack.get() is self:
             self.runs.append(Run(module, args, kwargs or {}))
-            told = _entered.get()
-            if told is not None:
-                told(self.runs[-1])
+            on_enter = _on_enter.get()
+            if on_enter is not None:
+                on_enter(self.runs[-1])
 
     def leave(self, module: nn.Module, *_: Any) -> None:
         if _stack.get() is self and any(run.module is module for run in self.runs):
@@ -67,24 +69,17 @@ class _Stack(threading.local):
 
 
 _stack: ContextVar[_Stack | None] = ContextVar("captum_cw_running", default=None)
+_on_enter: ContextVar[Callable[[Run], None] | None] = ContextVar("captum_cw_on_enter", default=None)
 
 
-_entered: ContextVar[Callable[[Run], None] | None] = ContextVar("captum_cw_entered", default=None)
-
-
-@contextmanager
-def entries(told: Callable[[Run], None]) -> Iterator[None]:
-    """Tells ``told``, and nobody else, of each module that begins to run in this context."""
-    token = _entered.set(told)
-    try:
-        yield
-    finally:
-        _entered.reset(token)
+def notifying(on_enter: Callable[[Run], None]) -> AbstractContextManager[None]:
+    """Call ``on_enter``, and no outer one, for each module that starts to run in this context."""
+    return set_to(_on_enter, on_enter)
 
 
 @contextmanager
-def watching(modules: Collection[nn.Module]) -> Iterator[None]:
-    """Keeps track of which of the modules are running in this context."""
+def tracking(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Track which of the modules are running in this context."""
     current = _stack.get()
     if current is not None and current.modules.issuperset(modules):
         yield
@@ -94,14 +89,17 @@ def watching(modules: Collection[nn.Module]) -> Iterator[None]:
         for module in stack.modules:
             hooks.callback(module.register_forward_pre_hook(stack.enter, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(stack.leave, always_call=True).remove)
-        token = _stack.set(stack)
-        try:
+        with set_to(_stack, stack):
             yield
-        finally:
-            _stack.reset(token)
 
 
 def running() -> tuple[Run, ...]:
-    """The modules that are running, the innermost last."""
+    """Return the runs of the modules that are running, innermost last."""
     stack = _stack.get()
     return () if stack is None else tuple(stack.runs)
+
+
+def innermost() -> nn.Module | None:
+    """Return the innermost module that is running; None if no module is."""
+    runs = running()
+    return runs[-1].module if runs else None

@@ -1,4 +1,4 @@
-"""One forward pass, observed: each attention layer is handed over as soon as it has run."""
+"""One observed forward pass, which hands over each attention layer as soon as it has run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -22,13 +21,14 @@ from captum_cw.capture.attention_call import (
     query_mask,
 )
 from captum_cw.capture.hidden_states import GivenStates, StateSpace, hidden_states
-from captum_cw.capture.listeners import alter, is_listening, taken_over
-from captum_cw.capture.module_stack import Run, entries, running
+from captum_cw.capture.listeners import is_listening, replaced, suspended
+from captum_cw.capture.module_stack import Run, innermost, notifying
 from captum_cw.capture.output_projection import (
+    ROUNDING,
     HeadFlow,
     LinearProduct,
-    fits,
-    functions,
+    Reading,
+    products_observed,
     projection,
     reads,
     same_place,
@@ -40,22 +40,20 @@ from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, Residu
 
 __all__ = ["Execution", "Observation", "UnsupportedModelError", "names_of"]
 
-
-#: How many masks are kept: those of sliding and full layers, of an encoder and a decoder.
+#: The number of masks that are kept: those of sliding and full layers, of encoder and decoder.
 MASKS = 6
 
 
 @dataclass(frozen=True)
 class Execution:
-    """That an attention module ran once.
+    """One execution of an attention module.
 
     Args:
         module: The attention module.
         name: Its name in the model.
-        kind: Whether it attends to its own tokens (``"self"``) or to others (``"cross"``).
-        states: The hidden states of its tokens, ``(B, S, n)``, where they are asked for.
-        projection: The name of the module that its output projection was found in; None before it
-            has run.
+        kind: ``"self"`` if it attends to its own tokens, and ``"cross"`` otherwise.
+        states: The hidden states of its tokens, ``(B, S, n)``; None if they are not requested.
+        projection: The name of the module that holds the output projection; None before it has run.
     """
 
     module: nn.Module
@@ -65,91 +63,76 @@ class Execution:
     projection: str | None = None
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """That something is given the head outputs.
+class _Part:
+    """A linear product that reads the head outputs inside of a module.
 
     Args:
-        input: What it is given.
-        factors: What the head outputs were multiplied by before; None if by nothing.
+        product: The product.
+        reading: Its input.
     """
 
-    input: Tensor
-    factors: Tensor | None
+    def __init__(self, product: LinearProduct, reading: Reading) -> None:
+        self.product, self.reading = product, reading
+        self._version = _version(product.result)
+
+    def gave(self, x: Any) -> bool:
+        """Whether ``x`` is the result of the product, unchanged."""
+        result = self.product.result
+        return isinstance(x, Tensor) and same_place(result, x) and _version(result) == self._version
 
 
 @dataclass
 class _Pending:
-    """A layer whose projection has not run yet.
+    """A layer whose output projection has not run yet.
 
     Args:
-        execution: The layer.
+        execution: The execution of its attention module.
         call: Its attention call.
         mask: Which keys its queries can see.
-        flow: Its head outputs on their way.
-        spread: The processes that its heads are spread over; None for this one alone.
-        given: What the modules of the layer were given; None if the stream is not asked for.
-        container: A module that is given the head outputs alone, and runs.
-        parts: The linear products in it that read them: several where it adds up a weight and an
-            adapter.
-        versions: Of their results, which what comes after may change in place.
+        flow: The path of its head outputs.
+        group: The processes that share its heads; None if this process has all.
+        given: The states that the modules of the layer were given; None unless the residual stream
+            is requested.
+        container: A running module whose only tensor input is made of the head outputs.
+        parts: The linear products in the container that read the head outputs. There may be
+            several, such as those of a weight and an adapter, whose results are added.
     """
 
     execution: Execution
     call: AttentionCall
     mask: QueryMask
     flow: HeadFlow
-    spread: HeadGroup | None = None
+    group: HeadGroup | None = None
     given: GivenStates | None = None
     container: nn.Module | None = None
-    parts: list[tuple[LinearProduct, _Reading]] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-
-    def reading(self, x: Tensor) -> _Reading | None:
-        """How ``x`` is made of the head outputs; None if it is not."""
-        if self.flow.overwritten:  # what the kernel gave is no longer there to be compared
-            return None
-        if reads(x, self.call.head_output):
-            return _Reading(x, None)
-        if not fits(x, self.call.head_output) or not self.flow.holds(x):
-            return None
-        factors = self.flow.factors(x)
-        return None if factors is None else _Reading(x, factors)
-
-    def output_of(
-        self, run: Callable[[Tensor], Tensor], reading: _Reading, factors: Tensor
-    ) -> Tensor:
-        """What ``run`` gives once values are multiplied by factors."""
-        if self.spread is not None:
-            factors = self.spread.part(factors)
-        heads = self.call.scaled(factors)
-        if reading.factors is None:
-            return run(self.call.by_token(heads).reshape(reading.input.shape))
-        return run(self.flow.again(heads, reading.input))
+    parts: list[_Part] = field(default_factory=list)
 
 
 class Observation:
-    """Watches the attention layers that run inside its ``with`` block, in this thread.
+    """Observes the attention layers that run inside its ``with`` block, in this thread.
 
     Args:
         roots: The model, or the modules of it that are known.
-        on_layer: Told of each wanted layer right after its output projection has run, in order
-            (in the residual's space: once it is known what is added to the stream); what it is
-            given is not kept. Where it returns factors ``(B, H, S)``, the model goes
-            on with the output that the layer has with its values multiplied by them.
+        on_layer: Receives each wanted layer right after its output projection has run, in order. In
+            the residual space it receives the layer when the change of the residual stream is
+            known. Layers are not kept. If it returns factors ``(B, H, S)``, the model continues
+            with the output that the layer has if its values are multiplied by them.
         wanted: The attention modules to hand over; None for all.
-        kind: Which layers to hand over: those that attend to their own tokens, to others, or all.
-        real: For each sequence of tokens that the model reads and of which it is told, ``(B, T)``,
-            False at padding.
-        states: The hidden states that each execution brings along; None for none.
-        space: Where layers can be seen: in the ``"residual"`` one only if that is asked for.
-        stream: Whether layers come with the residual stream, which needs that space. They may come
-            a little later then, and return no factors.
-        text: Tells the layers that read the text from those over images and the like, which are
-            left out; None where all count.
+        kind: The kind of attention layers to hand over.
+        real: The padding masks of the sequences that the model reads, each ``(B, T)``, False at
+            padding.
+        states: The hidden states that each execution has; None for none.
+        space: The space in which layers are measured. Layers have an update only in the space
+            ``"residual"``.
+        stream: Whether layers have the residual stream. It needs the residual space. Layers may be
+            handed over later, and ``on_layer`` must not return factors.
+        text: Selects the layers that read the text in a model of images and text; None for all.
 
     Attributes:
-        executions: Every attention call so far that counts, wanted or not.
+        executions: The attention calls so far, including those of layers that are not wanted.
+
+    Raises:
+        UnsupportedModelError: In the ``with`` block, if a layer cannot be measured.
     """
 
     def __init__(
@@ -168,20 +151,20 @@ class Observation:
         self.executions: list[Execution] = []
         self._names = names_of(roots)
         self._on_layer, self._wanted, self._kind = on_layer, wanted, kind
-        self._told = real
+        self._padding_masks = real
         self._before: tuple[Run, ...] = ()
         # The layer whose projection has not run yet, and what the last projection has read.
         self._pending: _Pending | None = None
         self._projected: tuple[Execution, Tensor] | None = None
-        # Layers share their mask: one view of it serves all.
+        # Layers share their masks, and so the query masks made of them.
         self._masks: dict[tuple[object, ...], tuple[Tensor | None, QueryMask]] = {}
-        # Of the last layer that attends to its own tokens: the next one's queries, as a rule.
+        # Of the last self-attention layer: the queries of cross-attention are its tokens.
         self._real: Tensor | None = None
         self._states = states
         self._updates = ResidualUpdates(roots) if space == "residual" else None
         self._stream = stream
         self._text = text
-        # The modules around layers of other inputs, which are not missed if they cannot be seen.
+        # The modules with layers over other inputs than the text, which may be missed.
         self._foreign: set[nn.Module] = set()
         self._missed: Callable[[], list[nn.Module]] = list
         self._stack = ExitStack()
@@ -189,50 +172,49 @@ class Observation:
     def __enter__(self) -> Observation:
         with ExitStack() as stack:
             self._missed = stack.enter_context(attention_calls(self._names, self._on_call))
-            stack.enter_context(entries(self._on_enter))
-            stack.enter_context(functions(self._followed, self._on_linear))
+            stack.enter_context(notifying(self._on_enter))
+            stack.enter_context(products_observed(self._flow, self._on_linear))
             if self._updates is not None:
                 stack.enter_context(self._updates.watching())
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None and self._pending is not None:
-                raise _no_projection(self._pending)
-            if kind is None and self._updates is not None:
-                self._updates.check_arrived()
-            if kind is None and self.executions:
-                self._tell_of_missed()
+            if kind is None:
+                self._check_finished()
         finally:
             self._stack.close()
             self._pending = self._projected = None
             self._masks.clear()
             self._before, self._real = (), None
 
-    def _tell_of_missed(self) -> None:
+    def _check_finished(self) -> None:
+        if self._pending is not None:
+            raise _no_projection(self._pending)
+        if self._updates is not None:
+            self._updates.check_arrived()
+        if self.executions:
+            self._warn_of_missed()
+
+    def _warn_of_missed(self) -> None:
         modules = [module for module in self._missed() if module in self._names]
-        asked = set(self._names if self._wanted is None else self._wanted)
-        asked -= {part for module in self._foreign for part in module.modules()}
-        missed = [self._names[module] for module in modules if module in asked]
+        wanted = set(self._names if self._wanted is None else self._wanted)
+        wanted -= {part for module in self._foreign for part in module.modules()}
+        missed = [self._names[module] for module in modules if module in wanted]
         for execution in self.executions:
             if execution.module in modules:
                 raise UnsupportedModelError(
                     f"Attention layer {execution.name!r} ({type(execution.module).__name__}) also "
                     "computes attention that is not between the tokens it was given, as within "
-                    "chunks or windows, so what it makes of its values is not known."
+                    "chunks or windows, so the effect of its values is unknown."
                 )
         if missed:
             others = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
             warnings.warn(
                 f"Module {missed[0]!r}{others} seems to compute attention that is not between the "
                 "tokens it was given, as within chunks or windows: it is left out.",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _on_call(self, call: AttentionCall) -> None:
@@ -241,40 +223,28 @@ class Observation:
         if self._pending is not None:
             raise _no_projection(self._pending)
         self._projected = None
+        before, self._before = self._before, call.running
         if self._text is not None and not self._text.holds(call.running, call.B, call.T):
-            self._before = call.running
             return
         execution = Execution(call.module, self._names[call.module], call.kind)
         self.executions.append(execution)
         mask = self._mask(call)
-        of_kind = self._kind in ("all", call.kind)
-        if of_kind and (self._wanted is None or call.module in self._wanted):
-            if self._states is not None:
-                states = hidden_states(call, self._states, self._before)
-                execution = replace(execution, states=states)
-            flow = HeadFlow(call.returned, call.by_token)
-            spread = head_group(call.module, call.H, call.value.shape[3])
-            given = self._given(call, execution, spread) if self._stream else None
-            self._pending = _Pending(execution, call, mask, flow, spread, given)
-        self._before = call.running
+        if self._kind not in ("all", call.kind):
+            return
+        if self._wanted is not None and call.module not in self._wanted:
+            return
+        if self._states is not None:
+            execution = replace(execution, states=hidden_states(call, self._states, before))
+        flow = HeadFlow(call.returned, call.by_token)
+        group = head_group(call.module, call.H, call.value.shape[3])
+        given = None
+        if self._stream:
+            given = GivenStates.of(call, before)
+            _check_stream(execution, given, group)
+        self._pending = _Pending(execution, call, mask, flow, group, given)
 
-    def _given(
-        self, call: AttentionCall, execution: Execution, spread: HeadGroup | None
-    ) -> GivenStates:
-        given = GivenStates.of(call, self._before)
-        if given is None or spread is not None:
-            why = "is given no hidden states (B, T, d)"
-            if given is not None:
-                why = "has its heads spread over processes"
-            raise UnsupportedModelError(
-                f"Attention layer {execution.name!r} ({type(call.module).__name__}) {why}, so the "
-                "residual stream is not known: use another choice of layers, such as 'mean', or "
-                "roll out AttentionWeights, which do not need it."
-            )
-        return given
-
-    def _followed(self) -> HeadFlow | None:
-        # Not while an observation inside this one is at work.
+    def _flow(self) -> HeadFlow | None:
+        # Functions that run inside a nested observation belong to that one.
         return self._pending.flow if self._pending and is_listening(self._on_call) else None
 
     def _on_linear(self, product: LinearProduct) -> Tensor | None:
@@ -282,15 +252,13 @@ class Observation:
             return None
         pending = self._pending
         if pending is not None:
-            reading = pending.reading(product.input)
+            reading = pending.flow.reading(product.input)
             if reading is None:
                 return None
             _check_whole(pending, product)
             if pending.container is None:
-                module = running()[-1].module if running() else None
-                return self._found(pending, product, module, reading, product.of)
-            pending.parts.append((product, reading))
-            pending.versions.append(_version(product.result))
+                return self._on_projection(pending, product, innermost(), reading, product.of)
+            pending.parts.append(_Part(product, reading))
         elif self._projected is not None and reads(product.input, self._projected[1]):
             raise _two_projections(self._projected[0])
         return None
@@ -302,109 +270,103 @@ class Observation:
         if pending is None or pending.container is not None or not is_listening(self._on_call):
             return
         given = list(run.tensors())
-        # A plain linear layer is one product, which is seen.
+        # A plain linear layer is one product, which is observed anyway.
         if len(given) != 1 or type(run.module).forward is nn.Linear.forward:
             return
-        reading = pending.reading(given[0])
+        reading = pending.flow.reading(given[0])
         if reading is None:
             return
         pending.container = run.module
 
-        def left(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        def on_leave(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
             if self._pending is not pending or not is_listening(self._on_call):
-                return None  # another thread runs it
+                return None  # another thread runs the module
             handle.remove()
-            return self._left(pending, reading, result)
+            return self._on_leave(pending, module, reading, result)
 
-        handle = run.module.register_forward_hook(left)
+        handle = run.module.register_forward_hook(on_leave)
         self._stack.callback(handle.remove)
 
-    def _left(self, pending: _Pending, reading: _Reading, result: Any) -> Any:
-        """Takes what a module made of the head outputs as a whole, if that is linear."""
-        container, parts, versions = pending.container, pending.parts, pending.versions
-        assert container is not None
-        pending.container, pending.parts, pending.versions = None, [], []
-
-        def is_part(x: Any) -> bool:
-            """Whether a result is that of the one product, as it was."""
-            if len(parts) != 1 or not isinstance(x, Tensor):
-                return False
-            own = parts[0][0].result
-            return same_place(own, x) and _version(own) == versions[0]
-
-        if isinstance(result, tuple) and is_part(result[0]):
-            part, given = parts[0]
-            changed = self._found(pending, part, container, given, part.of)
+    def _on_leave(
+        self, pending: _Pending, container: nn.Module, reading: Reading, result: Any
+    ) -> Any:
+        """Take the result of the container as the projection, if it is linear as a whole."""
+        parts, pending.container, pending.parts = pending.parts, None, []
+        only = parts[0] if len(parts) == 1 else None
+        if only and isinstance(result, tuple) and only.gave(result[0]):
+            product = only.product
+            changed = self._on_projection(pending, product, container, only.reading, product.of)
             return None if changed is None else (changed, *result[1:])
         if not isinstance(result, Tensor):
             return None
-        if is_part(result):
-            part, given = parts[0]
-            return self._found(pending, part, container, given, container.forward, reading)
-        whole = LinearProduct(reading.input, None, None, result, container.forward)
-        with taken_over(), torch.no_grad():
-            # What is made of weights that can be read is not rounded.
-            product = whole.read(1e-3) if parts else whole.read()
-        if product is not None:
-            return self._found(pending, product, container, reading, container.forward)
-        if len(parts) > 1:
-            raise _two_projections(pending.execution)
-        if parts:  # and something else, as a norm, before or after it
-            part, given = parts[0]
-            return self._found(pending, part, container, given, container.forward, reading)
-        return None
+        run = container.forward
+        if not (only and only.gave(result)):
+            whole = LinearProduct(reading.input, None, None, result, run)
+            with suspended(), torch.no_grad():
+                # A module whose weights can be read is not quantised, so it does not round.
+                linear = whole.read(1e-3 if parts else ROUNDING)
+            if linear is not None:
+                return self._on_projection(pending, linear, container, reading, run)
+            if len(parts) > 1:
+                raise _two_projections(pending.execution)
+        if not parts:
+            return None
+        # The result is that of one product, and possibly of a norm before or after it.
+        part = parts[0]
+        return self._on_projection(pending, part.product, container, part.reading, run, reading)
 
-    def _found(
+    def _on_projection(
         self,
         pending: _Pending,
         product: LinearProduct,
         module: nn.Module | None,
-        reading: _Reading,
+        reading: Reading,
         run: Callable[[Tensor], Tensor],
-        given: _Reading | None = None,
+        given: Reading | None = None,
     ) -> Tensor | None:
-        """Hands the layer over; the result that there is to be instead, if there is.
+        """Hand the layer over, and return the result that replaces the model's own, or None.
 
         Args:
             pending: The layer.
             product: Its output projection.
-            module: What made it.
-            reading: Of the head outputs, by the projection.
-            run: What gives the result.
-            given: What ``run`` reads, where that is not what the projection reads.
+            module: The module that computes the projection.
+            reading: The input of the projection.
+            run: Computes the result.
+            given: The input of ``run``, if it is not that of the projection.
         """
-        read = product.input.detach().reshape(pending.call.head_output.shape)
-        execution = pending.execution
+        execution, call = pending.execution, pending.call
         if module is not None:
             execution = replace(execution, projection=self._names.get(module))
+        read = product.input.detach().reshape(call.head_output.shape)
         self._pending, self._projected = None, (execution, read)
 
-        def found(update: FrozenUpdate | None, residual: ResidualSum | None) -> Tensor | None:
-            device = pending.call.value.device.type
-            with taken_over():  # what is computed here is not the model's
-                # The model's own functions run under the autocast that it runs under; geometry is
-                # float32 at least, whatever the model is cast to.
+        def hand_over(update: FrozenUpdate | None, residual: ResidualSum | None) -> Tensor | None:
+            with suspended():
+                # The model's own functions run under its autocast; measures are not cast.
                 readable = product if product.weight is not None else product.read()
-                with torch.autocast(device, enabled=False):
+                with torch.autocast(call.value.device.type, enabled=False):
                     layer = self._layer(pending, readable, reading.factors)
                     if residual is not None:
-                        residual = residual.to(pending.call.dtype)
+                        residual = residual.to(call.dtype)
                     layer = replace(layer, update=update, residual=residual)
-                    with torch._C.DisableTorchFunction():  # nobody follows what is computed of it
+                    with torch._C.DisableTorchFunction():  # nothing in it is observed
                         factors = self._on_layer(execution, layer)
                 if factors is None:
                     return None
-                if self._updates is not None and pending.spread is not None:
+                if self._updates is not None and pending.group is not None:
                     raise UnsupportedModelError(
-                        f"The heads of layer {pending.execution.name!r} are spread over processes: "
-                        "their values cannot be changed by what is measured in the residual's "
-                        "space in the same pass. Use scoring='clean' or space='attention'."
+                        f"The heads of layer {execution.name!r} are spread over processes, so a "
+                        "pass that measures them in the residual space cannot change their values: "
+                        "use scoring='clean' or space='attention'."
                     )
-                return alter(pending.output_of(run, given or reading, factors))
+                if pending.group is not None:
+                    factors = pending.group.part(factors)
+                heads = call.scaled(factors)
+                return replaced(run(pending.flow.again(heads, given or reading)))
 
         if self._updates is None:
-            return found(None, None)
-        self._updates.follow(pending.execution.name, product.result, found, pending.given)
+            return hand_over(None, None)
+        self._updates.follow(execution.name, product.result, hand_over, pending.given)
         return None
 
     def _layer(
@@ -424,19 +386,17 @@ class Observation:
             mask=mask,
             gate=None if gate is None else gate.transpose(1, 2).to(call.dtype),
         )
-        if pending.spread is not None:
-            layer = pending.spread.whole(layer)
-        return layer
+        return layer if pending.group is None else pending.group.whole(layer)
 
     def _mask(self, call: AttentionCall) -> QueryMask:
-        if call.query is None:  # it was made of this call's weights: nothing shares it
+        if call.query is None:  # its mask was made of its own weights, so no other layer shares it
             mask = self._new_mask(call)
         else:
             key = id(call.mask), call.causal, call.kind, call.B, call.T, call.S
             if key not in self._masks:
                 if len(self._masks) == MASKS:
                     del self._masks[next(iter(self._masks))]
-                # The tensor is kept, so that its id stays its own.
+                # The tensor is kept, so that its id is not used again.
                 self._masks[key] = call.mask, self._new_mask(call)
             mask = self._masks[key][1]
         if call.kind == "self":
@@ -447,13 +407,13 @@ class Observation:
 
     def _new_mask(self, call: AttentionCall) -> QueryMask:
         if call.kind == "self":
-            return query_mask(call, padding_of(call, self._told))
-        fits_queries = self._real is not None and self._real.shape == (call.B, call.T)
-        return query_mask(call, self._real if fits_queries else None)
+            return query_mask(call, padding_of(call, self._padding_masks))
+        same_queries = self._real is not None and self._real.shape == (call.B, call.T)
+        return query_mask(call, self._real if same_queries else None)
 
 
 def names_of(roots: Collection[nn.Module]) -> dict[nn.Module, str]:
-    """Every module with its name; a root has none of its own: its class, and which one it is."""
+    """Return the names of all modules. A root is named by its class, and its number if needed."""
     names: dict[nn.Module, str] = {}
     for number, root in enumerate(roots):
         own = type(root).__name__ + (f"[{number}]" if len(roots) > 1 else "")
@@ -464,32 +424,45 @@ def names_of(roots: Collection[nn.Module]) -> dict[nn.Module, str]:
 
 def _no_projection(pending: _Pending) -> UnsupportedModelError:
     execution, flow = pending.execution, pending.flow
-    # Autograd tells what stands between, but not where it is at other work, or is off.
-    other = flow.recorded or torch.is_inference_mode_enabled()
-    hint = "Run it under torch.no_grad()." if other else "Such models are not supported yet."
+    # Without autograd, functions between the heads and the projection cannot be followed.
+    blind = flow.recorded or torch.is_inference_mode_enabled()
+    hint = "Run it under torch.no_grad()." if blind else "Such models are not supported yet."
     return UnsupportedModelError(
         f"No linear layer reads the head outputs of attention layer {execution.name!r} "
-        f"({type(execution.module).__name__}), nor what becomes of them by a gate or a norm, so "
-        f"its output projection W_O is not known. {hint}"
+        f"({type(execution.module).__name__}), directly or after a gate or a norm, so its output "
+        f"projection W_O is unknown. {hint}"
     )
 
 
 def _two_projections(execution: Execution) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"Two linear layers read the head outputs of layer {execution.name!r}, so neither is its "
-        "output projection, and no module makes one output of both."
+        f"Two linear layers read the head outputs of layer {execution.name!r}, and no module "
+        "combines their outputs, so it is unknown which one is the output projection."
+    )
+
+
+def _check_stream(execution: Execution, given: GivenStates | None, group: HeadGroup | None) -> None:
+    """Check that the residual stream of a layer can be followed."""
+    if given is not None and group is None:
+        return
+    why = "is given no hidden states (B, T, d)"
+    if given is not None:
+        why = "has its heads spread over processes"
+    raise UnsupportedModelError(
+        f"Attention layer {execution.name!r} ({type(execution.module).__name__}) {why}, so its "
+        "residual stream is unknown: use another choice of layers, such as 'mean', or roll out "
+        "AttentionWeights, which do not need it."
     )
 
 
 def _check_whole(pending: _Pending, product: LinearProduct) -> None:
-    """Raises an UnsupportedModelError where processes that are not known hold other heads."""
-    module = running()[-1].module if running() else None
-    declared, here = getattr(module, "in_features", None), product.input.shape[-1]
-    if isinstance(declared, int) and declared != here and pending.spread is None:
+    """Check that unknown processes do not hold other heads of the layer."""
+    declared, here = getattr(innermost(), "in_features", None), product.input.shape[-1]
+    if isinstance(declared, int) and declared != here and pending.group is None:
         raise UnsupportedModelError(
             f"The output projection of layer {pending.execution.name!r} reads {here} of {declared} "
-            "features: its heads are spread over processes (tensor parallel) in a way that is not "
-            "known. Load the model without tp_plan; device_map spreads whole layers."
+            "features: its heads are spread over processes (tensor parallel) in an unknown way. "
+            "Load the model without tp_plan; device_map spreads whole layers."
         )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ from captum_cw.capture.rounding import product_rounding, rounding
 __all__ = [
     "HeadFlow",
     "LinearProduct",
-    "fits",
-    "functions",
+    "Reading",
     "in_place",
+    "products_observed",
     "projection",
     "reads",
     "same_place",
@@ -89,7 +90,7 @@ class LinearProduct:
         return replace(self, weight=weight, bias=bias)
 
 
-def fits(x: Tensor, head_output: Tensor) -> bool:
+def _fits(x: Tensor, head_output: Tensor) -> bool:
     """Whether a product's input has the size of the head outputs ``(B, T, H, d_h)``."""
     y = head_output
     if type(x) is not type(y):  # for example a shard
@@ -100,7 +101,7 @@ def fits(x: Tensor, head_output: Tensor) -> bool:
 def reads(x: Tensor, head_output: Tensor) -> bool:
     """Whether a product's input equals the head outputs ``(B, T, H, d_h)``."""
     y = head_output
-    if not fits(x, y) or x.dtype != y.dtype:
+    if not _fits(x, y) or x.dtype != y.dtype:
         return False
     x = x.reshape(y.shape)
     # The strides show whether the same memory has another order, such as tokens before examples.
@@ -108,11 +109,16 @@ def reads(x: Tensor, head_output: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Step:
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
+class Reading:
+    """A tensor that is made of the head outputs alone, and is read by a product or module.
+
+    Args:
+        input: The tensor.
+        factors: The factors of the head outputs in it, ``(B, T, H, d_h)``; None if they are one.
+    """
+
+    input: Tensor
+    factors: Tensor | None
 
 
 class HeadFlow:
@@ -130,13 +136,10 @@ class HeadFlow:
         self.source = head_output
         if not self.recorded:
             self.source = head_output.detach().requires_grad_()
-        self.overwritten = False
+        self._overwritten = False
         self._known: dict[int, Tensor] = {id(head_output): head_output}
-        self._steps: list[_Step] = []
-
-    def holds(self, x: Tensor) -> bool:
-        """Whether a tensor was computed from the head outputs."""
-        return id(x) in self._known
+        # The functions that ran, with their arguments and results.
+        self._steps: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def touched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an argument of a function was computed from the head outputs."""
@@ -147,7 +150,7 @@ class HeadFlow:
     ) -> Any:
         """Run a function on arguments that were computed from the head outputs."""
         if self.recorded or in_place(func):
-            self.overwritten |= in_place(func)
+            self._overwritten |= in_place(func)
             result = proceed(func, args, kwargs)
         else:
             sources = {id(self.start): self.source}
@@ -156,7 +159,7 @@ class HeadFlow:
                 result = _run_with_fixed_scale(func, args_, kwargs_, proceed)
         for x in _tensors_in((result,)):
             self._known[id(x)] = x
-        self._steps.append(_Step(func, args, kwargs, result))
+        self._steps.append((func, args, kwargs, result))
         return result
 
     def plain(self, given: Any) -> Any:
@@ -165,22 +168,30 @@ class HeadFlow:
             return given
         return _substitute(given, {key: x.detach() for key, x in self._known.items()})
 
-    def again(self, head_output: Tensor, x: Tensor) -> Tensor:
-        """Recompute ``x`` from other head outputs."""
+    def reading(self, x: Tensor) -> Reading | None:
+        """Return how ``x`` is made of the head outputs; None if it is not."""
+        if self._overwritten:  # the head outputs no longer exist to be compared
+            return None
+        y = self.by_token(self.start)
+        if reads(x, y):
+            return Reading(x, None)
+        factors = self._factors(x) if _fits(x, y) and id(x) in self._known else None
+        return None if factors is None else Reading(x, factors)
+
+    def again(self, head_output: Tensor, reading: Reading) -> Tensor:
+        """Recompute the input of a reading from other head outputs."""
+        if reading.factors is None:
+            return self.by_token(head_output).reshape(reading.input.shape)
         now: dict[int, Tensor] = {id(self.start): head_output}
-        for step in self._steps:
-            args, kwargs = _substitute((step.args, step.kwargs), now)
-            result = step.func(*args, **kwargs)
-            for old, new in zip(_tensors_in((step.result,)), _tensors_in((result,)), strict=True):
+        for func, args, kwargs, before in self._steps:
+            args, kwargs = _substitute((args, kwargs), now)
+            result = func(*args, **kwargs)
+            for old, new in zip(_tensors_in((before,)), _tensors_in((result,)), strict=True):
                 now[id(old)] = new
-        return now[id(x)]
+        return now[id(reading.input)]
 
-    def factors(self, x: Tensor) -> Tensor | None:
-        """Return the factors of the head outputs in ``x``.
-
-        Returns:
-            ``(B, T, H, d_h)``; None if ``x`` is not a product of head outputs and factors.
-        """
+    def _factors(self, x: Tensor) -> Tensor | None:
+        """Return the factors of the head outputs in ``x``; None if it is not their product."""
         if not x.requires_grad:
             return None
         with torch.enable_grad():
@@ -210,7 +221,7 @@ def _tensors_in(items: Any) -> Iterator[Tensor]:
 def _substitute(x: Any, by: dict[int, Tensor]) -> Any:
     if isinstance(x, Tensor):
         return by.get(id(x), x)
-    if isinstance(x, (list, tuple)) and type(x) in (list, tuple):
+    if type(x) in (list, tuple):
         return type(x)(_substitute(y, by) for y in x)
     if isinstance(x, dict):
         return {name: _substitute(y, by) for name, y in x.items()}
@@ -240,35 +251,20 @@ def _run_with_fixed_scale(
     """Run a function, and detach the scale of a norm, so that it is constant as in ALTI."""
     result = proceed(func, args, kwargs)
     name = getattr(func, "__name__", "")
-    if name in SCALES or (name in ("pow", "__pow__") and _exponent(args, kwargs) < 1):
+    if name in SCALES:
         return result.detach()
+    if name in ("pow", "__pow__"):
+        exponent = _argument(args, kwargs, 1, "exponent")
+        return result.detach() if isinstance(exponent, (int, float)) and exponent < 1 else result
     if name == "rms_norm":
         x, weight = args[0].detach(), _argument(args, kwargs, 2, "weight")
         gain = torch.ones_like(x) if weight is None else weight.detach().expand_as(x)
         size = (x * gain).square().sum(-1, keepdim=True)
         scale = (result.detach() * x * gain).sum(-1, keepdim=True) / size.clamp(min=TINY)
-        times: Callable[..., Tensor] = _ConstantFactors.apply  # not typed in some releases of torch
-        return times(args[0], result.detach(), scale * gain)
+        product = torch.empty_like(result).copy_(args[0] * (scale * gain))
+        product.data.copy_(result.detach())  # bit for bit the result, but linear for autograd
+        return product
     return result
-
-
-class _ConstantFactors(torch.autograd.Function):
-    """Replaces a result by its input times constant factors in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, result: Tensor, factors: Tensor) -> Tensor:
-        ctx.save_for_backward(factors)
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (factors,) = ctx.saved_tensors
-        return grads[0] * factors, None, None
-
-
-def _exponent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    exponent = _argument(args, kwargs, 1, "exponent")
-    return float(exponent) if isinstance(exponent, (int, float)) else 1.0
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
@@ -276,7 +272,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
 
 
 @contextmanager
-def functions(
+def products_observed(
     flow: Callable[[], HeadFlow | None], listener: Callable[[LinearProduct], Tensor | None]
 ) -> Iterator[None]:
     """Follow head outputs through the functions that run in this thread.
@@ -286,41 +282,23 @@ def functions(
         listener: Receives every linear product right after it has run. If it returns a tensor, the
             model continues with that tensor instead of the result.
     """
-    with following(_FunctionObserver(flow, listener)):
-        yield
 
-
-class _FunctionObserver:
-    def __init__(
-        self,
-        flow: Callable[[], HeadFlow | None],
-        listener: Callable[[LinearProduct], Tensor | None],
-    ) -> None:
-        self.flow, self.listener = flow, listener
-
-    def __call__(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
-    ) -> Any:
-        flow = self.flow()
-        linear = _is_linear(func, args, kwargs)
-        touched = flow is not None and flow.touched(args, kwargs)
-        if flow is not None and touched and not linear:
-            return flow.run(func, args, kwargs, proceed)
+    def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed) -> Any:
+        path = flow()
+        if path is not None and not path.touched(args, kwargs):
+            path = None
+        if not _is_linear(func, args, kwargs):
+            if path is None:
+                return proceed(func, args, kwargs)
+            return path.run(func, args, kwargs, proceed)
         # A linear product is the end of the path, so it runs without the recorded graph.
-        given = flow.plain((args, kwargs)) if flow is not None and touched else (args, kwargs)
+        given = (args, kwargs) if path is None else path.plain((args, kwargs))
         result = proceed(func, *given)
-        if not linear:
-            return result
-        if func is torch.addmm:
-            bias, x, weight = args
-            product = LinearProduct(x, weight, bias, result, lambda x: func(bias, x, weight))
-        elif func is torch.nn.functional.linear:
-            product = _record_linear(result, *args, **kwargs)
-        else:
-            x, weight = args
-            product = LinearProduct(x, weight, None, result, lambda x: func(x, weight))
-        changed = self.listener(product)
+        changed = listener(_linear_product(func, result, args, kwargs))
         return result if changed is None else changed
+
+    with following(follow):
+        yield
 
 
 def _is_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -334,17 +312,27 @@ def _is_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
     return func is torch.addmm
 
 
-def _record_linear(
+def _linear_product(
+    func: Any, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LinearProduct:
+    if func is torch.nn.functional.linear:
+        return _product_of_linear(result, *args, **kwargs)
+    if func is torch.addmm:
+        bias, x, weight = args
+        return LinearProduct(x, weight, bias, result, lambda x: func(bias, x, weight))
+    x, weight = args
+    return LinearProduct(x, weight, None, result, lambda x: func(x, weight))
+
+
+def _product_of_linear(
     result: Tensor,
     input: Tensor,  # noqa: A002  torch uses this name
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> LinearProduct:
-    def again(x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, weight, bias)
-
     plain = isinstance(weight, nn.Parameter) or type(weight) is Tensor
     plain = plain and type(weight.detach()) is Tensor
+    again = partial(torch.nn.functional.linear, weight=weight, bias=bias)
     return LinearProduct(input, weight.detach().T if plain else None, bias, result, again)
 
 

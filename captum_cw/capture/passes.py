@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from captum_cw.capture.patching import MethodOf, wrapping
+from captum_cw.capture.patching import wrapped_method
 
 __all__ = ["Around", "around_passes"]
 
@@ -41,8 +41,8 @@ def around_passes(model: nn.Module, around: Around, method: Method = "forward") 
     if not callable(getattr(model, method, None)):
         yield
         return
-    place = MethodOf(model, f"around {method}", method)
-    with wrapping(place, functools.partial(_WrappedMethod, model, method)):
+    wrap = functools.partial(_WrappedMethod, model, method)
+    with wrapped_method(model, method, "passes", wrap):
         token = _around.set((*_around.get(), (model, method, around)))
         try:
             yield

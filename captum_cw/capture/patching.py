@@ -1,97 +1,80 @@
-"""Temporary wrappers around callables, such as the methods of a module."""
+"""Temporary values of context variables, and temporary wrappers that all threads share."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["MethodOf", "Place", "wrapping"]
+__all__ = ["set_to", "shared", "wrapped_method"]
 
-
-class Place(Protocol):
-    """A place that holds a callable."""
-
-    @property
-    def key(self) -> tuple[int, str]:
-        """The unique key of this place."""
-
-    def get(self) -> Callable[..., Any]:
-        """Return the callable."""
-
-    def put(self, wrapper: Callable[..., Any]) -> None:
-        """Replace the callable by a wrapper."""
-
-    def restore(self, original: Callable[..., Any]) -> None:
-        """Restore the original callable."""
-
-
-@dataclass
-class _Wrapping:
-    original: Callable[..., Any]
-    users: int = 0
-
+T = TypeVar("T")
 
 _lock = threading.Lock()
-_wrapped: dict[tuple[int, str], _Wrapping] = {}
+_users: Counter[Hashable] = Counter()
+_active: dict[Hashable, ExitStack] = {}
 
 
 @contextmanager
-def wrapping(
-    place: Place, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    """Wrap the callable at a place; the last user to leave, in any thread, restores it.
+def set_to(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Set a context variable while this context is active."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
-    All users of a place share one wrapper. The wrapper decides by its caller's context what to do.
+
+@contextmanager
+def shared(key: Hashable, context: AbstractContextManager[None]) -> Iterator[None]:
+    """Enter a context once for all users of a key.
+
+    The first user enters its context, and the last user to leave, in any thread, exits it.
     """
     with _lock:
-        if place.key not in _wrapped:
-            _wrapped[place.key] = _Wrapping(place.get())
-            place.put(wrap(_wrapped[place.key].original))
-        _wrapped[place.key].users += 1
+        if key not in _active:
+            stack = ExitStack()
+            stack.enter_context(context)
+            _active[key] = stack
+        _users[key] += 1
     try:
         yield
     finally:
         with _lock:
-            _wrapped[place.key].users -= 1
-            if not _wrapped[place.key].users:
-                place.restore(_wrapped.pop(place.key).original)
+            _users[key] -= 1
+            if not _users[key]:
+                del _users[key]
+                _active.pop(key).close()
 
 
-@dataclass(frozen=True)
-class MethodOf:
-    """A method of a module, defined by its class or set on the module itself, as accelerate does.
+def wrapped_method(
+    module: nn.Module, name: str, use: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> AbstractContextManager[None]:
+    """Wrap a method of a module.
+
+    All users of one purpose share one wrapper. It decides by the context of its caller what to do.
 
     Args:
         module: The module.
-        use: The purpose of the wrapper. Each purpose has its own wrapper.
         name: The name of the method.
+        use: The purpose of the wrapper.
+        wrap: Returns the wrapper of a method.
     """
+    return shared((id(module), name, use), _wrapped(module, name, wrap))
 
-    module: nn.Module
-    use: str
-    name: str = "forward"
 
-    @property
-    def key(self) -> tuple[int, str]:
-        """The module and the purpose."""
-        return id(self.module), self.use
-
-    def get(self) -> Callable[..., Any]:
-        """Return the method."""
-        method: Callable[..., Any] = getattr(self.module, self.name)
-        return method
-
-    def put(self, wrapper: Callable[..., Any]) -> None:
-        """Set a wrapper on the module."""
-        setattr(self.module, self.name, wrapper)
-
-    def restore(self, original: Callable[..., Any]) -> None:
-        """Remove the wrapper."""
-        delattr(self.module, self.name)
-        if getattr(self.module, self.name) != original:
-            setattr(self.module, self.name, original)
+@contextmanager
+def _wrapped(
+    module: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    method = getattr(module, name)
+    setattr(module, name, wrap(method))
+    yield
+    delattr(module, name)
+    if getattr(module, name) != method:  # it was set on the module itself, as accelerate does
+        setattr(module, name, method)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from captum_cw.functional import AttentionLayer, QueryMask, Weights
+from captum_cw.functional import AttentionLayer
 
 __all__ = ["HeadGroup", "head_group"]
 
@@ -53,26 +53,20 @@ class HeadGroup:
         y, w = self.gathered(layer.head_output, 1), self.gathered(layer.output_weight, 0)
         gate = None if layer.gate is None else self.gathered(layer.gate, 1)
         given = y if gate is None else y * gate
+        mask = layer.mask
+        if mask.visible is not None and mask.visible.shape[1] > 1:
+            mask = replace(mask, visible=self.gathered(mask.visible, 1))
         return replace(
             layer,
-            weights=self._weights(layer.weights),
+            weights=lambda rows: self.gathered(layer.weights(rows), 1),
             value=self.gathered(layer.value, 1),
             head_output=y,
             output_weight=w,
             # Recomputed, since the model may already have summed the outputs in place.
             output=given.transpose(1, 2).flatten(2) @ w.flatten(0, 1),
-            mask=self._mask(layer.mask),
+            mask=mask,
             gate=gate,
         )
-
-    def _weights(self, weights: Weights) -> Weights:
-        return lambda rows: self.gathered(weights(rows), 1)
-
-    def _mask(self, mask: QueryMask) -> QueryMask:
-        seen = mask.visible
-        if seen is None or seen.shape[1] == 1:
-            return mask
-        return replace(mask, visible=self.gathered(seen, 1))
 
 
 def head_group(module: nn.Module, heads: int, d_h: int) -> HeadGroup | None:

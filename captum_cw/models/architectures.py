@@ -6,8 +6,8 @@ the file ``architectures.json`` in this folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from captum_cw._utils.files import read_json, write_json
@@ -42,7 +42,7 @@ class Outcome:
     status: str
     reason: str = ""
     layers: int = 0
-    kinds: tuple[str, ...] = ()
+    kinds: Sequence[str] = ()
     way: str = ""
 
 
@@ -58,7 +58,7 @@ class ModelTypes:
     Example:
         >>> tested = ModelTypes.load()
         >>> tested.groups["causal"]["llama"].kinds
-        ('LlamaAttention',)
+        ['LlamaAttention']
         >>> tested.counts("vision")["works"] <= len(tested.groups["vision"])
         True
     """
@@ -69,32 +69,24 @@ class ModelTypes:
 
     def counts(self, group: str) -> dict[str, int]:
         """Count the model types of a group by status."""
-        found = [outcome.status for outcome in self.groups[group].values()]
-        return {status: found.count(status) for status in STATUSES}
+        statuses = [outcome.status for outcome in self.groups[group].values()]
+        return {status: statuses.count(status) for status in STATUSES}
 
     def of_registry(self, group: str) -> tuple[int, int]:
         """Count the model types that use the attention registry, and those of them that work."""
-        found = [x.status for x in self.groups[group].values() if x.way == "registry"]
-        return len(found), found.count("works")
+        statuses = [x.status for x in self.groups[group].values() if x.way == "registry"]
+        return len(statuses), statuses.count("works")
 
     def save(self) -> None:
         """Write the file that :meth:`load` reads."""
-        groups = {
-            group: {name: vars(outcome) for name, outcome in of_group.items()}
-            for group, of_group in self.groups.items()
-        }
-        versions = {"transformers": self.transformers, "torch": self.torch}
-        write_json(FILE, {"version": VERSION, **versions, "groups": groups})
+        write_json(FILE, {"version": VERSION, **asdict(self)})
 
     @classmethod
     def load(cls) -> ModelTypes:
         """Load the results of this release."""
         content = read_json(FILE, VERSION, "groups")
         groups = {
-            group: {
-                name: Outcome(**{**outcome, "kinds": tuple(outcome["kinds"])})
-                for name, outcome in of_group.items()
-            }
+            group: {name: Outcome(**outcome) for name, outcome in of_group.items()}
             for group, of_group in content["groups"].items()
         }
         return cls(content["transformers"], content["torch"], groups)

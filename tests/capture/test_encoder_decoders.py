@@ -1,4 +1,4 @@
-"""Encoder-decoders: two sequences of tokens, and attention from one to the other."""
+"""Encoder-decoders: two sequences of tokens, and attention between them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from captum_cw import (
     scale_values,
 )
 from captum_cw.capture import UnsupportedModelError
-from support.models import bart, build, t5
+from support.models import SIZES, bart, bert, build, t5
 
 
 def tokens(n: int, seed: int = 0) -> Tensor:
@@ -29,7 +29,7 @@ def tokens(n: int, seed: int = 0) -> Tensor:
 
 
 def one(inputs: dict[str, Tensor], b: int) -> dict[str, Tensor]:
-    """An example alone, without its padding."""
+    """One example of a batch, without its padding."""
     found = {}
     for prefix in ("", "decoder_"):
         ids = inputs[f"{prefix}input_ids"][b]
@@ -96,7 +96,7 @@ def test_kinds_of_layers_and_their_shapes(make: Any) -> None:
     assert found["all"] == [(9, 9)] * 2 + [(7, 7), (7, 9)] * 2
 
 
-def test_kinds_are_told_where_both_texts_are_of_one_length() -> None:
+def test_kinds_are_recognised_if_both_texts_have_the_same_length() -> None:
     inputs = {"input_ids": tokens(7), "decoder_input_ids": tokens(7, 1)}
     assert len(ContributionWeights(bart(), kind="cross").attribute(inputs)) == 2
     assert len(ContributionWeights(bart(), kind="self").attribute(inputs)) == 4
@@ -110,18 +110,14 @@ def test_a_named_layer_needs_no_kind() -> None:
 
 
 def test_a_kind_that_a_model_does_not_have_is_refused() -> None:
-    config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4,
-    )  # fmt: skip
-    model = build(transformers.BertModel, config)
+    model = bert()
     with pytest.raises(ValueError, match="kind='cross', but all 2 .* are of the kind 'self'"):
         ContributionWeights(model, kind="cross").attribute(tokens(5))
     with pytest.raises(ValueError, match="kind='other' is unknown"):
         ContributionWeights(model, kind="other")  # type: ignore[arg-type]
 
 
-def test_scores_of_what_was_read_for_what_is_written() -> None:
+def test_cross_attention_scores_the_tokens_of_the_encoder() -> None:
     model = bart()
     inputs = {
         "input_ids": tokens(9),
@@ -155,9 +151,12 @@ def test_values_are_removed_from_cross_attention_too(make: Any) -> None:
     inputs = {"input_ids": tokens(9), "decoder_input_ids": tokens(7)}
     keys = [c.shape[3] for c in ContributionWeights(model, kind="all").attribute(inputs)]
     nothing = [torch.zeros(2, 4, n, dtype=torch.bool) for n in keys]
-    cross = [i for i, layer in enumerate(ContributionWeights(model, kind="all").layers)
-             if layer in ContributionWeights(model, kind="cross").layers]  # fmt: skip
-    everything = [torch.ones_like(m) if i in cross else m for i, m in enumerate(nothing)]
+    names = ContributionWeights(model, kind="all").layers
+    cross = ContributionWeights(model, kind="cross").layers
+    everything = [
+        torch.ones_like(mask) if name in cross else mask
+        for name, mask in zip(names, nothing, strict=True)
+    ]
     other = {**inputs, "input_ids": tokens(9, 5)}
     with torch.no_grad():
         alone = model(**inputs).logits
@@ -183,13 +182,12 @@ def test_what_ranks_the_tokens_of_one_text_is_refused() -> None:
 
 
 def test_images_and_texts_of_one_length_keep_their_own_padding() -> None:
-    """A tower of four patches beside one of four tokens, of which two are padding."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    """One tower reads four patches. The other reads four tokens, two of which are padding."""
+    sizes = {**SIZES, "num_hidden_layers": 1}
     config = transformers.SiglipConfig(
-        text_config={**sizes, "num_attention_heads": 4, "vocab_size": 64,
-                     "max_position_embeddings": 16, "projection_size": 32},
-        vision_config={**sizes, "num_attention_heads": 4, "image_size": 16, "patch_size": 8},
-    )  # fmt: skip
+        text_config={**sizes, "projection_size": 32},
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+    )
     model: Any = build(transformers.SiglipModel, config)
     ids = tokens(4)
     inputs = {
@@ -231,9 +229,8 @@ def test_an_image_and_a_text_in_one_sequence() -> None:
 
 def test_a_module_that_runs_in_every_layer_gives_one_map_for_each() -> None:
     config = transformers.AlbertConfig(
-        vocab_size=64, embedding_size=16, hidden_size=32, intermediate_size=32,
-        num_hidden_layers=3, num_attention_heads=4,
-    )  # fmt: skip
+        **{**SIZES, "num_hidden_layers": 3}, embedding_size=16, num_hidden_groups=1
+    )
     model: Any = build(transformers.AlbertModel, config)
     every = ContributionWeights(model)
     maps = every.attribute(tokens(5))

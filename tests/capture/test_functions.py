@@ -159,7 +159,7 @@ class TokensFirst(Written):
 
 
 class Untransposed(Written):
-    """Mixes tokens and heads up, as where a transpose is forgotten."""
+    """Confuses tokens and heads, as if a transpose were forgotten."""
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).reshape(-1, n, D)
@@ -167,16 +167,14 @@ class Untransposed(Written):
 
 @pytest.mark.parametrize("kind", [TokensFirst, Untransposed])
 @pytest.mark.parametrize("bias", [True, False])
-def test_head_outputs_in_another_order_are_not_taken_for_them(
-    kind: type[Written], bias: bool
-) -> None:
+def test_head_outputs_in_another_order_are_refused(kind: type[Written], bias: bool) -> None:
     module = kind("fused").eval()
     module.out = nn.Linear(D, D, bias=bias)
     with pytest.raises(UnsupportedModelError, match="output projection"):
         ContributionWeights(module).attribute(states())
 
 
-def test_a_bias_that_is_added_in_place_is_no_part_of_the_output() -> None:
+def test_a_bias_that_is_added_in_place_is_not_part_of_the_output() -> None:
     class Biased(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -193,7 +191,7 @@ def test_a_bias_that_is_added_in_place_is_no_part_of_the_output() -> None:
     check_measures(module.eval(), x, module.right(x))
 
 
-def test_linear_attention_is_none() -> None:
+def test_linear_attention_is_left_out() -> None:
     class Linear(Written):
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = (heads(z) for z in self.qkv(x).chunk(3, -1))
@@ -207,7 +205,7 @@ def test_linear_attention_is_none() -> None:
         assert [c.shape for c in maps] == [(B, H, n, n)]
 
 
-def test_products_with_what_are_no_keys_are_no_attention() -> None:
+def test_a_softmax_over_other_things_than_keys_is_left_out() -> None:
     class Latent(Written):
         """A softmax over features, times a table that all tokens share."""
 
@@ -225,7 +223,7 @@ def test_products_with_what_are_no_keys_are_no_attention() -> None:
     assert [c.shape for c in maps] == [(B, H, T, T)]
 
 
-def test_attention_that_torch_keeps_to_itself_is_named() -> None:
+def test_attention_inside_of_a_torch_function_is_named() -> None:
     class Own(nn.MultiheadAttention):
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(x, x, x, need_weights=False)[0]
@@ -235,8 +233,8 @@ def test_attention_that_torch_keeps_to_itself_is_named() -> None:
         assert len(ContributionWeights(model).attribute(states())) == 1
 
 
-def test_a_position_bias_hides_no_key() -> None:
-    """A slope of one a token takes all weight from far keys, which are seen all the same."""
+def test_a_position_bias_does_not_hide_keys() -> None:
+    """A slope of one per token takes all weight from far keys, but they are still visible."""
 
     class Sloping(Written):
         def bias(self, n: int) -> Tensor:
@@ -259,7 +257,7 @@ def test_a_position_bias_hides_no_key() -> None:
     assert torch.allclose(*scores, rtol=1e-3, atol=1e-7)
 
 
-def test_the_kind_is_told_by_numbers_rather_than_by_objects() -> None:
+def test_the_kind_is_recognised_by_numbers_not_by_objects() -> None:
     class Thrice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -274,7 +272,7 @@ def test_the_kind_is_told_by_numbers_rather_than_by_objects() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_left_of_removed_values_is_attributed(way: str) -> None:
+def test_the_remaining_values_are_attributed_after_a_removal(way: str) -> None:
     model, x = Blocks(way).eval(), states()
     masks = [torch.zeros(B, H, T, dtype=torch.bool) for _ in range(2)]
     masks[1][:, :, 2] = True
@@ -354,14 +352,14 @@ def test_all_ways_remove_the_same_tokens(scoring: Any) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_observed_is_what_runs(way: str) -> None:
+def test_an_observed_model_computes_the_same(way: str) -> None:
     model, x = Blocks(way).eval(), states()
     with torch.no_grad():
         _, observed = ContributionWeights(model).observe(x, None, lambda e, layer: None)
         assert torch.equal(observed, model(x))
 
 
-def test_attention_over_anything_but_the_tokens_is_none() -> None:
+def test_attention_over_other_things_than_tokens_is_left_out() -> None:
     class Depth(nn.Module):
         """Each token attends to its own states in earlier layers."""
 
@@ -487,7 +485,7 @@ def test_multihead_attention_of_one_example() -> None:
 
 
 @pytest.mark.parametrize("option", [{"add_bias_kv": True}, {"add_zero_attn": True}])
-def test_multihead_attention_with_a_key_that_is_no_token_is_refused(
+def test_multihead_attention_with_a_key_that_is_not_a_token_is_refused(
     option: dict[str, bool],
 ) -> None:
     module = nn.MultiheadAttention(D, H, batch_first=True, **option).eval()
@@ -563,7 +561,7 @@ def test_values_of_pytorchs_own_modules_are_removed() -> None:
 
 
 class Looped(Written):
-    """Heads in a loop, which nobody recognises."""
+    """Computes heads in a loop, which is not recognised."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (z.split(D // H, -1) for z in self.qkv(x).chunk(3, -1))
@@ -589,7 +587,7 @@ def adapt(change: Callable[[Tensor], Tensor]) -> None:
 
 
 @pytest.mark.usefixtures("_adapters")
-def test_an_adapter_shows_what_was_not_seen() -> None:
+def test_an_adapter_makes_attention_visible() -> None:
     module, x = Looped("fused").eval(), states()
     with pytest.raises(UnsupportedModelError):
         ContributionWeights(module).attribute(x)

@@ -1,4 +1,4 @@
-"""Gates and norms between the heads and their projection, against ``v~`` made by hand."""
+"""Gates and norms between heads and projection, compared with ``v~`` computed by hand."""
 
 from __future__ import annotations
 
@@ -50,14 +50,13 @@ def test_values_are_gated_at_each_query(model: Any, name: str, side: str) -> Non
     assert state_of(model) == before
     layers = eager_layers(with_bare_projections(model), **given)
     for found, seen, gate in zip(maps, layers, gate_factors(model, **given), strict=True):
-        expected = reference.measures(
-            seen.attention, seen.value, seen.output_weight, gate=gate
-        )[name]  # fmt: skip
+        tensors = seen.attention, seen.value, seen.output_weight
+        expected = reference.measures(*tensors, gate=gate)[name]
         rows = real[:, None, :, None].expand(expected.shape)
         scale = float(expected[rows].abs().max())
         assert torch.allclose(found[rows].double(), expected[rows], atol=1e-4 * scale)
         assert not found[~rows].any()
-        without = reference.measures(seen.attention, seen.value, seen.output_weight)[name]
+        without = reference.measures(*tensors)[name]
         if not (name == "intra" and gate.eq(gate[..., :1]).all()):  # a factor of the head cancels
             assert not torch.allclose(without[rows], expected[rows], atol=1e-2 * scale)
 
@@ -123,7 +122,7 @@ def test_gradients_pass_as_they_do_unobserved(model: Any) -> None:
 
 
 class _Overwriting(nn.Module):
-    """Changes what it is given in place."""
+    """Changes its input in place."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -140,7 +139,7 @@ class _Squared(_Overwriting):
 
 
 @pytest.mark.parametrize("kind", [_Overwriting, _Squared])
-def test_what_is_more_than_a_factor_is_refused(kind: type[_Overwriting]) -> None:
+def test_anything_but_factors_is_refused(kind: type[_Overwriting]) -> None:
     model: Any = llama()
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj = kind(model.model.layers[1].self_attn.o_proj)

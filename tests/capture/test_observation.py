@@ -1,4 +1,4 @@
-"""What is read from running models, against the definitions and against unobserved models."""
+"""Observed models, compared with the definitions and with unobserved models."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_the_model_is_left_as_it_was_after_an_exception() -> None:
     assert state_of(model) == before
 
 
-def test_training_mode_is_said_and_put_back() -> None:
+def test_training_mode_is_reported_and_restored() -> None:
     model = gpt2().train()  # its dropout is 0.1
     model.lm_head.eval()
     before = state_of(model)
@@ -205,7 +205,7 @@ def test_a_callable_that_hides_the_mask_leaves_padding_out(implementation: str) 
         assert torch.allclose(x, y, atol=1e-6)
 
 
-def test_in_half_precision_the_output_is_not_the_rounded_one(model: nn.Module) -> None:
+def test_in_half_precision_the_output_is_not_rounded(model: nn.Module) -> None:
     def on_layer(execution: Any, layer: AttentionLayer) -> None:
         y = layer.head_output.transpose(1, 2).flatten(2)
         exact = y.double() @ layer.output_weight.flatten(0, 1).double()
@@ -254,7 +254,7 @@ def test_scores_are_aggregated_over_heads_and_layers(model: nn.Module) -> None:
                 assert torch.allclose(scores.attribute(token_ids()), expected, atol=1e-6)
 
 
-def test_the_model_is_asked_for_nothing_that_is_not_looked_at() -> None:
+def test_the_model_does_not_compute_unused_outputs() -> None:
     model = llama()
     asked: list[dict[str, Any]] = []
     model.register_forward_pre_hook(lambda m, a, k: asked.append(k), with_kwargs=True)
@@ -266,10 +266,8 @@ def test_the_model_is_asked_for_nothing_that_is_not_looked_at() -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_image_model_sees_in_both_directions(implementation: str) -> None:
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        image_size=16, patch_size=4,
-    )  # fmt: skip
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    config = transformers.ViTConfig(**sizes, num_attention_heads=4, image_size=16, patch_size=4)
     model = build(transformers.ViTModel, config)
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     model.set_attn_implementation("eager")
@@ -287,9 +285,15 @@ def test_a_position_bias_does_not_uncover_a_hidden_key() -> None:
     hidden = torch.tensor([[0.0, lowest * 0.9], [-5.0, 3.0]])[None, None]
     q = torch.zeros(1, 1, 2, 4)
     call = AttentionCall(
-        nn.Identity(), (), q, q, q, hidden, False, None,
-        q.transpose(1, 2), lambda y: y, None, None, lambda _: q,
-    )  # fmt: skip
+        module=nn.Identity(),
+        query=q,
+        key=q,
+        value=q,
+        mask=hidden,
+        returned=q.transpose(1, 2),
+        by_token=lambda y: y,
+        scaled=lambda _: q,
+    )
     assert query_mask(call, None).visible.tolist() == [[[[True, False], [True, True]]]]
 
 
@@ -324,7 +328,7 @@ def test_a_module_that_runs_twice_gives_a_result_each_time() -> None:
     assert not torch.equal(twice[0], twice[1])
 
 
-def test_two_threads_on_one_model_do_not_hear_each_other() -> None:
+def test_two_threads_on_one_model_do_not_see_each_others_calls() -> None:
     model = llama()
     inputs = [token_ids(B=1, T=5 + 3 * n, seed=n) for n in range(4)]
     expected = [ContributionWeights(model).attribute(ids) for ids in inputs]
@@ -415,7 +419,7 @@ def test_a_linear_layer_that_reads_something_else_is_not_the_projection() -> Non
 
 @pytest.mark.parametrize("queries", [slice(None), slice(-1, None)], ids=["all", "last"])
 def test_recomputed_weights_that_do_not_give_the_head_outputs_are_refused(queries: slice) -> None:
-    """A kernel that does something of its own is not taken for plain attention."""
+    """A kernel with a peculiarity of its own is not mistaken for plain attention."""
     model = mistral()
     registry = sys.modules[type(model).__module__].ALL_ATTENTION_FUNCTIONS
     plain = registry["sdpa"]

