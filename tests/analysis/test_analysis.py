@@ -710,7 +710,7 @@ def planted_head(
     a *= 1 - sink[:, None]
     a[..., 0] = sink
     layer = AttentionLayer.from_tensors(a, value, weight, mask or QueryMask(T, T, causal=True))
-    return SeenLayer(0, 0, "planted", layer, torch.arange(T)), v1 * cos * k
+    return SeenLayer(0, 0, "planted", layer), v1 * cos * k
 
 
 @pytest.mark.parametrize(

@@ -681,7 +681,7 @@ def test_a_cache_before_the_text_is_refused() -> None:
     layer = AttentionLayer.from_tensors(
         torch.rand(1, 1, 2, 3), torch.ones(1, 1, 3, 2), torch.ones(1, 2, 3)
     )
-    seen = SeenLayer(0, 0, "layer", layer, torch.zeros(2))
+    seen = SeenLayer(0, 0, "layer", layer)
     with pytest.raises(ValueError, match="2 queries and 3 keys"):
         _FrameSums((0.1,), (80,), 2).add(seen)
 
