@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.optimize import curve_fit
+from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
+from captum_cw.analysis.components import r2
 from captum_cw.analysis.result import AnalysisResult, Array, settings_of
 from captum_cw.analysis.selection_geometry import check_count, draw_queries, terms_of
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
-
-__all__ = ["SelectionAssumptions", "selection_assumptions"]
 
 #: The ranks that a two-piece fit needs: twice its four parameters.
 MIN_RANKS = 8
@@ -31,7 +31,7 @@ FORMS = ("exponential", "exponential + constant")
 
 
 class SelectionAssumptions(AnalysisResult):
-    """How far the assumptions hold by our rules: the result of ``selection_assumptions``.
+    """How far the assumptions of the theory hold, by our rules.
 
     The plot shows value norms by layer, similarity by distance and attention by rank, with fits.
 
@@ -69,7 +69,7 @@ def selection_assumptions(
     seed: int = 0,
     show_progress: bool = False,
 ) -> SelectionAssumptions:
-    """Measure by our rules value norms, the decay of similarity, and the attention by rank.
+    """Measure value norms, similarity by distance and attention by rank, by our rules.
 
     The rules:
 
@@ -217,9 +217,8 @@ def fit_decay(distance: Array, cosine: Array, pairs: Array, *, constant: bool) -
         cosine is constant.
     """
     parameters = 3 if constant else 2
-    spread = np.average((cosine - np.average(cosine, weights=pairs)) ** 2, weights=pairs)
     best = np.full(4, np.nan)
-    if len(distance) <= parameters or not spread > 1e-24:
+    if len(distance) <= parameters or not np.ptp(cosine) > 1e-12:
         return best
 
     def decay(x: Array, amplitude: float, length: float, level: float = 0.0) -> Array:
@@ -241,10 +240,9 @@ def fit_decay(distance: Array, cosine: Array, pairs: Array, *, constant: bool) -
             )
         except RuntimeError:  # did not converge from this start
             continue
-        missed = np.average((cosine - decay(distance, *fit)) ** 2, weights=pairs)
-        r2 = 1 - missed / spread
-        if not r2 <= best[3]:
-            best = np.array([*fit[:2], fit[2] if constant else 0.0, r2])
+        score = r2_score(cosine, decay(distance, *fit), sample_weight=pairs)
+        if not score <= best[3]:
+            best = np.array([*fit[:2], fit[2] if constant else 0.0, score])
     return best
 
 
@@ -276,26 +274,23 @@ def fit_profile(weights: Array) -> LogLogFits:
     positive = int((weights > 0).cumprod().sum())
     fitted = np.full((2, len(weights)), np.nan)
     x, y = np.log(np.arange(1, positive + 1)), np.log(weights[:positive])
-    spread = float(((y - y.mean()) ** 2).sum()) if positive else 0.0
-    if positive < MIN_RANKS or spread <= 1e-20:
-        nan = float("nan")
-        return LogLogFits(nan, nan, nan, nan, nan, nan, fitted)
+    if positive < MIN_RANKS or np.ptp(y) < 1e-10:
+        return LogLogFits._make([*[float("nan")] * 6, fitted])
 
     def fit(*columns: Array) -> tuple[float, Array, Array]:
         design = np.stack([np.ones(positive), *columns], axis=1)
         coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
         line = design @ coefficients
-        return 1 - float(((y - line) ** 2).sum()) / spread, coefficients, line
+        return r2(y, line), coefficients, line
 
-    one_r2, one, one_line = fit(x)
-    two_r2, two, two_line, place = max(
+    one_r2, (_, slope), one_line = fit(x)
+    two_r2, (_, before, change), two_line, place = max(
         ((*fit(x, np.maximum(x - x[k], 0)), k) for k in range(1, positive - 1)),
         key=lambda fitted: fitted[0],
     )
     fitted[:, :positive] = np.exp([one_line, two_line])
-    return LogLogFits(
-        one_r2, two_r2, place + 1.0, float(one[1]), float(two[1]), float(two[1] + two[2]), fitted
-    )
+    slopes = float(slope), float(before), float(before + change)
+    return LogLogFits(one_r2, two_r2, place + 1.0, *slopes, fitted)
 
 
 def _norms_table(norms: Mapping[int, Tensor]) -> pd.DataFrame:

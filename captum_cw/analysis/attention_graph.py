@@ -125,7 +125,8 @@ class Received(NamedTuple):
         queries see says little: only one other token sees the last but one token of a causal map,
         and every token attends to its neighbours.
         """
-        return self.queries >= max(1.0, MIN_QUERY_FRACTION * self.queries.max())
+        enough: Array = self.queries >= max(1.0, MIN_QUERY_FRACTION * self.queries.max())
+        return enough
 
 
 def received_attention(attention: Tensor, visible: Tensor) -> Received:
@@ -176,7 +177,8 @@ def sinks_above(received: Received, percentile: float) -> Array:
     if not len(values):
         return compared
     cutoff = np.percentile(values, percentile)
-    return compared & (received.mean >= cutoff) & (received.mean > values.min())
+    sinks: Array = compared & (received.mean >= cutoff) & (received.mean > values.min())
+    return sinks
 
 
 def head_divergence(layer: AttentionLayer, average: Tensor, sinks: Tensor) -> Tensor:

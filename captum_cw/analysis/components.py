@@ -36,17 +36,6 @@ from captum_cw.functional import (
     relative_norm,
 )
 
-__all__ = [
-    "ComponentCorrelations",
-    "ComponentDispersion",
-    "ComponentRegression",
-    "Interference",
-    "component_correlations",
-    "component_dispersion",
-    "component_regression",
-    "interference",
-]
-
 FACTORS = ("attention", "relative norm", "cosine")
 #: The products of factors in Table 1, one for each row.
 SUBSETS = tuple(subset for n in (1, 2) for subset in combinations(range(3), n))

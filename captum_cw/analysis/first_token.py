@@ -26,17 +26,6 @@ from captum_cw.functional import attention, contribution, map_blocks, vw
 from captum_cw.metrics.quantities import mean_nll
 from captum_cw.removal.interventions import scale_values
 
-__all__ = [
-    "FirstTokenWeight",
-    "SinkScaling",
-    "ValueAlignment",
-    "WeightEntropy",
-    "first_token_weight",
-    "sink_scaling",
-    "value_alignment",
-    "weight_entropy",
-]
-
 #: A token is a sink if its mean attention is above this (Gu et al. 2024).
 EPSILON = 0.3
 

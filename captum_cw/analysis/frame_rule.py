@@ -175,7 +175,7 @@ class _PlaceCounts:
 def find_frame(
     maps: Sequence[Anchors], *, permutations: int = 1000, seed: int = 0
 ) -> list[FrameEvidence]:
-    """Find by our rule the type of the frame that the anchors of a model's maps form, and test it.
+    """Find the type of frame that the anchors of a model's maps form by our rule, and test it.
 
     Shares are of the maps that have an anchor, unless stated:
 

@@ -45,13 +45,6 @@ from captum_cw.analysis.frame_rule import (
 from captum_cw.analysis.result import AnalysisResult, Array, settings_of
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 
-__all__ = [
-    "FramesOverCheckpoints",
-    "ReferenceFrames",
-    "frames_over_checkpoints",
-    "reference_frames",
-]
-
 THRESHOLDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 PERCENTILES = (80, 90, 95)
 #: The columns of the table ``sinks`` that :func:`head_divergence` sums.
@@ -104,7 +97,7 @@ def reference_frames(
     seed: int = 0,
     show_progress: bool = False,
 ) -> ReferenceFrames:
-    """Find by our rule the reference frame of a model, from its attention graphs and sinks.
+    """Find the reference frame of a model by our rule, from its attention graphs and sinks.
 
     Models may be causal or bidirectional. To check a claim such as "Llama is centralised, Qwen is
     distributed", compare ``frame`` and ``p_value`` of both models over the same texts.
@@ -271,7 +264,7 @@ def _check_options(
 
 
 class FramesOverCheckpoints(AnalysisResult):
-    """The reference frame of a model, by our rule, at several checkpoints of its training.
+    """The reference frame of a model by our rule, at each checkpoint of its training.
 
     The plot shows the evidence over revisions.
 
@@ -305,7 +298,7 @@ def frames_over_checkpoints(
     seed: int = 0,
     show_progress: bool = False,
 ) -> FramesOverCheckpoints:
-    """Find the reference frame of a model at each revision by our rule: does it emerge early?
+    """Find the reference frame at each revision of a model by our rule, to see when it emerges.
 
     One model is in memory at a time, unless ``load`` keeps models. Models on the hub that publish
     their training have a revision for each checkpoint. For them, ``load`` is ``lambda revision:

@@ -18,8 +18,6 @@ from captum_cw.capture.forward_call import device_of
 if TYPE_CHECKING:
     from captum_cw.visualization._output import Picture
 
-__all__ = ["WeightMaps", "weight_maps"]
-
 PARTS = ("attention", "relative norm", "cosine", "contribution")
 
 

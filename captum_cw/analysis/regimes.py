@@ -31,8 +31,6 @@ from captum_cw.analysis.selection_geometry import (
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 from captum_cw.functional import AttentionLayer, check_choice
 
-__all__ = ["REGIMES", "HeadRegimes", "head_regimes", "label_regimes"]
-
 REGIMES = ("Retriever", "Mixer", "Reset")
 MEASURED = ["precision", "recall", "f", "sink_similarity", "first_weight", "top_weight"]
 CLUSTERED = ["precision", "recall", "sink_similarity", "first_weight"]
@@ -41,7 +39,7 @@ DOMINANT = 0.5
 
 
 class HeadRegimes(AnalysisResult):
-    """The regime of each head by our rule: the result of :func:`captum_cw.analysis.head_regimes`.
+    """The regime of each head, by our rule.
 
     The plot shows the regime of each head by layer, and the heads by first-token weight and F.
 
@@ -155,8 +153,8 @@ def head_sums(layer: AttentionLayer, queries: Tensor, size: int, distance: Dista
     for places, terms in terms_of(layer, queries):
         top, a = attention_ranks(terms) < size, terms.attention
         weights = [a[..., 0], (a * top).sum(-1)]
-        rows = [*separation(terms, top, distance), *weights, norms[:, places]]
-        rows = torch.stack([*rows, torch.ones_like(rows[0])], dim=-1)
+        columns = [*separation(terms, top, distance), *weights, norms[:, places]]
+        rows = torch.stack([*columns, torch.ones_like(columns[0])], dim=-1)
         out += rows.masked_fill((terms.seen <= size)[..., None], 0).sum(1)
     return out.cpu()
 
@@ -204,7 +202,8 @@ def label_regimes(heads: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]
     points = StandardScaler().fit_transform(heads[CLUSTERED])
 
     def clusters_of(k: int) -> Array:
-        return KMeans(k, n_init=10, random_state=seed).fit_predict(points)
+        labels: Array = KMeans(k, n_init=10, random_state=seed).fit_predict(points)
+        return labels
 
     names = _name_clusters(heads, clusters_of(len(REGIMES)))
     heads = heads.assign(regime=names)
@@ -212,13 +211,12 @@ def label_regimes(heads: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]
     regimes = by_regime[[*MEASURED, "output_norm"]].mean().loc[list(REGIMES)]
     every = heads[MEASURED].mean()
     retriever, mixer, reset = (regimes.loc[name] for name in REGIMES)
-    has_signature = [
+    regimes["has_signature"] = [
         retriever["f"] > every["f"] and retriever["first_weight"] < DOMINANT,
         all(mixer[name] < every[name] for name in ("precision", "recall", "top_weight")),
         reset["first_weight"] > DOMINANT and reset["output_norm"] < 1,
     ]
     regimes.insert(0, "heads", by_regime.size())
-    regimes["has_signature"] = [bool(has) for has in has_signature]
     ks = [k for k in range(2, 7) if k <= distinct and k < len(heads)]
     silhouettes = [float(silhouette_score(points, clusters_of(k))) for k in ks]
     clusters = pd.DataFrame({"k": ks, "silhouette": silhouettes})
@@ -226,7 +224,7 @@ def label_regimes(heads: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]
 
 
 def _name_clusters(heads: pd.DataFrame, cluster: Array) -> list[str]:
-    """Return the regime of each head, by our scores: together, the names have the largest sum.
+    """Return the regime of each head: names the clusters so that the sum of our scores is largest.
 
     Args:
         heads: A row for each head.

@@ -16,8 +16,6 @@ from captum_cw._utils.files import read_json, write_json
 if TYPE_CHECKING:
     from captum_cw.visualization._output import Picture
 
-__all__ = ["AnalysisResult", "Array", "settings_of"]
-
 VERSION = 1
 
 Array = npt.NDArray[Any]

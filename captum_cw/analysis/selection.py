@@ -34,8 +34,6 @@ from captum_cw.analysis.selection_geometry import (
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 from captum_cw.functional import check_choice
 
-__all__ = ["TokenSelection", "token_selection"]
-
 SETS = ("top", "random")
 MEANS = ["precision", "recall", "f", "sink_similarity"]
 PRODUCTS = ["similarity_squared", "recall_squared", "similarity_recall"]
@@ -44,7 +42,7 @@ CONTEXT_BINS = 32
 
 
 class TokenSelection(AnalysisResult):
-    """The result of :func:`captum_cw.analysis.token_selection`.
+    """How well the keys with the most attention are separated from the other keys, by size.
 
     The plot shows separation by size, the excess, the best size, and sinks against recall.
 
@@ -130,8 +128,7 @@ def token_selection(
         state = np.random.SeedSequence([seed, seen.text, seen.number]).generate_state(1)
         generator = torch.Generator().manual_seed(int(state[0]))
         for _, terms in terms_of(seen.layer, drawn[seen.text]):
-            sums = selection_sums(terms, sizes, distance, random_sets, generator)
-            totals[seen.number] += sums
+            totals[seen.number] += selection_sums(terms, sizes, distance, random_sets, generator)
 
     layers = run_texts(model, texts, on_layer, label="token selection", show_progress=show_progress)
     table = _sums_table(totals, sizes)
@@ -213,8 +210,7 @@ def _sums_table(totals: Mapping[int, Tensor], sizes: Sequence[int]) -> pd.DataFr
     """Return a row for each set, size, layer, head and context that has queries."""
     parts = []
     for layer, total in totals.items():
-        place = np.nonzero(total[..., -1].numpy())
-        kind, size, head, context = place
+        kind, size, head, context = place = np.nonzero(total[..., -1].numpy())
         part = pd.DataFrame(total.numpy()[place], columns=[*MEANS, *PRODUCTS, "sets"])
         sets, of_size = np.array(SETS)[kind], np.array(sizes)[size]
         parts.append(part.assign(set=sets, size=of_size, layer=layer, head=head, above=2**context))

@@ -36,15 +36,6 @@ from captum_cw.analysis.streaming import (
 )
 from captum_cw.functional import attention
 
-__all__ = [
-    "OutputNorms",
-    "SemanticCone",
-    "output_norms",
-    "predicted_norm",
-    "semantic_cone",
-    "sink_rate_of_least_norm",
-]
-
 #: The fraction of values inside the cone.
 INSIDE = 0.9
 #: The columns of :attr:`Cone.shares`, and the names of their means.
@@ -64,7 +55,8 @@ def predicted_norm(a: Array, v1: float, g: float, k: float) -> Array:
         [2.0, 1.0]
     """
     squares = (a * v1) ** 2 + 2 * a * (1 - a) * g + ((1 - a) * k) ** 2
-    return np.sqrt(np.clip(squares, 0, None))
+    norm: Array = np.sqrt(np.clip(squares, 0, None))
+    return norm
 
 
 def sink_rate_of_least_norm(v1: float, g: float, k: float) -> float:
@@ -163,8 +155,8 @@ def output_norms(
     layer, head = _choose_head(heads, layer, head, heads.spread)
     columns = ["sink_rate", "norm", "rest", "along"]
     sample = pd.DataFrame(points[layer, head].astype(np.float64), columns=columns)
-    position = [q.double() / (len(ids) - 1) for q, ids in zip(sampled, texts, strict=True)]
-    sample.insert(0, "position", torch.cat(position).numpy())
+    position = [q.float() / (len(ids) - 1) for q, ids in zip(sampled, texts, strict=True)]
+    sample.insert(0, "position", torch.cat(position).double().numpy())
     shown = np.random.default_rng(seed).choice(len(sample), min(SHOWN, len(sample)), replace=False)
     sample = sample.iloc[np.sort(shown)].dropna(ignore_index=True)
     numbers = {

@@ -496,10 +496,8 @@ def looking_for(model: nn.Module, strength: float) -> None:
 
 
 def planted_gpt2(strength: float = 5) -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model: Any = build(transformers.GPT2LMHeadModel, config)
     looking_for(model, strength)
     with torch.no_grad():

@@ -405,12 +405,9 @@ def test_features_of_heads_are_means_over_queries() -> None:
             seen = list(range(i + 1))
             chosen = most_attended(a[h, i], seen, 4)
             output = (a[h, i] @ v[h]).double() @ layer.output_weight[h].double()
-            expected += torch.tensor(
-                [
-                    *by_definition(a[h, i], v[h], chosen, seen),
-                    float(a[h, i, 0]), float(a[h, i, chosen].sum()), float(output.norm()), 1.0,
-                ]
-            )  # fmt: skip
+            weights = float(a[h, i, 0]), float(a[h, i, chosen].sum())
+            separated = by_definition(a[h, i], v[h], chosen, seen)
+            expected += torch.tensor([*separated, *weights, float(output.norm()), 1.0])
         assert torch.allclose(sums[h], expected, atol=1e-4)
 
 

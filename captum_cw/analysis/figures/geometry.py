@@ -80,8 +80,7 @@ def plot_interference(result: AnalysisResult, use_pyplot: bool) -> Picture:
         limit = 1.3 * float(table.ratio.abs().quantile(0.99))
         ax.set_ylim(-limit, limit)
         outside = int((table.ratio.abs() > limit).sum())
-    title = f"r = {r:.3f}; {outside} of {len(table)} points are outside the axis"
-    ax.set_title(title, fontsize=10)
+    ax.set_title(f"r = {r:.3f}; {outside} of {len(table)} points are outside the axis", fontsize=10)
     ax.set(xlabel="cosine with the head's output", ylabel="contribution / attention")
     return fig, axes[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ def _plot_separation(ax: Axes, sizes: pd.DataFrame) -> None:
     """Plot precision, recall and F by size, of top and random sets."""
     means = sizes.pivot(index="size", columns="set", values=list(_MEASURES))
     for name, (colour, marker) in _MEASURES.items():
-        style = {"color": colour, "marker": marker, "markersize": 5}
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5}
         label = "F" if name == "f" else name
         ax.plot(means[name]["top"], "-", label=f"{label}, most attention", **style)
         ax.plot(means[name]["random"], "--", label=f"{label}, random sets", **style)
