@@ -8,25 +8,22 @@ measured here by our rules.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.optimize import curve_fit
+from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
-from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
+from captum_cw.analysis.components import r2
+from captum_cw.analysis.result import AnalysisResult, Array, settings_of
 from captum_cw.analysis.selection_geometry import check_count, draw_queries, terms_of
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-    import pandas as pd
-
-    Array = npt.NDArray[np.float64]
-
-__all__ = ["SelectionAssumptions", "selection_assumptions"]
 
 #: The ranks that a two-piece fit needs: twice its four parameters.
 MIN_RANKS = 8
@@ -34,7 +31,9 @@ FORMS = ("exponential", "exponential + constant")
 
 
 class SelectionAssumptions(AnalysisResult):
-    """The result of :func:`captum_cw.analysis.selection_assumptions`.
+    """How far the assumptions of the theory hold, by our rules.
+
+    The plot shows value norms by layer, similarity by distance and attention by rank, with fits.
 
     ``numbers``: the medians over layers and heads of ``value_norm_cv`` and ``first_over_mean``, and
     the fraction of heads with a ``compressed_first`` value (smaller than the mean). For the
@@ -60,12 +59,6 @@ class SelectionAssumptions(AnalysisResult):
     A fit is NaN if it is not possible.
     """
 
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot value norms by layer, similarity by distance and attention by rank, with fits."""
-        from captum_cw.analysis.figures.selection import plot_selection_assumptions
-
-        return plot_selection_assumptions(self.tables, self.numbers, use_pyplot=use_pyplot)
-
 
 def selection_assumptions(
     model: nn.Module,
@@ -76,9 +69,9 @@ def selection_assumptions(
     seed: int = 0,
     show_progress: bool = False,
 ) -> SelectionAssumptions:
-    """Measure value norms, the decay of similarity, and the shape of attention by rank.
+    """Measure value norms, similarity by distance and attention by rank, by our rules.
 
-    By our rules:
+    The rules:
 
     * Values are ``v_j``, before ``W_O``, of each key-value head. The first token is left out of
       norms and similarities, and compared with the others.
@@ -106,60 +99,43 @@ def selection_assumptions(
             of every layer has fewer than ``ranks`` keys, or the model is not causal.
 
     Example:
-        >>> found = selection_assumptions(model, torch.arange(24)[None], queries=None)
-        >>> found.to_dataframe().columns.tolist()
+        >>> inputs = tokenizer("The capital of France is Paris " * 4, return_tensors="pt")
+        >>> result = selection_assumptions(model, inputs, queries=None)
+        >>> result.to_dataframe().columns.tolist()
         ['layer', 'head', 'mean', 'cv', 'first_over_mean']
-        >>> found.tables["profile"]["rank"].tolist()
+        >>> result.tables["profile"]["rank"].tolist()
         [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
     """
-    if queries is not None:
-        check_count("queries", queries)
     if ranks is not None:
         check_count("ranks", ranks)
     texts = texts_of(batches, shortest=max(2 * MIN_RANKS, ranks or 0))
     ranks = min(map(len, texts)) // 2 if ranks is None else ranks
     if ranks < MIN_RANKS:
         raise ValueError(f"ranks={ranks}: the fit of two lines needs at least {MIN_RANKS}.")
-    drawn = [
-        draw_queries(len(ids), ranks - 1, queries, seed, text) for text, ids in enumerate(texts)
-    ]
+    drawn = draw_queries(texts, ranks - 1, queries, seed)
     lags = max(map(len, texts)) - 2
-    sums: dict[int, _Sums] = {}
+    norms, similarity, profiles = (defaultdict[int, Any](float) for _ in range(3))
 
     def on_layer(seen: SeenLayer) -> None:
         value = seen.layer.value[0].double()
-        similar = similarity_sums(value[:, 1:], lags)
-        profile = torch.zeros(seen.layer.H, ranks + 1, dtype=torch.float64, device="cpu")
+        norms[seen.number] += norm_sums(value)
+        similarity[seen.number] += similarity_sums(value[:, 1:], lags)
         for _, terms in terms_of(seen.layer, drawn[seen.text]):
-            profile += profile_sums(terms.attention, terms.seen, ranks)
-        found = _Sums(norm_sums(value), similar, profile)
-        if seen.number in sums:
-            found = _Sums(*(x + y for x, y in zip(sums[seen.number], found, strict=True)))
-        sums[seen.number] = found
+            profiles[seen.number] += profile_sums(terms.attention, terms.seen, ranks)
 
-    layers = run_texts(
-        model, texts, on_layer, description="selection assumptions", show_progress=show_progress
-    )
-    if not any(found.profile[:, -1].any() for found in sums.values()):
+    layers = run_texts(model, texts, on_layer, label="assumptions", show_progress=show_progress)
+    if not any(profile[:, -1].any() for profile in profiles.values()):
         raise ValueError(f"No query sees {ranks} keys: give fewer ranks.")
     pairs = np.array(
         [sum(max(len(ids) - 1 - lag, 0) for ids in texts) for lag in range(1, lags + 1)]
     )
     tables = {
-        "value_norms": _norms_table(sums),
-        **_similarity_tables(sums, pairs),
-        **_profile_tables(sums, ranks),
+        "value_norms": _norms_table(norms),
+        **_similarity_tables(similarity, pairs),
+        **_profile_tables(profiles),
     }
     settings = settings_of(texts, ranks=ranks, queries=queries, seed=seed, layers=layers)
     return SelectionAssumptions(settings, _numbers(tables), tables)
-
-
-class _Sums(NamedTuple):
-    """The sums of one layer: ``(H_kv, 5)``, ``(H_kv, lags)`` and ``(H, ranks + 1)``."""
-
-    norms: Tensor
-    similarity: Tensor
-    profile: Tensor
 
 
 def norm_sums(value: Tensor) -> Tensor:
@@ -201,8 +177,8 @@ def similarity_sums(value: Tensor, lags: int) -> Tensor:
     unit = torch.nn.functional.normalize(value, dim=-1)
     # Padding to twice the length keeps the end from wrapping around to the start.
     power = torch.fft.rfft(unit, 2 * T, dim=1).abs().square().sum(-1)
-    found = torch.fft.irfft(power, 2 * T, dim=1)[:, 1 : min(T, lags + 1)]
-    return torch.nn.functional.pad(found, (0, lags - found.shape[1])).cpu()
+    products = torch.fft.irfft(power, 2 * T, dim=1)[:, 1 : min(T, lags + 1)]
+    return torch.nn.functional.pad(products, (0, lags - products.shape[1])).cpu()
 
 
 def profile_sums(attention: Tensor, seen: Tensor, ranks: int) -> Tensor:
@@ -240,12 +216,9 @@ def fit_decay(distance: Array, cosine: Array, pairs: Array, *, constant: bool) -
         Amplitude, length, constant and R2. They are NaN if there are too few distances, or the
         cosine is constant.
     """
-    from scipy.optimize import curve_fit
-
     parameters = 3 if constant else 2
-    spread = np.average((cosine - np.average(cosine, weights=pairs)) ** 2, weights=pairs)
     best = np.full(4, np.nan)
-    if len(distance) <= parameters or not spread > 1e-24:
+    if len(distance) <= parameters or not np.ptp(cosine) > 1e-12:
         return best
 
     def decay(x: Array, amplitude: float, length: float, level: float = 0.0) -> Array:
@@ -256,7 +229,7 @@ def fit_decay(distance: Array, cosine: Array, pairs: Array, *, constant: bool) -
     for length in (1.0, far**0.5, far):  # local minima: the result depends on the start
         start = [cosine[0] - (cosine[-1] if constant else 0), length, cosine[-1]]
         try:
-            found, _ = curve_fit(
+            fit, _ = curve_fit(
                 decay,
                 distance,
                 cosine,
@@ -267,10 +240,9 @@ def fit_decay(distance: Array, cosine: Array, pairs: Array, *, constant: bool) -
             )
         except RuntimeError:  # did not converge from this start
             continue
-        missed = np.average((cosine - decay(distance, *found)) ** 2, weights=pairs)
-        r2 = 1 - missed / spread
-        if not r2 <= best[3]:
-            best = np.array([*found[:2], found[2] if constant else 0.0, r2])
+        score = r2_score(cosine, decay(distance, *fit), sample_weight=pairs)
+        if not score <= best[3]:
+            best = np.array([*fit[:2], fit[2] if constant else 0.0, score])
     return best
 
 
@@ -302,114 +274,88 @@ def fit_profile(weights: Array) -> LogLogFits:
     positive = int((weights > 0).cumprod().sum())
     fitted = np.full((2, len(weights)), np.nan)
     x, y = np.log(np.arange(1, positive + 1)), np.log(weights[:positive])
-    spread = float(((y - y.mean()) ** 2).sum()) if positive else 0.0
-    if positive < MIN_RANKS or spread <= 1e-20:
-        nan = float("nan")
-        return LogLogFits(nan, nan, nan, nan, nan, nan, fitted)
+    if positive < MIN_RANKS or np.ptp(y) < 1e-10:
+        return LogLogFits._make([*[float("nan")] * 6, fitted])
 
     def fit(*columns: Array) -> tuple[float, Array, Array]:
         design = np.stack([np.ones(positive), *columns], axis=1)
-        found = np.linalg.lstsq(design, y, rcond=None)[0]
-        line = design @ found
-        return 1 - float(((y - line) ** 2).sum()) / spread, found, line
+        coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
+        line = design @ coefficients
+        return r2(y, line), coefficients, line
 
-    one_r2, one, one_line = fit(x)
-    two_r2, two, two_line, place = max(
+    one_r2, (_, slope), one_line = fit(x)
+    two_r2, (_, before, change), two_line, place = max(
         ((*fit(x, np.maximum(x - x[k], 0)), k) for k in range(1, positive - 1)),
-        key=lambda found: found[0],
+        key=lambda fitted: fitted[0],
     )
     fitted[:, :positive] = np.exp([one_line, two_line])
-    return LogLogFits(
-        one_r2, two_r2, place + 1.0, float(one[1]), float(two[1]), float(two[1] + two[2]), fitted
-    )
+    slopes = float(slope), float(before), float(before + change)
+    return LogLogFits(one_r2, two_r2, place + 1.0, *slopes, fitted)
 
 
-def _norms_table(sums: Mapping[int, _Sums]) -> pd.DataFrame:
-    """Return a row for each layer and key-value head."""
-    import pandas as pd
-
+def _norms_table(norms: Mapping[int, Tensor]) -> pd.DataFrame:
+    """Return a row for each layer and key-value head, from the :func:`norm_sums` of each layer."""
     parts = []
-    for layer, found in sorted(sums.items()):
-        count, total, squares, first, texts = found.norms.numpy().T
-        mean = total / count
-        variance = np.maximum(squares / count - mean**2, 0)
-        size = np.where(mean > 0, mean, np.nan)  # NaN for a head whose values are all zero
-        columns = {
-            "mean": mean,
-            "cv": variance**0.5 / size,
-            "first_over_mean": first / texts / size,
-        }
-        parts.append(pd.DataFrame({"layer": layer, "head": range(len(mean)), **columns}))
+    for layer, sums in norms.items():
+        count, total, squares, first, texts = sums.numpy().T
+        part = pd.DataFrame({"layer": layer, "head": range(len(count)), "mean": total / count})
+        size = part["mean"].where(part["mean"] > 0)  # NaN for a head whose values are all zero
+        variance = np.maximum(squares / count - part["mean"] ** 2, 0)
+        parts.append(part.assign(cv=variance**0.5 / size, first_over_mean=first / texts / size))
     return pd.concat(parts, ignore_index=True)
 
 
-def _similarity_tables(sums: Mapping[int, _Sums], pairs: Array) -> dict[str, pd.DataFrame]:
-    """Return the mean cosine by distance, and the fits by layer."""
-    import pandas as pd
+def _similarity_tables(similarity: Mapping[int, Tensor], pairs: Array) -> dict[str, pd.DataFrame]:
+    """Return the mean cosine by distance, and the fits by layer.
 
+    Args:
+        similarity: The :func:`similarity_sums` of each layer.
+        pairs: The number of pairs of each head, by distance.
+    """
     distance = np.arange(1.0, len(pairs) + 1)
-    by_layer = {layer: found.similarity.mean(0).numpy() / pairs for layer, found in sums.items()}
-    heads = torch.cat([found.similarity for found in sums.values()])
-    curves = {-1: heads.mean(0).numpy() / pairs, **dict(sorted(by_layer.items()))}
-    curve = {"distance": distance.astype(int), "cosine": curves[-1], "pairs": pairs}
+    sums = {-1: torch.cat([*similarity.values()]), **similarity}
+    means = {layer: heads.mean(0).numpy() / pairs for layer, heads in sums.items()}
+    curve = {"distance": distance.astype(int), "cosine": means[-1], "pairs": pairs}
     rows = []
-    for (layer, cosine), form in product(curves.items(), FORMS):
-        found = fit_decay(distance, cosine, pairs, constant=form != FORMS[0])
-        amplitude, length, level, r2 = found
-        rows.append((layer, form, amplitude, length, level, r2))
+    for (layer, cosine), form in product(means.items(), FORMS):
+        fit = fit_decay(distance, cosine, pairs, constant=form != FORMS[0])
+        rows.append((layer, form, *fit))
         if layer == -1:
-            curve[form] = amplitude * np.exp(-distance / length) + level
+            curve[form] = fit[0] * np.exp(-distance / fit[1]) + fit[2]
     columns = ["layer", "form", "amplitude", "length", "constant", "r2"]
-    return {
-        "similarity": pd.DataFrame(curve),
-        "similarity_fits": pd.DataFrame(rows, columns=columns),
-    }
+    fits = pd.DataFrame(rows, columns=columns)
+    return {"similarity": pd.DataFrame(curve), "similarity_fits": fits}
 
 
-def _profile_tables(sums: Mapping[int, _Sums], ranks: int) -> dict[str, pd.DataFrame]:
-    """Return the mean weight by rank, and the fits by head."""
-    import pandas as pd
-
+def _profile_tables(sums: Mapping[int, Tensor]) -> dict[str, pd.DataFrame]:
+    """Return the mean weight by rank, and the fits by head, from :func:`profile_sums` by layer."""
     profiles = {
         (layer, head): (row[:-1] / row[-1]).numpy()
-        for layer, found in sorted(sums.items())
-        for head, row in enumerate(found.profile)
+        for layer, rows in sums.items()
+        for head, row in enumerate(rows)
         if row[-1] > 0
     }
-    profiles = {(-1, -1): np.mean(list(profiles.values()), axis=0), **profiles}
-    fits = {place: fit_profile(weights) for place, weights in profiles.items()}
+    mean = np.mean(list(profiles.values()), axis=0)
+    fits = {place: fit_profile(weights) for place, weights in {(-1, -1): mean, **profiles}.items()}
     one, two = fits[-1, -1].fitted
-    profile = pd.DataFrame(
-        {
-            "rank": range(1, ranks + 1),
-            "weight": profiles[-1, -1],
-            "one_piece": one,
-            "two_piece": two,
-        }
-    )
+    columns = {"rank": range(1, len(mean) + 1), "weight": mean, "one_piece": one, "two_piece": two}
     rows = [(*place, *fit[:-1]) for place, fit in fits.items()]
-    columns = ["layer", "head", *LogLogFits._fields[:-1]]
-    return {"profile": profile, "profile_fits": pd.DataFrame(rows, columns=columns)}
+    names = ["layer", "head", *LogLogFits._fields[:-1]]
+    return {"profile": pd.DataFrame(columns), "profile_fits": pd.DataFrame(rows, columns=names)}
 
 
 def _numbers(tables: Mapping[str, pd.DataFrame]) -> dict[str, float]:
     """Return the headline numbers."""
     norms, profile = tables["value_norms"], tables["profile_fits"]
-    similarity = tables["similarity_fits"]
-    exponential, with_constant = (
-        similarity[(similarity["layer"] == -1) & (similarity["form"] == form)].iloc[0]
-        for form in FORMS
-    )
-    first, heads = profile.iloc[0], profile.iloc[1:]
+    exponential, with_constant = tables["similarity_fits"].iloc[: len(FORMS)].itertuples()
+    heads = profile.iloc[1:]
     return {
         "value_norm_cv": float(norms["cv"].median()),
         "first_over_mean": float(norms["first_over_mean"].median()),
         "compressed_first": float((norms["first_over_mean"].dropna() < 1).mean()),
-        "similarity_length": float(exponential["length"]),
-        "similarity_r2": float(exponential["r2"]),
-        "similarity_r2_constant": float(with_constant["r2"]),
-        "one_piece_r2": float(first["one_piece_r2"]),
-        "two_piece_r2": float(first["two_piece_r2"]),
-        "break_rank": float(first["break_rank"]),
+        "similarity_length": exponential.length,
+        "similarity_r2": exponential.r2,
+        "similarity_r2_constant": with_constant.r2,
+        **profile.iloc[0][["one_piece_r2", "two_piece_r2", "break_rank"]].astype(float).to_dict(),
         "two_piece_gain": float((heads["two_piece_r2"] - heads["one_piece_r2"]).median()),
     }

@@ -15,33 +15,22 @@ one direction only. If attention is negative, its absolute value is used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.linalg import eigvalsh
 from torch import Tensor
 
+from captum_cw.analysis.result import Array
+from captum_cw.analysis.streaming import visible_blocks
 from captum_cw.functional import AttentionLayer, attention, map_blocks
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Array = npt.NDArray[Any]
-
-__all__ = [
-    "GraphNumbers",
-    "Received",
-    "average_map",
-    "graph_numbers",
-    "head_divergence",
-    "received_attention",
-    "sinks_above",
-]
-
-
-#: A query follows a key if the attention is at least this many times that of a uniform row.
+#: By our rule, a query follows a key if the attention is at least this many times that of a uniform
+#: row.
 FOLLOWER_FACTOR = 2.0
-#: A key can be a sink if it has at least this fraction of the queries of the most visible key.
+#: By our rule, a key can be a sink if at least this fraction of the queries of the most visible key
+#: see it.
 MIN_QUERY_FRACTION = 0.25
 
 
@@ -85,8 +74,6 @@ def graph_numbers(attention: Tensor, threshold: float) -> GraphNumbers:
         >>> round(numbers.fiedler, 6), numbers.centralisation, numbers.star_likeness
         (1.0, 1.0, 1.0)
     """
-    from scipy.linalg import eigvalsh
-
     directed = attention.numpy(force=True) > threshold
     np.fill_diagonal(directed, False)
     n = len(directed)
@@ -172,8 +159,9 @@ def received_attention(attention: Tensor, visible: Tensor) -> Received:
 def sinks_above(received: Received, percentile: float) -> Array:
     """Select the sinks: keys whose received attention reaches a percentile of all keys.
 
-    Only keys that enough queries see are compared (:attr:`Received.compared`). Keys that receive
-    the least are never sinks, so a map in which all keys receive the same has none.
+    By our rule, only keys that enough queries see are compared (:attr:`Received.compared`), and the
+    keys that receive the least are never sinks. So a map in which all keys receive the same
+    attention does not have a sink.
 
     Returns:
         Boolean ``(T,)``.
@@ -189,8 +177,8 @@ def sinks_above(received: Received, percentile: float) -> Array:
     if not len(values):
         return compared
     cutoff = np.percentile(values, percentile)
-    above: Array = compared & (received.mean >= cutoff) & (received.mean > values.min())
-    return above
+    sinks: Array = compared & (received.mean >= cutoff) & (received.mean > values.min())
+    return sinks
 
 
 def head_divergence(layer: AttentionLayer, average: Tensor, sinks: Tensor) -> Tensor:
@@ -242,9 +230,8 @@ def average_map(layer: AttentionLayer) -> tuple[Tensor, Tensor]:
     """
     average = layer.value.new_zeros(layer.T, layer.S, dtype=torch.float64)
     visible = torch.zeros_like(average, dtype=torch.bool)
-    for rows, (block,) in map_blocks(layer, attention):
+    for rows, sees, (block,) in visible_blocks(layer, attention):
         n = block.shape[-1]
-        average[rows, :n] = block[0].double().abs().mean(0)
-        seen = layer.mask.block(rows)
-        visible[rows, :n] = True if seen is None else seen[0].any(0).to(visible.device)
+        average[rows, :n] = block.double().abs().mean(0)
+        visible[rows, :n] = sees.any(0)
     return average, visible

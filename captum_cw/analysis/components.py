@@ -7,38 +7,34 @@ cosine changes attention (section D.6).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from sklearn.model_selection import KFold
 from torch import Tensor, nn
 
-from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
-from captum_cw.analysis.streaming import Batches, Reservoir, SeenLayer, run_texts, texts_of
+from captum_cw.analysis.result import AnalysisResult, Array, settings_of
+from captum_cw.analysis.streaming import (
+    Batches,
+    Reservoir,
+    SeenLayer,
+    run_texts,
+    texts_of,
+    visible_blocks,
+)
 from captum_cw.functional import (
     AttentionLayer,
     Block,
-    Measure,
     attention,
     contribution,
     cosine_with,
     geometry,
-    map_blocks,
     relative_norm,
 )
-
-__all__ = [
-    "ComponentCorrelations",
-    "ComponentDispersion",
-    "ComponentRegression",
-    "Interference",
-    "component_correlations",
-    "component_dispersion",
-    "component_regression",
-    "interference",
-]
 
 FACTORS = ("attention", "relative norm", "cosine")
 #: The products of factors in Table 1, one for each row.
@@ -48,32 +44,18 @@ FOLDS = 5
 #: The number of points in a scatter plot.
 SHOWN = 4000
 
-Array = np.ndarray[Any, Any]
 
-
-def _map_blocks_with_mask(
-    seen: SeenLayer, *measures: Measure
-) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """Yield blocks of visible keys and of maps, each ``(H, t, n)``."""
-    for rows, found in map_blocks(seen.layer, *measures):
-        shape = found[0].shape
-        visible = seen.layer.mask.block(rows)
-        if visible is None:
-            visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=found[0].device)
-        yield visible.expand(shape)[0], tuple(x[0] for x in found)
-
-
-def _sample_cells(where: Tensor, maps: tuple[Tensor, ...], sample: Reservoir) -> None:
+def _sample_cells(where: Tensor, maps: Sequence[Tensor], sample: Reservoir) -> None:
     """Add the values of the maps at the cells ``where`` to a sample."""
     cells = where.flatten().nonzero()[:, 0]
-    if not len(cells):
-        return
     cells = cells[torch.from_numpy(sample.draw(len(cells))).to(cells.device)]
     sample.add(torch.stack([x.flatten()[cells] for x in maps], 1).cpu().numpy())
 
 
 class ComponentRegression(AnalysisResult):
-    """Measure how much of the contributions each product of factors explains (Tables 1 and 3).
+    """How much of the contributions each product of factors explains (Tables 1 and 3).
+
+    The plot shows the R2 of each product of factors, with a panel for each group of tokens.
 
     Attributes:
         numbers: R2 for each group and product of factors, as ``"others: attention x cosine"``. For
@@ -82,12 +64,6 @@ class ComponentRegression(AnalysisResult):
             ``slope``, ``r2`` (centred), ``r2_uncentred``, ``r2_held_out`` (mean over folds) and
             number of ``points``. ``"folds"``: the held-out ``r2`` of each ``fold``.
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot the R2 of each product of factors, with a panel for each group."""
-        from captum_cw.analysis.figures.geometry import plot_regression
-
-        return plot_regression(self.to_dataframe(), use_pyplot=use_pyplot)
 
 
 def component_regression(
@@ -123,7 +99,8 @@ def component_regression(
         ValueError: If a text has fewer than two tokens, or the model is not causal.
 
     Example:
-        >>> result = component_regression(model, input_ids)
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> result = component_regression(model, inputs)
         >>> len(result.to_dataframe())
         18
     """
@@ -132,14 +109,14 @@ def component_regression(
 
     def on_layer(seen: SeenLayer) -> None:
         measures = attention, relative_norm, cosine_with("inter"), contribution()
-        for visible, maps in _map_blocks_with_mask(seen, *measures):
-            first = torch.zeros_like(visible)
-            first[..., 0] = True
-            cells = {"all": visible, "first": visible & first, "others": visible & ~first}
+        for _, visible, maps in visible_blocks(seen.layer, *measures):
+            visible = visible.expand_as(maps[0])
+            key = torch.arange(visible.shape[-1], device=visible.device)
+            cells = {"all": visible, "first": visible & (key == 0), "others": visible & (key > 0)}
             for group, where in cells.items():
                 _sample_cells(where, maps, samples[group])
 
-    run_texts(model, texts, on_layer, description="regression", show_progress=show_progress)
+    run_texts(model, texts, on_layer, label="regression", show_progress=show_progress)
     settings = settings_of(texts, points=points, log=log, seed=seed)
     return regression_of({group: s.rows for group, s in samples.items()}, settings, log, seed)
 
@@ -148,8 +125,6 @@ def regression_of(
     samples: Mapping[str, Array], settings: Mapping[str, Any], log: bool, seed: int
 ) -> ComponentRegression:
     """Fit samples of attention, relative norm, cosine and contribution, ``(points, 4)`` each."""
-    import pandas as pd
-
     rows, folds = [], []
     dropped = 0
     for group, sample in samples.items():
@@ -162,52 +137,48 @@ def regression_of(
         for subset in SUBSETS:
             chosen = factors[:, subset]
             x = chosen.sum(1) if log else chosen.prod(1)
-            name = " x ".join(FACTORS[n] for n in subset)
+            place = {"components": " x ".join(FACTORS[n] for n in subset), "group": group}
             fit, held_out = _fit(x, y, seed)
-            rows.append({"components": name, "group": group, **fit, "points": len(y)})
-            folds += [
-                {"components": name, "group": group, "fold": n, "r2": r2}
-                for n, r2 in enumerate(held_out)
-            ]
+            rows.append({**place, **fit, "points": len(y)})
+            folds += [{**place, "fold": n, "r2": r2} for n, r2 in enumerate(held_out)]
     table = pd.DataFrame(rows)
     numbers = {f"{row.group}: {row.components}": row.r2 for row in table.itertuples()}
     if log:
         numbers["dropped"] = dropped
-    return ComponentRegression(
-        settings, numbers, {"regression": table, "folds": pd.DataFrame(folds)}
-    )
+    tables = {"regression": table, "folds": pd.DataFrame(folds)}
+    return ComponentRegression(settings, numbers, tables)
 
 
 def _fit(x: Array, y: Array, seed: int) -> tuple[dict[str, float], list[float]]:
     """Fit a line through the origin, and compute its R2 on each held-out fold."""
-    from sklearn.linear_model import LinearRegression
-    from sklearn.model_selection import KFold
-
     if len(y) < FOLDS:
         missing = dict.fromkeys(("slope", "r2", "r2_uncentred", "r2_held_out"), float("nan"))
         return missing, [float("nan")] * FOLDS
-    line = LinearRegression(fit_intercept=False)
-    line.fit(x[:, None], y)
-    found = line.predict(x[:, None])
-    held_out = []
-    for known, unknown in KFold(FOLDS, shuffle=True, random_state=seed).split(x):
-        other = LinearRegression(fit_intercept=False).fit(x[known, None], y[known])
-        held_out.append(r2(y[unknown], other.predict(x[unknown, None])))
+    slope = slope_through_origin(x, y)
+    held_out = [
+        r2(y[test], slope_through_origin(x[train], y[train]) * x[test])
+        for train, test in KFold(FOLDS, shuffle=True, random_state=seed).split(x)
+    ]
     fit = {
-        "slope": float(line.coef_[0]),
-        "r2": r2(y, found),
-        "r2_uncentred": r2(y, found, centred=False),
+        "slope": slope,
+        "r2": r2(y, slope * x),
+        "r2_uncentred": r2(y, slope * x, centred=False),
         "r2_held_out": float(np.mean(held_out)),
     }
     return fit, held_out
 
 
-def r2(y: Array, found: Array, *, centred: bool = True) -> float:
+def slope_through_origin(x: Array, y: Array) -> float:
+    """Return the least-squares slope of a line through the origin; 0 if ``x`` is all zero."""
+    return float(np.linalg.lstsq(x[:, None], y, rcond=None)[0][0])
+
+
+def r2(y: Array, fitted: Array, *, centred: bool = True) -> float:
     """Return the fraction of the variance of ``y`` (or of its squares) that a fit explains.
 
     Args:
         y: The data.
-        found: The values of the fit.
+        fitted: The values of the fit.
         centred: Compare with the mean; otherwise with zero.
 
     Returns:
@@ -216,23 +187,19 @@ def r2(y: Array, found: Array, *, centred: bool = True) -> float:
     if centred and np.ptp(y) == 0:  # rounding of the mean would leave a tiny variance
         return float("nan")
     total = float(((y - (y.mean() if centred else 0)) ** 2).sum())
-    return 1 - float(((y - found) ** 2).sum()) / total if total > 0 else float("nan")
+    return 1 - float(((y - fitted) ** 2).sum()) / total if total > 0 else float("nan")
 
 
 class ComponentCorrelations(AnalysisResult):
     """The correlations of the logarithms of the factors (Table 2).
+
+    The plot shows the matrix.
 
     Attributes:
         numbers: Pearson's r of each pair, as ``"attention, cosine"``; the number of ``"points"``;
             and ``"dropped"``, the number of points with a factor of zero.
         tables: ``"correlations"``: the matrix, with a row for each ``component``.
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot the matrix."""
-        from captum_cw.analysis.figures.geometry import plot_correlations
-
-        return plot_correlations(self.to_dataframe(), use_pyplot=use_pyplot)
 
 
 def component_correlations(
@@ -255,11 +222,10 @@ def component_correlations(
         ValueError: As :func:`component_regression`.
 
     Example:
-        >>> component_correlations(model, input_ids).to_dataframe().shape
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> component_correlations(model, inputs).to_dataframe().shape
         (3, 4)
     """
-    import pandas as pd
-
     texts = texts_of(batches)
     moments = Moments(3)
     dropped = 0
@@ -267,19 +233,19 @@ def component_correlations(
     def on_layer(seen: SeenLayer) -> None:
         nonlocal dropped
         measures = attention, relative_norm, cosine_with("inter")
-        for visible, maps in _map_blocks_with_mask(seen, *measures):
+        for _, visible, maps in visible_blocks(seen.layer, *measures):
+            visible = visible.expand_as(maps[0])
             columns = torch.stack([x[visible] for x in maps]).double()
             whole = (columns != 0).all(0)
             dropped += int((~whole).sum())
             moments.add(columns[:, whole].abs().log())
 
-    run_texts(model, texts, on_layer, description="correlations", show_progress=show_progress)
+    run_texts(model, texts, on_layer, label="correlations", show_progress=show_progress)
     matrix = moments.correlations()
     table = pd.DataFrame(matrix, columns=list(FACTORS))
     table.insert(0, "component", FACTORS)
-    settings = settings_of(texts)
     numbers = {**_pairwise(FACTORS, matrix), "points": moments.count, "dropped": dropped}
-    return ComponentCorrelations(settings, numbers, {"correlations": table})
+    return ComponentCorrelations(settings_of(texts), numbers, {"correlations": table})
 
 
 def _pairwise(names: Sequence[str], matrix: Array) -> dict[str, float]:
@@ -289,7 +255,7 @@ def _pairwise(names: Sequence[str], matrix: Array) -> dict[str, float]:
 
 
 class Moments:
-    """Running sums of several variables, for their means and correlations.
+    """Running sums of variables, for their means and correlations.
 
     Args:
         n: The number of variables.
@@ -329,12 +295,13 @@ class Moments:
         means = self._sum / self.count
         covariance = self._products / self.count - means[:, None] * means
         deviation = covariance.diagonal().clamp(min=0).sqrt()
-        found: Array = (covariance / (deviation[:, None] * deviation)).numpy()
-        return found
+        return (covariance / (deviation[:, None] * deviation)).numpy()
 
 
 class ComponentDispersion(AnalysisResult):
     """The distribution of attention, value norms and cosines (Fig. 7).
+
+    The plot shows the three pairs.
 
     Attributes:
         numbers: ``"mean cosine"`` over all queries, keys, heads and layers (the paper: 0.012), and
@@ -342,12 +309,6 @@ class ComponentDispersion(AnalysisResult):
         tables: ``"sample"``: ``attention``, ``value norm`` (in the unit of the hidden states) and
             ``cosine`` of a uniform sample.
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot the three pairs."""
-        from captum_cw.analysis.figures.geometry import plot_dispersion
-
-        return plot_dispersion(self.to_dataframe(), use_pyplot=use_pyplot)
 
 
 def component_dispersion(
@@ -371,26 +332,26 @@ def component_dispersion(
         ValueError: As :func:`component_regression`.
 
     Example:
-        >>> result = component_dispersion(model, input_ids, points=50)
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> result = component_dispersion(model, inputs, points=50)
         >>> list(result.to_dataframe()), len(result.to_dataframe())
         (['attention', 'value norm', 'cosine'], 50)
     """
-    import pandas as pd
-
     texts, sample, moments = texts_of(batches), Reservoir(points, seed), Moments(3)
 
     def on_layer(seen: SeenLayer) -> None:
         measures = attention, _projected_norms, cosine_with("inter")
-        for visible, maps in _map_blocks_with_mask(seen, *measures):
+        for _, visible, maps in visible_blocks(seen.layer, *measures):
+            visible = visible.expand_as(maps[0])
             moments.add(torch.stack([x[visible] for x in maps]))
             _sample_cells(visible, maps, sample)
 
-    run_texts(model, texts, on_layer, description="dispersion", show_progress=show_progress)
-    names = ("attention", "value norm", "cosine")
+    run_texts(model, texts, on_layer, label="dispersion", show_progress=show_progress)
+    names = ["attention", "value norm", "cosine"]
     matrix = moments.correlations()
     numbers = {"mean cosine": float(moments.means()[2]), **_pairwise(names, matrix)}
     settings = settings_of(texts, points=points, seed=seed)
-    table = pd.DataFrame(sample.rows.astype(np.float64), columns=list(names))
+    table = pd.DataFrame(sample.rows.astype(np.float64), columns=names)
     return ComponentDispersion(settings, numbers, {"sample": table})
 
 
@@ -406,7 +367,9 @@ def _projected_norms(layer: AttentionLayer) -> Block:
 
 
 class Interference(AnalysisResult):
-    """Measure how the alignment of values changes attention within a head (section D.6).
+    """How the alignment of values changes attention within a head (section D.6).
+
+    The plot shows the ratio ``c / a`` against the cosine.
 
     Attributes:
         numbers: ``"r"``, Pearson's correlation of ``c / a`` with the cosine (the paper: 0.949); the
@@ -414,12 +377,6 @@ class Interference(AnalysisResult):
             has norm zero.
         tables: ``"sample"``: ``ratio`` and ``cosine`` of a uniform sample.
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot the ratio against the cosine."""
-        from captum_cw.analysis.figures.geometry import plot_interference
-
-        return plot_interference(self.to_dataframe(), self.numbers["r"], use_pyplot=use_pyplot)
 
 
 def interference(
@@ -447,26 +404,25 @@ def interference(
         ValueError: As :func:`component_regression`.
 
     Example:
-        >>> -1 <= interference(model, input_ids).numbers["r"] <= 1
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> -1 <= interference(model, inputs).numbers["r"] <= 1
         True
     """
-    import pandas as pd
-
     texts, sample, moments = texts_of(batches), Reservoir(points, seed), Moments(2)
     dropped = 0
 
     def on_layer(seen: SeenLayer) -> None:
         nonlocal dropped
-        for visible, maps in _map_blocks_with_mask(seen, geometry("intra"), cosine_with("intra")):
-            several = visible & (visible.sum(-1, keepdim=True) > 1)
-            known = several & (maps[1] != 0)
-            dropped += int(several.sum() - known.sum())
+        measures = geometry("intra"), cosine_with("intra")
+        for _, visible, maps in visible_blocks(seen.layer, *measures):
+            compared = (visible & (visible.sum(-1, keepdim=True) > 1)).expand_as(maps[0])
+            known = compared & (maps[1] != 0)
+            dropped += int(compared.sum() - known.sum())
             moments.add(torch.stack([x[known] for x in maps]))
             _sample_cells(known, maps, sample)
 
-    run_texts(model, texts, on_layer, description="interference", show_progress=show_progress)
-    rows = sample.rows.astype(np.float64).reshape(-1, 2)
-    table = pd.DataFrame(rows, columns=["ratio", "cosine"])
+    run_texts(model, texts, on_layer, label="interference", show_progress=show_progress)
+    table = pd.DataFrame(sample.rows.astype(np.float64), columns=["ratio", "cosine"])
     r = float(moments.correlations()[0, 1])
     numbers = {"r": r, "points": moments.count, "dropped": dropped}
     settings = settings_of(texts, points=points, seed=seed)

@@ -11,30 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from captum_cw._utils.progress import progress_bar
 from captum_cw.analysis.geometry import inner_products, norms, values_and_gram
-from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
+from captum_cw.analysis.result import AnalysisResult, settings_of
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 from captum_cw.capture.forward_call import device_of
 from captum_cw.capture.model import evaluation_mode, unwrapped
 from captum_cw.capture.outputs import logits_of
-from captum_cw.functional import Measure, attention, contribution, map_blocks, vw
+from captum_cw.functional import attention, contribution, map_blocks, vw
 from captum_cw.metrics.quantities import mean_nll
 from captum_cw.removal.interventions import scale_values
-
-__all__ = [
-    "FirstTokenWeight",
-    "SinkScaling",
-    "ValueAlignment",
-    "WeightEntropy",
-    "first_token_weight",
-    "sink_scaling",
-    "value_alignment",
-    "weight_entropy",
-]
 
 #: A token is a sink if its mean attention is above this (Gu et al. 2024).
 EPSILON = 0.3
@@ -43,18 +33,14 @@ EPSILON = 0.3
 class FirstTokenWeight(AnalysisResult):
     """The mean weight on the first token (Table 4).
 
+    The plot shows the weight by layer, with a curve for each measure that is a share.
+
     Attributes:
         numbers: The mean over layers and texts by measure: ``"attention"``, ``"vw"`` as the paper
             prints it, ``"vw, rows normalised"`` and ``"contribution"``.
         tables: ``"texts"``: ``text``, ``measure`` and ``weight``, a mean over layers. ``"layers"``:
             ``layer``, ``measure`` and ``weight``, a mean over texts.
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot the weight by layer, with a curve for each measure that is a share."""
-        from captum_cw.analysis.figures.geometry import plot_first_token_weight
-
-        return plot_first_token_weight(self.tables["layers"], use_pyplot=use_pyplot)
 
 
 def first_token_weight(
@@ -75,12 +61,11 @@ def first_token_weight(
         ValueError: If a text has fewer than two tokens, or the model is not causal.
 
     Example:
-        >>> sorted(first_token_weight(model, input_ids).numbers)
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> sorted(first_token_weight(model, inputs).numbers)
         ['attention', 'contribution', 'vw', 'vw, rows normalised']
     """
-    import pandas as pd
-
-    texts, rows = texts_of(batches), list[dict[str, Any]]()
+    texts, rows = texts_of(batches), list[tuple[Any, ...]]()
 
     def on_layer(seen: SeenLayer) -> None:
         total = dict.fromkeys(("attention", "vw", "vw, rows normalised", "contribution"), 0.0)
@@ -90,22 +75,29 @@ def first_token_weight(
             shares = weighted[..., 0].double() / weighted.double().sum(-1)
             total["vw, rows normalised"] += float(shares.nan_to_num().sum()) / seen.layer.H
             total["contribution"] += float(c[..., 0].double().sum())
-        rows.extend(
-            {"text": seen.text, "layer": seen.number, "measure": name, "weight": x / seen.T}
-            for name, x in total.items()
-        )
+        rows.extend((seen.text, seen.number, name, x / seen.T) for name, x in total.items())
 
-    run_texts(model, texts, on_layer, description="first token", show_progress=show_progress)
-    table = pd.DataFrame(rows)
-    by_text = table.groupby(["text", "measure"], sort=False).weight.mean().reset_index()
-    by_layer = table.groupby(["layer", "measure"], sort=False).weight.mean().reset_index()
-    numbers = by_text.groupby("measure").weight.mean().to_dict()
-    settings = settings_of(texts)
-    return FirstTokenWeight(settings, numbers, {"texts": by_text, "layers": by_layer})
+    run_texts(model, texts, on_layer, label="first token", show_progress=show_progress)
+    tables = _tables_of_means(rows, ["measure"], "weight")
+    numbers = tables["texts"].groupby("measure").weight.mean().to_dict()
+    return FirstTokenWeight(settings_of(texts), numbers, tables)
+
+
+def _tables_of_means(
+    rows: Sequence[tuple[Any, ...]], by: list[str], value: str
+) -> dict[str, pd.DataFrame]:
+    """Return the means by text and by layer, of rows of text, layer, ``by`` and ``value``."""
+    table = pd.DataFrame(rows, columns=["text", "layer", *by, value])
+    return {
+        f"{kind}s": table.groupby([kind, *by], sort=False)[value].mean().reset_index()
+        for kind in ("text", "layer")
+    }
 
 
 class WeightEntropy(AnalysisResult):
     """The entropy of rows of weights, in nats (Table 5).
+
+    The plot shows the entropy by layer, with and without the first token.
 
     Attributes:
         numbers: The mean over queries, heads, layers and texts by measure, with the first token, as
@@ -114,12 +106,6 @@ class WeightEntropy(AnalysisResult):
         tables: ``"texts"``: ``text``, ``measure``, ``first`` (whether the first token is included)
             and ``entropy``, a mean over layers. ``"layers"``: the same by ``layer``.
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot the entropy by layer, with and without the first token."""
-        from captum_cw.analysis.figures.geometry import plot_entropy
-
-        return plot_entropy(self.tables["layers"], use_pyplot=use_pyplot)
 
 
 def weight_entropy(
@@ -134,48 +120,38 @@ def weight_entropy(
     Arguments and errors are those of :func:`first_token_weight`.
 
     Example:
-        >>> weight_entropy(model, input_ids).numbers["attention"] > 0
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> weight_entropy(model, inputs).numbers["attention"] > 0
         True
     """
-    import pandas as pd
-
     texts, rows, empty = texts_of(batches), list[tuple[Any, ...]](), 0
-    measures: dict[str, Measure] = {
-        "attention": attention,
-        "vw": vw,
-        "contribution": contribution("inter"),
-        "contribution, intra": contribution("intra"),
-    }
+    names = ("attention", "vw", "contribution", "contribution, intra")
+    measures = attention, vw, contribution("inter"), contribution("intra")
 
     def on_layer(seen: SeenLayer) -> None:
         nonlocal empty
-        sums = {(name, first): [0.0, 0] for name in measures for first in (True, False)}
-        for block, maps in map_blocks(seen.layer, *measures.values()):
-            for name, g in zip(measures, maps, strict=True):
-                for first in (True, False):
-                    # The first query sees only the first token.
-                    part = g if first else g[:, :, max(0, 1 - block.start) :, 1:]
-                    found = row_entropy(part)
-                    empty += int(found.isnan().sum())
-                    sums[name, first][0] += float(found.nansum())
-                    sums[name, first][1] += int((~found.isnan()).sum())
+        sums = {(name, first): [0.0, 0] for name in names for first in (True, False)}
+        for block, maps in map_blocks(seen.layer, *measures):
+            for (name, first), total in sums.items():
+                g = maps[names.index(name)]
+                # The first query sees only the first token.
+                entropy = row_entropy(g if first else g[:, :, max(0, 1 - block.start) :, 1:])
+                count = int((~entropy.isnan()).sum())
+                empty += entropy.numel() - count
+                total[0] += float(entropy.nansum())
+                total[1] += count
         rows.extend(
-            (seen.text, seen.number, name, first, total / count if count else float("nan"))
-            for (name, first), (total, count) in sums.items()
+            (seen.text, seen.number, *place, total / count if count else float("nan"))
+            for place, (total, count) in sums.items()
         )
 
-    run_texts(model, texts, on_layer, description="entropy", show_progress=show_progress)
-    table = pd.DataFrame(rows, columns=["text", "layer", "measure", "first", "entropy"])
-    tables = {
-        f"{by}s": table.groupby([by, "measure", "first"], sort=False).entropy.mean().reset_index()
-        for by in ("text", "layer")
-    }
+    run_texts(model, texts, on_layer, label="entropy", show_progress=show_progress)
+    tables = _tables_of_means(rows, ["measure", "first"], "entropy")
     means = tables["texts"].groupby(["measure", "first"]).entropy.mean()
     numbers = {
         name + ("" if first else ", without first"): float(x) for (name, first), x in means.items()
     }
-    settings = settings_of(texts)
-    return WeightEntropy(settings, {**numbers, "empty rows": empty}, tables)
+    return WeightEntropy(settings_of(texts), {**numbers, "empty rows": empty}, tables)
 
 
 def row_entropy(g: Tensor) -> Tensor:
@@ -193,6 +169,8 @@ def row_entropy(g: Tensor) -> Tensor:
 class ValueAlignment(AnalysisResult):
     """The alignment of the first token's value with the others, and among the others (Fig. 5a).
 
+    The plot shows both cosines against relative depth, with the middle half of the heads.
+
     Attributes:
         numbers: ``"first to others"`` and ``"among others"``, mean cosines over layers, heads and
             texts (the paper: about -0.2 and 0.2); ``"layers opposed"``, the fraction of layers in
@@ -201,12 +179,6 @@ class ValueAlignment(AnalysisResult):
             mean over heads and texts, and quartiles over heads. ``"texts"``: both cosines by
             ``text``.
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot both cosines against relative depth, with the middle half of the heads."""
-        from captum_cw.analysis.figures.geometry import plot_alignment
-
-        return plot_alignment(self.tables["layers"], use_pyplot=use_pyplot)
 
 
 def value_alignment(
@@ -219,44 +191,33 @@ def value_alignment(
     differ from query to query.
 
     Example:
-        >>> value_alignment(model, input_ids).tables["layers"].shape
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> value_alignment(model, inputs).tables["layers"].shape
         (2, 8)
     """
-    import pandas as pd
-
-    texts = texts_of(batches, shortest=3)
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    texts, parts = texts_of(batches, shortest=3), list[pd.DataFrame]()
 
     def on_layer(seen: SeenLayer) -> None:
-        value, gram = values_and_gram(seen)
-        first, among = alignment(value, gram)
-        found.setdefault(seen.number, []).append((first.cpu(), among.cpu()))
+        first, among = (x.cpu().numpy() for x in alignment(*values_and_gram(seen)))
+        place = {"text": seen.text, "layer": seen.number, "head": range(len(first))}
+        parts.append(pd.DataFrame({**place, "first": first, "among": among}))
 
-    run_texts(model, texts, on_layer, description="alignment", show_progress=show_progress)
-    layers = []
-    for number, pairs in found.items():
-        row: dict[str, float] = {"layer": number, "depth": number / max(1, len(found) - 1)}
-        for name, several in zip(("first", "among"), zip(*pairs, strict=True), strict=True):
-            heads = torch.stack(several).mean(0)
-            quarters = heads.quantile(heads.new_tensor([0.25, 0.75])).tolist()
-            row |= {name: float(heads.mean()), f"{name}_25": quarters[0], f"{name}_75": quarters[1]}
-        layers.append(row)
-    by_layer = pd.DataFrame(layers)
-    by_text = pd.DataFrame(
-        {
-            "text": n,
-            "first": float(torch.stack([pairs[n][0].mean() for pairs in found.values()]).mean()),
-            "among": float(torch.stack([pairs[n][1].mean() for pairs in found.values()]).mean()),
-        }
-        for n in range(len(texts))
-    )
+    run_texts(model, texts, on_layer, label="alignment", show_progress=show_progress)
+    table, both = pd.concat(parts), ["first", "among"]
+    by_text = table.groupby(["text", "layer"])[both].mean().groupby("text").mean().reset_index()
+    heads = table.groupby(["layer", "head"])[both].mean().groupby("layer")
+    columns = {}
+    for name in both:
+        columns[name] = heads[name].mean()
+        columns |= {f"{name}_{q}": heads[name].quantile(q / 100) for q in (25, 75)}
+    by_layer = pd.DataFrame(columns).reset_index()
+    by_layer.insert(1, "depth", by_layer["layer"] / max(1, len(by_layer) - 1))
     numbers = {
         "first to others": float(by_layer["first"].mean()),
         "among others": float(by_layer["among"].mean()),
         "layers opposed": float((by_layer["first"] < 0).mean()),
     }
-    settings = settings_of(texts)
-    return ValueAlignment(settings, numbers, {"layers": by_layer, "texts": by_text})
+    return ValueAlignment(settings_of(texts), numbers, {"layers": by_layer, "texts": by_text})
 
 
 def alignment(value: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,6 +250,8 @@ def alignment(value: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
 class SinkScaling(AnalysisResult):
     """The perplexity as the first token's value is scaled down (Fig. 5c).
 
+    The plot shows the mean increase against the factor, with the middle half of the texts.
+
     Attributes:
         settings: Include the scaled ``"layers"``.
         numbers: ``"clean"``, the mean perplexity of the unchanged model, and the mean increase at
@@ -296,12 +259,6 @@ class SinkScaling(AnalysisResult):
         tables: ``"texts"``: ``text``, ``factor``, ``perplexity``, ``delta``, and the ``clean``
             perplexity of the text.
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot the mean increase against the factor, with the middle half of the texts."""
-        from captum_cw.analysis.figures.geometry import plot_sink_scaling
-
-        return plot_sink_scaling(self.to_dataframe(), use_pyplot=use_pyplot)
 
 
 def sink_scaling(
@@ -330,14 +287,13 @@ def sink_scaling(
             is not finite, and as :func:`first_token_weight`.
 
     Example:
-        >>> scaled = sink_scaling(model, input_ids, epsilon=0.1, factors=[0, 1])
-        >>> scaled.numbers["delta at 1"]
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> sink_scaling(model, inputs, epsilon=0.1, factors=[0, 1]).numbers["delta at 1"]
         0.0
     """
-    import pandas as pd
-
     if not len(factors):
         raise ValueError("factors is empty: give at least one, such as 0.")
+    factors = [float(factor) for factor in factors]
     texts = texts_of(batches)
     weights = first_token_weight(model, [x[None] for x in texts], show_progress=show_progress)
     table = weights.tables["layers"]
@@ -352,23 +308,22 @@ def sink_scaling(
     model = unwrapped(model)
     device = device_of(model)
     with progress_bar(len(texts), "sink scaling", show=show_progress) as bar, torch.no_grad():
-        for number, ids in enumerate(texts):
-            clean = _perplexity(model, ids.to(device))
+        for text, ids in enumerate(texts):
+            ids = ids.to(device)
+            clean = _perplexity(model, ids)
             for factor in factors:
                 with scale_values(model, factor, positions=[0], layers=layers):
-                    changed = _perplexity(model, ids.to(device))
-                rows.append((number, float(factor), changed, changed - clean, clean))
+                    changed = _perplexity(model, ids)
+                rows.append((text, factor, changed, changed - clean, clean))
             bar.update()
-    columns = ["text", "factor", "perplexity", "delta", "clean"]
-    found = pd.DataFrame(rows, columns=columns)
-    numbers = {"clean": float(found.groupby("text").clean.first().mean())}
-    numbers |= {
-        f"delta at {x:g}": float(d) for x, d in found.groupby("factor").delta.mean().items()
+    by_text = pd.DataFrame(rows, columns=["text", "factor", "perplexity", "delta", "clean"])
+    deltas = by_text.groupby("factor").delta.mean()
+    numbers = {
+        "clean": float(by_text.groupby("text").clean.first().mean()),
+        **{f"delta at {factor:g}": float(delta) for factor, delta in deltas.items()},
     }
-    settings = settings_of(
-        texts, epsilon=epsilon, layers=layers, factors=[float(x) for x in factors]
-    )
-    return SinkScaling(settings, numbers, {"texts": found})
+    settings = settings_of(texts, epsilon=epsilon, layers=layers, factors=factors)
+    return SinkScaling(settings, numbers, {"texts": by_text})
 
 
 def _perplexity(model: nn.Module, ids: Tensor) -> float:

@@ -9,18 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from captum_cw.analysis.attention_graph import Received, sinks_above
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Array = npt.NDArray[Any]
-
-__all__ = ["Anchors", "Frame", "FrameEvidence", "anchors_of", "find_frame"]
+from captum_cw.analysis.result import Array
 
 Frame = Literal["centralised", "distributed", "bidirectional", "none"]
 
@@ -75,12 +69,12 @@ def anchors_of(received: Received, percentiles: Sequence[float], text: int = 0) 
     sinks = [sinks_above(received, percentile) & stands_out for percentile in percentiles]
     by_size = np.argsort(-r, kind="stable")
     places = by_size[np.any(sinks, axis=0)[by_size]]
-    counts = tuple(int(some.sum()) for some in sinks)
+    counts = tuple(int(at_percentile.sum()) for at_percentile in sinks)
     return Anchors(text, len(r), places, counts, np.flatnonzero(received.compared))
 
 
 class FrameEvidence(NamedTuple):
-    """The frame of a model and the evidence for it.
+    """The frame of a model by our rule, and the evidence for it.
 
     Shares are fractions of the maps that have an anchor, and 0 if not a single map has one.
 
@@ -132,7 +126,10 @@ class FrameEvidence(NamedTuple):
 
 
 class _PlaceCounts:
-    """Counts of the positions of anchors, for ``R`` placements of the anchors of the same maps."""
+    """Counts of the positions of anchors, for ``R`` placements of the anchors of the same maps.
+
+    The first placement is the observed one.
+    """
 
     def __init__(self, R: int, longest: int) -> None:
         self.rows = np.arange(R)
@@ -170,7 +167,7 @@ class _PlaceCounts:
 
     @property
     def top_position(self) -> int:
-        """The most common position of the top anchor in the first placement."""
+        """The most common position of the top anchor in the observed placement."""
         starts, ends = self.from_start[0], self.from_end[0]
         return int(starts.argmax()) if starts.max() >= ends.max() else -1 - int(ends.argmax())
 
@@ -178,9 +175,9 @@ class _PlaceCounts:
 def find_frame(
     maps: Sequence[Anchors], *, permutations: int = 1000, seed: int = 0
 ) -> list[FrameEvidence]:
-    """Find the type of the frame that the anchors of a model's maps form, and test it.
+    """Find the type of frame that the anchors of a model's maps form by our rule, and test it.
 
-    The types are decided by our rule. Shares are of the maps that have an anchor, unless stated:
+    Shares are of the maps that have an anchor, unless stated:
 
     * *none*: fewer than half of all maps have an anchor.
     * *bidirectional*: the first or the last position is an anchor in at least half of the maps, and
@@ -212,57 +209,54 @@ def find_frame(
         The frame at each percentile.
 
     Raises:
-        ValueError: If ``maps`` is empty, or ``permutations`` is below 1.
+        ValueError: If ``maps`` is empty.
 
     Example:
         >>> import numpy as np
         >>> maps = [Anchors(text, 8, np.array([0]), (1,), np.arange(7)) for text in range(9)]
-        >>> (found,) = find_frame(maps)
-        >>> found.frame, found.top_share, round(found.p_value, 4)
+        >>> (evidence,) = find_frame(maps)
+        >>> evidence.frame, evidence.top_share, round(evidence.p_value, 4)
         ('centralised', 1.0, 0.001)
     """
-    check_permutations(permutations)
     if not maps:
         raise ValueError("maps is empty: give at least one map.")
-    longest, percentiles = max(m.T for m in maps), range(len(maps[0].counts))
-    observed = [_PlaceCounts(1, longest) for _ in percentiles]
-    permuted = [_PlaceCounts(permutations, longest) for _ in percentiles]
+    longest = max(m.T for m in maps)
+    counts = [_PlaceCounts(1 + permutations, longest) for _ in maps[0].counts]
     random = np.random.default_rng(seed)
     for _, group in groupby(maps, key=lambda m: m.text):
-        text = [m for m in group if len(m.places)]
-        shuffled = [_permute_anchors(m, permutations, random) for m in text]
-        for p in percentiles:
-            pairs = [(m, s) for m, s in zip(text, shuffled, strict=True) if m.counts[p]]
-            if pairs:
-                T = text[0].T
-                observed[p].add_text(T, [m.places[None, : m.counts[p]] for m, _ in pairs])
-                permuted[p].add_text(T, [s[:, : m.counts[p]] for m, s in pairs])
-    return [_evidence(observed[p], permuted[p], len(maps)) for p in percentiles]
+        text = [(m, _place_anchors(m, permutations, random)) for m in group if len(m.places)]
+        for p, count in enumerate(counts):
+            places = [placed[:, : m.counts[p]] for m, placed in text if m.counts[p]]
+            if places:
+                count.add_text(text[0][0].T, places)
+    return [_evidence(count, len(maps)) for count in counts]
 
 
-def _permute_anchors(anchors: Anchors, permutations: int, random: np.random.Generator) -> Array:
-    """Return the positions of a map's anchors after each permutation, ``(permutations, k)``."""
+def _place_anchors(anchors: Anchors, permutations: int, random: np.random.Generator) -> Array:
+    """Return the positions of a map's anchors as observed, and after each permutation.
+
+    Returns:
+        ``(1 + permutations, k)``.
+    """
     orders = random.permuted(np.tile(anchors.free, (permutations, 1)), axis=1)
-    return orders[:, : len(anchors.places)].copy()  # a view would keep the whole array
+    return np.vstack([anchors.places, orders[:, : len(anchors.places)]])
 
 
-def _evidence(observed: _PlaceCounts, permuted: _PlaceCounts, maps: int) -> FrameEvidence:
-    """Decide the type of the frame from the observed counts, and test it."""
-    statistics = [float(x[0]) for x in observed.statistics]
-    chances = [float(x.mean()) for x in permuted.statistics]
-    # Not "x >= s": if the statistic is NaN, every permutation must count.
-    p_values = [
-        (1 + int((~(x < s - 1e-12)).sum())) / (1 + len(permuted.rows))
-        for x, s in zip(permuted.statistics, statistics, strict=True)
-    ]
-    top_share, recurrence, rarer = statistics
-    maps_with_anchor = max(observed.maps, 1)
-    with_anchor, alone = observed.maps / maps, observed.alone / maps_with_anchor
-    either = observed.first + observed.last - observed.both
-    ends = [
-        float(x[0]) / maps_with_anchor
-        for x in (observed.first, observed.last, observed.both, either)
-    ]
+def _evidence(counts: _PlaceCounts, maps: int) -> FrameEvidence:
+    """Decide the type of the frame by our rule, and test it.
+
+    Args:
+        counts: The counts of the maps that have an anchor.
+        maps: The number of all maps.
+    """
+    top_share, recurrence, rarer = (float(x[0]) for x in counts.statistics)
+    chances = [float(x[1:].mean()) for x in counts.statistics]
+    # Not "x >= x[0]": if the statistic is NaN, every permutation must count.
+    p_values = [float((~(x < x[0] - 1e-12)).mean()) for x in counts.statistics]
+    n = max(counts.maps, 1)
+    with_anchor, alone = counts.maps / maps, counts.alone / n
+    either = counts.first + counts.last - counts.both
+    ends = [float(x[0]) / n for x in (counts.first, counts.last, counts.both, either)]
     frame: Frame = "distributed"
     p_value = p_values[1]
     if with_anchor < MAJORITY:
@@ -271,15 +265,8 @@ def _evidence(observed: _PlaceCounts, permuted: _PlaceCounts, maps: int) -> Fram
         frame, p_value = "bidirectional", p_values[2]
     elif top_share >= MAJORITY and alone >= MAJORITY:
         frame, p_value = "centralised", p_values[0]
-    position = float(observed.top_position) if observed.maps else float("nan")
-    anchors = observed.anchors / maps_with_anchor
-    top = (with_anchor, position, top_share, alone, anchors)
+    position = float(counts.top_position) if counts.maps else float("nan")
+    top = (with_anchor, position, top_share, alone, counts.anchors / n)
     # In the order of the fields.
     values = (frame, p_value, *top, *ends, recurrence, rarer, *chances, *p_values)
     return FrameEvidence._make(values)
-
-
-def check_permutations(permutations: int) -> None:
-    """Raise a ValueError if ``permutations`` is below 1."""
-    if permutations < 1:
-        raise ValueError(f"permutations must be 1 or more, got {permutations}")

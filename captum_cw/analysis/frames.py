@@ -13,12 +13,11 @@ their sinks and their heads.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +25,6 @@ from captum_cw._utils.progress import progress_bar
 from captum_cw.analysis.attention_graph import (
     FOLLOWER_FACTOR,
     MIN_QUERY_FRACTION,
-    GraphNumbers,
     Received,
     average_map,
     graph_numbers,
@@ -42,51 +40,39 @@ from captum_cw.analysis.frame_rule import (
     Frame,
     FrameEvidence,
     anchors_of,
-    check_permutations,
     find_frame,
 )
-from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
+from captum_cw.analysis.result import AnalysisResult, Array, settings_of
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-    import pandas as pd
-
-    Array = npt.NDArray[Any]
-
-__all__ = [
-    "FramesOverCheckpoints",
-    "ReferenceFrames",
-    "frames_over_checkpoints",
-    "reference_frames",
-]
 
 THRESHOLDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 PERCENTILES = (80, 90, 95)
+#: The columns of the table ``sinks`` that :func:`head_divergence` sums.
+DIVERGENCES = ("divergence", "divergence_without", "rows", "empty_rows")
 #: The number of positions that are also counted from the end, because texts differ in length.
 FROM_END = 16
 
 
-@dataclass(frozen=True)
 class ReferenceFrames(AnalysisResult):
-    """The attention graphs, sinks and reference frame of a model.
+    """The attention graphs and sinks of a model, and its reference frame by our rule.
+
+    The plot shows the Fiedler value, star-likeness, received attention and divergence by layer.
 
     Attributes:
         settings: ``frame`` (the type at the lowest percentile), the constants of the rule, and the
             options of the run.
-        numbers: The evidence for ``frame``, as in
-            ``FrameEvidence``, at the lowest percentile. This
+        numbers: The evidence for ``frame``, as in ``FrameEvidence``, at the lowest percentile. This
             percentile allows the most sinks.
-        tables: ``graph``: the ``GraphNumbers`` by layer
-            and threshold, averaged over the texts for which they are defined. ``sinks``, by layer
-            and percentile: the mean number of sinks and anchors of a text, the fraction of all
-            attention that is on sinks (``mass``), the fraction of texts in which the first and the
-            last position are anchors, the mean divergence of heads from their mean in nats
-            (``divergence``, and ``divergence_without`` sinks), the number of rows of heads that it
-            is over (``rows``), and the number of rows with nothing left (``empty_rows``).
-            ``frames``: the evidence by percentile. ``positions``, by layer and position, counted
-            from 0 and again from the end (-1): the mean attention received from other tokens, and
-            the fraction of texts in which the position is an anchor at the lowest percentile.
+        tables: ``graph``: the ``GraphNumbers`` by layer and threshold, averaged over the texts for
+            which they are defined. ``sinks``, by layer and percentile: the mean number of sinks and
+            anchors of a text, the fraction of all attention that is on sinks (``mass``), the
+            fraction of texts in which the first and the last position are anchors, the mean
+            divergence of heads from their mean in nats (``divergence``, and ``divergence_without``
+            sinks), the number of rows of heads that it is over (``rows``), and the number of rows
+            with nothing left (``empty_rows``). ``frames``: the evidence by percentile.
+            ``positions``, by layer and position, counted from 0 and again from the end (-1): the
+            mean attention received from other tokens, and the fraction of texts in which the
+            position is an anchor at the lowest percentile.
     """
 
     @property
@@ -100,12 +86,6 @@ class ReferenceFrames(AnalysisResult):
         """The p-value of the test of the frame."""
         return self.numbers["p_value"]
 
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot the Fiedler value, star-likeness, received attention and divergence by layer."""
-        from captum_cw.analysis.figures.frames import plot_reference_frames
-
-        return plot_reference_frames(self, use_pyplot=use_pyplot)
-
 
 def reference_frames(
     model: nn.Module,
@@ -117,7 +97,7 @@ def reference_frames(
     seed: int = 0,
     show_progress: bool = False,
 ) -> ReferenceFrames:
-    """Find the reference frame of a model: its attention graphs, sinks and anchors.
+    """Find the reference frame of a model by our rule, from its attention graphs and sinks.
 
     Models may be causal or bidirectional. To check a claim such as "Llama is centralised, Qwen is
     distributed", compare ``frame`` and ``p_value`` of both models over the same texts.
@@ -129,7 +109,7 @@ def reference_frames(
             positions that are the same in several texts.
         thresholds: The attention thresholds for the edges of the graph.
         percentiles: The percentiles of received attention for the sinks.
-        permutations: The number of permutations of the test.
+        permutations: The number of permutations of the test, 1 or more.
         seed: Random seed of the permutations.
         show_progress: Show a progress bar over the texts after two seconds.
 
@@ -138,7 +118,8 @@ def reference_frames(
             is out of range.
 
     Example:
-        >>> result = reference_frames(model, input_ids, permutations=99)
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> result = reference_frames(model, inputs, permutations=99)
         >>> result.frame, result.numbers["with_anchor"]
         ('none', 0.0)
         >>> result.tables["graph"].columns[:4].tolist()
@@ -148,7 +129,7 @@ def reference_frames(
     texts = texts_of(batches)
     sums = _FrameSums(thresholds, percentiles, max(map(len, texts)))
     layers = run_texts(
-        model, texts, sums.add, causal=False, description="frames", show_progress=show_progress
+        model, texts, sums.add, causal=False, label="frames", show_progress=show_progress
     )
     evidence = find_frame(sums.anchors, permutations=permutations, seed=seed)
     main = evidence[int(np.argmin(percentiles))]
@@ -179,9 +160,8 @@ class _FrameSums:
         self.thresholds, self.percentiles, self.longest = thresholds, percentiles, longest
         self.lowest = int(np.argmin(percentiles))
         self.anchors: list[Anchors] = []
-        # The keys are (layer, threshold) and (layer, percentile).
-        self.graph: dict[tuple[int, float], list[GraphNumbers]] = {}
-        self.sinks: dict[tuple[int, float], Array] = {}
+        self.graph: list[dict[str, float]] = []
+        self.sinks: list[dict[str, float]] = []
         self.positions: dict[int, Array] = {}
 
     def add(self, seen: SeenLayer) -> None:
@@ -192,9 +172,10 @@ class _FrameSums:
                 "a graph of tokens needs the same number: run without a cache or a prefix."
             )
         average, visible = average_map(seen.layer)
-        for threshold in self.thresholds:
-            numbers = graph_numbers(average, threshold)
-            self.graph.setdefault((seen.number, threshold), []).append(numbers)
+        self.graph += [
+            {"layer": seen.number, "threshold": t, **graph_numbers(average, t)._asdict()}
+            for t in self.thresholds
+        ]
         received = received_attention(average, visible)
         anchors = anchors_of(received, self.percentiles, seen.text)
         self.anchors.append(anchors)
@@ -212,17 +193,16 @@ class _FrameSums:
         on_key = average.sum(0).numpy(force=True)
         for p, percentile in enumerate(self.percentiles):
             places = anchors.places[: anchors.counts[p]]
-            row = [
-                1,
-                sinks[p].sum(),
-                len(places),
-                on_key[sinks[p]].sum() / on_key.sum(),
-                0 in places,
-                seen.T - 1 in places,
-                *divergence[:, p],
-            ]
-            key = seen.number, percentile
-            self.sinks[key] = self.sinks.get(key, 0) + np.array(row, np.float64)
+            row = {
+                "layer": seen.number,
+                "percentile": percentile,
+                "sinks": sinks[p].sum(),
+                "anchors": len(places),
+                "mass": on_key[sinks[p]].sum() / on_key.sum(),
+                "first_share": 0 in places,
+                "last_share": seen.T - 1 in places,
+            }
+            self.sinks.append(row | dict(zip(DIVERGENCES, divergence[:, p], strict=True)))
 
     def _add_positions(self, seen: SeenLayer, received: Received, anchors: Anchors) -> None:
         """Add texts, received attention and anchors by position: from 0 up, then from -1 down."""
@@ -238,48 +218,37 @@ class _FrameSums:
 
     def tables(self, evidence: Sequence[FrameEvidence]) -> dict[str, pd.DataFrame]:
         """Return the tables of the result."""
-        import pandas as pd
-
-        graph = pd.DataFrame(
-            [
-                {"layer": layer, "threshold": threshold} | numbers._asdict()
-                for (layer, threshold), texts in self.graph.items()
-                for numbers in texts
-            ]
-        )
-        frames = pd.DataFrame([found._asdict() for found in evidence])
+        graph = pd.DataFrame(self.graph).groupby(["layer", "threshold"], sort=False).mean()
+        frames = pd.DataFrame(evidence)
         frames.insert(0, "percentile", list(self.percentiles))
         return {
-            "graph": graph.groupby(["layer", "threshold"], sort=False).mean().reset_index(),
-            "sinks": pd.DataFrame(list(self._sink_rows())),
+            "graph": graph.reset_index(),
+            "sinks": self._sink_table(),
             "frames": frames,
-            "positions": pd.DataFrame(list(self._position_rows())),
+            "positions": self._position_table(),
         }
 
-    def _sink_rows(self) -> Iterator[dict[str, float]]:
-        means = ("sinks", "anchors", "mass", "first_share", "last_share")
-        for (layer, percentile), (texts, *sums, whole, without, rows, empty) in self.sinks.items():
-            yield {
-                "layer": layer,
-                "percentile": percentile,
-                **{name: float(x / texts) for name, x in zip(means, sums, strict=True)},
-                "divergence": float(whole / rows) if rows else float("nan"),
-                "divergence_without": float(without / rows) if rows else float("nan"),
-                "rows": int(rows),
-                "empty_rows": int(empty),
-            }
+    def _sink_table(self) -> pd.DataFrame:
+        """Return the sinks by layer and percentile: means over texts, divergences over rows."""
+        by_percentile = pd.DataFrame(self.sinks).groupby(["layer", "percentile"], sort=False)
+        sums = by_percentile[list(DIVERGENCES)].sum().astype({"rows": int, "empty_rows": int})
+        for name in ("divergence", "divergence_without"):
+            sums[name] /= sums["rows"]
+        return by_percentile.mean().assign(**sums).reset_index()
 
-    def _position_rows(self) -> Iterator[dict[str, float]]:
+    def _position_table(self) -> pd.DataFrame:
+        """Return the received attention and the anchors by layer and position."""
+        parts = []
         for layer, sums in self.positions.items():
-            for place, (texts, received, anchors) in enumerate(sums.T):
-                if texts:
-                    yield {
-                        "layer": layer,
-                        "position": place if place < self.longest else self.longest - 1 - place,
-                        "texts": int(texts),
-                        "received": float(received / texts),
-                        "anchor_share": float(anchors / texts),
-                    }
+            part = pd.DataFrame(sums.T, columns=["texts", "received", "anchor_share"])
+            part = part.astype({"texts": int})
+            for name in ("received", "anchor_share"):
+                part[name] /= part["texts"]
+            place = part.index
+            part.insert(0, "layer", layer)
+            part.insert(1, "position", place.where(place < self.longest, self.longest - 1 - place))
+            parts.append(part[part["texts"] > 0])
+        return pd.concat(parts, ignore_index=True)
 
 
 def _check_options(
@@ -290,12 +259,14 @@ def _check_options(
         raise ValueError(f"thresholds={thresholds!r}: give one or more, each from 0 to below 1.")
     if not percentiles or not all(0 < p < 100 for p in percentiles):
         raise ValueError(f"percentiles={percentiles!r}: give one or more between 0 and 100.")
-    check_permutations(permutations)
+    if permutations < 1:
+        raise ValueError(f"permutations must be 1 or more, got {permutations}")
 
 
-@dataclass(frozen=True)
 class FramesOverCheckpoints(AnalysisResult):
-    """The reference frame of a model at several checkpoints of its training.
+    """The reference frame of a model by our rule, at each checkpoint of its training.
+
+    The plot shows the evidence over revisions.
 
     Attributes:
         settings: ``revisions``, the ``frame`` of the last one, and the settings of
@@ -314,12 +285,6 @@ class FramesOverCheckpoints(AnalysisResult):
         frame: Frame = self.settings["frame"]
         return frame
 
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot the evidence over revisions."""
-        from captum_cw.analysis.figures.frames import plot_checkpoints
-
-        return plot_checkpoints(self, use_pyplot=use_pyplot)
-
 
 def frames_over_checkpoints(
     load: Callable[[str], nn.Module],
@@ -333,7 +298,7 @@ def frames_over_checkpoints(
     seed: int = 0,
     show_progress: bool = False,
 ) -> FramesOverCheckpoints:
-    """Find the reference frame of a model at each revision, to see whether it emerges early.
+    """Find the reference frame at each revision of a model by our rule, to see when it emerges.
 
     One model is in memory at a time, unless ``load`` keeps models. Models on the hub that publish
     their training have a revision for each checkpoint. For them, ``load`` is ``lambda revision:
@@ -356,13 +321,12 @@ def frames_over_checkpoints(
             in the cases of :func:`reference_frames`.
 
     Example:
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
         >>> result = frames_over_checkpoints(
-        ...     lambda revision: model, ["step0", "step1000"], input_ids, permutations=99)
+        ...     lambda revision: model, ["step0", "step1000"], inputs, permutations=99)
         >>> result.to_dataframe()[["revision", "frame"]].values.tolist()
         [['step0', 'none'], ['step1000', 'none']]
     """
-    import pandas as pd
-
     revisions = list(revisions)
     if len(revisions) < 2:
         raise ValueError(f"revisions={revisions!r}: give two or more, in the order of training.")
@@ -375,7 +339,7 @@ def frames_over_checkpoints(
     rows, frames = [], []
     with progress_bar(len(revisions), "revisions", show=show_progress) as bar:
         for revision, step in zip(revisions, steps, strict=True):
-            found = reference_frames(
+            result = reference_frames(
                 load(revision),
                 texts,
                 thresholds=thresholds,
@@ -385,16 +349,15 @@ def frames_over_checkpoints(
             )
             gc.collect()  # frees models with reference cycles before the next one loads
             checkpoint = {"revision": revision, "step": step}
-            overall = found.tables["graph"][["star_likeness", "fiedler"]].mean().to_dict()
-            rows.append({**checkpoint, "frame": found.frame, **found.numbers, **overall})
-            frames.append(found.tables["frames"].assign(**checkpoint))
+            overall = result.tables["graph"][["star_likeness", "fiedler"]].mean().to_dict()
+            rows.append({**checkpoint, "frame": result.frame, **result.numbers, **overall})
+            frames.append(result.tables["frames"].assign(**checkpoint))
             bar.update()
-    last = found.frame
-    settled = max((n + 1 for n, row in enumerate(rows) if row["frame"] != last), default=0)
+    settled = max((n + 1 for n, row in enumerate(rows) if row["frame"] != result.frame), default=0)
     numbers = {
         "settled_at": float(settled),
         "settled_after": (steps[settled] - steps[0]) / (steps[-1] - steps[0]),
     }
-    settings = {**found.settings, "revisions": revisions, "steps": steps}
+    settings = {**result.settings, "revisions": revisions, "steps": steps}
     tables = {"checkpoints": pd.DataFrame(rows), "frames": pd.concat(frames, ignore_index=True)}
     return FramesOverCheckpoints(settings, numbers, tables)

@@ -8,8 +8,6 @@ from captum_cw.analysis.streaming import SeenLayer
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.functional import expand_heads, output_gram
 
-__all__ = ["inner_products", "norms", "values_and_gram"]
-
 
 def values_and_gram(seen: SeenLayer) -> tuple[Tensor, Tensor]:
     """Return a layer's values by query head, and the Gram matrices of their projections.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from captum_cw.analysis.result import AnalysisResult, Picture
+from captum_cw.analysis.result import AnalysisResult
 from captum_cw.analysis.streaming import Batches, texts_of
 from captum_cw.attr import ContributionWeights
 from captum_cw.capture.forward_call import device_of
 
-__all__ = ["WeightMaps", "weight_maps"]
+if TYPE_CHECKING:
+    from captum_cw.visualization._output import Picture
 
 PARTS = ("attention", "relative norm", "cosine", "contribution")
 
@@ -38,11 +41,10 @@ class WeightMaps(AnalysisResult):
         """
         from captum_cw.visualization import plot_attention_and_contribution
 
-        maps = self._maps_by_pair()
         pairs = self.settings["pairs"]
         return plot_attention_and_contribution(
-            [x["attention"] for x in maps],
-            [x["contribution"] for x in maps],
+            self._maps_by_pair("attention"),
+            self._maps_by_pair("contribution"),
             self.settings["tokens"],
             pairs=[(n, head) for n, (_, head) in enumerate(pairs)],
             layer_names=[f"layer {layer}" for layer, _ in pairs],
@@ -55,33 +57,26 @@ class WeightMaps(AnalysisResult):
         """Plot the factors and the contribution of the first head, in four panels."""
         from captum_cw.visualization import plot_decomposition
 
-        maps = self._maps_by_pair()[0]
         return plot_decomposition(
-            [maps[part] for part in PARTS],
+            [self._maps_by_pair(part)[0] for part in PARTS],
             self.settings["tokens"],
             head=self.settings["pairs"][0][1],
             quantile=0.99,
             use_pyplot=use_pyplot,
         )
 
-    def _maps_by_pair(self) -> list[dict[str, Tensor]]:
-        """Return the maps of each pair by name.
+    def _maps_by_pair(self, part: str) -> list[Tensor]:
+        """Return one map for each pair, ``(1, head + 1, T, T)``.
 
-        Each map has shape ``(1, head + 1, T, T)``, and only its last head is filled.
+        All its heads are the same, so that the figure finds the map at the number of the head.
         """
         T = len(self.settings["tokens"])
-        table = self.to_dataframe()
-        found = []
+        by_pair = self.to_dataframe().groupby(["layer", "head"])[part]
+        maps = []
         for layer, head in self.settings["pairs"]:
-            rows = table[(table["layer"] == layer) & (table["head"] == head)]
-            maps = {
-                part: torch.zeros(1, head + 1, T, T, dtype=torch.float64, device="cpu")
-                for part in PARTS
-            }
-            for part, x in maps.items():
-                x[0, head] = x.new_tensor(rows[part].to_numpy()).view(T, T)
-            found.append(maps)
-        return found
+            x = torch.tensor(by_pair.get_group((layer, head)).to_numpy())
+            maps.append(x.view(T, T).expand(1, head + 1, T, T))
+        return maps
 
 
 def weight_maps(
@@ -112,55 +107,55 @@ def weight_maps(
             shown, ``length`` is below 2, ``count`` is below 1, or ``pairs`` is empty.
 
     Example:
-        >>> weight_maps(model, input_ids, pairs=[(0, 1)]).to_dataframe().shape
-        (25, 8)
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> weight_maps(model, inputs, pairs=[(0, 1)]).to_dataframe().shape
+        (36, 8)
     """
-    import pandas as pd
-
     if length < 2 or count < 1 or (pairs is not None and not len(pairs)):
         raise ValueError(
             f"length={length}, count={count}, pairs={pairs}: give at least two tokens and one head."
         )
     ids = texts_of(batches)[0][:length]
-    if tokens is not None and len(tokens) < len(ids):
-        raise ValueError(f"tokens has {len(tokens)} names, but {len(ids)} tokens are shown.")
-    device = device_of(model)
-    layers = ContributionWeights(model).decompose(ids[None].to(device))
+    T = len(ids)
+    if tokens is not None and len(tokens) < T:
+        raise ValueError(f"tokens has {len(tokens)} names, but {T} tokens are shown.")
+    layers = ContributionWeights(model).decompose(ids[None].to(device_of(model)))
     heads = [x.attention.shape[1] for x in layers]
     if pairs is None:
-        chosen = _draw_heads(heads, count, seed)
-    else:
-        chosen = list(dict.fromkeys((int(n), int(head)) for n, head in pairs))
-    for layer, head in chosen:
+        pairs = _draw_heads(heads, count, seed)
+    pairs = list(dict.fromkeys((int(layer), int(head)) for layer, head in pairs))
+    for layer, head in pairs:
         if not 0 <= layer < len(layers) or not 0 <= head < heads[layer]:
             raise IndexError(
                 f"pair {(layer, head)}: the model has {len(layers)} layers of {max(heads)} heads."
             )
-    T = len(ids)
     query, key = np.divmod(np.arange(T * T), T)
-    parts = []
-    for layer, head in chosen:
-        maps = {
-            name: x[0, head].flatten().cpu().double().numpy()
-            for name, x in zip(PARTS, layers[layer], strict=True)
-        }
-        parts.append(
-            pd.DataFrame({"layer": layer, "head": head, "query": query, "key": key, **maps})
-        )
-    table = pd.concat(parts, ignore_index=True)
-    first = table[table.key == 0]
-    by_head = {name: float(first[name].mean()) for name in ("attention", "contribution")}
-    names = [str(n) for n in range(T)] if tokens is None else [str(x) for x in tokens[:T]]
-    settings = {"tokens": names, "pairs": [list(pair) for pair in chosen], "seed": seed}
-    return WeightMaps(settings, {f"first: {n}": x for n, x in by_head.items()}, {"maps": table})
+    maps = []
+    for layer, head in pairs:
+        columns = {"layer": layer, "head": head, "query": query, "key": key}
+        for part, x in zip(PARTS, layers[layer], strict=True):
+            columns[part] = x[0, head].flatten().cpu().double().numpy()
+        maps.append(pd.DataFrame(columns))
+    table = pd.concat(maps, ignore_index=True)
+    first = table[table.key == 0].mean()
+    numbers = {f"first: {part}": float(first[part]) for part in ("attention", "contribution")}
+    names = [str(x) for x in (range(T) if tokens is None else tokens[:T])]
+    settings = {"tokens": names, "pairs": [list(pair) for pair in pairs], "seed": seed}
+    return WeightMaps(settings, numbers, {"maps": table})
 
 
 def _draw_heads(heads: Sequence[int], count: int, seed: int) -> list[tuple[int, int]]:
-    """Draw different heads, from every layer once before any layer twice; sorted by layer."""
+    """Draw different heads, from every layer once before any layer twice; sorted by layer.
+
+    Args:
+        heads: The number of heads of each layer.
+        count: How many heads to draw.
+        seed: Random seed.
+    """
     random = np.random.default_rng(seed)
     rounds = [
         (turn, random.random(), layer, int(head))
-        for layer, several in enumerate(heads)
-        for turn, head in enumerate(random.permutation(several))
+        for layer, H in enumerate(heads)
+        for turn, head in enumerate(random.permutation(H))
     ]
     return sorted((layer, head) for _, _, layer, head in sorted(rounds)[:count])

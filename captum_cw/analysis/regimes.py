@@ -8,16 +8,20 @@ the paper assigns heads to them is not known to us, so the rule here is ours.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.metrics import silhouette_score
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
+from captum_cw.analysis.result import AnalysisResult, Array, settings_of
 from captum_cw.analysis.selection_geometry import (
     Distance,
-    Terms,
     attention_ranks,
     check_count,
     draw_queries,
@@ -27,11 +31,6 @@ from captum_cw.analysis.selection_geometry import (
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 from captum_cw.functional import AttentionLayer, check_choice
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["REGIMES", "HeadRegimes", "head_regimes", "label_regimes"]
-
 REGIMES = ("Retriever", "Mixer", "Reset")
 MEASURED = ["precision", "recall", "f", "sink_similarity", "first_weight", "top_weight"]
 CLUSTERED = ["precision", "recall", "sink_similarity", "first_weight"]
@@ -40,7 +39,9 @@ DOMINANT = 0.5
 
 
 class HeadRegimes(AnalysisResult):
-    """The result of :func:`captum_cw.analysis.head_regimes`.
+    """The regime of each head, by our rule.
+
+    The plot shows the regime of each head by layer, and the heads by first-token weight and F.
 
     ``numbers``: the fraction of heads in each regime (``retriever``, ``mixer``, ``reset``), the
     number of regimes that have their full signature (``signatures``), and the ``silhouette`` of
@@ -57,12 +58,6 @@ class HeadRegimes(AnalysisResult):
     * ``clusters``: the mean ``silhouette`` (1 for distant clusters, 0 for touching clusters) of
       ``k`` clusters, ``k`` from 2 to 6.
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot the regime of each head by layer, and the heads by first-token weight and F."""
-        from captum_cw.analysis.figures.selection import plot_head_regimes
-
-        return plot_head_regimes(self.tables, self.settings["size"], use_pyplot=use_pyplot)
 
 
 def head_regimes(
@@ -110,33 +105,27 @@ def head_regimes(
             causal.
 
     Example:
-        >>> found = head_regimes(model, input_ids, size=2)
-        >>> found.to_dataframe()[["layer", "head"]].shape
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> result = head_regimes(model, inputs, size=2)
+        >>> result.to_dataframe()[["layer", "head"]].shape
         (8, 2)
-        >>> found.tables["regimes"]["regime"].tolist()
+        >>> result.tables["regimes"]["regime"].tolist()
         ['Retriever', 'Mixer', 'Reset']
     """
     check_count("size", size)
     check_choice("distance", distance, Distance)
-    if queries is not None:
-        check_count("queries", queries)
     texts = texts_of(batches, shortest=size + 1)
-    drawn = [draw_queries(len(ids), size, queries, seed, text) for text, ids in enumerate(texts)]
-    sums: dict[int, Tensor] = {}
+    drawn = draw_queries(texts, size, queries, seed)
+    sums: dict[int, Any] = defaultdict(float)
 
     def on_layer(seen: SeenLayer) -> None:
-        found = head_sums(seen.layer, drawn[seen.text], size, distance)
-        sums[seen.number] = sums.get(seen.number, 0) + found
+        sums[seen.number] += head_sums(seen.layer, drawn[seen.text], size, distance)
 
-    layers = run_texts(
-        model, texts, on_layer, description="head regimes", show_progress=show_progress
-    )
+    layers = run_texts(model, texts, on_layer, label="head regimes", show_progress=show_progress)
     tables = label_regimes(_heads_table(sums, layers, size), seed)
     regimes, clusters = tables["regimes"], tables["clusters"]
-    numbers = {
-        name.lower(): count / len(tables["heads"])
-        for name, count in zip(regimes["regime"], regimes["heads"], strict=True)
-    }
+    shares = regimes.set_index("regime")["heads"] / len(tables["heads"])
+    numbers = {name.lower(): float(share) for name, share in shares.items()}
     numbers["signatures"] = float(regimes["has_signature"].sum())
     numbers["silhouette"] = float(clusters.set_index("k")["silhouette"].get(3, float("nan")))
     settings = settings_of(
@@ -162,48 +151,37 @@ def head_sums(layer: AttentionLayer, queries: Tensor, size: int, distance: Dista
         norms = norms * layer.scale[0].abs()
     out = torch.zeros(layer.H, len(MEASURED) + 2, dtype=torch.float64, device=norms.device)
     for places, terms in terms_of(layer, queries):
-        found = torch.cat([_features(terms, size, distance), norms[:, places, None]], -1)
-        found = torch.nn.functional.pad(found, (0, 1), value=1.0)
-        out += found.masked_fill((terms.seen <= size)[..., None], 0).sum(1)
+        top, a = attention_ranks(terms) < size, terms.attention
+        weights = [a[..., 0], (a * top).sum(-1)]
+        columns = [*separation(terms, top, distance), *weights, norms[:, places]]
+        rows = torch.stack([*columns, torch.ones_like(columns[0])], dim=-1)
+        out += rows.masked_fill((terms.seen <= size)[..., None], 0).sum(1)
     return out.cpu()
-
-
-def _features(terms: Terms, size: int, distance: Distance) -> Tensor:
-    """Return the columns ``MEASURED`` of each query, ``(H, Q, 6)``."""
-    top = attention_ranks(terms) < size
-    a = terms.attention
-    weights = (a[..., 0], (a * top).sum(-1))
-    return torch.stack([*separation(terms, top, distance), *weights], dim=-1)
 
 
 def _heads_table(sums: dict[int, Tensor], layers: list[str], size: int) -> pd.DataFrame:
     """Return a row for each head, with the means over queries."""
-    import pandas as pd
-
     parts = []
-    for layer, total in sorted(sums.items()):
+    for layer, total in sums.items():
         if not total[:, -1].all():
             raise ValueError(
                 f"In layer {layers[layer]!r}, no query sees more than {size} keys: give a smaller "
                 "size."
             )
-        means = total[:, :-1] / total[:, -1:]
-        norms = means[:, -1].numpy()
-        median = np.median(norms)
-        part = pd.DataFrame(means[:, :-1].numpy(), columns=MEASURED)
+        means = (total[:, :-1] / total[:, -1:]).numpy()
+        part = pd.DataFrame(means, columns=[*MEASURED, "output_norm"])
         part.insert(0, "layer", layer)
-        part.insert(1, "head", range(len(part)))
+        part.insert(1, "head", part.index)
         # If most heads of a layer have zero outputs, the median is zero.
-        infinite = np.where(norms > 0, np.inf, 0.0)
-        part["output_norm"] = np.divide(norms, median, out=infinite, where=median > 0)
+        part["output_norm"] = (part["output_norm"] / part["output_norm"].median()).fillna(0)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
 
 def label_regimes(heads: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]:
-    """Label the regime of each head.
+    """Label the regime of each head, by our rule.
 
-    :func:`captum_cw.analysis.head_regimes` states the rule, which is ours.
+    :func:`captum_cw.analysis.head_regimes` states the rule.
 
     Args:
         heads: A row for each head, with the columns of the table ``heads`` except ``regime``.
@@ -215,12 +193,6 @@ def label_regimes(heads: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]
     Raises:
         ValueError: If fewer than three heads differ.
     """
-    import pandas as pd
-    from scipy.optimize import linear_sum_assignment
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import silhouette_score
-    from sklearn.preprocessing import StandardScaler
-
     distinct = len(heads[CLUSTERED].drop_duplicates())
     if distinct < len(REGIMES):
         raise ValueError(
@@ -229,38 +201,44 @@ def label_regimes(heads: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]
         )
     points = StandardScaler().fit_transform(heads[CLUSTERED])
 
-    def clusters_of(k: int) -> np.ndarray:
-        found: np.ndarray = KMeans(k, n_init=10, random_state=seed).fit_predict(points)
-        return found
+    def clusters_of(k: int) -> Array:
+        labels: Array = KMeans(k, n_init=10, random_state=seed).fit_predict(points)
+        return labels
 
-    cluster = clusters_of(len(REGIMES))
-    figures = heads[[*MEASURED, "output_norm"]].copy()
-    figures["output_norm"] = 1 - 1 / (1 + figures["output_norm"])
-    standard = pd.DataFrame(StandardScaler().fit_transform(figures), columns=figures.columns)
-    z = standard.groupby(cluster).mean()
-    scores = np.stack(
-        [
-            (z["f"] - z["first_weight"]) / 2,
-            -(z["precision"] + z["recall"] + z["top_weight"]) / 3,
-            (z["first_weight"] - z["output_norm"]) / 2,
-        ]
-    )
-    _, named = linear_sum_assignment(scores, maximize=True)
-    names = dict(zip(named, REGIMES, strict=True))
-    heads = heads.assign(regime=[names[c] for c in cluster])
-
-    means = heads.groupby("regime")[[*MEASURED, "output_norm"]].mean().loc[list(REGIMES)]
+    names = _name_clusters(heads, clusters_of(len(REGIMES)))
+    heads = heads.assign(regime=names)
+    by_regime = heads.groupby("regime")
+    regimes = by_regime[[*MEASURED, "output_norm"]].mean().loc[list(REGIMES)]
     every = heads[MEASURED].mean()
-    retriever, mixer, reset = (means.loc[name] for name in REGIMES)
-    has_signature = [
+    retriever, mixer, reset = (regimes.loc[name] for name in REGIMES)
+    regimes["has_signature"] = [
         retriever["f"] > every["f"] and retriever["first_weight"] < DOMINANT,
         all(mixer[name] < every[name] for name in ("precision", "recall", "top_weight")),
         reset["first_weight"] > DOMINANT and reset["output_norm"] < 1,
     ]
-    regimes = means.reset_index()
-    regimes.insert(1, "heads", heads["regime"].value_counts()[list(REGIMES)].to_numpy())
-    regimes["has_signature"] = [bool(has) for has in has_signature]
+    regimes.insert(0, "heads", by_regime.size())
     ks = [k for k in range(2, 7) if k <= distinct and k < len(heads)]
     silhouettes = [float(silhouette_score(points, clusters_of(k))) for k in ks]
     clusters = pd.DataFrame({"k": ks, "silhouette": silhouettes})
-    return {"heads": heads, "regimes": regimes, "clusters": clusters}
+    return {"heads": heads, "regimes": regimes.reset_index(), "clusters": clusters}
+
+
+def _name_clusters(heads: pd.DataFrame, cluster: Array) -> list[str]:
+    """Return the regime of each head: names the clusters so that the sum of our scores is largest.
+
+    Args:
+        heads: A row for each head.
+        cluster: The cluster of each head, from 0 to 2.
+    """
+    measured = heads[[*MEASURED, "output_norm"]].copy()
+    measured["output_norm"] = 1 - 1 / (1 + measured["output_norm"])
+    standard = pd.DataFrame(StandardScaler().fit_transform(measured), columns=measured.columns)
+    z = standard.groupby(cluster).mean()
+    scores = [
+        (z["f"] - z["first_weight"]) / 2,
+        -(z["precision"] + z["recall"] + z["top_weight"]) / 3,
+        (z["first_weight"] - z["output_norm"]) / 2,
+    ]
+    _, named = linear_sum_assignment(scores, maximize=True)
+    names = dict(zip(named, REGIMES, strict=True))
+    return [names[c] for c in cluster]

@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy.typing as npt
+import pandas as pd
+from torch import Tensor
 
 from captum_cw._utils.files import read_json, write_json
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-    import pandas as pd
-    from matplotlib.figure import Figure
-    from torch import Tensor
-
-__all__ = ["AnalysisResult", "Picture", "settings_of"]
+    from captum_cw.visualization._output import Picture
 
 VERSION = 1
 
-Picture: TypeAlias = "tuple[Figure, npt.NDArray[Any]]"
-"""A figure and its array of axes."""
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class AnalysisResult:
     """The result of an analysis. Each analysis has a subclass that documents its contents.
+
+    A subclass needs a figure in :mod:`captum_cw.analysis.figures`.
 
     Attributes:
         settings: The choices that the numbers depend on, such as the number of texts and tokens,
@@ -35,8 +35,9 @@ class AnalysisResult:
 
     Example:
         >>> from captum_cw.analysis import AnalysisResult, first_token_weight
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> result = first_token_weight(model, inputs)
         >>> path = getfixture("tmp_path") / "weight.json"
-        >>> result = first_token_weight(model, input_ids)
         >>> result.save(path)
         >>> AnalysisResult.load(path).numbers == result.numbers
         True
@@ -65,7 +66,9 @@ class AnalysisResult:
         Returns:
             The figure and its array of axes.
         """
-        raise NotImplementedError
+        from captum_cw.analysis.figures import FIGURES
+
+        return FIGURES[type(self).__name__](self, use_pyplot)
 
     def save(self, path: str | Path) -> None:
         """Save the result as JSON. Floats are restored bit for bit."""
@@ -85,8 +88,6 @@ class AnalysisResult:
         Raises:
             ValueError: If the file is not a saved result, or has an unknown version or analysis.
         """
-        import pandas as pd
-
         content = read_json(path, VERSION, "analysis")
         cls = AnalysisResult._subclasses.get(content["analysis"])
         if cls is None:

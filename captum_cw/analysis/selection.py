@@ -9,14 +9,17 @@ of the same size, around their own sums.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.stats import pearsonr
 from torch import Tensor, nn
 
-from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
+from captum_cw.analysis.result import AnalysisResult, Array, settings_of
 from captum_cw.analysis.selection_geometry import (
     Distance,
     Separation,
@@ -31,11 +34,6 @@ from captum_cw.analysis.selection_geometry import (
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 from captum_cw.functional import check_choice
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["TokenSelection", "token_selection"]
-
 SETS = ("top", "random")
 MEANS = ["precision", "recall", "f", "sink_similarity"]
 PRODUCTS = ["similarity_squared", "recall_squared", "similarity_recall"]
@@ -44,7 +42,9 @@ CONTEXT_BINS = 32
 
 
 class TokenSelection(AnalysisResult):
-    """The result of :func:`captum_cw.analysis.token_selection`.
+    """How well the keys with the most attention are separated from the other keys, by size.
+
+    The plot shows separation by size, the excess, the best size, and sinks against recall.
 
     ``numbers``: ``best_size`` is the size above one with the largest excess, ``F - F of random
     sets`` (the smaller size if two are equal), with its ``best_excess``, ``best_f`` and
@@ -69,12 +69,6 @@ class TokenSelection(AnalysisResult):
 
     Correlations are NaN if one variable is constant.
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot separation by size, the excess, the best size, and sinks against recall."""
-        from captum_cw.analysis.figures.selection import plot_token_selection
-
-        return plot_token_selection(self.tables, self.numbers, use_pyplot=use_pyplot)
 
 
 def token_selection(
@@ -115,40 +109,34 @@ def token_selection(
             model is not causal.
 
     Example:
-        >>> found = token_selection(model, input_ids, sizes=(1, 2), queries=None)
-        >>> found.to_dataframe()[["size", "set", "sets"]].values.tolist()
-        [[1, 'random', 512], [1, 'top', 32], [2, 'random', 384], [2, 'top', 24]]
-        >>> found.tables["best"].columns.tolist()
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> result = token_selection(model, inputs, sizes=(1, 2), queries=None)
+        >>> result.to_dataframe()[["size", "set", "sets"]].values.tolist()
+        [[1, 'random', 640], [1, 'top', 40], [2, 'random', 512], [2, 'top', 32]]
+        >>> result.tables["best"].columns.tolist()
         ['above', 'up_to', 'size', 'excess', 'largest_f_size', 'f']
     """
     sizes = _validate_sizes(sizes)
     check_choice("distance", distance, Distance)
     check_count("random_sets", random_sets)
-    if queries is not None:
-        check_count("queries", queries)
     least = next(size for size in sizes if size > 1)
     texts = texts_of(batches, shortest=least + 1)
-    drawn = [
-        draw_queries(len(ids), sizes[0], queries, seed, text) for text, ids in enumerate(texts)
-    ]
-    totals: dict[int, Tensor] = {}
+    drawn = draw_queries(texts, sizes[0], queries, seed)
+    totals: dict[int, Any] = defaultdict(float)
 
     def on_layer(seen: SeenLayer) -> None:
         state = np.random.SeedSequence([seed, seen.text, seen.number]).generate_state(1)
         generator = torch.Generator().manual_seed(int(state[0]))
         for _, terms in terms_of(seen.layer, drawn[seen.text]):
-            found = selection_sums(terms, sizes, distance, random_sets, generator)
-            totals[seen.number] = totals.get(seen.number, 0) + found
+            totals[seen.number] += selection_sums(terms, sizes, distance, random_sets, generator)
 
-    layers = run_texts(
-        model, texts, on_layer, description="token selection", show_progress=show_progress
-    )
-    sums = _sums_table(totals, sizes)
-    if not (sums["size"] > 1).any():
+    layers = run_texts(model, texts, on_layer, label="token selection", show_progress=show_progress)
+    table = _sums_table(totals, sizes)
+    if not (table["size"] > 1).any():
         raise ValueError(
             f"No query sees more than {least} keys: give smaller sizes than {list(sizes)}."
         )
-    tables = _tables(sums)
+    tables = _tables(table)
     settings = settings_of(
         texts,
         sizes=list(sizes),
@@ -194,17 +182,17 @@ def selection_sums(
         if not counts.any():
             continue
         for kind, ranks in enumerate(([top], orders)):
-            found = sum(_summands(separation(terms, order < size, distance)) for order in ranks)
-            found = cast(Tensor, found).masked_fill(~counts[..., None], 0)
-            out[kind, n] = context.transpose(-1, -2) @ found
+            sets = [_summands(separation(terms, order < size, distance)) for order in ranks]
+            total = torch.stack(sets).sum(0).masked_fill(~counts[..., None], 0)
+            out[kind, n] = context.transpose(-1, -2) @ total
     return out.cpu()
 
 
-def _summands(found: Separation) -> Tensor:
+def _summands(apart: Separation) -> Tensor:
     """Return the terms of the means and the correlation, and a one: ``(H, Q, 8)``."""
-    _, recall, _, similarity = found
+    _, recall, _, similarity = apart
     products = (similarity.square(), recall.square(), similarity * recall)
-    return torch.stack([*found, *products, torch.ones_like(recall)], dim=-1)
+    return torch.stack([*apart, *products, torch.ones_like(recall)], dim=-1)
 
 
 def _validate_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -220,38 +208,27 @@ def _validate_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
 
 def _sums_table(totals: Mapping[int, Tensor], sizes: Sequence[int]) -> pd.DataFrame:
     """Return a row for each set, size, layer, head and context that has queries."""
-    import pandas as pd
-
     parts = []
-    for layer, total in sorted(totals.items()):
-        found = total.numpy()
-        kind, size, head, context = np.nonzero(found[..., -1])
-        keys = {
-            "set": np.array(SETS)[kind],
-            "size": np.array(sizes)[size],
-            "layer": np.full(len(head), layer),
-            "head": head,
-            "above": 2**context,
-        }
-        rows = pd.DataFrame(found[kind, size, head, context], columns=[*MEANS, *PRODUCTS, "sets"])
-        parts.append(pd.concat([pd.DataFrame(keys), rows], axis=1))
+    for layer, total in totals.items():
+        kind, size, head, context = place = np.nonzero(total[..., -1].numpy())
+        part = pd.DataFrame(total.numpy()[place], columns=[*MEANS, *PRODUCTS, "sets"])
+        sets, of_size = np.array(SETS)[kind], np.array(sizes)[size]
+        parts.append(part.assign(set=sets, size=of_size, layer=layer, head=head, above=2**context))
     return pd.concat(parts, ignore_index=True)
 
 
 def _group_means(sums: pd.DataFrame, *by: str) -> pd.DataFrame:
     """Return the means of each group, and ``sink_recall_r`` over its sets."""
-    found = sums.groupby(list(by))[[*MEANS, *PRODUCTS, "sets"]].sum().reset_index()
-    found[MEANS + PRODUCTS] = found[MEANS + PRODUCTS].div(found["sets"], axis=0)
-    found["sets"] = found["sets"].astype(int)
-    x, y = found["sink_similarity"], found["recall"]
+    means = sums.groupby(list(by))[[*MEANS, *PRODUCTS, "sets"]].sum().reset_index()
+    means[MEANS + PRODUCTS] = means[MEANS + PRODUCTS].div(means["sets"], axis=0)
+    means["sets"] = means["sets"].astype(int)
+    x, y = means["sink_similarity"], means["recall"]
+    variances = (means["similarity_squared"] - x**2), (means["recall_squared"] - y**2)
     # A smaller variance is rounding error.
-    variance = [
-        v.where(v > 1e-12)
-        for v in (found["similarity_squared"] - x**2, found["recall_squared"] - y**2)
-    ]
-    covariance = found["similarity_recall"] - x * y
-    found["sink_recall_r"] = (covariance / (variance[0] * variance[1]) ** 0.5).clip(-1, 1)
-    return found[[*by, "sets", *MEANS, "sink_recall_r"]]
+    x_variance, y_variance = (v.where(v > 1e-12) for v in variances)
+    covariance = means["similarity_recall"] - x * y
+    means["sink_recall_r"] = (covariance / (x_variance * y_variance) ** 0.5).clip(-1, 1)
+    return means[[*by, "sets", *MEANS, "sink_recall_r"]]
 
 
 def _tables(sums: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -259,15 +236,9 @@ def _tables(sums: pd.DataFrame) -> dict[str, pd.DataFrame]:
     heads = _group_means(sums, "layer", "head", "size", "set").drop(columns="sink_recall_r")
     by_size = _group_means(sums, "size", "set")
     by_size["sink_recall_r_heads"] = [
-        _pearson(
-            *(
-                heads.loc[(heads["size"] == size) & (heads["set"] == kind), name].to_numpy()
-                for name in ("sink_similarity", "recall")
-            )
-        )
-        for size, kind in zip(by_size["size"], by_size["set"], strict=True)
+        _pearson(rows["sink_similarity"].to_numpy(), rows["recall"].to_numpy())
+        for _, rows in heads.groupby(["size", "set"])
     ]
-
     # Only sizes for which all queries of a context count.
     inside = _group_means(sums[sums["size"] <= sums["above"]], "above", "size", "set")
     contexts = _compare_with_random(inside, "above", "size").reset_index()
@@ -276,10 +247,11 @@ def _tables(sums: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _best_sizes(contexts: pd.DataFrame) -> pd.DataFrame:
-    """Return the best size of each context, by the excess and by F."""
-    several = contexts[contexts["size"] > 1]
-    best = several.loc[several.groupby("above")["excess"].idxmax()]
-    by_f = several.loc[several.groupby("above")["f"].idxmax(), ["above", "size", "f"]]
+    """Return the best size of each context, by the excess (our rule) and by F."""
+    above_one = contexts[contexts["size"] > 1]
+    by_context = above_one.groupby("above")
+    best = above_one.loc[by_context["excess"].idxmax()]
+    by_f = above_one.loc[by_context["f"].idxmax(), ["above", "size", "f"]]
     by_f = by_f.rename(columns={"size": "largest_f_size"})
     return best[["above", "up_to", "size", "excess"]].merge(by_f, on="above")
 
@@ -287,16 +259,12 @@ def _best_sizes(contexts: pd.DataFrame) -> pd.DataFrame:
 def _compare_with_random(means: pd.DataFrame, *by: str) -> pd.DataFrame:
     """Return ``queries``, ``f``, ``f_random`` and ``excess`` of each group."""
     top, random = (means[means["set"] == kind].set_index(list(by)) for kind in SETS)
-    found = top[["sets", "f"]].rename(columns={"sets": "queries"})
-    found["f_random"] = random["f"]
-    found["excess"] = found["f"] - found["f_random"]
-    return found
+    compared = top[["sets", "f"]].rename(columns={"sets": "queries"})
+    return compared.assign(f_random=random["f"], excess=top["f"] - random["f"])
 
 
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+def _pearson(x: Array, y: Array) -> float:
     """Compute Pearson's r; NaN if a variable is constant or there are fewer than two values."""
-    from scipy.stats import pearsonr
-
     if len(x) < 2 or np.ptp(x) < 1e-12 or np.ptp(y) < 1e-12:
         return float("nan")
     return float(pearsonr(x, y).statistic)
@@ -304,16 +272,17 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 def _numbers(by_size: pd.DataFrame) -> dict[str, float]:
     """Return the headline numbers."""
-    found = _compare_with_random(by_size[by_size["size"] > 1], "size")
-    best = found["excess"].idxmax()
-    at = by_size[by_size["size"] == best].set_index("set")
+    compared = _compare_with_random(by_size[by_size["size"] > 1], "size")
+    size = compared["excess"].idxmax()
+    best = compared.loc[size]
+    top, random = (by_size[by_size["size"] == size].set_index("set").loc[kind] for kind in SETS)
     return {
-        "best_size": float(best),
-        "best_excess": float(found.loc[best, "excess"]),
-        "best_f": float(found.loc[best, "f"]),
-        "best_f_random": float(found.loc[best, "f_random"]),
-        "largest_f_size": float(found["f"].idxmax()),
-        "sink_recall_r": float(at.loc["top", "sink_recall_r"]),
-        "sink_recall_r_random": float(at.loc["random", "sink_recall_r"]),
-        "sink_recall_r_heads": float(at.loc["top", "sink_recall_r_heads"]),
+        "best_size": float(size),
+        "best_excess": float(best["excess"]),
+        "best_f": float(best["f"]),
+        "best_f_random": float(best["f_random"]),
+        "largest_f_size": float(compared["f"].idxmax()),
+        "sink_recall_r": float(top["sink_recall_r"]),
+        "sink_recall_r_random": float(random["sink_recall_r"]),
+        "sink_recall_r_heads": float(top["sink_recall_r_heads"]),
     }

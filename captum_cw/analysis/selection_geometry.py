@@ -20,26 +20,15 @@ only round away small terms.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from captum_cw.functional import AttentionLayer, attention, check_choice, expand_heads, map_blocks
-
-__all__ = [
-    "Distance",
-    "Separation",
-    "Terms",
-    "attention_ranks",
-    "check_count",
-    "draw_queries",
-    "random_ranks",
-    "separation",
-    "terms_of",
-]
+from captum_cw.analysis.streaming import visible_blocks
+from captum_cw.functional import AttentionLayer, attention, expand_heads
 
 Distance = Literal["euclidean", "cosine"]
 """The distance of a term from the sum of a set: ``||z_j - s||``, or ``1 - cos(z_j, s)``."""
@@ -89,7 +78,7 @@ class Terms(NamedTuple):
 
 
 class Separation(NamedTuple):
-    """Measure how well a set of keys is separated from the other keys, ``(H, Q)`` each.
+    """How well a set of keys is separated from the other keys, ``(H, Q)`` each.
 
     By our definition, ``sink_similarity`` is ``cos(v_1, s_N)``, of the first key's value and the
     sum. The paper's formula is not known to us.
@@ -117,16 +106,12 @@ def separation(terms: Terms, chosen: Tensor, distance: Distance = "euclidean") -
     Returns:
         Four numbers per query. The first three are between 0 and 1.
 
-    Raises:
-        ValueError: If ``distance`` is unknown.
-
     Example:
         >>> terms = Terms.of(torch.tensor([[[0.6, 0.3, 0.1]]]), torch.ones(1, 3, 1))
-        >>> found = separation(terms, torch.tensor([[[True, True, False]]]))
-        >>> found.precision.item(), found.recall.item(), found.sink_similarity.item()
+        >>> apart = separation(terms, torch.tensor([[[True, True, False]]]))
+        >>> apart.precision.item(), apart.recall.item(), apart.sink_similarity.item()
         (1.0, 1.0, 1.0)
     """
-    check_choice("distance", distance, Distance)
     a, v, visible, norms = terms
     total = (a * chosen) @ v
     along = (total @ v.transpose(-1, -2)).mul_(a)  # <z_j, s>
@@ -182,17 +167,27 @@ def _ranks(score: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def draw_queries(T: int, lowest: int, count: int | None, seed: int, text: int) -> Tensor:
-    """Draw ``count`` of the queries ``lowest, ..., T - 1`` of a text, ascending; None gives all.
+def draw_queries(
+    texts: Sequence[Tensor], lowest: int, count: int | None, seed: int
+) -> list[Tensor]:
+    """Draw ``count`` of the queries ``lowest, ..., T - 1`` of each text, ascending; None gives all.
+
+    Raises:
+        ValueError: If ``count`` is not an integer of at least 1.
 
     Example:
-        >>> draw_queries(6, 2, None, seed=0, text=0).tolist()
-        [2, 3, 4, 5]
+        >>> draw_queries([torch.arange(6)], 2, None, seed=0)
+        [tensor([2, 3, 4, 5])]
     """
-    places = np.arange(lowest, T)
-    if count is not None and count < len(places):
-        places = np.random.default_rng([seed, text]).choice(places, count, replace=False)
-    return torch.from_numpy(np.sort(places))
+    if count is not None:
+        check_count("queries", count)
+    drawn = []
+    for text, ids in enumerate(texts):
+        queries = np.arange(lowest, len(ids))
+        if count is not None and count < len(queries):
+            queries = np.random.default_rng([seed, text]).choice(queries, count, replace=False)
+        drawn.append(torch.from_numpy(np.sort(queries)))
+    return drawn
 
 
 def check_count(name: str, value: object) -> None:
@@ -222,10 +217,7 @@ def terms_of(layer: AttentionLayer, queries: Tensor) -> Iterator[tuple[Tensor, T
     chosen = torch.zeros(1, layer.T, dtype=torch.bool, device=device)
     chosen[0, queries.to(device)] = True
     value = expand_heads(layer.value, layer.H)[0]
-    for rows, (a,) in map_blocks(layer, attention, chosen=chosen):
+    for rows, visible, (a,) in visible_blocks(layer, attention, chosen=chosen):
         picked = chosen[0, rows]
-        visible = layer.mask.block(rows)
-        if visible is not None:
-            visible = visible[0].to(device).expand(-1, len(picked), a.shape[-1])[:, picked]
         places = picked.nonzero()[:, 0].cpu() + rows.start
-        yield places, Terms.of(a[0][:, picked], value[:, : a.shape[-1]], visible)
+        yield places, Terms.of(a[:, picked], value[:, : a.shape[-1]], visible[:, picked])

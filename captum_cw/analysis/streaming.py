@@ -7,22 +7,22 @@ needed depends only on the longest text. Analyses keep running sums, or a unifor
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from captum_cw._utils.progress import progress_bar
+from captum_cw.analysis.result import Array
 from captum_cw.capture import Execution
 from captum_cw.capture.forward_call import device_of
 from captum_cw.capture.model import unwrapped
 from captum_cw.capture.run import Runner, ignore_layer
-from captum_cw.functional import AttentionLayer, widest
-
-__all__ = ["Batches", "Reservoir", "SeenLayer", "check_causal", "run_texts", "texts_of"]
+from captum_cw.functional import AttentionLayer, Measure, map_blocks, widest
 
 Batches = Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]]
 """Token ids ``(B, T)``, a dict of ``input_ids`` and ``attention_mask``, or an iterable of these."""
@@ -37,14 +37,12 @@ class SeenLayer:
         number: The number of the layer in execution order, from 0.
         name: The name of the layer in the model.
         layer: The captured tensors of the layer, for one example.
-        ids: The token ids of the text, ``(T,)``.
     """
 
     text: int
     number: int
     name: str
     layer: AttentionLayer
-    ids: Tensor
 
     @property
     def T(self) -> int:
@@ -66,14 +64,14 @@ def texts_of(batches: Batches, shortest: int = 2) -> list[Tensor]:
             shape.
 
     Example:
-        >>> ids = torch.tensor([[0, 5, 6], [7, 8, 9]])
-        >>> mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-        >>> [text.tolist() for text in texts_of({"input_ids": ids, "attention_mask": mask})]
-        [[5, 6], [7, 8, 9]]
+        >>> tokenizer.pad_token = "?"
+        >>> sentences = ["The capital of France is Paris", "Ice is cold"]
+        >>> batch = tokenizer(sentences, padding=True, return_tensors="pt")
+        >>> [len(text) for text in texts_of(batch)]
+        [6, 3]
     """
-    several = [batches] if isinstance(batches, (Tensor, Mapping)) else batches
     texts: list[Tensor] = []
-    for batch in several:
+    for batch in [batches] if isinstance(batches, (Tensor, Mapping)) else batches:
         ids, mask = batch, None
         if isinstance(batch, Mapping):
             ids, mask = batch.get("input_ids"), batch.get("attention_mask")
@@ -101,12 +99,11 @@ def texts_of(batches: Batches, shortest: int = 2) -> list[Tensor]:
 
 def run_texts(
     model: nn.Module,
-    texts: Iterable[Tensor],
+    texts: Sequence[Tensor],
     on_layer: Callable[[SeenLayer], None],
     *,
-    after_text: Callable[[Tensor], None] | None = None,
     causal: bool = True,
-    description: str = "texts",
+    label: str = "texts",
     show_progress: bool = False,
 ) -> list[str]:
     """Run each text through the model and pass each attention layer to a function, in order.
@@ -115,9 +112,8 @@ def run_texts(
         model: The model.
         texts: Token ids of each text, ``(T,)``, as :func:`texts_of` returns them.
         on_layer: A function that takes each layer of each text. The layer is not kept.
-        after_text: A function that takes the token ids of a text after its layers have run.
         causal: Raise an error if a query of a layer can see later keys.
-        description: The label of the progress bar.
+        label: The label of the progress bar.
         show_progress: Show a progress bar after two seconds.
 
     Returns:
@@ -133,28 +129,24 @@ def run_texts(
     model = unwrapped(model)
     runner = Runner(model)
     device = device_of(model)
-    texts = list(texts)
-    if texts:
-        # A model that skips queries runs its first layers twice in its first call. This call
-        # comes before the counting, so that no layer is counted twice.
-        runner.observe(texts[0][None, :2].to(device), ignore_layer)
-    with progress_bar(len(texts), description, show=show_progress) as bar:
+
+    def collect(
+        text: int, numbers: Iterator[int], execution: Execution, layer: AttentionLayer
+    ) -> None:
+        nonlocal zero_outputs
+        if causal:
+            check_causal(execution.name, layer)
+        zero_outputs += layer.vanishing("inter")
+        if widest(layer.value.device) != torch.float64:
+            layer = layer.on_cpu()  # analyses sum in float64
+        on_layer(SeenLayer(text, next(numbers), execution.name, layer))
+
+    # A model that skips queries runs its first layers twice in its first call. This call comes
+    # before the counting, so that no layer is counted twice.
+    runner.observe(texts[0][None, :2].to(device), ignore_layer)
+    with progress_bar(len(texts), label, show=show_progress) as bar:
         for text, ids in enumerate(texts):
-            number = 0
-
-            def on_execution(execution: Execution, layer: AttentionLayer) -> None:
-                nonlocal number, zero_outputs
-                if causal:
-                    check_causal(execution.name, layer)
-                zero_outputs += layer.vanishing("inter")
-                if widest(layer.value.device) != torch.float64:
-                    layer = layer.on_cpu()  # analyses sum in float64
-                on_layer(SeenLayer(text, number, execution.name, layer, ids))  # noqa: B023
-                number += 1
-
-            runner.observe(ids[None].to(device), on_execution)
-            if after_text is not None:
-                after_text(ids)
+            runner.observe(ids[None].to(device), partial(collect, text, count()))
             bar.update()
     if zero_outputs:
         warnings.warn(
@@ -162,6 +154,29 @@ def run_texts(
             stacklevel=3,
         )
     return runner.names
+
+
+def visible_blocks(
+    layer: AttentionLayer, *measures: Measure, chosen: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """Yield the maps of measures in blocks of queries, with the keys that the queries see.
+
+    Args:
+        layer: A layer with one example.
+        measures: The measures.
+        chosen: Boolean ``(1, T)``, the queries to use, as in
+            :func:`~captum_cw.functional.map_blocks`.
+
+    Yields:
+        The rows of the block, which keys are visible ``(H or 1, t, n)``, and for each measure
+        ``(H, t, n)``.
+    """
+    for rows, maps in map_blocks(layer, *measures, chosen=chosen):
+        t, n = maps[0].shape[-2:]
+        visible = layer.mask.block(rows)
+        if visible is None:
+            visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="cpu")
+        yield rows, visible[0].to(maps[0].device).expand(-1, t, n), [x[0] for x in maps]
 
 
 def check_causal(name: str, layer: AttentionLayer) -> None:
@@ -189,30 +204,29 @@ class Reservoir:
         >>> for start in range(0, 100, 10):
         ...     rows = np.arange(start, start + 10.0)
         ...     sample.add(rows[sample.draw(10)])
-        >>> sample.rows.shape, sample.seen
-        ((3,), 100)
+        >>> sample.rows.shape
+        (3,)
     """
 
     def __init__(self, size: int, seed: int) -> None:
         if size < 1:
             raise ValueError(f"size must be 1 or more, got {size}")
-        self.size, self.seen = size, 0
+        self.size = size
         self._random = np.random.default_rng(seed)
         self._limit = 1.0  # the sample needs no keys above this
-        self._keys: list[np.ndarray[Any, Any]] = []
-        self._rows: list[np.ndarray[Any, Any]] = []
+        self._keys: list[Array] = []
+        self._rows: list[Array] = []
         self._held = 0
 
-    def draw(self, count: int) -> np.ndarray[Any, Any]:
+    def draw(self, count: int) -> Array:
         """Return which of the next ``count`` rows to add, in ascending order."""
-        self.seen += count
-        taken = self._random.binomial(count, self._limit) if self._limit < 1 else count
-        self._keys.append(self._random.uniform(0, self._limit, taken))
-        if taken == count:
+        drawn = self._random.binomial(count, self._limit) if self._limit < 1 else count
+        self._keys.append(self._random.uniform(0, self._limit, drawn))
+        if drawn == count:
             return np.arange(count)
-        return np.sort(self._random.choice(count, taken, replace=False, shuffle=False))
+        return np.sort(self._random.choice(count, drawn, replace=False, shuffle=False))
 
-    def add(self, rows: np.ndarray[Any, Any]) -> None:
+    def add(self, rows: Array) -> None:
         """Add the rows that :meth:`draw` selected, ``(n, ...)``."""
         assert len(rows) == len(self._keys[-1])
         self._rows.append(np.array(rows))
@@ -221,15 +235,15 @@ class Reservoir:
             self._prune()
 
     @property
-    def rows(self) -> np.ndarray[Any, Any]:
+    def rows(self) -> Array:
         """The sample, in the order of the stream."""
+        if not self._rows:
+            return np.zeros(0)
         self._prune()
-        return self._rows[0] if self._rows else np.zeros(0)
+        return self._rows[0]
 
     def _prune(self) -> None:
         """Keep the rows with the lowest keys."""
-        if not self._rows:
-            return
         keys, rows = np.concatenate(self._keys), np.concatenate(self._rows)
         if len(keys) > self.size:
             lowest = np.sort(np.argpartition(keys, self.size - 1)[: self.size])

@@ -16,37 +16,35 @@ The minimum is at ``a = (k^2 - g) / (k^2 - 2 g + ||v~_1||^2)`` (Eq. 31). Eq. 28 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from captum_cw.analysis.components import r2
+from captum_cw.analysis.components import SHOWN, r2, slope_through_origin
 from captum_cw.analysis.geometry import inner_products, norms, values_and_gram
-from captum_cw.analysis.result import AnalysisResult, Picture, settings_of
-from captum_cw.analysis.streaming import Batches, Reservoir, SeenLayer, run_texts, texts_of
-from captum_cw.functional import attention, map_blocks
+from captum_cw.analysis.result import AnalysisResult, Array, settings_of
+from captum_cw.analysis.streaming import (
+    Batches,
+    Reservoir,
+    SeenLayer,
+    run_texts,
+    texts_of,
+    visible_blocks,
+)
+from captum_cw.functional import attention
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = [
-    "OutputNorms",
-    "SemanticCone",
-    "output_norms",
-    "predicted_norm",
-    "semantic_cone",
-    "sink_rate_of_least_norm",
-]
-
-#: The number of points in a plot.
-SHOWN = 4000
 #: The fraction of values inside the cone.
 INSIDE = 0.9
-
-Array = np.ndarray[Any, Any]
+#: The columns of :attr:`Cone.shares`, and the names of their means.
+SHARES = {
+    "with_sink": "inside with sink",
+    "without": "inside without",
+    "others_with_sink": "others inside with sink",
+    "others_without": "others inside without",
+}
 
 
 def predicted_norm(a: Array, v1: float, g: float, k: float) -> Array:
@@ -79,6 +77,8 @@ def sink_rate_of_least_norm(v1: float, g: float, k: float) -> float:
 class OutputNorms(AnalysisResult):
     """The norms of head outputs against the sink rate, with their model (Figs. 5b, 11).
 
+    The plot shows one head's norms with the model, R2 by layer, and that head's two fits.
+
     Attributes:
         settings: Include the ``"layer"`` and ``"head"`` of the plot.
         numbers: ``"heads"`` is the number of heads, and ``"least below 1"`` is how many of them
@@ -92,22 +92,6 @@ class OutputNorms(AnalysisResult):
             sample of tokens: ``position`` (0 to 1), ``sink_rate``, ``norm``, ``rest`` (``||w||``)
             and ``along`` (``<v~_1, w>``).
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot one head's norms with the model, R2 by layer, and that head's two fits."""
-        from captum_cw.analysis.figures.geometry import plot_output_norms
-
-        place, heads = (self.settings["layer"], self.settings["head"]), self.tables["heads"]
-        of = heads[(heads["layer"] == place[0]) & (heads["head"] == place[1])].iloc[0]
-        rates: Array = np.linspace(0, 1, 201)
-        curves = {
-            "model (Eq. 20)": predicted_norm(rates, of.v1, of.g, of.k),
-            "model with g = 0": predicted_norm(rates, of.v1, 0.0, of.k),
-            "sign as printed in Eq. 28": predicted_norm(rates, of.v1, -of.g, of.k),
-        }
-        return plot_output_norms(
-            heads, self.tables["points"], place, rates, curves, use_pyplot=use_pyplot
-        )
 
 
 def output_norms(
@@ -143,55 +127,63 @@ def output_norms(
             query sees the first token.
 
     Example:
-        >>> result = output_norms(model, input_ids)
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> result = output_norms(model, inputs)
         >>> result.numbers["heads"], len(result.tables["heads"])
         (8.0, 8)
     """
     _check_head(layer, head)
-    texts, sample = texts_of(batches, shortest=3), Reservoir(tokens, seed)
-    queries: Array = np.zeros(0, dtype=np.int64)
-    # The rows that the current text adds to the sample, by layer.
-    parts: list[Array] = []
-    values: dict[int, list[tuple[Array, Array]]] = {}
+    texts = texts_of(batches, shortest=3)
+    sampled = _sample_queries(texts, tokens, seed)
+    measured: dict[int, list[HeadNorms]] = {}
 
     def on_layer(seen: SeenLayer) -> None:
-        nonlocal queries
-        if seen.number == 0:
-            queries = 1 + sample.draw(seen.T - 1)
-        found = head_norms(seen)
-        parts.append(found.queries[:, torch.from_numpy(queries)].cpu().numpy())
-        values.setdefault(seen.number, []).append(
-            (found.first.cpu().numpy(), found.others.cpu().numpy())
-        )
+        of_text = head_norms(seen)
+        queries = of_text.queries[:, sampled[seen.text]].float()
+        measured.setdefault(seen.number, []).append(of_text._replace(queries=queries))
 
-    def after_text(ids: Tensor) -> None:
-        # A row for each query: its position from 0 to 1, and the numbers of all heads.
-        heads = sum(len(part) for part in parts)
-        numbers = np.concatenate(parts).transpose(1, 0, 2).reshape(len(queries), 4 * heads)
-        rows = np.concatenate([queries[:, None] / (len(ids) - 1), numbers], 1)
-        sample.add(rows.astype(np.float32))
-        parts.clear()
+    run_texts(model, texts, on_layer, label="output norms", show_progress=show_progress)
+    rows, points = [], {}
+    for number, by_text in measured.items():
+        queries = torch.cat([x.queries for x in by_text], 1).cpu().numpy()
+        v1 = torch.stack([x.first for x in by_text]).square().mean(0).sqrt().tolist()
+        mean_norm = torch.stack([x.others for x in by_text]).mean(0).tolist()
+        for n, of_head in enumerate(queries):
+            points[number, n] = of_head
+            rows.append({"layer": number, "head": n, **fit_norms(of_head, v1[n], mean_norm[n])})
+    heads = pd.DataFrame(rows)
+    layer, head = _choose_head(heads, layer, head, heads.spread)
+    columns = ["sink_rate", "norm", "rest", "along"]
+    sample = pd.DataFrame(points[layer, head].astype(np.float64), columns=columns)
+    position = [q.float() / (len(ids) - 1) for q, ids in zip(sampled, texts, strict=True)]
+    sample.insert(0, "position", torch.cat(position).double().numpy())
+    shown = np.random.default_rng(seed).choice(len(sample), min(SHOWN, len(sample)), replace=False)
+    sample = sample.iloc[np.sort(shown)].dropna(ignore_index=True)
+    numbers = {
+        "heads": float(len(heads)),
+        "least below 1": float((heads.least < 1).sum()),
+        "least below 1 without g": float((heads.least_without_g < 1).sum()),
+        "heads opposed": float((heads.g < 0).sum()),
+        "median r2 of k": float(heads.r2_k.median()),
+        "median r2 of g": float(heads.r2_g.median()),
+        "median r2 of norms": float(heads.r2_norm.median()),
+    }
+    settings = settings_of(texts, sampled=tokens, seed=seed, layer=layer, head=head)
+    return OutputNorms(settings, numbers, {"heads": heads, "points": sample})
 
-    run_texts(
-        model,
-        texts,
-        on_layer,
-        after_text=after_text,
-        description="output norms",
-        show_progress=show_progress,
-    )
-    settings = settings_of(texts, sampled=tokens, seed=seed)
-    rows = sample.rows
-    position: Array = rows[:, 0]
-    rest: Array = rows[:, 1:].reshape(len(rows), -1, 4)
-    heads: list[dict[str, Any]] = []
-    for number, pairs in values.items():
-        for n in range(len(pairs[0][0])):
-            first = float(np.sqrt(np.mean([v1[n] ** 2 for v1, _ in pairs])))
-            mean_norm = float(np.mean([others[n] for _, others in pairs]))
-            of = rest[:, len(heads)]
-            heads.append({"layer": number, "head": n, **fit_norms(of, first, mean_norm)})
-    return _build_output_norms(settings, heads, rest, position, layer, head, seed)
+
+def _sample_queries(texts: list[Tensor], size: int, seed: int) -> list[Tensor]:
+    """Draw a uniform sample of the queries of all texts, without the first query of each.
+
+    Returns:
+        The sampled queries of each text, ascending.
+    """
+    sample = Reservoir(size, seed)
+    for text, ids in enumerate(texts):
+        queries = 1 + sample.draw(len(ids) - 1)
+        sample.add(np.stack([np.full_like(queries, text), queries], 1))
+    text, query = torch.from_numpy(sample.rows).T
+    return [query[text == n] for n in range(len(texts))]
 
 
 class HeadNorms(NamedTuple):
@@ -236,16 +228,13 @@ def _split_outputs(seen: SeenLayer, value: Tensor) -> tuple[Tensor, Tensor, Tens
         The attention on the first token ``(H, T)``, the part of the others ``(H, T, d_h)``, both in
         float64, and whether a query sees the first token, ``(H, T)``.
     """
-    columns, rest, visible = [], [], []
-    for rows, (weights,) in map_blocks(seen.layer, attention):
-        a = weights[0].double()
-        columns.append(a[..., 0])
-        rest.append(a[..., 1:] @ value[:, 1 : a.shape[-1]])
-        block = seen.layer.mask.block(rows)
-        shape = columns[-1].shape
-        whole = torch.ones(shape, dtype=torch.bool, device=a.device)
-        visible.append(whole if block is None else block[0, ..., 0].expand(shape))
-    return torch.cat(columns, 1), torch.cat(rest, 1), torch.cat(visible, 1)
+    parts = []
+    for _, visible, (weights,) in visible_blocks(seen.layer, attention):
+        a = weights.double()
+        rest = a[..., 1:] @ value[:, 1 : a.shape[-1]]
+        parts.append((a[..., 0], rest, visible[..., 0].expand(a.shape[:2])))
+    first, others, sees = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return first, others, sees
 
 
 def fit_norms(points: Array, v1: float, mean_norm: float) -> dict[str, float]:
@@ -256,8 +245,6 @@ def fit_norms(points: Array, v1: float, mean_norm: float) -> dict[str, float]:
         v1: ``||v~_1||``.
         mean_norm: The mean norm of the other values.
     """
-    from sklearn.linear_model import LinearRegression
-
     points = points[~np.isnan(points[:, 0])].astype(np.float64)
     if not len(points):
         raise ValueError(
@@ -265,22 +252,14 @@ def fit_norms(points: Array, v1: float, mean_norm: float) -> dict[str, float]:
             "attention windows of the model."
         )
     a, norm, rest, along = points.T
-    x = (1 - a)[:, None]
-    slopes, fits = [], []
-    for y in (rest, along):
-        if not x.any():  # all attention is on the first token: any slope fits
-            slopes.append(float("nan"))
-            fits.append(float("nan"))
-            continue
-        line = LinearRegression(fit_intercept=False).fit(x, y)
-        slopes.append(float(line.coef_[0]))
-        fits.append(r2(y, line.predict(x)))
-    k, g = slopes
+    x = 1 - a
+    # If all attention is on the first token, any slope fits.
+    k, g = (slope_through_origin(x, y) if x.any() else float("nan") for y in (rest, along))
     return {
         "k": k,
         "g": g,
-        "r2_k": fits[0],
-        "r2_g": fits[1],
+        "r2_k": r2(rest, k * x),
+        "r2_g": r2(along, g * x),
         "v1": v1,
         "mean_norm": mean_norm,
         "least": sink_rate_of_least_norm(v1, g, k),
@@ -290,39 +269,6 @@ def fit_norms(points: Array, v1: float, mean_norm: float) -> dict[str, float]:
         "mean_sink_rate": float(a.mean()),
         "spread": float(a.std()),
     }
-
-
-def _build_output_norms(
-    settings: Mapping[str, Any],
-    heads: list[dict[str, Any]],
-    rest: Array,
-    position: Array,
-    layer: int | None,
-    head: int | None,
-    seed: int,
-) -> OutputNorms:
-    """Build the result, with a sample of points of the plotted head."""
-    import pandas as pd
-
-    table = pd.DataFrame(heads)
-    layer, head = _choose_head(table, layer, head, table.spread)
-    shown = int(table.index[(table["layer"] == layer) & (table["head"] == head)][0])
-    few = np.random.default_rng(seed).choice(len(rest), min(SHOWN, len(rest)), replace=False)
-    few.sort()
-    names = ("sink_rate", "norm", "rest", "along")
-    sample = pd.DataFrame(rest[few, shown].astype(np.float64), columns=list(names))
-    sample.insert(0, "position", position[few].astype(np.float64))
-    numbers = {
-        "heads": float(len(table)),
-        "least below 1": float((table.least < 1).sum()),
-        "least below 1 without g": float((table.least_without_g < 1).sum()),
-        "heads opposed": float((table.g < 0).sum()),
-        "median r2 of k": float(table.r2_k.median()),
-        "median r2 of g": float(table.r2_g.median()),
-        "median r2 of norms": float(table.r2_norm.median()),
-    }
-    tables = {"heads": table, "points": sample.dropna(ignore_index=True)}
-    return OutputNorms({**settings, "layer": layer, "head": head}, numbers, tables)
 
 
 def _check_head(layer: int | None, head: int | None) -> None:
@@ -346,6 +292,8 @@ def _choose_head(
 class SemanticCone(AnalysisResult):
     """The directions of head outputs and the cone of values, with and without the sink (Fig. 6).
 
+    The plot shows one head's outputs in the plane of the mean value and the sink, both ways.
+
     Attributes:
         settings: Include the ``"layer"`` and ``"head"`` of the plot.
         numbers: Means over heads and texts of the fraction of outputs inside the cone. ``"inside
@@ -357,13 +305,6 @@ class SemanticCone(AnalysisResult):
             orthogonal part of the sink's value) and the ``norm``, for ``outputs`` ``with`` and
             ``without`` the sink. ``"sink"``: the sink's coordinates, and the ``angle`` of the cone.
     """
-
-    def plot(self, *, use_pyplot: bool = True) -> Picture:
-        """Plot one head's outputs in the plane of the mean value and the sink, both ways."""
-        from captum_cw.analysis.figures.geometry import plot_cone
-
-        place = self.settings["layer"], self.settings["head"]
-        return plot_cone(self.tables["points"], self.tables["sink"], place, use_pyplot=use_pyplot)
 
 
 def semantic_cone(
@@ -395,50 +336,38 @@ def semantic_cone(
             tokens, so that a quarter of its queries is at least one.
 
     Example:
-        >>> ids = torch.arange(1, 9)[None]
-        >>> 0 <= semantic_cone(model, ids).numbers["inside with sink"] <= 1
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> 0 <= semantic_cone(model, inputs).numbers["inside with sink"] <= 1
         True
     """
-    import pandas as pd
-
     _check_head(layer, head)
     texts = texts_of(batches, shortest=5)
-    rows = []
-    pictures: dict[tuple[int, int], tuple[Tensor, list[float]]] = {}
+    parts: list[pd.DataFrame] = []
+    cones: list[Cone] = []  # of the first text, by layer
 
     def on_layer(seen: SeenLayer) -> None:
         value, gram = values_and_gram(seen)
         a, rest, _ = _split_outputs(seen, value)
-        found = cone(value, gram, a, rest)
-        for n, shares in enumerate(found.shares.tolist()):
-            angles = float(found.angle[n]), float(found.sink_angle[n])
-            rows.append((seen.text, seen.number, n, *shares, *angles))
-            if seen.text == 0:
-                arrow = [*found.sink[n].tolist(), float(found.angle[n])]
-                pictures[seen.number, n] = found.plane[:, n].cpu(), arrow
+        layer_cone = cone(value, gram, a, rest)
+        if seen.text == 0:
+            cones.append(layer_cone)
+        shares, angle, sink_angle = (x.cpu().numpy() for x in layer_cone[:3])
+        part = pd.DataFrame(shares, columns=list(SHARES))
+        place = {"text": seen.text, "layer": seen.number, "head": part.index}
+        parts.append(part.assign(**place, angle=angle, sink_angle=sink_angle))
 
-    run_texts(model, texts, on_layer, description="cone", show_progress=show_progress)
-    shares = ["with_sink", "without", "others_with_sink", "others_without"]
-    columns = ["text", "layer", "head", *shares, "angle", "sink_angle"]
-    table = pd.DataFrame(rows, columns=columns)
-    heads = table.drop(columns="text").groupby(["layer", "head"]).mean().reset_index()
-    by_text = table.drop(columns=["layer", "head"]).groupby("text").mean().reset_index()
+    run_texts(model, texts, on_layer, label="cone", show_progress=show_progress)
+    table, columns = pd.concat(parts), [*SHARES, "angle", "sink_angle"]
+    heads = table.groupby(["layer", "head"])[columns].mean().reset_index()
+    by_text = table.groupby("text")[columns].mean().reset_index()
     layer, head = _choose_head(heads, layer, head, heads.without - heads.with_sink)
-    plane, arrow = pictures[layer, head]
-    points = pd.concat(
-        [
-            pd.DataFrame(part.numpy(), columns=["along", "across", "norm"]).assign(outputs=name)
-            for name, part in zip(("with", "without"), plane, strict=True)
-        ],
-        ignore_index=True,
-    )
+    shown = cones[layer]
+    plane = shown.plane[:, head].cpu().numpy()
+    points = pd.DataFrame(plane.reshape(-1, 3), columns=["along", "across", "norm"])
+    points["outputs"] = np.repeat(["with", "without"], plane.shape[1])
+    arrow = [*shown.sink[head].tolist(), float(shown.angle[head])]
     sink = pd.DataFrame([arrow], columns=["along", "across", "angle"])
-    numbers = {
-        "inside with sink": float(heads.with_sink.mean()),
-        "inside without": float(heads.without.mean()),
-        "others inside with sink": float(heads.others_with_sink.mean()),
-        "others inside without": float(heads.others_without.mean()),
-    }
+    numbers = {label: float(heads[column].mean()) for column, label in SHARES.items()}
     settings = settings_of(texts, layer=layer, head=head)
     tables = {"heads": heads, "texts": by_text, "points": points, "sink": sink}
     return SemanticCone(settings, numbers, tables)
@@ -490,22 +419,17 @@ def cone(value: Tensor, gram: Tensor, a: Tensor, rest: Tensor) -> Cone:
     lengths = norms(y, gram)
     quarter = lengths.argsort(dim=1, stable=True)[:, : lengths.shape[1] // 4]
     lowest = torch.zeros_like(lengths, dtype=torch.bool).scatter_(1, quarter, True)
-    shares = []
-    for which in (lowest, ~lowest):
-        for x in (y, w):
-            inside = angles(x) <= angle[:, None]
-            shares.append((inside & which).sum(1) / which.sum(1).to(lengths.dtype))
+    inside = torch.stack([angles(x) <= angle[:, None] for x in (y, w)])
+    shares = [(inside & which).double().sum(-1) / which.sum(-1) for which in (lowest, ~lowest)]
     # The plane is spanned by the mean value and the part of the sink's value orthogonal to it.
     along = inner_products(first, gram, mean) / size**2
     across = first - along[..., None] * mean
     width = norms(across, gram)
 
-    def coordinates(x: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            (inner_products(x, gram, mean) / size).nan_to_num(),
-            (inner_products(x, gram, across) / width).nan_to_num(),
-        )
+    def coordinates(x: Tensor) -> Tensor:
+        on_mean = inner_products(x, gram, mean) / size
+        return torch.stack([on_mean, inner_products(x, gram, across) / width], -1).nan_to_num()
 
-    plane = torch.stack([torch.stack([*coordinates(x), lengths], -1) for x in (y, w)])
-    sink = torch.stack(coordinates(first), -1)[:, 0]
-    return Cone(torch.stack(shares, 1), angle, angles(first)[:, 0], plane, sink)
+    plane = torch.stack([torch.cat([coordinates(x), lengths[..., None]], -1) for x in (y, w)])
+    sink = coordinates(first)[:, 0]
+    return Cone(torch.cat(shares).T, angle, angles(first)[:, 0], plane, sink)

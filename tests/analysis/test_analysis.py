@@ -250,8 +250,8 @@ def check_regression(model: nn.Module, layers: list[list[dict[str, Tensor]]], lo
 
 
 def test_the_product_of_all_factors_would_explain_everything() -> None:
-    table = np.array(cells([definitions(llama(), texts()[0], False)],
-                           "attention", "relative_norm", "cosine", "inter"))  # fmt: skip
+    layers = [definitions(llama(), texts()[0], False)]
+    table = np.array(cells(layers, "attention", "relative_norm", "cosine", "inter"))
     assert line(table[:, 1:4].prod(1), table[:, 4])[:2] == pytest.approx((1, 1))
 
 
@@ -490,9 +490,10 @@ def mean_cosines(v: Tensor) -> tuple[float, float]:
 
 
 def test_alignment_is_the_mean_over_pairs(case: Any) -> None:
-    expected = np.array([
-        [[mean_cosines(v) for v in layer["v"]] for layer in text] for text in case.layers
-    ])  # text, layer, head, which  # fmt: skip
+    # (text, layer, head, which)
+    expected = np.array(
+        [[[mean_cosines(v) for v in layer["v"]] for layer in text] for text in case.layers]
+    )
     found = value_alignment(case.model, batches())
     table = found.tables["layers"]
     heads = expected.mean(0)
@@ -626,10 +627,8 @@ def norms_of_head(layers: list[list[dict[str, Tensor]]], n: int, h: int) -> Any:
             for j in range(1, i + 1):
                 w += a[h, i, j] * v[h, j]
             o = w + a[h, i, 0] * v[h, 0]
-            rows.append(
-                [i / (T - 1), float(a[h, i, 0]), float(o.norm()), float(w.norm()),
-                 float(w @ v[h, 0])]
-            )  # fmt: skip
+            norms = [float(o.norm()), float(w.norm())]
+            rows.append([i / (T - 1), float(a[h, i, 0]), *norms, float(w @ v[h, 0])])
     return np.array(rows), float(np.sqrt(np.mean(np.square(first)))), float(np.mean(others))
 
 
@@ -710,7 +709,7 @@ def planted_head(
     a *= 1 - sink[:, None]
     a[..., 0] = sink
     layer = AttentionLayer.from_tensors(a, value, weight, mask or QueryMask(T, T, causal=True))
-    return SeenLayer(0, 0, "planted", layer, torch.arange(T)), v1 * cos * k
+    return SeenLayer(0, 0, "planted", layer), v1 * cos * k
 
 
 @pytest.mark.parametrize(
@@ -746,8 +745,8 @@ def test_what_a_model_has_rounded_is_summed_anew() -> None:
     a = dense_map(seen.layer, attention)
     a[..., 1:] *= 1e-4
     a[..., 0] = 1 - a[..., 1:].sum(-1)
-    whole = AttentionLayer.from_tensors(a, seen.layer.value, seen.layer.output_weight,
-                                        seen.layer.mask)  # fmt: skip
+    value, weight, mask = seen.layer.value, seen.layer.output_weight, seen.layer.mask
+    whole = AttentionLayer.from_tensors(a, value, weight, mask)
     rounded = replace(whole, head_output=whole.head_output.bfloat16().double())
     exact, found = (head_norms(replace(seen, layer=layer)).queries for layer in (whole, rounded))
     close(found, exact, 1e-12)
@@ -1168,8 +1167,8 @@ def test_what_dead_heads_do_is_counted() -> None:
     found = interference(model, some())
     assert found.numbers["dropped"] == (pairs - 2) * (1 + 4)
     assert found.numbers["points"] == (pairs - 2) * 3
-    table = np.array(cells([definitions(model, ids, False)[:1] for ids in texts(2)],
-                           "attention", "relative_norm", "cosine"))[:, 1:]  # fmt: skip
+    layers = [definitions(model, ids, False)[:1] for ids in texts(2)]
+    table = np.array(cells(layers, "attention", "relative_norm", "cosine"))[:, 1:]
     alive = table[(table != 0).all(1)]
     found = component_correlations(model, some())
     close(found.to_dataframe().iloc[:, 1:], np.corrcoef(np.log(np.abs(alive)).T))
@@ -1230,8 +1229,10 @@ def test_gated_norms_are_those_that_each_query_sees() -> None:
         norms = given["vw"] / seen.attention
         rows += [
             [float(seen.attention[0, h, i, j]), float(norms[0, h, i, j])]
-            for h in range(4) for i in range(9) for j in range(i + 1)
-        ]  # fmt: skip
+            for h in range(4)
+            for i in range(9)
+            for j in range(i + 1)
+        ]
     close(found[["attention", "value norm"]], rows)
 
 

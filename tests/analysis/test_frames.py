@@ -496,10 +496,8 @@ def looking_for(model: nn.Module, strength: float) -> None:
 
 
 def planted_gpt2(strength: float = 5) -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model: Any = build(transformers.GPT2LMHeadModel, config)
     looking_for(model, strength)
     with torch.no_grad():
@@ -681,7 +679,7 @@ def test_a_cache_before_the_text_is_refused() -> None:
     layer = AttentionLayer.from_tensors(
         torch.rand(1, 1, 2, 3), torch.ones(1, 1, 3, 2), torch.ones(1, 2, 3)
     )
-    seen = SeenLayer(0, 0, "layer", layer, torch.zeros(2))
+    seen = SeenLayer(0, 0, "layer", layer)
     with pytest.raises(ValueError, match="2 queries and 3 keys"):
         _FrameSums((0.1,), (80,), 2).add(seen)
 

@@ -187,12 +187,14 @@ def test_random_sets_are_uniform_among_the_keys_that_are_seen() -> None:
 
 
 def test_queries_are_drawn_once_each_and_as_the_seed_says() -> None:
-    drawn = draw_queries(100, 8, 20, seed=1, text=3)
+    texts = [torch.arange(100)] * 2
+    drawn, other = draw_queries(texts, 8, 20, seed=1)
     assert len(set(drawn.tolist())) == 20
     assert min(drawn) >= 8
     assert torch.equal(drawn, drawn.sort().values)
-    assert torch.equal(drawn, draw_queries(100, 8, 20, seed=1, text=3))
-    assert not torch.equal(drawn, draw_queries(100, 8, 20, seed=2, text=3))
+    assert not torch.equal(drawn, other)
+    assert torch.equal(drawn, draw_queries(texts, 8, 20, seed=1)[0])
+    assert not torch.equal(drawn, draw_queries(texts, 8, 20, seed=2)[0])
 
 
 def test_blocks_give_the_rows_of_the_chosen_queries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,12 +405,9 @@ def test_features_of_heads_are_means_over_queries() -> None:
             seen = list(range(i + 1))
             chosen = most_attended(a[h, i], seen, 4)
             output = (a[h, i] @ v[h]).double() @ layer.output_weight[h].double()
-            expected += torch.tensor(
-                [
-                    *by_definition(a[h, i], v[h], chosen, seen),
-                    float(a[h, i, 0]), float(a[h, i, chosen].sum()), float(output.norm()), 1.0,
-                ]
-            )  # fmt: skip
+            weights = float(a[h, i, 0]), float(a[h, i, chosen].sum())
+            separated = by_definition(a[h, i], v[h], chosen, seen)
+            expected += torch.tensor([*separated, *weights, float(output.norm()), 1.0])
         assert torch.allclose(sums[h], expected, atol=1e-4)
 
 

@@ -1,194 +1,171 @@
-"""Figures of the analyses of contributions, the first token and head outputs, from their tables."""
+"""Figures of the analyses of contributions, the first token and head outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Wedge
-from matplotlib.ticker import MaxNLocator
 
+from captum_cw.analysis.suppression import OutputNorms, predicted_norm
 from captum_cw.visualization._output import Picture, new_figure
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = [
-    "plot_alignment",
-    "plot_cone",
-    "plot_correlations",
-    "plot_dispersion",
-    "plot_entropy",
-    "plot_first_token_weight",
-    "plot_interference",
-    "plot_output_norms",
-    "plot_regression",
-    "plot_sink_scaling",
-]
-
+    from captum_cw.analysis.result import AnalysisResult
 
 GROUPS = {"all": "all tokens", "first": "first token", "others": "all but the first"}
 CONE: dict[str, Any] = {"facecolor": "0.92", "edgecolor": "0.5", "linestyle": "--"}
 POINTS: dict[str, Any] = {"s": 5, "alpha": 0.5, "linewidths": 0}
+#: A line along which a quantity is zero.
+ZERO: dict[str, Any] = {"color": "0.6", "linewidth": 0.8}
 
 
-def plot_regression(table: pd.DataFrame, *, use_pyplot: bool = True) -> Picture:
+def plot_regression(result: AnalysisResult, use_pyplot: bool) -> Picture:
     """Plot bars of R2 by product of factors, with a panel for each group of tokens."""
-    groups = [group for group in GROUPS if group in set(table.group)]
+    groups = result.to_dataframe().groupby("group", sort=False)
     fig, axes = new_figure(1, len(groups), (3.2 * len(groups) + 1.4, 3.4), use_pyplot)
-    for ax, group in zip(axes[0], groups, strict=True):
-        rows = table[table.group == group]
-        places, lowest = np.arange(len(rows)), min(0, float(rows.r2.min()))
-        ax.barh(places, rows.r2, color="tab:blue")
-        for place, value in zip(places, rows.r2, strict=True):
-            end = max(value, 0) + 0.02 * (1 - lowest)
-            ax.text(end, place, f"{value:.3f}", va="center", fontsize=8)
-        ax.set_yticks(places, rows.components if group == groups[0] else [""] * len(rows))
+    for ax, (group, rows) in zip(axes[0], groups, strict=True):
+        bars = ax.barh(rows.components, rows.r2, color="tab:blue")
+        ax.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
         ax.invert_yaxis()
-        if group == groups[0]:
-            ax.set_ylabel("product of factors")
-        ax.set_xlim(lowest, 1 + 0.25 * (1 - lowest))  # leaves room for the numbers
-        ax.set(title=GROUPS[group], xlabel="$R^2$ of contribution")
+        lowest = min(0, float(rows.r2.min()))
+        ax.set_xlim(lowest - 0.25 * (lowest < 0), 1.25)  # leaves room for the numbers
+        ax.set(title=GROUPS[group], xlabel="$R^2$ of contribution", ylabel="product of factors")
+        ax.label_outer()
     return fig, axes[0]
 
 
-def plot_correlations(table: pd.DataFrame, *, use_pyplot: bool = True) -> Picture:
+def plot_correlations(result: AnalysisResult, use_pyplot: bool) -> Picture:
     """Plot the matrix of correlations with its numbers."""
     fig, axes = new_figure(1, 1, (5.6, 4.2), use_pyplot)
-    ax, names = axes[0, 0], list(table.component)
-    matrix = table[names].to_numpy()
+    ax, matrix = axes[0, 0], result.to_dataframe().set_index("component")
     image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
     for (i, j), r in np.ndenumerate(matrix):
         ax.text(j, i, f"{r:.3f}", ha="center", va="center", color="w" if abs(r) > 0.6 else "k")
-    ax.set_xticks(range(len(names)), names)
-    ax.set_yticks(range(len(names)), names)
+    ax.set_xticks(range(len(matrix)), matrix.columns)
+    ax.set_yticks(range(len(matrix)), matrix.index)
     ax.set(xlabel="factor", ylabel="factor", title="logarithms of magnitudes")
     fig.colorbar(image, ax=ax, label="Pearson's r")
     return fig, axes[0]
 
 
-def plot_dispersion(table: pd.DataFrame, *, use_pyplot: bool = True) -> Picture:
+def plot_dispersion(result: AnalysisResult, use_pyplot: bool) -> Picture:
     """Plot each pair of attention, value norm and cosine in a panel."""
     labels = {
         "attention": "attention weight",
         "value norm": "norm of the projected value",
         "cosine": "cosine with the output",
     }
-    pairs = [("attention", "value norm"), ("attention", "cosine"), ("value norm", "cosine")]
+    table = result.to_dataframe()
     fig, axes = new_figure(1, 3, (12, 3.6), use_pyplot)
-    for ax, (x, y) in zip(axes[0], pairs, strict=True):
+    for ax, (x, y) in zip(axes[0], combinations(labels, 2), strict=True):
         ax.scatter(table[x], table[y], **POINTS)
         ax.set(xlabel=labels[x], ylabel=labels[y])
     return fig, axes[0]
 
 
-def plot_interference(table: pd.DataFrame, r: float, *, use_pyplot: bool = True) -> Picture:
+def plot_interference(result: AnalysisResult, use_pyplot: bool) -> Picture:
     """Plot the intra-head ratio of contribution to attention against the cosine."""
     fig, axes = new_figure(1, 1, (5, 3.8), use_pyplot)
-    ax = axes[0, 0]
+    ax, table, r = axes[0, 0], result.to_dataframe(), result.numbers["r"]
     ax.scatter(table.cosine, table.ratio, **POINTS)
-    ax.axhline(0, color="0.6", linewidth=0.8)
-    beyond = 0
+    ax.axhline(0, **ZERO)
+    outside = 0
     if len(table):
         # The ratios of a few outputs near zero are huge, and would flatten all others.
-        limit = 1.3 * float(np.quantile(np.abs(table.ratio), 0.99))
+        limit = 1.3 * float(table.ratio.abs().quantile(0.99))
         ax.set_ylim(-limit, limit)
-        beyond = int((table.ratio.abs() > limit).sum())
-    ax.set_title(f"r = {r:.3f}; {beyond} of {len(table)} points are outside the axis", fontsize=10)
+        outside = int((table.ratio.abs() > limit).sum())
+    ax.set_title(f"r = {r:.3f}; {outside} of {len(table)} points are outside the axis", fontsize=10)
     ax.set(xlabel="cosine with the head's output", ylabel="contribution / attention")
     return fig, axes[0]
 
 
-def plot_first_token_weight(table: pd.DataFrame, *, use_pyplot: bool = True) -> Picture:
+def plot_first_token_weight(result: AnalysisResult, use_pyplot: bool) -> Picture:
     """Plot the weight on the first token by layer, for measures that are shares."""
     fig, axes = new_figure(1, 1, (6, 3.6), use_pyplot)
     ax = axes[0, 0]
-    for measure, marker in zip(
-        ("attention", "vw, rows normalised", "contribution"), "osD", strict=True
-    ):
-        rows = table[table.measure == measure]
-        ax.plot(rows["layer"], rows.weight, marker=marker, markersize=4, label=measure)
-    ax.axhline(0, color="0.6", linewidth=0.8)
-    _label_layers(ax)
+    table = result.tables["layers"]
+    _plot_by_layer(ax, table[table.measure != "vw"], "weight")
+    ax.axhline(0, **ZERO)
     ax.set_ylabel("mean weight on the first token")
     ax.legend()
     return fig, axes[0]
 
 
-def plot_entropy(table: pd.DataFrame, *, use_pyplot: bool = True) -> Picture:
+def plot_entropy(result: AnalysisResult, use_pyplot: bool) -> Picture:
     """Plot the entropy of rows by layer, with and without the first token."""
     fig, axes = new_figure(1, 2, (10, 3.6), use_pyplot)
+    table = result.tables["layers"]
     titles = {True: "all tokens", False: "without the first token"}
     for ax, (first, title) in zip(axes[0], titles.items(), strict=True):
-        for marker, (measure, rows) in zip(
-            "osD^v", table[table["first"] == first].groupby("measure", sort=False), strict=False
-        ):
-            ax.plot(rows["layer"], rows.entropy, marker=marker, markersize=4, label=measure)
-        ax.set_title(title)
-        _label_layers(ax)
-        ax.set_ylabel("entropy of a row (nats)")
+        _plot_by_layer(ax, table[table["first"] == first], "entropy")
+        ax.set(title=title, ylabel="entropy of a row (nats)")
     axes[0, 0].sharey(axes[0, 1])
     axes[0, 0].legend()
     return fig, axes[0]
 
 
-def plot_alignment(table: pd.DataFrame, *, use_pyplot: bool = True) -> Picture:
+def _plot_by_layer(ax: Axes, table: pd.DataFrame, column: str) -> None:
+    """Plot a column by layer, with a curve for each measure."""
+    for marker, (measure, rows) in zip("osD^", table.groupby("measure", sort=False), strict=False):
+        ax.plot(rows["layer"], rows[column], marker=marker, markersize=4, label=measure)
+    _label_layers(ax)
+
+
+def plot_alignment(result: AnalysisResult, use_pyplot: bool) -> Picture:
     """Plot mean cosines of values by relative depth, with the middle half of the heads."""
     fig, axes = new_figure(1, 1, (6, 3.6), use_pyplot)
-    ax = axes[0, 0]
+    ax, table = axes[0, 0], result.to_dataframe()
     for name, label in (("first", "first with the others"), ("among", "among the others")):
         (line,) = ax.plot(table.depth, table[name], marker="o", markersize=4, label=label)
         low, high = table[f"{name}_25"], table[f"{name}_75"]
         ax.fill_between(table.depth, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.axhline(0, **ZERO)
     ax.set_xlabel("relative depth (bands: middle half of the heads)")
     ax.set_ylabel("mean cosine of projected values")
     ax.legend()
     return fig, axes[0]
 
 
-def plot_sink_scaling(table: pd.DataFrame, *, use_pyplot: bool = True) -> Picture:
+def plot_sink_scaling(result: AnalysisResult, use_pyplot: bool) -> Picture:
     """Plot the change of perplexity by the factor of the first token's value."""
     fig, axes = new_figure(1, 1, (5.4, 3.6), use_pyplot)
-    ax = axes[0, 0]
-    of = table.groupby("factor").delta
-    mean = of.mean()
-    ax.plot(mean.index, mean, marker="o", markersize=4, label="mean over texts")
-    ax.plot(mean.index, of.median(), linestyle=":", color="tab:blue", label="median")
-    low, high = of.quantile(0.25), of.quantile(0.75)
+    ax, deltas = axes[0, 0], result.to_dataframe().groupby("factor").delta
+    mean, low, high = deltas.mean(), deltas.quantile(0.25), deltas.quantile(0.75)
+    ax.plot(mean, marker="o", markersize=4, label="mean over texts")
+    ax.plot(deltas.median(), linestyle=":", color="tab:blue", label="median")
     ax.fill_between(mean.index, low, high, alpha=0.2, linewidth=0, label="middle half of the texts")
-    ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.axhline(0, **ZERO)
     ax.set(xlabel="factor of the first token's value", ylabel="increase of perplexity")
     ax.legend()
     return fig, axes[0]
 
 
-def plot_output_norms(
-    heads: pd.DataFrame,
-    points: pd.DataFrame,
-    place: tuple[int, int],
-    rates: npt.NDArray[Any],
-    curves: Mapping[str, npt.NDArray[Any]],
-    *,
-    use_pyplot: bool = True,
-) -> Picture:
+def plot_output_norms(result: OutputNorms, use_pyplot: bool) -> Picture:
     """Plot the norms of one head with their model and fits, and the R2 of all heads."""
-    of = heads[(heads["layer"] == place[0]) & (heads["head"] == place[1])].iloc[0]
-    name = f"layer {place[0]}, head {place[1]}"
+    heads, points = result.tables["heads"], result.tables["points"]
+    layer, head = result.settings["layer"], result.settings["head"]
+    of = heads.set_index(["layer", "head"]).loc[(layer, head)]
     fig, axes = new_figure(2, 2, (11, 7.4), use_pyplot)
     ax = axes[0, 0]
     _scatter_by_position(fig, ax, points.sink_rate, points.norm, points.position)
-    for (label, curve), style in zip(curves.items(), ("r-", "k:", "m--"), strict=True):
-        ax.plot(rates, curve, style, label=label)
+    rates = np.linspace(0, 1, 201)
+    for label, style, g in (
+        ("model (Eq. 20)", "r-", of.g),
+        ("model with g = 0", "k:", 0.0),
+        ("sign as printed in Eq. 28", "m--", -of.g),
+    ):
+        ax.plot(rates, predicted_norm(rates, of.v1, g, of.k), style, label=label)
     ax.axvline(of.least, color="r", linewidth=0.8)
     ax.axhline(of.mean_norm, color="tab:orange", linewidth=0.8, label="mean norm of other values")
+    name = f"layer {layer}, head {head}"
     ax.set_title(f"{name}: smallest norm at {of.least:.2f}")
     ax.set(xlabel="attention on the first token, $a$", ylabel="norm of the head's output")
-    ax.legend(fontsize=8)
     _plot_fits_by_layer(axes[0, 1], heads)
     for ax, column, slope, fit, label in (
         (axes[1, 0], "rest", of.k, of.r2_k, r"$\Vert w\Vert$"),
@@ -197,6 +174,7 @@ def plot_output_norms(
         _scatter_by_position(fig, ax, 1 - points.sink_rate, points[column], points.position)
         ax.plot([0, 1], [0, slope], "r-", label=f"slope {slope:.3g}")
         ax.set(title=f"{name}: $R^2$ = {fit:.2f}", xlabel="$1 - a$", ylabel=label)
+    for ax in axes.flat:
         ax.legend(fontsize=8)
     return fig, axes
 
@@ -211,14 +189,14 @@ def _scatter_by_position(
 
 def _plot_fits_by_layer(ax: Axes, heads: pd.DataFrame) -> None:
     """Plot the R2 of the two linear fits of all heads, as boxes by layer."""
-    layers = sorted(heads["layer"].unique())
     for shift, column, colour, label in (
         (-0.2, "r2_k", "tab:blue", r"$\Vert w\Vert$ on $k(1-a)$"),
         (0.2, "r2_g", "tab:orange", r"$\langle v_1, w\rangle$ on $g(1-a)$"),
     ):
+        by_layer = {n + shift: r2.dropna() for n, r2 in heads.groupby("layer")[column]}
         boxes = ax.boxplot(
-            [heads[heads["layer"] == n][column].dropna() for n in layers],
-            positions=[n + shift for n in layers],
+            list(by_layer.values()),
+            positions=list(by_layer),
             widths=0.35,
             manage_ticks=False,
             patch_artist=True,
@@ -228,45 +206,37 @@ def _plot_fits_by_layer(ax: Axes, heads: pd.DataFrame) -> None:
         )
         boxes["boxes"][0].set_label(label)
     ax.set_ylim(max(-1.0, ax.get_ylim()[0]), 1.05)
-    ax.set_title("fits of all heads (without outliers and below -1)")
     _label_layers(ax)
-    ax.set_ylabel("centred $R^2$")
-    ax.legend(fontsize=8)
+    ax.set(title="fits of all heads (without outliers and below -1)", ylabel="centred $R^2$")
 
 
-def plot_cone(
-    points: pd.DataFrame,
-    sink: pd.DataFrame,
-    place: tuple[int, int],
-    *,
-    use_pyplot: bool = True,
-) -> Picture:
+def plot_cone(result: AnalysisResult, use_pyplot: bool) -> Picture:
     """Plot head outputs in the plane of the mean value and the sink, with and without the sink."""
+    points, arrow = result.tables["points"], result.tables["sink"].iloc[0]
+    place = f"layer {result.settings['layer']}, head {result.settings['head']}"
     fig, axes = new_figure(1, 2, (11, 4.6), use_pyplot)
     titles = {"with": "unchanged", "without": "first value set to zero"}
-    arrow = sink.iloc[0]
-    angle = arrow.angle
-    x = [*points.along, arrow.along, 0.0]
-    y = [*points.across, arrow.across, 0.0]
-    margin = 0.08 * (max(max(x) - min(x), max(y) - min(y)) or 1.0)
+    x, y = [*points.along, arrow.along, 0.0], [*points.across, arrow.across, 0.0]
+    margin = 0.08 * (max(np.ptp(x), np.ptp(y)) or 1.0)
     reach = 2 * float(np.hypot(x, y).max())
     for ax, (outputs, title) in zip(axes[0], titles.items(), strict=True):
         of = points[points.outputs == outputs]
-        label = f"cone of 90% of the other values ({angle:.0f}°)"
-        ax.add_patch(Wedge((0, 0), reach, -angle, angle, label=label, **CONE))
-        dots = ax.scatter(
-            of.along, of.across, c=of.norm, cmap="viridis", s=12, linewidths=0, zorder=2
-        )
+        label = f"cone of 90% of the other values ({arrow.angle:.0f}°)"
+        ax.add_patch(Wedge((0, 0), reach, -arrow.angle, arrow.angle, label=label, **CONE))
+        style = {"c": of.norm, "cmap": "viridis", "s": 12, "linewidths": 0}
+        dots = ax.scatter(of.along, of.across, zorder=2, **style)
         if outputs == "with":
             style = {"arrowstyle": "-|>", "color": "tab:orange", "linewidth": 2}
             ax.annotate("", (arrow.along, arrow.across), (0, 0), zorder=3, arrowprops=style)
             ax.plot([], [], color="tab:orange", linewidth=2, label="value of the first token")
-        ax.set_xlim(min(x) - margin, max(x) + margin)
-        ax.set_ylim(min(y) - margin, max(y) + margin)
-        ax.set_aspect("equal")
-        ax.set_title(f"layer {place[0]}, head {place[1]}: {title}")
-        ax.set_xlabel("along the mean of the other values")
-        ax.set_ylabel("across, towards the first value")
+        ax.set(
+            title=f"{place}: {title}",
+            xlabel="along the mean of the other values",
+            ylabel="across, towards the first value",
+            xlim=(min(x) - margin, max(x) + margin),
+            ylim=(min(y) - margin, max(y) + margin),
+            aspect="equal",
+        )
         ax.legend(fontsize=8, loc="best")
     fig.colorbar(dots, ax=list(axes[0]), label="norm of the unchanged output")
     return fig, axes[0]
@@ -275,4 +245,4 @@ def plot_cone(
 def _label_layers(ax: Axes) -> None:
     """Label the x axis with layers."""
     ax.set_xlabel("layer")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.locator_params(axis="x", integer=True)
