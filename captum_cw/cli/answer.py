@@ -13,11 +13,11 @@ __all__ = ["Answer", "as_json", "show_files"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command has found.
+    """The result of a command.
 
     Args:
-        document: For machines, as JSON has it.
-        show: Prints it for people.
+        document: The result for programs, which ``--json`` prints.
+        show: A function that prints the result for people.
     """
 
     document: dict[str, Any]
@@ -25,7 +25,7 @@ class Answer:
 
 
 def as_json(document: Mapping[str, Any]) -> str:
-    """A document in one line; numbers that JSON has not are null.
+    """Return a document as one line of JSON. Numbers that are not finite become null.
 
     Example:
         >>> as_json({"scores": [0.5, float("nan")]})
@@ -43,5 +43,5 @@ def _finite(x: Any) -> Any:
 
 
 def show_files(files: Iterable[object]) -> None:
-    """Lists what was saved."""
+    """List the saved files."""
     print("\nSaved:", *files, sep="\n  ")

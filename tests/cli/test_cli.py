@@ -567,10 +567,10 @@ def test_wrong_arguments_of_a_template_are_told(
         (["attribute", "--method", "contributon"], "Did you mean 'contribution'?"),
         (["evaluate", "--methods", "vw,atention"], "'atention' is unknown; known: contribution"),
         (["evaluate", "--methods", "vw,atention"], "Did you mean 'attention'?"),
-        (["evaluate", "--rates", "a"], "'a' is no list of numbers"),
+        (["evaluate", "--rates", "a"], "'a' is not a list of numbers"),
         (["evaluate", "--samples", "0"], "give 1 or more"),
         (["reproduce", "--only", "T1,f5B"], "Did you mean 'F5b'?"),
-        (["evaluate", "--out", "x"], "captum-cw evaluate --help shows"),
+        (["evaluate", "--out", "x"], "Run captum-cw evaluate --help"),
     ],
 )
 def test_wrong_usage_is_told_with_what_may_be_meant(
