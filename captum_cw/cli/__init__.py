@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finally:
                 flush()
         except BrokenPipeError:
-            discard_unread()
+            discard_unread(sys.stdout)
+            discard_unread(sys.stderr)
             return CLOSED
 
 

@@ -122,7 +122,9 @@ def _add(to: Any, option: str, text: str, complete: Any = None, **settings: Any)
         settings["metavar"] = metavar
     if settings.get("default") is not None:
         text += " (default: %(default)s)"
-    to.add_argument(name, help=text, **settings).complete = complete
+    action = to.add_argument(name, help=text, **settings)
+    if complete is not None:
+        action.complete = complete
 
 
 def _one_of(names: Iterable[str]) -> Any:

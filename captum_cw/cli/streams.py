@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from typing import TextIO
 
 __all__ = ["CLOSED", "discard_unread", "flush", "tolerant_streams"]
 
@@ -35,12 +36,11 @@ def flush() -> None:
     sys.stderr.flush()
 
 
-def discard_unread() -> None:
-    """Discard what cannot be written to a closed pipe, so that Python does not try again."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
+def discard_unread(stream: TextIO) -> None:
+    """Discard what cannot be written to a closed pipe, so that Python does not try it again."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

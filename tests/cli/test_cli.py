@@ -171,7 +171,7 @@ def test_the_page_of_a_long_text_holds_scores_alone(
         html = page.read_text(encoding="utf-8")
         data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
         assert len(data["maps"]) == maps
-        assert ("The page of 3 tokens holds their scores alone" in capsys.readouterr().err) == (
+        assert ("The text has 3 tokens, so its page shows scores but not maps" in capsys.readouterr().err) == (
             maps == 0
         )
 
@@ -292,7 +292,7 @@ def test_reproduce_as_json_holds_the_verdicts(
 
 
 def test_the_name_of_a_hub_model_is_whole() -> None:
-    assert reproduce_command._called("owner/model-1.5") == "owner/model-1.5"
+    assert reproduce_command._short_name("owner/model-1.5") == "owner/model-1.5"
 
 
 def test_packed_samples_are_of_all_texts(
@@ -426,7 +426,7 @@ def test_the_layers_of_a_classifier_are_attributed(
     torch.testing.assert_close(torch.tensor([scores]), expected)
     assert main([*arguments, "--target", "d"]) == 1
     told = capsys.readouterr().err
-    assert "BertForSequenceClassification predicts classes, not tokens" in told
+    assert "BertForSequenceClassification does not generate text" in told
     assert "leave --target out" in told
 
 
@@ -435,7 +435,7 @@ def test_a_target_needs_a_model_that_writes(
 ) -> None:
     model = saved_bert("BertForMaskedLM", tiny_tokenizer, tmp_path)
     assert main(["attribute", "--model", model, "--text", "a b", "--target", "d"]) == 1
-    assert "BertForMaskedLM predicts tokens at masked places" in capsys.readouterr().err
+    assert "BertForMaskedLM does not generate text" in capsys.readouterr().err
 
 
 def test_a_classifier_is_evaluated_by_its_classes(
@@ -484,7 +484,7 @@ def test_a_report_is_of_a_language_model(
 ) -> None:
     out = ["--out", str(tmp_path / "out")]
     assert main(["reproduce", "--model", classifier, "--data", data, "--quick", *out]) == 1
-    assert "which predicts classes, not tokens" in capsys.readouterr().err
+    assert "so give causal language models" in capsys.readouterr().err
 
 
 def test_missing_weights_fail_every_command(
@@ -511,7 +511,7 @@ def test_one_text_decides_nothing(
     arguments = ["evaluate", "--model", folder, "--data", str(file), "--methods", "vw,random"]
     arguments += ["--rates", "0.5", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
-    assert "One text: no interval" in capsys.readouterr().out
+    assert "One text does not give an interval" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
     assert printed_json(capsys)["texts"]["sufficiency"]["better"] == {"random": [None]}
 
@@ -618,7 +618,7 @@ def test_a_missing_package_is_told_before_anything_is_loaded(
     monkeypatch.setattr(problems, "find_spec", lambda name: None if name == "pandas" else name)
     assert main(["evaluate", "--model", "unused", "--data", data, "--out", "x", "--json"]) == 1
     assert printed_json(capsys) == {
-        "error": "pandas is missing: pip install 'captum-cw[evaluate]'",
+        "error": "pandas is not installed: pip install 'captum-cw[evaluate]'",
         "type": "ModuleNotFoundError",
     }
 
@@ -636,8 +636,8 @@ def test_a_text_that_is_too_long_is_told_before_the_run(
     arguments = ["evaluate", "--model", model, "--data", str(file), "--batch-size", "1"]
     assert main([*arguments, "--out", str(out)]) == 1
     told = capsys.readouterr().err
-    assert "The longest text, of 70 tokens, cannot be run" in told
-    assert "--length cuts texts" in told
+    assert "The longest text has 70 tokens" in told
+    assert "Use --length to cut texts" in told
     assert not out.exists()
     assert main([*arguments, "--length", "64", "--rates", "0.5", "--out", str(out)]) == 0
 
@@ -656,7 +656,7 @@ def test_a_text_may_be_longer_than_the_config_says_where_the_model_runs_it(
 
 def test_a_text_without_a_token_is_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attribute", "--model", folder, "--text", " "]) == 1
-    assert "makes no token" in capsys.readouterr().err
+    assert "at least one token" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_exits_with_130(
