@@ -135,7 +135,7 @@ def test_no_character_ends_the_demo(terminal: str, place: Path, tmp_path: Path) 
     arguments = [str(file), str(place / "model"), str(tmp_path / "out")]
     run = started(arguments, **TERMINALS[terminal])
     assert run.returncode == 0, run.stderr.decode()
-    assert "中" in (tmp_path / "out" / "demo.html").read_text(encoding="utf-8")
+    assert "中" in (tmp_path / "out" / "explanation.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("terminal", TERMINALS)
