@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 __all__ = ["Answer", "as_json", "show_files"]
@@ -31,15 +30,8 @@ def as_json(document: Mapping[str, Any]) -> str:
         >>> as_json({"scores": [0.5, float("nan")]})
         '{"scores": [0.5, null]}'
     """
-    return json.dumps(_finite(document), allow_nan=False)
-
-
-def _finite(x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return {name: _finite(y) for name, y in x.items()}
-    if isinstance(x, list | tuple):
-        return [_finite(y) for y in x]
-    return None if isinstance(x, float) and not isfinite(x) else x
+    finite = json.loads(json.dumps(document), parse_constant=lambda constant: None)
+    return json.dumps(finite)
 
 
 def show_files(files: Iterable[object]) -> None:

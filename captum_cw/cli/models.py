@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
+from rich.filesize import decimal
 from rich.table import Table
 
 from captum_cw.cli.answer import Answer
@@ -100,7 +101,7 @@ def _layers(options: Namespace) -> Answer:
         out.print(_table(layers))
         out.print(
             f"{type(model).__name__} has {len(layers)} attention layers. For a text of "
-            f"{options.length} tokens, the float32 maps of all layers take {_readable(size)}. "
+            f"{options.length} tokens, the float32 maps of all layers take {decimal(size)}. "
             "TokenScores does not hold maps."
         )
         out.print(LEGEND, style="dim")
@@ -129,7 +130,3 @@ def _table(layers: Sequence[LayerOverview]) -> Table:
             ", ".join(name for name, present in has.items() if present),
         )
     return table
-
-
-def _readable(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
