@@ -59,8 +59,8 @@ class StudyResults:
 
     def judgement(self, claim: Claim) -> Judgement:
         """Judge a claim by these results."""
-        found = {done.item.name: done.result for done in self.items if done.result is not None}
-        return judge(claim, found)
+        results = {done.item.name: done.result for done in self.items if done.result is not None}
+        return judge(claim, results)
 
 
 def write_report(

@@ -200,7 +200,7 @@ def test_means_are_judged_by_their_interval(values: list[float], verdict: str) -
     assert above(values).verdict == verdict
     turned = {"holds": "does not hold", "does not hold": "holds"}
     assert below(values).verdict == turned.get(verdict, verdict)
-    assert ("no interval: fewer than 5" in above(values).figures) == (len(values) < 5)
+    assert ("no interval for fewer than 5" in above(values).figures) == (len(values) < 5)
 
 
 def removal(losses: Mapping[str, Callable[[int], float]], texts: int = 8) -> FaithfulnessResult:
