@@ -26,6 +26,7 @@ from captum_cw.cli.output import (
 )
 from captum_cw.explanation.builder import explain
 from captum_cw.explanation.explanation import Explanation
+from captum_cw.functional import Reduction
 from captum_cw.text.prompts import read_text
 from captum_cw.text.tokens import sink
 from captum_cw.visualization import readable_tokens
@@ -49,8 +50,8 @@ def run(options: Namespace) -> Answer:
     model, tokenizer = load(options, options.model)
     entry = measures.find(options.method)
     assert entry is not None  # the parser accepts only registered names
-    reduction = None if options.target is not None else options.reduction or "mean"
-    scorer = TokenScores(entry.attribution()(model), reduction=reduction or "mean")
+    reduction: Reduction = options.reduction or "mean"
+    scorer = TokenScores(entry.attribution()(model), reduction=reduction)
     if options.target is None:
         read = read_text(
             tokenizer, prompt, add_generation_prompt=True, chat_template_kwargs=template
@@ -77,7 +78,7 @@ def run(options: Namespace) -> Answer:
     document = {
         "model": options.model,
         "method": options.method,
-        "reduction": reduction,
+        "reduction": reduction if options.target is None else None,
         "target": options.target,
         "tokens": tokens,
         "scores": scores.tolist(),

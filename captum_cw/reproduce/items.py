@@ -215,8 +215,8 @@ def _task_table(item: str, result: Result) -> pd.DataFrame:
 def _removal_table(item: str, result: Result) -> pd.DataFrame:
     """Return the increase of the mean negative log-likelihood, with a row for each method.
 
-    Likelihood does not explode as perplexity does. Further rows show the difference between the first
-    method and each other one, with paired 95% intervals, if there are at least two texts.
+    Likelihood does not explode as perplexity does. With at least two texts, further rows show the
+    difference between the first method and each other one, with paired 95% intervals.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""The command line prints, saves and refuses as it says."""
+"""The command line: output, files, messages, completion and exit codes."""
 
 from __future__ import annotations
 
@@ -66,8 +66,12 @@ def data(tmp_path: Path) -> str:
 def started(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "captum_cw", *arguments],
-        env=process_environment(), capture_output=True, text=True, check=False, **settings,
-    )  # fmt: skip
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        **settings,
+    )
 
 
 def commands() -> dict[str, ArgumentParser]:
@@ -78,7 +82,7 @@ def commands() -> dict[str, ArgumentParser]:
 
 
 def documented(command: str) -> set[str]:
-    """The keys that the documentation of a command's JSON lists."""
+    """Return the documented keys of a command's JSON."""
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     section = page.partition(f"\n### {command}\n")[2].partition("\n### ")[0]
     cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
@@ -268,7 +272,7 @@ def test_evaluate_as_json_holds_what_it_measured(
             texts[side]["delta"]["contribution"] == getattr(result, side)["contribution"].tolist()
         )
         assert texts[side]["better"].keys() == {"random"}
-    for key in texts:  # what is inside is documented, too
+    for key in texts:  # the keys of the parts are documented too
         assert f"`{key}`" in (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
 
 
@@ -298,7 +302,15 @@ def test_packed_samples_are_of_all_texts(
     folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["evaluate", "--model", folder, "--data", data, "--methods", "attention,random"]
-    arguments += ["--rates", "0.5", "--pack", "--length", "15", "--samples", "1"]  # texts have 10
+    arguments += [
+        "--rates",
+        "0.5",
+        "--pack",
+        "--length",
+        "15",
+        "--samples",
+        "1",
+    ]  # texts have 10 tokens
     assert main([*arguments, "--out", str(tmp_path / "out"), "--json"]) == 0
     assert printed_json(capsys)["texts"]["examples"] == 1
 
@@ -324,11 +336,14 @@ def test_models_counts_what_was_tested(capsys: pytest.CaptureFixture[str]) -> No
     document = printed_json(capsys)
     assert document.keys() == documented("models")
     assert document["groups"]["causal"]["llama"] == {
-        "status": "works", "way": "registry", "reason": None
-    }  # fmt: skip
+        "status": "works",
+        "way": "registry",
+        "reason": None,
+    }
     assert {x["way"] for types in document["groups"].values() for x in types.values()} <= {
-        None, *document["ways"]
-    }  # fmt: skip
+        None,
+        *document["ways"],
+    }
 
 
 def test_models_shows_the_layers_of_a_model(
@@ -372,15 +387,22 @@ def test_models_of_other_kinds_need_no_tokenizer(
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
         decoder_start_token_id=0,
-    )  # fmt: skip
+    )
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     assert main(["models", str(tmp_path), "--json"]) == 0
     layers = printed_json(capsys)["layers"]
     assert [(layer["kind"], layer["causal"]) for layer in layers] == [
-        ("self", False), ("self", True), ("cross", False)
-    ]  # fmt: skip
+        ("self", False),
+        ("self", True),
+        ("cross", False),
+    ]
 
 
 def test_a_model_that_is_refused_is_told_with_the_reason(
@@ -392,12 +414,13 @@ def test_a_model_that_is_refused_is_told_with_the_reason(
     monkeypatch.setattr(inspection, "attention_layers", refuse)
     assert main(["models", folder, "--json"]) == 1
     assert printed_json(capsys) == {
-        "error": "Its heads are spread.", "type": "UnsupportedModelError"
-    }  # fmt: skip
+        "error": "Its heads are spread.",
+        "type": "UnsupportedModelError",
+    }
 
 
 # ---------------------------------------------------------------------------------------------
-# Models that predict no next token
+# Models that do not predict the next token
 
 
 def saved_bert(kind: str, tokenizer: Any, to: Path) -> str:
@@ -644,7 +667,7 @@ def test_a_text_that_is_too_long_is_told_before_the_run(
 def test_a_text_may_be_longer_than_the_config_says_where_the_model_runs_it(
     folder: str, tmp_path: Path
 ) -> None:
-    """Rotary positions have no end."""
+    """Rotary positions are not limited."""
     whole = " ".join((string.ascii_letters + string.digits) * 3)[: 2 * 140]
     assert main(["attribute", "--model", folder, "--text", whole]) == 0
     file = tmp_path / "long.txt"
@@ -734,7 +757,7 @@ def test_the_package_runs_as_a_module() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# What can be typed
+# Options and completion
 
 
 def test_choices_are_those_of_the_library() -> None:
@@ -766,7 +789,7 @@ def test_every_option_is_explained() -> None:
 
 
 def examples(text: str) -> Iterator[list[str]]:
-    """The arguments of the commands in a help text."""
+    """Yield the arguments of each command in a help text."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line)
         if "captum-cw" in words[:1]:
@@ -785,7 +808,7 @@ def test_examples_of_the_help_can_be_typed(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def completed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What bash offers after some words."""
+    """A function that returns the completions of bash after some words."""
     folder = tmp_path_factory.mktemp("completion")
     (folder / "script").write_text(started("--print-completion", "bash").stdout)
     (folder / "texts.jsonl").touch()
@@ -800,8 +823,11 @@ printf '%s\\n' "${COMPREPLY[@]}"
     def complete(*words: str) -> list[str]:
         run = subprocess.run(
             ["bash", "-c", asked, "bash", "captum-cw", *words],
-            cwd=folder, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return run.stdout.split()
 
     return complete
@@ -825,12 +851,12 @@ def test_bash_completes(completed: Any, words: list[str], offered: list[str]) ->
 
 @pytest.mark.parametrize("name", commands())
 def test_completion_describes_commands_by_a_whole_sentence(name: str) -> None:
-    """Scripts hold the first line alone."""
+    """Completion scripts contain only the first line."""
     assert (commands()[name].description or "").splitlines()[0].endswith(".")
 
 
 def test_scripts_offer_names_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """As fish reads them: words of one line are one choice to it."""
+    """To fish, the words of one line are one choice."""
     with pytest.raises(SystemExit, match="0"):
         main(["--print-completion", "fish"])
     asked = re.findall(r'-l (?:methods|only) -xka "\((.*)\)"', capsys.readouterr().out)
