@@ -1,9 +1,9 @@
-"""How faithful the measures are on a real model, in all settings, by one command.
+"""Measure how faithful the measures are on a real model, in all settings.
 
     python benchmarks/faithfulness.py --data gsm8k=FILE --data wikitext=FILE
 
-Each setting is an evaluation of its own in a folder, as ``captum-cw evaluate`` makes them, so a
-stopped run goes on where it was. What comes out is a page of tables, as measured.
+Each setting is a separate evaluation in its own folder, as with ``captum-cw evaluate``, so a run
+that was stopped can be resumed. The result is a page of tables.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Setting:
     """One evaluation.
 
     Args:
-        title: Of its tables.
-        options: For the metric.
-        methods: What is compared.
+        title: The title of its tables.
+        options: Arguments of the metric.
+        methods: The methods to compare.
     """
 
     title: str
@@ -73,7 +73,7 @@ SETTINGS = {
 
 
 def tables(result: FaithfulnessResult) -> str:
-    """Corpus perplexity, which the few worst texts do not rule, and paired intervals."""
+    """Return tables of corpus perplexity, which a few texts do not dominate, with intervals."""
     parts = []
     sides: dict[Side, str] = {"sufficiency": "bottom", "comprehensiveness": "top"}
     corpus = result.corpus
@@ -83,7 +83,7 @@ def tables(result: FaithfulnessResult) -> str:
         rows = [[method, *map(_number, corpus[method][side].tolist())] for method in result.methods]
         parts.append(_table(heads, rows))
     if len(result.records) < COMPARABLE:
-        return "\n\n".join([*parts, "One text: no interval."])
+        return "\n\n".join([*parts, "One text does not give an interval."])
     first = result.methods[0]
     rows = []
     for other in result.methods[1:]:
@@ -119,24 +119,25 @@ def _named(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="How faithful the measures are on a real model, in all settings.",
+        description="Measure how faithful the measures are on a real model, in all settings.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", help="hub id or local folder, instead of the demo model")
-    add("--data", type=_named, action="append", required=True, help="NAME, or NAME=FILE; repeats")
-    add("--settings", default=",".join(SETTINGS), help="which to run")
-    add("--length", type=int, default=128, help="of texts, packed to exactly that many tokens")
+    add("--model", help="a hub id or a local folder; without it, the demo model")
+    source = "NAME, or NAME=FILE; can be repeated"
+    add("--data", type=_named, action="append", required=True, help=source)
+    add("--settings", default=",".join(SETTINGS), help="the settings to run")
+    add("--length", type=int, default=128, help="number of tokens of each packed text")
     add("--samples", type=int, default=16, help="number of texts")
-    add("--batch-size", type=int, default=8, help="texts in one pass")
-    add("--threads", type=int, default=2, help="of torch")
+    add("--batch-size", type=int, default=8, help="number of texts per pass")
+    add("--threads", type=int, default=2, help="number of threads of torch")
     add("--work", type=Path, default=Path("faithfulness"), help="folder of unfinished runs")
     add("--out", type=Path, default=OUT, help="folder of the page")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing, and writes the page."""
+    """Run the missing evaluations, and write the page."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -174,12 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = " ".join(f"--data {data}" for data, _ in options.data)
     command = f"python benchmarks/faithfulness.py {sources}"
     head = (
-        f"# How faithful: {name}\n\nMade by `{command}` on Python {platform.python_version()}, "
+        f"# Faithfulness: {name}\n\nResults of `{command}` on Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, captum "
         f"{captum.__version__}; weights: {origin(model)}. {options.samples} texts of "
-        f"{options.length} tokens, packed. Deltas of corpus perplexity, as measured: top "
-        "removed, higher is better; bottom removed, lower is better. Sinks stay, pairs of a layer "
-        "are ranked jointly, unless a title says otherwise. `contribution-residual` differs from "
+        f"{options.length} tokens, packed. The tables show the change of corpus perplexity. With "
+        "the top removed, higher is better; with the bottom removed, lower is better. Unless a "
+        "title says otherwise, sinks are protected and pairs are ranked within each layer. "
+        "`contribution-residual` differs from "
         "`contribution` only in models with a norm between attention and the residual stream."
     )
     options.out.mkdir(parents=True, exist_ok=True)

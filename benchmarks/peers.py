@@ -1,10 +1,10 @@
-"""What one explanation costs, here and in other libraries: passes through the model, and time.
+"""Measure the cost of one explanation, in this package and in others: model passes and time.
 
     pip install captum inseq lxt bertviz
     python benchmarks/peers.py
 
-One prompt, one predicted token, one model, one process. Libraries that are missing or fail are
-named with the reason: LXT 2.1 imports with transformers 4.57.1, not with 5.23.
+All libraries explain one predicted token of one prompt, in one process. If a library is missing or
+fails, its row says why: LXT 2.1 can be imported with transformers 4.57.1, but not with 5.23.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TARGET = " Italian"
 
 @dataclass(frozen=True)
 class Question:
-    """What all are asked: why ``model`` continues ``PROMPT`` by ``TARGET``."""
+    """The question for all libraries: why does ``model`` continue ``PROMPT`` with ``TARGET``?"""
 
     model: Any
     tokenizer: Any
@@ -76,7 +76,7 @@ def _ablation(question: Question) -> object:
 
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
-    """Maps are returned by this implementation alone; the pass compared with keeps the model's."""
+    """Use eager attention, the only one that returns maps, and restore the model's own after."""
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -129,9 +129,9 @@ CALLS: dict[tuple[str, str], Callable[[Question], object]] = {
 
 @contextmanager
 def _passes(model: Any) -> Iterator[Counter[str]]:
-    """Counts the texts that go through the model's last layer, forward and backward.
+    """Count the texts that pass through the model's last layer, forward and backward.
 
-    Texts and not calls: fifty steps cost the same in one batch as one by one.
+    Texts are counted, not calls, because fifty steps cost the same in one batch as one by one.
     """
     counter: Counter[str] = Counter()
     head = model.get_output_embeddings()
@@ -158,7 +158,7 @@ def _plain(question: Question) -> object:
 
 
 def measured(library: str, question: Question, call: Callable[[Question], object], n: int) -> str:
-    """The cells of a row: passes forward and backward, and the time over a plain forward pass."""
+    """Return the cells of a row: both kinds of passes, and the time over a forward pass."""
     if library == "lxt":
         from lxt.efficient import monkey_patch
 
@@ -174,13 +174,15 @@ def measured(library: str, question: Question, call: Callable[[Question], object
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table in Markdown, a row for each explanation."""
-    parser = argparse.ArgumentParser(description="What one explanation costs, by library.")
-    parser.add_argument("--model", help="hub id or local folder, instead of the demo model")
-    parser.add_argument("--repeats", type=int, default=5, help="of what is timed")
+    """Print a Markdown table with a row for each explanation."""
+    parser = argparse.ArgumentParser(
+        description="Measure the cost of one explanation in each library."
+    )
+    parser.add_argument("--model", help="a hub id or a local folder; without it, the demo model")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed runs")
     options = parser.parse_args(argv)
     model, tokenizer = load_demo_model() if options.model is None else load_model(options.model)
-    # As people run these methods: none needs gradients of weights.
+    # No method needs gradients of weights, so users turn them off.
     model.requires_grad_(False)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     target = tokenizer(TARGET, add_special_tokens=False).input_ids[0]
@@ -193,11 +195,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("| --- | --- | ---: | ---: | ---: |")
     for (library, name), call in CALLS.items():
         try:
-            # A copy each, since a method that fails may leave its hooks in the model.
+            # Each call gets a copy, because a method that fails may leave its hooks in the model.
             asked = replace(question, model=copy.deepcopy(model))
             cells = measured(library, asked, call, options.repeats)
             named = f"{library} {version(library)}" if library != OURS else OURS
-        except Exception as error:  # whatever it is, the others are to be measured
+        except Exception as error:  # the other libraries are still measured
             reason = str(error).strip().split("\n")[0]
             named, cells = library, f"{type(error).__name__}: {reason} | | "
         print(f"| {named} | {name} | {cells} |", flush=True)

@@ -1,10 +1,10 @@
-"""Time and memory of attribution beside the model's own forward pass, by one command.
+"""Measure time and memory of attribution, compared with the model's own forward pass.
 
     python benchmarks/run.py
 
-Every figure comes from a process of its own, so that no call profits from memory that another has
-left behind. Machines drift; so ratios are taken within one process, of calls that alternate.
-A run that was stopped goes on where it was when it is started again.
+Every figure comes from a separate process, so that no call reuses memory that another has freed.
+The speed of a machine drifts, so ratios are taken between alternating calls in one process. A run
+that was stopped resumes when the same command is started again.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ REMOVED = 0.5
 
 @dataclass(frozen=True)
 class Settings:
-    """What all measurements of a run share.
+    """The settings of all measurements of a run.
 
     Args:
         model: A hub id or a local folder; None is the demo model.
-        threads: Of torch.
+        threads: The number of threads of torch.
         repeats: How often each call runs.
-        gradient_steps: Steps of Integrated Gradients that are run.
+        gradient_steps: The number of steps of Integrated Gradients that are run.
     """
 
     model: str | None
@@ -72,11 +72,11 @@ class Settings:
 
 
 class Cost(TypedDict):
-    """What a call took.
+    """The cost of a call.
 
     Args:
-        seconds: By the clock on the wall.
-        extra: Bytes of memory beyond those that the process held right before.
+        seconds: The wall time in seconds.
+        extra: The memory in bytes, beyond what the process held right before.
     """
 
     seconds: float
@@ -95,7 +95,7 @@ def _eager(model: Any, ids: Tensor) -> object:
 def _integrated_gradients(model: Any, ids: Tensor, steps: int) -> object:
     def log_probability(ids: Tensor) -> Tensor:
         logits: Tensor = model(ids, logits_to_keep=1, use_cache=False).logits[:, -1]
-        return logits.log_softmax(-1)[:, 0]  # any token: all cost the same
+        return logits.log_softmax(-1)[:, 0]  # any token: the cost is the same
 
     method = LayerIntegratedGradients(log_probability, model.get_input_embeddings())
     with torch.enable_grad():
@@ -131,10 +131,10 @@ EXPLAINED = {
 
 
 class ExtraMemory:
-    """Watches resident memory in a ``with`` block; ``peak`` is the most beyond that at its start.
+    """Watch resident memory in a ``with`` block; ``peak`` is the largest increase since its start.
 
-    Sampled from a thread, since the high-water mark that the system keeps is that of the whole
-    process, in which loading the model may have set it.
+    A thread samples the memory. The system's own maximum is that of the whole process, and may
+    have been reached while the model was loaded.
     """
 
     def __init__(self) -> None:
@@ -160,10 +160,10 @@ class ExtraMemory:
 
 
 def _give_back_memory() -> None:
-    """Returns what was freed to the system; else a call would find it, and seem to need less."""
+    """Return freed memory to the system; a call that reuses it would seem to need less."""
     gc.collect()
     if sys.platform == "linux":
-        with suppress(AttributeError):  # of glibc only
+        with suppress(AttributeError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -173,7 +173,7 @@ def _cost_of(call: Callable[[], object]) -> Cost:
         start = time.perf_counter()
         result = call()
         seconds = time.perf_counter() - start
-    del result  # held until here: what a call returns is part of what it needs
+    del result  # held until here, because the result is part of the memory that a call needs
     return Cost(seconds=seconds, extra=memory.peak)
 
 
@@ -186,17 +186,17 @@ def _load(settings: Settings) -> Any:
 
 
 def _ids(model: Any, length: int) -> Tensor:
-    """``(1, length)`` random tokens: what they are changes neither time nor memory."""
+    """Return random tokens ``(1, length)``. They do not change the time or the memory."""
     return torch.randint(
         model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)
     )
 
 
 def cost(settings: Settings, name: str, length: int, repeats: int) -> Cost | str:
-    """The median time and largest memory of one of ``CALLS``, or why it was refused."""
+    """Return the median time and largest memory of one of ``CALLS``, or why it was refused."""
     model = _load(settings)
     call = CALLS[name]
-    # Loads code, and weights that loading only mapped into memory.
+    # The first call loads code, and weights that were only mapped into memory.
     call(model, _ids(model, WARM_UP_TOKENS))
     ids = _ids(model, length)
     try:
@@ -207,9 +207,9 @@ def cost(settings: Settings, name: str, length: int, repeats: int) -> Cost | str
 
 
 def gradients_cost(settings: Settings, length: int) -> Cost:
-    """The cost of Integrated Gradients; its time extrapolated from fewer steps, if so set.
+    """Return the cost of Integrated Gradients, extrapolated from fewer steps if so set.
 
-    Time is affine in the steps, so two numbers of steps give the time of any.
+    The time is affine in the number of steps, so two runs determine it.
     """
     model = _load(settings)
     _integrated_gradients(model, _ids(model, WARM_UP_TOKENS), steps=1)
@@ -224,7 +224,7 @@ def gradients_cost(settings: Settings, length: int) -> Cost:
 
 
 def alternating(settings: Settings, length: int) -> list[dict[str, float]]:
-    """Seconds of both forwards and the token scores, run in turn; a dict for each round."""
+    """Return the seconds of both forward passes and the token scores, for each round."""
     model = _load(settings)
     ids = _ids(model, length)
     names = (PLAIN, LAST, SCORES)
@@ -237,10 +237,10 @@ def alternating(settings: Settings, length: int) -> list[dict[str, float]]:
 
 
 def alternating_removals(settings: Settings, length: int) -> list[dict[str, float]]:
-    """Seconds of a forward and of removal passes, run in turn; a dict for each round.
+    """Return the seconds of a forward pass and of removal passes, for each round.
 
-    As the metric runs them: sinks and clean scores are known from one clean pass for all methods
-    and rates; ranking is part of the time.
+    As in the metric, sinks and clean scores come from one clean pass for all methods and rates. The
+    time includes ranking.
     """
     model = _load(settings)
     ids = _ids(model, length)
@@ -270,11 +270,11 @@ def alternating_removals(settings: Settings, length: int) -> list[dict[str, floa
 
 
 def in_own_process(job: Callable[..., Result], *args: object) -> Result | str:
-    """What ``job`` returns in a new process, or how that process ended without returning."""
+    """Return the result of ``job`` in a new process, or how that process failed."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, job, *args), daemon=True)
-    # The child inherits that Ctrl-C is ignored: stopping it is up to its parent, below.
+    # The child ignores Ctrl-C, because its parent stops it, below.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     process.start()
     signal.signal(signal.SIGINT, handler)
@@ -292,7 +292,7 @@ def in_own_process(job: Callable[..., Result], *args: object) -> Result | str:
 
 
 def _failed(result: object) -> bool:
-    """Whether a process died: that may have been the machine's doing, so it is tried again."""
+    """Return whether a process died. The machine may be the cause, so it is tried again."""
     return isinstance(result, str) and result.startswith(FAILED)
 
 
@@ -307,7 +307,7 @@ def _send(sender: Any, job: Callable[..., object], *args: object) -> None:
 def run(
     settings: Settings, lengths: Sequence[int], memory_lengths: Sequence[int], records: Records
 ) -> str:
-    """Measures what ``records`` lack, and gives the tables and the ratios as Markdown."""
+    """Run the measurements that are not in ``records``, and return all tables as Markdown."""
     jobs: dict[tuple[str, int], Callable[[], Any]] = {}
     for length in lengths:
         for name in CALLS:
@@ -340,14 +340,14 @@ def run(
             _legend(settings),
             "## Token scores against a forward pass",
             _ratio_table(results, lengths),
-            "The calls alternate in one process, and their seconds are divided round by round. The "
-            "table shows the median, and in brackets the smallest and the largest of "
+            "The calls alternate in one process, and each round gives one ratio. The table shows "
+            "the median, and in brackets the smallest and the largest ratio of "
             f"{settings.repeats} rounds.",
             "## Removal passes against a forward pass",
             _removal_table(results, lengths),
-            f"The same for passes without {REMOVED:.0%} of the pairs of head and token, ranked by "
-            "contributions. The clean pass that gives the sinks and the clean scores is not "
-            "counted, because one pass serves all methods and rates.",
+            f"These are ratios of passes without {REMOVED:.0%} of the pairs of head and token, "
+            "ranked by contributions. The clean pass for the sinks and the clean scores is not "
+            "counted, because one such pass serves all methods and rates.",
             "## Memory of token scores",
             _memory_table(results, memory_lengths),
             f'Megabytes are measured as above. The last column is "{SCORES}" minus "{LAST}": what '
@@ -391,7 +391,7 @@ def _legend(settings: Settings) -> str:
         lines[-1] += f". The time is **extrapolated** from runs of 1 and {steps} steps"
     return (
         "Seconds are medians. Megabytes are the peak of the resident memory that a call took "
-        "beyond that of the loaded model, with its result (sampled every "
+        "beyond that of the loaded model, including its result (sampled every "
         f"{SAMPLED_EVERY * 1000:.0f} ms).\n\n" + ".\n".join(lines) + "."
     )
 
@@ -460,38 +460,43 @@ def _steps(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Time and memory of attribution beside the model's own forward pass.",
+        description="Measure time and memory of attribution, compared with a forward pass.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--lengths", type=_lengths, default="128,512,2048", help="of texts, in tokens")
+    add("--lengths", type=_lengths, default="128,512,2048", help="lengths of texts, in tokens")
     add(
         "--memory-lengths",
         type=_lengths,
         default="2048,4096,8192",
-        help="of texts whose memory alone is measured",
+        help="lengths of texts for which only memory is measured",
     )
-    add("--threads", type=_positive, default=2, help="of torch")
-    add("--model", help="hub id or local folder, instead of the demo model")
-    add("--repeats", type=_positive, default=5, help="of every call but Integrated Gradients")
+    add("--threads", type=_positive, default=2, help="number of threads of torch")
+    add("--model", help="a hub id or a local folder; without it, the demo model")
+    add(
+        "--repeats",
+        type=_positive,
+        default=5,
+        help="runs of each call, except Integrated Gradients",
+    )
     add(
         "--gradient-steps",
         type=_steps,
         default=4,
-        help=f"steps of Integrated Gradients to run, 2 to {STEPS}; the time of {STEPS} is "
-        "extrapolated from fewer; 0 leaves them out",
+        help=f"steps of Integrated Gradients to run, 2 to {STEPS}; the time of {STEPS} steps is "
+        "extrapolated from fewer; 0 skips Integrated Gradients",
     )
     add(
         "--out",
         type=Path,
         default=OUT,
-        help="the page that is written; what was measured stands in PAGE.records until then",
+        help="the page to write; an unfinished run keeps its measurements in PAGE.records",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; prints the page and writes it."""
+    """Run the benchmark, and print and write its page."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     settings = Settings(options.model, options.threads, options.repeats, options.gradient_steps)
@@ -506,10 +511,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"Interrupted: the same command goes on from {unfinished}.", file=sys.stderr)
+        print(f"Interrupted. The same command resumes from {unfinished}.", file=sys.stderr)
         return 130
     command = shlex.join(["python", "benchmarks/run.py", *argv])
-    page = f"# Benchmarks\n\nMade by `{command}` on {_machine(settings)}\n\n{tables}\n"
+    page = f"# Benchmarks\n\nResults of `{command}` on {_machine(settings)}\n\n{tables}\n"
     print(page)
     options.out.write_text(page, encoding="utf-8")
     unfinished.unlink()

@@ -1,7 +1,8 @@
-"""Runs the tutorials and makes pages of them with what they show, ``docs/tutorials/*.md``.
+"""Run the tutorials, and write them with their outputs as pages, ``docs/tutorials/*.md``.
 
-The notebooks are kept without outputs, and the site does not run them. Where one has changed, run
-``python docs/run_tutorials.py``, or with ``03`` for one alone: some minutes each.
+The notebooks are kept without outputs, and the site does not run them. When notebooks have changed,
+run ``python docs/run_tutorials.py``, or ``python docs/run_tutorials.py 03`` for one of them. Each
+takes some minutes.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ FOLDER = ROOT / "docs" / "tutorials"
 
 
 def executed(path: Path) -> Any:
-    """The notebook with its outputs."""
+    """Run a notebook, and return it with its outputs."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=1800, kernel_name="python3").execute()
     return notebook
 
 
 def tidied(notebook: Any) -> Any:
-    """Without progress and warnings, and with tables as light as they can be."""
+    """Remove progress bars and warnings from the outputs, and simplify their HTML."""
     for cell in notebook.cells:
         if cell.cell_type != "code":
-            # The pages lie elsewhere than the notebooks.
+            # The pages are in another folder than the notebooks.
             cell.source = cell.source.replace("](../docs/", "](../")
             continue
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
@@ -39,17 +40,17 @@ def tidied(notebook: Any) -> Any:
             html = data.get("text/html", "")
             if 'class="dataframe"' in html:
                 del data["text/html"]
-            elif html.startswith("<style"):  # a styled table, whose names are random
+            elif html.startswith("<style"):  # a styled table, which has random names
                 data["text/html"] = re.sub(r'(?s)<style.*?</style>| (?:id|class)="[^"]*"', "", html)
-            elif html.startswith("<iframe"):  # a blank line would end it in Markdown
+            elif html.startswith("<iframe"):  # in Markdown, a blank line would end it
                 data["text/html"] = html.replace("\n", "&#10;")
-            elif "<body>" in html:  # a page of its own, whose style would be that of the site
+            elif "<body>" in html:  # a whole page, whose style would change the site
                 data["text/html"] = re.sub(r"(?s)^.*<body>|</body>.*$", "", html)
     return notebook
 
 
 def write_page(notebook: Any, name: str) -> None:
-    """As Markdown, with its pictures in a folder beside it."""
+    """Write a notebook as Markdown, and its pictures in a folder next to it."""
     pictures = {"output_files_dir": f"{name}_files"}
     page, resources = MarkdownExporter().from_notebook_node(notebook, resources=pictures)
     (FOLDER / f"{name}_files").mkdir(parents=True, exist_ok=True)

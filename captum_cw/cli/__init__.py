@@ -1,7 +1,7 @@
 """The command line: ``captum-cw attribute``, ``evaluate``, ``reproduce``, ``models`` and ``demo``.
 
-:mod:`captum_cw.cli.parsing` says what can be typed, and a module for each command does it; that
-one, and with it torch, is imported only then.
+:mod:`captum_cw.cli.parsing` has all options. Each command has a module of its own, which is
+imported only when the command runs, because it imports torch.
 """
 
 from __future__ import annotations
@@ -17,82 +17,81 @@ from typing import Any
 from captum_cw.cli.answer import as_json
 from captum_cw.cli.parsing import UsageError, parser
 from captum_cw.cli.problems import message_of
-from captum_cw.cli.streams import CLOSED, closed_streams, flush, silence, tolerant_streams
+from captum_cw.cli.streams import CLOSED, discard_unread, flush, tolerant_streams
 
 __all__ = ["VERSION", "main", "parser"]
 
-#: Of the form of JSON documents.
+#: The version of the JSON documents.
 VERSION = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        arguments: What follows the program's name; None takes them from the shell.
+        arguments: The arguments of the program; None reads them from the shell.
 
     Returns:
-        The exit code: 0, 1 for a failure, of which one line on standard error tells, 130 where
-        the run was interrupted, or 141 where nobody reads its output any more, as after ``| head``.
+        The exit code: 0 for success, 1 for a failure (reported in one line on standard error), 130
+        if the run was interrupted, 141 if the reader of the output has closed it, as in ``| head``.
 
     Raises:
-        SystemExit: With code 2 for wrong usage, with 0 after ``--help`` or ``--version``.
+        SystemExit: With code 2 for wrong usage, and code 0 after ``--help`` or ``--version``.
 
     Example:
-        >>> main(["attribute", "--model", "no/such.gguf", "--text", "Hello"])
+        >>> main(["attribute", "--model", "no/such.gguf", "--text", "Ice is cold"])
         1
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     with tolerant_streams():
         try:
             try:
-                return _parsed_and_run(given)
+                return _parse_and_run(given)
             finally:
                 flush()
         except BrokenPipeError:
-            closed = closed_streams()
-            for stream in closed:
-                silence(stream)
-            if not closed:  # it was another pipe
-                raise
+            discard_unread(sys.stdout)
+            discard_unread(sys.stderr)
             return CLOSED
 
 
-def _parsed_and_run(given: list[str]) -> int:
+def _parse_and_run(given: list[str]) -> int:
     try:
         return _run(parser().parse_args(given))
     except UsageError as error:
-        _tell(error, f"{error.of.prog}: error: {error}", "--json" in given)
-        print(f"{error.of.prog} --help shows all options, and examples.", file=sys.stderr)
+        program = error.parser.prog
+        _report(error, f"{program}: error: {error}", "--json" in given)
+        print(f"Run {program} --help to see all options and examples.", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def _run(options: Namespace) -> int:
     try:
         command = import_module(f"captum_cw.cli.{options.command}")
-        # What libraries may print would be no JSON.
+        # With --json, standard output must not contain what libraries print.
         with redirect_stdout(sys.stderr) if options.json else nullcontext():
             answer = command.run(options)
-        if answer is not None and not options.json:  # None: another process tells
-            answer.show()
     except UsageError:
         raise
     except KeyboardInterrupt as error:
-        _tell(error, "Interrupted.", options.json)
+        _report(error, "Interrupted.", options.json)
         return 130
-    except Exception as error:  # whatever fails: a person wants its message, not our stack
-        if options.debug or (isinstance(error, BrokenPipeError) and closed_streams()):
+    except Exception as error:
+        if options.debug:
             raise
-        _tell(error, f"{options.parser.prog}: error: {message_of(error)}", options.json)
+        _report(error, f"{options.parser.prog}: error: {message_of(error)}", options.json)
         return 1
-    if answer is not None and options.json:
-        _print_json(answer.document)
+    if answer is not None:  # otherwise another process of the same run prints the answer
+        if options.json:
+            _print_json(answer.document)
+        else:
+            answer.show()
     return 0
 
 
-def _tell(error: BaseException, line: str, json: bool) -> None:
+def _report(error: BaseException, line: str, json: bool) -> None:
     print(line, file=sys.stderr)
-    if json and os.environ.get("RANK", "0") == "0":  # one of several processes
+    if json and os.environ.get("RANK", "0") == "0":  # only one process of a run prints JSON
         _print_json({"error": message_of(error), "type": type(error).__name__})
 
 

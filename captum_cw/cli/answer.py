@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 __all__ = ["Answer", "as_json", "show_files"]
@@ -13,11 +12,11 @@ __all__ = ["Answer", "as_json", "show_files"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command has found.
+    """The result of a command.
 
     Args:
-        document: For machines, as JSON has it.
-        show: Prints it for people.
+        document: The result for programs, which ``--json`` prints.
+        show: A function that prints the result for people.
     """
 
     document: dict[str, Any]
@@ -25,23 +24,16 @@ class Answer:
 
 
 def as_json(document: Mapping[str, Any]) -> str:
-    """A document in one line; numbers that JSON has not are null.
+    """Return a document as one line of JSON. Numbers that are not finite become null.
 
     Example:
         >>> as_json({"scores": [0.5, float("nan")]})
         '{"scores": [0.5, null]}'
     """
-    return json.dumps(_finite(document), allow_nan=False)
-
-
-def _finite(x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return {name: _finite(y) for name, y in x.items()}
-    if isinstance(x, list | tuple):
-        return [_finite(y) for y in x]
-    return None if isinstance(x, float) and not isfinite(x) else x
+    finite = json.loads(json.dumps(document), parse_constant=lambda constant: None)
+    return json.dumps(finite)
 
 
 def show_files(files: Iterable[object]) -> None:
-    """Lists what was saved."""
+    """List the saved files."""
     print("\nSaved:", *files, sep="\n  ")

@@ -1,4 +1,4 @@
-"""``captum-cw demo``: why a small model predicts its next token."""
+"""``captum-cw demo``: explain why a small model predicts its next token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from captum_cw.cli.demo_figures import (
     IG_STEPS,
     ExplainedPrediction,
     explain_prediction,
-    save_pictures,
+    save_figures,
 )
 from captum_cw.cli.output import SINK_NOTE, announce, token_table
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model
@@ -23,14 +23,14 @@ from captum_cw.visualization.text import normalized_scores
 
 
 def run(options: Namespace) -> Answer:
-    """Explains a prediction, and saves pictures."""
+    """Explain a prediction of the demo model, and save figures."""
     text = DEMO_TEXT if options.text is None else options.text
     if not text:
         options.parser.error("the text is empty: give at least one token")
     announce(DEMO_MODEL)
     model, tokenizer = load_demo_model()
     explanation = explain_prediction(model, tokenizer, text)
-    files = save_pictures(model, tokenizer, explanation, options.out)
+    files = save_figures(model, tokenizer, explanation, options.out)
 
     def show() -> None:
         _show(text, explanation)
@@ -51,20 +51,16 @@ def run(options: Namespace) -> Answer:
 
 def _show(text: str, explanation: ExplainedPrediction) -> None:
     out = console()
-    out.print(Text.assemble("\n", text, (explanation.prediction, "bold underline")))
-    out.print(
-        Text(
-            f"The model predicts {explanation.prediction!r} with probability "
-            f"{explanation.probability:.2f}. Why?"
-        ),
-        end="\n\n",
-    )
+    prediction, probability = explanation.prediction, explanation.probability
+    out.print(Text.assemble("\n", text, (prediction, "bold underline")))
+    summary = f"The model predicts {prediction!r} with a probability of {probability:.2f}. Why?"
+    out.print(Text(summary), end="\n\n")
     tokens, scores = explanation.tokens, explanation.scores
     normalized = normalized_scores(scores, tokens, sink(tokens))
     out.print(token_table(tokens, scores, normalized, range(len(tokens))))
     out.print(
-        "Contributions and attention explain the attention outputs at the last position, "
-        "Integrated Gradients the log-probability of the prediction. " + SINK_NOTE,
+        "Contributions and attention explain the attention outputs at the last position. "
+        "Integrated Gradients explain the log-probability of the prediction. " + SINK_NOTE,
         style="dim",
         end="\n\n",
     )
@@ -73,6 +69,6 @@ def _show(text: str, explanation: ExplainedPrediction) -> None:
         out.print(f"{name:<20} {seconds:6.1f} s  {passes}")
     total = float(scores[IG].sum())
     out.print(
-        f"\nIn {IG_STEPS} steps, Integrated Gradients sum to {total:.1f}; exact ones would sum to "
-        f"{total - explanation.ig_delta:.1f}, the change of the log-probability."
+        f"\nThe Integrated Gradients sum to {total:.1f}. With more steps the sum would approach "
+        f"{total - explanation.ig_delta:.1f}, the change of the log-probability from the baseline."
     )

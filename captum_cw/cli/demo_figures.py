@@ -1,8 +1,7 @@
-"""The demonstration: why a small model predicts its next token, by three methods side by side.
+"""The demo: three methods explain why a small model predicts its next token.
 
-Contributions and attention explain the attention outputs at the last position, from one
-observed forward pass; Integrated Gradients explain the log-probability of the prediction, by the
-gradients along a path. They answer related questions, not the same one.
+Contributions and attention explain the attention outputs at the last position. Integrated Gradients
+explain the log-probability of the predicted token. These are related questions, but not the same.
 """
 
 from __future__ import annotations
@@ -23,12 +22,9 @@ from captum_cw.explanation.builder import explain
 from captum_cw.text.tokens import sink
 from captum_cw.visualization import (
     plot_attention_and_contribution,
-    plot_decomposition,
     plot_token_scores,
     readable_tokens,
     save_figure,
-    save_text,
-    text_records,
 )
 
 __all__ = [
@@ -37,7 +33,7 @@ __all__ = [
     "IG_STEPS",
     "ExplainedPrediction",
     "explain_prediction",
-    "save_pictures",
+    "save_figures",
 ]
 
 DEMO_TEXT = (
@@ -49,17 +45,17 @@ IG_STEPS = 50
 
 @dataclass(frozen=True)
 class ExplainedPrediction:
-    """What a model predicts after a text, and the scores of the text's tokens.
+    """A predicted token, and the scores of the text's tokens by each method.
 
     Args:
-        input_ids: ``(1, T)``.
-        tokens: ``T`` readable tokens.
+        input_ids: The token ids ``(1, T)``.
+        tokens: The ``T`` readable tokens.
         prediction: The most probable next token, readable.
         probability: Its probability.
-        scores: A method's ``(T,)`` scores, by its name.
-        seconds: What each method took.
-        ig_delta: By how much the sum of the Integrated Gradients exceeds the change of the
-            log-probability that it should equal: what is lost by few steps.
+        scores: For each method, the scores ``(T,)``.
+        seconds: For each method, the run time in seconds.
+        ig_delta: The convergence delta of Integrated Gradients: their sum minus the change of the
+            log-probability from the baseline to the text.
     """
 
     input_ids: Tensor
@@ -72,21 +68,19 @@ class ExplainedPrediction:
 
 
 def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> ExplainedPrediction:
-    """Explains a model's next token by contributions, attention and Integrated Gradients.
+    """Explain a model's next token by contributions, attention and Integrated Gradients.
 
     Args:
         model: A causal language model of transformers.
-        tokenizer: Its tokenizer, with a line break or an end token, the baseline of Integrated
-            Gradients.
-        text: The text to continue.
-
-    Returns:
-        Scores of the text's tokens by each method, and what each took.
+        tokenizer: Its tokenizer. The baseline of Integrated Gradients needs its line break, or its
+            end token.
+        text: The text to continue, of ``T`` tokens.
 
     Example:
         >>> tokenizer.eos_token = "a"
-        >>> explain_prediction(model, tokenizer, "b c d").scores["contribution"].shape
-        torch.Size([3])
+        >>> explanation = explain_prediction(model, tokenizer, "The capital of France is")
+        >>> explanation.scores["contribution"].shape
+        torch.Size([5])
     """
     ids = tokenizer(text, return_tensors="pt").input_ids.to(next(model.parameters()).device)
     with torch.no_grad():
@@ -114,10 +108,10 @@ def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> Explained
 
 
 def _baseline(tokenizer: Any, ids: Tensor) -> Tensor:
-    """Line breaks after the same first token.
+    """Return the text's first token followed by line breaks, ``(1, T)``.
 
-    Without it the path from the baseline leaves the attention sink that the model relies on; then
-    the prediction jumps, and steps by the hundred do not sum to what they should.
+    The first token is an attention sink that the model relies on. On a path that changes it, the
+    log-probability jumps, and even hundreds of steps do not sum to the right value.
     """
     line_break = tokenizer("\n", add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
     baseline = torch.full_like(ids, line_break[0])
@@ -128,6 +122,7 @@ def _baseline(tokenizer: Any, ids: Tensor) -> Tensor:
 def _integrated_gradients(
     model: Any, ids: Tensor, target: int, baseline: Tensor
 ) -> tuple[Tensor, float]:
+    """Return the scores ``(T,)`` and the convergence delta of Integrated Gradients."""
     with progress_bar(IG_STEPS, "Integrated Gradients: steps", show=True) as bar:
 
         def log_probability(input_ids: Tensor) -> Tensor:
@@ -148,58 +143,49 @@ def _integrated_gradients(
     return scores, float(delta)
 
 
-def save_pictures(
+def save_figures(
     model: nn.Module, tokenizer: Any, explanation: ExplainedPrediction, folder: Path
 ) -> list[Path]:
-    """Saves the explanation as a page, and maps of a few heads as pictures.
+    """Save an interactive page and figures of an explanation.
 
     Args:
         model: The model that was explained.
         tokenizer: Its tokenizer.
-        explanation: Of :func:`explain_prediction`.
-        folder: Where the files go; made if needed.
+        explanation: The result of :func:`explain_prediction`.
+        folder: The folder for the files. It is created if needed.
 
     Returns:
-        The files: ``explanation.html``, interactive, with all measures, layers and heads;
-        ``demo.html`` and ``scores.png`` with the scores of all methods; ``maps.png``, the four
-        heads in which one token contributes most at the last position; and ``decomposition.png``,
-        the first of these heads by factors.
+        The files: ``explanation.html``, an interactive page with all measures, layers and heads;
+        ``scores.png``, the scores of the three methods; and ``maps.png``, the maps of the four
+        heads in which one token contributes most at the last position.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("explanation.html", "demo.html", "scores.png", "maps.png", "decomposition.png")
-    interactive, page, scores, maps, factors = (folder / name for name in names)
-    explained = explain(model, tokenizer, explanation.input_ids)
-    explained.save_page(interactive)
+    files = [folder / name for name in ("explanation.html", "scores.png", "maps.png")]
+    page, scores, maps = files
+    explain(model, tokenizer, explanation.input_ids).save_page(page)
     tokens, skip = explanation.tokens, sink(explanation.tokens)
-    records = text_records(
-        explanation.scores,
-        tokens,
-        predicted=explanation.prediction,
-        probability=explanation.probability,
-        skip=skip,
-    )
-    save_text(records, page, title=f"Why {explanation.prediction.strip()!r} comes next")
-    fig, _ = plot_token_scores(explanation.scores, tokens, skip=skip, use_pyplot=False)
-    save_figure(fig, scores)
+    figure, _ = plot_token_scores(explanation.scores, tokens, skip=skip, use_pyplot=False)
+    save_figure(figure, scores)
 
     layers = ContributionWeights(model).decompose(explanation.input_ids, show_progress=True)
-    attention = [layer.attention for layer in layers]
     contribution = [layer.contribution for layer in layers]
-    heads = _telling_heads(contribution, start=len(skip))
-    fig, _ = plot_attention_and_contribution(
-        attention, contribution, tokens, pairs=heads, use_pyplot=False
+    figure, _ = plot_attention_and_contribution(
+        [layer.attention for layer in layers],
+        contribution,
+        tokens,
+        pairs=_strongest_heads(contribution, start=len(skip)),
+        use_pyplot=False,
     )
-    save_figure(fig, maps)
-    layer, head = heads[0]
-    fig, _ = plot_decomposition(layers[layer], tokens, head=head, use_pyplot=False)
-    fig.suptitle(f"layer {layer}, head {head}")
-    save_figure(fig, factors)
-    return [interactive, page, scores, maps, factors]
+    save_figure(figure, maps)
+    return files
 
 
-def _telling_heads(contributions: list[Tensor], start: int) -> list[tuple[int, int]]:
-    """Up to four (layer, head) pairs in which one token from ``start`` on adds most at the end."""
+def _strongest_heads(contributions: list[Tensor], start: int) -> list[tuple[int, int]]:
+    """Return up to four pairs of layer and head, by the largest contribution at the last position.
+
+    Tokens before ``start`` do not count.
+    """
     peaks = torch.stack([c[0, :, -1, start:].abs().amax(-1) for c in contributions])
     heads = peaks.shape[1]
     best = peaks.flatten().topk(min(4, peaks.numel())).indices.tolist()
-    return [divmod(place, heads) for place in best]
+    return [divmod(index, heads) for index in best]

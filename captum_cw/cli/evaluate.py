@@ -1,4 +1,4 @@
-"""``captum-cw evaluate``: which method finds the tokens that matter."""
+"""``captum-cw evaluate``: measure which method finds the tokens that matter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from captum_cw._utils.processes import Processes
@@ -19,44 +19,35 @@ from captum_cw.cli.problems import need
 from captum_cw.cli.run_folder import evaluate_into, save_tasks
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
-from captum_cw.metrics.result import COMPARABLE, REMOVED, TITLES
+from captum_cw.metrics.result import COMPARABLE, TITLES, Side
 from captum_cw.metrics.tasks import TaskResult, check_task_model, evaluate_tasks
 from captum_cw.removal.options import RemovalKeywords
 
+#: The rates of tasks without ``--rates``.
 TASK_RATES = (0.3, 0.5, 0.7)
 
 
 def run(options: Namespace) -> Answer | None:
-    """Evaluates methods on texts, on tasks, or on both; None in a process that only helps."""
-    if options.data is None and options.tasks is None:
-        options.parser.error("give --data, --tasks, or both")
+    """Evaluate methods on texts, tasks or both. Only the main process returns an answer."""
     processes = Processes()
-    if options.tasks and processes.count > 1:
-        options.parser.error("--tasks run in one process; --data can be shared between several")
-    if options.chat_template_kwargs is not None and not options.apply_chat_template:
-        options.parser.error(
-            "--chat-template-kwargs are for tasks that are asked in a chat: give "
-            "--apply-chat-template too"
-        )
-    if options.apply_chat_template and options.tasks is None:
-        options.parser.error("--apply-chat-template is of --tasks: give some")
+    _check_usage(options, processes)
     need("pandas", *["datasets"] * (options.data is not None), *["lm_eval"] * bool(options.tasks))
-
-    files: list[Path] = []
+    # What can fail quickly comes first.
     texts = None
-    if options.data is not None:  # first: that fails quickly
+    if options.data is not None:
         texts = load_texts(options.data, samples=None if options.pack else options.samples)
     model, tokenizer = load(options, options.model, processes)
-    if options.tasks is not None:  # before the texts, which take long
+    if options.tasks is not None:
         check_task_model(model, tokenizer)
+
+    files: list[Path] = []
     result, tasks = None, None
     if texts is not None:
         batches = _batches(options, model, tokenizer, texts)
-        result, saved = _evaluate_texts(options, model, tokenizer, batches, processes)
-        files += saved
+        result, files = _evaluate_texts(options, model, tokenizer, batches, processes)
     if options.tasks is not None:
         tasks = _evaluate_tasks(options, model, tokenizer)
-        files += save_tasks(tasks, options.out)
+        files = files + save_tasks(tasks, options.out)
     if not processes.is_main:
         return None
 
@@ -78,6 +69,18 @@ def run(options: Namespace) -> Answer | None:
     return Answer(document, show)
 
 
+def _check_usage(options: Namespace, processes: Processes) -> None:
+    usage_error = options.parser.error
+    if options.data is None and options.tasks is None:
+        usage_error("give --data, --tasks, or both")
+    if options.tasks and processes.count > 1:
+        usage_error("--tasks runs in one process; only --data can be shared between processes")
+    if options.chat_template_kwargs is not None and not options.apply_chat_template:
+        usage_error("--chat-template-kwargs needs --apply-chat-template")
+    if options.apply_chat_template and options.tasks is None:
+        usage_error("--apply-chat-template needs --tasks")
+
+
 def _batches(
     options: Namespace, model: Any, tokenizer: Any, texts: Sequence[str]
 ) -> list[dict[str, Tensor]]:
@@ -90,8 +93,8 @@ def _batches(
         pack=options.pack,
         bos=options.bos,
     )
-    place = next(model.parameters()).device
-    return [{name: x.to(place) for name, x in batch.items()} for batch in batches]
+    device = next(model.parameters()).device
+    return [{name: x.to(device) for name, x in batch.items()} for batch in batches]
 
 
 def _evaluate_texts(
@@ -108,19 +111,14 @@ def _evaluate_texts(
         **_masking(options, model, tokenizer),
         **_removal(options),
     )
-    _try_longest(model, batches)
-    return evaluate_into(
-        options.out,
-        metric,
-        {name: name for name in options.methods},
-        batches,
-        shard=processes.count > 1,
-        show_progress=True,
-    )
+    _check_longest(model, batches)
+    methods = {name: name for name in options.methods}
+    shard = processes.count > 1
+    return evaluate_into(options.out, metric, methods, batches, shard=shard, show_progress=True)
 
 
 def _removal(options: Namespace) -> RemovalKeywords:
-    """The options of removal, as the library takes them."""
+    """Return the options of removal as keyword arguments of the library."""
     return {
         "reduction": options.reduction,
         "scoring": options.scoring,
@@ -134,31 +132,31 @@ def _removal(options: Namespace) -> RemovalKeywords:
 
 
 def _masking(options: Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """How a masked language model predicts a token, where the metric asks for that."""
+    """Return the arguments by which a masked language model predicts each token from a mask."""
     masked = type(model).__name__.endswith("ForMaskedLM") and tokenizer.mask_token_id is not None
     if not masked or options.quantity not in ("perplexity", "nll"):
         return {}
     return {"mask_token_id": tokenizer.mask_token_id, "protected_ids": tokenizer.all_special_ids}
 
 
-def _try_longest(model: Any, batches: list[dict[str, Tensor]]) -> None:
-    """Observes the longest text, so that a model that cannot read it fails before the run.
+def _check_longest(model: Any, batches: list[dict[str, Tensor]]) -> None:
+    """Observe the longest text, so that a text that is too long fails before the run.
 
     Raises:
-        ValueError: If the model cannot read it.
+        ValueError: If the model cannot read the text.
     """
-    batch, row = max(
-        ((batch, row) for batch in batches for row in range(len(batch["input_ids"]))),
-        key=lambda place: int(place[0]["attention_mask"][place[1]].sum()),
+    examples = (
+        ids[mask != 0]
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     )
-    real = batch["attention_mask"][row] != 0
-    longest = {"input_ids": batch["input_ids"][row, real][None]}
+    longest = max(examples, key=len)
     try:
-        Runner(model).observe(longest, ignore_layer)
+        Runner(model).observe({"input_ids": longest[None]}, ignore_layer)
     except (IndexError, ValueError) as error:
         raise ValueError(
-            f"The longest text, of {int(real.sum())} tokens, cannot be run: {error} (--length cuts "
-            "texts.)"
+            f"The longest text has {len(longest)} tokens, and the model cannot run it: {error} "
+            "Use --length to cut texts."
         ) from error
 
 
@@ -181,7 +179,7 @@ def _evaluate_tasks(options: Namespace, model: Any, tokenizer: Any) -> TaskResul
 
 
 # ---------------------------------------------------------------------------------------------
-# For machines
+# For programs
 
 
 def _document_of_texts(result: FaithfulnessResult) -> dict[str, Any]:
@@ -204,11 +202,11 @@ def _document_of_texts(result: FaithfulnessResult) -> dict[str, Any]:
     }
 
 
-def _comparisons(result: FaithfulnessResult, side: Any) -> dict[str, list[str | None]]:
-    """By method: whether the first one, this one or none is better at each rate."""
+def _comparisons(result: FaithfulnessResult, side: Side) -> dict[str, list[str | None]]:
+    """Compare each method with the first: the better one at each rate, None if undecided."""
     first, *others = result.methods
     if len(result.records) < COMPARABLE:
-        return {name: [None] * len(result.rates[REMOVED[side]]) for name in others}
+        return {name: [None] * len(result.rates[result.sides[side]]) for name in others}
     return {name: list(result.compare(first, name, side).better) for name in others}
 
 
@@ -235,65 +233,76 @@ def _show_texts(result: FaithfulnessResult) -> None:
     examples, processes = len(result.records), result.settings["processes"]
     corpus = f" (corpus perplexity {result.clean_corpus:.4g})" if result.has_likelihood else ""
     out.print(
-        f"{result.settings['quantity']} of {examples} text{'s' if examples > 1 else ''}: "
-        f"{result.clean:.4g}{corpus}, {processes} process{'es' if processes > 1 else ''}"
+        f"{result.settings['quantity']} of {_plural(examples, 'text')} with nothing removed: "
+        f"{result.clean:.4g}{corpus}, in {_plural(processes, 'process', 'processes')}"
     )
+    first = result.methods[0]
     for side, which in result.sides.items():
-        table = Table("method")
-        for rate in result.rates[which]:
-            table.add_column(f"{100 * rate:g}%", justify="right")
-        table.add_column("AOPC", justify="right")
+        rates = result.rates[which]
+        table = _table(rates, "AOPC")
         for name in result.methods:
             deltas = result.deltas(name, side).mean(0).tolist()
             table.add_row(name, *map(_readable, (*deltas, result.aopc()[name][side])))
-        out.print(f"\n{TITLES[side]}: mean delta")
+        out.print(f"\n{TITLES[side]}: mean change")
         out.print(table)
-    if examples < COMPARABLE:
-        out.print("One text: no interval, so no method is told to be better.", style="dim")
-        return
-    first, *others = result.methods
-    for name in others:
-        for side, which in result.sides.items():
-            better = result.compare(first, name, side).better
-            verdicts = {
-                winner: ", ".join(
-                    f"{100 * rate:g}%"
-                    for rate, b in zip(result.rates[which], better, strict=True)
-                    if b == winner
-                )
-                for winner in (first, name, None)
-            }
-            out.print(
-                f"{side}, {first} against {name}: "
-                + "; ".join(
-                    f"{'undecided' if winner is None else f'{winner} better'} at {rates}"
-                    for winner, rates in verdicts.items()
-                    if rates
-                ),
-                style="dim",
-            )
-    out.print("Decided where the paired 95% bootstrap interval excludes zero.", style="dim")
+        if examples < COMPARABLE:
+            continue
+        for name, better in _comparisons(result, side).items():
+            out.print(f"{first} against {name}: {_verdicts(rates, better)}", style="dim")
+    out.print(
+        "One text does not give an interval, so methods are not compared."
+        if examples < COMPARABLE
+        else "A method is better if the paired 95% bootstrap interval of the difference excludes "
+        "zero.",
+        style="dim",
+    )
 
 
 def _show_tasks(result: TaskResult) -> None:
     out = console()
     for task in result.tasks:
         baseline = result.baseline[task]
-        table = Table("method", *(f"{100 * rate:g}%" for rate in result.rates), "at most")
+        table = _table(result.rates, "largest rate")
         for name in result.methods:
             rate = result.largest_rate(task, name)
             cells = [f"{x:.3f}" for x in result.scores[task][name].tolist()]
-            table.add_row(name, *cells, "none" if rate is None else f"{100 * rate:g}%")
+            table.add_row(name, *cells, "none" if rate is None else _percent(rate))
         out.print(
-            f"\n{task}: {result.metric[task]} of {result.documents[task]} documents, bottom "
-            f"removed; unchanged {baseline.value:.3f} (standard error {baseline.stderr:.3f})"
+            f"\n{task}: {result.metric[task]} on {result.documents[task]} documents, bottom "
+            f"removed; {baseline.value:.3f} with nothing removed (standard error "
+            f"{baseline.stderr:.3f})"
         )
         out.print(table)
     out.print(
-        "At most: the largest fraction removed that leaves the accuracy within the 95% interval of "
-        "the unchanged one.",
+        "The largest rate is the last one at which the accuracy stays within the 95% interval of "
+        "the unchanged model.",
         style="dim",
     )
+
+
+def _table(rates: Sequence[float], last: str) -> Table:
+    """Return an empty table with columns for the method, the rates and one more number."""
+    numbers = (Column(heading, justify="right") for heading in (*map(_percent, rates), last))
+    return Table("method", *numbers)
+
+
+def _verdicts(rates: Sequence[float], better: Sequence[str | None]) -> str:
+    """List the rates at which each method is better."""
+    by_method: dict[str | None, list[str]] = {}
+    for rate, method in zip(rates, better, strict=True):
+        by_method.setdefault(method, []).append(_percent(rate))
+    return "; ".join(
+        f"{'undecided' if method is None else f'{method} better'} at {', '.join(percents)}"
+        for method, percents in by_method.items()
+    )
+
+
+def _plural(count: int, singular: str, plural: str = "") -> str:
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:g}%"
 
 
 def _readable(x: float) -> str:

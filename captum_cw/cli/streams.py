@@ -1,18 +1,17 @@
-"""Standard output and error: characters that they cannot show, and readers that have gone."""
+"""Standard output and standard error: characters that they cannot show, and closed pipes."""
 
 from __future__ import annotations
 
 import os
-import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import TextIO
 
-__all__ = ["CLOSED", "closed_streams", "flush", "silence", "tolerant_streams"]
+__all__ = ["CLOSED", "discard_unread", "flush", "tolerant_streams"]
 
-#: The exit code of a program whose reader has gone, as of one that SIGPIPE ends.
+#: The exit code after the reader of the output has closed it: that of a program that SIGPIPE ends.
 CLOSED = 141
 
 
@@ -32,33 +31,16 @@ def tolerant_streams() -> Iterator[None]:
 
 
 def flush() -> None:
-    """Write what is buffered now, since Python would tell of a failure at exit by a stack."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not stream.closed:
-            stream.flush()
+    """Flush both streams now; a failure when Python exits would print a stack trace."""
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
-def closed_streams() -> list[TextIO]:
-    """The standard streams that nobody reads any more, as after ``| head``."""
-    return [stream for stream in (sys.stdout, sys.stderr) if _reader_has_gone(stream)]
-
-
-def silence(stream: TextIO) -> None:
-    """Drop what is still written to a stream."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
-    os.close(null)
-
-
-def _reader_has_gone(stream: TextIO | None) -> bool:
-    if stream is None:
-        return False
+def discard_unread(stream: TextIO) -> None:
+    """Discard what cannot be written to a closed pipe, so that Python does not try it again."""
     try:
-        number = stream.fileno()
-    except (OSError, ValueError):  # it is no file, or closed
-        return False
-    if sys.platform == "win32":  # which cannot ask a pipe
-        return True
-    poll = select.poll()
-    poll.register(number, select.POLLOUT)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+        stream.flush()
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

@@ -69,10 +69,10 @@ def reproduce(
         if name not in ITEMS:
             raise ValueError(f"only={name!r} is unknown; known: {', '.join(ITEMS)}.")
     chosen = list(ITEMS.values()) if only is None else [ITEMS[name] for name in only]
-    found = [run_study(study, out, chosen, tell=tell) for study in studies]
-    if not found:
+    results = [run_study(study, out, chosen, tell=tell) for study in studies]
+    if not results:
         raise ValueError("studies is empty: give at least one model with texts.")
-    return found, write_report(out, found)
+    return results, write_report(out, results)
 
 
 def run_study(
@@ -88,14 +88,14 @@ def run_study(
     with Records(folder / "items.records", identity) as records:
         for item in items:
             file = folder / f"{item.name}.json"
-            known = records.get(item.name)
-            if known is None:
+            record = records.get(item.name)
+            if record is None:
                 tell(f"{study.model_name} on {study.data_name}: {item.name}, {item.title}")
-                known = _run_item(item, study, folder, file)
-                if not known["refused"]:  # a refused item is tried again in the next run
-                    records.add(item.name, known)
-            result = None if known["refused"] else item.load(file)
-            done.append(Done(item, result, known["seconds"], known["refused"]))
+                record = _run_item(item, study, folder, file)
+                if not record["refused"]:  # a refused item is tried again in the next run
+                    records.add(item.name, record)
+            result = None if record["refused"] else item.load(file)
+            done.append(Done(item, result, record["seconds"], record["refused"]))
     weights = ", ".join(filter(None, (origin(study.model), f"checksum {identity['weights']}")))
     return StudyResults(study.model_name, weights, study.data_name, study.plan, done)
 

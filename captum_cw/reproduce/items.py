@@ -215,8 +215,8 @@ def _task_table(item: str, result: Result) -> pd.DataFrame:
 def _removal_table(item: str, result: Result) -> pd.DataFrame:
     """Return the increase of the mean negative log-likelihood, with a row for each method.
 
-    Likelihood does not explode as perplexity does. Below the methods are the differences of the
-    first method to each other one, with paired 95% intervals.
+    Likelihood does not explode as perplexity does. With at least two texts, further rows show the
+    difference between the first method and each other one, with paired 95% intervals.
     """
     import pandas as pd
 
@@ -226,17 +226,12 @@ def _removal_table(item: str, result: Result) -> pd.DataFrame:
     )
     first, *others = result.methods
     differences: dict[str, dict[tuple[str, float], str]] = {}
-    for other in others:
+    for other in others if len(result.records) >= COMPARABLE else ():
         row = differences[f"{first} - {other} (95%)"] = {}
-        if len(result.records) < COMPARABLE:
-            for place, difference in (wide.loc[first] - wide.loc[other]).items():
-                row[place] = f"{difference:.3f} (one text: no interval)"
-            continue
         for side in result.sides:
-            found = result.compare(first, other, side, statistic="nll")
-            numbers = (x.tolist() for x in (found.difference, found.low, found.high))
-            for rate, of in zip(found.rates, zip(*numbers, strict=True), strict=True):
-                row[side, rate] = "{:.3f} ({:.3f} to {:.3f})".format(*of)
+            rates, *numbers, _ = result.compare(first, other, side, statistic="nll")
+            for rate, *difference in zip(rates, *(x.tolist() for x in numbers), strict=True):
+                row[side, rate] = "{:.3f} ({:.3f} to {:.3f})".format(*difference)
     wide = pd.concat([wide.astype(object), pd.DataFrame(differences).T])
     wide.columns = [f"{result.sides[side]} {100 * rate:g}% (nats)" for side, rate in wide.columns]
     return wide
@@ -244,11 +239,10 @@ def _removal_table(item: str, result: Result) -> pd.DataFrame:
 
 def _plot_removal(result: Result) -> Pictures:
     """Plot the increase of perplexity and of the loss."""
+    loss, _ = result.plot(statistic="nll", use_pyplot=False)
     return {
         "increase of perplexity, mean over texts": result.plot(use_pyplot=False)[0],
-        "increase of the language modelling loss": result.plot(statistic="nll", use_pyplot=False)[
-            0
-        ],
+        "increase of the language modelling loss": loss,
     }
 
 

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
 from captum_cw._utils.files import write_json
 from captum_cw._version import __version__
 from captum_cw.reproduce.claims import CLAIMS, Claim, judge
@@ -57,8 +59,8 @@ class StudyResults:
 
     def judgement(self, claim: Claim) -> Judgement:
         """Judge a claim by these results."""
-        found = {done.item.name: done.result for done in self.items if done.result is not None}
-        return judge(claim, found)
+        results = {done.item.name: done.result for done in self.items if done.result is not None}
+        return judge(claim, results)
 
 
 def write_report(
@@ -70,7 +72,6 @@ def write_report(
         The files.
     """
     import pandas as pd
-    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     judged = [(claim, [study.judgement(claim) for study in studies]) for claim in claims]
     rows = [
@@ -87,6 +88,14 @@ def write_report(
         for study, judgement in zip(studies, judgements, strict=True)
     ]
     files = [folder / name for name in ("report.html", "claims.json", "claims.csv")]
+    page = _template().render(paper=PAPER, versions=_versions(), studies=studies, claims=judged)
+    files[0].write_text(page, encoding="utf-8")
+    write_json(files[1], {"version": VERSION, "versions": _versions(), "claims": rows})
+    pd.DataFrame(rows).to_csv(files[2], index=False)
+    return files
+
+
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("captum_cw.reproduce", "."),
         autoescape=True,
@@ -94,78 +103,19 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.jinja").render(
-        title="Contribution Weights, reproduced",
-        paper=PAPER,
-        substitution=_substitution_note(studies),
-        versions=_versions(),
-        seed=studies[0].plan.seed,
-        studies=[_study_context(number, study) for number, study in enumerate(studies)],
-        claims=judged,
-    )
-    files[0].write_text(page, encoding="utf-8")
-    write_json(files[1], {"version": VERSION, "versions": _versions(), "claims": rows})
-    pd.DataFrame(rows).to_csv(files[2], index=False)
-    return files
-
-
-def _substitution_note(studies: Sequence[StudyResults]) -> str:
-    """Return a note if the texts are a substitute for those of the paper."""
-    data = {study.data for study in studies}
-    if any("fineweb" in name for name in data) or not any("wikitext" in name for name in data):
-        return ""
-    return "WikiText replaces FineWeb-Edu, the web texts of the paper."
+    environment.filters |= {
+        "cell": _format_cell,
+        "image": _encode_figure,
+        "settings": _format_settings,
+        "duration": _format_seconds,
+    }
+    return environment.get_template("report.html.jinja")
 
 
 def _versions() -> str:
     """Return the versions of the libraries."""
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     return f"captum_cw {__version__}, {libraries}, Python {platform.python_version()}"
-
-
-def _study_context(number: int, study: StudyResults) -> dict[str, Any]:
-    """Return the template variables of a study."""
-    plan = study.plan
-    return {
-        "anchor": f"study-{number}",
-        "model": study.model,
-        "weights": study.weights,
-        "data": study.data,
-        "plan": f"{plan.name}: {plan.texts} texts of up to {plan.length} tokens"
-        f"{f', after the first {plan.skip}' if plan.skip else ''}; correlations "
-        f"{_format_size(plan.correlations)}, scaling {_format_size(plan.scaling)}, removal "
-        f"{_format_size(plan.removal)}",
-        "time": _format_time(sum(done.seconds for done in study.items)),
-        "contents": [_item_context(done) for done in study.items],
-    }
-
-
-def _format_size(pair: tuple[int, int]) -> str:
-    return f"{pair[0]} of {pair[1]}"
-
-
-def _item_context(done: Done) -> dict[str, Any]:
-    """Return the template variables of an item."""
-    item = done.item
-    head = {name: getattr(item, name) for name in ("name", "title", "reading")}
-    head["refused"] = done.refused
-    if done.result is None:
-        return head
-    table = item.table(item.name, done.result)
-    return {
-        **head,
-        "columns": list(table.columns),
-        "rows": [
-            {"name": name, "cells": [_format_cell(x) for x in row]}
-            for name, row in zip(table.index, table.to_numpy(), strict=True)
-        ],
-        "pictures": [
-            {"caption": caption, "data": _encode_figure(figure)}
-            for caption, figure in item.pictures(done.result).items()
-        ],
-        "settings": _format_settings(done.result.settings),
-        "time": f"Run time: {_format_time(done.seconds)}.",
-    }
 
 
 def _format_settings(settings: Mapping[str, Any]) -> str:
@@ -178,17 +128,17 @@ def _format_settings(settings: Mapping[str, Any]) -> str:
 
 
 def _format_cell(x: Any) -> str:
-    """Format a table cell."""
-    if not isinstance(x, (int, float)):
+    """Return the text of a table cell."""
+    if not isinstance(x, float):
         return str(x)
     if math.isnan(x):
         return ""
-    if isinstance(x, float) and x.is_integer() and abs(x) >= 10:
+    if x.is_integer() and abs(x) >= 10:
         return f"{x:,.0f}"
-    return f"{x:.3f}" if isinstance(x, float) and 0.001 <= abs(x) < 1000 else f"{x:.3g}"
+    return f"{x:.3f}" if 0.001 <= abs(x) < 1000 else f"{x:.3g}"
 
 
-def _format_time(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 

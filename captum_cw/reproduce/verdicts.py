@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from captum_cw.metrics import FaithfulnessResult
-from captum_cw.metrics.result import COMPARABLE, Side
+from captum_cw.metrics.result import Side
 from captum_cw.metrics.tasks import TaskResult
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def interval(values: Sequence[float] | Array) -> tuple[float, float]:
         return float("nan"), float("nan")
     if (x == x[0]).all():
         return float(x[0]), float(x[0])
-    found = bootstrap(
+    low, high = bootstrap(
         (x,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(low), float(high)
 
 
 def above(values: Sequence[float] | Array, bound: float = 0.0, unit: str = "") -> Judgement:
@@ -88,7 +88,7 @@ def above(values: Sequence[float] | Array, bound: float = 0.0, unit: str = "") -
     low, high = interval(values)
     spread = f"{low:.3g} to {high:.3g}"
     if len(values) < MIN_TEXTS:
-        spread = f"no interval: fewer than {MIN_TEXTS} texts"
+        spread = f"no interval for fewer than {MIN_TEXTS} texts"
     figures = f"mean {float(np.mean(values)):.3g}{unit} ({spread}), {len(values)} texts"
     return _verdict(figures, low > bound, high < bound)
 
@@ -120,8 +120,8 @@ def better(
     result: FaithfulnessResult, a: str, others: Sequence[str], sides: Sequence[Side]
 ) -> Judgement:
     """Judge whether method ``a`` is better than the others, rate by rate."""
-    if len(result.records) < COMPARABLE:
-        return Judgement("undecided", "one text: no interval")
+    if len(result.records) < MIN_TEXTS:
+        return Judgement("undecided", f"fewer than {MIN_TEXTS} texts")
     ahead = behind = total = 0
     for other in others:
         for side in sides:
@@ -132,8 +132,6 @@ def better(
     figures = (
         f"ahead in {ahead}, behind in {behind} of {total} comparisons, {len(result.records)} texts"
     )
-    if len(result.records) < MIN_TEXTS:
-        return Judgement("undecided", figures)
     return _majority(figures, ahead, behind, total)
 
 
@@ -248,10 +246,10 @@ def perplexity_rises(result: Any) -> Judgement:
     """Judge whether perplexity rises as the first token's value shrinks."""
     table = result.to_dataframe()
     wide = table.pivot_table(index="text", columns="factor", values="delta")
-    found = above(wide[wide.columns.min()].to_numpy())
-    if found.verdict == "holds" and not (np.diff(wide.mean().to_numpy()) < 0).all():
-        return Judgement("undecided", f"{found.figures}, but not at every step")
-    return found
+    judgement = above(wide[wide.columns.min()].to_numpy())
+    if judgement.verdict == "holds" and not (np.diff(wide.mean().to_numpy()) < 0).all():
+        return Judgement("undecided", f"{judgement.figures}, but not at every step")
+    return judgement
 
 
 def smallest_below_one(result: Any) -> Judgement:
@@ -284,9 +282,9 @@ def separates(result: Any) -> Judgement:
     wide = heads.pivot_table(index=["layer", "head"], columns=["size", "set"], values="f")
     verdicts, figures = [], []
     for size in sorted(set(heads["size"])):
-        found = above((wide[size]["top"] - wide[size]["random"]).dropna().to_numpy())
-        verdicts.append(found.verdict)
-        figures.append(f"N = {size}: {found.figures.partition(' (')[0]}")
+        judgement = above((wide[size]["top"] - wide[size]["random"]).dropna().to_numpy())
+        verdicts.append(judgement.verdict)
+        figures.append(f"N = {size}: {judgement.figures.partition(' (')[0]}")
     verdict = verdicts[0] if len(set(verdicts)) == 1 else "undecided"
     return Judgement(verdict, ", ".join(figures))
 

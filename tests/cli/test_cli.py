@@ -1,4 +1,4 @@
-"""The command line prints, saves and refuses as it says."""
+"""The command line: output, files, messages, completion and exit codes."""
 
 from __future__ import annotations
 
@@ -66,8 +66,12 @@ def data(tmp_path: Path) -> str:
 def started(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "captum_cw", *arguments],
-        env=process_environment(), capture_output=True, text=True, check=False, **settings,
-    )  # fmt: skip
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        **settings,
+    )
 
 
 def commands() -> dict[str, ArgumentParser]:
@@ -78,7 +82,7 @@ def commands() -> dict[str, ArgumentParser]:
 
 
 def documented(command: str) -> set[str]:
-    """The keys that the documentation of a command's JSON lists."""
+    """Return the documented keys of a command's JSON."""
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     section = page.partition(f"\n### {command}\n")[2].partition("\n### ")[0]
     cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
@@ -171,9 +175,10 @@ def test_the_page_of_a_long_text_holds_scores_alone(
         html = page.read_text(encoding="utf-8")
         data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
         assert len(data["maps"]) == maps
-        assert ("The page of 3 tokens holds their scores alone" in capsys.readouterr().err) == (
-            maps == 0
-        )
+        assert (
+            "The text has 3 tokens, so its page shows scores but not maps"
+            in capsys.readouterr().err
+        ) == (maps == 0)
 
 
 @pytest.mark.parametrize(
@@ -229,11 +234,9 @@ def test_the_demo_explains_a_prediction_and_saves_what_it_lists(
         method in printed for method in ("contribution", "attention", "integrated gradients")
     )
     saved = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert saved == ["decomposition.png", "demo.html", "explanation.html", "maps.png", "scores.png"]
+    assert saved == ["explanation.html", "maps.png", "scores.png"]
     assert all(name in printed.replace("\n", "") for name in saved)
-    page = (tmp_path / "out" / "demo.html").read_text(encoding="utf-8")
-    assert "France" in page
-    assert "integrated gradients" in page
+    assert "France" in (tmp_path / "out" / "explanation.html").read_text(encoding="utf-8")
 
 
 def test_the_demo_as_json_has_the_keys_that_are_documented(
@@ -269,7 +272,7 @@ def test_evaluate_as_json_holds_what_it_measured(
             texts[side]["delta"]["contribution"] == getattr(result, side)["contribution"].tolist()
         )
         assert texts[side]["better"].keys() == {"random"}
-    for key in texts:  # what is inside is documented, too
+    for key in texts:  # the keys of the parts are documented too
         assert f"`{key}`" in (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
 
 
@@ -292,14 +295,22 @@ def test_reproduce_as_json_holds_the_verdicts(
 
 
 def test_the_name_of_a_hub_model_is_whole() -> None:
-    assert reproduce_command._called("owner/model-1.5") == "owner/model-1.5"
+    assert reproduce_command._short_name("owner/model-1.5") == "owner/model-1.5"
 
 
 def test_packed_samples_are_of_all_texts(
     folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["evaluate", "--model", folder, "--data", data, "--methods", "attention,random"]
-    arguments += ["--rates", "0.5", "--pack", "--length", "15", "--samples", "1"]  # texts have 10
+    arguments += [
+        "--rates",
+        "0.5",
+        "--pack",
+        "--length",
+        "15",
+        "--samples",
+        "1",
+    ]  # texts have 10 tokens
     assert main([*arguments, "--out", str(tmp_path / "out"), "--json"]) == 0
     assert printed_json(capsys)["texts"]["examples"] == 1
 
@@ -325,11 +336,14 @@ def test_models_counts_what_was_tested(capsys: pytest.CaptureFixture[str]) -> No
     document = printed_json(capsys)
     assert document.keys() == documented("models")
     assert document["groups"]["causal"]["llama"] == {
-        "status": "works", "way": "registry", "reason": None
-    }  # fmt: skip
+        "status": "works",
+        "way": "registry",
+        "reason": None,
+    }
     assert {x["way"] for types in document["groups"].values() for x in types.values()} <= {
-        None, *document["ways"]
-    }  # fmt: skip
+        None,
+        *document["ways"],
+    }
 
 
 def test_models_shows_the_layers_of_a_model(
@@ -373,15 +387,22 @@ def test_models_of_other_kinds_need_no_tokenizer(
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
         decoder_start_token_id=0,
-    )  # fmt: skip
+    )
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     assert main(["models", str(tmp_path), "--json"]) == 0
     layers = printed_json(capsys)["layers"]
     assert [(layer["kind"], layer["causal"]) for layer in layers] == [
-        ("self", False), ("self", True), ("cross", False)
-    ]  # fmt: skip
+        ("self", False),
+        ("self", True),
+        ("cross", False),
+    ]
 
 
 def test_a_model_that_is_refused_is_told_with_the_reason(
@@ -393,12 +414,13 @@ def test_a_model_that_is_refused_is_told_with_the_reason(
     monkeypatch.setattr(inspection, "attention_layers", refuse)
     assert main(["models", folder, "--json"]) == 1
     assert printed_json(capsys) == {
-        "error": "Its heads are spread.", "type": "UnsupportedModelError"
-    }  # fmt: skip
+        "error": "Its heads are spread.",
+        "type": "UnsupportedModelError",
+    }
 
 
 # ---------------------------------------------------------------------------------------------
-# Models that predict no next token
+# Models that do not predict the next token
 
 
 def saved_bert(kind: str, tokenizer: Any, to: Path) -> str:
@@ -426,7 +448,7 @@ def test_the_layers_of_a_classifier_are_attributed(
     torch.testing.assert_close(torch.tensor([scores]), expected)
     assert main([*arguments, "--target", "d"]) == 1
     told = capsys.readouterr().err
-    assert "BertForSequenceClassification predicts classes, not tokens" in told
+    assert "BertForSequenceClassification does not generate text" in told
     assert "leave --target out" in told
 
 
@@ -435,7 +457,7 @@ def test_a_target_needs_a_model_that_writes(
 ) -> None:
     model = saved_bert("BertForMaskedLM", tiny_tokenizer, tmp_path)
     assert main(["attribute", "--model", model, "--text", "a b", "--target", "d"]) == 1
-    assert "BertForMaskedLM predicts tokens at masked places" in capsys.readouterr().err
+    assert "BertForMaskedLM does not generate text" in capsys.readouterr().err
 
 
 def test_a_classifier_is_evaluated_by_its_classes(
@@ -484,7 +506,7 @@ def test_a_report_is_of_a_language_model(
 ) -> None:
     out = ["--out", str(tmp_path / "out")]
     assert main(["reproduce", "--model", classifier, "--data", data, "--quick", *out]) == 1
-    assert "which predicts classes, not tokens" in capsys.readouterr().err
+    assert "so give causal language models" in capsys.readouterr().err
 
 
 def test_missing_weights_fail_every_command(
@@ -511,7 +533,7 @@ def test_one_text_decides_nothing(
     arguments = ["evaluate", "--model", folder, "--data", str(file), "--methods", "vw,random"]
     arguments += ["--rates", "0.5", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
-    assert "One text: no interval" in capsys.readouterr().out
+    assert "One text does not give an interval" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
     assert printed_json(capsys)["texts"]["sufficiency"]["better"] == {"random": [None]}
 
@@ -567,10 +589,10 @@ def test_wrong_arguments_of_a_template_are_told(
         (["attribute", "--method", "contributon"], "Did you mean 'contribution'?"),
         (["evaluate", "--methods", "vw,atention"], "'atention' is unknown; known: contribution"),
         (["evaluate", "--methods", "vw,atention"], "Did you mean 'attention'?"),
-        (["evaluate", "--rates", "a"], "'a' is no list of numbers"),
+        (["evaluate", "--rates", "a"], "'a' is not a list of numbers"),
         (["evaluate", "--samples", "0"], "give 1 or more"),
         (["reproduce", "--only", "T1,f5B"], "Did you mean 'F5b'?"),
-        (["evaluate", "--out", "x"], "captum-cw evaluate --help shows"),
+        (["evaluate", "--out", "x"], "Run captum-cw evaluate --help"),
     ],
 )
 def test_wrong_usage_is_told_with_what_may_be_meant(
@@ -618,7 +640,7 @@ def test_a_missing_package_is_told_before_anything_is_loaded(
     monkeypatch.setattr(problems, "find_spec", lambda name: None if name == "pandas" else name)
     assert main(["evaluate", "--model", "unused", "--data", data, "--out", "x", "--json"]) == 1
     assert printed_json(capsys) == {
-        "error": "pandas is missing: pip install 'captum-cw[evaluate]'",
+        "error": "pandas is not installed: pip install 'captum-cw[evaluate]'",
         "type": "ModuleNotFoundError",
     }
 
@@ -636,8 +658,8 @@ def test_a_text_that_is_too_long_is_told_before_the_run(
     arguments = ["evaluate", "--model", model, "--data", str(file), "--batch-size", "1"]
     assert main([*arguments, "--out", str(out)]) == 1
     told = capsys.readouterr().err
-    assert "The longest text, of 70 tokens, cannot be run" in told
-    assert "--length cuts texts" in told
+    assert "The longest text has 70 tokens" in told
+    assert "Use --length to cut texts" in told
     assert not out.exists()
     assert main([*arguments, "--length", "64", "--rates", "0.5", "--out", str(out)]) == 0
 
@@ -645,7 +667,7 @@ def test_a_text_that_is_too_long_is_told_before_the_run(
 def test_a_text_may_be_longer_than_the_config_says_where_the_model_runs_it(
     folder: str, tmp_path: Path
 ) -> None:
-    """Rotary positions have no end."""
+    """Rotary positions are not limited."""
     whole = " ".join((string.ascii_letters + string.digits) * 3)[: 2 * 140]
     assert main(["attribute", "--model", folder, "--text", whole]) == 0
     file = tmp_path / "long.txt"
@@ -656,7 +678,7 @@ def test_a_text_may_be_longer_than_the_config_says_where_the_model_runs_it(
 
 def test_a_text_without_a_token_is_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attribute", "--model", folder, "--text", " "]) == 1
-    assert "makes no token" in capsys.readouterr().err
+    assert "at least one token" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_exits_with_130(
@@ -735,7 +757,7 @@ def test_the_package_runs_as_a_module() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# What can be typed
+# Options and completion
 
 
 def test_choices_are_those_of_the_library() -> None:
@@ -767,7 +789,7 @@ def test_every_option_is_explained() -> None:
 
 
 def examples(text: str) -> Iterator[list[str]]:
-    """The arguments of the commands in a help text."""
+    """Yield the arguments of each command in a help text."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line)
         if "captum-cw" in words[:1]:
@@ -786,7 +808,7 @@ def test_examples_of_the_help_can_be_typed(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def completed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What bash offers after some words."""
+    """A function that returns the completions of bash after some words."""
     folder = tmp_path_factory.mktemp("completion")
     (folder / "script").write_text(started("--print-completion", "bash").stdout)
     (folder / "texts.jsonl").touch()
@@ -801,8 +823,11 @@ printf '%s\\n' "${COMPREPLY[@]}"
     def complete(*words: str) -> list[str]:
         run = subprocess.run(
             ["bash", "-c", asked, "bash", "captum-cw", *words],
-            cwd=folder, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return run.stdout.split()
 
     return complete
@@ -826,12 +851,12 @@ def test_bash_completes(completed: Any, words: list[str], offered: list[str]) ->
 
 @pytest.mark.parametrize("name", commands())
 def test_completion_describes_commands_by_a_whole_sentence(name: str) -> None:
-    """Scripts hold the first line alone."""
+    """Completion scripts contain only the first line."""
     assert (commands()[name].description or "").splitlines()[0].endswith(".")
 
 
 def test_scripts_offer_names_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """As fish reads them: words of one line are one choice to it."""
+    """To fish, the words of one line are one choice."""
     with pytest.raises(SystemExit, match="0"):
         main(["--print-completion", "fish"])
     asked = re.findall(r'-l (?:methods|only) -xka "\((.*)\)"', capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""``captum-cw evaluate``: its files, kills and resumption, processes that share a run."""
+"""``captum-cw evaluate``: its files, resumption after a kill, and runs in several processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXAMPLES, BATCH = 10, 2
 
 @pytest.fixture
 def command(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> list[str]:
-    """Arguments that evaluate a saved model on a file of texts, but for ``--out``."""
+    """Arguments that evaluate a saved model on a file of texts, without ``--out``."""
     tiny_model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     chance = random.Random(0)
@@ -36,10 +36,20 @@ def command(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> list[str]:
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
-        "evaluate", "--model", str(tmp_path / "model"), "--data", str(data),
-        "--methods", "contribution,attention,random", "--rates", "0.25,0.5",
-        "--batch-size", str(BATCH), "--samples", str(EXAMPLES),
-    ]  # fmt: skip
+        "evaluate",
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        str(data),
+        "--methods",
+        "contribution,attention,random",
+        "--rates",
+        "0.25,0.5",
+        "--batch-size",
+        str(BATCH),
+        "--samples",
+        str(EXAMPLES),
+    ]
 
 
 def started(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
@@ -66,9 +76,13 @@ def test_a_run_leaves_numbers_tables_and_figures(
     assert "Top removed (higher is better)" in printed
     assert all(name in printed for name in ("contribution", "attention", "random", "25%", "AOPC"))
     assert {file.name for file in folder.iterdir()} == {
-        "run.records", "result.json", "result.csv",
-        "curves.png", "curves_corpus.png", "curves_nll.png",
-    }  # fmt: skip
+        "run.records",
+        "result.json",
+        "result.csv",
+        "curves.png",
+        "curves_corpus.png",
+        "curves_nll.png",
+    }
     result = FaithfulnessResult.load(folder / "result.json")
     model, tokenizer = load_model(tmp_path / "model")
     batches = token_batches(load_texts(tmp_path / "texts.jsonl"), tokenizer, batch_size=BATCH)
@@ -80,9 +94,15 @@ def test_a_run_leaves_numbers_tables_and_figures(
 
 def test_options_reach_the_metric(command: list[str], tmp_path: Path) -> None:
     options = {
-        "scoring": "clean", "ranking": "global", "reduction": "sum", "quantity": "kl",
-        "rate_of": "all", "sink_space": "value", "granularity": "token", "seed": "3",
-    }  # fmt: skip
+        "scoring": "clean",
+        "ranking": "global",
+        "reduction": "sum",
+        "quantity": "kl",
+        "rate_of": "all",
+        "sink_space": "value",
+        "granularity": "token",
+        "seed": "3",
+    }
     flags = [x for n, v in options.items() for x in (f"--{n.replace('_', '-')}", v)]
     folder = tmp_path / "out"
     assert main([*command, *flags, "--allow-sinks", "--out", str(folder)]) == 0
@@ -173,7 +193,7 @@ def test_two_processes_give_the_numbers_of_one(command: list[str], tmp_path: Pat
     finished(started([*command, "--out", str(tmp_path / "one")]))
     printed = finished(started([*command, "--out", str(tmp_path / "two")], processes=2))
     assert "2 processes" in printed
-    assert printed.count("AOPC") == 2  # one process prints
+    assert printed.count("AOPC") == 2  # only one process prints
     one, two = (tmp_path / folder for folder in ("one", "two"))
     assert FaithfulnessResult.load(two / "result.json").settings["processes"] == 2
     assert (one / "run.records").read_bytes() == (two / "run.records").read_bytes()
@@ -184,7 +204,7 @@ def test_two_processes_give_the_numbers_of_one(command: list[str], tmp_path: Pat
 def test_a_process_that_fails_ends_all(command: list[str], tmp_path: Path) -> None:
     long = tmp_path / "texts.jsonl"
     rows = long.read_text().splitlines()
-    rows[3] = json.dumps({"text": "a a a a"})  # equal tokens, which all count as sinks
+    rows[3] = json.dumps({"text": "a a a a"})  # equal tokens all count as sinks
     long.write_text("\n".join(rows))
     running = started([*command, "--out", str(tmp_path / "out")], processes=2)
     _, err = running.communicate(timeout=240)

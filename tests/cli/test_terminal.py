@@ -1,4 +1,4 @@
-"""The command line ends well on terminals with few characters, and where nobody reads it."""
+"""The command line on terminals with few characters, and after its output is closed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from captum_cw.models import loading
 from support.models import SIZES, build
 from support.paths import ROOT
 
-#: Of no page of Windows, and of none of ASCII.
+#: A Windows code page and ASCII lack some of these characters.
 WORDS = ["ж", "→", "中", "é", "a", "b"]
-#: How a terminal that cannot show them is told so.
+#: Environment variables that simulate terminals that cannot show them.
 TERMINALS = {
     "cp1252": {"PYTHONIOENCODING": "cp1252"},
     "ascii": {"PYTHONIOENCODING": "ascii"},
@@ -30,7 +30,7 @@ TERMINALS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and texts of such words."""
+    """A folder with a model and texts of these words."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -54,15 +54,36 @@ def command(name: str, place: Path, out: Path) -> list[str]:
     return {
         "attribute": ["attribute", "--model", model, "--text", "ж → 中 é", "--out", f"{out}.html"],
         "target": ["attribute", "--model", model, "--text", "ж → é", "--target", "中"],
-        "evaluate": ["evaluate", "--model", model, "--data", data, "--methods", "vw,random",
-                     "--rates", "0.5", "--out", str(out)],
-        "reproduce": ["reproduce", "--model", model, "--data", data, "--quick", "--only", "T2",
-                      "--out", str(out)],
+        "evaluate": [
+            "evaluate",
+            "--model",
+            model,
+            "--data",
+            data,
+            "--methods",
+            "vw,random",
+            "--rates",
+            "0.5",
+            "--out",
+            str(out),
+        ],
+        "reproduce": [
+            "reproduce",
+            "--model",
+            model,
+            "--data",
+            data,
+            "--quick",
+            "--only",
+            "T2",
+            "--out",
+            str(out),
+        ],
         "models": ["models"],
         "layers": ["models", model],
         "failure": ["attribute", "--model", f"{model}→", "--text", "ж"],
         "usage": ["attribute", "--model", model, "--text", "ж", "--method", "→"],
-    }[name]  # fmt: skip
+    }[name]
 
 
 DEMO = """\
@@ -135,7 +156,7 @@ def test_no_character_ends_the_demo(terminal: str, place: Path, tmp_path: Path) 
     arguments = [str(file), str(place / "model"), str(tmp_path / "out")]
     run = started(arguments, **TERMINALS[terminal])
     assert run.returncode == 0, run.stderr.decode()
-    assert "中" in (tmp_path / "out" / "demo.html").read_text(encoding="utf-8")
+    assert "中" in (tmp_path / "out" / "explanation.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("terminal", TERMINALS)
@@ -165,7 +186,7 @@ def test_text_of_the_shell_is_read_as_utf8_in_any_locale(place: Path, tmp_path: 
 
 
 def closed_after(count: int, arguments: list[str]) -> tuple[int, str]:
-    """The exit code and messages of a command of whose output so many bytes are read."""
+    """Read ``count`` bytes of a command's output, close it, and return exit code and messages."""
     process = subprocess.Popen(
         [sys.executable, "-m", "captum_cw", *arguments],
         env=environment(),
@@ -199,14 +220,14 @@ def test_a_pipe_that_closes_ends_a_command_quietly(
     assert code == 141
     assert "Traceback" not in told
     assert "BrokenPipe" not in told
-    if name == "evaluate":  # what was computed is on disk
+    if name == "evaluate":  # the results were saved before
         assert (tmp_path / "out" / "result.json").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["models"], ["models", "--json"]])
 def test_a_pipe_that_closes_ends_what_needs_no_model(arguments: list[str]) -> None:
     code, told = closed_after(0, arguments)
-    assert code == (0 if "--help" in arguments else 141)  # argparse passes over it by itself
+    assert code == (0 if "--help" in arguments else 141)  # argparse ignores the closed pipe
     assert not told
 
 

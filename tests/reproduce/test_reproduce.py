@@ -1,4 +1,4 @@
-"""``captum-cw reproduce``: the report, resumption, and the rules by which claims are judged."""
+"""``captum-cw reproduce``: the report, resumption, and the rules that judge the claims."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_the_report_holds_every_item_and_claim(study: Study, tmp_path: Path) -> 
     assert len(told) == len(ITEMS)
     page = (tmp_path / "report.html").read_text()
     assert "tiny &lt;b&gt;model&lt;/b&gt;" in page
-    assert f"<td>checksum {fingerprint(study.model)}</td>" in page  # it was not loaded
+    assert f"<td>checksum {fingerprint(study.model)}</td>" in page
     assert "<b>model" not in page
-    # Self-contained: every picture lies in it.
+    # The report is self-contained: it includes every picture.
     assert not re.search(r'(src|href)="(?!data:image/webp;base64,|#)', page)
     for done in found.items:
         assert f"{done.item.name}: {done.item.title}" in unescape(page)
@@ -130,15 +130,18 @@ def test_what_a_model_cannot_give_is_told(study: Study, tmp_path: Path) -> None:
     assert correlations.result is not None
     assert "Not computed: Text 0 has 3 tokens" in (tmp_path / "report.html").read_text()
     assert found.judgement(BY_NAME["low norms outside the cone"]).verdict == "not run"
-    # Only what was refused is tried again.
+    # Only the refused item is tried again.
     _, told = run(replace(study, texts=["a b c", "d e f"]), tmp_path, ["F6", "T2"])
     assert [line.partition(": ")[2][:2] for line in told] == ["F6"]
 
 
 def test_the_command_line(
-    tiny_model: Any, tiny_tokenizer: Any, texts: list[str], tmp_path: Path,
+    tiny_model: Any,
+    tiny_tokenizer: Any,
+    texts: list[str],
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     tiny_model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     data = tmp_path / "letters.jsonl"
@@ -200,14 +203,17 @@ def test_means_are_judged_by_their_interval(values: list[float], verdict: str) -
     assert above(values).verdict == verdict
     turned = {"holds": "does not hold", "does not hold": "holds"}
     assert below(values).verdict == turned.get(verdict, verdict)
-    assert ("no interval: fewer than 5" in above(values).figures) == (len(values) < 5)
+    assert ("no interval for fewer than 5" in above(values).figures) == (len(values) < 5)
 
 
 def removal(losses: Mapping[str, Callable[[int], float]], texts: int = 8) -> FaithfulnessResult:
-    """A result in which a method loses so much likelihood on each text, at two rates a side."""
+    """Return a result with the given loss of each method on each text, at two rates per side."""
     records = [
         {
-            "index": n, "clean": 1.0, "clean_nll": 1.0, "count": 10,
+            "index": n,
+            "clean": 1.0,
+            "clean_nll": 1.0,
+            "count": 10,
             **{
                 what: {
                     name: {side: [1 + loss(n), 1 + 2 * loss(n)] for side in ("top", "bottom")}
@@ -217,7 +223,7 @@ def removal(losses: Mapping[str, Callable[[int], float]], texts: int = 8) -> Fai
             },
         }
         for n in range(texts)
-    ]  # fmt: skip
+    ]
     rates = {"top": (0.01, 0.1), "bottom": (0.3, 0.5)}
     return FaithfulnessResult(rates, {"higher_is_better": False}, records)
 
@@ -227,7 +233,7 @@ def constant(x: float) -> Callable[[int], float]:
 
 
 def test_better_means_ahead_in_most_and_behind_in_none() -> None:
-    # Low losses are good from the bottom and bad from the top, so one side is lost.
+    # Low losses are good for the bottom and bad for the top, so one side is lost.
     losses = {"contribution": 0.1, "attention": 0.5, "vw": 0.4, "vwon": 0.3}
     result = removal({name: constant(x) for name, x in losses.items()})
     found = judge(BY_NAME["most faithful"], {"F3": result})
@@ -261,8 +267,14 @@ def of_table(name: str, rows: list[dict[str, Any]], **more: Any) -> SimpleNamesp
 
 
 def regression(r2: Mapping[str, float], spread: float = 0.0) -> Any:
-    names = ("attention", "relative norm", "cosine", "attention x relative norm",
-             "attention x cosine", "relative norm x cosine")  # fmt: skip
+    names = (
+        "attention",
+        "relative norm",
+        "cosine",
+        "attention x relative norm",
+        "attention x cosine",
+        "relative norm x cosine",
+    )
     rows = [
         {"components": name, "group": group, "r2": r2.get(name, 0.0)}
         for name in names
@@ -308,12 +320,20 @@ def numbers(**found: float) -> Any:
         ("alignment refines", "D.6", {"r": 0.95}, "holds"),
         ("alignment refines", "D.6", {"r": 0.7}, "undecided"),
         ("alignment refines", "D.6", {"r": 0.4}, "does not hold"),
-        ("least below 1", "F5b",
-         {"least below 1": 8.0, "heads": 8.0, "least below 1 without g": 8.0}, "holds"),
-        ("least below 1", "F5b",
-         {"least below 1": 7.0, "heads": 8.0, "least below 1 without g": 8.0}, "does not hold"),
+        (
+            "least below 1",
+            "F5b",
+            {"least below 1": 8.0, "heads": 8.0, "least below 1 without g": 8.0},
+            "holds",
+        ),
+        (
+            "least below 1",
+            "F5b",
+            {"least below 1": 7.0, "heads": 8.0, "least below 1 without g": 8.0},
+            "does not hold",
+        ),
     ],
-)  # fmt: skip
+)
 def test_figures_are_judged_by_their_bounds(
     claim: str, item: str, result: dict[str, float], verdict: str
 ) -> None:
@@ -332,12 +352,16 @@ def test_texts_are_judged_as_they_should(sign: int, verdict: str) -> None:
         claim = BY_NAME[f"first token below VW, {name}"]
         assert judge(claim, {"T4": of_table("texts", weights)}).verdict == verdict
     entropies = [
-        {"text": n, "measure": name, "first": first,
-         "entropy": 2 + (sign * x if name == "contribution" and not first else 0)}
+        {
+            "text": n,
+            "measure": name,
+            "first": first,
+            "entropy": 2 + (sign * x if name == "contribution" and not first else 0),
+        }
         for n, x in enumerate(spread)
         for name in ("contribution", "attention")
         for first in (True, False)
-    ]  # fmt: skip
+    ]
     found = judge(BY_NAME["tail more concentrated"], {"T5": of_table("texts", entropies)})
     assert found.verdict == verdict
     alignments = [{"text": n, "first": sign * x, "among": -sign * x} for n, x in enumerate(spread)]
@@ -382,12 +406,14 @@ def test_fits_are_judged_by_layer(r2: float, verdict: str) -> None:
 def test_accuracy_is_kept_at_the_largest_rate_within_the_interval() -> None:
     def tasks(**accuracies: list[float]) -> TaskResult:
         record = {
-            "metric": "acc,none", "documents": 100, "baseline": {"acc,none": [0.7, 0.05]},
+            "metric": "acc,none",
+            "documents": 100,
+            "baseline": {"acc,none": [0.7, 0.05]},
             "removed": {
                 name: [{"acc,none": [x, 0.05]} for x in accuracies.get(name, [0.1, 0.1])]
                 for name in ("contribution", "attention", "vw", "vwon")
             },
-        }  # fmt: skip
+        }
         return TaskResult((0.3, 0.5), {}, {"quiz": record})
 
     claim = BY_NAME["accuracy is kept"]
@@ -400,8 +426,12 @@ def test_accuracy_is_kept_at_the_largest_rate_within_the_interval() -> None:
 
 def test_the_table_of_tasks_has_a_row_for_each_method() -> None:
     removed = {"contribution": [{"acc,none": [0.7, 0.1]}, {"acc,none": [0.4, 0.1]}]}
-    quiz = {"metric": "acc,none", "documents": 20, "baseline": {"acc,none": [0.75, 0.1]},
-            "removed": removed}  # fmt: skip
+    quiz = {
+        "metric": "acc,none",
+        "documents": 20,
+        "baseline": {"acc,none": [0.75, 0.1]},
+        "removed": removed,
+    }
     table = ITEMS["F4"].table("F4", TaskResult((0.3, 0.5), {}, {"quiz": quiz}))
     row = table.loc["quiz, contribution"]
     assert row.tolist() == [0.75, 0.7, 0.4, 0.3]

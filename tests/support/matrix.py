@@ -348,14 +348,15 @@ def page(found: ModelTypes) -> str:
     lines = [
         "# Architectures",
         "",
-        "Made by `python -m support.matrix` in `tests/` with transformers "
-        f"{found.transformers}, torch {found.torch}: model types of transformers, each small and "
-        "with random weights. A type works if all four measures, token scores and a removal are "
-        "those of a slow reference that asks the attention modules themselves, and if what it "
-        "returns does not change by a bit while it is observed. Attention is computed through the "
-        "attention registry of transformers, there under the eager kernel and under SDPA, or by "
-        "the model itself. What is not supported is refused with its reason; what is left out of "
-        "a model is said in a warning.",
+        "`python -m support.matrix` in `tests/` wrote this page with transformers "
+        f"{found.transformers} and torch {found.torch}. It tests the model types of transformers, "
+        "each as a small model with random weights. A type works if two things hold. The four "
+        "measures, the token scores and a removal equal those of a slow reference that reads the "
+        "attention modules themselves. And the output of the model does not change by a single bit "
+        "while it is observed. Models compute attention through the attention registry of "
+        "transformers (tested with the eager kernel and with SDPA), or by themselves. A model that "
+        "is not supported is refused with a reason. If a part of a model is left out, a warning "
+        "says so.",
     ]
     for group, of_group in found.groups.items():
         lines += ["", f"## {TITLES[group]}", "", _counts(found, group), ""]

@@ -1,5 +1,4 @@
-"""Bad input: each gets an exception that names the value and the way out, and the model stays as it
-was."""
+"""Bad input raises an exception that names the value and a solution, and the model is unchanged."""
 
 from __future__ import annotations
 
@@ -206,7 +205,7 @@ def test_a_model_whose_output_projection_is_not_found_is_refused(layers: int) ->
         **sizes, num_key_value_heads=2, kv_channels=8, num_experts_per_tok=2, num_local_experts=4
     )
     config.num_hidden_layers = layers
-    model = build(transformers.JetMoeForCausalLM, config)  # each token has projections of its own
+    model = build(transformers.JetMoeForCausalLM, config)  # each token has its own projections
     before = state_of(model)
     with pytest.raises(
         UnsupportedModelError, match=r"layers\.0\.self_attention.*JetMoeAttention.*W_O"
@@ -243,7 +242,7 @@ def test_a_result_too_large_for_memory_is_refused(monkeypatch: pytest.MonkeyPatc
     before = state_of(MODEL)
     free_memory(monkeypatch, 2 * one_map)
     assert len(ContributionWeights(MODEL).attribute(ids)) == 2
-    with pytest.raises(MemoryError, match="2 layers"):  # has four maps a layer
+    with pytest.raises(MemoryError, match="2 layers"):  # it has four maps per layer
         ContributionWeights(MODEL).decompose(ids)
     free_memory(monkeypatch, 2 * one_map - 1)
     with pytest.raises(MemoryError, match=r"2 layers of 2 x 4 x 9 x 9.*layer=.*TokenScores"):

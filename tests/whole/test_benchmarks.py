@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, and writes one page."""
+"""The benchmark measures every call, resumes, and writes one page."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_measures_are_layer_attributions(measure: Any, model: nn.Module) -> None
     assert isinstance(method, LayerAttribution)
     assert method.get_name() == measure.__name__
     assert method.has_convergence_delta() == (measure is ContributionWeights)
-    # As every Captum class: the model, the layer, the devices; then options by keyword.
+    # As in every Captum class, the model, the layer and the devices come first.
     parameters = list(inspect.signature(measure).parameters)
     assert parameters[:3] == ["forward_func", "layer", "device_ids"]
 
@@ -184,7 +184,7 @@ def test_llm_attribution_takes_token_input_ids_and_generates(
     unsigned = LLMTokenAttribution(ContributionWeights(model), tokenizer).attribute(
         "a b c d", target="e"
     )
-    # Where heads oppose each other, they cancel.
+    # Heads that oppose each other cancel.
     assert (whole.token_attr <= unsigned.token_attr).all()
     assert (whole.token_attr < 0.9 * unsigned.token_attr).any()
     as_ids = llm.attribute("a b c d", target=torch.tensor(tokenizer.encode("e")))
@@ -208,9 +208,12 @@ def test_private_captum_is_reached_through_one_module() -> None:
     reaching = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
-        if any("captum._" in line or "captum.attr._" in line or "captum.log" in line
-               for line in path.read_text().splitlines() if "import" in line)
-    }  # fmt: skip
+        if any(
+            "captum._" in line or "captum.attr._" in line or "captum.log" in line
+            for line in path.read_text().splitlines()
+            if "import" in line
+        )
+    }
     assert reaching == {"attr/_captum.py"}
 
 
@@ -225,7 +228,7 @@ def test_importing_the_package_brings_nothing_heavy_that_captum_does_not(heavy: 
 
 
 def test_a_compiled_model_is_observed_through_the_original(model: nn.Module) -> None:
-    compiled = torch.compile(model)  # compiles at its first call, which does not come
+    compiled = torch.compile(model)  # it would compile at its first call, but is never called
     expected = ContributionWeights(model).attribute(token_ids())
     for x, y in zip(ContributionWeights(compiled).attribute(token_ids()), expected, strict=True):
         assert torch.equal(x, y)

@@ -1,8 +1,8 @@
-"""What PyTorch's defaults for new tensors are changes no number.
+"""PyTorch's defaults for new tensors do not change any number.
 
-A model and its inputs are made first; then ``torch.set_default_dtype`` or
-``torch.set_default_device`` is called, as a program may do for another model. On the device
-"meta" tensors have no numbers, so one that is made there breaks whatever reads it.
+Each test builds a model and its inputs, and then calls ``torch.set_default_dtype`` or
+``torch.set_default_device``, as a program may do for another model. On the device "meta" tensors do
+not have numbers, so code that reads a tensor made there fails.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ DEFAULTS: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture(scope="module")
 def at(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """All that has to exist before the defaults change."""
+    """Everything that must exist before the defaults change."""
     tokenizer = letter_tokenizer()
     tokenizer.pad_token, tokenizer.eos_token = "?", "Z"
     tokenizer.chat_template = (
@@ -111,18 +111,29 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     metric = ComprehensivenessSufficiency(model, rates=[0.25, 0.5])
     result = metric.evaluate({"ours": "contribution", "chance": "random"}, texts)
     return SimpleNamespace(
-        model=model, gpt2=gpt2(), bert=bert(), ids=ids, tokenizer=tokenizer,
+        model=model,
+        gpt2=gpt2(),
+        bert=bert(),
+        ids=ids,
+        tokenizer=tokenizer,
         path=tmp_path_factory.mktemp("saved"),
-        padded={"input_ids": texts, "attention_mask": mask}, removed=removed,
-        scores=torch.rand(2, 9), of_texts=torch.rand(2, 9), result=result, texts=texts,
+        padded={"input_ids": texts, "attention_mask": mask},
+        removed=removed,
+        scores=torch.rand(2, 9),
+        of_texts=torch.rand(2, 9),
+        result=result,
+        texts=texts,
         maps=ContributionWeights(model).attribute(ids),
         factors=ContributionWeights(model).decompose(ids),
         explanation=explain(model, tokenizer, TEXT),
         prompt=TextTokenInput(TEXT, tokenizer, skip_tokens=[2]),
-        target=torch.tensor([5, 7]), long=token_ids(1, 24), output=torch.tensor([5, 7, 9]),
+        target=torch.tensor([5, 7]),
+        long=token_ids(1, 24),
+        output=torch.tensor([5, 7, 9]),
         chat=[{"role": "U", "content": "a b c"}, {"role": "A", "content": "d e"}],
-        image=torch.rand(3, 4, 4), pixels=torch.rand(5),
-    )  # fmt: skip
+        image=torch.rand(3, 4, 4),
+        pixels=torch.rand(5),
+    )
 
 
 def logits(at: SimpleNamespace) -> Tensor:
@@ -189,7 +200,7 @@ def without_values(at: SimpleNamespace) -> Tensor:
 
 
 def drawn(figure: Any) -> Any:
-    """The numbers of a figure's pictures."""
+    """Return the numbers of a figure's images."""
     fig = figure[0]
     found = [np.asarray(image.get_array()) for ax in fig.axes for image in ax.images]
     plt.close(fig)
@@ -330,7 +341,7 @@ ENTRIES: dict[str, Callable[[Any], Any]] = {
 
 
 def numbers(x: Any) -> Any:
-    """A result as lists, numbers and text, with the dtypes of its tensors."""
+    """Convert a result to lists, numbers and text, with the dtypes of its tensors."""
     if isinstance(x, Tensor):
         assert x.device.type == "cpu"
         return str(x.dtype), tuple(x.shape), numbers(x.tolist())
@@ -360,18 +371,33 @@ def test_defaults_for_new_tensors_change_no_number(at: SimpleNamespace, entry: s
         assert numbers(found) == expected, name
 
 
-#: What makes tensors where and as the defaults say. ``from_numpy`` and generators do not.
+#: Functions whose results depend on the defaults. ``from_numpy`` and generators do not.
 MAKERS = {
-    "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "ones",
-    "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices",
-    "triu_indices", "zeros",
-}  # fmt: skip
-#: Those of integers, whatever the default is.
+    "arange",
+    "as_tensor",
+    "asarray",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "scalar_tensor",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+}
+#: Functions that return integers for any default.
 OF_INTEGERS = {"arange", "randint", "randperm", "tril_indices", "triu_indices"}
 
 
 def implicit_makers(source: str) -> list[str]:
-    """Calls that leave the device, or the dtype, to PyTorch's defaults."""
+    """Return the calls that leave the device or the dtype to PyTorch's defaults."""
     found = []
     for call in ast.walk(ast.parse(source)):
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):

@@ -1,4 +1,4 @@
-"""What the documentation says works: its Python runs, its commands parse, its links lead somewhere.
+"""The documentation is right: its Python runs, its commands parse, and its links have targets.
 
 Pages say ``model`` and ``input_ids`` as readers do; here these are small and random. Blocks of a
 page run one after the other in one namespace. The tutorials have tests of their own.
@@ -45,13 +45,13 @@ WORDS = r"\n|\w+|[^\w\s]"
 
 
 def parsed_command(example: Example) -> None:
-    """Runs nothing: what a command is given must be what it takes."""
+    """Check that a command accepts its arguments, without running it."""
     for command in re.split(r"&&|\n", str(example.parsed).replace("\\\n", " ")):
         if ours := re.match(r"\s*(?:captum-cw|torchrun .*-m captum_cw) ([^>]*)", command):
             try:
                 cli.parser().parse_args(shlex.split(ours[1], comments=True))
             except SystemExit as end:
-                if end.code:  # else it printed, and was done
+                if end.code:  # otherwise it printed something, such as help, and ended
                     raise
         if script := re.match(r"\s*python (\S+\.py)", command):
             assert (ROOT / script[1]).is_file(), script[1]
@@ -61,7 +61,7 @@ SYBIL = Sybil([PythonCodeBlockParser(), CodeBlockParser("sh", parsed_command)])
 
 
 def tokenizer_of(text: str) -> Any:
-    """Knows the words of the text, each as a token."""
+    """A tokenizer with one token for each word of the text."""
     words = sorted(set(re.findall(WORDS, text)))
     model = WordLevel({word: place for place, word in enumerate(["?", *words])}, unk_token="?")
     tokenizer = Tokenizer(model)
@@ -87,7 +87,7 @@ def language_model() -> Any:
 
 
 def other_models() -> dict[str, Any]:
-    """``bert``, ``whisper`` and ``vit``, and what they take."""
+    """Return ``bert``, ``whisper`` and ``vit``, and their inputs."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
     bert = transformers.BertForMaskedLM(
@@ -191,7 +191,7 @@ PUBLIC = (captum_cw, analysis, capture, data, loading, metrics, reproduce, sinks
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
 def test_public_names_are_in_the_api(module: ModuleType) -> None:
     pages = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.rst"))
-    whole = f".. automodule:: {module.__name__}\n" in pages  # brings all its names
+    whole = f".. automodule:: {module.__name__}\n" in pages  # it includes all names
     one_by_one = re.findall(r"\.\. auto(?:class|function):: (\w+)$", pages, re.MULTILINE)
     names = {
         name
@@ -215,7 +215,7 @@ STABLE = (captum_cw, analysis, data, loading, metrics, sinks, tokens, visualizat
 @pytest.mark.parametrize("module", STABLE, ids=lambda module: module.__name__)
 def test_public_names_have_an_example(module: ModuleType) -> None:
     named = [getattr(module, name) for name in module.__all__]
-    # Results and protocols that are shown where they come from.
+    # Results and protocols are documented with the functions that return or take them.
     elsewhere = ("Comparison", "Score", "Tokenizer")
     without = [
         x.__name__

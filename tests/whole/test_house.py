@@ -36,12 +36,12 @@ ALLOWED = {
         *("data", "models", "visualization", "_utils"),
     },
 }
-#: What a result may import inside a function, to draw itself.
+#: The modules that a result may import inside a function, to draw itself.
 FIGURES = {"visualization", "explanation.page", "analysis.figures"}
 
 
 def modules() -> dict[str, Path]:
-    """The files of the package by module name, without the package's own name."""
+    """Return the files of the package by module name, without the name of the package."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -50,7 +50,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """The package's modules that a file imports, and whether it does so inside a function."""
+    """Yield the modules of the package that a file imports, and whether inside a function."""
 
     def visit(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
@@ -88,9 +88,9 @@ def test_rooms_import_only_rooms_below_them() -> None:
 def test_no_module_imports_itself_in_a_circle() -> None:
     graph: dict[str, set[str]] = {}
     for module, path in modules().items():
-        if module:  # names of the package itself are found when they are asked for
+        if module:  # the package itself imports its names lazily
             targets = {name for name, inside in imports(path) if not inside and name}
-            # To import a module is to import the packages around it.
+            # Importing a module also imports the packages that contain it.
             around = {name.rpartition(".")[0] for name in targets if "." in name}
             around = {name for name in around if not module.startswith(name)}
             graph[module] = targets | around
@@ -101,14 +101,14 @@ def test_figures_alone_are_imported_inside_functions() -> None:
     hidden = {
         f"{module} imports {name}"
         for module, path in modules().items()
-        if room(module) != "cli"  # whose help must not wait for torch
+        if room(module) != "cli"  # its help must not wait for torch
         for name, inside in imports(path)
         if inside and not any(name.startswith(figure) for figure in FIGURES)
     }
     assert hidden == set()
 
 
-#: What is larger than the limits, by its lines. Nothing may join this list, and nothing in it grow.
+#: Lines of what is larger than the limits. Nothing may be added, and no number may grow.
 TOO_LARGE = {
     "capture.forward_call": 648,
     "explanation.builder.explain": 64,
@@ -137,7 +137,7 @@ def test_functions_classes_and_modules_stay_small() -> None:
 
 
 def _lines(node: ast.FunctionDef | ast.ClassDef) -> int:
-    """The lines of a definition, without its docstring."""
+    """Count the lines of a definition, without its docstring."""
     first = node.body[0]
     docstring = 0
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):

@@ -1,4 +1,4 @@
-"""The comparison with other libraries counts passes, and names what is missing."""
+"""The comparison with other libraries counts passes, and names missing libraries."""
 
 from __future__ import annotations
 

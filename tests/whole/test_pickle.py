@@ -1,4 +1,4 @@
-"""Measures, and what is built on them, can be pickled and copied."""
+"""Measures, and the classes that wrap them, can be pickled and copied."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_copy_has_a_model_of_its_own(make: Any) -> None:
     expected = method.attribute(IDS)
     copied = copy.deepcopy(method)
     assert copied.forward_func is not model
-    double(model)  # changes what the method sees, and not what its copy sees
+    double(model)  # the method sees the change, and its copy does not
     assert not same(method.attribute(IDS), expected)
     assert same(copied.attribute(IDS), expected)
     shallow = copy.copy(method)

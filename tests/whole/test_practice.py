@@ -32,7 +32,7 @@ from support.state import check_untouched
 
 
 def check_alike(a: nn.Module, b: nn.Module, atol: float = 1e-4) -> None:
-    """All measures and both removals of two models that compute the same."""
+    """Compare all measures and both removals of two models that compute the same."""
     ids = token_ids()
     for method in MEASURES.values():
         for x, y in zip(method(a).attribute(ids), method(b).attribute(ids), strict=True):
@@ -55,7 +55,7 @@ def check_alike(a: nn.Module, b: nn.Module, atol: float = 1e-4) -> None:
 
 
 def adapted(model: nn.Module, targets: list[str], **options: Any) -> Any:
-    """With LoRA adapters that do something."""
+    """A model with LoRA adapters that change its output."""
     config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=targets, **options)
     found: Any = peft.get_peft_model(model, config).eval()
     torch.manual_seed(1)
@@ -91,11 +91,11 @@ def test_adapters_that_are_turned_off_do_not_count() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Projections that are more, or less, than a linear layer
+# Projections that are not one linear layer
 
 
 class _Mixed(nn.Module):
-    """Linear in the head outputs, but by no factor of each."""
+    """A map that is linear in the head outputs, but not a factor of each feature."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _Mixed(nn.Module):
 
 
 class _Adapted(_Mixed):
-    """An adapter by hand, that reads what the projection reads."""
+    """A hand-written adapter with the same input as the projection."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__(inner)
@@ -124,7 +124,7 @@ class _Adapted(_Mixed):
 
 
 class _Packed(_Mixed):
-    """A weight that cannot be read, in a product that is none of PyTorch's functions."""
+    """A weight that cannot be read, in a product that is not a PyTorch function."""
 
     def forward(self, y: Tensor) -> Tensor:
         return torch.tensordot(y, self.inner.weight, dims=([-1], [-1]))
@@ -146,7 +146,7 @@ def test_whatever_is_linear_in_the_head_outputs_is_a_projection(kind: type[_Mixe
 
 
 class _Subclass(torch.Tensor):
-    """A tensor of another class, as quantised weights are."""
+    """A tensor of another class, like quantised weights."""
 
 
 def test_weights_of_another_class_are_asked_for() -> None:
@@ -171,14 +171,14 @@ def test_what_is_not_linear_is_no_projection() -> None:
 
 
 class _Nearly(_Mixed):
-    """Beside the weight stands a small adapter that is not linear."""
+    """A weight with a small adapter that is not linear."""
 
     def forward(self, y: Tensor) -> Tensor:
         return self.inner(y) + 0.01 * self.inner(y).relu()  # type: ignore[no-any-return]
 
 
 class _ByToken(_Mixed):
-    """A gate for each place, before the projection: of one length alone."""
+    """A gate for each position before the projection, for texts of one length only."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__(inner)
@@ -206,7 +206,7 @@ def test_a_projection_of_one_length_alone_is_followed_inside() -> None:
 
 
 class _Thinned(nn.Module):
-    """A dropout of its own before the projection: no projection itself."""
+    """A dropout before the projection, which is not a projection itself."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -341,8 +341,11 @@ def test_models_that_are_spread_over_processes_are_as_the_whole(tmp_path: Path) 
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, "--standalone", str(script), *folders],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for process in (0, 1):
         for name in models:

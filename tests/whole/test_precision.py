@@ -42,7 +42,7 @@ from support.models import bitnet, gpt2, head_gated, llama
 
 
 class NoFloat64(TorchDispatchMode):
-    """A device without float64, such as MPS: making a tensor of it is an error."""
+    """Simulate a device without float64, such as MPS: creating such a tensor is an error."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -53,7 +53,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 def tensors(x: Any) -> list[Tensor]:
-    """Those of a nested result, booleans as numbers."""
+    """Return the tensors of a nested result, with booleans as numbers."""
     if isinstance(x, Tensor):
         return [x.detach().float()]
     if isinstance(x, dict):
@@ -88,7 +88,7 @@ def evaluated(metric: Any = "perplexity", **options: Any) -> Callable[[nn.Module
         faithfulness = ComprehensivenessSufficiency(model, [0.5], quantity=metric, **options)
         methods = {"ours": "contribution", "chance": "random", "vw": "vw"}
         found = faithfulness.evaluate(methods, padded(model, ids), show_progress=False)
-        # What is read later lies on the CPU, which has float64.
+        # The results are on the CPU, which has float64.
         return [
             [r["clean"], r["clean_nll"], *tensors([r["values"], r["nll"]])] for r in found.records
         ]
@@ -179,7 +179,7 @@ def test_a_device_is_asked_for_float64_each_time() -> None:
 
 @pytest.mark.parametrize("d", [576, 8])
 def test_norms_without_float64_lose_no_small_ones(d: int) -> None:
-    """The square of a norm of 1e-5 of the largest is below float32's rounding of theirs."""
+    """A norm of 1e-5 of the largest has a square below the rounding of float32."""
     random = torch.Generator().manual_seed(0)
     u, _, v = torch.linalg.svd(
         torch.randn(3, 64, d, generator=random).double(), full_matrices=False
@@ -195,7 +195,7 @@ def test_norms_without_float64_lose_no_small_ones(d: int) -> None:
 
 
 def test_analyses_without_float64_go_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU has it, whatever the model's device has not."""
+    """The CPU has float64, even if the device of the model does not."""
     model, ids = llama(), token_ids(1, 9)
     expected = first_token_weight(model, ids).to_dataframe()
     moved: list[AttentionLayer] = []
@@ -222,7 +222,7 @@ def autocast() -> Any:
 
 
 def sharpened(model: nn.Module, by: float) -> nn.Module:
-    """Logits are larger, so that rounded queries and keys make other weights."""
+    """Larger logits, so that rounded queries and keys change the weights."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
@@ -231,7 +231,7 @@ def sharpened(model: nn.Module, by: float) -> nn.Module:
 
 
 def error(found: Any, expected: Any) -> float:
-    """The largest error, relative to the largest number of its tensor."""
+    """Return the largest error, relative to the largest number of its tensor."""
     pairs = zip(tensors(found), tensors(expected), strict=True)
     return max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
 
@@ -241,7 +241,7 @@ UNDER_AUTOCAST = (*METHODS, "mean scores", "rollout", "LLMTokenAttribution", "he
 
 @pytest.mark.parametrize("entry", UNDER_AUTOCAST)
 def test_measures_under_autocast_are_near_those_without(entry: str) -> None:
-    """Within 0.06 of the largest, as of a model in bfloat16 (0.003 to 0.03)."""
+    """Errors are below 0.06 of the largest number; for a bfloat16 model they are 0.003 to 0.03."""
     for make in (llama, gpt2):
         model, ids = make(), token_ids(2, 9)
         expected = ENTRIES[entry](model, ids)
@@ -263,7 +263,7 @@ def test_online_removal_runs_under_autocast(make: Any, method: str) -> None:
     assert found.dtype == before.dtype
     assert found.isfinite().all()
     assert error(found, whole) > 0.1  # something was removed
-    if expected is not None:  # the same pairs, whatever is rounded
+    if expected is not None:  # the same pairs, in spite of the rounding
         assert error(found, expected) < 0.05
 
 
@@ -280,7 +280,7 @@ def test_faithfulness_under_autocast_is_near_that_without(make: Any, entry: str)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("by", [3, 12])
 def test_large_logits_under_autocast_are_those_of_the_kernel(attention: str, by: float) -> None:
-    """It reads queries and keys in bfloat16, though the model gives them to it in float32."""
+    """The kernel reads queries and keys in bfloat16, although the model passes float32."""
     model = sharpened(llama(), by)
     model.set_attn_implementation(attention)
     with autocast():
@@ -335,15 +335,22 @@ def test_functions_on_tensors_leave_autocast_alone() -> None:
 # TF32
 
 
-#: Products whose operands a GPU rounds; attention kernels are made of such.
+#: Products whose operands a GPU rounds. Attention kernels consist of such products.
 PRODUCTS = {
-    "matmul", "__matmul__", "bmm", "mm", "linear", "einsum", "addmm", "baddbmm",
+    "matmul",
+    "__matmul__",
+    "bmm",
+    "mm",
+    "linear",
+    "einsum",
+    "addmm",
+    "baddbmm",
     "scaled_dot_product_attention",
-}  # fmt: skip
+}
 
 
 class Rounded(TorchFunctionMode):
-    """Products that the model computes keep some bits of their operands, as TF32 keeps ten."""
+    """Round the operands of the model's products to some bits, as TF32 rounds them to ten."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -365,7 +372,7 @@ class Rounded(TorchFunctionMode):
 
 @contextmanager
 def products_in(setting: str) -> Iterator[None]:
-    """PyTorch set so, and products rounded as a GPU would round them then."""
+    """Set PyTorch to TF32, and round products like a GPU with that setting."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
@@ -376,9 +383,18 @@ def products_in(setting: str) -> Iterator[None]:
 
 
 IN_TF32 = (
-    *METHODS, "decompose", "head_share", "mean scores", "rollout", "explain", "random removal",
-    "find_sinks", "LLMTokenAttribution", "log_prob", "metric of tokens",
-)  # fmt: skip
+    *METHODS,
+    "decompose",
+    "head_share",
+    "mean scores",
+    "rollout",
+    "explain",
+    "random removal",
+    "find_sinks",
+    "LLMTokenAttribution",
+    "log_prob",
+    "metric of tokens",
+)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -390,7 +406,7 @@ def test_products_in_tf32_are_not_refused(entry: str, attention: str) -> None:
         expected = ENTRIES[entry](model, ids)
         with products_in("high"):
             found = ENTRIES[entry](model, ids)
-        if entry == "explain":  # of single heads, keys in order of importance may change places
+        if entry == "explain":  # the keys of single heads are sorted, and their order may change
             found, expected = found[:2], expected[:2]
         if entry == "find_sinks":
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
@@ -409,7 +425,7 @@ def test_large_logits_of_rounded_operands_are_not_refused(
         model.set_attn_implementation(attention)
         with products_in(setting):
             for c in ContributionWeights(model).attribute(token_ids(2, 9)):
-                # The outputs that shares are relative to were rounded too.
+                # Shares are relative to outputs that were rounded too.
                 atol = 0.01 if setting == "high" else 0.1
                 torch.testing.assert_close(c.sum((1, 3)), torch.ones(2, 9), rtol=0, atol=atol)
 
@@ -426,7 +442,7 @@ def test_rounding_that_nobody_asked_for_is_refused(attention: str) -> None:
 
 
 def test_adapters_and_containers_in_tf32_are_not_refused() -> None:
-    """An adapter is compared with the module, and a container with the product that it makes."""
+    """An adapter is compared with its module, and a container with its product."""
     torch.manual_seed(0)
     x, layer = torch.randn(2, 7, 16), nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()

@@ -1,4 +1,4 @@
-"""The same statements on real weights: SmolLM2-135M-Instruct."""
+"""The main statements hold on real weights: SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def texts(smollm2: tuple[nn.Module, Any]) -> list[Tensor]:
 
 
 def batch(texts: list[Tensor], side: str) -> dict[str, Tensor]:
-    """Both texts, the shorter padded."""
+    """Both texts; the shorter one is padded."""
     short, long = texts
     missing = long.shape[1] - short.shape[1]
     padding = (missing, 0) if side == "left" else (0, missing)
@@ -75,7 +75,7 @@ def test_every_measure_equals_the_definition(
             assert maps[number].shape == (1, 9, ids.shape[1], ids.shape[1])
             scale = float(expected[name].abs().max())
             error = float((maps[number].double() - expected[name]).abs().max())
-            # The definition reads the attention of another kernel, in float32.
+            # The reference reads the attention of another kernel, in float32.
             assert error <= 1e-4 * scale, (number, name)
 
 

@@ -1,4 +1,4 @@
-"""Ways in which numbers went wrong in silence once, and must not again."""
+"""Regression tests for silent errors in numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def scores(method: Any, inputs: Any, additional: Any = None, **options: Any) -> 
 
 @pytest.mark.parametrize("first", [llama, gpt2], ids=["llama", "gpt2"])
 def test_an_observation_that_ends_leaves_those_of_other_models_hearing(first: Any) -> None:
-    """Modeling files share a registry: who comes first must not put it back for all."""
+    """Modeling files share a registry, so the first observer must not restore it for all."""
     one, other = (llama(), gpt2()) if first is llama else (gpt2(), llama())
     before = state_of(one), state_of(other)
     expected = ContributionWeights(other).attribute(token_ids())
@@ -99,7 +99,7 @@ def model_with(model: nn.Module) -> ContributionWeights:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_in_a_cached_chunk_keeps_positions(side: str) -> None:
-    """The mask covers cached tokens too; positions follow from all of it."""
+    """The mask covers cached tokens too, and positions follow from the whole mask."""
     model = gpt2()
     inputs, real = padded_batch(side)
     T = 5
@@ -157,7 +157,7 @@ def test_values_that_the_projection_nearly_removes_keep_their_norms() -> None:
     generator = torch.Generator().manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(1, 8, 24, generator=generator).double())
     scale = torch.ones(8).double()
-    scale[-1] = 1e-5  # one direction is nearly lost
+    scale[-1] = 1e-5  # one direction nearly vanishes
     w = (u * scale) @ v[:, :8]
     value = (u[..., -1] + 0 * torch.randn(1, 1, 6, 8, generator=generator)).float()
     exact = (value.double() @ w).norm(dim=-1)

@@ -1,4 +1,4 @@
-"""Every tutorial runs from a clean kernel, and shows what it promises."""
+"""Every tutorial runs in a fresh kernel, and its cells have the expected outputs."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ SHOWN = {
         "adapter": "text/plain",
     },
 }
-"""What cells must produce, by their ids."""
+"""The media types that cells must produce, by the ids of the cells."""
 
 
 def shown_by(cell: Any) -> set[str]:
-    """The media types of a cell's outputs; what it prints is plain text."""
+    """Return the media types of a cell's outputs; printed text is plain text."""
     printed = {"text/plain" for o in cell.outputs if o.get("name") == "stdout"}
     return printed.union(*(o.get("data", {}) for o in cell.outputs))
 
@@ -104,10 +104,10 @@ def test_tutorials_are_kept_without_outputs(path: Path) -> None:
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial_runs_and_shows_its_results(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    # With no folders to look into there is only ipykernel's own python3: this interpreter.
+    # Without folders to search, the only kernel is ipykernel's python3: this interpreter.
     here = KernelSpecManager(kernel_dirs=[])
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=here)
-    # A failed cell, and so a failed assertion in one, raises.
+    # A failed cell raises, and so does a failed assertion in a cell.
     folder = {"metadata": {"path": str(ROOT)}}
     NotebookClient(notebook, km=kernel, timeout=600, resources=folder).execute(cleanup_kc=True)
     cells = {cell.id: cell for cell in notebook.cells}
