@@ -844,9 +844,9 @@ def test_scores_that_cannot_be_compared_are_refused() -> None:
     a = torch.rand(1, 4)
     with pytest.raises(ValueError, match=r"\(1, 4\) and \(1, 3\)"):
         agreement(a, a[:, :3])
-    with pytest.raises(ValueError, match=r"top=0\.0"):
+    with pytest.raises(ValueError, match=r"got 0\.0"):
         agreement(a, a, top=0.0)
-    with pytest.raises(ValueError, match="Example 0 has less than two"):
+    with pytest.raises(ValueError, match="Example 0 has fewer than two"):
         agreement(a, a, torch.tensor([[True, False, False, False]]))
 
 

@@ -115,9 +115,6 @@ TOO_LARGE = {
     "explanation.explanation": 689,
     "explanation.explanation.Explanation": 447,
     "metrics.batch.__init__": 70,
-    "metrics.tasks": 732,
-    "metrics.tasks.evaluate_tasks": 99,
-    "metrics.tasks._harness_model": 70,
 }
 
 
