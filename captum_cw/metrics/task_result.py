@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from captum_cw._utils.files import read_json, write_json
+from captum_cw.metrics.result import curve_styles
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -172,6 +173,7 @@ class TaskResult:
             {titles[task]: curves for task, curves in self.scores.items()},
             self.rates,
             {titles[task]: (x.value, INTERVAL * x.stderr) for task, x in self.baseline.items()},
+            styles=curve_styles(self.methods, self.settings),
             use_pyplot=use_pyplot,
         )
 

@@ -39,7 +39,7 @@ from captum_cw._utils.records import Records
 from captum_cw._utils.suggestions import suggestion
 from captum_cw.capture.model import evaluation_mode, unwrapped
 from captum_cw.metrics.faithfulness import checked_rates
-from captum_cw.metrics.identity import check_told, described, fingerprint
+from captum_cw.metrics.identity import check_identified, described, fingerprint
 from captum_cw.metrics.task_result import Score, TaskResult
 from captum_cw.removal.interventions import remove_tokens
 from captum_cw.removal.options import RemovalKeywords, RemovalOptions
@@ -146,7 +146,7 @@ def evaluate_tasks(
         loaded = _load_tasks(lm, tasks, task_path, limit, num_fewshot, apply_chat_template)
         settings = {
             "which": which,
-            "rates": checked,
+            "rates": list(checked),
             **asdict(RemovalOptions(**options)),
             "limit": limit,
             "num_fewshot": num_fewshot,
@@ -211,7 +211,7 @@ def _evaluate(
     with ExitStack() as stack:
         kept = None
         if resume_from is not None:
-            check_told(settings["methods"])
+            check_identified(settings["methods"])
             kept = stack.enter_context(Records(resume_from, settings))
         total = len(tasks) * (1 + len(removals))
         bar = stack.enter_context(progress_bar(total, "Tasks", show=show_progress))

@@ -469,8 +469,8 @@ def test_tasks_without_one_accuracy_are_refused(run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rates": []}, ValueError, "give fractions"),
-        ({"rates": [0.0, 0.5]}, ValueError, "give fractions"),
+        ({"rates": []}, ValueError, "must be fractions"),
+        ({"rates": [0.0, 0.5]}, ValueError, "must be fractions"),
         ({"rates": [0.5, 0.3]}, ValueError, "ascending"),
         ({"rates": [0.5], "which": "middle"}, ValueError, "middle"),
         ({"methods": {}}, ValueError, "methods is empty"),

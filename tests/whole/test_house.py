@@ -114,7 +114,6 @@ TOO_LARGE = {
     "explanation.builder.explain": 64,
     "explanation.explanation": 689,
     "explanation.explanation.Explanation": 447,
-    "metrics.batch.__init__": 70,
 }
 
 
