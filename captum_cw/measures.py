@@ -1,8 +1,8 @@
-"""The registry of measures: their names, and what tables, figures and pages say of them.
+"""The registry of measures: names, labels, one-line explanations, units and colours.
 
 To add a measure, write its class or function and :func:`register` one entry. Removal, the metric,
-the command line, explanations and their page read the registry. It names classes and functions by
-their import path, so that the help of the command line need not wait for torch.
+the command line, explanations, figures and the page read the registry. It refers to classes and
+functions by their import path, so that the help of the command line does not import torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "unregister",
 ]
 
-#: The name of scores by chance.
+#: The name of random scores.
 RANDOM = "random"
 #: The name of contributions with their signs.
 SIGNED = "contribution-signed"
@@ -40,8 +40,8 @@ class Entry:
 
     Args:
         name: The name that users type.
-        source: The class of ``captum_cw.attr``, or a function of a
-            :class:`~captum_cw.functional.AttentionLayer`; or the import path of one of them, as in
+        source: A class of ``captum_cw.attr``, or a function of a
+            :class:`~captum_cw.functional.AttentionLayer`; or the import path of either, such as
             ``"captum_cw.functional:projection"``.
         label: A short label for tables, figures and the page.
         about: One line that explains the measure.
@@ -49,12 +49,16 @@ class Entry:
         colour: A colour of Matplotlib for its curves; None for the next of the colour cycle.
         signed: Whether signs are kept when scores are taken. Scores of heads are then added up;
             otherwise absolute values are averaged.
-        scope: The argument for a source that takes a scope and gives the function.
-        space: Where projections and norms are measured when pairs are scored by name; None for
-            where the class measures them. :func:`~captum_cw.explain` has a ``space`` of its own.
-        control: Whether the entry is a control, which changes one thing of a contribution to show
-            what that thing is worth.
+        scope: The argument of a source that takes a scope and returns the function.
+        space: The space in which projections and norms are measured if pairs are scored by name;
+            None for the space of the class. :func:`~captum_cw.explain` has a ``space`` of its own.
+        control: Whether the entry is a control, which changes one factor of a contribution to show
+            what this factor adds.
         explained: Whether :func:`~captum_cw.explain` computes the measure.
+
+    Example:
+        >>> Entry("mine", ContributionWeights, "Mine", "My measure.").attribution().__name__
+        'ContributionWeights'
     """
 
     name: str
@@ -70,39 +74,37 @@ class Entry:
     explained: bool = True
 
     def attribution(self) -> type[AttentionAttribution]:
-        """The class that computes the measure as a Captum attribution.
+        """Return the class that computes the measure as a Captum attribution.
 
         Raises:
-            TypeError: If the measure has a function alone.
+            TypeError: If the measure has only a function.
         """
-        found = self._resolved()
-        if isinstance(found, type):
-            return found
-        raise TypeError(f"{self.name!r} has no class of captum_cw.attr: use it for removal.")
+        source = self._resolved()
+        if isinstance(source, type):
+            return source
+        raise TypeError(f"{self.name!r} has no class of captum_cw.attr: use it for removal only.")
 
     def function(self) -> Measure:
-        """The function of a layer that computes the measure."""
-        found = self._resolved()
-        found = found.measure if hasattr(found, "measure") else found
-        function: Measure = found if self.scope is None else found(self.scope)
-        return function
+        """Return the function of a layer that computes the measure."""
+        source = self._resolved()
+        function = getattr(source, "measure", source)
+        return function if self.scope is None else function(self.scope)  # type: ignore[no-any-return]
 
     def seen_in(self) -> Literal["attention", "residual"]:
-        """Where projections and norms are measured."""
+        """Return the space in which projections and norms are measured."""
         own: Literal["attention", "residual"] = getattr(self._resolved(), "space", "attention")
         return self.space or own
 
     @property
     def is_built_in(self) -> bool:
-        """Whether the measure is of this package, so that its name tells what it computes."""
+        """Whether the measure belongs to this package, so that its name identifies it."""
         return self in _built_in
 
     @property
     def scores_pairs(self) -> bool:
-        """Whether the measure scores pairs of head and token, by the layer alone."""
-        found, function = self._resolved(), self.function()
-        together = getattr(function, "puts_heads_together", False)
-        return not (together or getattr(found, "needs_stream", False))
+        """Whether the measure scores pairs of head and token, from one layer alone."""
+        combines_heads = getattr(self.function(), "puts_heads_together", False)
+        return not (combines_heads or getattr(self._resolved(), "needs_stream", False))
 
     def _resolved(self) -> Any:
         if not isinstance(self.source, str):
@@ -116,7 +118,7 @@ _built_in: list[Entry] = []
 
 
 def entries(*, controls: bool = False) -> list[Entry]:
-    """The registered measures, those that users reach for first coming first.
+    """Return the registered measures, the most useful first.
 
     Args:
         controls: Whether controls are included.
@@ -129,28 +131,28 @@ def entries(*, controls: bool = False) -> list[Entry]:
 
 
 def names(*, controls: bool = False) -> tuple[str, ...]:
-    """The names of the registered measures, as :func:`entries` orders them."""
+    """Return the names of the registered measures, in the order of :func:`entries`."""
     return tuple(entry.name for entry in entries(controls=controls))
 
 
 def known_names() -> str:
-    """All names that a method of removal can have, for messages."""
+    """Return all names of methods of removal, for error messages."""
     return ", ".join(map(repr, (*names(controls=True), RANDOM)))
 
 
 def find(name: str) -> Entry | None:
-    """The measure of that name; None if there is none."""
+    """Return the measure of a name; None if the name is not registered."""
     return _registry.get(name)
 
 
 def explained() -> list[Entry]:
-    """The measures that :func:`captum_cw.explain` computes: simple ones first, signed ones last."""
-    found = [entry for entry in reversed(_registry.values()) if entry.explained]
-    return sorted(found, key=lambda entry: entry.signed)
+    """Return the measures of :func:`captum_cw.explain`: simple ones first, signed ones last."""
+    shown = [entry for entry in reversed(_registry.values()) if entry.explained]
+    return sorted(shown, key=lambda entry: entry.signed)
 
 
 def register(entry: Entry) -> None:
-    """Adds a measure to the registry.
+    """Add a measure to the registry.
 
     Args:
         entry: The measure. Its source is a class, unless it is a control.
@@ -165,15 +167,15 @@ def register(entry: Entry) -> None:
         >>> unregister("mine")
     """
     if entry.name in (*_registry, RANDOM):
-        raise ValueError(f"name={entry.name!r} is taken; registered: {known_names()}.")
+        raise ValueError(f"name={entry.name!r} is taken; the names are {known_names()}.")
     _registry[entry.name] = entry
 
 
 def unregister(name: str) -> None:
-    """Takes a measure out of the registry.
+    """Remove a measure from the registry.
 
     Raises:
-        KeyError: If there is none of that name.
+        KeyError: If the name is not registered.
     """
     del _registry[name]
 
@@ -188,7 +190,7 @@ for _entry in (
         "contribution",
         "captum_cw.attr:ContributionWeights",
         label="contribution, size",
-        about="Which share of a query's output a key made, whether for it or against it.",
+        about="The share of a query's output that a key made, whether for it or against it.",
         unit="share of the layer's output",
         colour="#0072b2",
     ),
@@ -196,14 +198,14 @@ for _entry in (
         "vwon",
         "captum_cw.attr:VWONAttention",
         label="VW-ON: VW / output norm",
-        about="How long a vector a key adds to a query's output, over the length of that output.",
+        about="The length of what a key adds to a query's output, divided by the output's length.",
         colour="#009e73",
     ),
     Entry(
         "vw",
         "captum_cw.attr:VWAttention",
         label="VW: attention \N{MULTIPLICATION SIGN} value norm",
-        about="How long a vector a key adds to a query's output, in the unit of the hidden states.",
+        about="The length of what a key adds to a query's output.",
         unit="unit of the hidden states",
         colour="#e69f00",
     ),
@@ -211,15 +213,15 @@ for _entry in (
         "attention",
         "captum_cw.attr:AttentionWeights",
         label="attention",
-        about="How much a query looks at a key, 0 to 1.",
+        about="How much a query attends to a key, from 0 to 1.",
         colour="#d55e00",
     ),
     Entry(
         SIGNED,
         "captum_cw.functional:contribution",
         label="contribution, signed",
-        about="Which share of a query's output a key made; below zero it worked against it. All "
-        "shares of one query sum to 1.",
+        about="The share of a query's output that a key made; below zero, the key worked against "
+        "it. The shares of a query sum to 1.",
         unit="share of the layer's output",
         signed=True,
         scope="inter",
@@ -229,14 +231,14 @@ for _entry in (
         "contribution-intra",
         "contribution",
         "contribution, within a head",
-        "Which share of its head's output a key made.",
+        "The share of its head's output that a key made.",
         scope="intra",
     ),
     _control(
         "contribution-residual",
         "contribution",
         "contribution, to the residual stream",
-        "Which share of what is added to the residual stream a key made.",
+        "The share that a key made of what is added to the residual stream.",
         scope="inter",
         space="residual",
     ),
@@ -244,7 +246,7 @@ for _entry in (
         "relative-norm",
         "relative_norm",
         "relative norm",
-        "The length of a key's projected value over that of the output, without attention.",
+        "The length of a key's projected value divided by the output's length, without attention.",
     ),
     _control(
         "cosine",
@@ -276,7 +278,7 @@ for _entry in (
         "closeness",
         "closeness",
         "closeness",
-        "How much nearer to the output the key's term alone comes than nothing does.",
+        "How much nearer the key's term alone is to the output than the zero vector is.",
         signed=True,
     ),
 ):

@@ -169,7 +169,6 @@ def _evaluate_tasks(options: Namespace, model: Any, tokenizer: Any) -> TaskResul
         options.rates or TASK_RATES,
         task_path=options.task_path,
         limit=options.samples,
-        batch_size=options.batch_size,
         apply_chat_template=options.apply_chat_template,
         chat_template_kwargs=options.chat_template_kwargs,
         resume_from=options.out / "tasks.records",

@@ -1,4 +1,4 @@
-"""Is it faithful? Comprehensiveness and sufficiency, by removing what scores rank."""
+"""Measure the faithfulness of scores, by removing the tokens that they rank."""
 
 from captum_cw.metrics.agreement import Agreement, agreement
 from captum_cw.metrics.faithfulness import (

@@ -1,4 +1,4 @@
-"""The clean pass and the removal passes over one batch."""
+"""The clean pass over one batch, and the passes with removal."""
 
 from __future__ import annotations
 
@@ -25,14 +25,7 @@ from captum_cw.removal.ranking import Which
 from captum_cw.removal.scoring import PairScorer, RandomPairs, TokenMethod
 from captum_cw.removal.virtual_tokens import behind, virtual_tokens
 
-__all__ = [
-    "Batch",
-    "BatchRun",
-    "ForeignMethod",
-    "Method",
-    "Part",
-    "Plan",
-]
+__all__ = ["Batch", "BatchRun", "ForeignMethod", "Method", "Part", "Plan"]
 
 Batch = Tensor | Mapping[str, Any]
 #: The label of a token whose likelihood does not count, in PyTorch and transformers.
@@ -41,13 +34,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Plan:
-    """What is removed from each batch, but for the rates.
+    """The settings that all batches share.
 
     Args:
-        model: The model.
-        options: How pairs are scored, ranked and protected.
-        mask_token_id, protected_ids: As for :class:`captum_cw.ComprehensivenessSufficiency`.
-        quantity: What is compared.
+        model: the model.
+        options: how pairs are scored, ranked and protected.
+        mask_token_id: as for :class:`captum_cw.ComprehensivenessSufficiency`.
+        protected_ids: as for :class:`captum_cw.ComprehensivenessSufficiency`.
+        quantity: the quantity that is compared.
     """
 
     model: nn.Module
@@ -59,10 +53,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Part:
-    """A batch, and what its records say of its examples.
+    """A batch, and the start of the record of each of its examples.
 
-    That is the place of each among all, and a checksum of the batch that it was in, since the last
-    bits of what is computed for it depend on that.
+    Args:
+        batch: the batch.
+        examples: for each example its ``index`` among all examples, and a checksum of its
+            ``batch``, which the last bits of its numbers depend on.
     """
 
     batch: Batch
@@ -71,132 +67,192 @@ class Part:
 
 @dataclass(frozen=True)
 class ForeignMethod:
-    """Scores of pairs that another model of the same shape gives, in a clean pass of its own."""
+    """Scores of pairs by another model of the same shape, in a clean pass of its own.
+
+    Args:
+        model: the other model.
+        scorer: scores the pairs of one layer.
+    """
 
     model: nn.Module
     scorer: PairScorer
 
     def scores(
-        self, inputs: Mapping[str, Any], told: Sequence[Tensor], text: TextLayers | None
+        self, inputs: Mapping[str, Any], masks: Sequence[Tensor], text: TextLayers | None
     ) -> list[Tensor]:
-        """For each layer ``(B, H, S)``; other arguments as for :meth:`CleanPass.run`."""
+        """Return the scores of each layer, ``(B, H, S)``.
+
+        Args:
+            inputs: the keyword arguments of the model.
+            masks: the padding masks, as for :meth:`CleanPass.run`.
+            text: the layers that read the text; None for all.
+        """
         forward = partial(run_on_copies, self.model, inputs)
         with evaluation_mode([self.model], self.model):
             options = RemovalOptions(protect_sinks=False)
-            seen = CleanPass.run(self.model, forward, {"": self.scorer}, options, told, text)
-        return seen.scores[""]
+            clean = CleanPass.run(self.model, forward, {"": self.scorer}, options, masks, text)
+        return clean.scores[""]
 
 
 Method = PairScorer | TokenMethod | ForeignMethod
 
 
 class BatchRun:
-    """The passes over one batch: the clean one, which is run at once, and the changed ones."""
+    """The passes over one batch. The clean pass runs at once.
+
+    Args:
+        plan: the settings.
+        part: the batch.
+        methods: the scorers by name.
+        target: the token or class for ``"log_prob"`` and ``"prob"``; None for the model's own
+            prediction.
+
+    Attributes:
+        clean: the clean pass.
+        token_mask: ``(B, T)``, False at padding.
+        predicted: ``(B, T)``, True at tokens that the tokens before them predict; None if the
+            model does not predict the next token.
+        counted: ``(B, T - 1)``, True at predicted tokens whose likelihood counts, or ``(B, T)`` if
+            tokens are masked; None if the model does not predict tokens.
+        unchanged: the logits of the clean pass.
+    """
 
     def __init__(
-        self,
-        plan: Plan,
-        part: Part,
-        methods: Mapping[str, Method],
-        target: int | Tensor | None,
+        self, plan: Plan, part: Part, methods: Mapping[str, Method], target: int | Tensor | None
     ) -> None:
         self.plan, self.batch, self.target = plan, part.batch, target
-        keys = [str(example["index"]) for example in part.examples]
-        self.methods = {name: _seeded(method, keys) for name, method in methods.items()}
+        keys = tuple(str(example["index"]) for example in part.examples)
+        self.methods = {
+            name: replace(method, examples=keys) if isinstance(method, RandomPairs) else method
+            for name, method in methods.items()
+        }
         call = forward_call(plan.model, plan.model.forward, part.batch, None)
         self.given = {name: x for name, x in call.kwargs.items() if name != "logits_to_keep"}
-        # Its own loss is not needed, and labels would make the model compute one.
+        # With labels, the model would compute a loss that is not needed.
         self.inputs = {name: x for name, x in self.given.items() if name != "labels"}
-        ids = self.inputs.get("input_ids")
-        if not isinstance(ids, Tensor):
-            raise ValueError(
-                "There are no input_ids among the model's arguments, so the tokens of the text are "
-                "not known: give a model whose forward takes input_ids by name."
-            )
-        self.ids = ids
-        in_pass: dict[str, PairScorer] = {
-            name: method
-            for name, method in self.methods.items()
-            if not isinstance(method, (TokenMethod, ForeignMethod)) and plan.options.scores_before
-        }
-        forward = partial(run_on_copies, plan.model, self.inputs)
-        self.clean = CleanPass.run(plan.model, forward, in_pass, plan.options, call.real, call.text)
-        if self.clean.vanishing:
-            warnings.warn(
-                f"{self.clean.vanishing} attention outputs of a batch vanish: their rows count as "
-                "zeros in what is relative to the output.",
-                stacklevel=4,
-            )
-        self.own = _own_tokens(plan.model, self.clean, ids)
-        self.real = self.own[0][:, -ids.shape[1] :]
-        protected = torch.isin(ids, ids.new_tensor(plan.protected_ids)).to(self.real.device)
-        self.kept = [
-            sinks | ~own | behind(protected, own.shape[1])
-            for sinks, own in zip(self.clean.sinks, self.own, strict=True)
+        self.ids = _token_ids(self.inputs)
+        self.clean = self._clean_pass(call.real, call.text)
+        self._layer_tokens = _text_tokens(plan.model, self.clean, self.ids)
+        self.token_mask = self._layer_tokens[0][:, -self.ids.shape[1] :]
+        self._protected = torch.isin(self.ids, self.ids.new_tensor(plan.protected_ids))
+        self._protected = self._protected.to(self.token_mask.device)
+        self._kept = [
+            sinks | ~tokens | behind(self._protected, tokens.shape[1])
+            for sinks, tokens in zip(self.clean.sinks, self._layer_tokens, strict=True)
         ]
-        whole = self._text_logits(self.clean.output)
-        self.predicts = _predicts(plan.model, whole, ids)
-        # ``(B, T)``, which tokens the tokens before them predict; None where none are predicted.
-        self.following = self._following()
-        self._check_quantity(whole)
-        # ``(B, T)``, which tokens count in the likelihood; None where it is not known.
-        self.counted = self._counted(protected)
-        self.clean_logits = whole if plan.mask_token_id is None else self.logits()
+        logits = self._text_logits(self.clean.output)
+        self.predicts = _predicts(plan.model, logits, self.ids)
+        self.predicted = self._predicted()
+        self._check_quantity(logits)
+        self.counted = self._counted()
+        self.clean_logits = logits if plan.mask_token_id is None else self.logits()
         self.unchanged = self.measured(self.clean_logits)
         self.target = self.unchanged.target
-        self.pairs = {
-            name: [
-                behind(x, self.own[0].shape[1])
-                for x in method.scores(self.inputs, call.real, call.text)
-            ]
-            for name, method in self.methods.items()
-            if isinstance(method, ForeignMethod)
-        } | self.clean.scores
-        removable = [r & ~k for r, k in zip(self.own, self.kept, strict=True)]
-        if not torch.stack(removable).any(0).any(-1).all():
-            raise ValueError(
-                "All tokens of an example are protected, so nothing can be removed: give longer "
-                "texts, a higher sink_threshold, or protect_sinks=False."
-            )
-        self.tokens = {
-            name: self._token_scores(name, method)
+        self._check_removable()
+        self._pair_scores = self._scores_of_pairs(call.real, call.text)
+        self._token_scores = {
+            name: self._scores_of_tokens(name, method)
             for name, method in self.methods.items()
             if isinstance(method, TokenMethod) or plan.options.granularity == "token"
         }
 
+    def removal(self, name: str, rate: float, which: Which) -> OnlineRemoval | FixedChange:
+        """Return the change of a pass that removes what a method ranks at the top or bottom."""
+        model, options, method = self.plan.model, self.plan.options, self.methods[name]
+        if name in self._token_scores:
+            scores = self._token_scores[name]
+            factors = self.clean.whole_tokens(rate, which, options, scores, self._kept)
+            return FixedChange(model, factors)
+        if name in self._pair_scores:
+            scores = self._pair_scores[name]
+            factors = options.factors(rate, which, scores, self._layer_tokens, self._kept)
+            return FixedChange(model, self.clean.of_keys(factors))
+        assert not isinstance(method, (TokenMethod, ForeignMethod))  # these have scores by now
+        return OnlineRemoval(model, method, rate, which, options, self._kept)
+
+    def logits(self) -> Tensor:
+        """Run a pass and return its logits.
+
+        Returns:
+            The logits ``(B, T, V)`` of the next token at each token, or ``(B, C)`` of classes. With
+            a mask token, the logits of each token at its own position, with this token masked.
+        """
+        model, mask = self.plan.model, self.plan.mask_token_id
+        if mask is None:
+            return self._text_logits(run_on_copies(model, self.inputs))
+        rows = []
+        for position in range(self.ids.shape[1]):
+            masked = self.ids.clone()
+            masked[:, position] = mask
+            logits = self._text_logits(run_on_copies(model, {**self.inputs, "input_ids": masked}))
+            rows.append(logits[:, position].clone())  # a view would keep the logits of all tokens
+        return torch.stack(rows, 1)
+
+    def measured(self, logits: Tensor) -> Logits:
+        """Return the logits with all that quantities are computed from."""
+        masked, nll = self.plan.mask_token_id is not None, None
+        if self.counted is not None:
+            shifted = (logits, self.ids) if masked else (logits[:, :-1], self.ids[:, 1:])
+            nll, self.counts = mean_nll(*shifted, self.counted)
+        if (logits if nll is None else nll).isnan().any():
+            raise ValueError(
+                "The logits are NaN: check the inputs and weights. If the model is in float16, "
+                "load it in bfloat16 or float32."
+            )
+        # If tokens are masked, only the predicted ones count.
+        mask = self.counted if masked and self.counted is not None else self.token_mask
+        return Logits(logits, self.given, mask, self.clean_logits, self._target(logits), nll)
+
+    def _clean_pass(self, masks: Sequence[Tensor], text: TextLayers | None) -> CleanPass:
+        model, options = self.plan.model, self.plan.options
+        scorers: dict[str, PairScorer] = {
+            name: method
+            for name, method in self.methods.items()
+            if not isinstance(method, (TokenMethod, ForeignMethod)) and options.scores_before
+        }
+        forward = partial(run_on_copies, model, self.inputs)
+        clean = CleanPass.run(model, forward, scorers, options, masks, text)
+        if clean.vanishing:
+            warnings.warn(
+                f"{clean.vanishing} attention outputs of a batch vanish. Measures that are "
+                "relative to the output count their rows as zeros.",
+                stacklevel=5,
+            )
+        return clean
+
     def _text_logits(self, output: Any) -> Tensor:
-        """``(B, T, V)`` at the tokens of the text, or ``(B, C)``."""
+        """Return the logits ``(B, T, V)`` at the tokens of the text, or ``(B, C)``."""
         try:
             logits = logits_of(output)
         except TypeError:
-            return logits_of(output, (2, 3))  # raises where there are none
-        T, longest = self.ids.shape[1], self.own[0].shape[1]
+            return logits_of(output, (2, 3))
+        T, longest = self.ids.shape[1], self._layer_tokens[0].shape[1]
         if logits.shape[1] not in (T, longest):
             raise ValueError(
-                f"The model gives logits {tuple(logits.shape)} for {T} tokens: give a model with "
+                f"The model returned logits {tuple(logits.shape)} for {T} tokens: use a model with "
                 "logits (B, T, V) of all tokens, or (B, C) of classes."
             )
         return logits[:, -T:]
 
-    def _following(self) -> Tensor | None:
-        """``(B, T)``: the tokens that no token before them sees, as those of an image may."""
+    def _predicted(self) -> Tensor | None:
+        """Return ``(B, T)``, False at tokens that an earlier token sees, as those of an image."""
         if self.clean.ahead is None:
-            return self.real
-        predicted = self.real & ~self.clean.ahead[:, -self.real.shape[1] :]
-        pairs = self.real[:, 1:] & self.real[:, :-1]
-        none = pairs.any(1) & ~(pairs & predicted[:, 1:]).any(1)
-        return None if none.any() else predicted
+            return self.token_mask
+        predicted = self.token_mask & ~self.clean.ahead[:, -self.token_mask.shape[1] :]
+        pairs = self.token_mask[:, 1:] & self.token_mask[:, :-1]
+        predicts_none = pairs.any(1) & ~(pairs & predicted[:, 1:]).any(1)
+        return None if predicts_none.any() else predicted
 
     def _check_quantity(self, logits: Tensor) -> None:
-        """Raises a ValueError where the model does not predict what the quantity is of."""
+        """Raise a ValueError if the model does not predict what the quantity needs."""
         plan, name = self.plan, type(self.plan.model).__name__
         masked, classes = plan.mask_token_id is not None, self.predicts == "classes"
-        several = bool((self.real.sum(1) > 1).any())  # of single tokens masks tell nothing
-        if masked and (classes or (self.following is not None and several)):
-            predicted = "classes" if classes else "the next token"
+        causal = self.predicted is not None
+        # Texts of one token do not show whether a model is causal.
+        if masked and (classes or (causal and bool((self.token_mask.sum(1) > 1).any()))):
             raise ValueError(
-                f"mask_token_id={plan.mask_token_id} is of a masked language model, but {name} "
-                f"predicts {predicted}: leave it out."
+                f"mask_token_id={plan.mask_token_id} is for masked language models, but {name} "
+                f"predicts {'classes' if classes else 'the next token'}: leave it out."
             )
         if plan.quantity.of_text and classes:
             raise ValueError(
@@ -204,149 +260,127 @@ class BatchRun:
                 "the text has no perplexity or likelihood: use quantity='log_prob' or 'prob' (of a "
                 "class), 'kl', or a callable (logits, batch, clean_logits) -> (B,)."
             )
-        if plan.quantity.of_text and not masked and self.following is None:
+        if plan.quantity.of_text and not masked and not causal:
             raise ValueError(
                 f"{name} sees later tokens, so it does not predict the next one: give "
                 "mask_token_id (and protected_ids) of a masked language model, or another "
                 "quantity: 'kl', or a callable (logits, batch, clean_logits) -> (B,)."
             )
-        if plan.quantity.of_target and logits.dim() == 3 and (classes or self.following is None):
+        if plan.quantity.of_target and logits.dim() == 3 and (classes or not causal):
             raise ValueError(
-                f"{name} predicts something at each token, but not the token after the text, of "
-                "which 'log_prob' and 'prob' are: use 'kl', or a callable (logits, batch, "
-                "clean_logits) -> (B,)."
+                f"{name} makes a prediction for each token, but 'log_prob' and 'prob' need one for "
+                "the token after the text: use 'kl', or a callable (logits, batch, clean_logits) "
+                "-> (B,)."
             )
 
-    def _counted(self, protected: Tensor) -> Tensor | None:
-        """``(B, N)``: which predicted tokens count; None where the model predicts none of them."""
+    def _counted(self) -> Tensor | None:
         if self.predicts == "classes":
             return None
+        labelled = self._labelled()
         if self.plan.mask_token_id is not None:
-            return self.real & ~protected & self._asked()
-        if self.following is None:
+            return self.token_mask & ~self._protected & labelled
+        if self.predicted is None:
             return None
-        return (self.following & self._asked())[:, 1:] & self.real[:, :-1]
+        return (self.predicted & labelled)[:, 1:] & self.token_mask[:, :-1]
 
-    def _asked(self) -> Tensor:
-        """``(B, T)``: the tokens whose likelihood counts, by the labels if there are any."""
+    def _labelled(self) -> Tensor:
+        """Return ``(B, T)``, False at tokens that the labels ignore."""
         labels = self.given.get("labels")
         if not isinstance(labels, Tensor):
-            return torch.ones_like(self.real)
+            return torch.ones_like(self.token_mask)
         if labels.shape != self.ids.shape:
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)}, input_ids {tuple(self.ids.shape)}: give "
-                "one label a token, -100 where its likelihood does not count."
+                f"labels must have the shape of input_ids, {tuple(self.ids.shape)}, got "
+                f"{tuple(labels.shape)}: use -100 for tokens whose likelihood does not count."
             )
-        return (labels != IGNORED).to(self.real.device)
+        return (labels != IGNORED).to(self.token_mask.device)
 
-    def _token_scores(self, name: str, method: Method) -> Tensor:
-        """``(B, T)``."""
+    def _check_removable(self) -> None:
+        removable = [x & ~kept for x, kept in zip(self._layer_tokens, self._kept, strict=True)]
+        if not torch.stack(removable).any(0).any(-1).all():
+            raise ValueError(
+                "All tokens of an example are protected, so none can be removed: use longer texts, "
+                "a higher sink_threshold, or protect_sinks=False."
+            )
+
+    def _scores_of_pairs(
+        self, masks: Sequence[Tensor], text: TextLayers | None
+    ) -> dict[str, list[Tensor]]:
+        """Return by method the scores ``(B, H, S)`` of each layer that are known before removal."""
+        S = self._layer_tokens[0].shape[1]
+        scores = {
+            name: [behind(x, S) for x in method.scores(self.inputs, masks, text)]
+            for name, method in self.methods.items()
+            if isinstance(method, ForeignMethod)
+        }
+        return scores | self.clean.scores
+
+    def _scores_of_tokens(self, name: str, method: Method) -> Tensor:
+        """Return the scores of whole tokens, ``(B, S)``."""
         if not isinstance(method, TokenMethod):
-            return mean_of_pairs(self.pairs[name])
-        whole = self.own[0]
+            return mean_of_pairs(self._pair_scores[name])
+        tokens = self._layer_tokens[0]
         try:
-            scores = method.checked(self.batch, self.real.shape, whole.shape)
+            scores = method.checked(self.batch, self.token_mask.shape, tokens.shape)
         except ValueError as error:
             raise ValueError(f"Method {name!r}: {error}") from error
-        return behind(scores.to(whole.device), whole.shape[1])
-
-    def removal(self, name: str, rate: float, which: Which) -> OnlineRemoval | FixedChange:
-        """The passes without what a method ranks lowest or highest."""
-        plan, method = self.plan, self.methods[name]
-        model, options = plan.model, plan.options
-        if name in self.tokens:
-            scores = self.tokens[name]
-            factors = self.clean.whole_tokens(rate, which, options, scores, self.kept)
-            return FixedChange(model, factors)
-        if name in self.pairs:
-            factors = options.factors(rate, which, self.pairs[name], self.own, self.kept)
-            return FixedChange(model, self.clean.of_keys(factors))
-        assert not isinstance(method, (TokenMethod, ForeignMethod))  # those are scored by now
-        return OnlineRemoval(model, method, rate, which, options, self.kept)
-
-    def logits(self) -> Tensor:
-        """``(B, T, V)`` of the next token, or of each masked token at its own place; ``(B, C)``."""
-        model, mask = self.plan.model, self.plan.mask_token_id
-        if mask is None:
-            return self._text_logits(run_on_copies(model, self.inputs))
-        rows = []
-        for place in range(self.ids.shape[1]):
-            masked = self.ids.clone()
-            masked[:, place] = mask
-            # A copy, since what was computed for the other places need not be kept.
-            given = {**self.inputs, "input_ids": masked}
-            logits = self._text_logits(run_on_copies(model, given))
-            rows.append(logits[:, place].clone())
-        return torch.stack(rows, 1)
-
-    def measured(self, logits: Tensor) -> Logits:
-        """What the quantities are computed from."""
-        ids, masked, nll = self.ids, self.plan.mask_token_id is not None, None
-        if self.counted is not None:
-            found = (logits, ids) if masked else (logits[:, :-1], ids[:, 1:])
-            nll, self.counts = mean_nll(*found, self.counted)
-        if (logits if nll is None else nll).isnan().any():
-            raise ValueError(
-                "The logits are NaN, so nothing can be measured: check the inputs and weights; in "
-                "float16, load the model in bfloat16 or float32."
-            )
-        target = self._target(logits)
-        # Where tokens are masked, only those that are predicted count.
-        real = self.counted if masked and self.counted is not None else self.real
-        return Logits(logits, self.given, real, self.clean_logits, target, nll)
+        return behind(scores.to(tokens.device), tokens.shape[1])
 
     def _target(self, logits: Tensor) -> Tensor:
-        """``(B,)``: the token or class that is asked about, else the one that is predicted."""
+        """Return the target of each example, ``(B,)``; without one, the model's prediction."""
         target, B, V = self.target, len(self.ids), logits.shape[-1]
         if target is None:
-            return last_rows(logits, self.real).argmax(-1)
+            return last_rows(logits, self.token_mask).argmax(-1)
         if not isinstance(target, Tensor):
             target = self.ids.new_full((B,), index(target), dtype=torch.long)
         if target.shape != (B,):
             raise ValueError(f"target has shape {tuple(target.shape)}, not ({B},).")
-        if not ((target >= 0) & (target < V)).all():
-            wrong = int(target[(target < 0) | (target >= V)][0])
-            what = "classes" if self.predicts == "classes" else "tokens"
-            raise ValueError(f"target={wrong}, but the model has the {what} 0..{V - 1}.")
+        wrong = target[(target < 0) | (target >= V)]
+        if len(wrong):
+            raise ValueError(
+                f"target={int(wrong[0])}, but the model has the {self.predicts} 0..{V - 1}."
+            )
         return target
 
 
-def _own_tokens(model: nn.Module, clean: CleanPass, ids: Tensor) -> list[Tensor]:
-    """For each layer ``(B, S)``: which of its tokens are tokens of the text, and not padding.
+def _token_ids(inputs: Mapping[str, Any]) -> Tensor:
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor):
+        raise ValueError(
+            "The arguments of the model do not include input_ids, so the tokens of the text are "
+            "not known: use a model whose forward takes input_ids by name."
+        )
+    return ids
+
+
+def _text_tokens(model: nn.Module, clean: CleanPass, ids: Tensor) -> list[Tensor]:
+    """Return for each layer ``(B, S)``, True at tokens of the text, False at padding.
 
     Raises:
-        UnsupportedModelError: If layers have other tokens than those of the text and virtual ones.
+        UnsupportedModelError: If a layer has tokens that are neither of the text nor virtual.
     """
     T, virtual = ids.shape[1], virtual_tokens(model)
-    for real in clean.real:
-        if real.shape[1] - T not in (0, virtual):
+    for tokens in clean.real:
+        if tokens.shape[1] - T not in (0, virtual):
             raise UnsupportedModelError(
-                f"An attention layer runs {real.shape[1]} tokens, but the text has {T} ids, and it "
-                "is not known where the others stand: give a model whose layers run the text "
+                f"An attention layer runs {tokens.shape[1]} tokens, but the text has {T} ids, so "
+                "the positions of its tokens are not known: use a model whose layers run the text "
                 "itself, or PEFT's prompt tuning."
             )
     return clean.real
 
 
 def _predicts(model: nn.Module, logits: Tensor, ids: Tensor) -> Literal["tokens", "classes"]:
-    """Whether logits are of tokens; those of classes may come for each token, too."""
+    """Return what the logits belong to. Logits of classes can come for each token, too."""
     if logits.dim() == 2 or int(ids.max()) >= logits.shape[-1]:
         return "classes"
     try:
         read, written = (
-            getattr(model, f"get_{side}_embeddings", _nothing)() for side in ("input", "output")
+            getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
         )
-    except NotImplementedError:  # of a model that has several
+    except NotImplementedError:  # the model has several
         return "tokens"
     size = getattr(read, "num_embeddings", None)
     # Some language models predict more tokens, or fewer, than they read.
     of_tokens = size is None or written is not None or logits.shape[-1] == size
     return "tokens" if of_tokens else "classes"
-
-
-def _nothing() -> None:
-    return None
-
-
-def _seeded(method: Method, keys: Sequence[str]) -> Method:
-    return replace(method, examples=tuple(keys)) if isinstance(method, RandomPairs) else method

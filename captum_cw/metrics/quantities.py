@@ -12,27 +12,27 @@ from torch import Tensor
 
 from captum_cw.functional import check_choice, widest
 
-__all__ = ["Logits", "Quantity", "QuantityName", "mean_nll", "quantity_of"]
+__all__ = ["Logits", "Quantity", "QuantityName", "last_rows", "mean_nll", "quantity_of"]
 
 QuantityName = Literal["perplexity", "nll", "log_prob", "prob", "kl"]
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What a quantity is computed from.
+    """The logits of a pass, with all that a quantity is computed from.
 
     Args:
-        logits: ``(B, T, V)``, of the tokens of the text; ``(B, C)`` of a classifier.
-        batch: What the model was given.
-        real: ``(B, T)`` boolean, the positions that count.
-        clean: The logits of the unchanged pass.
+        logits: ``(B, T, V)`` at the tokens of the text, or ``(B, C)`` of a classifier.
+        batch: the arguments of the model.
+        mask: ``(B, T)`` boolean, True at tokens that count.
+        clean: the logits of the unchanged pass.
         target: ``(B,)``, the token or class whose probability counts.
-        nll: ``(B,)``, see :func:`mean_nll`; None where the likelihood of the text is not known.
+        nll: ``(B,)``, see :func:`mean_nll`; None if the likelihood of the text is not known.
     """
 
     logits: Tensor
     batch: Mapping[str, Any]
-    real: Tensor
+    mask: Tensor
     clean: Tensor
     target: Tensor
     nll: Tensor | None
@@ -40,13 +40,13 @@ class Logits:
 
 @dataclass(frozen=True)
 class Quantity:
-    """One number an example.
+    """A number per example.
 
     Args:
-        compute: Gives ``(B,)``.
-        higher_is_better: Whether more of it is better.
-        of_text: Whether it is the likelihood of the text, which the model must predict.
-        of_target: Whether it is of a target: a class, or the token after the text.
+        compute: computes the quantity, ``(B,)``.
+        higher_is_better: whether more of it is better.
+        of_text: whether it is a likelihood of the text, whose tokens the model must predict.
+        of_target: whether it belongs to a target: a class, or the token after the text.
     """
 
     compute: Callable[[Logits], Tensor]
@@ -54,35 +54,33 @@ class Quantity:
     of_text: bool = False
     of_target: bool = False
 
-    def __call__(self, logits: Logits) -> Tensor:
-        """``(B,)``."""
-        return self.compute(logits)
-
 
 def mean_nll(logits: Tensor, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean negative log-likelihood of tokens, in nats.
+    """Return the mean negative log-likelihood of tokens, in nats.
 
     Args:
         logits: ``(B, N, V)``.
-        ids: ``(B, N)``, the tokens that they predict.
-        counted: ``(B, N)`` boolean, which of them count.
+        ids: ``(B, N)``, the tokens that the logits predict.
+        counted: ``(B, N)`` boolean, True at tokens that count.
 
     Returns:
-        ``(B,)``, float64 where the device has it, and how many tokens each is the mean of.
+        The means ``(B,)``, in float64 if the device supports it, and the numbers of tokens that
+        they are the means of, ``(B,)``.
 
     Raises:
-        ValueError: If no token of a text counts.
+        ValueError: If no token of an example counts.
 
     Example:
-        >>> nll, counts = mean_nll(torch.zeros(1, 2, 8), torch.tensor([[2, 3]]),
-        ...                        torch.ones(1, 2, dtype=torch.bool))
+        >>> nll, counts = mean_nll(
+        ...     torch.zeros(1, 2, 8), torch.tensor([[2, 3]]), torch.ones(1, 2, dtype=torch.bool)
+        ... )
         >>> round(float(nll.exp()), 4), counts.tolist()
         (8.0, [2])
     """
     counts = counted.sum(1)
     if (counts < 1).any():
         raise ValueError(
-            f"Example {int((counts < 1).nonzero()[0])} has less than two tokens, or none that is "
+            f"Example {int((counts < 1).nonzero()[0])} has fewer than two tokens, or none that is "
             "predicted, so it has no perplexity: leave it out."
         )
     sums = []
@@ -94,38 +92,29 @@ def mean_nll(logits: Tensor, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tens
     return torch.stack(sums) / counts.to(sums[0].device), counts
 
 
-def last_rows(logits: Tensor, real: Tensor) -> Tensor:
-    """``(B, V)``: the logits after the last token; those of a classifier as they are."""
+def last_rows(logits: Tensor, mask: Tensor) -> Tensor:
+    """Return the logits at the last token of each example, ``(B, V)``; of a classifier, as given.
+
+    Args:
+        logits: ``(B, T, V)``, or ``(B, C)`` of a classifier.
+        mask: ``(B, T)`` boolean, False at padding.
+
+    Example:
+        >>> logits = torch.arange(6.0).view(1, 3, 2)
+        >>> last_rows(logits, torch.tensor([[True, True, False]]))
+        tensor([[2., 3.]])
+    """
     if logits.dim() == 2:
         return logits
-    last = last_token(real).to(logits.device)
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1).to(logits.device)
     return logits[torch.arange(len(last), device=last.device), last]
 
 
-def _log_probability(given: Logits) -> Tensor:
-    """Of the target, after the last token or as the class."""
-    rows = last_rows(given.logits, given.real)
-    rows = rows.to(widest(rows.device))
-    return rows.log_softmax(-1).gather(-1, given.target[:, None].to(rows.device))[:, 0]
-
-
-def _kl(given: Logits) -> Tensor:
-    """Of the changed from the unchanged distribution: of classes, or of tokens (mean over them)."""
-    rows = []
-    for b in range(len(given.real)):
-        real = given.real[b].to(given.logits.device) if given.logits.dim() == 3 else slice(None)
-        clean = given.clean[b][real].float().log_softmax(-1)
-        changed = given.logits[b][real].float().log_softmax(-1)
-        divergences = (clean.exp() * (clean - changed)).sum(-1)
-        rows.append(divergences.to(widest(divergences.device)).mean())
-    return torch.stack(rows)
-
-
-# Functions with names, and no closures, so that what holds a quantity can be pickled.
+# These are functions, not closures, so that an object that holds a quantity can be pickled.
 
 
 def _nll(given: Logits) -> Tensor:
-    assert given.nll is not None  # where it is not known, this quantity is refused
+    assert given.nll is not None  # otherwise the quantity is refused
     return given.nll
 
 
@@ -133,14 +122,26 @@ def _perplexity(given: Logits) -> Tensor:
     return _nll(given).exp()
 
 
+def _log_probability(given: Logits) -> Tensor:
+    rows = last_rows(given.logits, given.mask)
+    rows = rows.to(widest(rows.device))
+    return rows.log_softmax(-1).gather(-1, given.target[:, None].to(rows.device))[:, 0]
+
+
 def _probability(given: Logits) -> Tensor:
     return _log_probability(given).exp()
 
 
-def last_token(real: Tensor) -> Tensor:
-    """``(B,)``: the place of each example's last real token."""
-    places = torch.arange(real.shape[1], device=real.device)
-    return (real * places).argmax(1)
+def _kl(given: Logits) -> Tensor:
+    """Return KL(clean || changed), of classes or as a mean over tokens, ``(B,)``."""
+    divergences = []
+    for b in range(len(given.mask)):
+        rows = given.mask[b].to(given.logits.device) if given.logits.dim() == 3 else slice(None)
+        clean = given.clean[b][rows].float().log_softmax(-1)
+        changed = given.logits[b][rows].float().log_softmax(-1)
+        kl = (clean.exp() * (clean - changed)).sum(-1)
+        divergences.append(kl.to(widest(kl.device)).mean())
+    return torch.stack(divergences)
 
 
 QUANTITIES: dict[QuantityName, Quantity] = {
@@ -153,9 +154,16 @@ QUANTITIES: dict[QuantityName, Quantity] = {
 
 
 def quantity_of(quantity: QuantityName | Callable[..., Tensor]) -> Quantity:
-    """The quantity of that name, or one from a callable ``(logits, batch, clean_logits) -> (B,)``.
+    """Return the quantity of a name, or of a callable ``(logits, batch, clean_logits) -> (B,)``.
 
-    A callable may have an attribute ``higher_is_better``; without it, less is better.
+    If more of a callable's quantity is better, its attribute ``higher_is_better`` is True.
+
+    Raises:
+        ValueError: If the name is unknown.
+
+    Example:
+        >>> quantity_of("prob").higher_is_better
+        True
     """
     if not callable(quantity):
         check_choice("quantity", quantity, QuantityName)
@@ -165,8 +173,8 @@ def quantity_of(quantity: QuantityName | Callable[..., Tensor]) -> Quantity:
 
 def _checked(compute: Callable[..., Tensor], given: Logits) -> Tensor:
     values = compute(given.logits, given.batch, given.clean)
-    B = len(given.real)
-    if not isinstance(values, Tensor) or values.shape != (B,):
+    expected = (len(given.mask),)
+    if not isinstance(values, Tensor) or values.shape != expected:
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"quantity gave {shape}, not one number an example: ({B},).")
+        raise ValueError(f"quantity must return one number per example, {expected}, got {shape}.")
     return values.to(widest(values.device))

@@ -1,15 +1,17 @@
-"""What an evaluation found: curves, comparisons with intervals, tables, figures."""
+"""The result of an evaluation: curves, comparisons with intervals, a table, a plot and a file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from captum_cw import measures
 from captum_cw._utils.files import read_json, write_json
 from captum_cw.functional import check_choice
 from captum_cw.removal.ranking import Which
@@ -19,12 +21,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["Comparison", "FaithfulnessResult", "Side", "Statistic"]
+__all__ = ["Comparison", "FaithfulnessResult", "Side", "Statistic", "curve_styles"]
 
-VERSION = 1
-#: Texts that have a spread, and with it an interval.
+VERSION = 2
+#: The number of texts that an interval over texts needs.
 COMPARABLE = 2
-#: Examples that are held at once while resampling.
+#: The number of examples that are held at once while resampling.
 RESAMPLED = 1_000_000
 Side = Literal["comprehensiveness", "sufficiency"]
 REMOVED: dict[Side, Which] = {"comprehensiveness": "top", "sufficiency": "bottom"}
@@ -33,7 +35,7 @@ TITLES: dict[Side, str] = {
     "sufficiency": "Bottom removed (lower is better)",
 }
 Statistic = Literal["mean", "corpus", "nll"]
-#: Statistics and metrics, as an axis names them.
+#: The labels of statistics and quantities on an axis.
 LABELS: dict[str, str] = {
     "corpus": "corpus perplexity",
     "nll": "mean negative log-likelihood (nats)",
@@ -41,13 +43,19 @@ LABELS: dict[str, str] = {
     "prob": "probability",
     "kl": "KL divergence (nats)",
 }
+#: Colours for methods that have none in the registry. All are of the palette of Okabe and Ito.
+OTHER_COLOURS = ("#cc79a7", "#56b4e9", "#000000", "#f0e442")
 
 
 class Comparison(NamedTuple):
-    """The difference of two methods at each rate, ``a - b``, with its paired interval.
+    """The difference of two methods at each rate, with its paired bootstrap interval.
 
-    ``difference``, ``low`` and ``high`` are ``(rates,)``; ``better`` is the name of the method
-    that is better at each rate, None where the interval holds zero.
+    Attributes:
+        rates: the removed fractions.
+        difference: ``(rates,)``, the statistic of ``a`` minus that of ``b``.
+        low: ``(rates,)``, the lower end of the interval.
+        high: ``(rates,)``, the upper end of the interval.
+        better: the name of the better method at each rate; None if the interval holds zero.
 
     Example:
         >>> low, high = torch.tensor([-2.0]), torch.tensor([-1.0])
@@ -64,30 +72,32 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class FaithfulnessResult:
-    """Comprehensiveness and sufficiency of several methods, example by example.
+    """The comprehensiveness and sufficiency of methods, example by example.
 
-    A delta is what the metric loses by the removal, ``f(changed) - f(clean)`` where less is better
-    (the sign is turned where more is better): comprehensiveness is better the higher it is,
-    sufficiency the lower.
+    A delta is what a removal costs: ``f(changed) - f(clean)`` of the quantity ``f`` if less of it
+    is better, and the negative if more of it is better. High comprehensiveness and low sufficiency
+    are better.
 
     Attributes:
-        rates: What was removed, by ``"top"`` and ``"bottom"``.
-        settings: What the numbers depend on.
-        records: For each example its ``index``, ``clean`` metric, and by method and side the
-            metric (``values``) and mean negative log-likelihood (``nll``) at each rate. There is
-            no likelihood where the model predicts no tokens, such as a classifier.
+        rates: the removed fractions, from the ``"top"`` and from the ``"bottom"``.
+        settings: the settings, models and versions that the numbers depend on.
+        records: one record per example, with its ``index``, its quantity in the clean pass
+            (``clean``), and by method and side the quantity (``values``) and the mean negative
+            log-likelihood in nats (``nll``) at each rate. There is no likelihood if the model does
+            not predict tokens, as a classifier.
 
     Raises:
-        ValueError: If there is no example.
+        ValueError: If there are no records.
 
     Example:
         >>> metric = ComprehensivenessSufficiency(model, rates=[0.25, 0.5])
-        >>> texts = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
-        >>> result = metric.evaluate({"contribution": "contribution", "chance": "random"}, texts)
+        >>> texts = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> methods = {"contribution": "contribution", "chance": "random"}
+        >>> result = metric.evaluate(methods, texts)
         >>> result.per_example["contribution"]["sufficiency"].shape
-        torch.Size([2, 2])
-        >>> result.compare("contribution", "chance").rates
-        (0.25, 0.5)
+        torch.Size([1, 2])
+        >>> result.aopc().keys()
+        dict_keys(['contribution', 'chance'])
     """
 
     rates: Mapping[Which, tuple[float, ...]]
@@ -96,75 +106,81 @@ class FaithfulnessResult:
 
     def __post_init__(self) -> None:
         if not self.records:
-            raise ValueError("There is no example: the data are empty.")
+            raise ValueError("The data are empty: give at least one example.")
 
     @property
     def methods(self) -> list[str]:
-        """Their names."""
+        """The names of the methods."""
         return list(self.records[0]["values"])
 
     @property
     def sides(self) -> dict[Side, Which]:
-        """The sides that were evaluated, and what was removed."""
+        """The evaluated sides, and the end of the ranking that was removed for each."""
         return {side: which for side, which in REMOVED.items() if which in self.rates}
 
     @property
     def has_likelihood(self) -> bool:
-        """Whether the likelihood of the texts is known: the model predicts their tokens."""
+        """Whether the likelihood of the texts is known, because the model predicts their tokens."""
         return "clean_nll" in self.records[0]
 
     @property
     def comprehensiveness(self) -> dict[str, Tensor]:
-        """By method ``(rates,)``: the mean delta over examples (Eq. 16), top removed."""
+        """By method, the mean delta with the top removed (Eq. 16), ``(rates,)``."""
         return self._means("comprehensiveness")
 
     @property
     def sufficiency(self) -> dict[str, Tensor]:
-        """By method ``(rates,)``: the mean delta over examples (Eq. 17), bottom removed."""
+        """By method, the mean delta with the bottom removed (Eq. 17), ``(rates,)``."""
         return self._means("sufficiency")
 
     @property
     def per_example(self) -> dict[str, dict[Side, Tensor]]:
-        """By method and side ``(examples, rates)``: the deltas."""
+        """By method and side, the deltas ``(examples, rates)``."""
         return {
             name: {side: self.deltas(name, side) for side in self.sides} for name in self.methods
         }
 
     @property
     def corpus(self) -> dict[str, dict[Side, Tensor]]:
-        """By method and side ``(rates,)``: the delta of ``exp(mean NLL)`` over all tokens.
+        """By method and side, the delta of the corpus perplexity ``(rates,)``.
+
+        The corpus perplexity is ``exp(mean NLL)`` over all tokens of all texts.
 
         Raises:
             ValueError: If the likelihood of the texts is not known.
         """
         return {
-            name: {side: self._statistic(name, side, "corpus", None)[0] for side in self.sides}
+            name: {side: self._statistic(name, side, "corpus")[0] for side in self.sides}
             for name in self.methods
         }
 
     @property
     def clean(self) -> float:
-        """The mean of the metric over the unchanged examples."""
+        """The mean of the quantity over the unchanged examples."""
         return float(self._column("clean").mean())
 
     @property
     def clean_corpus(self) -> float:
-        """``exp(mean NLL)`` over all tokens of the unchanged examples.
+        """The corpus perplexity of the unchanged examples, ``exp(mean NLL)`` over all tokens.
 
         Raises:
             ValueError: If the likelihood of the texts is not known.
         """
         self._check_statistic("corpus")
-        return float(self._corpus(self._column("clean_nll")[:, None], self._column("count")))
+        return float(_corpus(self._column("clean_nll")[:, None], self._column("count")))
 
     def deltas(self, method: str, side: Side) -> Tensor:
-        """``(examples, rates)`` of the metric."""
+        """Return the deltas of the quantity, ``(examples, rates)``.
+
+        Raises:
+            KeyError: If the method was not evaluated.
+        """
         sign = -1 if self.settings["higher_is_better"] else 1
         changed = self._table("values", method, side)
         return sign * (changed - self._column("clean")[:, None])
 
     def aopc(self) -> dict[str, dict[Side, float]]:
-        """By method and side: the plain mean over the rates of the mean delta."""
+        """Return by method and side the mean over the rates of the mean delta."""
         return {
             name: {side: float(self.deltas(name, side).mean()) for side in self.sides}
             for name in self.methods
@@ -181,77 +197,71 @@ class FaithfulnessResult:
         confidence: float = 0.95,
         seed: int = 0,
     ) -> Comparison:
-        """The difference of two methods, with a paired bootstrap interval over examples.
+        """Return the difference of two methods with a paired bootstrap interval over examples.
 
         Args:
-            a: A method.
-            b: Another.
+            a: the name of a method.
+            b: the name of another method.
             side: ``"comprehensiveness"`` or ``"sufficiency"``.
-            statistic: Of the deltas: their ``"mean"`` over examples, or that of ``"nll"``, or the
-                delta of ``"corpus"`` perplexity, which no single example dominates.
-            samples: Resamples of the examples.
-            confidence: Of the interval (percentiles).
-            seed: Of the resamples.
+            statistic: ``"mean"`` for the mean delta over examples, ``"nll"`` for the mean delta of
+                the negative log-likelihood, or ``"corpus"`` for the delta of the corpus
+                perplexity, which a single example does not dominate.
+            samples: the number of resamples of the examples.
+            confidence: the confidence of the interval, between percentiles.
+            seed: the random seed of the resamples.
 
         Returns:
             At each rate, ``a - b`` and its interval.
 
         Raises:
             KeyError: If a method was not evaluated.
-            ValueError: If a choice is unknown, there are fewer than two examples, or the likelihood
-                of the texts is asked for and not known.
+            ValueError: If a choice is unknown, there are fewer than two examples, or the statistic
+                needs a likelihood that is not known.
         """
         check_choice("side", side, Side)
         check_choice("statistic", statistic, Statistic)
         if not 0 < confidence < 1:
-            raise ValueError(f"confidence={confidence!r}: give a fraction between 0 and 1.")
+            raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}.")
         n = len(self.records)
         if n < COMPARABLE:
             raise ValueError(
-                f"There is {n} text, but an interval over texts needs {COMPARABLE} or more: "
-                "evaluate more texts, or read the differences from .deltas(method, side)."
+                f"An interval over texts needs {COMPARABLE} or more texts, got {n}: evaluate more "
+                "texts, or read the differences from .deltas(method, side)."
             )
+
+        def difference(drawn: Tensor | None = None) -> Tensor:
+            first, second = (self._statistic(name, side, statistic, drawn) for name in (a, b))
+            return first - second
+
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(n, (samples, n), generator=generator, device="cpu")
-        here = self._statistic(a, side, statistic, None) - self._statistic(b, side, statistic, None)
-        found = torch.cat(
-            [
-                self._statistic(a, side, statistic, some)
-                - self._statistic(b, side, statistic, some)
-                for some in torch.split(drawn, max(1, RESAMPLED // n))
-            ]
-        )
+        resampled = torch.cat(list(map(difference, drawn.split(max(1, RESAMPLED // n)))))
         tail = (1 - confidence) / 2
-        bounds = found.new_tensor([tail, 1 - tail])
-        low, high = torch.quantile(found, bounds, dim=0)
-        less = side == "sufficiency"
+        low, high = torch.quantile(resampled, resampled.new_tensor([tail, 1 - tail]), dim=0)
+        lower, higher = (a, b) if side == "sufficiency" else (b, a)  # the better if below, above 0
         better = tuple(
-            (a if (y < 0) == less else b) if x > 0 or y < 0 else None
+            lower if y < 0 else higher if x > 0 else None
             for x, y in zip(low.tolist(), high.tolist(), strict=True)
         )
-        return Comparison(self.rates[REMOVED[side]], here[0], low, high, better)
+        return Comparison(self.rates[REMOVED[side]], difference()[0], low, high, better)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each method, side and rate (needs pandas).
+        """Return a row for each method, side and rate (needs pandas).
 
-        ``delta_nll`` and ``delta_corpus_perplexity`` are there where the likelihood is known.
+        The columns ``delta_nll`` and ``delta_corpus_perplexity`` exist if the likelihood is known.
         """
         import pandas as pd
 
         columns: dict[str, Statistic] = {"delta": "mean"}
         if self.has_likelihood:
             columns |= {"delta_nll": "nll", "delta_corpus_perplexity": "corpus"}
-        rows = []
+        tables = []
         for name in self.methods:
             for side, which in self.sides.items():
-                found = {
-                    column: self._statistic(name, side, statistic, None)[0].tolist()
-                    for column, statistic in columns.items()
-                }
-                for i, rate in enumerate(self.rates[which]):
-                    numbers = {column: values[i] for column, values in found.items()}
-                    rows.append({"method": name, "side": side, "rate": rate, **numbers})
-        return pd.DataFrame(rows)
+                deltas = {c: self._statistic(name, side, s)[0].tolist() for c, s in columns.items()}
+                row = {"method": name, "side": side, "rate": list(self.rates[which])}
+                tables.append(pd.DataFrame({**row, **deltas}))
+        return pd.concat(tables, ignore_index=True)
 
     def plot(
         self,
@@ -260,19 +270,19 @@ class FaithfulnessResult:
         log: bool | None = None,
         use_pyplot: bool = True,
     ) -> tuple[Figure, npt.NDArray[Any]]:
-        """The two curves (Fig. 3): the delta against the fraction removed.
+        """Plot the delta against the removed fraction, with a panel per side (Fig. 3).
 
         Args:
-            statistic: As for :meth:`compare`.
-            log: A logarithmic scale; None where all deltas are positive, and those of a side span
-                two decades.
-            use_pyplot: Makes a pyplot figure, which notebooks show.
+            statistic: the statistic of the deltas, as for :meth:`compare`.
+            log: whether the scale is logarithmic; None for a logarithmic scale if all deltas are
+                positive and those of a side span two decades.
+            use_pyplot: whether to make a pyplot figure, which notebooks show.
 
         Returns:
-            The figure and its two axes.
+            The figure and its axes, one per side.
 
         Raises:
-            ValueError: If ``statistic`` is unknown, or is of a likelihood that is not known.
+            ValueError: If ``statistic`` is unknown, or needs a likelihood that is not known.
         """
         from captum_cw.visualization.curves import plot_curves
 
@@ -280,56 +290,53 @@ class FaithfulnessResult:
         what = self.settings["quantity"] if statistic == "mean" else statistic
         return plot_curves(
             {
-                TITLES[side]: {
-                    name: self._statistic(name, side, statistic, None)[0] for name in self.methods
-                }
+                TITLES[side]: {n: self._statistic(n, side, statistic)[0] for n in self.methods}
                 for side in self.sides
             },
             {TITLES[side]: self.rates[which] for side, which in self.sides.items()},
             ylabel=f"delta of {LABELS.get(what, what)}",
             log=log,
+            styles=curve_styles(self.methods, self.settings),
             use_pyplot=use_pyplot,
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes everything as JSON; floats come back bit for bit."""
-        content = {
-            "version": VERSION,
-            "rates": {which: list(rates) for which, rates in self.rates.items()},
-            "settings": dict(self.settings),
-            "records": list(self.records),
-        }
-        write_json(path, content)
+        """Write the result as JSON. Floats are exact."""
+        content = {"rates": self.rates, "settings": self.settings, "records": self.records}
+        write_json(path, {"version": VERSION, **content})
 
     @classmethod
     def load(cls, path: str | Path) -> FaithfulnessResult:
-        """Reads what :meth:`save` has written.
+        """Read a file that :meth:`save` has written.
 
         Raises:
-            ValueError: If the file is no such result, or of an unknown version.
+            ValueError: If the file is not such a result, or has an unknown version.
         """
         content = read_json(path, VERSION, "rates")
         rates = {which: tuple(rates) for which, rates in content["rates"].items()}
         return cls(rates, content["settings"], content["records"])
 
     def _means(self, side: Side) -> dict[str, Tensor]:
-        """Empty where the side was not evaluated."""
         names = self.methods if side in self.sides else []
         return {name: self.deltas(name, side).mean(0) for name in names}
 
     def _column(self, name: str) -> Tensor:
-        return _numbers([record[name] for record in self.records])
+        """Return an entry of all records, ``(examples,)``."""
+        return _float64([record[name] for record in self.records])
 
-    def _table(self, what: str, method: str, side: Side) -> Tensor:
+    def _table(self, name: str, method: str, side: Side) -> Tensor:
+        """Return an entry of all records at each rate, ``(examples, rates)``."""
         if method not in self.methods:
             raise KeyError(f"{method!r} was not evaluated; there are {', '.join(self.methods)}.")
-        rows = [record[what][method][REMOVED[side]] for record in self.records]
-        return _numbers(rows)
+        return _float64([record[name][method][REMOVED[side]] for record in self.records])
 
     def _statistic(
-        self, method: str, side: Side, statistic: Statistic, drawn: Tensor | None
+        self, method: str, side: Side, statistic: Statistic, drawn: Tensor | None = None
     ) -> Tensor:
-        """``(samples, rates)`` over resampled examples, ``(1, rates)`` over all."""
+        """Return a statistic of the resampled examples ``drawn``, ``(samples, rates)``.
+
+        Without ``drawn``, the only sample is that of all examples.
+        """
         self._check_statistic(statistic)
         if drawn is None:
             drawn = torch.arange(len(self.records), device="cpu")[None]
@@ -339,22 +346,51 @@ class FaithfulnessResult:
         if statistic == "nll":
             return (changed - clean)[drawn].mean(1)
         counts = self._column("count")[drawn]
-        return self._corpus(changed[drawn], counts) - self._corpus(clean[drawn], counts)
+        return _corpus(changed[drawn], counts) - _corpus(clean[drawn], counts)
 
     def _check_statistic(self, statistic: Statistic) -> None:
         if statistic != "mean" and not self.has_likelihood:
             raise ValueError(
-                f"{statistic!r} is of the likelihood of the texts, which is not known: the model "
-                "predicts no tokens, or sees the tokens that it predicts. Use statistic='mean', "
-                ".aopc() or .deltas(method, side), which are of the metric."
+                f"statistic={statistic!r} needs the likelihood of the texts, which is not known: "
+                "the model does not predict tokens, or sees the tokens that it predicts. Use "
+                "statistic='mean', .aopc() or .deltas(method, side)."
             )
 
-    @staticmethod
-    def _corpus(nll: Tensor, counts: Tensor) -> Tensor:
-        """``exp`` of the mean over tokens; examples are the last dimension but one of ``nll``."""
-        weights = counts[..., None]
-        return ((nll * weights).sum(-2) / weights.sum(-2)).exp()
+
+def curve_styles(methods: Iterable[str], settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the label and colour of each method's curve, for Matplotlib.
+
+    A method of the registry has its colour, and its label if it goes by its registered name.
+
+    Args:
+        methods: the names of the methods in a result.
+        settings: the settings of the result, which say what the methods are.
+
+    Example:
+        >>> curve_styles(["vw", "mine"], {"methods": {"vw": "vw", "mine": "attention"}})["mine"]
+        {'label': 'mine', 'color': '#d55e00'}
+    """
+    others = cycle(OTHER_COLOURS)
+    styles = {}
+    for name in methods:
+        description = settings.get("methods", {}).get(name, "")
+        entry = measures.find(description) or measures.find(name)
+        label = entry.label if entry is not None and description == name else name
+        colour = entry.colour if entry is not None else None
+        styles[name] = {"label": label, "color": colour or next(others)}
+    return styles
 
 
-def _numbers(of: list[Any]) -> Tensor:
-    return torch.tensor(of, dtype=torch.float64, device="cpu")
+def _corpus(nll: Tensor, counts: Tensor) -> Tensor:
+    """Return ``exp`` of the mean NLL over tokens.
+
+    Args:
+        nll: ``(..., examples, rates)``, the mean NLL of each example.
+        counts: ``(..., examples)``, the number of tokens of each example.
+    """
+    weights = counts[..., None]
+    return ((nll * weights).sum(-2) / weights.sum(-2)).exp()
+
+
+def _float64(values: list[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""Whether scores depend on what a model has learnt (Adebayo et al. 2018)."""
+"""Whether scores depend on what a model has learned (Adebayo et al., 2018)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["with_shuffled_weights"]
 
 
 def with_shuffled_weights(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy of a model that has learnt nothing: the entries of each weight change places.
+    """Return a copy of a model whose numbers are shuffled within each weight.
 
-    Scores that a method takes from the copy should find what matters to the model far worse than
-    those from the model itself. They may still beat chance: what follows from the causal mask
-    alone, such as that early tokens are seen more often, needs no learning.
+    The copy has learned nothing. The scores of a method on the copy should find the tokens that
+    matter to the model far worse than its scores on the model itself. They may still be better
+    than chance: the causal mask alone lets early tokens be seen more often.
 
     Args:
-        model: The model, which is left as it is.
-        seed: Of the permutations.
+        model: the model, which does not change.
+        seed: the random seed of the permutations.
 
     Returns:
-        The copy; weights keep their sizes, so that activations keep theirs, roughly.
+        The copy. Its weights keep their norms, so its activations roughly keep theirs.
 
     Example:
         >>> methods = {
@@ -30,13 +30,14 @@ def with_shuffled_weights(model: nn.Module, seed: int = 0) -> nn.Module:
         ...     "of a shuffled model": ContributionWeights(with_shuffled_weights(model)),
         ... }
         >>> metric = ComprehensivenessSufficiency(model, rates=[0.5])
-        >>> metric.evaluate(methods, input_ids).methods
+        >>> texts = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> metric.evaluate(methods, texts).methods
         ['contribution', 'of a shuffled model']
     """
     shuffled = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in shuffled.parameters():  # those that are shared come once
+        for weight in shuffled.parameters():  # a shared weight comes once
             order = torch.randperm(weight.numel(), generator=generator, device="cpu")
             weight.copy_(weight.flatten()[order.to(weight.device)].view_as(weight))
     return shuffled

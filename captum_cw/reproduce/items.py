@@ -189,7 +189,6 @@ def _run_tasks(study: Study, folder: Path) -> Result:
         plan.bottom,
         task_path=study.task_path,
         limit=plan.documents,
-        batch_size=plan.batch_size,
         seed=plan.seed,
         resume_from=folder / "F4.records",
         show_progress=True,

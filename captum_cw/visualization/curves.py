@@ -24,6 +24,7 @@ def plot_curves(
     *,
     ylabel: str = "delta",
     log: bool | None = None,
+    styles: Mapping[str, Mapping[str, Any]] | None = None,
     use_pyplot: bool = True,
 ) -> tuple[Figure, npt.NDArray[Any]]:
     """Plot curves over rates, with a panel for each title and a curve for each method.
@@ -34,6 +35,8 @@ def plot_curves(
         ylabel: The label of the y axis.
         log: Use a logarithmic scale, which is linear from -1 to 1 if values are not all positive.
             By default, it is used if the values of a panel span two decades of it.
+        styles: By method, keyword arguments of ``Axes.plot`` for its curve, such as ``label`` and
+            ``color``. The default label is the name of the method.
         use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure.
 
     Returns:
@@ -61,9 +64,9 @@ def plot_curves(
             ax.plot(
                 [100 * rate for rate in rates[title]],
                 values.tolist(),
-                label=name,
                 marker=_MARKERS[number % len(_MARKERS)],
                 markersize=5,
+                **{"label": name, **(styles or {}).get(name, {})},
             )
         if log:
             ax.set_yscale("log") if positive else ax.set_yscale("symlog", linthresh=1)

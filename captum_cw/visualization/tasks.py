@@ -21,6 +21,7 @@ def plot_tasks(
     baselines: Mapping[str, tuple[float, float]],
     *,
     ylabel: str = "accuracy",
+    styles: Mapping[str, Mapping[str, Any]] | None = None,
     use_pyplot: bool = True,
 ) -> tuple[Figure, npt.NDArray[Any]]:
     """Plot the accuracy of each task, with a curve for each method and the unchanged model.
@@ -31,6 +32,7 @@ def plot_tasks(
         baselines: The value of the unchanged model and half the width of its interval, by title.
             The interval is shaded; NaN means that there is none.
         ylabel: The label of the y axis.
+        styles: By method, keyword arguments of ``Axes.plot`` for its curve.
         use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure.
 
     Returns:
@@ -46,7 +48,9 @@ def plot_tasks(
         ['a', 'nothing removed']
     """
     by_title = dict.fromkeys(panels, rates)
-    fig, axes = plot_curves(panels, by_title, ylabel=ylabel, log=False, use_pyplot=use_pyplot)
+    fig, axes = plot_curves(
+        panels, by_title, ylabel=ylabel, log=False, styles=styles, use_pyplot=use_pyplot
+    )
     for ax, title in zip(axes, panels, strict=True):
         value, half = baselines[title]
         ax.axhline(value, color="black", linestyle="--", linewidth=1, label="nothing removed")

@@ -149,7 +149,7 @@ def test_without_a_mask_token_the_logits_are_those_of_the_text_as_it_is(make: An
     assert torch.equal(seen[0], logits)
     assert (sufficiency(model, inputs, "vw", [0.5], quantity="kl") > 0).all()
     for metric in ("log_prob", "prob"):
-        with pytest.raises(ValueError, match="not the token after the text"):
+        with pytest.raises(ValueError, match="need one for the token after"):
             sufficiency(model, inputs, "vw", [0.5], quantity=metric)
 
 
@@ -173,7 +173,9 @@ def test_results_without_likelihood_are_saved_shown_and_refused_by_name(tmp_path
         lambda: again.compare("c", "r", statistic="nll"),
         lambda: again.plot(statistic="corpus"),
     ):
-        with pytest.raises(ValueError, match="the likelihood of the texts, which is not known"):
+        with pytest.raises(
+            ValueError, match="needs the likelihood of the texts, which is not known"
+        ):
             asked()  # type: ignore[no-untyped-call]
 
 

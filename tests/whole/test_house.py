@@ -114,10 +114,6 @@ TOO_LARGE = {
     "explanation.builder.explain": 64,
     "explanation.explanation": 689,
     "explanation.explanation.Explanation": 447,
-    "metrics.batch.__init__": 70,
-    "metrics.tasks": 732,
-    "metrics.tasks.evaluate_tasks": 99,
-    "metrics.tasks._harness_model": 70,
 }
 
 
