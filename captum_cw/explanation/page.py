@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from captum_cw import measures
-from captum_cw.explanation.explanation import OF_HEADS
+from captum_cw.explanation.heads import OF_HEADS
 
 if TYPE_CHECKING:
-    from captum_cw.explanation.explanation import Explanation, HeadMaps
+    from captum_cw.explanation.explanation import Explanation
+    from captum_cw.explanation.heads import HeadMaps
 
 __all__ = ["explanation_page", "framed"]
 

@@ -34,7 +34,7 @@ from captum_cw import (
     functional,
 )
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.explanation.explanation import HeadMaps
+from captum_cw.explanation.heads import HeadMaps
 from support.models import GATED_MODELS, SIZES, bert, build, gemma3, gpt2, llama, mistral, t5
 from support.state import state_of
 
@@ -313,9 +313,9 @@ def test_queries_may_be_other_tokens() -> None:
         ({"ig": [torch.zeros(2, 1, 3, 3)]}, ValueError, r"'ig'.*\(2, 1, 3, 3\).*x\[:1\]"),
         ({"ig": [(torch.zeros(3),)]}, TypeError, "'ig'.*tuple"),
         ([torch.zeros(1, 1, 3, 3)], TypeError, "name the measure"),
-        ({}, ValueError, "no map"),
-        ([], ValueError, "no map"),
-        ({"ig": []}, ValueError, "no map"),
+        ({}, ValueError, "maps are empty"),
+        ([], ValueError, "maps are empty"),
+        ({"ig": []}, ValueError, "maps are empty"),
     ],
 )
 def test_what_is_no_map_of_one_text_is_refused(maps: Any, kind: Any, message: str) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from captum_cw import Explanation, explain
-from captum_cw.explanation.explanation import HeadMaps
+from captum_cw.explanation.heads import HeadMaps
 from support.paths import ROOT
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
@@ -106,17 +106,17 @@ def changed(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     {
-        "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "no safetensors file, or"),
-        "empty": (lambda p: p.write_bytes(b""), "no safetensors file, or"),
-        "JSON": (lambda p: p.write_text('{"version": 1}' * 9), "no safetensors file, or"),
-        "weights": (lambda p: save_file({"w": torch.ones(2)}, p), "holds no result"),
+        "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "is not a safetensors file"),
+        "empty": (lambda p: p.write_bytes(b""), "is not a safetensors file"),
+        "JSON": (lambda p: p.write_text('{"version": 1}' * 9), "is not a safetensors file"),
+        "weights": (lambda p: save_file({"w": torch.ones(2)}, p), "does not hold a result"),
         "of others": (
             lambda p: save_file({"w": torch.ones(2)}, p, {"format": "pt"}),
-            "holds no result",
+            "does not hold a result",
         ),
         "no JSON": (
             lambda p: save_file({"w": torch.ones(2)}, p, {"captum_cw": "{"}),
-            "holds no result",
+            "does not hold a result",
         ),
         "later": (lambda p: changed(p, version=2), "version 2; this release reads 1"),
         "earlier": (lambda p: changed(p, version=0), "version 0; this release reads 1"),
@@ -233,7 +233,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
         return importlib.import_module(wanted)
 
     monkeypatch.setattr("captum_cw.explanation.files.import_module", missing)
-    with pytest.raises(ImportError, match=rf"{name} is needed.*captum-cw\[interchange\]"):
+    with pytest.raises(ImportError, match=rf"{name} is not installed.*captum-cw\[interchange\]"):
         getattr(Explanation(["a"], {}), call)()
 
 

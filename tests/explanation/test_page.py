@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from captum_cw import ContributionWeights, Explanation, explain, measures
-from captum_cw.explanation.explanation import OF_HEADS, HeadMaps
+from captum_cw.explanation.heads import OF_HEADS, HeadMaps
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 Page = playwright.Page
