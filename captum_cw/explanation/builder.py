@@ -17,7 +17,7 @@ from captum_cw.capture.forward_call import LOGITS, parameters_of
 from captum_cw.capture.model import check_fits, unwrapped
 from captum_cw.capture.outputs import logits_of
 from captum_cw.capture.run import expected_layers
-from captum_cw.explanation.conversion import mean_of_layers, versions
+from captum_cw.explanation.conversion import versions
 from captum_cw.explanation.explanation import Explanation
 from captum_cw.explanation.heads import FACTORS, HeadMaps, most_important
 from captum_cw.functional import AttentionLayer, Measure, Space, map_blocks
@@ -108,7 +108,7 @@ def explain(
         predicted, probability = _predictions(model, tokenizer, output, T)
     return Explanation(
         tokens=readable_tokens(tokenizer, ids[0]),
-        scores={name: mean_of_layers(x) for name, x in layers.scores.items()},
+        scores={name: torch.stack(x).mean(0) for name, x in layers.scores.items()},
         maps={name: x / len(layers.heads) for name, x in layers.maps.items()},
         heads=layers.heads if top_k else (),
         predicted=predicted,
@@ -239,7 +239,7 @@ def _predictions(
     if logits.shape[:2] != (1, T) or not _is_language_model(model, logits.shape[-1]):
         return None, None
     # Blocks of positions bound the memory of the probabilities.
-    best = [block.float().softmax(-1).max(-1) for block in logits[0].split(64)]
+    best = [block.float().softmax(-1).max(-1) for block in torch.split(logits[0], 64)]
     ids = torch.cat([x.indices for x in best]).cpu()
     return readable_ids(tokenizer, ids), torch.cat([x.values for x in best]).cpu()
 

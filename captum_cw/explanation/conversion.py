@@ -18,17 +18,12 @@ from captum_cw.measures import SIGNED
 from captum_cw.text.templates import Message
 from captum_cw.text.tokens import readable_tokens, word_numbers
 
-__all__ = ["fields_of_maps", "fields_of_result", "mean_of_layers", "versions"]
+__all__ = ["fields_of_maps", "fields_of_result", "versions"]
 
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries, for the settings of an explanation."""
     return {"captum_cw": __version__} | {x: version(x) for x in ("torch", "transformers")}
-
-
-def mean_of_layers(layers: Sequence[Tensor]) -> Tensor:
-    """Average tensors of the same shape."""
-    return torch.stack([*layers]).mean(0)
 
 
 def fields_of_result(result: LLMAttributionResult, name: str) -> dict[str, Any]:
@@ -125,8 +120,8 @@ def fields_of_maps(
         means[SIGNED] = [x.sum(0) for x in measures["contribution"]]
         scores[SIGNED] = [_over_queries(x).sum(0) for x in measures["contribution"]]
     return {
-        "scores": {name: mean_of_layers(xs) for name, xs in scores.items()},
-        "maps": {name: mean_of_layers(xs) for name, xs in means.items()},
+        "scores": {name: torch.stack(xs).mean(0) for name, xs in scores.items()},
+        "maps": {name: torch.stack(xs).mean(0) for name, xs in means.items()},
         "heads": heads,
         "settings": versions(),
     }

@@ -77,21 +77,14 @@ def _group(
         elif probability is not None:
             parts = [probability[start:stop].prod() for start, stop in query_spans]
             probability = torch.stack(parts)
-    return replace(
-        explanation,
+    return type(explanation)(
         tokens=[joined(explanation.tokens[start:stop]) for start, stop in spans],
         scores={name: group_scores(x, spans, how) for name, x in explanation.scores.items()},
         maps=maps,
-        heads=(),
         queries=queries,
         predicted=predicted,
         probability=probability,
-        words=None,
-        text=None,
-        offsets=None,
-        messages=None,
         settings={**explanation.settings, "by": by, "how": how},
-        query_words=None,
     )
 
 

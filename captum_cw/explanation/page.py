@@ -68,27 +68,25 @@ def explanation_page(explanation: Explanation, *, sinks: Collection[int] | None 
         >>> page.startswith("<!DOCTYPE html>")
         True
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Template
 
     sinks = explanation.sinks if sinks is None else sinks
     layers = [layer for layer in explanation.heads if layer.keys.numel()]
     _check(explanation, layers, sinks)
     blobs = [_map(x) for x in explanation.maps.values()] + [_heads(layer) for layer in layers]
-    package = "captum_cw.explanation"
-    environment = Environment(
-        loader=PackageLoader(package, "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.jinja").render(
+    template = Template(_source("html.jinja"), autoescape=True, trim_blocks=True)
+    page: str = template.render(
         title=_title(explanation),
-        style=files(package).joinpath("page.css").read_text("utf-8"),
-        script=files(package).joinpath("page.js").read_text("utf-8"),
+        style=_source("css"),
+        script=_source("js"),
         data=_json(_description(explanation, layers, sinks)),
         blobs=blobs,
     )
+    return page
+
+
+def _source(suffix: str) -> str:
+    return files("captum_cw.explanation").joinpath(f"page.{suffix}").read_text("utf-8")
 
 
 def framed(page: str, alternative: str) -> str:
@@ -147,22 +145,16 @@ def _description(
     names = list(dict.fromkeys([*explanation.maps, *explanation.scores, *of_heads]))
     first = measures.names()[0]
     shown_first = first in explanation.maps or (first in names and not explanation.maps)
+    explained = set(OF_HEADS) <= explanation.maps.keys()  # by explain()
     probability = explanation.probability
     return {
         "tokens": explanation.tokens,
         "queries": explanation.queries,
         "predicted": explanation.predicted,
         "probability": None if probability is None else _rounded(probability),
-        "methods": [
-            {
-                **_method(name),
-                "aggregation": _aggregation(name, explanation),
-                "ofHeads": name in of_heads,
-            }
-            for name in names
-        ],
+        "methods": [{**_method(name, explained), "ofHeads": name in of_heads} for name in names],
         "initial": first if shown_first else names[0],
-        "factors": [_method(name) for name in PRODUCT],
+        "factors": [_method(name, explained) for name in PRODUCT],
         "scores": {name: _rounded(x) for name, x in explanation.scores.items()},
         "maps": list(explanation.maps),
         "layers": [
@@ -179,22 +171,21 @@ def _description(
     }
 
 
-def _method(name: str) -> dict[str, str]:
-    """Return what the registry says of a method, or what can be said of any other."""
+def _method(name: str, explained: bool) -> dict[str, str]:
+    """Return what the registry says of a method, and how :func:`captum_cw.explain` combines it."""
     entry = measures.find(name)
     if entry is None:
-        return {"name": name, "label": name, "about": OWN_UNIT, "unit": ""}
-    return {"name": name, "label": entry.label, "about": entry.about, "unit": entry.unit}
-
-
-def _aggregation(name: str, explanation: Explanation) -> str:
-    """Return how a map of :func:`captum_cw.explain` combines layers and heads."""
-    entry = measures.find(name)
-    if entry is None or not set(OF_HEADS) <= explanation.maps.keys():
-        return ""
-    if entry.signed:
-        return "Summed over heads, mean over layers."
-    return "Mean over all layers and heads."
+        return {"name": name, "label": name, "about": OWN_UNIT, "unit": "", "aggregation": ""}
+    aggregation = (
+        "Sum over heads, mean over layers." if entry.signed else "Mean over layers and heads."
+    )
+    return {
+        "name": name,
+        "label": entry.label,
+        "about": entry.about,
+        "unit": entry.unit,
+        "aggregation": aggregation if explained else "",
+    }
 
 
 def _rounded(x: Tensor) -> list[float]:

@@ -203,7 +203,7 @@ class TaskResult:
         Returns:
             The figure and its axes, one a task; the baseline's 95 % interval is shaded.
         """
-        from captum_cw.visualization.tasks import plot_tasks
+        from captum_cw.visualization.curves import plot_tasks
 
         titles = {
             task: f"{task} ({metric.partition(',')[0]})" for task, metric in self.metric.items()

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TEXT = "a b c d e f g h i j"
-# Of the map, for the labels, in pixels.
+# The room for the labels of the map, in pixels.
 MARGIN_TOP, MARGIN_LEFT = 92, 112
 LABELS = {entry.name: entry.label for entry in measures.explained()}
 SIGNED = LABELS["contribution-signed"]
@@ -48,7 +48,7 @@ def browser() -> Iterator[object]:
 
 @pytest.fixture
 def show(browser, tmp_path: Path) -> Iterator[Show]:
-    """Opens a page; fails where one asks for anything else, or reports an error."""
+    """Open a page, and fail if it requests another file or reports an error."""
     contexts, troubles = [], []
 
     def opened(given: Explanation | str, width: int = 1400, **options: object) -> Page:
@@ -86,7 +86,7 @@ def explanation(tiny_model, tiny_tokenizer) -> Explanation:
 
 
 def figures(page: Page, heading: str | None = None) -> dict[str, float]:
-    """Of the details: all lists, or the one below a heading."""
+    """Return the numbers of the details: of all lists, or of the one below a heading."""
     lists = page.locator("#details dl")
     if heading:
         lists = page.locator(f"#details h3:has-text('{heading}') + dl")
@@ -100,7 +100,7 @@ def token(page: Page, place: int, box: str = "tokens"):
 
 
 def choose_cell(page: Page, query: int, key: int) -> None:
-    """By the keyboard, from the first cell of ten rows or fewer."""
+    """Select a cell with the keyboard, on a map of at most ten rows."""
     page.locator("#map").focus()
     page.keyboard.press("PageUp")
     page.keyboard.press("PageUp")
@@ -167,7 +167,7 @@ def test_hovering_shows_what_a_token_drew_from_and_fed(
     assert "Nothing selected" in page.inner_text("#details")
 
 
-def test_a_choice_stays_until_it_is_let_go(show: Show, explanation: Explanation) -> None:
+def test_a_selection_stays_until_it_is_cleared(show: Show, explanation: Explanation) -> None:
     page = show(explanation)
     token(page, 6).click()
     page.mouse.move(5, 5)
@@ -222,7 +222,7 @@ def test_a_cell_of_a_head_shows_its_factors(show: Show, explanation: Explanation
         assert np.prod(factors) == pytest.approx(shown[f"= {SIGNED}"], rel=0.15)
 
 
-def test_what_was_not_kept_is_said(show: Show, explanation: Explanation) -> None:
+def test_keys_that_were_not_kept_are_named_as_such(show: Show, explanation: Explanation) -> None:
     page = show(explanation)
     page.select_option("#layer", "0")
     page.locator("#head:enabled").wait_for()
@@ -280,7 +280,7 @@ def test_signs_are_blue_and_orange(show: Show, explanation: Explanation) -> None
     assert (bluer == (grid > 0).numpy())[sure].all()
 
 
-def test_sinks_leave_the_colours(show: Show, explanation: Explanation) -> None:
+def test_the_colour_scale_can_ignore_sinks(show: Show, explanation: Explanation) -> None:
     grid = explanation.maps["attention"].clone()
     grid[:, 0] += 10
     page = show(replace(explanation, maps={"attention": grid}, heads=()))
@@ -639,7 +639,7 @@ def test_the_window_follows_the_chosen_token(show: Show, long_page: str) -> None
 
 
 def inks(page: Page) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Of the tokens that have a colour: it, and that of their letters."""
+    """Return the background and text colour of each coloured token."""
     pairs = page.locator("#tokens .token[style]").evaluate_all(
         "tokens => tokens.map(getComputedStyle).map(x => [x.backgroundColor, x.color])"
     )
@@ -676,9 +676,13 @@ def test_a_finger_chooses_on_a_phone(show: Show, explanation: Explanation) -> No
 
 def test_a_model_that_looks_both_ways(show: Show, tiny_tokenizer) -> None:
     config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=32,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    )
     torch.manual_seed(0)
     model = transformers.BertForMaskedLM(config).eval()
     explained = explain(model, tiny_tokenizer, "a b c d e")
