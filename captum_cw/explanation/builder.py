@@ -1,11 +1,11 @@
-"""Explains one text: all measures of all layers and heads, from one forward pass."""
+"""Explain one text: all measures of all layers and heads, from one forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,18 @@ from captum_cw.capture.forward_call import LOGITS, parameters_of
 from captum_cw.capture.model import check_fits, unwrapped
 from captum_cw.capture.outputs import logits_of
 from captum_cw.capture.run import expected_layers
-from captum_cw.explanation.explanation import (
-    PARTS,
-    Explanation,
-    HeadMaps,
-    mean_of_layers,
-    most_important,
-    versions,
-)
-from captum_cw.functional import AttentionLayer, Space, map_blocks
+from captum_cw.explanation.conversion import versions
+from captum_cw.explanation.explanation import Explanation
+from captum_cw.explanation.heads import FACTORS, HeadMaps, most_important
+from captum_cw.functional import AttentionLayer, Measure, Space, map_blocks
 from captum_cw.measures import Entry
 from captum_cw.text.prompts import Text, leading, model_inputs, read_text
 from captum_cw.text.templates import RenderedChat
-from captum_cw.text.tokens import Span, Tokenizer, readable_ids, readable_tokens, word_numbers
+from captum_cw.text.tokens import Tokenizer, readable_ids, readable_tokens, word_numbers
 
 __all__ = ["explain"]
+
+CONTRIBUTION = functional.contribution("inter")
 
 
 def explain(
@@ -44,53 +41,53 @@ def explain(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     show_progress: bool = False,
 ) -> Explanation:
-    """All measures of one text, by token, layer and head, from one observed forward pass.
+    """Compute all measures of one text, by token, layer and head, in one observed forward pass.
 
-    Scores are those of :class:`~captum_cw.TokenScores` (Eq. 15), and maps what they reduce: means
-    over heads and layers of absolute values. ``"contribution-signed"`` keeps signs and sums heads,
-    so that the rows of its map sum to one.
+    Scores are those of :class:`~captum_cw.TokenScores` (Eq. 15). Maps are means of absolute values
+    over heads and layers. ``"contribution-signed"`` keeps signs and sums over heads, so the rows of
+    its map sum to one.
 
-    A model with learned virtual tokens (prompt or prefix tuning) is explained by the text's own
-    tokens: its last ``T`` queries and keys. What a query drew from virtual tokens is left out, so
-    that rows sum to less; only the ``share`` of a head still counts all keys.
+    For a model with learned virtual tokens (prompt or prefix tuning), the explanation has only the
+    text's own tokens, which are the last ``T`` queries and keys. The rows of its maps then sum to
+    less than one. Only the ``share`` of a head still counts all keys.
 
     Args:
-        model: A model of text whose layers attend to one sequence. In a model of images and text,
-            the layers count that read the text.
-        tokenizer: Its tokenizer. All that it returns and the model takes reaches the model.
-        text: The text; a pair of texts, in a tuple; the messages of a chat, to which the
-            tokenizer's chat template is applied; what the tokenizer returned for one text
-            (``BatchEncoding``), or a dict of the model's arguments, such as a processor's with
-            ``pixel_values``; or token ids ``(T,)`` or ``(1, T)``. Without padding.
-        top_k: How many keys are kept for each query of each head; 0 leaves heads out.
-        space: Where outputs are measured, as for :class:`~captum_cw.ContributionWeights`.
-        chat_template_kwargs: Further arguments for the chat template, such as
-            ``{"enable_thinking": False}``; only for the messages of a chat.
-        show_progress: Shows a bar over the layers once it has taken two seconds.
+        model: A text model whose layers attend to a single sequence. For a model of images and
+            text, only the layers that read the text are explained.
+        tokenizer: The model's tokenizer. Every output of it that the model accepts is used.
+        text: A text; a tuple of two texts; the messages of a chat, rendered by the tokenizer's chat
+            template; the output of the tokenizer for one text (``BatchEncoding``), or a dict of
+            the model's arguments, such as a processor's output with ``pixel_values``; or token ids
+            ``(T,)`` or ``(1, T)``. Padding is not allowed.
+        top_k: The number of keys to keep for each query of each head; with 0 there are no heads.
+        space: Where outputs are measured; see :class:`~captum_cw.ContributionWeights`.
+        chat_template_kwargs: Further arguments of the chat template, such as
+            ``{"enable_thinking": False}``. Only for the messages of a chat.
+        show_progress: Whether to show a progress bar over the layers, after two seconds.
 
     Returns:
-        The explanation; tensors on the CPU.
+        The explanation, with all tensors on the CPU.
 
     Raises:
-        MemoryError: If the maps would not fit into memory, with their size.
-        TypeError: If ``text`` is of another kind.
-        ValueError: If the text is empty or padded, ``top_k`` is negative, there is no chat template
-            for a chat, or ``chat_template_kwargs`` are given without one.
-        UnsupportedModelError: If the layers do not all attend to this sequence.
+        MemoryError: If the maps would not fit into memory; the message says how large they are.
+        TypeError: If ``text`` is of another type.
+        ValueError: If the text is empty or padded, ``top_k`` is negative, the tokenizer has no chat
+            template for a chat, or ``chat_template_kwargs`` are given without a chat.
+        UnsupportedModelError: If not all layers attend to this sequence.
 
     Example:
-        >>> explanation = explain(model, tokenizer, "a b c d")
+        >>> explanation = explain(model, tokenizer, "The capital of France is")
         >>> explanation.maps["contribution-signed"].sum(-1)
-        tensor([1.0000, 1.0000, 1.0000, 1.0000])
+        tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000])
         >>> explanation.heads[0].keys.shape
-        torch.Size([4, 4, 4])
+        torch.Size([4, 5, 5])
     """
     if top_k < 0:
         raise ValueError(f"top_k must be 0 or more, got {top_k}.")
     model = unwrapped(model)
     if "decoder_input_ids" in parameters_of(model):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has an encoder and a decoder, whose tokens are not one text: "
+            f"{type(model).__name__} has an encoder and a decoder, whose tokens are two texts: "
             "use ContributionWeights(model, kind='cross') with input_ids and decoder_input_ids, "
             "and Explanation.from_maps."
         )
@@ -99,38 +96,21 @@ def explain(
     )
     inputs = model_inputs(model, tokenizer, read)
     if LOGITS in parameters_of(model):
-        inputs[LOGITS] = 0  # those of all positions
+        inputs[LOGITS] = 0  # asks for the logits of all positions
     ids = read.ids
     T = ids.shape[1]
-    K = min(top_k, T)
-    method = ContributionWeights(model, space=space)
-    explained = [entry for entry in measures.explained() if entry.scores_pairs]
-    maps: dict[str, Tensor] = {}
-    seen: list[Execution] = []
-    causal = True
-
-    def on_layer(execution: Execution, layer: AttentionLayer) -> _Layer:
-        nonlocal causal
-        before = leading(execution, layer, T, None)
-        seen.append(execution)
-        if not maps:
-            _check_memory(layer.H, T, expected_layers([model], seen), K, len(explained))
-            maps.update({entry.name: _on_cpu(T, T) for entry in explained})
-        first = layer.mask.block(slice(before[0], before[0] + 1))
-        later = slice(before[1] + 1, None)
-        causal &= T == 1 or (first is not None and not bool(first[..., later].any()))
-        return _summarise(execution.name, layer, before, K, explained, maps)
-
-    results, output = method.observe(
-        inputs, None, on_layer, one_text=True, text_only=True, show_progress=show_progress
+    layers = _Layers(model, T, min(top_k, T))
+    _, output = ContributionWeights(model, space=space).observe(
+        inputs, None, layers.add, one_text=True, text_only=True, show_progress=show_progress
     )
-    layers = [layer for _, layer in results]
-    predicted, probability = _predictions(model, tokenizer, output, T) if causal else (None, None)
+    predicted, probability = None, None
+    if layers.causal:
+        predicted, probability = _predictions(model, tokenizer, output, T)
     return Explanation(
         tokens=readable_tokens(tokenizer, ids[0]),
-        scores={name: mean_of_layers([layer.scores[name] for layer in layers]) for name in maps},
-        maps={name: x / len(layers) for name, x in maps.items()},
-        heads=[layer.heads for layer in layers] if top_k else (),
+        scores={name: torch.stack(x).mean(0) for name, x in layers.scores.items()},
+        maps={name: x / len(layers.heads) for name, x in layers.maps.items()},
+        heads=layers.heads if top_k else (),
         predicted=predicted,
         probability=probability,
         words=word_numbers(tokenizer, ids[0]),
@@ -142,122 +122,132 @@ def explain(
 
 
 def _name(model: nn.Module) -> str:
-    """Of a local folder its own name, since its place means nothing to a reader."""
+    """Return the name of a model; for a local folder, without the path to it."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return Path(name).name if Path(name).exists() else name
 
 
-def _check_memory(H: int, T: int, layers: int, K: int, measures: int) -> None:
-    # While the mean over layers is taken there are two of a map.
-    needed = 4 * ((measures + 1) * T * T + layers * H * T * (K * (len(PARTS) + 1) + 1))
-    check_fits(
-        needed,
-        torch.device("cpu"),
-        f"{measures} of {T} x {T}, and {K} keys of {T} queries of {layers} x {H} heads",
-        "Keep fewer keys (top_k=0 leaves heads out), or use TokenScores, which never holds a map.",
-    )
+class _Layers:
+    """The layers of one pass, each reduced as soon as it has run.
+
+    Args:
+        model: The model.
+        T: The number of tokens of the text.
+        top_k: The number of keys to keep for each query of each head.
+
+    Attributes:
+        scores: For each measure, one ``(T,)`` per layer: the mean over heads, or the sum if the
+            measure is signed.
+        maps: For each measure, the sum of the ``(T, T)`` maps of the layers.
+        heads: The heads of each layer.
+        causal: Whether no layer shows later tokens to the first query.
+    """
+
+    def __init__(self, model: nn.Module, T: int, top_k: int) -> None:
+        self.model, self.T, self.top_k = model, T, top_k
+        self.measures = {e: e.function() for e in measures.explained() if e.scores_pairs}
+        self.scores: dict[str, list[Tensor]] = {entry.name: [] for entry in self.measures}
+        self.maps: dict[str, Tensor] = {}
+        self.heads: list[HeadMaps] = []
+        self.causal = True
+        # A function that is asked for more than once is computed once.
+        asked = [*FACTORS.values(), CONTRIBUTION, *self.measures.values()]
+        self.functions = {_key(function): function for function in asked}
+
+    def add(self, execution: Execution, layer: AttentionLayer) -> None:
+        """Reduce a layer that has just run."""
+        T = self.T
+        skipped, hidden = leading(execution, layer, T, None)
+        if not self.maps:
+            self._check_memory(layer.H, expected_layers([self.model], [execution]))
+            self.maps = {entry.name: _zeros(T, T) for entry in self.measures}
+        visible = layer.mask.block(slice(skipped, skipped + 1))
+        sees_later = visible is None or bool(visible[..., hidden + 1 :].any())
+        self.causal &= T == 1 or not sees_later
+
+        H, K, device = layer.H, self.top_k, layer.value.device
+        totals = {entry.name: layer.value.new_zeros(H, T) for entry in self.measures}
+        keys, share = _zeros(H, T, K, dtype=torch.int32), _zeros(H, T)
+        kept = {factor: _zeros(H, T, K) for factor in FACTORS}
+        chosen = torch.arange(layer.T, device=device)[None] >= skipped if skipped else None
+        for rows, blocks in map_blocks(layer, *self.functions.values(), chosen=chosen):
+            first = max(rows.start, skipped)
+            queries = slice(first - skipped, rows.stop - skipped)
+            block = {
+                key: x[0, :, first - rows.start :]
+                for key, x in zip(self.functions, blocks, strict=True)
+            }
+            share[:, queries] = block[_key(CONTRIBUTION)].sum(-1).cpu().float()
+            block = {key: x[..., hidden:] for key, x in block.items()}
+            for entry, function in self.measures.items():
+                x = block[_key(function)]
+                x = x if entry.signed else x.abs()
+                totals[entry.name][:, : x.shape[-1]] += x.sum(1)
+                self.maps[entry.name][queries, : x.shape[-1]] += _over_heads(entry, x)
+            best = most_important(block[_key(functional.attention)], block[_key(CONTRIBUTION)], K)
+            keys[:, queries, : best.shape[-1]] = best.cpu().int()
+            for factor, function in FACTORS.items():
+                x = block[_key(function)].gather(-1, best).cpu().float()
+                kept[factor][:, queries, : best.shape[-1]] = x
+
+        counts = layer.mask.counts(chosen, device)[0, :, hidden:].clamp(min=1)
+        for entry in self.measures:
+            self.scores[entry.name].append(_over_heads(entry, totals[entry.name] / counts))
+        norm = layer.direction("inter")[1][0, 0].sqrt()
+        if layer.scale is not None:
+            norm = norm * layer.scale[0].abs()
+        norm = norm[skipped:].cpu().float()
+        self.heads.append(HeadMaps(execution.name, keys, **kept, output_norm=norm, share=share))
+
+    def _check_memory(self, H: int, layers: int) -> None:
+        T, K, count = self.T, self.top_k, len(self.measures)
+        # The mean over layers needs one more map.
+        needed = 4 * ((count + 1) * T * T + layers * H * T * (K * (len(FACTORS) + 1) + 1))
+        check_fits(
+            needed,
+            torch.device("cpu"),
+            f"{count} of {T} x {T}, and {K} keys of {T} queries of {layers} x {H} heads",
+            "Keep fewer keys (top_k=0 keeps no heads), or use TokenScores, which never holds a "
+            "map.",
+        )
 
 
-FACTORS = (functional.relative_norm, functional.cosine_with("inter"))
-
-
-class _Layer(NamedTuple):
-    """What is kept of a layer; ``(S,)`` scores are means over heads, signed ones sums."""
-
-    scores: dict[str, Tensor]
-    heads: HeadMaps
-
-
-def _on_cpu(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Zeros where an explanation is kept."""
+def _zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(size, dtype=dtype, device="cpu")
 
 
-def _summarise(
-    name: str,
-    layer: AttentionLayer,
-    before: Span,
-    K: int,
-    explained: Sequence[Entry],
-    maps: dict[str, Tensor],
-) -> _Layer:
-    """Adds a layer to the ``(T, S)`` maps of all layers, and keeps its heads.
-
-    The attention weights are computed once for all measures. As many queries and keys as stand
-    ``before`` those of the text are left out.
-    """
-    skipped, hidden = before
-    H, T, S = layer.H, layer.T - skipped, layer.S - hidden
-    totals = {entry.name: layer.value.new_zeros(H, S) for entry in explained}
-    kept = {part: _on_cpu(H, T, K) for part in PARTS}
-    places = _on_cpu(H, T, K, dtype=torch.int32)
-    share = _on_cpu(H, T)
-    # Of each function of its own the first place; contributions are asked for twice.
-    parts = (functional.attention, functional.contribution("inter"), *FACTORS)
-    asked = [*parts, *(entry.function() for entry in explained)]
-    keys = [_key(function) for function in asked]
-    functions = dict(reversed([*zip(keys, asked, strict=True)]))
-    chosen = None
-    if skipped:
-        chosen = torch.ones(1, layer.T, dtype=torch.bool, device=layer.value.device)
-        chosen[:, :skipped] = False
-    for rows, found in map_blocks(layer, *functions.values(), chosen=chosen):
-        first = max(rows.start, skipped)
-        queries = slice(first - skipped, rows.stop - skipped)
-        of = dict(zip(functions, found, strict=True))
-        whole = [of[key][0, :, first - rows.start :] for key in keys]
-        share[:, queries] = whole[1].sum(-1).cpu().float()
-        a, c, relative_norm, cosine, *measured = (x[..., hidden:] for x in whole)
-        n = a.shape[-1]
-        for entry, x in zip(explained, measured, strict=True):
-            x = x if entry.signed else x.abs()
-            totals[entry.name][:, :n] += x.sum(1)
-            maps[entry.name][queries, :n] += _over_heads(entry, x)
-        best = most_important(a, c, K)
-        places[:, queries, : best.shape[-1]] = best.cpu().int()
-        for part, x in zip(PARTS, (a, relative_norm, cosine), strict=True):
-            kept[part][:, queries, : best.shape[-1]] = x.gather(-1, best).cpu().float()
-    counts = layer.mask.counts(chosen, layer.value.device)[0, :, hidden:].clamp(min=1)
-    _, norm2 = layer.direction("inter")
-    norm = norm2[0, 0].sqrt()
-    if layer.scale is not None:
-        norm = norm * layer.scale[0].abs()
-    return _Layer(
-        {entry.name: _over_heads(entry, totals[entry.name] / counts) for entry in explained},
-        HeadMaps(name, places, **kept, output_norm=norm[skipped:].cpu().float(), share=share),
-    )
-
-
-def _key(function: Any) -> object:
-    """The same for functions of a layer that compute the same."""
+def _key(function: Measure) -> Hashable:
+    """Return the same key for functions of a layer that compute the same."""
     if isinstance(function, partial) and function.func.__module__ == functional.__name__:
         return function.func, function.args
     return function
 
 
 def _over_heads(entry: Entry, x: Tensor) -> Tensor:
+    """Sum a signed measure over heads, and average any other."""
     return (x.sum(0) if entry.signed else x.mean(0)).cpu().float()
 
 
 def _predictions(
     model: nn.Module, tokenizer: Tokenizer, output: Any, T: int
 ) -> tuple[list[str] | None, Tensor | None]:
-    """The likeliest next token at each place; None of a model that gives no such logits."""
+    """Return the likeliest next token at each position; None if the model does not predict it."""
     try:
         logits = logits_of(output)[:, -T:]
     except TypeError:
         return None, None
-    if logits.shape[:2] != (1, T) or not _predicts_tokens(model, logits.shape[-1]):
+    if logits.shape[:2] != (1, T) or not _is_language_model(model, logits.shape[-1]):
         return None, None
-    best = [row.float().softmax(-1).max(-1) for row in torch.split(logits[0], 64)]
+    # Blocks of positions bound the memory of the probabilities.
+    best = [block.float().softmax(-1).max(-1) for block in torch.split(logits[0], 64)]
     ids = torch.cat([x.indices for x in best]).cpu()
     return readable_ids(tokenizer, ids), torch.cat([x.values for x in best]).cpu()
 
 
-def _predicts_tokens(model: nn.Module, classes: int) -> bool:
-    """Whether logits are of tokens; in a model that does not say, if there are as many of both."""
-    speaks = getattr(model, "can_generate", None)
-    if callable(speaks):
-        return bool(speaks())
+def _is_language_model(model: nn.Module, classes: int) -> bool:
+    """Whether logits are of tokens: the model says so, or it embeds as many tokens as classes."""
+    can_generate = getattr(model, "can_generate", None)
+    if callable(can_generate):
+        return bool(can_generate())
     embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding))
     return any(m.num_embeddings == classes for m in embeddings)

@@ -1,17 +1,17 @@
-"""Explanations on disk and in other libraries: safetensors, pandas, xarray.
+"""Explanations in files and in other libraries: safetensors, pandas and xarray.
 
-A file holds tensors under names that say where they belong (``maps/0``, ``heads/3/keys``), and all
-else as JSON in the one entry of its metadata: two would stand in an order that changes.
+A file holds each tensor under the name of its place (``maps/0``, ``heads/3/keys``), and everything
+else as JSON in a single entry of the metadata. The order of several entries would not be fixed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from captum_cw._utils.files import whole_file
+from captum_cw.explanation.heads import FACTORS, HeadMaps
 from captum_cw.functional import check_choice
 from captum_cw.text.templates import Message
 
@@ -27,34 +28,28 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from xarray import Dataset
 
-    from captum_cw.explanation.explanation import Explanation, HeadMaps
+    from captum_cw.explanation.explanation import Explanation
 
 __all__ = ["load", "save", "to_dataframe", "to_xarray"]
 
-E = TypeVar("E")
 VERSION = 1
 ENTRY = "captum_cw"
 KIND = "explanation"
-#: What is neither a tensor nor holds any.
-PLAIN = (
-    "tokens", "queries", "predicted", "words", "text", "offsets", "messages", "settings",
-    "query_words",
-)  # fmt: skip
-#: Of a layer's tensors, those that are kept for a query by rank.
-RANKED = ("attention", "relative_norm", "cosine")
+#: The fields of an explanation that hold tensors. The others are saved as JSON.
+TENSORS = {"scores", "maps", "heads", "probability"}
+#: The tensors of a layer.
+OF_LAYER = [part.name for part in fields(HeadMaps) if part.name != "name"]
 
 
 def save(path: str | Path, explanation: Explanation) -> None:
-    """Writes one safetensors file; see :meth:`captum_cw.Explanation.save`."""
+    """Save one safetensors file; see :meth:`captum_cw.Explanation.save`."""
     tensors = {
         f"{kind}/{n}": x
-        for kind in ("scores", "maps")
-        for n, x in enumerate(getattr(explanation, kind).values())
+        for kind, group in (("scores", explanation.scores), ("maps", explanation.maps))
+        for n, x in enumerate(group.values())
     }
     for n, layer in enumerate(explanation.heads):
-        tensors.update(
-            {f"heads/{n}/{part}": x for part, x in vars(layer).items() if part != "name"}
-        )
+        tensors.update({f"heads/{n}/{part}": getattr(layer, part) for part in OF_LAYER})
     if explanation.probability is not None:
         tensors["probability"] = explanation.probability
     content = {
@@ -63,88 +58,68 @@ def save(path: str | Path, explanation: Explanation) -> None:
         "scores": list(explanation.scores),
         "maps": list(explanation.maps),
         "heads": [layer.name for layer in explanation.heads],
-        **{name: _listed(getattr(explanation, name)) for name in PLAIN},
+        **{name: x for name, x in vars(explanation).items() if name not in TENSORS},
     }
     try:
         metadata = {ENTRY: json.dumps(content)}
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"settings={explanation.settings!r} cannot be written as JSON ({error}): put numbers, "
-            "texts, lists and dicts there."
+            f"settings={explanation.settings!r} cannot be written as JSON ({error}): use numbers, "
+            "strings, lists and dicts."
         ) from error
-    # Parts of one tensor are refused as they are.
-    apart = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    # safetensors refuses tensors that share memory.
+    copies = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
     with whole_file(path) as whole:
-        save_file(apart, whole, metadata)
+        save_file(copies, whole, metadata)
 
 
-def _listed(x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return dict(x)
-    return x if x is None or isinstance(x, str) else list(x)
-
-
-def load(path: str | Path, kind: Callable[..., E], layer: type[HeadMaps]) -> E:
-    """Reads what :func:`save` wrote; see :meth:`captum_cw.Explanation.load`."""
+def load(path: str | Path, kind: type[Explanation]) -> Explanation:
+    """Load a file of :func:`save`; see :meth:`captum_cw.Explanation.load`."""
     try:
         with safe_open(path, framework="pt") as file:
-            content = _content(path, file.metadata())
+            content = _read_content(path, file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}.") from error
+        raise ValueError(f"{path} is damaged, or is not a safetensors file: {error}.") from error
     try:
-        return _made(content, tensors, kind, layer)
+        values = {f.name: content[f.name] for f in fields(kind) if f.name not in TENSORS}
+        if values["offsets"] is not None:
+            values["offsets"] = [tuple(span) for span in values["offsets"]]
+        if values["messages"] is not None:
+            values["messages"] = [Message(*message) for message in values["messages"]]
+        for group in ("scores", "maps"):
+            names = enumerate(content[group])
+            values[group] = {name: tensors[f"{group}/{n}"] for n, name in names}
+        values["heads"] = [
+            HeadMaps(name, *(tensors[f"heads/{n}/{part}"] for part in OF_LAYER))
+            for n, name in enumerate(content["heads"])
+        ]
+        return kind(**values, probability=tensors.get("probability"))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: it lacks {error}.") from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _made(
-    content: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    kind: Callable[..., E],
-    layer: type[HeadMaps],
-) -> E:
-    plain = {name: content[name] for name in PLAIN}
-    if plain["offsets"] is not None:
-        plain["offsets"] = [tuple(span) for span in plain["offsets"]]
-    if plain["messages"] is not None:
-        plain["messages"] = [Message(*message) for message in plain["messages"]]
-    parts = [part.name for part in fields(layer) if part.name != "name"]
-    return kind(
-        **plain,
-        **{
-            of: {name: tensors[f"{of}/{n}"] for n, name in enumerate(content[of])}
-            for of in ("scores", "maps")
-        },
-        heads=[
-            layer(name, *(tensors[f"heads/{n}/{part}"] for part in parts))
-            for n, name in enumerate(content["heads"])
-        ],
-        probability=tensors.get("probability"),
-    )
-
-
-def _content(path: str | Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+def _read_content(path: str | Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((metadata or {})[ENTRY])
-        found = content["kind"], content["version"]
+        kind, version = content["kind"], content["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no result of this package.") from error
-    if found[0] != KIND:
-        raise ValueError(f"{path} holds no explanation, but {found[0]!r}.")
-    if found[1] != VERSION:
-        raise ValueError(f"{path} has version {found[1]!r}; this release reads {VERSION}.")
+        raise ValueError(f"{path} does not hold a result of this package.") from error
+    if kind != KIND:
+        raise ValueError(f"{path} does not hold an explanation, but {kind!r}.")
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version!r}; this release reads {VERSION}.")
     return content
 
 
 def to_dataframe(explanation: Explanation, of: Literal["scores", "maps"]) -> DataFrame:
-    """A table; see :meth:`captum_cw.Explanation.to_dataframe`."""
+    """Return a pandas table; see :meth:`captum_cw.Explanation.to_dataframe`."""
     check_choice("of", of, Literal["scores", "maps"])
-    pandas = _imported("pandas")
-    tokens = list(explanation.tokens)
-    S = len(tokens)
+    pandas = _import("pandas")
+    tokens, queries = list(explanation.tokens), _queries(explanation)
+    S, T = len(tokens), len(queries)
     columns: dict[str, Any]
     if of == "scores":
         words = [None] * S if explanation.words is None else list(explanation.words)
@@ -153,37 +128,33 @@ def to_dataframe(explanation: Explanation, of: Literal["scores", "maps"]) -> Dat
             "token": tokens,
             "word": pandas.array(words, dtype="Int64"),
         }
-        methods = {name: _array(x) for name, x in explanation.scores.items()}
+        methods = explanation.scores
     else:
-        queries = _queries(explanation)
-        T = len(queries)
         columns = {
             "query": [i for i in range(T) for _ in range(S)],
             "query_token": [query for query in queries for _ in range(S)],
             "place": [*range(S)] * T,
             "token": tokens * T,
         }
-        methods = {name: _array(x.flatten()) for name, x in explanation.maps.items()}
+        methods = explanation.maps
     if taken := columns.keys() & methods.keys():
-        raise ValueError(f"A method has the name of the column {min(taken)!r}: give it another.")
-    return pandas.DataFrame({**columns, **methods})
+        raise ValueError(f"A method has the name of the column {min(taken)!r}: rename the method.")
+    return pandas.DataFrame({**columns, **{name: _array(x).ravel() for name, x in methods.items()}})
 
 
 def to_xarray(explanation: Explanation) -> Dataset:
-    """A data set; see :meth:`captum_cw.Explanation.to_xarray`."""
-    xarray = _imported("xarray")
-    queries = _queries(explanation)
-    T, S = len(queries), len(explanation.tokens)
+    """Return an xarray data set; see :meth:`captum_cw.Explanation.to_xarray`."""
+    xarray = _import("xarray")
+    tokens, queries = list(explanation.tokens), _queries(explanation)
     methods = list(dict.fromkeys([*explanation.scores, *explanation.maps]))
     variables: dict[str, Any] = {
-        "scores": (("measure", "key"), _stacked(explanation.scores, methods, (S,)))
+        "scores": (("measure", "key"), _stack(explanation.scores, methods, len(tokens)))
     }
     coordinates: dict[str, Any] = {
-        # Not "method", which for xarray is a way to look up.
-        "measure": methods,
-        "key": range(S),
-        "token": ("key", list(explanation.tokens)),
-        "query": range(T),
+        "measure": methods,  # "method" is an argument of xarray's own look-ups
+        "key": range(len(tokens)),
+        "token": ("key", tokens),
+        "query": range(len(queries)),
         "query_token": ("query", queries),
     }
     if explanation.words is not None:
@@ -194,7 +165,7 @@ def to_xarray(explanation: Explanation) -> Dataset:
     if explanation.probability is not None:
         coordinates["probability"] = ("query", _array(explanation.probability))
     if explanation.maps:
-        maps = _stacked(explanation.maps, methods, (T, S))
+        maps = _stack(explanation.maps, methods, len(queries), len(tokens))
         variables["maps"] = (("measure", "query", "key"), maps)
     if explanation.heads:
         coordinates["layer_name"] = ("layer", [layer.name for layer in explanation.heads])
@@ -208,6 +179,7 @@ def to_xarray(explanation: Explanation) -> Dataset:
 
 
 def _head_variables(heads: Sequence[HeadMaps]) -> dict[str, Any]:
+    """Stack the tensors of all layers, filled up to the largest ``H`` and ``K``."""
     H = max(layer.keys.shape[0] for layer in heads)
     K = max(layer.keys.shape[2] for layer in heads)
 
@@ -220,18 +192,17 @@ def _head_variables(heads: Sequence[HeadMaps]) -> dict[str, Any]:
         return _array(torch.stack(full))
 
     by_rank = ("layer", "head", "query", "rank")
+    output_norm = torch.stack([layer.output_norm for layer in heads])
     return {
         "head_key": (by_rank, filled("keys", -1)),
-        **{part: (by_rank, filled(part, torch.nan)) for part in RANKED},
+        **{part: (by_rank, filled(part, torch.nan)) for part in FACTORS},
         "share": (by_rank[:3], filled("share", torch.nan)),
-        "output_norm": (
-            ("layer", "query"),
-            _array(torch.stack([layer.output_norm for layer in heads])),
-        ),
+        "output_norm": (("layer", "query"), _array(output_norm)),
     }
 
 
-def _stacked(tensors: Mapping[str, Tensor], methods: Sequence[str], shape: tuple[int, ...]) -> Any:
+def _stack(tensors: Mapping[str, Tensor], methods: Sequence[str], *shape: int) -> Any:
+    """Stack the tensors of all methods, with NaN for methods without one."""
     missing = torch.full(shape, torch.nan, dtype=torch.float32, device="cpu")
     rows = [tensors.get(method, missing).cpu() for method in methods]
     return _array(torch.stack(rows) if rows else missing.expand(0, *shape))
@@ -246,10 +217,10 @@ def _queries(explanation: Explanation) -> list[str]:
     return list(explanation.tokens if explanation.queries is None else explanation.queries)
 
 
-def _imported(name: str) -> Any:
+def _import(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"{name} is needed for this, and missing: pip install captum-cw[interchange]."
+            f"{name} is not installed: run pip install captum-cw[interchange]."
         ) from error

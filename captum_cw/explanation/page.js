@@ -1,127 +1,134 @@
-// What the page does. The state is one object; whatever changes it calls load() or paint().
+// The interactive page of an explanation. The state of the page is one object; code that changes it
+// calls load(), which unpacks numbers, or paint(). Names, explanations and units of measures come
+// with the data, from the registry (measures.py).
 "use strict";
 (() => {
   const element = (id) => document.getElementById(id);
   const data = JSON.parse(element("data").textContent);
   const blobs = document.querySelectorAll(".blob");
-  const crossed = data.queries !== null;
+  const separateQueries = data.queries !== null; // the queries are not the tokens (keys) themselves
   const visible = (tokens) => tokens.map((token) => token || "∅");
   const keys = visible(data.tokens);
   const queries = visible(data.queries ?? keys);
   const S = keys.length;
   const T = queries.length;
   const sinks = new Set(data.sinks);
-  const TOGETHER = "";
-  const NOTHING = { query: null, key: null, cell: false };
-  const EIGHT_BITS = "Kept in 8 bits: attention and norm are off by at most 0.6% of the largest of their " +
-    "row, the contribution by 1.2%. The rest follows from these, the cosine to about ±0.05.";
+  const ALL = ""; // instead of the number of a layer: all layers and heads
+  const NO_SELECTION = { query: null, key: null, cell: false };
+  const EIGHT_BITS = "The page stores these numbers in 8 bits. Attention and relative norm are off by at " +
+    "most 0.6% of the largest value in their row, and the contribution by at most 1.2%. The other " +
+    "numbers are computed from these; the cosine is off by about ±0.05.";
 
   const state = {
-    method: data.methods.find(({ name }) =>
-      name === "contribution" && (data.maps.includes(name) || !data.maps.length)) ?? data.methods[0],
-    layer: TOGETHER, // or the number of a layer
+    method: data.methods.find(({ name }) => name === data.initial),
+    layer: ALL, // or the number of a layer
     head: 0,
-    scale: "row",
-    leaveOut: false,
-    chosen: NOTHING,
-    pointed: null, // by mouse or focus; passes, and counts before what is chosen
+    scale: "row", // or "map": the values that the darkest colour stands for
+    ignoreSinks: false,
+    selected: NO_SELECTION,
+    hovered: null, // the selection by mouse or focus, which is temporary and replaces the other
     window: { query: 0, key: 0 }, // the first row and column that the map shows
   };
-  // What the state asks for, unpacked; largest is of each row, and most of all.
-  let view = { method: state.method, grid: null, layer: null, largest: [], most: 0, negative: false };
-  let ramps = null;
-  let picture = null; // the whole map, a pixel a cell
-  const current = () => state.pointed ?? state.chosen;
+  // The numbers that the state asks for, unpacked; see unpackAndShow and updateScale.
+  let view = { method: state.method, grid: null, layer: null, rowMaxima: [], maximum: 0, negative: false };
+  let ramps = null; // the colours; see findRamps
+  let picture = null; // the whole map, one pixel per cell
+  const current = () => state.hovered ?? state.selected;
 
-  // Numbers, as explanation/page.py packs them
+  // Numbers, packed by explanation/page.py
 
-  const once = (make) => {
-    const made = new Map();
-    return (key) => made.get(key) ?? made.set(key, make(key)).get(key);
+  /** Calls a function once for each argument, and then returns the same result. */
+  const memoize = (create) => {
+    const created = new Map();
+    return (key) => created.get(key) ?? created.set(key, create(key)).get(key);
   };
 
+  /** Unpacks a blob, and returns a function that reads its arrays one after another. */
   async function unpack(number) {
     const text = atob(blobs[number].textContent);
     const bytes = new Uint8Array(text.length);
     for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
     const buffer = await new Response(stream).arrayBuffer();
-    let at = 0;
+    let offset = 0;
     return (Type, length) => {
-      const array = new Type(buffer, at, length);
-      at += array.byteLength;
+      const array = new Type(buffer, offset, length);
+      offset += array.byteLength;
       return array;
     };
   }
 
-  const mapOf = once(async (name) => {
-    const take = await unpack(data.maps.indexOf(name));
-    const largest = take(Float32Array, T);
-    const [low, high] = [take(Uint8Array, T * S), take(Uint8Array, T * S)];
+  /** The map of a measure over all layers and heads, T x S. */
+  const loadMap = memoize(async (name) => {
+    const read = await unpack(data.maps.indexOf(name));
+    const maxima = read(Float32Array, T);
+    const [low, high] = [read(Uint8Array, T * S), read(Uint8Array, T * S)];
     const grid = new Float32Array(T * S);
     for (let query = 0, i = 0; query < T; query++) {
-      const unit = largest[query] / 32767;
+      const unit = maxima[query] / 32767;
       for (const end = i + S; i < end; i++) {
-        grid[i] = unit * (((low[i] | (high[i] << 8)) << 16) >> 16);
+        grid[i] = unit * (((low[i] | (high[i] << 8)) << 16) >> 16); // 16 bits with a sign
       }
     }
     return grid;
   });
 
-  const layerOf = once(async (number) => {
+  /** The heads of a layer: for each head and query, K keys and their values. */
+  const loadLayer = memoize(async (number) => {
     const { heads: H, kept: K, negative } = data.layers[number];
-    const take = await unpack(data.maps.length + number);
+    const read = await unpack(data.maps.length + number);
     const rows = H * T;
-    const layer = { K, norm: take(Float32Array, T) };
+    const layer = { K, outputNorm: read(Float32Array, T) };
     for (const name of ["share", "attentionKept", "contributionKept"]) {
-      layer[name] = take(Float32Array, rows);
+      layer[name] = read(Float32Array, rows);
     }
-    const largest = [0, 1, 2].map(() => take(Float32Array, rows));
-    const [low, high] = [take(Uint8Array, rows * K), take(Uint8Array, rows * K)];
+    const maxima = [0, 1, 2].map(() => read(Float32Array, rows));
+    const [low, high] = [read(Uint8Array, rows * K), read(Uint8Array, rows * K)];
     layer.keys = new Uint16Array(rows * K);
-    for (let i = 0; i < rows * K; i++) {
+    for (let i = 0; i < rows * K; i++) { // each key is stored as its distance from the one before
       layer.keys[i] = (low[i] | (high[i] << 8)) + (i % K ? layer.keys[i - 1] : 0);
     }
-    const numbers = (of, signed) => {
-      const share = Float32Array.from({ length: 256 }, (_, byte) =>
+    const readValues = (n, signed) => {
+      const fractions = Float32Array.from({ length: 256 }, (_, byte) =>
         (signed ? ((byte << 24) >> 24) / 127 : byte / 255) ** 3);
-      const coded = take(Uint8Array, rows * K);
-      const found = new Float32Array(rows * K);
+      const codes = read(Uint8Array, rows * K);
+      const values = new Float32Array(rows * K);
       for (let row = 0, i = 0; row < rows; row++) {
-        for (const end = i + K; i < end; i++) found[i] = largest[of][row] * share[coded[i]];
+        for (const end = i + K; i < end; i++) values[i] = maxima[n][row] * fractions[codes[i]];
       }
-      return found;
+      return values;
     };
-    layer.attention = numbers(0, negative);
-    layer.relativeNorm = numbers(1, false);
-    layer.contribution = numbers(2, true);
+    layer.attention = readValues(0, negative);
+    layer.relativeNorm = readValues(1, false);
+    layer.contribution = readValues(2, true);
     return layer;
   });
 
-  const MEASURES = {
+  /** How the measures of single heads follow from what is stored, as in HeadMaps.measure. */
+  const HEAD_MEASURES = {
     attention: (layer, i) => layer.attention[i],
     vwon: (layer, i) => Math.abs(layer.attention[i]) * layer.relativeNorm[i],
-    vw: (layer, i, query) => MEASURES.vwon(layer, i) * layer.norm[query],
+    vw: (layer, i, query) => HEAD_MEASURES.vwon(layer, i) * layer.outputNorm[query],
     "contribution-signed": (layer, i) => layer.contribution[i],
     contribution: (layer, i) => Math.abs(layer.contribution[i]),
   };
 
-  /** Of one head, NaN where a key was not kept. */
+  /** The map of a single head, T x S; NaN where a key was not kept. */
   function headGrid(layer, head, measure) {
     const grid = new Float32Array(T * S).fill(NaN);
     for (let query = 0; query < T; query++) {
       const start = (head * T + query) * layer.K;
       for (let i = start; i < start + layer.K; i++) {
         if (layer.attention[i] !== 0) {
-          grid[query * S + layer.keys[i]] = MEASURES[measure](layer, i, query);
+          grid[query * S + layer.keys[i]] = HEAD_MEASURES[measure](layer, i, query);
         }
       }
     }
     return grid;
   }
 
-  /** The place of a key among those kept for a query of the chosen head, or null. */
-  function keptAt(query, key) {
+  /** The index of a key among those kept for a query of the selected head, or null. */
+  function keptIndex(query, key) {
     const start = (view.head * T + query) * view.layer.K;
     for (let i = start; i < start + view.layer.K; i++) {
       if (view.layer.keys[i] === key && view.layer.attention[i] !== 0) return i;
@@ -129,218 +136,232 @@
     return null;
   }
 
-  let turn = 0;
+  let latestRequest = 0;
 
-  /** Unpacks what the state asks for, then shows it, unless something else was asked meanwhile. */
+  /** Unpacks what the state asks for, and shows it unless another request came meanwhile. */
   async function unpackAndShow() {
-    const mine = ++turn;
+    const request = ++latestRequest;
     const { name, ofHeads } = state.method;
-    if (state.layer === TOGETHER && !data.maps.includes(name) && ofHeads && data.layers.length) {
+    if (state.layer === ALL && !data.maps.includes(name) && ofHeads && data.layers.length) {
       state.layer = 0;
     }
-    if (state.layer !== TOGETHER && !ofHeads) state.layer = TOGETHER;
-    const layer = state.layer === TOGETHER ? null : await layerOf(state.layer);
+    if (state.layer !== ALL && !ofHeads) state.layer = ALL;
+    const layer = state.layer === ALL ? null : await loadLayer(state.layer);
     let grid = null;
-    if (!layer && data.maps.includes(name)) grid = await mapOf(name);
-    if (mine !== turn) return;
+    if (!layer && data.maps.includes(name)) grid = await loadMap(name);
+    if (request !== latestRequest) return;
     if (layer) {
       state.head = Math.min(state.head, data.layers[state.layer].heads - 1);
       grid = headGrid(layer, state.head, name);
     }
-    // What painters read: the state may be ahead of it.
+    // Everything is painted from the view, since the state may already ask for something else.
     view = { grid, layer, method: state.method, number: state.layer, head: state.head };
     showControls();
-    rescale();
+    updateScale();
   }
 
   function load() {
     unpackAndShow().catch((error) => {
       element("about").textContent =
-        `This cannot be shown: ${error.message}. Save the page again, or use a newer browser.`;
+        `The page cannot show this: ${error.message}. Save the page again, or use a newer browser.`;
     });
   }
 
-  /** Finds what the darkest colours stand for. */
-  function rescale() {
-    view.largest = new Float32Array(T);
+  /** Finds the values that the darkest colours stand for. */
+  function updateScale() {
+    view.rowMaxima = new Float32Array(T);
     view.negative = false;
     if (view.grid) {
       for (let query = 0, i = 0; query < T; query++) {
-        let most = 0;
+        let maximum = 0;
         for (let key = 0; key < S; key++, i++) {
-          const x = view.grid[i];
-          if (x < 0) view.negative = true;
-          if (Math.abs(x) > most && !left(key)) most = Math.abs(x);
+          const value = view.grid[i];
+          if (value < 0) view.negative = true;
+          if (Math.abs(value) > maximum && !isIgnored(key)) maximum = Math.abs(value);
         }
-        view.largest[query] = most;
+        view.rowMaxima[query] = maximum;
       }
     }
-    view.most = view.largest.reduce((a, b) => Math.max(a, b), 0);
+    view.maximum = view.rowMaxima.reduce((a, b) => Math.max(a, b), 0);
     picture = null;
     paint();
   }
 
-  const left = (key) => state.leaveOut && sinks.has(key);
-  const at = (query, key) => view.grid[query * S + key];
-  const rowScale = (query) => (state.scale === "row" ? view.largest[query] : view.most);
+  const isIgnored = (key) => state.ignoreSinks && sinks.has(key);
+  const valueAt = (query, key) => view.grid[query * S + key];
+  const rowScale = (query) => (state.scale === "row" ? view.rowMaxima[query] : view.maximum);
   function columnScale(key) {
-    if (state.scale === "map") return view.most;
-    let most = 0;
-    for (let query = 0; query < T; query++) most = Math.max(most, Math.abs(at(query, key)) || 0);
-    return most;
+    if (state.scale === "map") return view.maximum;
+    let maximum = 0;
+    for (let query = 0; query < T; query++) {
+      maximum = Math.max(maximum, Math.abs(valueAt(query, key)) || 0);
+    }
+    return maximum;
   }
+  const scoreScale = (scores) =>
+    Math.max(...scores.map((score, key) => (isIgnored(key) ? 0 : Math.abs(score))));
 
-  // Colours: of even steps in lightness, one hue for a size, blue and orange for signs
+  // Colours, in even steps of lightness: blue for positive values, orange for negative ones
 
-  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+
+  /** Computes the colours of the theme. A step of a ramp has a background and a text colour. */
   function findRamps() {
     const theme = document.documentElement.dataset.theme;
-    const night = theme ? theme === "dark" : dark.matches;
-    const [from, to, chroma] = night ? [0.27, 0.86, 0.12] : [0.96, 0.48, 0.16];
-    // Asked of the style: a canvas, read back, is noise in browsers that guard against fingerprints.
+    const dark = theme ? theme === "dark" : prefersDark.matches;
+    const [from, to, chroma] = dark ? [0.27, 0.86, 0.12] : [0.96, 0.48, 0.16];
+    // The browser converts the colours in a style. Reading them back from a canvas would return
+    // noise in browsers that protect against fingerprinting.
     const ramp = (hue) => {
       const steps = Array.from({ length: 256 }, (_, i) => {
         const x = i / 255;
         const wanted = `oklch(${from + (to - from) * x} ${0.008 + chroma * Math.sqrt(x)} ${hue})`;
-        const step = make("i");
+        const step = createElement("i");
         step.style.color = `color-mix(in srgb, ${wanted}, ${wanted})`;
         return step;
       });
-      const hidden = make("div", { hidden: true }, ...steps);
+      const hidden = createElement("div", { hidden: true }, ...steps);
       document.body.append(hidden);
-      const found = steps.map((step) => {
+      const colours = steps.map((step) => {
         const parts = getComputedStyle(step).color.slice("color(srgb ".length, -1).split(" ");
         const [r, g, b] = parts.map((part) => Math.round(255 * Math.max(0, Math.min(1, part))));
-        return { rgb: [r, g, b], css: `rgb(${r}, ${g}, ${b})`, ink: ink(r, g, b) };
+        return { rgb: [r, g, b], css: `rgb(${r}, ${g}, ${b})`, ink: readableInk(r, g, b) };
       });
       hidden.remove();
-      return found;
+      return colours;
     };
-    const of = (id, name) => getComputedStyle(element(id))[name];
+    const styleOf = (id, name) => getComputedStyle(element(id))[name];
     ramps = {
       blue: ramp(255),
       orange: ramp(60),
-      ink: of("about", "color"),
-      faint: of("settings", "color"),
-      line: of("settings", "borderTopColor"),
-      panel: of("controls", "backgroundColor"),
-      paper: getComputedStyle(document.body).backgroundColor,
+      ink: styleOf("about", "color"),
+      faint: styleOf("settings", "color"),
+      line: styleOf("settings", "borderTopColor"),
+      panel: styleOf("controls", "backgroundColor"),
     };
     picture = null;
   }
 
-  /** Black or white, whichever has more contrast (WCAG). */
-  function ink(...rgb) {
+  /** Black or white, whichever has more contrast to a background (WCAG). */
+  function readableInk(...rgb) {
     const [r, g, b] = rgb.map((x) => ((x / 255 + 0.055) / 1.055) ** 2.4);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
   }
 
-  function colour(x, scale, positive = ramps.blue) {
-    const share = scale > 0 ? Math.min(Math.abs(x) / scale, 1) : 0;
-    return (x < 0 ? ramps.orange : positive)[Math.round(share * 255)];
+  /** The colour of a value, if `scale` has the darkest colour. */
+  function colourOf(value, scale, positive = ramps.blue) {
+    const share = scale > 0 ? Math.min(Math.abs(value) / scale, 1) : 0;
+    return (value < 0 ? ramps.orange : positive)[Math.round(share * 255)];
   }
 
-  const fedRamp = () => (view.negative ? ramps.blue : ramps.orange);
+  /** The colours of the lines below tokens: orange, unless orange means a negative value. */
+  const lineRamp = () => (view.negative ? ramps.blue : ramps.orange);
 
   // Words
 
-  const digits = () => (view.layer ? 2 : 3);
-  function figure(x, precision = digits()) {
+  /** Rounds to the digits that are stored: three of a map, two of a single head. */
+  function formatNumber(x, digits = view.layer ? 2 : 3) {
     if (!Number.isFinite(x)) return "–";
-    return Number(x.toPrecision(precision)).toString().replace("-", "−").replace("e−", "e-");
+    return Number(x.toPrecision(digits)).toString().replace("-", "−").replace("e−", "e-");
   }
-  const percent = (x) => `${figure(100 * x, 2)}%`;
-  /** A token of bearable length; whole it stands in the text. */
-  function short(token) {
+  const formatPercent = (x) => `${formatNumber(100 * x, 2)}%`;
+  /** Shortens a token to 40 characters; the text shows it in full. */
+  function shorten(token) {
     const letters = Array.from(token);
     return letters.length > 40 ? `${letters.slice(0, 39).join("")}…` : token;
   }
-  const spoken = (token, place) => `${place} “${short(token)}”`;
-  const whole = () => (view.layer ? " in the whole model" : "");
+  const describeToken = (token, place) => `${place} “${shorten(token)}”`;
+  /** Scores are those of the whole model, also while a single head is shown. */
+  const scopeNote = () => (view.layer ? " (all layers and heads)" : "");
 
-  function make(tag, properties = {}, ...children) {
-    const made = Object.assign(document.createElement(tag), properties);
-    made.append(...children);
-    return made;
+  function createElement(tag, properties = {}, ...children) {
+    const created = Object.assign(document.createElement(tag), properties);
+    created.append(...children);
+    return created;
   }
-  const quoted = (token) => make("bdi", { className: "quote" }, `“${short(token)}”`);
-  const rows = (entries) =>
-    make("dl", { className: "rows" }, ...entries.flatMap(([name, value, kind = ""]) => [
-      make("dt", { className: kind, title: name }, name),
-      make("dd", { className: kind }, value),
-    ]));
+  const quote = (token) => createElement("bdi", { className: "quote" }, `“${shorten(token)}”`);
+  const definitionList = (entries) =>
+    createElement("dl", { className: "rows" }, ...entries.flatMap(
+      ([name, value, className = "", title = name]) => [
+        createElement("dt", { className, title }, name),
+        createElement("dd", { className }, value),
+      ]));
+  /** Lists values by method, with the current method in bold. */
+  const valueList = (entries) => definitionList(entries.map(([{ name, label, about }, value]) =>
+    [label, value, name === view.method.name ? "current" : "", about]));
 
   // Text
 
-  const lists = [{ box: element("tokens"), side: "key", tokens: keys }];
-  if (crossed) lists.push({ box: element("queries"), side: "query", tokens: queries });
+  const lists = [{ box: element("tokens"), axis: "key", tokens: keys }];
+  if (separateQueries) lists.push({ box: element("queries"), axis: "query", tokens: queries });
   for (const list of lists) {
     list.elements = list.tokens.map((token, place) => {
-      const made = make("span", { className: "token", tabIndex: place ? -1 : 0 }, token);
-      made.setAttribute("role", "option");
-      made.dataset.place = place;
-      list.box.append(made);
-      if (token.endsWith("⏎")) list.box.append(make("br"));
-      return made;
+      const span = createElement("span", { className: "token", tabIndex: place ? -1 : 0 }, token);
+      span.setAttribute("role", "option");
+      span.dataset.place = place;
+      list.box.append(span);
+      if (token.endsWith("⏎")) list.box.append(createElement("br"));
+      return span;
     });
     listen(list);
   }
 
-  /** Where a token of the text leads: to its row and column, or to one of them. */
-  function placeOf(list, place) {
-    if (!crossed) return { query: place, key: place, cell: false };
-    const merged = { ...state.chosen, [list.side]: place };
-    return { ...merged, cell: merged.query !== null && merged.key !== null };
+  /** What a token of the text selects: its row and its column, or one of them. */
+  function selectionOf(list, place) {
+    if (!separateQueries) return { query: place, key: place, cell: false };
+    const both = { ...state.selected, [list.axis]: place };
+    return { ...both, cell: both.query !== null && both.key !== null };
   }
 
   function listen(list) {
     const { box, elements } = list;
-    const under = (event) => event.target.closest(".token");
-    let pointedAt = null;
-    const point = (token) => {
-      state.pointed = token && placeOf(list, Number(token.dataset.place));
+    const tokenOf = (event) => event.target.closest(".token");
+    let lastHovered = null;
+    const hover = (token) => {
+      state.hovered = token && selectionOf(list, Number(token.dataset.place));
       paint();
     };
-    // Not pointerover, which comes when the page moves under a mouse that rests.
+    // pointerover would also fire when the page moves under a mouse that rests.
     box.addEventListener("pointermove", (event) => {
-      const token = under(event);
-      if (token && token !== pointedAt) point(token);
-      pointedAt = token;
+      const token = tokenOf(event);
+      if (token && token !== lastHovered) hover(token);
+      lastHovered = token;
     });
     box.addEventListener("pointerleave", () => {
-      pointedAt = null;
-      point(null);
+      lastHovered = null;
+      hover(null);
     });
     box.addEventListener("focusin", (event) => {
-      if (!under(event)) return; // a box that scrolls takes the focus in some browsers
-      point(under(event));
-      elements.forEach((x) => (x.tabIndex = x === under(event) ? 0 : -1));
-      say();
+      const token = tokenOf(event);
+      if (!token) return; // some browsers focus a box that scrolls
+      hover(token);
+      elements.forEach((other) => (other.tabIndex = other === token ? 0 : -1));
+      announce();
     });
-    box.addEventListener("focusout", () => point(null));
-    box.addEventListener("click", (event) => under(event) && chooseToken(list, under(event)));
+    box.addEventListener("focusout", () => hover(null));
+    box.addEventListener("click", (event) => tokenOf(event) && toggleToken(list, tokenOf(event)));
     box.addEventListener("keydown", (event) => {
-      const token = under(event);
+      const token = tokenOf(event);
       if (!token) return;
       const place = Number(token.dataset.place);
       const forward = getComputedStyle(box).direction === "rtl" ? -1 : 1;
       const next = {
         ArrowRight: () => elements[place + forward],
         ArrowLeft: () => elements[place - forward],
-        ArrowDown: () => inLine(elements, token, 1),
-        ArrowUp: () => inLine(elements, token, -1),
+        ArrowDown: () => tokenInNextLine(elements, token, 1),
+        ArrowUp: () => tokenInNextLine(elements, token, -1),
         Home: () => elements[0],
         End: () => elements.at(-1),
       }[event.key];
       if (next) next()?.focus();
-      else if (event.key === "Enter" || event.key === " ") chooseToken(list, token);
+      else if (event.key === "Enter" || event.key === " ") toggleToken(list, token);
       else return;
       event.preventDefault();
     });
   }
 
-  /** The token that stands nearest in the next line, or the one before. */
-  function inLine(elements, from, direction) {
+  /** The nearest token in the next line, or in the previous one (direction -1). */
+  function tokenInNextLine(elements, from, direction) {
     const start = from.getClientRects()[0];
     let best = null;
     for (const token of elements) {
@@ -352,119 +373,128 @@
     return best?.token;
   }
 
-  function chooseToken(list, token) {
+  /** Selects a token, or clears the selection if it is selected already. */
+  function toggleToken(list, token) {
     const place = Number(token.dataset.place);
-    const { query, key, cell } = state.chosen;
-    const again = crossed ? state.chosen[list.side] === place : !cell && query === place;
-    if (!again) choose(placeOf(list, place));
-    else choose(crossed ? { query, key, cell: false, [list.side]: null } : NOTHING);
+    const { query, key, cell } = state.selected;
+    const isSelected = separateQueries ? state.selected[list.axis] === place : !cell && query === place;
+    if (!isSelected) select(selectionOf(list, place));
+    else select(separateQueries ? { query, key, cell: false, [list.axis]: null } : NO_SELECTION);
   }
 
-  function choose(place) {
-    state.chosen = place;
-    state.pointed = null;
-    for (const { box, side, elements } of lists) {
-      if (place[side] !== null) reveal(box, elements[crossed || !place.cell ? place[side] : place.query]);
+  function select(selection) {
+    state.selected = selection;
+    state.hovered = null;
+    for (const { box, axis, elements } of lists) {
+      if (selection[axis] === null) continue;
+      scrollToToken(box, elements[separateQueries || !selection.cell ? selection[axis] : selection.query]);
     }
     showHeads();
     paint();
-    say();
+    announce();
   }
 
-  /** Scrolls the text alone; the page stays where it is. */
-  function reveal(box, token) {
+  /** Scrolls the box of the text, but not the page. */
+  function scrollToToken(box, token) {
     const [inner, outer] = [token.getBoundingClientRect(), box.getBoundingClientRect()];
     if (inner.top < outer.top || inner.bottom > outer.bottom) {
       box.scrollTop += inner.top - outer.top - outer.height / 3;
     }
   }
 
+  /** Paints the backgrounds of tokens by their values as keys, and the lines by those as queries. */
   function paintText() {
     const { query, key } = current();
-    const scores = data.scores[view.method.name];
-    const scored = query === null || !view.grid ? scores : null;
-    const most = scored && Math.max(...scored.map((x, i) => (left(i) ? 0 : Math.abs(x))));
+    const scores = query === null || !view.grid ? data.scores[view.method.name] : null;
+    const maximum = scores && scoreScale(scores);
     const row = query !== null && view.grid ? rowScale(query) : 0;
     const column = key !== null && view.grid ? columnScale(key) : 0;
     for (const list of lists) {
+      const isKeys = list.axis === "key";
       list.elements.forEach((token, place) => {
-        const ofKey = list.side === "key";
+        const ignored = isKeys && isIgnored(place);
         let fill = null;
-        if (ofKey && !left(place)) {
-          if (scored) fill = colour(scored[place], most);
-          else if (row && !Number.isNaN(at(query, place))) fill = colour(at(query, place), row);
+        if (isKeys && !ignored) {
+          if (scores) fill = colourOf(scores[place], maximum);
+          else if (row && !Number.isNaN(valueAt(query, place))) fill = colourOf(valueAt(query, place), row);
         }
-        const fed = column && (!crossed || !ofKey) ? at(place, key) || 0 : 0;
-        const line = fed ? `inset 0 -4px ${colour(fed, column, fedRamp()).css}` : "";
-        const style = token.style;
+        const asQuery = column && (!separateQueries || !isKeys) ? valueAt(place, key) || 0 : 0;
+        const line = asQuery ? `inset 0 -4px ${colourOf(asQuery, column, lineRamp()).css}` : "";
+        // Each style is set only if it changes, which keeps long texts fast.
+        const { style } = token;
         const background = fill ? fill.css : "";
         if (style.backgroundColor !== background) {
           style.backgroundColor = background;
           style.color = fill ? fill.ink : "";
         }
         if (token.line !== line) style.boxShadow = token.line = line;
-        const isQuery = place === query && (!crossed || !ofKey);
-        const isKey = place === key && ofKey;
-        const name = `token${isQuery ? " query" : ""}${isKey ? " key" : ""}`;
-        const full = ofKey && left(place) ? `${name} sink` : name;
-        if (token.className !== full) token.className = full;
-        const chosen = String(state.chosen[list.side] === place);
-        if (token.ariaSelected !== chosen) token.ariaSelected = chosen;
+        const classes = ["token"];
+        if (place === query && (!separateQueries || !isKeys)) classes.push("query");
+        if (place === key && isKeys) classes.push("key");
+        if (ignored) classes.push("sink");
+        if (token.className !== classes.join(" ")) token.className = classes.join(" ");
+        const selected = String(state.selected[list.axis] === place);
+        if (token.ariaSelected !== selected) token.ariaSelected = selected;
       });
     }
   }
 
   function paintLegend() {
     const { query, key } = current();
-    const ramp = (colours, kind, ...words) => {
+    const { unit } = view.method;
+    const item = (colours, kind, text) => {
       const steps = [0, 51, 102, 153, 204, 255].map((i) => colours[i].css);
-      const bar = make("i");
+      const bar = createElement("i");
       bar.style.background = `linear-gradient(to right, ${steps.join(", ")})`;
-      return make("span", { className: `ramp ${kind}` }, bar, ...words);
+      return createElement("span", { className: `ramp ${kind}` }, bar, text);
     };
+    const range = (maximum) => `0 to ${maximum}${unit && ` (${unit})`}`;
     const scores = data.scores[view.method.name];
-    const parts = [];
-    let signs = view.negative;
-    if (query === null || !view.grid) {
-      if (scores) {
-        signs ||= scores.some((x) => x < 0);
-        const most = Math.max(...scores.map((x, i) => (left(i) ? 0 : Math.abs(x))));
-        parts.push(ramp(ramps.blue, "", `score of the token${whole()}: 0 to ${figure(most, 3)}`));
-      }
-    } else {
-      const most = figure(rowScale(query));
-      parts.push(ramp(ramps.blue, "", `${spoken(queries[query], query)} drew from it: 0 to ${most}`));
+    const items = [];
+    let negative = view.negative;
+    if (query !== null && view.grid) {
+      const token = describeToken(queries[query], query);
+      items.push(item(ramps.blue, "", `how much ${token} draws from a token: ` +
+        range(formatNumber(rowScale(query)))));
+    } else if (scores) {
+      negative ||= scores.some((score) => score < 0);
+      items.push(item(ramps.blue, "", `score of a token${scopeNote()}: ` +
+        range(formatNumber(scoreScale(scores), 3))));
     }
-    if (signs) parts.push(ramp(ramps.orange, "", "below zero"));
+    if (negative) items.push(item(ramps.orange, "", "negative"));
     if (key !== null && view.grid) {
-      const most = figure(columnScale(key));
-      parts.push(ramp(fedRamp(), "line", `it drew from ${spoken(keys[key], key)}: 0 to ${most}`));
+      const token = describeToken(keys[key], key);
+      items.push(item(lineRamp(), "line", `how much a token draws from ${token}: ` +
+        range(formatNumber(columnScale(key)))));
     }
-    element("legend").replaceChildren(...parts);
+    element("legend").replaceChildren(...items);
   }
 
   // Map
 
   const map = element("map");
   const overview = element("overview");
-  let size = null; // of the map, in CSS pixels
+  let layout = null; // see updateLayout; lengths are in CSS pixels
 
-  function measure() {
+  /** Chooses the size of the cells, how many the map shows, and the size of the overview. */
+  function updateLayout() {
     const width = element("maps").clientWidth;
     const phone = width < 500;
     const left = phone ? 84 : 112;
     const top = phone ? 76 : 92;
-    const roomy = Math.floor((Math.min(width, 760) - left - 30) / Math.max(S, T));
-    const cell = Math.max(phone ? 20 : 22, Math.min(roomy, 34));
+    const roomPerCell = Math.floor((Math.min(width, 760) - left - 30) / Math.max(S, T));
+    const cell = Math.max(phone ? 20 : 22, Math.min(roomPerCell, 34));
     const fit = (space, count) => Math.min(count, Math.max(2, Math.floor(space / cell)));
-    const whole = T <= 24 && S <= fit(width - left - 30, S);
-    const beside = !whole && width > 820;
-    const side = whole ? 0 : Math.min(512, 12 * Math.max(S, T), beside ? width * 0.42 : width);
-    const across = fit((beside ? width - side - 18 : width) - left - 30, S);
-    size = { cell, left, top, across, down: Math.min(T, whole ? 24 : Math.max(across, 8)), whole, side };
+    const complete = T <= 24 && S <= fit(width - left - 30, S);
+    const beside = !complete && width > 820; // the overview, next to the map
+    const overviewSize = complete ? 0 : Math.min(512, 12 * Math.max(S, T), beside ? width * 0.42 : width);
+    const columns = fit((beside ? width - overviewSize - 18 : width) - left - 30, S);
+    const rows = Math.min(T, complete ? 24 : Math.max(columns, 8));
+    layout = { cell, left, top, columns, rows, complete, overviewSize };
   }
 
-  function sharp(canvas, width, height) {
+  /** Clears a canvas of a size in CSS pixels, which is sharp on screens with more pixels. */
+  function prepareCanvas(canvas, width, height) {
     const ratio = devicePixelRatio || 1;
     const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
     if (canvas.width !== w || canvas.height !== h) {
@@ -478,72 +508,82 @@
   }
 
   /**
-   * Moves the window to what is chosen, unless it shows it already: with more room for the keys
-   * before it and the queries after it, where the map of a language model is filled.
+   * Moves the part that the map shows, if the selection is outside of it. In language models a token
+   * draws from earlier tokens, so the part has more of the keys before the selected one, and more of
+   * the queries after it.
    */
-  function follow() {
-    const sides = [["query", T, size.down, 0.25], ["key", S, size.across, 0.75]];
-    for (const [side, count, shown, part] of sides) {
-      const place = state.chosen[side];
-      const start = state.window[side];
-      const seen = place === null || (place >= start && place < start + shown);
-      const wanted = seen ? start : place - Math.floor(shown * part);
-      state.window[side] = Math.max(0, Math.min(wanted, count - shown));
+  function moveWindow() {
+    const axes = [["query", T, layout.rows, 0.25], ["key", S, layout.columns, 0.75]];
+    for (const [axis, count, shown, part] of axes) {
+      const place = state.selected[axis];
+      const start = state.window[axis];
+      const visible = place === null || (place >= start && place < start + shown);
+      const wanted = visible ? start : place - Math.floor(shown * part);
+      state.window[axis] = Math.max(0, Math.min(wanted, count - shown));
     }
   }
 
   function paintMap() {
     if (!view.grid || !element("maps").clientWidth) return; // a hidden frame has no width
-    measure();
-    follow();
-    overview.hidden = size.whole;
-    if (!size.whole) paintOverview();
-    const { cell, left: x0, top: y0, across, down } = size;
-    const context = sharp(map, x0 + across * cell + 30, y0 + down * cell + 2);
+    updateLayout();
+    moveWindow();
+    overview.hidden = layout.complete;
+    if (!layout.complete) paintOverview();
+    const { cell, left, top, rows, columns } = layout;
+    const context = prepareCanvas(map, left + columns * cell + 30, top + rows * cell + 2);
     const { query, key } = current();
     const first = state.window;
     context.font = "12px system-ui, sans-serif";
     context.textBaseline = "middle";
-    for (let r = 0; r < down; r++) {
+    for (let r = 0; r < rows; r++) {
       const place = first.query + r;
-      label(context, queries[place], x0 - 6, y0 + (r + 0.5) * cell, x0 - 10, 0, place === query);
+      const position = { x: left - 6, y: top + (r + 0.5) * cell, room: left - 10 };
+      drawLabel(context, queries[place], position, { bold: place === query });
     }
-    for (let c = 0; c < across; c++) {
+    for (let c = 0; c < columns; c++) {
       const place = first.key + c;
-      const x = x0 + (c + 0.5) * cell;
-      label(context, keys[place], x, y0 - 6, y0 - 12, 1, place === key, left(place));
+      const position = { x: left + (c + 0.5) * cell, y: top - 6, room: top - 12 };
+      drawLabel(context, keys[place], position,
+        { slanted: true, bold: place === key, struck: isIgnored(place) });
     }
-    for (let r = 0; r < down; r++) {
+    for (let r = 0; r < rows; r++) {
       const scale = rowScale(first.query + r);
-      for (let c = 0; c < across; c++) {
-        const out = left(first.key + c);
-        const x = at(first.query + r, first.key + c);
-        if (Number.isNaN(x) && !out) continue;
-        context.fillStyle = out ? ramps.panel : colour(x, scale).css;
-        context.fillRect(x0 + c * cell, y0 + r * cell, cell - 1, cell - 1);
+      for (let c = 0; c < columns; c++) {
+        const ignored = isIgnored(first.key + c);
+        const value = valueAt(first.query + r, first.key + c);
+        if (Number.isNaN(value) && !ignored) continue;
+        context.fillStyle = ignored ? ramps.panel : colourOf(value, scale).css;
+        context.fillRect(left + c * cell, top + r * cell, cell - 1, cell - 1);
       }
     }
     context.strokeStyle = ramps.line;
     context.lineWidth = 1;
-    context.strokeRect(x0 - 1.5, y0 - 1.5, across * cell + 2, down * cell + 2);
+    context.strokeRect(left - 1.5, top - 1.5, columns * cell + 2, rows * cell + 2);
+    paintSelection(context);
+  }
+
+  /** Frames the row, the column and the cell that are selected. */
+  function paintSelection(context) {
+    const { cell, left, top, rows, columns } = layout;
+    const { query, key, cell: isCell } = current();
+    const r = query === null ? -1 : query - state.window.query;
+    const c = key === null ? -1 : key - state.window.key;
+    const inRows = r >= 0 && r < rows;
+    const inColumns = c >= 0 && c < columns;
     context.strokeStyle = ramps.ink;
     context.lineWidth = 1.5;
-    const r = query === null ? -1 : query - first.query;
-    const c = key === null ? -1 : key - first.key;
-    const inRows = r >= 0 && r < down;
-    const inColumns = c >= 0 && c < across;
     context.setLineDash([3, 3]);
-    if (inRows) context.strokeRect(x0 - 1, y0 + r * cell - 1, across * cell + 1, cell + 1);
-    if (inColumns) context.strokeRect(x0 + c * cell - 1, y0 - 1, cell + 1, down * cell + 1);
+    if (inRows) context.strokeRect(left - 1, top + r * cell - 1, columns * cell + 1, cell + 1);
+    if (inColumns) context.strokeRect(left + c * cell - 1, top - 1, cell + 1, rows * cell + 1);
     context.setLineDash([]);
     context.lineWidth = 3;
-    if (inRows && inColumns && current().cell) {
-      context.strokeRect(x0 + c * cell - 1, y0 + r * cell - 1, cell + 1, cell + 1);
+    if (inRows && inColumns && isCell) {
+      context.strokeRect(left + c * cell - 1, top + r * cell - 1, cell + 1, cell + 1);
     }
   }
 
-  /** A token beside the map, cut to the room that it has. */
-  function label(context, token, x, y, room, up, strong, struck = false) {
+  /** Writes a token beside the map, shortened to the room that it has. */
+  function drawLabel(context, token, { x, y, room }, { slanted = false, bold, struck = false }) {
     const letters = Array.from(token.slice(0, 60).trim() || token);
     let text = letters.join("");
     for (let n = letters.length - 1; n > 0 && context.measureText(text).width > room; n--) {
@@ -551,51 +591,54 @@
     }
     context.save();
     context.translate(x, y);
-    if (up) context.rotate(-Math.PI / 3);
-    context.textAlign = up ? "left" : "right";
-    context.fillStyle = strong ? ramps.ink : ramps.faint;
-    if (strong) context.font = "bold 12px system-ui, sans-serif";
+    if (slanted) context.rotate(-Math.PI / 3);
+    context.textAlign = slanted ? "left" : "right";
+    context.fillStyle = bold ? ramps.ink : ramps.faint;
+    if (bold) context.font = "bold 12px system-ui, sans-serif";
     context.fillText(text, 0, 0);
     if (struck) context.fillRect(0, -0.5, context.measureText(text).width, 1.2);
     context.restore();
   }
 
+  /** Paints the whole map, with a frame around the part that the map shows. */
   function paintOverview() {
-    const width = S >= T ? size.side : Math.max(60, (size.side * S) / T);
-    const height = T >= S ? size.side : Math.max(60, (size.side * T) / S);
-    const context = sharp(overview, width, height);
-    if (!picture) picture = wholePicture();
+    const side = layout.overviewSize;
+    const width = S >= T ? side : Math.max(60, (side * S) / T);
+    const height = T >= S ? side : Math.max(60, (side * T) / S);
+    const context = prepareCanvas(overview, width, height);
+    if (!picture) picture = drawPicture();
     context.imageSmoothingEnabled = width * devicePixelRatio < S;
     context.drawImage(picture, 0, 0, width, height);
-    const [x, y] = [width / S, height / T];
+    const [x, y] = [width / S, height / T]; // the size of a cell
     const { query, key } = current();
+    const { window: first } = state;
     context.strokeStyle = ramps.ink;
     context.lineWidth = 1.5;
-    const { window: first } = state;
-    context.strokeRect(first.key * x, first.query * y, size.across * x, size.down * y);
+    context.strokeRect(first.key * x, first.query * y, layout.columns * x, layout.rows * y);
     context.globalAlpha = 0.6;
     context.lineWidth = 1;
     context.beginPath();
-    if (query !== null) line(context, 0, (query + 0.5) * y, width, (query + 0.5) * y);
-    if (key !== null) line(context, (key + 0.5) * x, 0, (key + 0.5) * x, height);
+    if (query !== null) addLine(context, 0, (query + 0.5) * y, width, (query + 0.5) * y);
+    if (key !== null) addLine(context, (key + 0.5) * x, 0, (key + 0.5) * x, height);
     context.stroke();
     context.globalAlpha = 1;
   }
 
-  function line(context, x0, y0, x1, y1) {
+  function addLine(context, x0, y0, x1, y1) {
     context.moveTo(x0, y0);
     context.lineTo(x1, y1);
   }
 
-  function wholePicture() {
+  /** Draws the whole map with one pixel per cell. */
+  function drawPicture() {
     const canvas = new OffscreenCanvas(S, T);
     const context = canvas.getContext("2d");
     const image = context.createImageData(S, T);
     for (let query = 0, i = 0; query < T; query++) {
       const scale = rowScale(query);
       for (let key = 0; key < S; key++, i++) {
-        if (Number.isNaN(view.grid[i]) || left(key)) continue;
-        const { rgb } = colour(view.grid[i], scale);
+        if (Number.isNaN(view.grid[i]) || isIgnored(key)) continue;
+        const { rgb } = colourOf(view.grid[i], scale);
         for (let c = 0; c < 3; c++) image.data[4 * i + c] = rgb[c];
         image.data[4 * i + 3] = 255;
       }
@@ -604,182 +647,185 @@
     return canvas;
   }
 
-  function cellUnder(event) {
+  /** The cell of the map under the pointer, or null. */
+  function cellAt(event) {
     const box = map.getBoundingClientRect();
-    const c = Math.floor((event.clientX - box.left - size.left) / size.cell);
-    const r = Math.floor((event.clientY - box.top - size.top) / size.cell);
-    if (c < 0 || r < 0 || c >= size.across || r >= size.down) return null;
+    const c = Math.floor((event.clientX - box.left - layout.left) / layout.cell);
+    const r = Math.floor((event.clientY - box.top - layout.top) / layout.cell);
+    if (c < 0 || r < 0 || c >= layout.columns || r >= layout.rows) return null;
     return { query: state.window.query + r, key: state.window.key + c, cell: true };
   }
   map.addEventListener("pointermove", (event) => {
-    const place = cellUnder(event);
-    const { query, key } = state.pointed ?? NOTHING;
-    if (place?.query === query && place?.key === key) return;
-    state.pointed = place;
+    const cell = cellAt(event);
+    const { query, key } = state.hovered ?? NO_SELECTION;
+    if (cell?.query === query && cell?.key === key) return;
+    state.hovered = cell;
     paint();
   });
   map.addEventListener("pointerleave", () => {
-    state.pointed = null;
+    state.hovered = null;
     paint();
   });
-  map.addEventListener("click", (event) => cellUnder(event) && choose(cellUnder(event)));
+  map.addEventListener("click", (event) => cellAt(event) && select(cellAt(event)));
 
-  const move = (event) => {
+  const clamp = (place, count) => Math.max(0, Math.min(count - 1, place));
+  const selectInOverview = (event) => {
     const box = overview.getBoundingClientRect();
-    const place = (x, room, count) => Math.max(0, Math.min(count - 1, Math.floor((x / room) * count)));
-    choose({
-      query: place(event.clientY - box.top, box.height, T),
-      key: place(event.clientX - box.left, box.width, S),
+    select({
+      query: clamp(Math.floor(((event.clientY - box.top) / box.height) * T), T),
+      key: clamp(Math.floor(((event.clientX - box.left) / box.width) * S), S),
       cell: true,
     });
   };
-  overview.addEventListener("click", move);
-  overview.addEventListener("pointermove", (event) => event.buttons === 1 && move(event));
+  overview.addEventListener("click", selectInOverview);
+  overview.addEventListener("pointermove", (event) => event.buttons === 1 && selectInOverview(event));
 
   map.addEventListener("keydown", (event) => {
-    const steps = {
+    const step = {
       ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1],
       PageUp: [-10, 0], PageDown: [10, 0], Home: [0, -S], End: [0, S],
     }[event.key];
-    if (!steps) return;
+    if (!step) return;
     event.preventDefault();
-    const { query, key } = state.chosen;
+    const { query, key } = state.selected;
     const start = query === null && key === null;
-    const clamp = (x, count) => Math.max(0, Math.min(count - 1, x));
-    choose({
-      query: start ? state.window.query : clamp((query ?? 0) + steps[0], T),
-      key: start ? state.window.key : clamp((key ?? 0) + steps[1], S),
+    select({
+      query: start ? state.window.query : clamp((query ?? 0) + step[0], T),
+      key: start ? state.window.key : clamp((key ?? 0) + step[1], S),
       cell: true,
     });
   });
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape") choose(NOTHING);
+    if (event.key === "Escape") select(NO_SELECTION);
   });
 
   // Details
 
-  /** The places with the largest values, and these. */
-  function largest(count, value, skip) {
+  /** The five places with the largest absolute values, and their values; zeros are left out. */
+  function topFive(count, value, isSkipped) {
     const places = [];
-    for (let i = 0; i < count; i++) if (value(i) && !skip(i)) places.push(i);
+    for (let i = 0; i < count; i++) if (value(i) && !isSkipped(i)) places.push(i);
     places.sort((a, b) => Math.abs(value(b)) - Math.abs(value(a)) || a - b);
     return places.slice(0, 5).map((i) => [i, value(i)]);
   }
+  const topKeys = (query) => topFive(S, (key) => valueAt(query, key), isIgnored);
+  const topQueries = (key) => topFive(T, (query) => valueAt(query, key), () => false);
 
   function paintDetails() {
     const { query, key } = current();
-    const cell = current().cell && view.grid !== null;
+    const isCell = current().cell && view.grid !== null;
     const parts = [];
     if (query === null && key === null) {
-      parts.push(make("h2", {}, "Nothing chosen"), make("p", { className: "hint" },
-        "Figures of a token or a cell of the map appear here."));
-    } else if (cell && view.grid) parts.push(...cellDetails(query, key));
-    if (query !== null && !(cell && crossed)) parts.push(...queryDetails(query, cell));
-    if (key !== null && !cell) parts.push(...keyDetails(key));
+      parts.push(createElement("h2", {}, "Nothing selected"), createElement("p", { className: "hint" },
+        "Select a token or a cell of the map to see its numbers."));
+    } else if (isCell) parts.push(...cellDetails(query, key));
+    if (query !== null && !(isCell && separateQueries)) parts.push(...queryDetails(query, isCell));
+    if (key !== null && !isCell) parts.push(...keyDetails(key));
     element("details").replaceChildren(...parts);
   }
 
   function cellDetails(query, key) {
-    const parts = [
-      make("h2", {}, "Query ", quoted(queries[query]), ` (${query}), key `, quoted(keys[key]), ` (${key})`),
-    ];
+    const title = createElement("h2", {},
+      "Query ", quote(queries[query]), ` (${query}), key `, quote(keys[key]), ` (${key})`);
     if (view.layer) {
-      const i = keptAt(query, key);
-      if (i === null) {
-        const kept = view.layer.K < S ? `, or not among the ${view.layer.K} keys that are kept of it` : "";
-        parts.push(make("p", {}, `The query does not see this key${kept}.`));
-      } else parts.push(factors(i, query));
-    } else {
-      const names = data.methods.filter((m) => data.maps.includes(m.name));
-      const list = make("div");
-      parts.push(list);
-      Promise.all(names.map((m) => mapOf(m.name))).then((grids) => {
-        list.replaceChildren(rows(names.map(({ label, name }, n) =>
-          [label, figure(grids[n][query * S + key]), name === view.method.name ? "current" : ""])));
-      });
+      const i = keptIndex(query, key);
+      if (i !== null) return [title, factorList(i, query)];
+      const notKept = view.layer.K < S
+        ? `, or the key is not among the ${view.layer.K} keys that are kept for this query` : "";
+      return [title, createElement("p", {}, `The query does not see this key${notKept}.`)];
     }
-    return parts;
+    const list = createElement("div");
+    const methods = data.methods.filter(({ name }) => data.maps.includes(name));
+    Promise.all(methods.map(({ name }) => loadMap(name))).then((grids) => {
+      list.replaceChildren(valueList(methods.map((method, n) =>
+        [method, formatNumber(grids[n][query * S + key])])));
+    });
+    return [title, list];
   }
 
-  function factors(i, query) {
+  /** A contribution as the product of its factors, and the other measures of the head. */
+  function factorList(i, query) {
     const { attention, relativeNorm, contribution } = view.layer;
     const length = attention[i] * relativeNorm[i];
     const cosine = length ? Math.max(-1, Math.min(1, contribution[i] / length)) : 0;
-    const entries = [
-      ["attention", figure(attention[i])],
-      ["× value norm / output norm", figure(relativeNorm[i])],
-      ["× cosine of value and output", figure(cosine)],
-      ["= contribution", figure(contribution[i]), "product"],
-      ["VW", figure(MEASURES.vw(view.layer, i, query))],
-      ["VW-ON", figure(MEASURES.vwon(view.layer, i))],
-    ];
-    return make("div", {}, rows(entries), make("p", { className: "hint" }, EIGHT_BITS));
+    const values = [attention[i], relativeNorm[i], cosine, contribution[i]];
+    const signs = ["", "× ", "× ", "= "];
+    const product = data.factors.map(({ label, about }, n) =>
+      [signs[n] + label, formatNumber(values[n]), n === 3 ? "product" : "", about]);
+    const others = data.methods.filter(({ name, ofHeads }) =>
+      ofHeads && !data.factors.some((factor) => factor.name === name));
+    return createElement("div", {},
+      definitionList([...product, ...others.map(({ name, label, about }) =>
+        [label, formatNumber(HEAD_MEASURES[name](view.layer, i, query)), "", about])]),
+      createElement("p", { className: "hint" }, EIGHT_BITS));
   }
 
-  function queryDetails(query, cell) {
-    const parts = [make(cell ? "h3" : "h2", {}, cell ? "Query " : "", quoted(queries[query]), ` (${query})`)];
-    if (!crossed && !cell && data.scores[view.method.name]) {
-      const shown = data.methods.filter((m) => data.scores[m.name]);
-      parts.push(make("h3", {}, `Score${whole()}`), rows(
-        shown.map((m) => [m.label, figure(data.scores[m.name][query], 3),
-          m.name === view.method.name ? "current" : ""])));
-    }
-    if (!data.predicted && data.probability) {
-      parts.push(make("p", {}, `The model gave it a probability of ${percent(data.probability[query])}.`));
-    }
+  /** The scores of a token by all methods. */
+  function scoreList(place) {
+    const methods = data.methods.filter(({ name }) => data.scores[name]);
+    return [createElement("h3", {}, `Score${scopeNote()}`), valueList(
+      methods.map((method) => [method, formatNumber(data.scores[method.name][place], 3)]))];
+  }
+
+  function queryDetails(query, isCell) {
+    const parts = [createElement(isCell ? "h3" : "h2", {},
+      isCell ? "Query " : "", quote(queries[query]), ` (${query})`)];
+    if (!separateQueries && !isCell && data.scores[view.method.name]) parts.push(...scoreList(query));
+    const probability = data.probability && formatPercent(data.probability[query]);
     if (data.predicted) {
-      const known = data.probability ? ` (${percent(data.probability[query])})` : "";
-      parts.push(make("p", {}, "After it the model expects ", quoted(data.predicted[query]), known));
+      parts.push(createElement("p", {}, "The model expects ", quote(data.predicted[query]),
+        ` next${probability ? ` (${probability})` : ""}.`));
+    } else if (probability) {
+      parts.push(createElement("p", {}, `The model gave it a probability of ${probability}.`));
     }
     if (view.grid) {
-      const drew = largest(S, (key) => at(query, key), left);
-      parts.push(make("h3", {}, "Drew most from"), rows(drew.map(([i, x]) => [spoken(keys[i], i), figure(x)])));
+      parts.push(createElement("h3", {}, "Top keys (what it draws from)"), definitionList(
+        topKeys(query).map(([key, value]) => [describeToken(keys[key], key), formatNumber(value)])));
     }
-    if (view.layer) parts.push(make("p", { className: "hint" }, kept(query)));
+    if (view.layer) parts.push(createElement("p", { className: "hint" }, keptNote(query)));
     return parts;
   }
 
-  function kept(query) {
+  /** How much of a query the keys that are kept account for. */
+  function keptNote(query) {
     const { K, attentionKept, contributionKept, share } = view.layer;
     const row = view.head * T + query;
     if (K >= S) return "All keys of this head are kept.";
-    return `Of a single head the ${K} keys that matter most to a query are kept. Here they hold ` +
-      `${percent(attentionKept[row])} of the attention, and their contributions sum to ` +
-      `${figure(contributionKept[row], 3)}, those of all keys to ${figure(share[row], 3)}.`;
+    return `Of a single head, the page keeps the ${K} keys that matter most to each query. For this ` +
+      `query, they have ${formatPercent(attentionKept[row])} of the attention. Their contributions ` +
+      `sum to ${formatNumber(contributionKept[row], 3)}, and those of all keys to ` +
+      `${formatNumber(share[row], 3)}.`;
   }
 
   function keyDetails(key) {
     const parts = [];
-    if (crossed) {
-      const shown = data.methods.filter((m) => data.scores[m.name]);
-      parts.push(make("h2", {}, quoted(keys[key]), ` (${key})`));
-      if (shown.length) {
-        parts.push(make("h3", {}, `Score${whole()}`), rows(
-          shown.map((m) => [m.label, figure(data.scores[m.name][key], 3)])));
-      }
+    if (separateQueries) {
+      parts.push(createElement("h2", {}, quote(keys[key]), ` (${key})`));
+      if (Object.keys(data.scores).length) parts.push(...scoreList(key));
     }
     if (view.grid) {
-      const fed = largest(T, (query) => at(query, key), () => false);
-      parts.push(make("h3", {}, "Fed most"), rows(fed.map(([i, x]) => [spoken(queries[i], i), figure(x)])));
+      parts.push(createElement("h3", {}, "Top queries (what draws from it)"), definitionList(
+        topQueries(key).map(([query, value]) =>
+          [describeToken(queries[query], query), formatNumber(value)])));
     }
     return parts;
   }
 
-  /** Tells those who cannot see it; only of what is chosen or has the focus. */
-  function say() {
+  /** Tells screen readers what is selected or has the focus. */
+  function announce() {
     const { query, key, cell } = current();
-    let words = "Nothing chosen.";
+    let words = "Nothing selected.";
     if (cell && view.grid) {
-      words = `Query ${spoken(queries[query], query)}, key ${spoken(keys[key], key)}: ` +
-        `${view.method.label} ${figure(at(query, key))}.`;
+      words = `Query ${describeToken(queries[query], query)}, key ${describeToken(keys[key], key)}: ` +
+        `${view.method.label} ${formatNumber(valueAt(query, key))}.`;
     } else if (query !== null || key !== null) {
       const score = data.scores[view.method.name]?.[key];
-      words = `${query === null ? spoken(keys[key], key) : spoken(queries[query], query)}.`;
-      if (score !== undefined) words += ` Score ${figure(score, 3)}.`;
+      words = `${query === null ? describeToken(keys[key], key) : describeToken(queries[query], query)}.`;
+      if (score !== undefined) words += ` Score ${formatNumber(score, 3)}.`;
       if (query !== null && view.grid) {
-        const drew = largest(S, (place) => at(query, place), left);
-        const most = drew.map(([i, x]) => `${spoken(keys[i], i)} ${figure(x)}`);
-        words += ` Drew most from ${most.slice(0, 3).join(", ")}.`;
+        const top = topKeys(query).slice(0, 3)
+          .map(([place, value]) => `${describeToken(keys[place], place)} ${formatNumber(value)}`);
+        words += ` Top keys: ${top.join(", ")}.`;
       }
     }
     element("status").textContent = words;
@@ -787,46 +833,50 @@
 
   // Controls
 
-  function option(value, text, disabled = false) {
-    return make("option", { value, disabled }, text);
+  function createOption(value, text, disabled = false) {
+    return createElement("option", { value, disabled }, text);
   }
 
   function showControls() {
     const { method } = state;
-    const together = data.maps.includes(method.name);
-    const unit = view.layer ? "" : ` ${method.together}`;
-    element("about").textContent = `${method.about}${view.grid || data.maps.length ? unit : ""}`;
+    const hasMap = data.maps.includes(method.name);
+    const aggregation = !view.layer && (view.grid || data.maps.length) ? ` ${method.aggregation}` : "";
+    element("about").textContent = `${method.about}${aggregation}`;
     element("method").value = data.methods.indexOf(method);
     element("layer").replaceChildren(
-      option(TOGETHER, together ? "all layers and heads together" : "–", !together),
-      ...data.layers.map(({ name }, n) => option(n, `${n} · ${name}`, !method.ofHeads)),
+      createOption(ALL, hasMap ? "all layers and heads" : "–", !hasMap),
+      ...data.layers.map(({ name }, n) => createOption(n, `${n} · ${name}`, !method.ofHeads)),
     );
     element("layer").value = state.layer;
     element("head").disabled = view.layer === null;
     element("map-part").hidden = !view.grid;
     element("scale").disabled = !view.grid;
     element("text-hint").textContent = view.grid
-      ? "Point at a token: the colour behind each token says how much the chosen one drew from it, the line " +
-        "below a token how much it drew from the chosen one. Click or Enter keeps the choice, Escape lets go."
-      : "Point at a token for its scores. Click or Enter keeps the choice, Escape lets go.";
+      ? "Point at a token to select it. The background of each token shows how much the selected token " +
+        "draws from that token. The line below a token shows how much that token draws from the selected " +
+        "one. Click or press Enter to keep the selection, and Escape to clear it."
+      : "Point at a token to see its scores. Click or press Enter to keep the selection, and Escape to " +
+        "clear it.";
     element("map-hint").textContent =
-      "A query, down, is a token whose output is explained; keys, across, are the tokens it drew from. " +
-      "Point at a cell for its figures, or move with the arrow keys." +
+      "Rows are queries: the tokens whose output is explained. Columns are keys: the tokens that a query " +
+      "draws from. Point at a cell to see its numbers, or move with the arrow keys." +
       (view.layer && view.layer.K < S
-        ? ` Blank: not seen, or not among the ${view.layer.K} keys that are kept for each query.` : "");
+        ? " A cell is blank if the query does not see the key, or if the key is not among the " +
+          `${view.layer.K} that are kept for each query.` : "");
     showHeads();
   }
 
-  /** Heads with their share of the layer's output at the chosen query. */
+  /** Lists the heads, with their share of the layer's output at the selected query. */
   function showHeads() {
     if (!view.layer) {
-      element("head").replaceChildren(option(0, "all"));
+      element("head").replaceChildren(createOption(0, "all"));
       return;
     }
-    const { query } = state.chosen;
+    const { query } = state.selected;
     const heads = Array.from({ length: data.layers[view.number].heads }, (_, head) => {
-      const share = query === null ? "" : `: ${percent(view.layer.share[head * T + query])} of the layer`;
-      return option(head, `${head}${share}`);
+      const share = query === null ? ""
+        : `: ${formatPercent(view.layer.share[head * T + query])} of the layer's output`;
+      return createOption(head, `${head}${share}`);
     });
     element("head").replaceChildren(...heads);
     element("head").value = state.head;
@@ -843,37 +893,49 @@
     element(id).addEventListener("change", () => change(element(id)));
   }
   onChange("method", ({ value }) => { state.method = data.methods[value]; load(); });
-  onChange("layer", ({ value }) => { state.layer = value === TOGETHER ? TOGETHER : Number(value); load(); });
+  onChange("layer", ({ value }) => { state.layer = value === ALL ? ALL : Number(value); load(); });
   onChange("head", ({ value }) => { state.head = Number(value); load(); });
-  onChange("scale", ({ value }) => { state.scale = value; rescale(); });
-  onChange("sinks", ({ checked }) => { state.leaveOut = checked; rescale(); });
-  let around = ""; // the theme of a notebook, which Chromium does not pass on to its frames
+  onChange("scale", ({ value }) => { state.scale = value; updateScale(); });
+  onChange("sinks", ({ checked }) => { state.ignoreSinks = checked; updateScale(); });
+  let hostTheme = ""; // the theme of a notebook, which Chromium does not pass on to its frames
   function showTheme() {
-    const theme = element("theme").value || around;
+    const theme = element("theme").value || hostTheme;
     if (theme) document.documentElement.dataset.theme = theme;
     else delete document.documentElement.dataset.theme;
     findRamps();
     paint();
   }
   onChange("theme", showTheme);
-  dark.addEventListener("change", showTheme);
+  prefersDark.addEventListener("change", showTheme);
   addEventListener("message", (event) => {
     if (!["light", "dark"].includes(event.data)) return;
-    around = event.data;
+    hostTheme = event.data;
     showTheme();
   });
   addEventListener("resize", () => paintMap());
   element("controls").addEventListener("submit", (event) => event.preventDefault());
 
-  element("method").append(...data.methods.map(({ label }, n) => option(n, label)));
-  element("query-part").hidden = !crossed;
+  /** Names the sinks: `the first token ("In")`, `tokens 0 ("In"), 3 (",")` or `4 tokens`. */
+  function describeSinks() {
+    const { sinks } = data;
+    if (sinks.length > 3) return `${sinks.length} tokens`;
+    const name = (place) => `(“${shorten(keys[place].trim() || keys[place])}”)`;
+    if (sinks.length === 1 && sinks[0] === 0) return `the first token ${name(0)}`;
+    const names = sinks.map((place) => `${place} ${name(place)}`).join(", ");
+    return `token${sinks.length > 1 ? "s" : ""} ${names}`;
+  }
+
+  // Start
+
+  element("method").append(...data.methods.map(({ label }, n) => createOption(n, label)));
+  element("query-part").hidden = !separateQueries;
   element("sink-label").hidden = !data.sinks.length;
-  const named = data.sinks.slice(0, 3).map((place) => spoken(keys[place], place)).join(", ");
-  element("sink-names").textContent = data.sinks.length > 3 ? `${data.sinks.length} sinks` : `the sink ${named}`;
-  element("sink-label").title = "Attention sinks draw much attention and add little. Left out, they no longer pale all others.";
-  const mapped = data.maps.length || data.layers.length;
-  element("title").textContent = mapped ? "What each token drew from" : "Which tokens matter";
-  document.querySelectorAll("label.of-maps").forEach((label) => (label.hidden = !mapped));
+  element("sink-names").textContent = describeSinks();
+  element("sink-label").title = "Attention sinks receive much attention but contribute little. If the " +
+    "colour scale ignores them, the differences between the other tokens become visible.";
+  const hasMaps = data.maps.length || data.layers.length;
+  element("title").textContent = hasMaps ? "Which tokens each token draws from" : "Token scores";
+  document.querySelectorAll("label.of-maps").forEach((label) => (label.hidden = !hasMaps));
   const settings = Object.entries(data.settings).map(([name, value]) => `${name}: ${value}`);
   element("settings").textContent = ["Made with captum_cw", ...settings].join(" · ");
   findRamps();

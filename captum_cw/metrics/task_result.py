@@ -166,7 +166,7 @@ class TaskResult:
         Returns:
             The figure and its axes, one per task. The baseline's 95 % interval is shaded.
         """
-        from captum_cw.visualization.tasks import plot_tasks
+        from captum_cw.visualization.curves import plot_tasks
 
         titles = {task: f"{task} ({name.partition(',')[0]})" for task, name in self.metric.items()}
         return plot_tasks(

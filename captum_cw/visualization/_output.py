@@ -1,10 +1,7 @@
-"""New figures, saved figures, and the frame of HTML pages."""
+"""New figures, and saved figures."""
 
 from __future__ import annotations
 
-import base64
-import io
-from html import escape
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,19 +18,8 @@ _METADATA: dict[str, dict[str, str | None]] = {"svg": {"Date": None}, "png": {"S
 Picture = tuple[Figure, npt.NDArray[Any]]
 """A figure and its array of axes."""
 
-_STYLE = """\
-body { font-family: sans-serif; margin: 2em; color: #222; background: #fff; }
-h1 { font-size: 1.3em; }
-img { max-width: 100%; }
-table { border-collapse: collapse; }
-th, td { text-align: left; vertical-align: top; padding: 0.3em 0.8em; border-top: 1px solid #ddd; }
-th, td:not(:last-child) { white-space: nowrap; }
-"""
 
-
-def new_figure(
-    rows: int, columns: int, size: tuple[float, float], use_pyplot: bool
-) -> tuple[Figure, npt.NDArray[Any]]:
+def new_figure(rows: int, columns: int, size: tuple[float, float], use_pyplot: bool) -> Picture:
     """Make a figure of ``size`` inches, with a ``(rows, columns)`` array of axes.
 
     Compressed layout keeps square maps together and makes room for their labels. Notebooks and
@@ -45,16 +31,6 @@ def new_figure(
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
-def html_page(title: str, body: str) -> str:
-    """Return a self-contained HTML page; ``body`` is HTML, ``title`` is plain text."""
-    title = escape(title)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{title}</title>\n<style>\n{_STYLE}</style>\n</head>\n"
-        f"<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
-    )
-
-
 def save_figure(fig: Figure, path: str | PathLike[str]) -> None:
     """Save a figure, in the format of the file suffix.
 
@@ -63,8 +39,7 @@ def save_figure(fig: Figure, path: str | PathLike[str]) -> None:
 
     Args:
         fig: The figure.
-        path: A file name that ends in ``.png``, ``.svg`` or ``.html``. The HTML page is
-            self-contained and holds the figure as SVG.
+        path: A file name that ends in ``.png`` or ``.svg``.
 
     Raises:
         ValueError: For any other suffix.
@@ -79,27 +54,11 @@ def save_figure(fig: Figure, path: str | PathLike[str]) -> None:
         True
     """
     path = Path(path)
-    match path.suffix.lower():
-        case ".png":
-            content = _render(fig, "png")
-        case ".svg":
-            content = _render(fig, "svg")
-        case ".html":
-            data = base64.b64encode(_render(fig, "svg")).decode("ascii")
-            title = escape(path.stem)
-            image = f'<img alt="{title}" src="data:image/svg+xml;base64,{data}">'
-            content = html_page(path.stem, image).encode("utf-8")
-        case suffix:
-            raise ValueError(
-                f"cannot save {path.name!r}: its suffix is {suffix!r}, expected '.png', '.svg' "
-                "or '.html'"
-            )
-    path.write_bytes(content)
-
-
-def _render(fig: Figure, file_format: str) -> bytes:
-    """Return the bytes of the figure in a file format."""
-    buffer = io.BytesIO()
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".svg"):
+        raise ValueError(
+            f"cannot save {path.name!r}: its suffix is {suffix!r}, expected '.png' or '.svg'"
+        )
+    file_format = suffix[1:]
     with matplotlib.rc_context({"svg.hashsalt": "captum_cw"}):
-        fig.savefig(buffer, format=file_format, dpi=150, metadata=_METADATA[file_format])
-    return buffer.getvalue()
+        fig.savefig(path, format=file_format, dpi=150, metadata=_METADATA[file_format])

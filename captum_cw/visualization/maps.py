@@ -146,8 +146,7 @@ def _map_norms(
 ) -> tuple[Normalize, Normalize]:
     """Return the scales of attention and contribution."""
     if not paper_scale:
-        norm = Normalize(0, _scale_limit(weights, quantile))
-        return norm, _symmetric_norm(shares, quantile)
+        return _norm(weights, quantile), _norm(shares, quantile, signed=True)
     if quantile != 1:
         raise ValueError(f"paper_scale=True fixes both scales: leave out quantile={quantile}")
     return Normalize(0, 1), TwoSlopeNorm(0, vmin=-0.01, vmax=0.15)
@@ -223,10 +222,10 @@ def plot_decomposition(
     queries, keys = _labels(tokens, query_tokens, attention.shape)
     shown = [values[~blank] for values in maps]
     styles = (
-        (_SEQUENTIAL, Normalize(0, _scale_limit(shown[0], quantile)), "attention weight"),
-        (_SEQUENTIAL, Normalize(0, _scale_limit(shown[1], quantile)), "value norm / output norm"),
+        (_SEQUENTIAL, _norm(shown[0], quantile), "attention weight"),
+        (_SEQUENTIAL, _norm(shown[1], quantile), "value norm / output norm"),
         (_DIVERGING, Normalize(-1, 1), "cosine of value and output"),
-        (_DIVERGING, _symmetric_norm(shown[3], quantile), "fraction of output"),
+        (_DIVERGING, _norm(shown[3], quantile, signed=True), "fraction of output"),
     )
 
     width, height = _panel_size(attention.shape)
@@ -344,17 +343,13 @@ def _labels(
     return queries, keys
 
 
-def _symmetric_norm(values: Array, quantile: float) -> Normalize:
-    """Return a scale that is symmetric about zero."""
-    limit = _scale_limit(values, quantile)
-    return Normalize(-limit, limit)
-
-
-def _scale_limit(values: Array, quantile: float) -> float:
-    """Return the magnitude at which a scale ends; never zero, because a scale needs a range."""
+def _norm(values: Array, quantile: float, *, signed: bool = False) -> Normalize:
+    """Return a scale from zero, or symmetric about zero, to a quantile of the magnitudes."""
     if not 0 < quantile <= 1:
         raise ValueError(f"quantile={quantile}, expected a number above 0 and up to 1")
-    return float(np.quantile(np.abs(values), quantile)) if values.any() else 1.0
+    # A scale must not be empty.
+    limit = float(np.quantile(np.abs(values), quantile)) if values.any() else 1.0
+    return Normalize(-limit if signed else 0, limit)
 
 
 def _panel_size(shape: tuple[int, ...]) -> tuple[float, float]:
@@ -397,8 +392,8 @@ def _add_colorbar(fig: Figure, axes: Sequence[Axes] | Array, unit: str, values: 
     """Add a colour bar, pointed at the ends that ``values`` exceed."""
     image = axes[0].images[0]
     low, high = image.get_clim()
-    passed = (bool((values < low).any()), bool((values > high).any()))
-    extend = [["neither", "max"], ["min", "both"]][passed[0]][passed[1]]
+    below, above = (values < low).any(), (values > high).any()
+    extend = ("both" if above else "min") if below else ("max" if above else "neither")
     bar = fig.colorbar(image, ax=axes, extend=extend)
     bar.set_label(unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)

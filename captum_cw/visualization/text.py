@@ -13,7 +13,13 @@ import torch
 from captum.attr import visualization as captum_text
 from torch import Tensor
 
-from captum_cw.visualization._output import html_page
+_STYLE = """\
+body { font-family: sans-serif; margin: 2em; color: #222; background: #fff; }
+h1 { font-size: 1.3em; }
+table { border-collapse: collapse; }
+th, td { text-align: left; vertical-align: top; padding: 0.3em 0.8em; border-top: 1px solid #ddd; }
+th, td:not(:last-child) { white-space: nowrap; }
+"""
 
 
 def normalized_scores(
@@ -149,10 +155,13 @@ def text_html(
     ]
     body = "".join(f"<tr>{row}</tr>\n" for row in rows)
     legend = captum_text.format_word_importances(["negative", "neutral", "positive"], [-1, 0, 1])
-    return html_page(
-        title,
-        f"<table><tr>{legend}</tr></table>\n"
-        f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>",
+    title = escape(title)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{title}</title>\n<style>\n{_STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>{title}</h1>\n<table><tr>{legend}</tr></table>\n"
+        f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
+        "</body>\n</html>\n"
     )
 
 

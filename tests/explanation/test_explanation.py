@@ -1,4 +1,4 @@
-"""What ``explain`` says is what the measures say, and results of other classes find room."""
+"""``explain`` agrees with the measures, and results of other classes become explanations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from captum_cw import (
     functional,
 )
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.explanation.explanation import HeadMaps
+from captum_cw.explanation.heads import HeadMaps
 from support.models import GATED_MODELS, SIZES, bert, build, gemma3, gpt2, llama, mistral, t5
 from support.state import state_of
 
@@ -129,7 +129,7 @@ def test_blocks_of_queries_change_nothing(
         close(spread(other.keys, other.attention, 7), spread(one.keys, one.attention, 7))
 
 
-def test_what_the_model_predicts_is_known_where_it_speaks(tiny_tokenizer: Any) -> None:
+def test_predictions_are_known_for_language_models_only(tiny_tokenizer: Any) -> None:
     model = llama()
     found = explain(model, tiny_tokenizer, IDS)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_what_the_model_predicts_is_known_where_it_speaks(tiny_tokenizer: Any) -
     assert explain(classifier, tiny_tokenizer, IDS).predicted is None
 
 
-def test_an_entry_beyond_the_tokenizers_is_told_by_its_number(tiny_tokenizer: Any) -> None:
+def test_a_prediction_beyond_the_tokenizer_is_shown_as_its_number(tiny_tokenizer: Any) -> None:
     model = llama()
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -155,7 +155,7 @@ def test_an_entry_beyond_the_tokenizers_is_told_by_its_number(tiny_tokenizer: An
     assert set(found) == {"⟨#63⟩", "?"}
 
 
-def test_it_is_told_in_one_line(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_repr_is_one_line(tiny_model: Any, tiny_tokenizer: Any) -> None:
     names = "attention, vw, vwon, contribution, contribution-signed"
     assert repr(explain(tiny_model, tiny_tokenizer, "a b c")) == (
         f"<Explanation: 3 tokens; scores of {names}; maps of {names}; heads of 2 layers>"
@@ -164,14 +164,14 @@ def test_it_is_told_in_one_line(tiny_model: Any, tiny_tokenizer: Any) -> None:
     assert repr(given) == "<Explanation: 2 tokens; 3 queries; maps of m>"
 
 
-def test_one_token_makes_all_of_itself(tiny_tokenizer: Any) -> None:
+def test_a_single_token_contributes_everything(tiny_tokenizer: Any) -> None:
     for model in (llama(), bert()):
         found = explain(model, tiny_tokenizer, torch.tensor([4]))
         close(found.maps["contribution-signed"], torch.ones(1, 1))
         close(found.maps["attention"], torch.ones(1, 1))
 
 
-def test_an_output_that_vanishes_is_zero_and_said(tiny_tokenizer: Any) -> None:
+def test_zero_outputs_have_zero_rows_and_a_warning(tiny_tokenizer: Any) -> None:
     model = llama()
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.zero_()
@@ -250,7 +250,7 @@ def test_maps_that_would_not_fit_are_refused_with_their_size(
     assert state_of(model) == before
 
 
-# From what others give
+# Conversions
 
 
 def test_dense_maps_make_the_same_explanation(tiny_tokenizer: Any) -> None:
@@ -279,7 +279,7 @@ def test_dense_maps_make_the_same_explanation(tiny_tokenizer: Any) -> None:
             assert one.output_norm.isnan().all()
 
 
-def test_measures_of_negative_attention_are_absolute_but_for_its_own() -> None:
+def test_only_attention_itself_stays_negative() -> None:
     a, relative_norm, cosine = torch.tensor([[[[[0.2, -0.8]]]], [[[[2.0, 1.0]]]], [[[[1.0, 1.0]]]]])
     d = functional.Decomposition(a, relative_norm, cosine, a * relative_norm * cosine)
     (layer,) = Explanation.from_maps(["a", "b"], [d], queries=["q"]).heads
@@ -291,7 +291,7 @@ def test_measures_of_negative_attention_are_absolute_but_for_its_own() -> None:
         layer.measure("norm")
 
 
-def test_a_key_is_seen_by_the_queries_of_which_any_head_has_something() -> None:
+def test_a_query_sees_a_key_if_any_head_is_not_zero() -> None:
     both = torch.tensor([[[[1.0, 0.0], [0.0, 0.5]], [[0.5, 0.0], [1.0, 0.5]]]])  # (1, H, T, S)
     found = Explanation.from_maps(["a", "b"], {"m": [both]})
     assert found.scores["m"].tolist() == [0.625, 0.5]
@@ -313,12 +313,12 @@ def test_queries_may_be_other_tokens() -> None:
         ({"ig": [torch.zeros(2, 1, 3, 3)]}, ValueError, r"'ig'.*\(2, 1, 3, 3\).*x\[:1\]"),
         ({"ig": [(torch.zeros(3),)]}, TypeError, "'ig'.*tuple"),
         ([torch.zeros(1, 1, 3, 3)], TypeError, "name the measure"),
-        ({}, ValueError, "no map"),
-        ([], ValueError, "no map"),
-        ({"ig": []}, ValueError, "no map"),
+        ({}, ValueError, "maps are empty"),
+        ([], ValueError, "maps are empty"),
+        ({"ig": []}, ValueError, "maps are empty"),
     ],
 )
-def test_what_is_no_map_of_one_text_is_refused(maps: Any, kind: Any, message: str) -> None:
+def test_other_things_than_maps_of_one_text_are_refused(maps: Any, kind: Any, message: str) -> None:
     with pytest.raises(kind, match=message):
         Explanation.from_maps(list("abc"), maps)
 
@@ -386,7 +386,7 @@ def test_heads_are_of_the_tokens() -> None:
         Explanation(["a", "b"], {}, heads=[layer(1, 1)])
 
 
-def test_a_model_of_a_folder_has_the_folders_name(
+def test_a_model_from_a_folder_has_the_name_of_the_folder(
     tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     for name, expected in ((str(tmp_path), tmp_path.name), ("owner/model", "owner/model")):
@@ -394,7 +394,7 @@ def test_a_model_of_a_folder_has_the_folders_name(
         assert explain(tiny_model, tiny_tokenizer, "a").settings["model"] == expected
 
 
-def test_scores_are_no_token_ids(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_floats_are_refused_as_token_ids(tiny_model: Any, tiny_tokenizer: Any) -> None:
     with pytest.raises(TypeError, match=r"torch\.float32: give token ids"):
         explain(tiny_model, tiny_tokenizer, torch.rand(3))
 

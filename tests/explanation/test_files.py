@@ -1,4 +1,4 @@
-"""Explanations on disk and in other libraries are what they were."""
+"""Explanations survive files and conversions to other libraries unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from captum_cw import Explanation, explain
-from captum_cw.explanation.explanation import HeadMaps
+from captum_cw.explanation.heads import HeadMaps
 from support.paths import ROOT
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
@@ -24,7 +24,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 
 @pytest.fixture
 def explanation(tiny_model: nn.Module, tiny_tokenizer: Any) -> Explanation:
-    """With all that one may hold."""
+    """An explanation with every kind of content."""
     tiny_tokenizer.chat_template = TEMPLATE
     chat = [{"role": "U", "content": "a b ?"}, {"role": "A", "content": "c d"}]
     return explain(tiny_model, tiny_tokenizer, chat, top_k=3)
@@ -51,7 +51,7 @@ def check_equal(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-def test_a_file_gives_back_every_bit(explanation: Explanation, tmp_path: Path) -> None:
+def test_loading_restores_every_bit(explanation: Explanation, tmp_path: Path) -> None:
     explanation.save(tmp_path / "a.safetensors")
     loaded = Explanation.load(tmp_path / "a.safetensors")
     check_equal(loaded, explanation)
@@ -106,17 +106,17 @@ def changed(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     {
-        "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "no safetensors file, or"),
-        "empty": (lambda p: p.write_bytes(b""), "no safetensors file, or"),
-        "JSON": (lambda p: p.write_text('{"version": 1}' * 9), "no safetensors file, or"),
-        "weights": (lambda p: save_file({"w": torch.ones(2)}, p), "holds no result"),
+        "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "is not a safetensors file"),
+        "empty": (lambda p: p.write_bytes(b""), "is not a safetensors file"),
+        "JSON": (lambda p: p.write_text('{"version": 1}' * 9), "is not a safetensors file"),
+        "weights": (lambda p: save_file({"w": torch.ones(2)}, p), "does not hold a result"),
         "of others": (
             lambda p: save_file({"w": torch.ones(2)}, p, {"format": "pt"}),
-            "holds no result",
+            "does not hold a result",
         ),
         "no JSON": (
             lambda p: save_file({"w": torch.ones(2)}, p, {"captum_cw": "{"}),
-            "holds no result",
+            "does not hold a result",
         ),
         "later": (lambda p: changed(p, version=2), "version 2; this release reads 1"),
         "earlier": (lambda p: changed(p, version=0), "version 0; this release reads 1"),
@@ -126,7 +126,7 @@ def changed(path: Path, **changes: Any) -> None:
         "other tokens": (lambda p: changed(p, tokens=["a"]), "damaged: scores.*for 1 tokens"),
     }.values(),
 )
-def test_what_is_no_explanation_is_refused(
+def test_damaged_and_other_files_are_refused(
     explanation: Explanation, tmp_path: Path, damage: Any, message: str
 ) -> None:
     path = tmp_path / "a.safetensors"
@@ -142,13 +142,13 @@ def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
         Explanation.load(tmp_path / "none")
 
 
-def test_settings_that_are_no_json_are_named(tmp_path: Path) -> None:
+def test_settings_that_json_cannot_hold_are_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"torch\.float16.*JSON"):
         Explanation(["a"], {}, settings={"dtype": torch.float16}).save(tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_table_has_a_row_a_token(explanation: Explanation) -> None:
+def test_a_table_has_one_row_per_token(explanation: Explanation) -> None:
     table = explanation.to_dataframe()
     assert list(table) == ["place", "token", "word", *explanation.scores]
     assert table.token.tolist() == explanation.tokens
@@ -203,8 +203,13 @@ def test_layers_with_fewer_heads_are_filled_up() -> None:
 
     found = Explanation(["a", "b"], {}, heads=[layer(1, 2), layer(3, 1)]).to_xarray()
     assert dict(found.sizes) == {
-        "measure": 0, "key": 2, "query": 2, "layer": 2, "head": 3, "rank": 2,
-    }  # fmt: skip
+        "measure": 0,
+        "key": 2,
+        "query": 2,
+        "layer": 2,
+        "head": 3,
+        "rank": 2,
+    }
     assert found.share.notnull().sum("head").values.tolist() == [[1, 1], [3, 3]]
     assert (found.head_key[0, 1:] == -1).all()
     assert found.attention[1, :, :, 1].isnull().all()
@@ -213,9 +218,13 @@ def test_layers_with_fewer_heads_are_filled_up() -> None:
 
 def test_a_method_without_a_map_has_none_in_a_data_set() -> None:
     given = Explanation(
-        ["a", "b"], {"ig": torch.ones(2)}, {"x": torch.ones(1, 2)}, queries=["q"],
-        predicted=["p"], probability=torch.tensor([0.5]),
-    )  # fmt: skip
+        ["a", "b"],
+        {"ig": torch.ones(2)},
+        {"x": torch.ones(1, 2)},
+        queries=["q"],
+        predicted=["p"],
+        probability=torch.tensor([0.5]),
+    )
     found = given.to_xarray()
     assert found.predicted.dims == found.probability.dims == ("query",)
     assert found.scores.sel(measure="x").isnull().all()
@@ -233,7 +242,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
         return importlib.import_module(wanted)
 
     monkeypatch.setattr("captum_cw.explanation.files.import_module", missing)
-    with pytest.raises(ImportError, match=rf"{name} is needed.*captum-cw\[interchange\]"):
+    with pytest.raises(ImportError, match=rf"{name} is not installed.*captum-cw\[interchange\]"):
         getattr(Explanation(["a"], {}), call)()
 
 

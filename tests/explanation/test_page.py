@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from captum_cw import ContributionWeights, Explanation, explain, measures
-from captum_cw.explanation.explanation import OF_HEADS, HeadMaps
+from captum_cw.explanation.heads import OF_HEADS, HeadMaps
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 Page = playwright.Page
@@ -30,9 +30,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 TEXT = "a b c d e f g h i j"
-# Of the map, for the labels, in pixels.
+# The room for the labels of the map, in pixels.
 MARGIN_TOP, MARGIN_LEFT = 92, 112
 LABELS = {entry.name: entry.label for entry in measures.explained()}
+SIGNED = LABELS["contribution-signed"]
 TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 Show = Callable[..., Page]
 
@@ -47,7 +48,7 @@ def browser() -> Iterator[object]:
 
 @pytest.fixture
 def show(browser, tmp_path: Path) -> Iterator[Show]:
-    """Opens a page; fails where one asks for anything else, or reports an error."""
+    """Open a page, and fail if it requests another file or reports an error."""
     contexts, troubles = [], []
 
     def opened(given: Explanation | str, width: int = 1400, **options: object) -> Page:
@@ -85,7 +86,7 @@ def explanation(tiny_model, tiny_tokenizer) -> Explanation:
 
 
 def figures(page: Page, heading: str | None = None) -> dict[str, float]:
-    """Of the details: all lists, or the one below a heading."""
+    """Return the numbers of the details: of all lists, or of the one below a heading."""
     lists = page.locator("#details dl")
     if heading:
         lists = page.locator(f"#details h3:has-text('{heading}') + dl")
@@ -99,7 +100,7 @@ def token(page: Page, place: int, box: str = "tokens"):
 
 
 def choose_cell(page: Page, query: int, key: int) -> None:
-    """By the keyboard, from the first cell of ten rows or fewer."""
+    """Select a cell with the keyboard, on a map of at most ten rows."""
     page.locator("#map").focus()
     page.keyboard.press("PageUp")
     page.keyboard.press("PageUp")
@@ -148,14 +149,14 @@ def test_hovering_shows_what_a_token_drew_from_and_fed(
     show: Show, explanation: Explanation
 ) -> None:
     page = show(explanation)
-    assert "Nothing chosen" in page.inner_text("#details")
+    assert "Nothing selected" in page.inner_text("#details")
     token(page, 6).hover()
     grid = explanation.maps["contribution"]
-    drew = figures(page, "Drew most from")
+    drew = figures(page, "Top keys")
     best = grid[6].topk(5)
     assert list(drew.values()) == [rounded(x) for x in best.values]
     assert [int(name.split()[0]) for name in drew] == best.indices.tolist()
-    assert list(figures(page, "Fed most").values()) == [
+    assert list(figures(page, "Top queries").values()) == [
         rounded(x) for x in grid[:, 6].sort(descending=True).values if x
     ]
     dark = [darkness(colour) for colour in backgrounds(page)]
@@ -163,10 +164,10 @@ def test_hovering_shows_what_a_token_drew_from_and_fed(
     lines = page.locator("#tokens .token").evaluate_all("xs => xs.map(x => !!x.style.boxShadow)")
     assert lines == (grid[:, 6] > 0).tolist()
     page.mouse.move(5, 5)
-    assert "Nothing chosen" in page.inner_text("#details")
+    assert "Nothing selected" in page.inner_text("#details")
 
 
-def test_a_choice_stays_until_it_is_let_go(show: Show, explanation: Explanation) -> None:
+def test_a_selection_stays_until_it_is_cleared(show: Show, explanation: Explanation) -> None:
     page = show(explanation)
     token(page, 6).click()
     page.mouse.move(5, 5)
@@ -176,7 +177,7 @@ def test_a_choice_stays_until_it_is_let_go(show: Show, explanation: Explanation)
     assert f"“{explanation.predicted[6]}”" in page.inner_text("#details")
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("Escape")
-    assert "Nothing chosen" in page.inner_text("#details")
+    assert "Nothing selected" in page.inner_text("#details")
 
 
 def test_a_cell_shows_every_measure(show: Show, explanation: Explanation) -> None:
@@ -205,23 +206,23 @@ def test_a_cell_of_a_head_shows_its_factors(show: Show, explanation: Explanation
         shown = figures(page)
         for name, x in {
             "attention": layer.attention,
-            f"{TIMES} value norm / output norm": layer.relative_norm,
-            "= contribution": layer.measure("contribution-signed"),
+            f"{TIMES} relative norm": layer.relative_norm,
+            f"= {SIGNED}": layer.measure("contribution-signed"),
         }.items():
             row = x[2, query]
             # Half a step of the code, and half a digit of two.
             largest, value = float(row.abs().max()), float(row[at])
             error = 0.012 * largest + 0.05 * abs(value)
             assert shown[name] == pytest.approx(value, abs=error), name
-        for name, measure in (("VW", "vw"), ("VW-ON", "vwon")):
+        for name, measure in ((LABELS["vw"], "vw"), (LABELS["vwon"], "vwon")):
             row = layer.measure(measure)[2, query]
             error = 0.02 * float(row.max()) + 0.05 * float(row[at])
             assert shown[name] == pytest.approx(float(row[at]), abs=error), name
         factors = [shown[name] for name in list(shown)[:3]]
-        assert np.prod(factors) == pytest.approx(shown["= contribution"], rel=0.15)
+        assert np.prod(factors) == pytest.approx(shown[f"= {SIGNED}"], rel=0.15)
 
 
-def test_what_was_not_kept_is_said(show: Show, explanation: Explanation) -> None:
+def test_keys_that_were_not_kept_are_named_as_such(show: Show, explanation: Explanation) -> None:
     page = show(explanation)
     page.select_option("#layer", "0")
     page.locator("#head:enabled").wait_for()
@@ -230,11 +231,13 @@ def test_what_was_not_kept_is_said(show: Show, explanation: Explanation) -> None
     choose_cell(page, 9, missing)
     assert "not among the 4 keys that are kept" in page.inner_text("#details")
     held = 100 * float(layer.attention[0, 9].sum())
-    assert f"they hold {rounded(held, 2):g}% of the attention" in page.inner_text("#details")
+    assert f"they have {rounded(held, 2):g}% of the attention" in page.inner_text("#details")
     sums = [
         rounded(x) for x in (layer.measure("contribution-signed")[0, 9].sum(), layer.share[0, 9])
     ]
-    found = re.search(r"sum to (\S+), those of all keys to (\S+)\.", page.inner_text("#details"))
+    found = re.search(
+        r"sum to (\S+), and those of all keys to (\S+)\.", page.inner_text("#details")
+    )
     assert [float(x.replace(MINUS, "-")) for x in found.groups()] == pytest.approx(sums, rel=1e-3)
 
 
@@ -268,7 +271,7 @@ def test_colours_need_no_reading_of_a_canvas(show: Show, explanation: Explanatio
 def test_signs_are_blue_and_orange(show: Show, explanation: Explanation) -> None:
     page = show(explanation)
     page.select_option("#method", label=LABELS["contribution-signed"])
-    page.locator("#legend", has_text="below zero").wait_for()
+    page.locator("#legend", has_text="negative").wait_for()
     grid = explanation.maps["contribution-signed"]
     sure = (grid.abs() > 0.1 * grid.abs().amax(-1, keepdim=True)).numpy()
     colours = cell_colours(page, 10, 10)
@@ -277,17 +280,17 @@ def test_signs_are_blue_and_orange(show: Show, explanation: Explanation) -> None
     assert (bluer == (grid > 0).numpy())[sure].all()
 
 
-def test_sinks_leave_the_colours(show: Show, explanation: Explanation) -> None:
+def test_the_colour_scale_can_ignore_sinks(show: Show, explanation: Explanation) -> None:
     grid = explanation.maps["attention"].clone()
     grid[:, 0] += 10
     page = show(replace(explanation, maps={"attention": grid}, heads=()))
     token(page, 9).click()
-    assert f"drew from it: 0 to {rounded(grid[9].max()):g}" in page.inner_text("#legend")
+    assert f"draws from a token: 0 to {rounded(grid[9].max()):g}" in page.inner_text("#legend")
     page.check("#sinks")
-    assert f"drew from it: 0 to {rounded(grid[9, 1:].max()):g}" in page.inner_text("#legend")
+    assert f"draws from a token: 0 to {rounded(grid[9, 1:].max()):g}" in page.inner_text("#legend")
     assert "sink" in token(page, 0).get_attribute("class").split()
     assert backgrounds(page)[0] == ""
-    assert not any(name.startswith("0 ") for name in figures(page, "Drew most from"))
+    assert not any(name.startswith("0 ") for name in figures(page, "Top keys"))
     page.uncheck("#sinks")
     assert "sink" not in token(page, 0).get_attribute("class").split()
 
@@ -446,9 +449,9 @@ def test_scores_alone(show: Show) -> None:
     assert figures(page) == {name: rounded(x[1]) for name, x in scores.items()}
     red, _, blue = map(int, re.findall(r"\d+", backgrounds(page)[1]))
     assert red > blue
-    assert "below zero" in page.inner_text("#legend")
+    assert "negative" in page.inner_text("#legend")
     page.select_option("#method", label="random")
-    assert "below zero" not in page.inner_text("#legend")
+    assert "negative" not in page.inner_text("#legend")
 
 
 def test_scores_beside_maps_of_other_methods(show: Show, explanation: Explanation) -> None:
@@ -469,7 +472,7 @@ def test_heads_without_maps(show: Show, explanation: Explanation) -> None:
     token(page, 5).hover()
     layer = explanation.heads[0]
     most = float(layer.measure("contribution")[0, 5].max())
-    assert max(figures(page, "Drew most from").values()) == pytest.approx(most, rel=0.03)
+    assert max(figures(page, "Top keys").values()) == pytest.approx(most, rel=0.03)
 
 
 def test_output_tokens_draw_from_input_tokens(show: Show) -> None:
@@ -479,13 +482,13 @@ def test_output_tokens_draw_from_input_tokens(show: Show) -> None:
     page = show(Explanation(inputs, {"m": grid.mean(0)}, {"m": grid}, queries=outputs))
     assert page.locator("#queries .token").all_inner_texts() == [" Paris", "."]
     token(page, 1, "queries").click()
-    assert list(figures(page, "Drew most from").values()) == pytest.approx([0.5, 0.4, -0.3])
+    assert list(figures(page, "Top keys").values()) == pytest.approx([0.5, 0.4, -0.3])
     token(page, 1).click()
     assert figures(page) == {"m": pytest.approx(-0.3, rel=1e-3)}
     token(page, 1, "queries").click()
     page.mouse.move(5, 5)
     page.evaluate("document.activeElement.blur()")
-    assert list(figures(page, "Fed most").values()) == pytest.approx([0.7, -0.3])
+    assert list(figures(page, "Top queries").values()) == pytest.approx([0.7, -0.3])
 
 
 def test_no_kept_keys_show_no_heads(show: Show, tiny_model, tiny_tokenizer) -> None:
@@ -615,7 +618,7 @@ def test_a_long_text_stays_small_and_can_be_looked_into(
     layer = long_explanation.heads[29]
     row = torch.zeros(512)
     row[layer.keys[8, 400].long()] = layer.measure("contribution")[8, 400]
-    drew = {int(name.split()[0]): x for name, x in figures(page, "Drew most from").items()}
+    drew = {int(name.split()[0]): x for name, x in figures(page, "Top keys").items()}
     assert set(drew) <= set(row.topk(7).indices.tolist())  # near ones may change places
     for place, x in drew.items():
         assert x == pytest.approx(float(row[place]), rel=0.06)
@@ -636,7 +639,7 @@ def test_the_window_follows_the_chosen_token(show: Show, long_page: str) -> None
 
 
 def inks(page: Page) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Of the tokens that have a colour: it, and that of their letters."""
+    """Return the background and text colour of each coloured token."""
     pairs = page.locator("#tokens .token[style]").evaluate_all(
         "tokens => tokens.map(getComputedStyle).map(x => [x.backgroundColor, x.color])"
     )
@@ -673,16 +676,20 @@ def test_a_finger_chooses_on_a_phone(show: Show, explanation: Explanation) -> No
 
 def test_a_model_that_looks_both_ways(show: Show, tiny_tokenizer) -> None:
     config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=32,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    )
     torch.manual_seed(0)
     model = transformers.BertForMaskedLM(config).eval()
     explained = explain(model, tiny_tokenizer, "a b c d e")
     page = show(explained)
     page.wait_for_selector("#tokens .token[style]")
     token(page, 1).click()
-    drew = [int(name.split()[0]) for name in figures(page, "Drew most from")]
+    drew = [int(name.split()[0]) for name in figures(page, "Top keys")]
     assert drew == explained.maps["contribution"][1].argsort(descending=True).tolist()
 
 
@@ -692,7 +699,7 @@ def test_a_text_of_one_token(show: Show, queries: list[str] | None) -> None:
     given = Explanation(["a"], {"m": torch.ones(1)}, {"m": torch.ones(T, 1)}, queries=queries)
     page = show(given)
     token(page, 0).click()
-    assert "Fed most" in page.locator("#details").inner_text()
+    assert "Top queries" in page.locator("#details").inner_text()
 
 
 def test_attention_that_is_nearly_nothing_is_still_seen(show: Show) -> None:
@@ -714,7 +721,7 @@ def test_value_weighted_attention_has_no_sign(show: Show) -> None:
     choose_cell(page, 1, 1)
     found = figures(page)
     assert found["attention"] == pytest.approx(-0.5, rel=0.02)
-    assert found["VW-ON"] == pytest.approx(0.5, rel=0.02)
+    assert found[LABELS["vwon"]] == pytest.approx(0.5, rel=0.02)
 
 
 def test_what_is_announced_is_of_what_is_shown(show: Show, explanation: Explanation) -> None:

@@ -204,11 +204,11 @@ def test_spans_are_tokens_characters_or_pieces_of_the_text(given: Explanation) -
         (["si"], "tokens", "'si' occurs 0 times"),
         ([""], "tokens", "'' occurs 0 times"),
         ([" "], "tokens", "' ' occurs 2 times"),
-        (["t"], "tokens", r"'t' at \(7, 8\) holds no token"),
+        (["t"], "tokens", r"'t' at \(7, 8\) does not hold most"),
         (["undo", "do"], "tokens", r"\(1, 3\) and \(2, 3\) overlap"),
         ([(3, 12)], "characters", r"\(3, 12\).*9 characters"),
         ([(4, 4)], "characters", r"\(4, 4\) is empty"),
-        ([(0, 1)], "characters", r"' ' at \(0, 1\) holds no token"),
+        ([(0, 1)], "characters", r"' ' at \(0, 1\) does not hold most"),
         ([(0, 2), (1, 3)], "tokens", "overlap"),
         ([(0, 9)], "tokens", r"\(0, 9\).*5 tokens"),
         ([(0, 1)], "words", "unit='words'.*'tokens', 'characters'"),
@@ -225,9 +225,9 @@ def test_what_is_not_known_is_not_guessed() -> None:
     bare = Explanation(["a", "b"], {"ig": torch.ones(2)})
     with pytest.raises(ValueError, match="words="):
         bare.by_word()
-    with pytest.raises(ValueError, match="count tokens instead"):
+    with pytest.raises(ValueError, match="in tokens instead"):
         bare.by_span(["a"])
-    with pytest.raises(ValueError, match="as no chat"):
+    with pytest.raises(ValueError, match="not given as a chat"):
         bare.by_message()
 
 

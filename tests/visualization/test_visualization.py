@@ -435,9 +435,7 @@ def test_no_scores_are_refused():
 # Files
 
 
-@pytest.mark.parametrize(
-    ("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("html", b"<!DOCTYPE html>")]
-)
+@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
 def test_the_same_maps_give_the_same_file(maps, tmp_path: Path, suffix, start):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
@@ -448,17 +446,9 @@ def test_the_same_maps_give_the_same_file(maps, tmp_path: Path, suffix, start):
     assert first.startswith(start)
 
 
-def test_a_saved_page_needs_no_other_file(maps, tmp_path: Path):
-    fig, _ = plot_attention_and_contribution(*maps)
-    save_figure(fig, tmp_path / "maps.html")
-    page = (tmp_path / "maps.html").read_text(encoding="utf-8")
-    assert re.findall(r'src="([^,]*),', page) == ["data:image/svg+xml;base64"]
-    assert "href" not in page
-
-
 def test_another_suffix_is_refused(maps, tmp_path: Path):
     fig, _ = plot_attention_and_contribution(*maps)
-    with pytest.raises(ValueError, match=r"'\.gif', expected '\.png', '\.svg' or '\.html'"):
+    with pytest.raises(ValueError, match=r"'\.gif', expected '\.png' or '\.svg'"):
         save_figure(fig, tmp_path / "maps.gif")
     assert not list(tmp_path.iterdir())
 

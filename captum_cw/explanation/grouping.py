@@ -1,0 +1,127 @@
+"""Explanations by word, span of the text, or message of a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from captum_cw.functional import check_choice
+from captum_cw.text.templates import owners
+from captum_cw.text.tokens import Grouping, Span, check_spans, group_scores, joined
+
+if TYPE_CHECKING:
+    from captum_cw.explanation.explanation import Explanation
+
+__all__ = ["SpanUnit", "by_message", "by_span", "by_word"]
+
+SpanUnit = Literal["tokens", "characters"]
+
+
+def by_word(explanation: Explanation, how: Grouping) -> Explanation:
+    """Group tokens by word; see :meth:`captum_cw.Explanation.by_word`."""
+    if explanation.words is None:
+        raise ValueError(
+            "The words of the tokens are unknown: give words=..., or spans to by_span."
+        )
+    outputs = None if explanation.query_words is None else _word_spans(explanation.query_words)
+    return _group(explanation, _word_spans(explanation.words), how, "word", outputs)
+
+
+def by_span(
+    explanation: Explanation, spans: Sequence[Span | str], how: Grouping, unit: SpanUnit
+) -> Explanation:
+    """Group tokens by spans; see :meth:`captum_cw.Explanation.by_span`."""
+    check_choice("unit", unit, SpanUnit)
+    return _group(explanation, [_in_tokens(explanation, s, unit) for s in spans], how, "span")
+
+
+def by_message(explanation: Explanation, how: Grouping) -> Explanation:
+    """Group tokens by message of a chat; see :meth:`captum_cw.Explanation.by_message`."""
+    if explanation.messages is None:
+        raise ValueError(
+            "The positions of messages are unknown: the text was not given as a chat, or its "
+            "template changes the messages. Give their positions to by_span."
+        )
+    spans = [(message.start, message.stop) for message in explanation.messages]
+    grouped = _group(explanation, spans, how, "message")
+    return replace(grouped, tokens=[message.role for message in explanation.messages])
+
+
+def _group(
+    explanation: Explanation,
+    spans: Sequence[Span],
+    how: Grouping,
+    by: str,
+    output_spans: Sequence[Span] | None = None,
+) -> Explanation:
+    """Group keys by ``spans``, and queries by the same spans, or by ``output_spans``.
+
+    Queries that are not the tokens themselves stay single if ``output_spans`` is None.
+    """
+    check_spans(spans, len(explanation.tokens), "tokens")
+    maps = {name: group_scores(x, spans, how) for name, x in explanation.maps.items()}
+    queries, predicted = explanation.queries, explanation.predicted
+    probability = explanation.probability
+    query_spans = spans if queries is None else output_spans
+    if query_spans is not None:
+        maps = {name: group_scores(x.T, query_spans, "mean").T for name, x in maps.items()}
+        last = [stop - 1 for _, stop in query_spans]
+        predicted = None if predicted is None else [predicted[n] for n in last]
+        if queries is not None:
+            queries = [joined(queries[start:stop]) for start, stop in query_spans]
+        if probability is not None and queries is None:
+            probability = probability[last]
+        elif probability is not None:
+            parts = [probability[start:stop].prod() for start, stop in query_spans]
+            probability = torch.stack(parts)
+    return type(explanation)(
+        tokens=[joined(explanation.tokens[start:stop]) for start, stop in spans],
+        scores={name: group_scores(x, spans, how) for name, x in explanation.scores.items()},
+        maps=maps,
+        queries=queries,
+        predicted=predicted,
+        probability=probability,
+        settings={**explanation.settings, "by": by, "how": how},
+    )
+
+
+def _word_spans(words: Sequence[int | None]) -> list[Span]:
+    """Return the tokens of each word; a token without a word is a span of its own."""
+    spans: list[Span] = []
+    for place, word in enumerate(words):
+        if place and word is not None and word == words[place - 1]:
+            spans[-1] = (spans[-1][0], place + 1)
+        else:
+            spans.append((place, place + 1))
+    return spans
+
+
+def _in_tokens(explanation: Explanation, span: Span | str, unit: SpanUnit) -> Span:
+    """Return the tokens of a span that is given in tokens, characters or as text."""
+    if unit == "tokens" and not isinstance(span, str):
+        start, stop = span
+        return start, stop
+    text, offsets = explanation.text, explanation.offsets
+    if text is None or offsets is None:
+        raise ValueError(
+            f"Span {span!r} is given in characters, but the characters of the tokens are unknown: "
+            "give it in tokens instead."
+        )
+    if isinstance(span, str):
+        count = text.count(span) if span else 0
+        if count != 1:
+            raise ValueError(
+                f"{span!r} occurs {count} times in the text: give its characters or tokens."
+            )
+        span = (text.index(span), text.index(span) + len(span))
+    check_spans([span], len(text), "characters")
+    inside = [n for n, owner in enumerate(owners(text, offsets, [span])) if owner is not None]
+    if not inside:
+        raise ValueError(
+            f"Span {text[slice(*span)]!r} at {span} does not hold most of any token: "
+            "take more of the text."
+        )
+    return inside[0], inside[-1] + 1
