@@ -634,12 +634,12 @@ def test_pairs_cannot_be_ranked_by_scores_of_whole_tokens() -> None:
     for method, named in (
         (rollout, "layers='rollout'"),
         (ALTIWeights(model), "ALTIWeights"),
-        (TokenScores(ALTIWeights(model)), "layers='mean'"),
+        (TokenScores(ALTIWeights(model)), "ALTIWeights"),
     ):
-        with pytest.raises(ValueError, match=f"{named} gives scores of whole tokens"):
+        with pytest.raises(ValueError, match=f"{named} scores whole tokens"):
             pair_scorer(method)
     with (
-        pytest.raises(ValueError, match="whole tokens, not of pairs"),
+        pytest.raises(ValueError, match="whole tokens, not pairs"),
         remove_tokens(model, rollout, 0.5),
     ):
         pass
@@ -706,11 +706,11 @@ def test_choices_that_make_no_sense_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"heads={heads!r}"):
             TokenScores(method, layers="rollout", heads=heads)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="scope='intra' speaks of the output of one head"):
+    with pytest.raises(ValueError, match="scope='intra' refers to the output of one head"):
         TokenScores(ContributionWeights(model, scope="intra"), layers="rollout")
     with pytest.raises(ValueError, match="signed=True, but layers='rollout'"):
         TokenScores(contributions, layers="rollout", signed=True)
-    with pytest.raises(ValueError, match="layers='product' is unknown.*'rollout', or None"):
+    with pytest.raises(ValueError, match="layers='product' is unknown.*'rollout', None"):
         TokenScores(contributions, layers="product")  # type: ignore[arg-type]
     with pytest.raises(IndexError, match="queries=9, but example 0 has 9 tokens"):
         TokenScores(attention, layers="rollout", queries=9).attribute(token_ids())

@@ -1,4 +1,4 @@
-"""Attribution classes in Captum's form; the work is in ``captum_cw.capture`` and ``functional``."""
+"""Captum attribution classes: the measures, token scores, and language models."""
 
 from captum_cw.attr.chat import ChatTokenInput
 from captum_cw.attr.llm import LLMTokenAttribution

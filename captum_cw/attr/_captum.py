@@ -1,4 +1,4 @@
-"""The only door to Captum's private helpers, which change between releases."""
+"""Imports of Captum's private helpers, all in one place since releases change them."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -21,6 +21,6 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def logged(function: F) -> F:
-    """Captum's decorator for ``attribute``; its NoiseTunnel calls what it wraps."""
+    """Decorate ``attribute`` as Captum does; its NoiseTunnel calls ``attribute.__wrapped__``."""
     wrapped: F = log_usage()(function)
     return wrapped

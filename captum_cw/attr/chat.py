@@ -1,4 +1,4 @@
-"""Chats and tokenized texts as Captum's inputs of text."""
+"""Chats and tokenized texts as text inputs of Captum."""
 
 from __future__ import annotations
 
@@ -14,72 +14,77 @@ __all__ = ["ChatTokenInput", "EncodedTokenInput"]
 
 
 class EncodedTokenInput(TextTokenInput):  # type: ignore[misc]  # captum has no types for it
-    """Captum's ``TextTokenInput`` of tokens that are known already.
+    """Captum's ``TextTokenInput`` for a text that is already tokenized.
 
     Args:
         encoded: The text and its tokens.
         tokenizer: The model's tokenizer.
 
     Attributes:
-        encoded: The same.
-        messages: None, since it is not a chat.
+        encoded: The text and its tokens.
+        messages: The tokens of each message of a chat; None for other texts.
 
     Example:
         >>> from captum_cw.text.templates import encode
-        >>> EncodedTokenInput(encode(tokenizer, "a b"), tokenizer).values
-        ['a', 'b']
+        >>> EncodedTokenInput(encode(tokenizer, "Ice is cold"), tokenizer).values
+        ['Ice', 'is', 'cold']
     """
 
     def __init__(self, encoded: Encoded, tokenizer: Any) -> None:
-        # Not Captum's own constructor, which tokenizes a text.
+        # Captum's constructor is not called, since it tokenizes a text.
         self.encoded = encoded
         self.text, self.offsets = encoded.text, encoded.offsets
         self.messages: list[Message] | None = None
-        self.inp_tensor = self.itp_tensor = encoded.ids
+        self.inp_tensor = encoded.ids
         self.itp_mask: torch.Tensor | None = None
         self.skip_tokens: object = None
         self.tokenizer = tokenizer
-        self.values = tokenizer.convert_ids_to_tokens(self.itp_tensor[0].tolist())
-        self.n_itp_features = len(self.values)
         self.baselines = 0
+        self._set_features(encoded.ids)
+
+    def _set_features(self, ids: torch.Tensor) -> None:
+        """Set the tokens that have scores, ``(1, n)``."""
+        self.itp_tensor = ids
+        self.values = self.tokenizer.convert_ids_to_tokens(ids[0].tolist())
+        self.n_itp_features = len(self.values)
 
 
 class ChatTokenInput(EncodedTokenInput):
-    """Captum's ``TextTokenInput`` of a chat: its features are the tokens of the whole prompt.
+    """Captum's ``TextTokenInput`` for a chat. Its features are the tokens of the whole prompt.
 
-    The tokenizer's chat template makes the prompt, up to where the model is to answer. Captum's own
-    ``LLMAttribution`` takes it too.
+    The tokenizer's chat template makes the prompt, which ends where the model's answer starts.
+    Captum's own ``LLMAttribution`` accepts this input too.
 
     Args:
-        messages: Each a mapping with ``"role"`` and ``"content"``: a text, a list of parts such as
-            ``{"type": "text", "text": "..."}``, or None.
-        tokenizer: The model's tokenizer, which has a chat template.
-        baselines: As in Captum: the token, or its id, that stands in for one that is ablated.
-        skip_tokens: As in Captum: tokens or ids that are no features. ``"template"`` skips all that
-            the template adds: marks of roles, special tokens, a system message of its own.
+        messages: The messages. Each has a ``"role"``, and a ``"content"`` that is a text, a list of
+            parts such as ``{"type": "text", "text": "..."}``, or None.
+        tokenizer: The model's tokenizer, with a chat template.
+        baselines: As in Captum: the token, or its id, that replaces an ablated token.
+        skip_tokens: As in Captum: tokens or ids that are not features. ``"template"`` skips all
+            that the template adds: role marks, special tokens and a system message of its own.
         chat_template_kwargs: Further arguments for ``tokenizer.apply_chat_template``, such as
             ``{"enable_thinking": False}``.
 
     Attributes:
         encoded: The prompt and its tokens.
-        messages: Which tokens of the prompt hold each message; None where the template rewrites
-            them, or the tokenizer does not tell where tokens stand.
+        messages: The tokens of each message; None if they are unknown, because the template changes
+            the content or the tokenizer does not report offsets.
 
     Raises:
         TypeError: If a message is not a mapping with a role and a content.
-        ValueError: If there is no message, the tokenizer has no chat template, or the template's
-            tokens are to be skipped and are not known.
+        ValueError: If the chat is empty, the tokenizer does not have a chat template, or the
+            template's tokens are to be skipped but unknown.
 
     Example:
         >>> tokenizer.chat_template = (
         ...     "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
         ...     "{% if add_generation_prompt %}A{% endif %}"
         ... )
-        >>> chat = [{"role": "U", "content": "a b c"}]
+        >>> chat = [{"role": "U", "content": "Name the capital"}]
         >>> ChatTokenInput(chat, tokenizer).values
-        ['U', 'a', 'b', 'c', 'A']
+        ['U', 'Name', 'the', 'capital', 'A']
         >>> ChatTokenInput(chat, tokenizer, skip_tokens="template").values
-        ['a', 'b', 'c']
+        ['Name', 'the', 'capital']
     """
 
     def __init__(
@@ -101,15 +106,13 @@ class ChatTokenInput(EncodedTokenInput):
         self.skip_tokens = skip_tokens
         if skip_tokens:
             self.itp_mask = self._kept(tokenizer, skip_tokens)
-            self.itp_tensor = chat.ids[self.itp_mask][None]
-            self.values = tokenizer.convert_ids_to_tokens(self.itp_tensor[0].tolist())
-            self.n_itp_features = len(self.values)
+            self._set_features(chat.ids[self.itp_mask][None])
         if isinstance(baselines, str):
             baselines = int(tokenizer.convert_tokens_to_ids([baselines])[0])
         self.baselines = baselines
 
     def _kept(self, tokenizer: Any, skip_tokens: list[int] | list[str] | str) -> torch.Tensor:
-        """``(1, T)``."""
+        """Return which tokens are features, ``(1, T)`` boolean."""
         if isinstance(skip_tokens, str) and skip_tokens != "template":
             raise ValueError(f"skip_tokens={skip_tokens!r}: give a list, or 'template'.")
         if skip_tokens != "template":
@@ -120,8 +123,8 @@ class ChatTokenInput(EncodedTokenInput):
             return ~torch.isin(self.inp_tensor, self.inp_tensor.new_tensor(skipped))
         if self.messages is None:
             raise ValueError(
-                "skip_tokens='template', but the template rewrites messages or the tokenizer does "
-                "not tell where tokens stand, so they are not known: name the tokens to skip."
+                "skip_tokens='template', but the template's tokens are unknown, because it changes "
+                "messages or the tokenizer does not report offsets: name the tokens to skip."
             )
         kept = torch.zeros_like(self.inp_tensor, dtype=torch.bool)
         for message in self.messages:

@@ -1,26 +1,17 @@
-"""One score per token from a measure: reductions over queries, heads and layers (Eq. 15).
-
-Layers are reduced each for itself, or followed from the last one to the first (see
-:mod:`captum_cw.rollout`).
-"""
+"""One score per token from a measure: reductions over queries, heads and layers (Eq. 15)."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from captum_cw import functional
 from captum_cw.attr._captum import Attribution, logged
-from captum_cw.attr.measures import (
-    AttentionAttribution,
-    as_given,
-    refuse_target,
-    stack_layers,
-)
+from captum_cw.attr.measures import AttentionAttribution, as_given, refuse_target, stack_layers
 from captum_cw.capture import Execution
 from captum_cw.capture.forward_call import LOGITS, tokens_of
 from captum_cw.capture.run import Inputs
@@ -32,46 +23,49 @@ __all__ = ["TokenScores"]
 
 
 class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for it
-    """Scores of tokens from any of the measures; wraps a measure as Captum's NoiseTunnel does.
+    """Token scores from any measure; it wraps a measure as Captum's NoiseTunnel does.
 
-    The score of token ``j`` in one head is the mean of ``|g_ij|`` over the queries ``i`` that can
-    see it (arXiv 2606.07604, Eq. 15); heads and layers are then aggregated. Layers are
-    reduced while the model runs, so memory grows linearly with the text.
+    The score of token ``j`` in one head is the mean of ``|g_ij|``, the absolute measure, over the
+    queries ``i`` that see the token (arXiv 2606.07604, Eq. 15). Then heads and layers are
+    aggregated. Each layer is reduced while the model runs, so memory grows linearly with the text.
 
-    With ``layers="rollout"``, influence is followed through the layers first, each
-    seen as a map of how much of the residual stream after attention each token makes, heads put
-    together: for :class:`AttentionWeights` half attention and half the stream itself, for
-    :class:`ContributionWeights` the absolute shares of the stream, for :class:`ALTIWeights` the
-    weights. That is measured where the sum goes on, whatever the method's ``space``. The one map of
-    all layers is then reduced over the queries that a token reaches. Such a map, of size ``T x T``,
-    is held.
+    ``layers="rollout"`` follows the influence of tokens through all layers instead (Abnar &
+    Zuidema 2020). Each layer becomes one map ``(T, T)``, which says how much of the residual stream
+    after attention each token makes: half attention and half the stream for
+    :class:`AttentionWeights`; norms for the value-weighted measures; absolute shares for
+    :class:`ContributionWeights`; the weights themselves for :class:`ALTIWeights` (see
+    :mod:`captum_cw.rollout`). The maps are taken in the residual stream, whatever the measure's
+    ``space``. Their product is reduced over the queries that a token reaches, and is held in
+    memory.
 
     Args:
         method: A measure, such as ``ContributionWeights(model)``.
-        reduction: Over queries: ``"mean"`` (Eq. 15), ``"sum"``, ``"max"`` or ``"rms"``. The mean
-            overrates late tokens, which few queries see; the sum does not.
-        layers: Over layers: ``"mean"``, ``"sum"``, ``"max"``, or None to keep them; or
-            ``"rollout"``, the product of their maps (Abnar & Zuidema 2020).
-        heads: Over heads: ``"mean"``, ``"sum"``, ``"max"``, or None to keep them. With ``"sum"``,
-            contributions are shares of a layer's output, which sum to one for each query where
-            ``signed`` is True. Where layers are followed, leave ``"mean"`` (attention can be put
-            together by ``"max"`` too).
-        queries: ``"all"``, the index of one query (explains one prediction), or a slice. They
-            count the real tokens of each example, padding left out, so -1 is its last token.
-        signed: Keeps signs; by default absolute values are reduced.
+        reduction: The reduction over queries: ``"mean"`` (Eq. 15), ``"sum"``, ``"max"`` or
+            ``"rms"``. The mean overrates late tokens, which few queries see; the sum does not.
+        layers: The aggregation over layers: ``"mean"``, ``"sum"``, ``"max"``, ``"rollout"``, or
+            None to keep all layers.
+        heads: The aggregation over heads: ``"mean"``, ``"sum"``, ``"max"``, or None to keep all
+            heads. With ``"sum"`` and ``signed=True``, the contributions to each query are shares of
+            a layer's output, which sum to one. A rollout needs ``"mean"``; one of attention also
+            allows ``"max"``.
+        queries: The queries that count: ``"all"``, the index of one query (to explain one
+            prediction), or a slice. Indices leave padding out, so -1 is the last token of each
+            example.
+        signed: Whether to keep signs. By default absolute values are reduced.
 
     Raises:
-        TypeError: If ``method`` is no measure.
+        TypeError: If ``method`` is not a measure.
         ValueError: If a choice is unknown, or does not go with ``layers``.
 
     Example:
-        >>> TokenScores(ContributionWeights(model)).attribute(input_ids).shape
+        >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> TokenScores(ContributionWeights(model)).attribute(ids).shape
         torch.Size([1, 5])
         >>> per_head = TokenScores(ContributionWeights(model), layers=None, heads=None)
-        >>> per_head.attribute(input_ids).shape
+        >>> per_head.attribute(ids).shape
         torch.Size([1, 2, 4, 5])
         >>> last = TokenScores(ContributionWeights(model), layers="rollout", queries=-1)
-        >>> torch.allclose(last.attribute(input_ids).sum(), torch.tensor(1.0))
+        >>> torch.allclose(last.attribute(ids).sum(), torch.tensor(1.0))
         True
     """
 
@@ -90,18 +84,10 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 "VWONAttention(model), VWAttention(model) or AttentionWeights(model)."
             )
         check_choice("reduction", reduction, Reduction)
-        aggregations = get_args(Aggregation)
-        for name, how, known in (
-            ("layers", layers, (*aggregations, "rollout")),
-            ("heads", heads, aggregations),
-        ):
-            if how is not None and how not in known:
-                raise ValueError(
-                    f"{name}={how!r} is unknown: choose {', '.join(map(repr, known))}, or None to "
-                    "keep them."
-                )
+        check_choice("layers", layers, Literal[Aggregation, "rollout", None])
+        check_choice("heads", heads, Literal[Aggregation, None])
         if layers == "rollout":
-            method.mixing(heads)  # raises where it has none
+            method.mixing(heads)  # raises an error if there is no such map
             if signed:
                 raise ValueError(
                     "signed=True, but layers='rollout' multiplies absolute values: leave it out."
@@ -111,17 +97,17 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         self.reduction: Reduction = reduction
         self.layers: Aggregation | Literal["rollout"] | None = layers
         self.heads: Aggregation | None = heads
-        self.queries = _readable_queries(queries)
+        self.queries = _check_queries(queries)
         self.signed = signed
 
     @classmethod
     def get_name(cls) -> str:
-        """The class's name."""
+        """Return the name of the class."""
         return cls.__name__
 
     @property
     def ranks_whole_tokens(self) -> bool:
-        """Whether heads are put together before tokens have scores, so that none are of a head."""
+        """Whether heads are aggregated before tokens are scored, so a head does not have scores."""
         return self.layers == "rollout" or self.method.maps_of(2) == 1
 
     @logged
@@ -133,73 +119,60 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         *,
         show_progress: bool = False,
     ) -> Any:
-        """One score a token.
+        """Return one score per token.
 
         Args:
-            inputs: As the method's ``attribute`` takes them.
-            additional_forward_args: Further positional arguments, as in Captum.
+            inputs: The inputs of the measure's ``attribute``.
+            additional_forward_args: Further positional arguments of the model, as in Captum.
             target: Must be None.
-            show_progress: Shows a bar over the layers once it has taken two seconds.
+            show_progress: Whether to show a progress bar over the layers after two seconds.
 
         Returns:
-            ``(B, S)``, with ``L`` and ``H`` after ``B`` where ``layers`` and ``heads`` are None:
-            ``(B, L, H, S)``. float32, detached; padded tokens have zeros. A tensor given in a
-            tuple of one comes back in one.
+            ``(B, S)``; with ``layers=None`` and ``heads=None`` ``(B, L, H, S)``. float32, detached;
+            padded tokens have the score zero. If ``inputs`` is a tuple of one tensor, so is the
+            result.
 
         Raises:
-            IndexError: If an example has no query at the index ``queries``.
-            ValueError: As the method's ``attribute``, where layers of different shape are to be put
-                together.
-            UnsupportedModelError: As the method's ``attribute``, and where layers are followed
-                through cross-attention, or a residual stream that is not found.
+            IndexError: If an example does not have the queries.
+            ValueError: If layers of different shapes are kept or aggregated. Other errors are those
+                of the measure's ``attribute``.
+            UnsupportedModelError: If a rollout meets cross-attention, or a residual stream that is
+                not found. Other errors are those of the measure's ``attribute``.
         """
         refuse_target(target)
         if self.layers == "rollout":
-            return as_given(inputs, self._through(inputs, additional_forward_args, show_progress))
-        chosen: dict[int, Tensor | None] = {}
+            path, chosen, _ = self._path(
+                inputs, additional_forward_args, self._chosen, show_progress=show_progress
+            )
+            return as_given(inputs, path.scores(self.reduction, chosen).float())
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor:
-            if layer.T not in chosen:  # the same for all layers of one length
-                chosen[layer.T] = self._chosen(layer)
-            queries = chosen[layer.T]
-            if queries is not None:
-                queries = queries.to(layer.value.device)
             scores = functional.token_scores(
-                layer, self.method.measure, self.reduction, signed=self.signed, queries=queries
+                layer,
+                self.method.measure,
+                self.reduction,
+                signed=self.signed,
+                queries=self._chosen(execution, layer),
             )
             return functional.aggregate(scores, self.heads, dim=1).float()
 
         results, _ = self.method.observe(
             inputs, additional_forward_args, on_layer, show_progress=show_progress
         )
-        scores = stack_layers([r for _, r in results], "the scores")
-        return as_given(inputs, self._over_layers(scores))
+        return as_given(inputs, self._over_layers(results))
 
-    def _over_layers(self, scores: Tensor) -> Tensor:
+    def _over_layers(self, results: list[tuple[Execution, Tensor]]) -> Tensor:
+        scores = stack_layers([of_layer for _, of_layer in results], "the scores")
         return functional.aggregate(scores, cast(Aggregation | None, self.layers), dim=1)
-
-    def _through(
-        self, inputs: Inputs, additional_forward_args: object, show_progress: bool
-    ) -> Tensor:
-        """``(B, T)``, by layers that are followed."""
-        path, chosen, _ = self._path(
-            inputs,
-            additional_forward_args,
-            lambda execution, layer: self._chosen(layer),
-            show_progress,
-        )
-        return path.scores(self.reduction, chosen).float()
 
     def _path(
         self,
         inputs: Inputs,
         additional_forward_args: object,
         choose: Callable[[Execution, AttentionLayer], Tensor | None],
-        show_progress: bool,
-        *,
-        text_only: bool = False,
+        **options: Any,
     ) -> tuple[Rollout, Tensor | None, Any]:
-        """The way through all layers, the chosen queries, and the output of the model."""
+        """Return the rollout of all layers, the chosen queries, and the output of the model."""
         path = Rollout()
         mixing = self.method.mixing(self.heads)
 
@@ -213,22 +186,19 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
             on_layer,
             stream=self.method.mixes_stream,
             one_text=True,
-            text_only=text_only,
-            show_progress=show_progress,
+            **options,
         )
         return path, results[0][1], output
 
-    def _chosen(self, layer: AttentionLayer) -> Tensor | None:
-        """``(B, T)``: the queries that count, by their place among the real tokens."""
+    def _chosen(self, execution: Execution, layer: AttentionLayer) -> Tensor | None:
+        """Return the queries that count, ``(B, T)`` boolean; None for all."""
         if self.queries == "all":
             return None
+        chosen = layer.value.new_zeros(len(layer.value), layer.T, dtype=torch.bool)
         real = layer.mask.real
-        B, device = layer.value.shape[0], layer.value.device
-        if real is None:
-            real = torch.ones(B, layer.T, dtype=torch.bool, device=device)
-        chosen = torch.zeros_like(real)
-        for b in range(B):
-            places = real[b].nonzero()[:, 0]
+        token_masks = torch.ones_like(chosen) if real is None else real.to(chosen.device)
+        for b, token_mask in enumerate(token_masks):
+            places = token_mask.nonzero()[:, 0]
             try:
                 chosen[b, places[self.queries]] = True
             except IndexError:
@@ -247,38 +217,37 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         prompt: int | None = None,
         show_progress: bool = False,
     ) -> tuple[Tensor, Any]:
-        """The scores at each of a few queries, instead of a reduction over them.
+        """Return the scores at each of some queries, without a reduction over queries.
 
-        Learned virtual tokens, as of prompt or prefix tuning, stand before the text. Queries count
-        the text's own tokens, and its own tokens are those that have scores. Of a model of images
-        and text, the layers count that read the text, where the measure has no layers chosen.
-        Memory grows with the rows that are asked for.
+        Both queries and scores are of the text's own tokens: learned virtual tokens before the text
+        (prompt or prefix tuning) do not count. In a model of images and text, only the layers over
+        the text count, unless the measure has a ``layer``. Memory grows with the number of queries.
 
         Args:
-            inputs: As for :meth:`attribute`, unpadded.
-            queries: The queries, with a start and a stop.
-            prompt: How many tokens come before those that the model is to predict one by one. Where
-                it is given, no token may see those after it, but for the prompt's.
-            show_progress: Shows a bar over the layers once it has taken two seconds.
+            inputs: The inputs of :meth:`attribute`, without padding.
+            queries: The queries, as a slice with a start and a stop.
+            prompt: The number of tokens before those that the model predicts one by one. If it is
+                given, predicted tokens must not see later ones. Tokens of the prompt may.
+            show_progress: Whether to show a progress bar over the layers after two seconds.
 
         Returns:
-            ``(B, t, S)`` aggregated over heads and layers, and the output of the model.
+            The scores ``(B, t, S)``, aggregated over heads and layers, and the model's output.
 
         Raises:
-            UnsupportedModelError: As :meth:`attribute`; if it is not known which queries and keys
-                are the text's; and if tokens see those after them, though ``prompt`` is given.
-            ValueError: As :meth:`attribute`, and if layers or heads are not aggregated, or
-                ``queries`` are chosen already.
+            UnsupportedModelError: If it is unknown which queries and keys are the text's, or if
+                ``prompt`` is given and predicted tokens see later ones. Other errors are those of
+                :meth:`attribute`.
+            ValueError: If layers or heads are not aggregated, or ``queries`` are already chosen.
         """
         if self.layers is None or self.heads is None or self.queries != "all":
             raise ValueError(
-                f"layers={self.layers!r}, heads={self.heads!r}, queries={self.queries!r}: one row "
-                "a query needs layers and heads aggregated, and queries='all'."
+                f"layers={self.layers!r}, heads={self.heads!r}, queries={self.queries!r}: scores "
+                "of single queries need aggregated layers and heads, and queries='all'."
             )
         T, cached, kept = self._length(inputs)
 
         def own(execution: Execution, layer: AttentionLayer) -> tuple[slice, slice]:
-            """The asked queries, and the keys of the text, as the layer counts them."""
+            """Return the requested queries, and the text's keys, as the layer counts them."""
             before = leading(execution, layer, T, kept)
             if prompt is not None:
                 refuse_later_tokens(execution, layer, before, prompt)
@@ -299,11 +268,10 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         results, output = self.method.observe(
             inputs, None, on_layer, text_only=True, show_progress=show_progress
         )
-        scores = stack_layers([r for _, r in results], "the scores")
-        return self._over_layers(scores), output
+        return self._over_layers(results), output
 
     def _length(self, inputs: Inputs) -> tuple[int | None, int, int | None]:
-        """How many tokens are given, are in a given cache, and have logits; None if not known."""
+        """Return the numbers of given, cached and last tokens with logits; None if unknown."""
         model = self.method.model
         if model is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             return None, 0, None
@@ -319,20 +287,24 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         own: Callable[[Execution, AttentionLayer], tuple[slice, slice]],
         show_progress: bool,
     ) -> tuple[Tensor, Any]:
-        places = slice(0), slice(0)
+        """Return the rows of a rollout; ``own`` gives the queries and keys of the text."""
+        queries = keys = slice(0)
 
         def choose(execution: Execution, layer: AttentionLayer) -> Tensor:
-            nonlocal places
-            places = own(execution, layer)
+            nonlocal queries, keys
+            queries, keys = own(execution, layer)
             chosen = layer.value.new_zeros(len(layer.value), layer.T, dtype=torch.bool)
-            chosen[:, places[0]] = True
+            chosen[:, queries] = True
             return chosen
 
-        path, chosen, output = self._path(inputs, None, choose, show_progress, text_only=True)
-        return path.rows(chosen)[:, places[0], places[1]].float(), output
+        path, chosen, output = self._path(
+            inputs, None, choose, text_only=True, show_progress=show_progress
+        )
+        return path.rows(chosen)[:, queries, keys].float(), output
 
 
-def _readable_queries(queries: Any) -> Literal["all"] | int | slice:
+def _check_queries(queries: Any) -> Literal["all"] | int | slice:
+    """Return the queries in the form that they are stored in; raise a ValueError for others."""
     if isinstance(queries, str) and queries == "all":
         return "all"
     if isinstance(queries, slice) and (queries.step is None or queries.step > 0):

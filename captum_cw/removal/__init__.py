@@ -1,4 +1,4 @@
-"""Removing tokens: how pairs of head and token are scored, ranked, protected and removed."""
+"""Score, rank and remove pairs of head and token in the passes of a model."""
 
 from captum_cw.removal.interventions import remove_tokens, remove_values, scale_values
 

@@ -1,4 +1,14 @@
-"""Change the values of attention layers during the passes of a model."""
+"""Change the values of attention layers in the passes of a model.
+
+An :class:`Intervention` runs code around each pass. The pass over a text from its start decides the
+factors of the values; a pass that continues the text applies the same factors again. The subclasses
+differ in how they decide:
+
+* :class:`FixedChange` has the factors from the start;
+* :class:`Scaled` has one factor for some tokens of some layers;
+* :class:`CleanRemoval` removes by scores from an unchanged pass, which it runs first;
+* :class:`OnlineRemoval` removes by scores of each layer while that layer runs.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +16,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture import (
-    Execution,
-    Observation,
-    ValueChange,
-    around_passes,
-    changed_values,
-    is_observed,
-)
+from captum_cw.capture import Execution, Observation, around_passes, changed_values, is_observed
 from captum_cw.capture.attention_call import kind_of
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
 from captum_cw.capture.forward_call import Tokens, parameters_of, tokens_of, warn_of_special_tokens
@@ -33,19 +35,15 @@ from captum_cw.removal.clean_pass import (
     CleanPass,
     check_finite,
     check_kind,
+    cross_attention_error,
     mean_of_pairs,
-    of_all_keys,
-    of_two_texts,
+    with_prefix,
 )
 from captum_cw.removal.options import Factors, RemovalOptions
 from captum_cw.removal.ranking import Which
-from captum_cw.removal.scoring import (
-    PairScorer,
-    TokenMethod,
-    space_of,
-)
+from captum_cw.removal.scoring import PairScorer, TokenMethod, space_of
 from captum_cw.removal.sinks import real_tokens
-from captum_cw.removal.virtual_tokens import behind, behind_prefix, known_to, own_tokens
+from captum_cw.removal.virtual_tokens import behind, padding_masks, text_mask, without_prefix
 
 __all__ = [
     "CleanRemoval",
@@ -57,50 +55,47 @@ __all__ = [
 ]
 
 
-#: Arguments that say how a model runs, not what it reads: a scorer of tokens does not get them.
+#: Arguments about how a model runs. Scorers of whole tokens do not receive them.
 NOT_OF_TEXT = ("use_cache", LOGITS, "return_dict")
 
-
-@dataclass(frozen=True)
-class _Call:
-    """What runs a pass, what it is called with, and what that says of its tokens."""
-
-    forward: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tokens: Tokens
+Forward = Callable[..., Any]
+FactorsOf = Callable[[int, nn.Module, int, Tensor], Tensor | None]
+"""Takes a layer's index, its module, ``H`` and its values; returns the factors of the values."""
 
 
 class _State(threading.local):
-    """Where a thread stands in an intervention: a context may be copied into several threads."""
+    """The state of an intervention in one thread."""
 
-    def __init__(self) -> None:
-        self.factors: Factors = []
-        self.length = 0
-        self.cache: Callable[[], Any] = _no_cache
-        self.running = False
-        # Whether passes run unchanged, as those that score tokens do.
-        self.suspended = False
-        # Within model.generate: the first text that it ran, (B, T).
-        self.generating = False
-        self.prompt: Tensor | None = None
-        # Tells the layers that read it from those over images; None without images.
-        self.text: TextLayers | None = None
-
-
-def _no_cache() -> None:
-    return None
+    #: The factors of the last text, which has ``length`` tokens and was read into ``cache``.
+    factors: Sequence[Tensor | None] = ()
+    length = 0
+    cache: weakref.ref[Any] | None = None
+    #: Whether a pass is running.
+    running = False
+    #: Whether passes run unchanged, as a scorer of whole tokens needs them.
+    suspended = False
+    #: Whether ``model.generate`` is running, and the text of its first pass, ``(B, T)``.
+    generating = False
+    prompt: Tensor | None = None
+    #: Distinguishes the layers over the text while it runs; None without images or sounds.
+    text: TextLayers | None = None
 
 
 class Intervention:
-    """Changes the values that the attention layers of a model read, in each of its passes.
+    """Change the values that the attention layers of a model read, in each of its passes.
 
-    What the values of a prompt were multiplied by stays so for the tokens that follow it in a
-    key-value cache; values that come later are left alone.
+    The values of a prompt keep their factors while a key-value cache continues the text. The values
+    of the tokens that follow do not change.
 
     Args:
         model: The model.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
     """
+
+    #: Whether layers of a vision tower, or over sounds, are changed too.
+    every_layer = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model: nn.Module = unwrapped(model)
@@ -111,9 +106,9 @@ class Intervention:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Changes all passes of the model in this context."""
+        """Change all passes of the model inside this context."""
         with (
-            changed_values(self._modules, self._only_in_passes),
+            changed_values(self._modules, self._check_is_pass),
             around_passes(self.model, self._pass),
             around_passes(self.model, self._generation, "generate"),
             uncompiled(),
@@ -122,9 +117,9 @@ class Intervention:
 
     @contextmanager
     def _generation(
-        self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, generate: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[Callable[[Any], None]]:
-        """Around ``model.generate``, which runs a prompt, then the same text with more tokens."""
+        """Run around ``model.generate``: a pass over a prompt, then passes with more tokens."""
         state = self._state
         if state.suspended:
             yield _ignore
@@ -137,22 +132,25 @@ class Intervention:
         finally:
             state.generating, state.prompt, state.text = before
 
-    def _only_in_passes(self, module: nn.Module, heads: int, value: Tensor) -> None:
+    def _check_is_pass(self, module: nn.Module, heads: int, value: Tensor) -> None:
+        """Raise a RuntimeError if a layer runs outside of a pass of the model."""
         state = self._state
-        if not (state.running or state.suspended):
-            # Newer releases of transformers make states of images before the first pass.
-            if state.text is not None and not state.text.holds(running(), value.shape[0]):
-                return
-            raise RuntimeError(
-                f"{type(module).__name__} runs outside of a pass of the {type(self.model).__name__}"
-                " whose values are changed: call the model itself, not a part of it, and turn off "
-                "gradient checkpointing, which runs parts again."
-            )
+        if state.running or state.suspended:
+            return
+        # In newer releases of transformers, generate encodes images before the first pass.
+        if state.text is not None and not state.text.holds(running(), value.shape[0]):
+            return
+        raise RuntimeError(
+            f"{type(module).__name__} runs outside of a pass of the {type(self.model).__name__} "
+            "whose values are changed: call the model itself, not a part of it, and turn off "
+            "gradient checkpointing, which runs parts again."
+        )
 
     @contextmanager
     def _pass(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[Callable[[Any], None]]:
+        """Run around each forward pass of the model."""
         state = self._state
         if state.suspended:
             yield _ignore
@@ -160,31 +158,31 @@ class Intervention:
         tokens = tokens_of(self.model, args, kwargs)
         if isinstance(tokens.cache, (tuple, list)):
             raise TypeError(
-                "The key-value cache is a tuple of tensors, which does not tell whether it goes on "
-                "with the same text: give one of transformers' Cache classes."
+                "The key-value cache is a tuple of tensors, so it is unknown whether it continues "
+                "the same text: give one of transformers' Cache classes."
             )
         if tokens.cached:
             check_self_attention(self.model)
             self._check_cache(tokens)
         state.running = True
         try:
-            if tokens.cached or self._goes_on(tokens):
-                with self._changed(tokens, later=True):
+            if tokens.cached or self._repeats_prompt(tokens):
+                with self._apply(tokens, later=True):
                     yield _ignore
             else:
                 warn_of_special_tokens(self.model, tokens.named)
-                state.length, state.cache = 0, _no_cache
+                state.length, state.cache = 0, None
                 state.prompt = tokens.ids if state.generating else None
-                with self._prompt(_Call(forward, args, kwargs, tokens)):
+                with self._first_pass(forward, tokens):
                     yield partial(self._keep_cache, tokens.cache)
         finally:
             state.running = False
         state.length = tokens.cached + (tokens.T or 0)
 
-    def _goes_on(self, tokens: Tokens) -> bool:
-        """Whether this pass runs a generated text once more from its start, without a cache.
+    def _repeats_prompt(self, tokens: Tokens) -> bool:
+        """Whether ``generate`` reads its prompt again in this pass, as it does without a cache.
 
-        What was removed from the prompt then stays removed, as it does with a cache.
+        Then the values of the prompt keep their factors.
         """
         prompt, ids = self._state.prompt, tokens.ids
         if prompt is None:
@@ -192,107 +190,115 @@ class Intervention:
         n = prompt.shape[1]
         if ids is None or ids.shape[1] <= n or not torch.equal(ids[:, :n], prompt.to(ids.device)):
             raise RuntimeError(
-                f"generate runs another text than its prompt of {n} tokens, so it is not known "
-                "what is removed from it: generate without assistants, guidance and the like, or "
-                "call the model itself."
+                f"generate reads another text than its prompt of {n} tokens, so it is unknown what "
+                "to remove from it: generate without assistants, guidance and the like, or call "
+                "the model itself."
             )
         return True
 
     def _keep_cache(self, given: Any, output: Any) -> None:
         cache = find_cache(output)
         cache = given if cache is None else cache
-        self._state.cache = _no_cache if cache is None else weakref.ref(cache)
+        self._state.cache = None if cache is None else weakref.ref(cache)
 
     def _check_cache(self, tokens: Tokens) -> None:
+        """Raise a RuntimeError unless the cache holds the last text, and one token follows."""
         state = self._state
-        if state.cache() is not tokens.cache or tokens.cached != state.length:
+        known = None if state.cache is None else state.cache()
+        if known is not tokens.cache or tokens.cached != state.length:
             raise RuntimeError(
                 f"The key-value cache holds {tokens.cached} tokens that were not read as the last "
-                "text since values are changed: what was removed from them is not known. Start "
-                "with the whole text and an empty cache."
+                "text in this context, so it is unknown what was removed from them: start with the "
+                "whole text and an empty cache."
             )
         if tokens.T != 1:
             raise RuntimeError(
-                f"{tokens.T} tokens follow {tokens.cached} in a key-value cache: what is removed "
-                "is decided from a whole text, so give it at once, not in pieces."
+                f"{tokens.T} tokens follow {tokens.cached} in a key-value cache, but a whole text "
+                "decides what is removed: give it at once, not in pieces."
             )
 
-    def _prompt(self, call: _Call) -> AbstractContextManager[None]:
-        """Around a pass over a text from its start; leaves the factors behind."""
+    def _first_pass(self, forward: Forward, tokens: Tokens) -> AbstractContextManager[None]:
+        """Run around a pass over a text from its start, and set the factors of its values.
+
+        Args:
+            forward: Runs a pass of the model.
+            tokens: The tokens of the pass.
+        """
         raise NotImplementedError
 
-    def _of_counted(self, tokens: Tokens, change: ValueChange) -> ValueChange:
-        """The same change, of the layers that read the text alone, beside images and the like."""
-        text = tokens.text
-        if text is None:
-            return change
+    @contextmanager
+    def _each_layer(self, tokens: Tokens, factors_of: FactorsOf) -> Iterator[Factors]:
+        """Multiply the values of each layer of a pass by factors, and yield those of all layers."""
+        text = None if self.every_layer else tokens.text
+        applied: Factors = []
 
-        def of_text(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
-            reads = text.holds(running(), value.shape[0])
-            return change(module, heads, value) if reads else None
+        def change(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
+            if text is not None and not text.holds(running(), value.shape[0]):
+                return None
+            applied.append(factors_of(len(applied), module, heads, value))
+            return applied[-1]
 
-        return of_text
+        with changed_values(self._modules, change):
+            yield applied
+        if not applied:
+            raise no_attention([self.model])
 
     @contextmanager
-    def _changed(self, tokens: Tokens, later: bool = False) -> Iterator[None]:
-        """Multiplies the values of the layers of a pass by the factors that are known.
+    def _apply(self, tokens: Tokens, later: bool = False) -> Iterator[None]:
+        """Multiply the values of a pass by the factors of the state.
 
         Args:
             tokens: The tokens of the pass.
-            later: Whether the pass goes on with a text, so that values came after the factors.
+            later: Whether the pass continues a text, so that some values do not have factors.
         """
-        known, number = self._state.factors, 0
+        known = self._state.factors
 
-        def change(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
-            nonlocal number
-            number += 1
-            if number > len(known):
+        def factors_of(number: int, module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
+            if number == len(known):
                 raise ValueError(
                     f"Values are changed in {len(known)} attention layers, but the model runs "
                     "more: give one mask for each."
                 )
-            factors = known[number - 1]
+            factors = known[number]
             if factors is not None:
-                _check_factors(factors, heads, value, tokens, number - 1, later)
+                _check_factors(factors, heads, value, tokens, number, later)
             return factors
 
-        with changed_values(self._modules, self._of_counted(tokens, change)):
+        with self._each_layer(tokens, factors_of) as applied:
             yield
-        if not number:
-            raise no_attention([self.model])
-        if number != len(known):
+        if len(applied) != len(known):
             raise ValueError(
-                f"Values are changed in {len(known)} attention layers, but the model ran {number}: "
-                "give one mask for each."
+                f"Values are changed in {len(known)} attention layers, but the model ran "
+                f"{len(applied)}: give one mask for each."
             )
 
 
 def _check_factors(
     factors: Tensor, heads: int, value: Tensor, tokens: Tokens, number: int, later: bool
 ) -> None:
-    """Checks that factors fit the values of a layer.
+    """Raise an error if factors do not fit the values of a layer.
 
     Args:
         factors: The factors, ``(B|1, H|1, S)``.
-        heads: The number of query heads.
+        heads: ``H``, the number of query heads.
         value: The values, ``(B, H_kv, S, d_h)``.
         tokens: The tokens of the pass.
-        number: The layer's place in the pass.
-        later: Whether the pass goes on with a text, so that values came after the factors.
+        number: The index of the layer.
+        later: Whether the pass continues a text, so that some values do not have factors.
     """
     B, H, S = factors.shape
-    here = tokens.cached + (value.shape[2] if tokens.T is None else tokens.T)
+    T = tokens.cached + (value.shape[2] if tokens.T is None else tokens.T)
     # A model may put prompt tokens of its own before those that it is given.
-    fits = here > S if later and here != S else S in (here, value.shape[2])
+    fits = T > S if later and T != S else S in (T, value.shape[2])
     if B not in (1, value.shape[0]) or H not in (1, heads) or not fits:
         raise ValueError(
-            f"Layer {number} has {value.shape[0]} examples, {heads} heads and {here} tokens, but "
-            f"what changes its values has shape {(B, H, S)}: expected (B, H, T)."
+            f"Layer {number} has {value.shape[0]} examples, {heads} heads and {T} tokens, but the "
+            f"factors or mask of its values have shape {(B, H, S)}: expected (B, H, S)."
         )
-    if tokens.cached and value.shape[2] < here:
+    if tokens.cached and value.shape[2] < T:
         raise RuntimeError(
-            f"Layer {number} holds {value.shape[2]} of {here} tokens in its cache, so it is not "
-            "known which are removed: use a cache without a window, or none."
+            f"Layer {number} has only {value.shape[2]} of {T} tokens in its cache, so it is "
+            "unknown which ones are removed: use a cache without a window, or no cache."
         )
 
 
@@ -302,24 +308,20 @@ class FixedChange(Intervention):
     Args:
         model: The model.
         factors: The factors of each layer.
-        every_layer: Whether they are of every attention layer, rather than of those that read the
-            text.
+        every_layer: Whether ``factors`` include layers of a vision tower, or over sounds.
     """
 
     def __init__(self, model: nn.Module, factors: Factors, every_layer: bool = False) -> None:
         super().__init__(model)
-        self._given, self._every_layer = factors, every_layer
+        self._factors, self.every_layer = factors, every_layer
 
-    def _of_counted(self, tokens: Tokens, change: ValueChange) -> ValueChange:
-        return change if self._every_layer else super()._of_counted(tokens, change)
-
-    def _prompt(self, call: _Call) -> AbstractContextManager[None]:
-        self._state.factors = self._given
-        return self._changed(call.tokens)
+    def _first_pass(self, forward: Forward, tokens: Tokens) -> AbstractContextManager[None]:
+        self._state.factors = self._factors
+        return self._apply(tokens)
 
 
 class Scaled(Intervention):
-    """One factor for some tokens of some layers."""
+    """One factor for some tokens of some layers; see :func:`captum_cw.scale_values`."""
 
     def __init__(
         self, model: nn.Module, factor: float, positions: list[int], layers: list[int] | None
@@ -329,30 +331,25 @@ class Scaled(Intervention):
         self._factor, self._positions, self._layers = factor, positions, layers
 
     @contextmanager
-    def _prompt(self, call: _Call) -> Iterator[None]:
-        made: Factors = []
-        self._state.factors = made
-
-        def change(module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
+    def _first_pass(self, forward: Forward, tokens: Tokens) -> Iterator[None]:
+        def factors_of(number: int, module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
             _check_own_tokens(module, value)
-            number = len(made)
-            wanted = self._layers is None or number in self._layers
-            changes = wanted and self._positions and self._factor != 1
-            factors = self._of(call.tokens, value) if changes else None
-            made.append(factors)
-            return factors
+            if self._layers is not None and number not in self._layers:
+                return None
+            changes = self._positions and self._factor != 1
+            return self._factors(tokens, value) if changes else None
 
-        with changed_values(self._modules, self._of_counted(call.tokens, change)):
+        with self._each_layer(tokens, factors_of) as factors:
             yield
-        if not made:
-            raise no_attention([self.model])
-        missing = sorted({*(self._layers or ())} - {*range(len(made))})
+        self._state.factors = factors
+        missing = sorted({*(self._layers or ())} - {*range(len(factors))})
         if missing:
             raise IndexError(
-                f"layers={missing}: the model has attention layers 0..{len(made) - 1}."
+                f"layers={missing}: the model has attention layers 0..{len(factors) - 1}."
             )
 
-    def _of(self, tokens: Tokens, value: Tensor) -> Tensor:
+    def _factors(self, tokens: Tokens, value: Tensor) -> Tensor:
+        """Return the factors of a layer, ``(B, 1, T)``."""
         B, T = value.shape[0], value.shape[2] if tokens.T is None else tokens.T
         factors = value.new_ones(B, 1, T)
         for b in range(B):
@@ -366,11 +363,11 @@ class Scaled(Intervention):
 
 
 class CleanRemoval(Intervention):
-    """Removes what scores of an unchanged pass rank, which runs first.
+    """Remove pairs or whole tokens by scores from an unchanged pass, which runs first.
 
     Args:
         model: The model.
-        scorer: What scores the pairs of a layer, or whole tokens.
+        scorer: Scores the pairs of a layer, or whole tokens.
         rate: The fraction to remove.
         which: ``"top"`` or ``"bottom"``.
         options: How pairs or tokens are ranked and protected.
@@ -389,37 +386,41 @@ class CleanRemoval(Intervention):
         self._scorer, self._rate, self._which, self._options = scorer, rate, which, options
 
     @contextmanager
-    def _prompt(self, call: _Call) -> Iterator[None]:
+    def _first_pass(self, forward: Forward, tokens: Tokens) -> Iterator[None]:
         _check_evaluation(self.model)
-        # An empty cache, such as generate gives, would be filled twice.
-        alone = {n: own_copy(v) for n, v in call.tokens.named.items() if not is_cache(v)}
-        if "use_cache" in parameters_of(self.model):
-            alone["use_cache"] = False
-        mask = alone.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 4:  # of a static cache
-            alone["attention_mask"] = mask[..., : call.tokens.T]
         scorer, options = self._scorer, self._options
+        inputs = self._clean_inputs(tokens)
+        scorers = {} if isinstance(scorer, TokenMethod) else {"": scorer}
         clean = CleanPass.run(
-            self.model,
-            partial(call.forward, **alone),
-            {} if isinstance(scorer, TokenMethod) else {"": scorer},
-            options,
-            call.tokens.told,
-            call.tokens.text,
+            self.model, partial(forward, **inputs), scorers, options, tokens.told, tokens.text
         )
         if options.granularity == "token":
-            scores = self._token_scores(call.tokens, clean, alone)
+            scores = self._token_scores(tokens, clean, inputs)
             kept = [s | ~r for s, r in zip(clean.sinks, clean.real, strict=True)]
             factors = clean.whole_tokens(self._rate, self._which, options, scores, kept)
         else:
             pairs = clean.scores[""], clean.real, clean.sinks
             factors = clean.of_keys(options.factors(self._rate, self._which, *pairs))
         self._state.factors = factors
-        with self._changed(call.tokens):
+        with self._apply(tokens):
             yield
 
+    def _clean_inputs(self, tokens: Tokens) -> dict[str, Any]:
+        """Return the arguments of the unchanged pass.
+
+        They leave out a key-value cache, such as the empty one of ``generate``: two passes would
+        fill it twice.
+        """
+        inputs = {n: own_copy(v) for n, v in tokens.named.items() if not is_cache(v)}
+        if "use_cache" in parameters_of(self.model):
+            inputs["use_cache"] = False
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 4:  # of a static cache
+            inputs["attention_mask"] = mask[..., : tokens.T]
+        return inputs
+
     def _token_scores(self, tokens: Tokens, clean: CleanPass, inputs: Mapping[str, Any]) -> Tensor:
-        """The scores of whole tokens, ``(B, S)``."""
+        """Return the scores of whole tokens, ``(B, S)``."""
         if not isinstance(self._scorer, TokenMethod):
             return mean_of_pairs(clean.scores[""])
         whole = clean.real[0]
@@ -438,15 +439,16 @@ class CleanRemoval(Intervention):
 
 
 class OnlineRemoval(Intervention):
-    """Removes what scores say that each layer has after the changes of earlier layers.
+    """Remove pairs by the scores of each layer after the removals from earlier layers.
 
     Args:
         model: The model.
-        scorer: What scores the pairs of a layer.
+        scorer: Scores the pairs of a layer.
         rate: The fraction to remove.
         which: ``"top"`` or ``"bottom"``.
         options: How pairs are ranked and protected.
-        sinks: Those of each layer where they are known already, as from a clean pass.
+        sinks: For each layer ``(B, S)``, True at tokens that stay, if they are known from a clean
+            pass. None finds the sinks in the changed pass.
     """
 
     def __init__(
@@ -464,58 +466,61 @@ class OnlineRemoval(Intervention):
         self._options, self._sinks = options, sinks
 
     @contextmanager
-    def _prompt(self, call: _Call) -> Iterator[None]:
+    def _first_pass(self, forward: Forward, tokens: Tokens) -> Iterator[None]:
         _check_evaluation(self.model)
         if is_observed():
             raise RuntimeError(
                 "Under online removal a layer changes while it is scored, so it cannot be "
                 "attributed at the same time: use scoring='clean', or remove_values."
             )
-        self._state.factors = []
-        states = self._options.states if self._sinks is None else None
-        space = space_of([self._scorer])
-        tokens = call.tokens
+        made: Factors = []
+        self._state.factors = made
         with Observation(
             [self.model],
-            partial(self._remove, tokens.told),
-            real=known_to(self.model, tokens.told),
-            states=states,
-            space=space,
+            partial(self._remove, tokens.told, made),
+            real=padding_masks(self.model, tokens.told),
+            states=self._options.states if self._sinks is None else None,
+            space=space_of([self._scorer]),
             text=tokens.text,
         ):
             yield
-        if not self._state.factors:
+        if not made:
             raise no_attention([self.model])
 
     @torch.no_grad()
     def _remove(
-        self, told: Sequence[Tensor], execution: Execution, layer: AttentionLayer
+        self,
+        text_masks: Sequence[Tensor],
+        made: Factors,
+        execution: Execution,
+        layer: AttentionLayer,
     ) -> Tensor | None:
+        """Return the factors of a layer that was just observed, and append them to ``made``."""
         check_kind(execution)
-        made, keys = self._state.factors, layer.S
-        layer = behind_prefix(self.model, layer)
+        keys = layer.S
+        layer = without_prefix(self.model, layer)
         if self._sinks is None:
             sinks = self._options.sinks(execution, layer)
         else:
             sinks = self._sinks[len(made)].to(layer.value.device)
         scores = self._scorer(layer, len(made))
         check_finite(scores, execution.name)
-        real = own_tokens(self.model, real_tokens(layer), told)
+        real = text_mask(self.model, real_tokens(layer), text_masks)
         (factors,) = self._options.factors(self._rate, self._which, [scores], [real], [sinks])
-        made.append(of_all_keys(factors, keys))
+        made.append(with_prefix(factors, keys))
         return made[-1]
 
 
 def _ignore(output: Any) -> None:
-    return None
+    """Do nothing with the output of a pass."""
 
 
 def check_self_attention(model: nn.Module) -> None:
-    """Raises an UnsupportedModelError where there is cross-attention."""
+    """Raise an UnsupportedModelError if the model's configuration has cross-attention."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if any(getattr(config, n, False) for n in ("is_encoder_decoder", "add_cross_attention")):
-            raise of_two_texts(type(module).__name__)
+            raise cross_attention_error(type(module).__name__)
 
 
 def _check_evaluation(model: nn.Module) -> None:
@@ -526,8 +531,8 @@ def _check_evaluation(model: nn.Module) -> None:
 
 
 def _check_own_tokens(module: nn.Module, value: Tensor) -> None:
-    """Raises an UnsupportedModelError where a module that runs attends to other tokens."""
+    """Raise an UnsupportedModelError if a running module is cross-attention."""
     own = next((run for run in reversed(running()) if run.module is module), None)
     states = None if own is None else own.states()
     if states is not None and kind_of(own, states.shape[1], value.shape[2]) == "cross":
-        raise of_two_texts(type(module).__name__)
+        raise cross_attention_error(type(module).__name__)

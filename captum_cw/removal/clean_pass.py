@@ -1,4 +1,4 @@
-"""One unchanged pass of a model: the scores, sinks and real tokens of its layers."""
+"""The clean pass: one unchanged pass, which scores layers and finds sinks before a removal."""
 
 from __future__ import annotations
 
@@ -9,47 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture import (
-    Execution,
-    Observation,
-    UnsupportedModelError,
-    evaluating,
-)
+from captum_cw.capture import Execution, Observation, UnsupportedModelError, evaluating
 from captum_cw.capture.run import no_attention
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.functional import AttentionLayer, blocks
 from captum_cw.removal.options import Factors, RemovalOptions
 from captum_cw.removal.ranking import Which
-from captum_cw.removal.scoring import (
-    PairScorer,
-    space_of,
-)
+from captum_cw.removal.scoring import PairScorer, space_of
 from captum_cw.removal.sinks import real_tokens
-from captum_cw.removal.virtual_tokens import behind, behind_prefix, known_to, own_tokens
+from captum_cw.removal.virtual_tokens import behind, padding_masks, text_mask, without_prefix
 
 __all__ = [
     "CleanPass",
     "check_finite",
     "check_kind",
+    "cross_attention_error",
     "mean_of_pairs",
-    "of_all_keys",
-    "of_two_texts",
+    "with_prefix",
 ]
 
 
 @dataclass
 class CleanPass:
-    """What an unchanged pass shows, layer by layer.
+    """The results of a clean pass. Lists have one entry per layer.
 
     Attributes:
-        real: ``(B, S)``, False at padding and virtual tokens.
-        sinks: ``(B, S)``.
-        scores: By name of the method, ``(B, H, S)``.
-        keys: How many keys each layer has: more than ``S`` where a prefix was learned.
-        ahead: ``(B, S)``, True at tokens that tokens before them see, in some layer, so that these
-            do not predict them; None where there are none.
-        vanishing: How many layer outputs vanish, so that their rows count as zeros.
-        output: What the model returned.
+        real: ``(B, S)`` boolean, False at padding and virtual tokens.
+        sinks: ``(B, S)`` boolean, True at protected sinks.
+        scores: For each scorer's name ``(B, H, S)``.
+        keys: The number of keys. It exceeds ``S`` if the layer has a learned prefix.
+        ahead: ``(B, S)`` boolean, True at tokens that earlier tokens see in some layer, so earlier
+            tokens do not predict them; None without such tokens.
+        vanishing: The number of layer outputs that vanish. Their rows count as zeros.
+        output: The output of the model.
     """
 
     ahead: Tensor | None = None
@@ -67,49 +59,53 @@ class CleanPass:
         forward: Callable[[], Any],
         scorers: Mapping[str, PairScorer],
         options: RemovalOptions,
-        told: Sequence[Tensor],
+        text_masks: Sequence[Tensor],
         text: TextLayers | None = None,
     ) -> CleanPass:
-        """Runs ``forward``, a pass of ``model`` over a whole text.
+        """Run ``forward``, a pass of ``model`` over a whole text.
 
         Args:
             model: The model.
             forward: Runs the pass.
-            scorers: What scores the pairs of each layer, by name.
+            scorers: The scorers of pairs, by name.
             options: Which tokens are protected sinks.
-            told: For each sequence of tokens ``(B, T)``, False at padding.
-            text: Tells the layers that read the text, which alone count; None where all do.
+            text_masks: For each sequence of tokens ``(B, T)`` boolean, False at padding.
+            text: Chooses the layers over the text, in a model that also reads images or sounds;
+                None for all layers.
         """
-        seen = cls(scores={name: [] for name in scorers})
+        clean = cls(scores={name: [] for name in scorers})
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> None:
             check_kind(execution)
-            number = len(seen.real)
-            seen.keys.append(layer.S)
-            layer = behind_prefix(model, layer)
-            # Layers may lie on several devices, and are ranked together.
-            home = seen.real[0].device if seen.real else layer.value.device
-            seen.real.append(own_tokens(model, real_tokens(layer), told).to(home))
-            seen.sinks.append(options.sinks(execution, layer).to(home))
+            number = len(clean.real)
+            clean.keys.append(layer.S)
+            layer = without_prefix(model, layer)
+            # Layers may be on several devices, but "global" ranks them together.
+            device = clean.real[0].device if clean.real else layer.value.device
+            clean.real.append(text_mask(model, real_tokens(layer), text_masks).to(device))
+            clean.sinks.append(options.sinks(execution, layer).to(device))
             if not layer.mask.causal and layer.T > 1:
-                ahead = _seen_ahead(layer).to(home)
-                seen.ahead = ahead if seen.ahead is None else seen.ahead | ahead
+                ahead = _seen_ahead(layer).to(device)
+                clean.ahead = ahead if clean.ahead is None else clean.ahead | ahead
             for name, scorer in scorers.items():
                 scores = scorer(layer, number)
                 check_finite(scores, execution.name)
-                seen.scores[name].append(scores.to(home))
-            seen.vanishing += layer.vanishing("inter")
+                clean.scores[name].append(scores.to(device))
+            clean.vanishing += layer.vanishing("inter")
 
-        space = space_of(scorers.values())
-        known = known_to(model, told)
         observation = Observation(
-            [model], on_layer, real=known, states=options.states, space=space, text=text
+            [model],
+            on_layer,
+            real=padding_masks(model, text_masks),
+            states=options.states,
+            space=space_of(scorers.values()),
+            text=text,
         )
         with torch.no_grad(), evaluating([model]), observation:
-            seen.output = forward()
-        if not seen.real:
+            clean.output = forward()
+        if not clean.real:
             raise no_attention([model])
-        return seen
+        return clean
 
     def whole_tokens(
         self,
@@ -117,34 +113,34 @@ class CleanPass:
         which: Which,
         options: RemovalOptions,
         scores: Tensor,
-        kept: Sequence[Tensor],
+        protected: Sequence[Tensor],
     ) -> Factors:
-        """The factors that remove whole tokens in all heads and layers.
+        """Return the factors that remove whole tokens, in all heads and layers.
 
         Args:
             rate: The fraction to remove.
             which: ``"top"`` or ``"bottom"``.
             options: How tokens are ranked.
             scores: ``(B, S)``.
-            kept: For each layer ``(B, S)``, True at tokens that stay; a token that stays in one
-                layer stays in all.
+            protected: For each layer ``(B, S)``, True at tokens that stay. A token that stays in
+                one layer stays in all.
         """
-        stays = torch.stack([x.to(scores.device) for x in kept]).any(0)
+        stays = torch.stack([x.to(scores.device) for x in protected]).any(0)
         factors = options.factors(rate, which, [scores[:, None]], self.real[:1], [stays])
         return self.of_keys(factors * len(self.real))
 
     def of_keys(self, factors: Factors) -> Factors:
-        """Factors of the tokens of each layer as those of its keys."""
-        return [of_all_keys(x, keys) for x, keys in zip(factors, self.keys, strict=True)]
+        """Extend the factors of each layer's tokens to all of its keys."""
+        return [with_prefix(x, keys) for x, keys in zip(factors, self.keys, strict=True)]
 
 
-def of_all_keys(factors: Tensor | None, keys: int) -> Tensor | None:
-    """Factors of all keys of a layer: those of a learned prefix stay."""
+def with_prefix(factors: Tensor | None, keys: int) -> Tensor | None:
+    """Extend factors ``(..., S)`` to all keys of a layer; the keys of a learned prefix stay."""
     return None if factors is None else behind(factors, keys, value=1)
 
 
 def _seen_ahead(layer: AttentionLayer) -> Tensor:
-    """``(B, S)``: which tokens a token before them sees, or one after them that it sees."""
+    """Return which tokens an earlier token sees, directly or through tokens between, ``(B, S)``."""
     mask, real = layer.mask, real_tokens(layer)
     farthest = torch.full(real.shape, layer.S - 1, dtype=torch.long, device=real.device)
     keys = torch.arange(layer.S, device=real.device)
@@ -159,24 +155,24 @@ def _seen_ahead(layer: AttentionLayer) -> Tensor:
 
 
 def mean_of_pairs(scores: Sequence[Tensor]) -> Tensor:
-    """Scores of whole tokens, ``(B, S)``: means of pairs ``(B, H, S)`` over heads and layers."""
+    """Return scores of whole tokens, ``(B, S)``: means over the heads and layers of pairs."""
     return torch.stack([layer.mean(1) for layer in scores]).mean(0)
 
 
 def check_finite(scores: Tensor, name: str) -> None:
-    """Raises a ValueError where scores of a layer cannot be ranked."""
+    """Raise a ValueError if the scores of a layer are NaN or infinite."""
     if not scores.isfinite().all():
-        raise ValueError(f"Scores of attention layer {name!r} are NaN or infinite.")
+        raise ValueError(f"The scores of attention layer {name!r} are NaN or infinite.")
 
 
 def check_kind(execution: Execution) -> None:
-    """Raises an UnsupportedModelError for a layer of cross-attention."""
+    """Raise an UnsupportedModelError if a layer is cross-attention."""
     if execution.kind == "cross":
-        raise of_two_texts(f"{execution.name!r} ({type(execution.module).__name__})")
+        raise cross_attention_error(f"{execution.name!r} ({type(execution.module).__name__})")
 
 
-def of_two_texts(what: str) -> UnsupportedModelError:
-    """The error to raise where tokens of two texts would be ranked together."""
+def cross_attention_error(what: str) -> UnsupportedModelError:
+    """Return the error for models that would rank the tokens of two texts together."""
     return UnsupportedModelError(
         f"{what} belongs to a model with cross-attention, whose tokens cannot be ranked for "
         "removal yet: use remove_values, in passes over whole texts."

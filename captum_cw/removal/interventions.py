@@ -1,9 +1,11 @@
-"""Forward passes in which value vectors are removed or scaled.
+"""Context managers under which a model runs with value vectors removed or scaled.
 
-Removing the pair ``(h, j)`` sets the projected value ``v~_j^h`` to zero for every query that sees
-``j``; attention is not renormalised (arXiv 2606.07604, section 5.2). It is done layer by layer in
-one pass, so that a change reaches the later layers. What is removed is decided from all queries,
-later ones included: right for an explanation, wrong for a cache policy.
+To remove the pair ``(h, j)`` is to set the projected value ``v~_j^h`` to zero for every query that
+sees token ``j``. Attention is not renormalised (arXiv 2606.07604, section 5.2). One pass removes
+layer by layer, so later layers see what earlier layers have lost.
+
+All queries decide what is removed, later ones included. This is right for an explanation and wrong
+for a cache policy.
 """
 
 from __future__ import annotations
@@ -18,15 +20,14 @@ from torch import Tensor, nn
 
 from captum_cw.capture.model import unwrapped
 from captum_cw.removal.changes import CleanRemoval, FixedChange, Intervention, OnlineRemoval, Scaled
-from captum_cw.removal.options import RemovalKeywords, RemovalOptions, check_rate, kept
-from captum_cw.removal.ranking import Which
-from captum_cw.removal.scoring import (
-    PairScorer,
-    TokenMethod,
-    model_of,
-    pair_scorer,
-    scorer_of,
+from captum_cw.removal.options import (
+    RemovalKeywords,
+    RemovalOptions,
+    check_rate,
+    removal_factors,
 )
+from captum_cw.removal.ranking import Which
+from captum_cw.removal.scoring import model_of, pair_scorer, scorer_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11
@@ -42,78 +43,86 @@ def remove_tokens(
     which: Which = "bottom",
     **options: Unpack[RemovalKeywords],
 ) -> Iterator[None]:
-    """Every forward pass of ``model`` removes the pairs of head and token that score low, or high.
+    """Remove the pairs of head and token that a method scores lowest, or highest.
 
-    Pairs are scored and ranked within each example. Under ``model.generate``, with or without a
-    key-value cache, and in passes that go on with a cache, what is removed is decided when the
-    prompt is read, and generated tokens stay; a ``generate`` that reads its prompt in parts, or
-    other texts beside it (assistants, guidance), is refused. Any other pass ranks its own text.
-    Padding is known from the mask that the model is given; without one, every token counts. Learned
-    virtual tokens (prompt and prefix tuning) are neither ranked nor removed. Of a model of images
-    and text, the layers count whose queries are the tokens of ``input_ids``; those of a vision
-    tower are left alone.
+    Every forward pass of ``model`` inside this context is changed. Pairs are scored and ranked
+    within each example. Padding is known from the attention mask; without a mask every token
+    counts.
+
+    Each pass ranks its own text, except in generation: the pass over the prompt decides what is
+    removed, this stays removed, and generated tokens are kept. This holds under ``model.generate``
+    with and without a key-value cache, and in a loop of your own with a cache. A ``generate`` that
+    reads its prompt in parts, or other texts beside it (assistants, guidance), is refused.
+
+    Learned virtual tokens (prompt and prefix tuning) are neither ranked nor removed. In a model of
+    images and text, only the layers over the tokens of ``input_ids`` are changed, not those of a
+    vision tower.
 
     Args:
         model: The model.
-        method: A measure such as ``ContributionWeights(model)``, ``TokenScores`` around one
-            (whose ``reduction`` and ``signed`` count), or a name: ``"contribution"``, ``"vwon"``,
-            ``"vw"``, ``"attention"``, ``"random"`` or a control. With ``granularity="token"`` also
-            a measure that scores whole tokens, such as ``ALTIWeights(model)``; or a callable of
-            the model's keyword arguments, or a tensor, that gives ``(B, T)`` scores.
+        method: How pairs are scored. A measure such as ``ContributionWeights(model)``; a
+            ``TokenScores`` around one, whose ``reduction`` and ``signed`` count; or a name:
+            ``"contribution"``, ``"vwon"``, ``"vw"``, ``"attention"``, ``"random"`` or a control.
+            With ``granularity="token"`` also a measure of whole tokens, such as
+            ``ALTIWeights(model)``; or scores ``(B, T)``, as a tensor or as a callable of the
+            model's keyword arguments.
         rate: The fraction of pairs to remove, in [0, 1].
         which: ``"bottom"`` (sufficiency) or ``"top"`` (comprehensiveness).
-        options: How pairs are scored, ranked and protected, as
-            :class:`~captum_cw.removal.options.RemovalOptions` says: ``reduction``, ``scoring``,
-            ``ranking``, ``granularity``, ``rate_of``, ``protect_sinks``, ``sink_threshold``,
-            ``sink_space`` and ``seed``.
+        options: ``reduction``, ``scoring``, ``ranking``, ``granularity``, ``rate_of``,
+            ``protect_sinks``, ``sink_threshold``, ``sink_space`` and ``seed``.
+            :class:`~captum_cw.removal.options.RemovalOptions` describes them.
 
     Raises:
-        TypeError, ValueError: If a choice is unknown, or ``rate`` does not lie in [0, 1].
+        TypeError: If ``model`` or ``method`` is of another type.
+        ValueError: If a choice is unknown, ``rate`` is not in [0, 1], or ``method`` belongs to
+            another model.
+        UnsupportedModelError: If the model has cross-attention.
 
     Example:
+        >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
         >>> with remove_tokens(model, ContributionWeights(model), 0.5):
-        ...     logits = model(input_ids).logits
+        ...     logits = model(ids).logits
     """
     check_rate(rate, which)
     chosen = RemovalOptions(**options)
     if model_of(method) not in (None, unwrapped(model)):
         raise ValueError(
-            "method belongs to another model: make it with this one, or give its name. (Scores of "
-            "another model are for ComprehensivenessSufficiency.)"
+            "method belongs to another model: create it with this model, or give its name. "
+            "(ComprehensivenessSufficiency accepts scores of another model.)"
         )
-    scorer: PairScorer | TokenMethod
+    given = method, chosen.reduction, chosen.seed
+    removal: Intervention
     if chosen.granularity == "token":
-        scorer = scorer_of(method, chosen.reduction, chosen.seed)
+        removal = CleanRemoval(model, scorer_of(*given), rate, which, chosen)
+    elif chosen.scores_before:
+        removal = CleanRemoval(model, pair_scorer(*given), rate, which, chosen)
     else:
-        scorer = pair_scorer(method, chosen.reduction, chosen.seed)
-    if chosen.scores_before:
-        removal: Intervention = CleanRemoval(model, scorer, rate, which, chosen)
-    else:
-        assert not isinstance(scorer, TokenMethod)
-        removal = OnlineRemoval(model, scorer, rate, which, chosen)
+        removal = OnlineRemoval(model, pair_scorer(*given), rate, which, chosen)
     with removal.in_force():
         yield
 
 
 @contextmanager
 def remove_values(model: nn.Module, masks: Sequence[Tensor]) -> Iterator[None]:
-    """Every forward pass of ``model`` is without the given values.
+    """Remove the values that masks choose, in every forward pass of ``model`` inside this context.
 
     Args:
         model: The model.
-        masks: For each attention layer, cross-attention included, in execution order,
-            ``(B, H, S)`` boolean, True where the value is removed; of size 1 in ``B`` or ``H`` for
-            all examples or heads. The layers of a vision tower are among them; a mask without True
-            may have any shape, such as ``torch.zeros(1, 1, 1, dtype=torch.bool)``.
+        masks: For each attention layer in execution order a boolean mask ``(B, H, S)``, True at
+            the values to remove. ``B`` or ``H`` may be 1, for all examples or heads. Layers of
+            cross-attention and of a vision tower have a mask too. A mask without True may have any
+            shape, such as ``torch.zeros(1, 1, 1, dtype=torch.bool)``.
 
     Raises:
-        TypeError, ValueError: If the masks are not boolean, or do not fit the pass that is run.
+        TypeError: If a mask is not a boolean tensor of three dimensions.
+        ValueError: If the masks do not fit a pass: their number or their shapes.
 
     Example:
+        >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
         >>> masks = [torch.zeros(1, 4, 5, dtype=torch.bool) for _ in range(2)]
-        >>> masks[0][:, :, 1] = True
+        >>> masks[0][:, :, 1] = True  # " capital", in all heads of the first layer
         >>> with remove_values(model, masks):
-        ...     logits = model(input_ids).logits
+        ...     logits = model(ids).logits
     """
     for number, mask in enumerate(masks):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 3:
@@ -122,8 +131,9 @@ def remove_values(model: nn.Module, masks: Sequence[Tensor]) -> Iterator[None]:
                 if isinstance(mask, Tensor)
                 else f"of type {type(mask).__name__}"
             )
-            raise TypeError(f"Mask {number} is {what}: give boolean tensors (B, H, T).")
-    with FixedChange(model, [kept(mask) for mask in masks], every_layer=True).in_force():
+            raise TypeError(f"Mask {number} is {what}: give boolean tensors (B, H, S).")
+    factors = [removal_factors(mask) for mask in masks]
+    with FixedChange(model, factors, every_layer=True).in_force():
         yield
 
 
@@ -134,22 +144,25 @@ def scale_values(
     positions: int | Sequence[int],
     layers: int | Sequence[int] | None = None,
 ) -> Iterator[None]:
-    """Every forward pass of ``model`` has the values of some tokens multiplied by a factor.
+    """Scale the values of some tokens, in every forward pass of ``model`` inside this context.
 
     Args:
         model: The model.
-        factor: A finite number; 0 removes the values, 1 leaves them.
-        positions: Places among the real tokens of each example; negative ones count from its end.
-        layers: Places of attention layers in execution order, those of a vision tower left out;
+        factor: A finite factor; 0 removes the values, 1 keeps them.
+        positions: Positions of tokens in each example, without padding; negative positions count
+            from the end.
+        layers: Indices of attention layers in execution order, without those of a vision tower;
             None for all.
 
     Raises:
         ValueError: If ``factor`` is not finite.
-        IndexError: If a position or a layer does not exist in the pass that is run.
+        IndexError: If a position or a layer does not exist in a pass.
+        UnsupportedModelError: If the model has cross-attention.
 
     Example:
+        >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
         >>> with scale_values(model, 0.5, positions=0, layers=[1]):
-        ...     logits = model(input_ids).logits
+        ...     logits = model(ids).logits
     """
     if not math.isfinite(factor):
         raise ValueError(f"factor={factor!r} is not finite.")

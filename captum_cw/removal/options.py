@@ -1,4 +1,8 @@
-"""The options of removal, typed and checked once for interventions, metrics and command line."""
+"""The options of removal: how pairs of head and token are scored, ranked and protected.
+
+:func:`~captum_cw.remove_tokens`, the metric and the command line have the same options.
+:class:`RemovalOptions` describes and checks them.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,13 @@ __all__ = [
     "RemovalOptions",
     "Scoring",
     "check_rate",
-    "kept",
+    "removal_factors",
 ]
 
 Scoring = Literal["online", "clean"]
 Granularity = Literal["pair", "token"]
 Factors = list[Tensor | None]
-"""What the values of each layer are multiplied by: ``(B|1, H|1, S)``, None where left alone."""
+"""For each layer, the factors ``(B|1, H|1, S)`` of its values; None if they do not change."""
 
 
 class RemovalKeywords(TypedDict, total=False):
@@ -47,27 +51,32 @@ class RemovalKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class RemovalOptions:
-    """How pairs of head and token are scored, ranked and protected from removal.
+    """How pairs of head and token are scored, ranked and protected.
+
+    A pair ``(h, j)`` is the value of token ``j`` in head ``h`` of one layer.
 
     Args:
-        reduction: The reduction of scores over queries: ``"mean"``, ``"sum"``, ``"max"`` or
-            ``"rms"``.
-        scoring: ``"online"`` scores each layer in the pass itself, after the changes of earlier
-            layers; ``"clean"`` scores all layers in an unchanged pass before it.
-        ranking: Pairs are ranked within a ``"layer"``, within each ``"head"``, or over all layers
-            (``"global"``, which needs clean scoring).
-        granularity: ``"pair"`` removes pairs of head and token; ``"token"`` removes whole tokens
-            in all heads and layers.
-        rate_of: A rate is a fraction of the ``"removable"`` pairs, or of ``"all"`` pairs, so that
-            sinks use up a part of it.
+        reduction: The reduction of a measure over the queries that see a token: ``"mean"``
+            (Eq. 15), ``"sum"``, ``"max"`` or ``"rms"``. A ``TokenScores`` brings its own.
+        scoring: When layers are scored. ``"online"`` scores each layer in the changed pass itself,
+            so the scores depend on what earlier layers have lost. ``"clean"`` scores all layers in
+            an unchanged pass that runs first. Whole tokens are always scored in an unchanged pass.
+        ranking: Which pairs of an example are ranked together: those of a ``"layer"``, those of
+            each ``"head"``, or those of all layers (``"global"``, which needs clean scoring).
+        granularity: What is removed. ``"pair"`` removes the value of a token in one head of one
+            layer; ``"token"`` removes a token in all heads and layers.
+        rate_of: What a rate is a fraction of. ``"removable"`` counts the pairs that may be removed;
+            ``"all"`` counts and ranks those of sinks too, so fewer pairs are removed. Padding never
+            counts.
         protect_sinks: Whether attention sinks are never removed.
-        sink_threshold: The cosine with the first token from which a token is a sink.
-        sink_space: The hidden states whose cosine is taken (see
-            :func:`captum_cw.removal.sinks.find_sinks`).
-        seed: The random seed of ``"random"``.
+        sink_threshold: The cosine above which a token is a sink: that of its hidden state and the
+            first token's.
+        sink_space: The hidden states that are compared: ``"normed"``, ``"residual"``, ``"key"`` or
+            ``"value"`` (see :func:`captum_cw.removal.sinks.find_sinks`).
+        seed: The random seed of the method ``"random"``.
 
     Raises:
-        ValueError: If a choice is unknown, or two choices do not go together.
+        ValueError: If a choice is unknown, or two choices exclude each other.
 
     Example:
         >>> RemovalOptions(scoring="clean", ranking="global").sink_space
@@ -97,22 +106,22 @@ class RemovalOptions:
             )
         if self.ranking == "global" and not self.scores_before:
             raise ValueError(
-                "ranking='global' ranks all layers at once, but scoring='online' knows one layer "
-                "after the other: use scoring='clean'."
+                "ranking='global' ranks all layers together, but scoring='online' scores one layer "
+                "after another: use scoring='clean'."
             )
 
     @property
     def scores_before(self) -> bool:
-        """Whether scores are taken in an unchanged pass: whole tokens always are."""
+        """Whether an unchanged pass gives the scores, before anything is removed."""
         return self.scoring == "clean" or self.granularity == "token"
 
     @property
     def states(self) -> StateSpace | None:
-        """The hidden states that must be observed to find sinks; None where none are protected."""
+        """The hidden states to observe, by which sinks are found; None without protection."""
         return self.sink_space if self.protect_sinks else None
 
     def sinks(self, execution: Execution, layer: AttentionLayer) -> Tensor:
-        """The protected sinks of a layer, ``(B, S)`` boolean."""
+        """Return the protected sinks of a layer, ``(B, S)`` boolean."""
         if not self.protect_sinks:
             return torch.zeros_like(real_tokens(layer))
         return layer_sinks(execution, layer, self.sink_threshold)
@@ -122,29 +131,31 @@ class RemovalOptions:
         rate: float,
         which: Which,
         scores: Sequence[Tensor],
-        real: Sequence[Tensor],
-        sinks: Sequence[Tensor],
+        token_masks: Sequence[Tensor],
+        protected: Sequence[Tensor],
     ) -> Factors:
-        """Ranks pairs and gives the factors that remove some.
+        """Rank pairs, and return the factors that remove a fraction of them.
 
         Args:
-            rate: The fraction to remove.
-            which: Whether those of highest score go (``"top"``), or of lowest (``"bottom"``).
+            rate: The fraction to remove, in [0, 1].
+            which: ``"top"`` removes the pairs of highest score, ``"bottom"`` those of lowest.
             scores: For each layer ``(B, H|1, S)``.
-            real: For each layer ``(B, S)``, False at padding.
-            sinks: For each layer ``(B, S)``, True at tokens that stay.
+            token_masks: For each layer ``(B, S)`` boolean, False at padding.
+            protected: For each layer ``(B, S)`` boolean, True at tokens that must stay.
         """
-        removed = chosen_pairs(scores, real, sinks, rate, which, self.ranking, self.rate_of)
-        return [kept(pairs) for pairs in removed]
+        removed = chosen_pairs(
+            scores, token_masks, protected, rate, which, self.ranking, self.rate_of
+        )
+        return [removal_factors(pairs) for pairs in removed]
 
 
-def kept(removed: Tensor) -> Tensor | None:
-    """Factors that remove values; None where none are removed."""
+def removal_factors(removed: Tensor) -> Tensor | None:
+    """Return factors that are zero at removed values; None if no value is removed."""
     return (~removed).float() if removed.any() else None
 
 
 def check_rate(rate: object, which: object) -> None:
-    """Raises a ValueError if ``rate`` is not a fraction, or ``which`` is unknown."""
+    """Raise a ValueError if ``rate`` is not a fraction, or ``which`` is unknown."""
     if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= float(rate) <= 1:
         raise ValueError(f"rate must lie in [0, 1], got {rate!r}.")
     check_choice("which", which, Which)

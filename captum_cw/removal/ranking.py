@@ -1,8 +1,7 @@
-"""Rank pairs of head and token, and choose an exact count of them, always the same ones.
+"""Rank pairs of head and token, and choose an exact number of them.
 
-Section 4 of the method's evaluation (arXiv 2606.07604, Eq. 16-17) removes a fraction of the pairs
-``(h, j)`` of a layer, those of the highest scores (comprehensiveness) or of the lowest
-(sufficiency). Torch alone.
+Comprehensiveness removes the pairs ``(h, j)`` of highest score, sufficiency those of lowest
+(arXiv 2606.07604, Eq. 16 and 17). Ties are broken by position, so the choice is always the same.
 """
 
 from __future__ import annotations
@@ -23,7 +22,9 @@ RateOf = Literal["removable", "all"]
 
 
 def quota(rate: float, count: int) -> int:
-    """``rate * count``, half rounded up, of the decimal that ``rate`` is written as.
+    """Return ``rate * count``, rounded half up.
+
+    The rate counts as the decimal number that it is written as.
 
     Example:
         >>> quota(0.5, 5), quota(0.145, 100)
@@ -34,66 +35,65 @@ def quota(rate: float, count: int) -> int:
 
 def chosen_pairs(
     scores: Sequence[Tensor],
-    real: Sequence[Tensor],
-    kept: Sequence[Tensor],
+    token_masks: Sequence[Tensor],
+    protected: Sequence[Tensor],
     rate: float,
     which: Which = "bottom",
     ranking: RankingScope = "layer",
     rate_of: RateOf = "removable",
 ) -> list[Tensor]:
-    """The pairs of highest or lowest score.
+    """Choose the pairs of highest or lowest score.
 
     Args:
-        scores: For each layer ``(B, H, S)``, finite. Where ``H`` is 1, whole tokens are ranked.
-        real: For each layer ``(B, S)`` boolean, False at padding.
-        kept: For each layer ``(B, S)`` boolean, True at tokens that are never chosen (sinks).
+        scores: For each layer ``(B, H, S)``, finite. Whole tokens have ``H = 1``.
+        token_masks: For each layer ``(B, S)`` boolean, False at padding.
+        protected: For each layer ``(B, S)`` boolean, True at tokens that are never chosen (sinks).
         rate: The fraction to choose, in [0, 1].
         which: ``"top"`` or ``"bottom"``.
-        ranking: Pairs are ranked jointly over a ``"layer"``, over all layers (``"global"``), or
-            within each ``"head"``; always within one example.
-        rate_of: What ``rate`` is a fraction of: the pairs that may be chosen, or all real ones,
-            of which those of kept tokens then use up a part of the quota.
+        ranking: Which pairs of an example are ranked together: those of a ``"layer"``, of all
+            layers (``"global"``), or of each ``"head"``.
+        rate_of: What ``rate`` is a fraction of. ``"removable"`` counts the pairs that may be
+            chosen. ``"all"`` counts those of protected tokens too; they are ranked, and use up a
+            part of the quota.
 
     Returns:
-        For each layer ``(B, H, S)`` boolean. In each ranking exactly ``quota(rate, pairs)`` are
-        chosen; of equal scores the one of the lower layer, head and token.
+        For each layer ``(B, H, S)`` boolean. Each ranking chooses ``quota(rate, pairs)`` pairs; of
+        equal scores it takes those of lower layer, head and token first.
 
     Example:
-        >>> scores = torch.tensor([[[0.9, 0.1, 0.5], [0.2, 0.8, 0.5]]])
-        >>> real = torch.ones(1, 3, dtype=torch.bool)
+        >>> scores = torch.tensor([[[0.9, 0.1, 0.5], [0.2, 0.8, 0.5]]])  # of "Ice is cold"
+        >>> tokens = torch.ones(1, 3, dtype=torch.bool)
         >>> sinks = torch.tensor([[True, False, False]])
-        >>> (pairs,) = chosen_pairs([scores], [real], [sinks], 0.5, "top")
+        >>> (pairs,) = chosen_pairs([scores], [tokens], [sinks], 0.5, "top")
         >>> pairs.nonzero().tolist()
         [[0, 0, 2], [0, 1, 1]]
     """
     ranked = [
-        (r if rate_of == "all" else r & ~k)[:, None].expand_as(s)
-        for s, r, k in zip(scores, real, kept, strict=True)
+        (tokens if rate_of == "all" else tokens & ~stay)[:, None].expand_as(x)
+        for x, tokens, stay in zip(scores, token_masks, protected, strict=True)
     ]
     if ranking == "global":
-        flat = _choose(_flat(scores), _flat(ranked), rate, which)
-        parts = list(torch.split(flat, [s[0].numel() for s in scores], dim=1))
-    elif ranking == "layer":
-        parts = [
-            _choose(s.flatten(1), r.flatten(1), rate, which)
-            for s, r in zip(scores, ranked, strict=True)
-        ]
+        flat = _choose(_joined(scores), _joined(ranked), rate, which)
+        chosen = flat.split([x[0].numel() for x in scores], dim=1)
     else:
-        parts = [_choose(s, r, rate, which) for s, r in zip(scores, ranked, strict=True)]
+        start = 1 if ranking == "layer" else 2  # of the dimensions that are ranked together
+        pairs = zip(scores, ranked, strict=True)
+        chosen = [_choose(x.flatten(start), r.flatten(start), rate, which) for x, r in pairs]
     return [
-        part.view(s.shape) & ~k[:, None] for part, s, k in zip(parts, scores, kept, strict=True)
+        part.view(x.shape) & ~stay[:, None]
+        for part, x, stay in zip(chosen, scores, protected, strict=True)
     ]
 
 
-def _flat(layers: Sequence[Tensor]) -> Tensor:
-    """One row an example: ``(B, L * H * S)``, in the order of layers, heads and tokens."""
+def _joined(layers: Sequence[Tensor]) -> Tensor:
+    """Join all pairs of each example, ``(B, L * H * S)``, by layer, head and token."""
     return torch.cat([x.flatten(1) for x in layers], dim=1)
 
 
 def _choose(scores: Tensor, ranked: Tensor, rate: float, which: Which) -> Tensor:
-    """Chooses among the ``ranked`` entries of each row (the last dimension)."""
+    """Choose among the ``ranked`` entries of each row (the last dimension)."""
     top = which == "top"
-    # What is not ranked comes last: behind any finite score, whichever way they are sorted.
+    # Entries that are not ranked come last, after every finite score.
     ordered = scores.masked_fill(~ranked, -math.inf if top else math.inf)
     order = ordered.sort(dim=-1, descending=top, stable=True).indices
     counts = ranked.sum(-1)

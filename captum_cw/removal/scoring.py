@@ -1,4 +1,4 @@
-"""Score pairs of head and token, or whole tokens: by a measure, a control or chance."""
+"""Score pairs of head and token, or whole tokens: by a measure, a control or at random."""
 
 from __future__ import annotations
 
@@ -32,31 +32,30 @@ __all__ = [
     "pair_scorer",
     "scorer_of",
     "space_of",
-    "whole_token_scorer",
 ]
 
 
 class PairScorer(Protocol):
-    """Scores the pairs of a layer."""
+    """A function that scores the pairs of head and token in a layer."""
 
     @property
     def space(self) -> Space:
-        """Where it must be possible to see the layer."""
+        """The space in which the layer must be observed."""
 
     def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
-        """``(B, H, S)`` for the layer that runs as the ``number``-th of a pass."""
+        """Return the scores of the layer with index ``number`` in a pass, ``(B, H, S)``."""
         ...  # pragma: no cover
 
 
 @dataclass(frozen=True)
 class MeasuredPairs:
-    """Eq. 15: a measure reduced over the queries that see a token.
+    """Scores by a measure, reduced over the queries that see a token (Eq. 15).
 
     Args:
         measure: The measure.
-        reduction: Over queries.
+        reduction: The reduction over queries.
         signed: Whether signs are kept.
-        space: Where it is measured.
+        space: The space in which the measure is taken.
     """
 
     measure: Measure
@@ -65,17 +64,17 @@ class MeasuredPairs:
     space: Space
 
     def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
-        seen = layer.seen_in(self.space)
-        return token_scores(seen, self.measure, self.reduction, signed=self.signed)
+        layer = layer.seen_in(self.space)
+        return token_scores(layer, self.measure, self.reduction, signed=self.signed)
 
 
 @dataclass(frozen=True)
 class RandomPairs:
-    """Chance, seeded: the same for an example whatever batch it is in.
+    """Random scores. An example has the same scores in every batch.
 
     Args:
-        seed: Of all.
-        examples: What tells the examples of a batch apart; by default their places in it.
+        seed: The random seed.
+        examples: A key for each example of a batch; by default its index.
 
     Example:
         >>> RandomPairs(seed=1) == pair_scorer("random", seed=1)
@@ -87,7 +86,7 @@ class RandomPairs:
     space: ClassVar[Space] = "attention"
 
     def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
-        """Uniform numbers ``(B, H, S)``."""
+        """Return uniform random scores, ``(B, H, S)``."""
         real = real_tokens(layer).cpu()
         examples = self.examples or tuple(map(str, range(len(real))))
         scores = torch.zeros(len(real), layer.H, layer.S, dtype=torch.float32, device="cpu")
@@ -102,17 +101,21 @@ class RandomPairs:
 
 @dataclass(frozen=True)
 class TokenMethod:
-    """Scores of whole tokens: a callable gives ``(B, T)`` for a batch."""
+    """Scores of whole tokens.
+
+    Args:
+        scores: Takes a batch and returns scores ``(B, T)``.
+    """
 
     scores: Callable[[Any], Any]
 
     def checked(self, batch: object, shape: Sequence[int], whole: Sequence[int]) -> Tensor:
-        """The scores of a batch.
+        """Return the scores of a batch.
 
         Args:
-            batch: What the callable is given.
+            batch: The argument of the callable.
             shape: ``(B, T)`` of the text.
-            whole: ``(B, S)`` of the layers, with virtual tokens before those of the text.
+            whole: ``(B, S)`` of the layers, whose first tokens may be virtual.
 
         Returns:
             ``(B, T)`` or ``(B, S)``.
@@ -120,31 +123,32 @@ class TokenMethod:
         Raises:
             ValueError: If the scores have another shape, or are not finite.
         """
-        with torch.enable_grad():  # gradients are how other methods score
+        with torch.enable_grad():  # other methods may need gradients
             scores = self.scores(batch)
         if isinstance(scores, tuple) and len(scores) == 1:
             (scores,) = scores
-        fits = isinstance(scores, Tensor) and tuple(scores.shape) in (tuple(shape), tuple(whole))
-        if not isinstance(scores, Tensor) or not fits:
-            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        is_tensor = isinstance(scores, Tensor)
+        if not is_tensor or tuple(scores.shape) not in (tuple(shape), tuple(whole)):
+            found = tuple(scores.shape) if is_tensor else type(scores).__name__
             raise ValueError(
-                f"The method gives scores {found}, but one score a token is needed, {tuple(shape)}."
+                f"The method returned {found}, expected one score per token, {tuple(shape)}."
             )
         if not scores.isfinite().all():
-            raise ValueError("The method gives scores that are NaN or infinite.")
-        return scores.detach()
+            raise ValueError("The method returned scores that are NaN or infinite.")
+        detached: Tensor = scores.detach()
+        return detached
 
 
 def scorer_of(
     method: object, reduction: Reduction = "mean", seed: int = 0
 ) -> PairScorer | TokenMethod:
-    """What scores pairs, or whole tokens, as ``method`` says.
+    """Return the scorer of a method, for pairs or for whole tokens.
 
     Args:
-        method: As for :func:`pair_scorer`; a measure that scores whole tokens; or a callable of a
-            batch, or a tensor, that gives ``(B, T)`` scores.
-        reduction: Over queries, where ``method`` does not bring its own.
-        seed: Of ``"random"``.
+        method: A method of :func:`pair_scorer`; a measure of whole tokens; or scores ``(B, T)``, as
+            a tensor or as a callable of a batch.
+        reduction: The reduction over queries, unless ``method`` brings its own.
+        seed: The random seed of ``"random"``.
 
     Example:
         >>> scorer_of(lambda batch: batch["input_ids"].float()).scores({"input_ids": input_ids})
@@ -154,46 +158,33 @@ def scorer_of(
         return TokenMethod(lambda batch: method)
     if callable(method) and not isinstance(method, Attribution):
         return TokenMethod(method)
-    whole = whole_token_scorer(method, reduction)
-    return pair_scorer(method, reduction, seed) if whole is None else TokenMethod(whole.attribute)
+    scores = _token_scores(method, reduction)
+    if scores is not None and scores.ranks_whole_tokens:
+        return TokenMethod(scores.attribute)
+    return pair_scorer(method, reduction, seed)
 
 
 def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) -> PairScorer:
-    """What scores pairs as ``method`` says.
+    """Return the scorer of pairs that a method names.
 
     Args:
-        method: A measure, a ``TokenScores`` around one (whose ``reduction`` and ``signed``
-            count), or a name of :mod:`captum_cw.measures` or ``"random"``.
-        reduction: Over queries, where ``method`` does not bring its own.
-        seed: Of ``"random"``.
+        method: A measure; a ``TokenScores`` around one, whose ``reduction`` and ``signed`` count;
+            or a name of :mod:`captum_cw.measures` or ``"random"``.
+        reduction: The reduction over queries, unless ``method`` brings its own.
+        seed: The random seed of ``"random"``.
 
     Raises:
-        TypeError, ValueError: If ``method`` is none of these.
+        TypeError: If ``method`` is of another type.
+        ValueError: If a name is unknown, or ``method`` does not score the pairs of all layers.
 
     Example:
         >>> pair_scorer("vwon") == pair_scorer(VWONAttention(model))
         True
     """
     check_choice("reduction", reduction, Reduction)
-    whole = whole_token_scorer(method, reduction)
-    if whole is not None:
-        what = f"layers={whole.layers!r}" if whole is method else type(method).__name__
-        raise ValueError(
-            f"{what} gives scores of whole tokens, not of pairs of head and token: use "
-            "remove_tokens with granularity='token', or ComprehensivenessSufficiency."
-        )
-    if isinstance(method, TokenScores):
-        if method.queries != "all":
-            raise ValueError(
-                f"queries={method.queries!r}: pairs are ranked by all queries that see them; "
-                "leave queries='all'."
-            )
-        _check_all_layers(method.method)
-        inner = method.method
-        return MeasuredPairs(inner.measure, method.reduction, method.signed, inner.space)
-    if isinstance(method, AttentionAttribution):
-        _check_all_layers(method)
-        return MeasuredPairs(method.measure, reduction, False, method.space)
+    scores = _token_scores(method, reduction)
+    if scores is not None:
+        return _measured_pairs(scores)
     if not isinstance(method, str):
         raise TypeError(
             f"method is of type {type(method).__name__}: give a measure such as "
@@ -203,47 +194,51 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
     if method == measures.RANDOM:
         return RandomPairs(seed)
     entry = measures.find(method)
-    if entry is not None and not entry.scores_pairs:
+    if entry is None:
+        raise ValueError(f"method={method!r} is unknown; known: {measures.known_names()}.")
+    if not entry.scores_pairs:
         raise ValueError(
-            f"{method!r} scores whole tokens, which its name cannot ask for: give the measure "
-            "itself, made with the model, and granularity='token'."
+            f"{method!r} scores whole tokens, and needs the model for it: give the measure itself, "
+            "made with the model, and granularity='token'."
         )
-    if entry is not None:
-        return MeasuredPairs(entry.function(), reduction, entry.signed, entry.seen_in())
-    raise ValueError(f"method={method!r} is unknown; known: {measures.known_names()}.")
+    return MeasuredPairs(entry.function(), reduction, entry.signed, entry.seen_in())
 
 
-def whole_token_scorer(method: object, reduction: Reduction = "mean") -> TokenScores | None:
-    """What scores whole tokens as ``method`` says; None if it scores pairs, or is no measure.
-
-    Args:
-        method: A measure, or a ``TokenScores`` around one.
-        reduction: Over queries, where ``method`` does not bring its own.
-
-    Example:
-        >>> whole_token_scorer(ALTIWeights(model)).layers, whole_token_scorer("alti")
-        ('mean', None)
-    """
+def _token_scores(method: object, reduction: Reduction) -> TokenScores | None:
+    """Return ``method`` if it is a ``TokenScores``, one around a measure, else None."""
     if isinstance(method, AttentionAttribution):
         method = TokenScores(method, reduction)
-    return method if isinstance(method, TokenScores) and method.ranks_whole_tokens else None
+    return method if isinstance(method, TokenScores) else None
 
 
-def _check_all_layers(method: AttentionAttribution) -> None:
+def _measured_pairs(scores: TokenScores) -> MeasuredPairs:
+    method = scores.method
+    if scores.ranks_whole_tokens:
+        what = "layers='rollout'" if scores.layers == "rollout" else method.get_name()
+        raise ValueError(
+            f"{what} scores whole tokens, not pairs of head and token: use granularity='token', in "
+            "remove_tokens or ComprehensivenessSufficiency."
+        )
+    if scores.queries != "all":
+        raise ValueError(
+            f"queries={scores.queries!r}, but pairs are ranked by all queries that see them: leave "
+            "queries='all'."
+        )
     if method.layer is not None:
         raise ValueError(
-            f"{method.get_name()} is of some layers, but pairs are ranked and removed in all: make "
-            "it without layer=."
+            f"{method.get_name()} is of some layers, but pairs are ranked and removed in all "
+            "layers: make it without layer=."
         )
+    return MeasuredPairs(method.measure, scores.reduction, scores.signed, method.space)
 
 
 def space_of(scorers: Iterable[PairScorer]) -> Space:
-    """Where layers must be seen so that all of these can score them."""
+    """Return the space in which layers must be observed for all of these scorers."""
     return "residual" if any(scorer.space == "residual" for scorer in scorers) else "attention"
 
 
 def model_of(method: object) -> nn.Module | None:
-    """The model that a measure, or ``TokenScores`` around one, belongs to; None for others."""
+    """Return the model of a measure, or of ``TokenScores`` around one; None for other methods."""
     if isinstance(method, TokenScores):
         method = method.method
     return method.model if isinstance(method, AttentionAttribution) else None

@@ -1,9 +1,9 @@
-"""Which tokens are attention sinks, and how much attention they take.
+"""Find attention sinks, and measure how much attention they take.
 
-A token is a sink of a layer where its hidden state is nearly collinear with that of the first
-token: cosine above 0.95 (arXiv 2606.07604, section 5). The paper does not say which hidden state;
-here it is the normalised input of the attention layer, and others can be chosen. The first
-token always is one. The sink rate is that of Gu et al. 2024 (arXiv 2410.10781).
+A token is a sink of a layer if its hidden state is nearly collinear with that of the first token:
+their cosine is above 0.95 (arXiv 2606.07604, section 5). The paper does not say which hidden state
+it means. The default here is the normalised input of the attention layer. The first token is always
+a sink. The sink rate is that of Gu et al. 2024 (arXiv 2410.10781).
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ __all__ = [
     "sinks_among",
 ]
 
-#: Of the cosine with the first token.
+#: The cosine with the first token above which a token is a sink.
 THRESHOLD = 0.95
 
 
 def sinks_among(states: Tensor, real: Tensor, threshold: float = THRESHOLD) -> Tensor:
-    """The tokens whose states are nearly collinear with that of the first real one.
+    """Find the tokens whose hidden states are nearly collinear with that of the first token.
 
     Args:
-        states: ``(B, S, n)``.
-        real: ``(B, S)`` boolean, False at padding.
-        threshold: Cosines above it count.
+        states: The hidden states, ``(B, S, n)``.
+        real: The token mask, ``(B, S)`` boolean, False at padding.
+        threshold: The cosine above which a token is a sink.
 
     Returns:
-        ``(B, S)`` boolean; the first real token always is one, padding never.
+        ``(B, S)`` boolean. The first token after padding is always a sink, padding never.
 
     Example:
         >>> states = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 0.1]]])
@@ -60,21 +60,30 @@ def sinks_among(states: Tensor, real: Tensor, threshold: float = THRESHOLD) -> T
 def layer_sinks(
     execution: Execution, layer: AttentionLayer, threshold: float = THRESHOLD
 ) -> Tensor:
-    """The sinks of a layer that was observed with its hidden states, ``(B, S)``.
+    """Find the sinks of a layer, ``(B, S)`` boolean.
+
+    Args:
+        execution: The execution of the layer, with the hidden states of its tokens.
+        layer: The layer's tensors.
+        threshold: The cosine above which a token is a sink.
 
     Example:
-        >>> sinks, _ = Runner(model).observe(input_ids, layer_sinks, states="normed")
-        >>> [tuple(found.shape) for _, found in sinks]
+        >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> sinks, _ = Runner(model).observe(ids, layer_sinks, states="normed")
+        >>> [tuple(of_layer.shape) for _, of_layer in sinks]
         [(1, 5), (1, 5)]
     """
     states = execution.states
-    assert states is not None  # asked for
-    # Of keys and values there may be more, of learned virtual tokens before those of the text.
+    assert states is not None  # the observation was asked for them
+    # Keys and values of a learned prefix come before those of the text.
     return sinks_among(states[:, -layer.S :], real_tokens(layer), threshold)
 
 
 def real_tokens(layer: AttentionLayer) -> Tensor:
-    """``(B, S)`` boolean, False at padding, of a layer whose queries and keys are one text.
+    """Return the token mask of a layer over one text, ``(B, S)`` boolean, False at padding.
+
+    Args:
+        layer: A layer whose queries and keys are the same tokens.
 
     Raises:
         ValueError: If there are more keys than queries.
@@ -88,7 +97,7 @@ def real_tokens(layer: AttentionLayer) -> Tensor:
     if layer.T != layer.S:
         raise ValueError(
             f"A layer has {layer.S} keys for {layer.T} queries: give the whole text at once, "
-            "without a cache or with one that grows with the text."
+            "without a cache or with an empty one that grows with the text."
         )
     real = layer.mask.real
     B, device = layer.value.shape[0], layer.value.device
@@ -105,26 +114,29 @@ def find_sinks(
     space: StateSpace = "normed",
     show_progress: bool = False,
 ) -> list[Tensor]:
-    """The sinks of each attention layer, by one forward pass.
+    """Find the sinks of each attention layer in one forward pass.
 
     Args:
         model: The model.
-        inputs: As ``ContributionWeights.attribute`` takes them.
-        additional_forward_args: Further positional arguments, as in Captum.
+        inputs: The inputs of ``ContributionWeights.attribute``.
+        additional_forward_args: Further positional arguments of the model, as in Captum.
         layer: An attention module, a list of them, or None for all.
-        threshold: Tokens whose cosine with the first one is above it are sinks.
-        space: Of the states that are compared: ``"normed"``, the input of the attention layer;
-            ``"residual"``, what was normalised to it; ``"key"`` or ``"value"``, over all heads.
-        show_progress: Shows a bar over the layers once it has taken two seconds.
+        threshold: The cosine above which a token is a sink.
+        space: The hidden states that are compared: ``"normed"``, the input of the attention layer;
+            ``"residual"``, the residual stream before its norm; or ``"key"`` or ``"value"``, the
+            keys or values of all heads.
+        show_progress: Whether to show a progress bar over the layers after two seconds.
 
     Returns:
-        For each layer, in execution order, ``(B, S)`` boolean; padding is never a sink.
+        For each layer, in execution order, ``(B, S)`` boolean. Padding is never a sink.
 
     Raises:
-        ValueError: If ``space`` is unknown, and as ``ContributionWeights.attribute``.
+        ValueError: If ``space`` is unknown. Other errors are those of
+            ``ContributionWeights.attribute``.
 
     Example:
-        >>> sinks = find_sinks(model, input_ids)
+        >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> sinks = find_sinks(model, ids)
         >>> len(sinks), sinks[0][:, 0].tolist()
         (2, [True])
     """
@@ -147,22 +159,22 @@ def find_sinks(
 def first_token_mass(
     model: nn.Module, inputs: Inputs, additional_forward_args: object = None
 ) -> Tensor:
-    """The mean attention that each head gives to the first token, over the queries that see it.
+    """Return the mean attention of each head to the first token, over the queries that see it.
 
     Args:
         model: The model.
-        inputs: As ``ContributionWeights.attribute`` takes them.
-        additional_forward_args: Further positional arguments, as in Captum.
+        inputs: The inputs of ``ContributionWeights.attribute``.
+        additional_forward_args: Further positional arguments of the model, as in Captum.
 
     Returns:
         ``(B, L, H)``, between 0 and 1.
 
     Example:
-        >>> first_token_mass(model, input_ids).shape
+        >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> first_token_mass(model, ids).shape
         torch.Size([1, 2, 4])
     """
-    scores, first = _received(model, inputs, additional_forward_args)
-    return scores.gather(-1, first[:, None, None, None].expand(*scores.shape[:3], 1))[..., 0]
+    return _mean_attention(model, inputs, additional_forward_args, token=0)
 
 
 def sink_rate(
@@ -173,36 +185,40 @@ def sink_rate(
     token: int = 0,
     epsilon: float = 0.3,
 ) -> float:
-    """The share of examples, layers and heads in which a token draws much attention.
+    """Return the share of examples, layers and heads in which a token draws much attention.
 
     Args:
         model: The model.
-        inputs: As ``ContributionWeights.attribute`` takes them.
-        additional_forward_args: Further positional arguments, as in Captum.
-        token: Its place among the real tokens; the first by default.
-        epsilon: Much is a mean over the queries that see the token above this
-            (Gu et al. 2024, Eq. 7: 0.3).
+        inputs: The inputs of ``ContributionWeights.attribute``.
+        additional_forward_args: Further positional arguments of the model, as in Captum.
+        token: The position of the token, without padding. The default is the first token.
+        epsilon: The mean attention, over the queries that see the token, above which attention is
+            much (Gu et al. 2024, Eq. 7: 0.3).
 
     Returns:
-        Between 0 and 1.
+        A share between 0 and 1.
+
+    Raises:
+        IndexError: If the text does not have such a token.
 
     Example:
-        >>> sink_rate(model, input_ids, epsilon=0.0)
+        >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> sink_rate(model, ids, epsilon=0.0)
         1.0
     """
-    scores, first = _received(model, inputs, additional_forward_args)
-    if not 0 <= token < scores.shape[-1]:
-        raise IndexError(f"token={token}, but the text has {scores.shape[-1]} tokens.")
-    place = (first + token)[:, None, None, None].expand(*scores.shape[:3], 1)
-    return float((scores.gather(-1, place) > epsilon).float().mean())
+    received = _mean_attention(model, inputs, additional_forward_args, token)
+    return float((received > epsilon).float().mean())
 
 
-def _received(
-    model: nn.Module, inputs: Inputs, additional_forward_args: object
-) -> tuple[Tensor, Tensor]:
-    """Mean attention by token, ``(B, L, H, S)``, and the place of the first real one, ``(B,)``."""
+def _mean_attention(
+    model: nn.Module, inputs: Inputs, additional_forward_args: object, token: int
+) -> Tensor:
+    """Return the mean attention to a token, over the queries that see it, ``(B, L, H)``."""
     method = TokenScores(AttentionWeights(model), layers=None, heads=None)
     scores = method.attribute(inputs, additional_forward_args)
-    # No real token is without attention: it sees itself, or is seen.
+    if not 0 <= token < scores.shape[-1]:
+        raise IndexError(f"token={token}, but the text has {scores.shape[-1]} tokens.")
+    # Padding has no attention. A real token has some: it sees itself, or other tokens see it.
     first = (scores.amax((1, 2)) > 0).long().argmax(1)
-    return scores, first
+    place = (first + token)[:, None, None, None].expand(*scores.shape[:3], 1)
+    return scores.gather(-1, place)[..., 0]

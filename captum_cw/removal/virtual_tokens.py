@@ -1,8 +1,8 @@
-"""Learned virtual tokens, which precede a text and do not have ids (PEFT).
+"""Learned virtual tokens, which come before a text and do not have ids (PEFT).
 
-Prompt tuning puts embeddings before those of a text, so that layers have more queries and keys than
-the text has tokens; prefix tuning puts keys and values into each layer. What ranks and removes
-tokens counts from the end, and leaves virtual ones alone.
+Prompt tuning puts embeddings before those of the text, so layers have more queries and keys than
+the text has tokens. Prefix tuning puts keys and values into each layer. Virtual tokens are never
+ranked or removed. The tokens of the text are the last ones, so they are counted from the end.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from captum_cw.functional import AttentionLayer
 
-__all__ = ["behind", "behind_prefix", "known_to", "own_tokens", "virtual_tokens"]
+__all__ = ["behind", "padding_masks", "text_mask", "virtual_tokens", "without_prefix"]
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """How many virtual tokens a model puts before each text.
+    """Return the number of virtual tokens that a model puts before each text.
 
     Example:
         >>> virtual_tokens(model)
@@ -31,9 +31,12 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def behind(x: Tensor, length: int, value: float = 0) -> Tensor:
-    """``x``, ``(..., T)``, as ``(..., length)``.
+    """Fit the last dimension of ``x`` to ``length``: fill or cut it at the start.
 
-    Tokens are counted from the end: ``value`` comes before them, or the first ones are left out.
+    Args:
+        x: ``(..., T)``.
+        length: The new length of the last dimension.
+        value: The value to fill with.
 
     Example:
         >>> behind(torch.tensor([1, 2]), 3).tolist(), behind(torch.tensor([1, 2]), 1).tolist()
@@ -43,32 +46,36 @@ def behind(x: Tensor, length: int, value: float = 0) -> Tensor:
     return torch.nn.functional.pad(x, (length - x.shape[-1], 0), value=value)
 
 
-def known_to(model: nn.Module, told: Sequence[Tensor]) -> list[Tensor]:
-    """What is told of padding, ``(B, T)``, and the same behind virtual tokens."""
+def padding_masks(model: nn.Module, text_masks: Sequence[Tensor]) -> list[Tensor]:
+    """Return the padding masks of a text ``(B, T)``, with and without its virtual tokens."""
     virtual = virtual_tokens(model)
-    more = [behind(real, real.shape[1] + virtual, value=True) for real in told] if virtual else []
-    return [*told, *more]
+    if not virtual:
+        return list(text_masks)
+    return [*text_masks, *(behind(mask, mask.shape[1] + virtual, 1) for mask in text_masks)]
 
 
-def own_tokens(model: nn.Module, real: Tensor, told: Sequence[Tensor]) -> Tensor:
-    """The real tokens of a layer, ``(B, S)``, without virtual ones.
+def text_mask(model: nn.Module, token_mask: Tensor, text_masks: Sequence[Tensor]) -> Tensor:
+    """Exclude virtual tokens from the token mask of a layer.
 
     Args:
         model: The model.
-        real: The real tokens.
-        told: What is told of the padding of the text, ``(B, T)``.
+        token_mask: The layer's token mask, ``(B, S)`` boolean, False at padding.
+        text_masks: The padding masks of the text, ``(B, T)``; empty if there are none.
+
+    Returns:
+        ``(B, S)`` boolean, False at padding and virtual tokens.
     """
-    virtual = virtual_tokens(model)
-    T = told[0].shape[1] if told else real.shape[1] - virtual
-    return behind(real[:, virtual:], T + virtual) if real.shape[1] == T + virtual else real
+    virtual, S = virtual_tokens(model), token_mask.shape[1]
+    T = text_masks[0].shape[1] if text_masks else S - virtual
+    return behind(token_mask[:, virtual:], S) if T + virtual == S else token_mask
 
 
-def behind_prefix(model: nn.Module, layer: AttentionLayer) -> AttentionLayer:
-    """The layer without the keys of prefix tuning; its outputs stay what they are.
+def without_prefix(model: nn.Module, layer: AttentionLayer) -> AttentionLayer:
+    """Return a layer without the keys of prefix tuning. Its output stays the same.
 
     Args:
         model: The model.
-        layer: Its layer.
+        layer: A layer of the model.
     """
     virtual = virtual_tokens(model)
     if not virtual or layer.T + virtual != layer.S:

@@ -89,10 +89,10 @@ def test_tokens_of_a_prompt_may_see_each_other(seen: int, fits: bool, tiny_token
 
 
 def test_dropout_is_off_while_a_model_generates(tiny_tokenizer: Any) -> None:
-    config = transformers.GPT2Config(
-        vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.9,
-        embd_pdrop=0.9, attn_pdrop=0.9, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+    sizes = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    dropout = {"resid_pdrop": 0.9, "embd_pdrop": 0.9, "attn_pdrop": 0.9}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = transformers.GPT2Config(**sizes, **dropout, **special)
     model = build(transformers.GPT2LMHeadModel, config)
     llm = LLMTokenAttribution(ContributionWeights(model), tiny_tokenizer)
     still = llm.attribute("a b c", gen_args=GREEDY)
@@ -149,15 +149,12 @@ def test_generation_leaves_configurations_as_they_were(tiny_tokenizer: Any) -> N
 
     class Changing(type(model)):  # type: ignore[misc]
         def generate(self, **arguments: Any) -> Any:
-            self.generation_config.max_new_tokens = 99
             self.generation_config = transformers.GenerationConfig()
-            if "generation_config" in arguments:
-                arguments["generation_config"].max_new_tokens = 2
             return super().generate(**arguments)
 
     model.__class__ = Changing
     llm = LLMTokenAttribution(ContributionWeights(model), tiny_tokenizer)
-    given = transformers.GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    given = transformers.GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
     gen_args = {"generation_config": given}
     before = copy.deepcopy(vars(given))
     assert len(llm.attribute("a b", gen_args=gen_args).output_tokens) == 2

@@ -425,11 +425,9 @@ def test_attention_that_cannot_be_seen_is_refused() -> None:
 
 
 def test_cross_attention_is_refused() -> None:
-    config = transformers.BartConfig(
-        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1,
-        encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
-    )  # fmt: skip
+    sizes = {"layers": 1, "attention_heads": 4, "ffn_dim": 32}
+    sides = {f"{side}_{n}": x for side in ("encoder", "decoder") for n, x in sizes.items()}
+    config = transformers.BartConfig(vocab_size=64, d_model=32, max_position_embeddings=64, **sides)
     model = transformers.BartForConditionalGeneration(config).eval()
     with pytest.raises(UnsupportedModelError, match="cross-attention"):
         sufficiency(model, token_ids(), "contribution", [0.5])

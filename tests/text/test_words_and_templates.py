@@ -286,13 +286,16 @@ def language_model(tiny_model: nn.Module, tiny_tokenizer: Any) -> tuple[nn.Modul
             [[0, 3], [1, 2], [0, 3]],
         ),
         (
-            TextTemplateInput("{x} {y} {z}", {"x": "a", "y": "b", "z": "c"},
-                              baselines={"x": "d", "y": "e", "z": "f"},
-                              mask={"x": "p", "y": "p", "z": "q"}),
+            TextTemplateInput(
+                "{x} {y} {z}",
+                {"x": "a", "y": "b", "z": "c"},
+                baselines={"x": "d", "y": "e", "z": "f"},
+                mask={"x": "p", "y": "p", "z": "q"},
+            ),
             [[0, 1], [0, 1], [2]],
         ),
     ],
-)  # fmt: skip
+)
 def test_a_templates_values_have_the_sums_of_their_tokens(
     inp: Any, features: list[list[int]], language_model: tuple[nn.Module, Any]
 ) -> None:
