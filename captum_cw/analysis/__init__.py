@@ -5,25 +5,30 @@ and tables, which can be plotted, saved and loaded. The analyses need the extra
 ``captum-cw[analysis]``.
 """
 
-from captum_cw.analysis.assumptions import selection_assumptions
-from captum_cw.analysis.components import (
-    component_correlations,
-    component_dispersion,
-    component_regression,
-    interference,
-)
-from captum_cw.analysis.first_token import (
-    first_token_weight,
-    sink_scaling,
-    value_alignment,
-    weight_entropy,
-)
-from captum_cw.analysis.frames import frames_over_checkpoints, reference_frames
-from captum_cw.analysis.maps import weight_maps
-from captum_cw.analysis.regimes import head_regimes
-from captum_cw.analysis.result import AnalysisResult
-from captum_cw.analysis.selection import token_selection
-from captum_cw.analysis.suppression import output_norms, semantic_cone
+try:
+    from captum_cw.analysis.assumptions import selection_assumptions
+    from captum_cw.analysis.components import (
+        component_correlations,
+        component_dispersion,
+        component_regression,
+        interference,
+    )
+    from captum_cw.analysis.first_token import (
+        first_token_weight,
+        sink_scaling,
+        value_alignment,
+        weight_entropy,
+    )
+    from captum_cw.analysis.frames import frames_over_checkpoints, reference_frames
+    from captum_cw.analysis.maps import weight_maps
+    from captum_cw.analysis.regimes import head_regimes
+    from captum_cw.analysis.result import AnalysisResult
+    from captum_cw.analysis.selection import token_selection
+    from captum_cw.analysis.suppression import output_norms, semantic_cone
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"captum_cw.analysis needs {error.name}: pip install 'captum-cw[analysis]'"
+    ) from error
 
 __all__ = [
     "AnalysisResult",
