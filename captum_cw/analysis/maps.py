@@ -74,7 +74,7 @@ class WeightMaps(AnalysisResult):
         by_pair = self.to_dataframe().groupby(["layer", "head"])[part]
         maps = []
         for layer, head in self.settings["pairs"]:
-            x = torch.tensor(by_pair.get_group((layer, head)).to_numpy())
+            x = torch.tensor(by_pair.get_group((layer, head)).to_numpy(), device="cpu")
             maps.append(x.view(T, T).expand(1, head + 1, T, T))
         return maps
 
