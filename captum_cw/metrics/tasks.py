@@ -173,8 +173,11 @@ def check_task_model(model: object, tokenizer: object) -> None:
     """
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    is_model = isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder
-    if not is_model or not model.can_generate():
+    if (
+        not isinstance(model, PreTrainedModel)
+        or model.config.is_encoder_decoder
+        or not model.can_generate()
+    ):
         raise TypeError(
             f"Tasks need a causal language model of transformers, got {type(model).__name__}."
         )
@@ -197,7 +200,8 @@ def _removal(
 ) -> AbstractContextManager[None]:
     # Random scores depend on the seed and the place in the batch, so each prompt has its own seed.
     seed = zlib.crc32(f"{options.get('seed', 0)}/{prompt}".encode())
-    return remove_tokens(model, method, rate, which, **{**options, "seed": seed})
+    seeded: RemovalKeywords = {**options, "seed": seed}
+    return remove_tokens(model, method, rate, which, **seeded)
 
 
 def _evaluate(
@@ -362,7 +366,7 @@ def _accuracy(name: str, loaded: Mapping[str, Any]) -> str:
     """Return the first metric of a task or group that is better if higher."""
     parts, group = loaded["tasks"], loaded["groups"].get(name)
     better = {m: higher for x in parts.values() for m, higher in x.higher_is_better().items()}
-    metrics = list(better)
+    metrics: list[str] = list(better)
     if group is not None and group.has_aggregation:
         metrics = [x.metric for x in group.aggregate_metric_list]
     elif name not in parts:
