@@ -160,12 +160,12 @@ class BatchRun:
         """Return the change of a pass that removes what a method ranks at the top or bottom."""
         model, options, method = self.plan.model, self.plan.options, self.methods[name]
         if name in self._token_scores:
-            scores = self._token_scores[name]
-            factors = self.clean.whole_tokens(rate, which, options, scores, self._kept)
+            tokens = self._token_scores[name]
+            factors = self.clean.whole_tokens(rate, which, options, tokens, self._kept)
             return FixedChange(model, factors)
         if name in self._pair_scores:
-            scores = self._pair_scores[name]
-            factors = options.factors(rate, which, scores, self._layer_tokens, self._kept)
+            pairs = self._pair_scores[name]
+            factors = options.factors(rate, which, pairs, self._layer_tokens, self._kept)
             return FixedChange(model, self.clean.of_keys(factors))
         assert not isinstance(method, (TokenMethod, ForeignMethod))  # these have scores by now
         return OnlineRemoval(model, method, rate, which, options, self._kept)

@@ -235,7 +235,8 @@ class FaithfulnessResult:
 
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(n, (samples, n), generator=generator, device="cpu")
-        resampled = torch.cat(list(map(difference, drawn.split(max(1, RESAMPLED // n)))))
+        parts = torch.split(drawn, max(1, RESAMPLED // n))
+        resampled = torch.cat([difference(part) for part in parts])
         tail = (1 - confidence) / 2
         low, high = torch.quantile(resampled, resampled.new_tensor([tail, 1 - tail]), dim=0)
         lower, higher = (a, b) if side == "sufficiency" else (b, a)  # the better if below, above 0
