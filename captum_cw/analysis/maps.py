@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_cw.analysis.result import AnalysisResult, Picture
 from captum_cw.analysis.streaming import Batches, texts_of
 from captum_cw.attr import ContributionWeights
-from captum_cw.capture.forward_call import device_of
+from captum_cw.capture.model import device_of
 
 __all__ = ["WeightMaps", "weight_maps"]
 

@@ -107,20 +107,20 @@ class BatchRun:
         self.given = {name: x for name, x in call.kwargs.items() if name != "logits_to_keep"}
         # Its own loss is not needed, and labels would make the model compute one.
         self.inputs = {name: x for name, x in self.given.items() if name != "labels"}
-        ids = self.inputs.get("input_ids")
+        self.ids = ids = self.inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ValueError(
                 "There are no input_ids among the model's arguments, so the tokens of the text are "
                 "not known: give a model whose forward takes input_ids by name."
             )
-        self.ids = ids
         in_pass: dict[str, PairScorer] = {
             name: method
             for name, method in self.methods.items()
             if not isinstance(method, (TokenMethod, ForeignMethod)) and plan.options.scores_before
         }
         forward = partial(run_on_copies, plan.model, self.inputs)
-        self.clean = CleanPass.run(plan.model, forward, in_pass, plan.options, call.real, call.text)
+        masks = call.token_masks
+        self.clean = CleanPass.run(plan.model, forward, in_pass, plan.options, masks, call.text)
         if self.clean.vanishing:
             warnings.warn(
                 f"{self.clean.vanishing} attention outputs of a batch vanish: their rows count as "
@@ -147,7 +147,7 @@ class BatchRun:
         self.pairs = {
             name: [
                 behind(x, self.own[0].shape[1])
-                for x in method.scores(self.inputs, call.real, call.text)
+                for x in method.scores(self.inputs, masks, call.text)
             ]
             for name, method in self.methods.items()
             if isinstance(method, ForeignMethod)
