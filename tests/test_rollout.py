@@ -28,7 +28,7 @@ from captum_cw import (
     rollout,
 )
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.capture.forward_call import parameters_of
+from captum_cw.capture.model import parameters_of
 from captum_cw.functional import (
     AttentionLayer,
     FrozenUpdate,

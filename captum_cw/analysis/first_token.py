@@ -19,8 +19,7 @@ from captum_cw._utils.progress import progress_bar
 from captum_cw.analysis.geometry import inner_products, norms, values_and_gram
 from captum_cw.analysis.result import AnalysisResult, settings_of
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
-from captum_cw.capture.forward_call import device_of
-from captum_cw.capture.model import evaluation_mode, unwrapped
+from captum_cw.capture.model import device_of, evaluation_mode, unwrapped
 from captum_cw.capture.outputs import logits_of
 from captum_cw.functional import attention, contribution, map_blocks, vw
 from captum_cw.metrics.quantities import mean_nll

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_cw.analysis.result import AnalysisResult
 from captum_cw.analysis.streaming import Batches, texts_of
 from captum_cw.attr import ContributionWeights
-from captum_cw.capture.forward_call import device_of
+from captum_cw.capture.model import device_of
 
 if TYPE_CHECKING:
     from captum_cw.visualization._output import Picture

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from captum_cw._utils.progress import progress_bar
 from captum_cw.analysis.result import Array
 from captum_cw.capture import Execution
-from captum_cw.capture.forward_call import device_of
-from captum_cw.capture.model import unwrapped
+from captum_cw.capture.model import device_of, unwrapped
 from captum_cw.capture.run import Runner, ignore_layer
 from captum_cw.functional import AttentionLayer, Measure, map_blocks, widest
 

@@ -14,8 +14,7 @@ from captum_cw.attr.chat import ChatTokenInput, EncodedTokenInput
 from captum_cw.attr.measures import AttentionAttribution
 from captum_cw.attr.token_scores import TokenScores
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.capture.forward_call import LOGITS, device_of, parameters_of
-from captum_cw.capture.model import evaluation_mode
+from captum_cw.capture.model import LOGITS, device_of, evaluation_mode, parameters_of
 from captum_cw.capture.outputs import logits_of
 from captum_cw.text.prompts import Text, extended, model_inputs, read_text
 from captum_cw.text.templates import Encoded, encode, owners, places_of

@@ -13,7 +13,8 @@ from captum_cw import functional
 from captum_cw.attr._captum import Attribution, logged
 from captum_cw.attr.measures import AttentionAttribution, as_given, refuse_target, stack_layers
 from captum_cw.capture import Execution
-from captum_cw.capture.forward_call import LOGITS, tokens_of
+from captum_cw.capture.call_tokens import tokens_of
+from captum_cw.capture.model import LOGITS
 from captum_cw.capture.run import Inputs
 from captum_cw.functional import Aggregation, AttentionLayer, Reduction, check_choice
 from captum_cw.rollout import Rollout

@@ -7,16 +7,18 @@ positions do not have a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_cw.capture.dispatch import Proceed, following
+from captum_cw.capture.listeners import suspended
+from captum_cw.capture.model import text_config, two_tokens
 
-__all__ = ["check_positions", "longest_text", "too_long"]
+__all__ = ["check_positions", "explain_length"]
 
 #: The largest row at which a table may start. Those of RoBERTa and OPT start after padding rows.
 OFFSET = 4
@@ -33,18 +35,18 @@ def check_positions(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         args: The positional arguments of the call.
         kwargs: The keyword arguments of the call.
     """
-    found = _find_lookup(func, args, kwargs)
-    if found is None or int(found.rows.max()) < found.size:
+    lookup = _find_lookup(func, args, kwargs)
+    if lookup is None or int(lookup.rows.max()) < lookup.size:
         return
-    run = found.run()
+    run = lookup.run()
     if run is not None:
         first, length = run
         # With a cache or given positions, the first row is not the start of the text.
         offset = first if first <= OFFSET else 0
-        raise ValueError(too_long(first + length - offset, found.size - offset))
+        raise ValueError(_too_long(first + length - offset, lookup.size - offset))
 
 
-def too_long(length: int, limit: int) -> str:
+def _too_long(length: int, limit: int) -> str:
     """Return the error message for a text that is longer than the table of positions."""
     return (
         f"The text has {length} tokens, but the model's table of positions ends after {limit}: cut "
@@ -52,35 +54,39 @@ def too_long(length: int, limit: int) -> str:
     )
 
 
-def longest_text(run: Callable[[], Any]) -> int | None:
-    """Return the maximum number of tokens of a text, from a forward pass over a short text.
+def explain_length(model: nn.Module, T: int) -> str | None:
+    """Return the error message if a text is too long for a model's table of positions.
+
+    A pass over a short text finds the table.
 
     Args:
-        run: Runs the model on a text of a few tokens.
+        model: The model.
+        T: The number of tokens of the text.
 
     Returns:
-        The number; None if the model does not use a table of positions.
+        The message; None if the text is not longer than the table, or the model does not have one.
     """
-    lookups = _Lookups()
-    with following(lookups):
-        run()
-    return min(lookups.limits, default=None)
+    configured = getattr(text_config(model), "max_position_embeddings", None)
+    short = two_tokens(model)
+    if short is None or not isinstance(configured, int) or not 0 < configured < T:
+        return None
+    short["input_ids"][:, 1:] = short["input_ids"][:, :1]  # equal ids are not positions
+    limits = []
 
-
-class _Lookups:
-    """Records the maximum length of a text for each table of positions."""
-
-    def __init__(self) -> None:
-        self.limits: list[int] = []
-
-    def __call__(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
-    ) -> Any:
-        found = _find_lookup(func, args, kwargs)
-        run = None if found is None else found.run()
-        if found is not None and run is not None:
-            self.limits.append(found.size - run[0])
+    def record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed) -> Any:
+        lookup = _find_lookup(func, args, kwargs)
+        run = None if lookup is None else lookup.run()
+        if lookup is not None and run is not None:
+            limits.append(lookup.size - run[0])
         return proceed(func, args, kwargs)
+
+    try:
+        with suspended(), following(record):  # the pass is not part of what is observed
+            model(**short)
+    except Exception:  # the model also fails on a short text
+        return None
+    limit = min(limits, default=T)
+    return _too_long(T, min(configured, limit)) if limit < T else None
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw._utils.progress import progress_bar
-from captum_cw.capture.forward_call import ForwardCall, forward_call, two_tokens
+from captum_cw.capture.forward_call import ForwardCall, forward_call, run_on_copies
 from captum_cw.capture.hidden_states import StateSpace
-from captum_cw.capture.model import evaluation_mode, model_of, uncompiled, unwrapped
+from captum_cw.capture.model import (
+    evaluation_mode,
+    model_of,
+    two_tokens,
+    uncompiled,
+    unwrapped,
+)
 from captum_cw.capture.observation import (
     Execution,
     Observation,
@@ -40,8 +46,8 @@ Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What is asked for beside the layers; see :meth:`Runner.observe`."""
+class _Options:
+    """The options of one pass, as in :meth:`Runner.observe`."""
 
     space: Space
     states: StateSpace | None
@@ -54,35 +60,39 @@ class _Asked:
 
 
 class _ShortenedError(Exception):
-    """The model computes fewer queries since it was asked for the last logits alone (Gemma 4)."""
+    """Raised if later layers have fewer queries, because only the last logits were requested.
+
+    Gemma 4 does so.
+    """
 
 
 class Runner:
-    """Runs a model and hands over the attention layers that were chosen.
+    """Runs a model and hands over the chosen attention layers, one at a time.
 
     Args:
-        forward_func: The model, or a callable that runs it; a callable needs ``layer``.
-        layer: An attention module, a list of them (an ``nn.ModuleList`` counts as a list), or None
-            for every attention layer in execution order.
-        kind: Which attention layers count where ``layer`` is None: ``"self"``, ``"cross"`` or
+        forward_func: The model, or a callable that runs it. A callable needs ``layer``.
+        layer: An attention module, or a list of them (an ``nn.ModuleList`` counts as a list); None
+            for every attention layer, in the order of execution.
+        kind: Which attention layers to choose if ``layer`` is None: ``"self"``, ``"cross"`` or
             ``"all"``.
 
     Attributes:
-        forward_func: What is called: the model without its wrappers.
-        model: The model; None where only a callable is known.
-        layer: As given, a sequence as a list.
-        chosen: The modules that were chosen; None for all.
-        roots: The modules that are observed: the model, or else the chosen modules.
+        forward_func: The model without its wrappers, or the callable.
+        model: The model; None if only a callable is known.
+        layer: The argument ``layer``, with any sequence as a list.
+        chosen: The chosen modules; None for all.
+        roots: The observed modules: the model, or the chosen modules without a model.
 
     Raises:
-        TypeError: If ``forward_func`` cannot be called, or ``layer`` is not a module.
-        ValueError: If ``layer`` is empty, is missing beside a callable, or is not in the model.
+        TypeError: If ``forward_func`` is not callable, or ``layer`` is not a module.
+        ValueError: If ``layer`` is empty, is not given with a callable, or is not in the model.
 
     Example:
         >>> runner = Runner(model)
-        >>> results, output = runner.observe(input_ids, lambda execution, layer: layer.H)
-        >>> [(execution.name, heads) for execution, heads in results]
-        [('model.layers.0.self_attn', 4), ('model.layers.1.self_attn', 4)]
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> results, output = runner.observe(inputs, lambda execution, layer: (layer.H, layer.T))
+        >>> [(execution.name, shape) for execution, shape in results]
+        [('model.layers.0.self_attn', (4, 6)), ('model.layers.1.self_attn', (4, 6))]
     """
 
     def __init__(
@@ -94,21 +104,26 @@ class Runner:
     ) -> None:
         self.forward_func = unwrapped(forward_func)
         self.model = model_of(self.forward_func)
-        self.layer = list(layer) if isinstance(layer, (nn.ModuleList, list, tuple)) else layer
-        _check_layers(self.layer, self.model)
-        self.kind: Kinds = kind
+        self.layer: Any = layer
+        if isinstance(layer, (nn.ModuleList, list, tuple)):
+            self.layer = list(layer)
         self.chosen: list[nn.Module] | None = None
         if self.layer is not None:
-            self.chosen = [self.layer] if isinstance(self.layer, nn.Module) else [*self.layer]
+            self.chosen = self.layer if isinstance(self.layer, list) else [self.layer]
+        _check_layers(self.chosen, self.model)
+        self.kind: Kinds = kind
         self.roots: list[nn.Module] = self.chosen or [] if self.model is None else [self.model]
         self._names: list[str] | None = None
-        self._all_logits = False  # whether the model leaves queries out that have no logits
+        self._needs_all_logits = False  # without them, the model leaves queries out
 
     @property
     def names(self) -> list[str]:
-        """Names of the chosen layers in execution order.
+        """The names of the chosen layers in the order of execution.
 
-        They are known after the first pass; before that, a pass over two tokens finds them.
+        They are known after the first pass. Before it, a pass over two tokens finds them.
+
+        Raises:
+            RuntimeError: If no pass has been run and the model does not read text.
         """
         if self._names is None:
             inputs = None if self.model is None else two_tokens(self.model)
@@ -136,33 +151,40 @@ class Runner:
         description: str = "layers",
         show_progress: bool = False,
     ) -> tuple[list[tuple[Execution, Result]], Any]:
-        """Runs the model once and applies ``on_layer`` to each chosen layer, in order.
+        """Run the model once and apply ``on_layer`` to each chosen layer, in order.
 
-        Where the first pass shows that the model leaves queries out, ``on_layer`` is applied anew,
-        once and for all.
+        If the first pass shows that the model leaves queries out, a second pass applies
+        ``on_layer`` to all layers again. Later calls need one pass.
 
         Args:
-            inputs: As :meth:`captum_cw.ContributionWeights.attribute` takes them.
-            on_layer: Takes each layer; the layer is forgotten afterwards.
-            additional_forward_args: Further positional arguments, as in Captum.
+            inputs: The inputs, as for :meth:`captum_cw.ContributionWeights.attribute`.
+            on_layer: The function that receives each execution and its layer. The layer is released
+                afterwards.
+            additional_forward_args: More positional arguments, as in Captum.
             space: Where projections and norms are measured.
-            states: Executions bring the hidden states of their tokens, taken there.
-            stream: Layers bring the residual stream, and are seen in its space.
-            one_text: There must be no cross-attention from the first layer to the last.
-            text_only: Where no layers are chosen, those of a vision tower are left out.
-            normaliser: Warns of outputs that vanish, as a measure divides by them.
-            description: Of the progress bar.
-            show_progress: Shows a bar over the layers once it has taken two seconds.
+            states: The hidden states that executions carry; None for none.
+            stream: Whether layers carry the residual stream. They are then in its space.
+            one_text: Whether to refuse cross-attention between the first and the last layer.
+            text_only: Whether to skip the layers of a vision tower if no layers were chosen.
+            normaliser: The scope of the outputs that a measure divides by. A warning counts those
+                that vanish. None if the measure does not divide.
+            description: The label of the progress bar.
+            show_progress: Whether to show a progress bar over the layers, after two seconds.
 
         Returns:
-            One result for each execution, and what the model returned.
+            The result for each execution, and the output of the model.
+
+        Raises:
+            UnsupportedModelError: If the model's attention layers cannot be observed.
+            TypeError, ValueError: If the inputs are wrong, see
+                :meth:`captum_cw.ContributionWeights.attribute`.
         """
         forward = self.forward_func
         called = forward.forward if isinstance(forward, nn.Module) else forward
         call = forward_call(self.model, called, inputs, additional_forward_args)
-        if call.last_only and self._all_logits:
+        if call.last_only and self._needs_all_logits:
             call = call.with_all_logits()
-        asked = _Asked(
+        options = _Options(
             space="residual" if stream else space,
             states=states,
             stream=stream,
@@ -173,17 +195,17 @@ class Runner:
             show_progress=show_progress,
         )
         try:
-            results, output, vanishing = self._pass(call, on_layer, asked)
+            results, output, vanishing = self._pass(call, on_layer, options)
         except UnsupportedModelError as error:
-            hint = self._layers_of_text(call, asked)
+            hint = self._choice_of_text_layers(call, options)
             if hint is None:
                 raise
             raise UnsupportedModelError(
-                f"{error} To leave out what does not read the text, give {hint}."
+                f"{error} To leave out the layers that do not read the text, give {hint}."
             ) from error
         except _ShortenedError:
-            self._all_logits = True
-            results, output, vanishing = self._pass(call.with_all_logits(), on_layer, asked)
+            self._needs_all_logits = True
+            results, output, vanishing = self._pass(call.with_all_logits(), on_layer, options)
         if vanishing:
             warnings.warn(
                 f"{vanishing} attention outputs vanish: their rows are returned as zeros.",
@@ -196,33 +218,33 @@ class Runner:
         self,
         call: ForwardCall,
         on_layer: Callable[[Execution, AttentionLayer], Result],
-        asked: _Asked,
+        options: _Options,
     ) -> tuple[list[tuple[Execution, Result]], Any, int]:
-        """The results of the layers, the output of the model, and how many rows vanish.
+        """Return the results of the layers, the model's output, and the number of vanishing rows.
 
         Raises:
-            _ShortenedError: If later layers leave queries out, since we asked for no more logits.
+            _ShortenedError: If later layers have fewer queries, because of ``call.last_only``.
         """
         results: list[tuple[Execution, Result]] = []
         vanishing = longest = 0
         expected = None if self.chosen is None else len(self.chosen)
 
-        with progress_bar(expected, asked.description, show=asked.show_progress) as bar:
+        with progress_bar(expected, options.description, show=options.show_progress) as bar:
 
             def collect(execution: Execution, layer: AttentionLayer) -> None:
                 nonlocal vanishing, longest
-                if asked.one_text:
-                    _check_own_text(execution)
+                if options.one_text:
+                    _refuse_cross_attention([execution])
                 longest = max(longest, layer.T)
                 if call.last_only and longest > layer.T:
                     raise _ShortenedError
-                layer = layer.seen_in(asked.space)
+                layer = layer.seen_in(options.space)
                 if bar.total is None:
                     bar.total = expected_layers(self.roots, [execution])
                 result = on_layer(execution, layer)
                 results.append((replace(execution, states=None), result))
-                if asked.normaliser is not None:
-                    vanishing += layer.vanishing(asked.normaliser)
+                if options.normaliser is not None:
+                    vanishing += layer.vanishing(options.normaliser)
                 bar.update()
 
             observation = Observation(
@@ -230,11 +252,11 @@ class Runner:
                 collect,
                 self.chosen,
                 kind=self.kind if self.chosen is None else "all",
-                real=call.real,
-                states=asked.states,
-                space=asked.space,
-                stream=asked.stream,
-                text=asked.text,
+                real=call.token_masks,
+                states=options.states,
+                space=options.space,
+                stream=options.stream,
+                text=options.text,
             )
             with (
                 torch.no_grad(),
@@ -243,31 +265,34 @@ class Runner:
                 uncompiled(),
             ):
                 try:
-                    output = call.run(self.forward_func)
+                    output = run_on_copies(self.forward_func, call.kwargs, call.args)
                 except Exception as error:
                     ran = {execution.kind for execution in observation.executions}
-                    explained = call.explained(error, ran)
-                    if explained is None:
+                    explanation = call.explain(error, ran)
+                    if explanation is None:
                         raise
-                    raise explained from error
-        self._check_executions(observation.executions)
-        if asked.one_text:
-            _check_one_text(observation.executions, self.chosen)
+                    raise ValueError(explanation) from error
+        executions = observation.executions
+        self._check_executions(executions)
+        if options.one_text:
+            chosen = self.chosen or [e.module for e in executions]
+            places = [n for n, e in enumerate(executions) if e.module in chosen]
+            _refuse_cross_attention(executions[places[0] : places[-1] + 1])
         return results, output, vanishing
 
-    def _layers_of_text(self, call: ForwardCall, asked: _Asked) -> str | None:
-        """How the layers that read the text are chosen; None where that helps nothing."""
-        if self.chosen is not None or call.text is None or asked.text is not None:
+    def _choice_of_text_layers(self, call: ForwardCall, options: _Options) -> str | None:
+        """Return the argument ``layer=`` that chooses the layers of the text; None if it fails."""
+        if self.chosen is not None or call.text is None or options.text is not None:
             return None
-        asked = replace(asked, text=call.text, show_progress=False)
+        options = replace(options, text=call.text, show_progress=False)
         try:
-            results, _, _ = self._pass(call.with_all_logits(), ignore_layer, asked)
-        except (UnsupportedModelError, ValueError):  # nor can they be seen
+            results, _, _ = self._pass(call.with_all_logits(), ignore_layer, options)
+        except (UnsupportedModelError, ValueError):  # the layers of the text cannot be observed
             return None
         return layer_argument([execution.name for execution, _ in results], self.roots[0])
 
     def _check_executions(self, executions: list[Execution]) -> None:
-        """Raises an error where what was chosen did not run."""
+        """Check that the chosen layers have run."""
         if self.chosen is None:
             if not executions:
                 raise no_attention(self.roots)
@@ -276,40 +301,42 @@ class Runner:
                     f"kind={self.kind!r}, but all {len(executions)} attention layers that ran are "
                     f"of the kind {executions[0].kind!r}: choose that, or 'all'."
                 )
-        ran = {execution.module for execution in executions}
+        ran = {execution.module: execution.name for execution in executions}
         missing = [module for module in self.chosen or () if module not in ran]
         if missing:
-            names = names_of(self.roots)
-            found = list(dict.fromkeys(execution.name for execution in executions))
-            more = f", ... ({len(found)} in all)" if len(found) > 4 else ""
+            names = list(ran.values())
+            more = f", ... ({len(names)} in all)" if len(names) > 4 else ""
             raise ValueError(
-                f"Layer {names[missing[0]]!r} ({type(missing[0]).__name__}) is no attention "
-                "module: it made no attention call. Attention modules: "
-                f"{', '.join(found[:4]) + more or 'none were seen'}."
+                f"Layer {names_of(self.roots)[missing[0]]!r} ({type(missing[0]).__name__}) is not "
+                "an attention module: it made no attention call. Attention modules: "
+                f"{', '.join(names[:4]) + more or 'none were seen'}."
             )
 
 
-def _check_layers(layer: object, model: nn.Module | None) -> None:
-    if layer is None:
+def _check_layers(layers: list[Any] | None, model: nn.Module | None) -> None:
+    if layers is None:
         if model is None:
-            raise ValueError("layer is None, but forward_func is no module: name the layers.")
+            raise ValueError("layer is None, but forward_func is not a module: name the layers.")
         return
-    layers = layer if isinstance(layer, list) else [layer]
     if not layers:
         raise ValueError("layer is an empty list: give attention modules, or None for all.")
     known = None if model is None else set(model.modules())
     for module in layers:
         if not isinstance(module, nn.Module):
             raise TypeError(
-                f"layer={module!r} is no module: give an attention module, such as "
+                f"layer={module!r} is not a module: give an attention module, such as "
                 "model.get_submodule('model.layers.0.self_attn'), a list of them, or None."
             )
         if known is not None and module not in known:
-            raise ValueError(f"layer {type(module).__name__} is no part of the model.")
+            raise ValueError(f"layer {type(module).__name__} is not part of the model.")
 
 
 def layer_argument(names: Sequence[str], model: nn.Module) -> str:
-    """The argument ``layer=`` that chooses modules of a model, as users would write it.
+    """Return the argument ``layer=`` that chooses modules of a model, as users would write it.
+
+    Args:
+        names: The names of the modules.
+        model: The model.
 
     Example:
         >>> layer_argument(["model.layers.0.self_attn", "model.layers.1.self_attn"], model)
@@ -326,37 +353,32 @@ def layer_argument(names: Sequence[str], model: nn.Module) -> str:
 
 
 def ignore_layer(execution: Execution, layer: AttentionLayer) -> None:
-    """Does nothing with a layer: for passes that are run to find the layers."""
+    """Do nothing with a layer, in passes that only find the layers."""
 
 
 def no_attention(roots: Sequence[nn.Module]) -> UnsupportedModelError:
-    """What to raise where a pass made no attention call that can be seen."""
+    """Return the error for a pass in which no attention call was observed."""
     kinds = ", ".join(type(root).__name__ for root in roots)
     return UnsupportedModelError(
         f"No attention was found in {kinds}: it is seen where a model uses the attention registry "
         "of transformers, torch.nn.functional.scaled_dot_product_attention, or a softmax over keys "
-        "and a product with values, each (B, H, T, S). For others, see "
+        "and a product with values, each (B, H, T, S). For other models, see "
         "captum_cw.capture.register_adapter."
     )
 
 
-def _check_one_text(executions: list[Execution], chosen: list[nn.Module] | None) -> None:
-    """Raises an UnsupportedModelError if what is chosen is of more than one text."""
-    places = [n for n, e in enumerate(executions) if chosen is None or e.module in chosen]
-    for execution in executions[places[0] : places[-1] + 1]:
-        _check_own_text(execution)
-
-
-def _check_own_text(execution: Execution) -> None:
-    if execution.kind == "cross":
-        raise UnsupportedModelError(
-            f"Layer {execution.name!r} ({type(execution.module).__name__}) is cross-attention, "
-            "between two texts, and influence can only be followed through layers over one: "
-            "choose those of the encoder (layer=...), or another choice of layers, such as 'mean'."
-        )
+def _refuse_cross_attention(executions: list[Execution]) -> None:
+    for execution in executions:
+        if execution.kind == "cross":
+            raise UnsupportedModelError(
+                f"Layer {execution.name!r} ({type(execution.module).__name__}) is cross-attention, "
+                "between two texts, and influence can only be followed through layers over one: "
+                "choose the layers of the encoder (layer=...), or another choice of layers, such "
+                "as 'mean'."
+            )
 
 
 def expected_layers(roots: list[nn.Module], seen: list[Execution]) -> int:
-    """At least how many layers a pass will have, before it has ended."""
+    """Return the minimum number of layers that a pass will have, from the layers seen so far."""
     kinds = {type(execution.module) for execution in seen}
     return max(len(seen), sum(type(m) in kinds for root in roots for m in root.modules()))

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_cw.capture.model import LOGITS
 from captum_cw.capture.module_stack import Run
 
-__all__ = ["LOGITS", "TextLayers"]
-
-#: The argument that restricts the logits to the last tokens.
-LOGITS = "logits_to_keep"
+__all__ = ["TextLayers"]
 
 #: Floating-point arguments whose names end like this belong to the text.
 OF_TEXT = ("inputs_embeds", "mask", "labels")

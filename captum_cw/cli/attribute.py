@@ -14,7 +14,7 @@ from torch import Tensor
 
 from captum_cw import measures
 from captum_cw.attr import LLMTokenAttribution, TokenScores
-from captum_cw.capture.forward_call import device_of
+from captum_cw.capture.model import device_of
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import (

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from captum_cw import functional, measures
 from captum_cw.attr import ContributionWeights
 from captum_cw.capture import Execution, UnsupportedModelError
-from captum_cw.capture.forward_call import LOGITS, parameters_of
-from captum_cw.capture.model import check_fits, unwrapped
+from captum_cw.capture.model import LOGITS, check_fits, parameters_of, unwrapped
 from captum_cw.capture.outputs import logits_of
 from captum_cw.capture.run import expected_layers
 from captum_cw.explanation.conversion import versions

@@ -131,7 +131,7 @@ class BatchRun:
         # With labels, the model would compute a loss that is not needed.
         self.inputs = {name: x for name, x in self.given.items() if name != "labels"}
         self.ids = _token_ids(self.inputs)
-        self.clean = self._clean_pass(call.real, call.text)
+        self.clean = self._clean_pass(call.token_masks, call.text)
         self._layer_tokens = _text_tokens(plan.model, self.clean, self.ids)
         self.token_mask = self._layer_tokens[0][:, -self.ids.shape[1] :]
         self._protected = torch.isin(self.ids, self.ids.new_tensor(plan.protected_ids))
@@ -149,7 +149,7 @@ class BatchRun:
         self.unchanged = self.measured(self.clean_logits)
         self.target = self.unchanged.target
         self._check_removable()
-        self._pair_scores = self._scores_of_pairs(call.real, call.text)
+        self._pair_scores = self._scores_of_pairs(call.token_masks, call.text)
         self._token_scores = {
             name: self._scores_of_tokens(name, method)
             for name, method in self.methods.items()

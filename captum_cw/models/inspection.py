@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from captum_cw.capture import Execution, Kind
-from captum_cw.capture.forward_call import two_tokens
+from captum_cw.capture.model import two_tokens
 from captum_cw.capture.run import Inputs, Runner
 from captum_cw.functional import AttentionLayer
 

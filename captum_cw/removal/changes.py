@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from captum_cw.capture import Execution, Observation, around_passes, changed_values, is_observed
 from captum_cw.capture.attention_call import kind_of
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
-from captum_cw.capture.forward_call import Tokens, parameters_of, tokens_of, warn_of_special_tokens
-from captum_cw.capture.model import uncompiled, unwrapped
+from captum_cw.capture.call_tokens import Tokens, tokens_of
+from captum_cw.capture.model import LOGITS, parameters_of, uncompiled, unwrapped
 from captum_cw.capture.module_stack import running
 from captum_cw.capture.run import no_attention
-from captum_cw.capture.text_layers import LOGITS, TextLayers
+from captum_cw.capture.special_tokens import warn_of_special_tokens
+from captum_cw.capture.text_layers import TextLayers
 from captum_cw.functional import AttentionLayer
 from captum_cw.removal.clean_pass import (
     CleanPass,
@@ -353,7 +354,11 @@ class Scaled(Intervention):
         B, T = value.shape[0], value.shape[2] if tokens.T is None else tokens.T
         factors = value.new_ones(B, 1, T)
         for b in range(B):
-            places = range(T) if tokens.real is None else tokens.real[b].nonzero()[:, 0].tolist()
+            places = (
+                range(T)
+                if tokens.token_mask is None
+                else tokens.token_mask[b].nonzero()[:, 0].tolist()
+            )
             n = len(places)
             for position in self._positions:
                 if not -n <= position < n:
@@ -392,7 +397,12 @@ class CleanRemoval(Intervention):
         inputs = self._clean_inputs(tokens)
         scorers = {} if isinstance(scorer, TokenMethod) else {"": scorer}
         clean = CleanPass.run(
-            self.model, partial(forward, **inputs), scorers, options, tokens.told, tokens.text
+            self.model,
+            partial(forward, **inputs),
+            scorers,
+            options,
+            tokens.token_masks,
+            tokens.text,
         )
         if options.granularity == "token":
             scores = self._token_scores(tokens, clean, inputs)
@@ -477,8 +487,8 @@ class OnlineRemoval(Intervention):
         self._state.factors = made
         with Observation(
             [self.model],
-            partial(self._remove, tokens.told, made),
-            real=padding_masks(self.model, tokens.told),
+            partial(self._remove, tokens.token_masks, made),
+            real=padding_masks(self.model, tokens.token_masks),
             states=self._options.states if self._sinks is None else None,
             space=space_of([self._scorer]),
             text=tokens.text,

@@ -221,4 +221,5 @@ def _mean_attention(
     # Padding has no attention. A real token has some: it sees itself, or other tokens see it.
     first = (scores.amax((1, 2)) > 0).long().argmax(1)
     place = (first + token)[:, None, None, None].expand(*scores.shape[:3], 1)
-    return scores.gather(-1, place)[..., 0]
+    attention: Tensor = scores.gather(-1, place)[..., 0]
+    return attention

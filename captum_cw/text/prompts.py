@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_cw.capture import Execution, UnsupportedModelError
 from captum_cw.capture.caches import find_cache
-from captum_cw.capture.forward_call import device_of, parameters_of
+from captum_cw.capture.model import device_of, parameters_of
 from captum_cw.functional import AttentionLayer, blocks
 from captum_cw.text.templates import Encoded, Messages, encode, render_chat
 from captum_cw.text.tokens import Span, warn_of_two_begin_tokens

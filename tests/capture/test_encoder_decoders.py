@@ -141,7 +141,7 @@ def test_labels_stand_for_the_decoders_tokens() -> None:
 
 
 def test_a_decoder_without_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="say nothing of the decoder's tokens"):
+    with pytest.raises(ValueError, match="do not include the decoder's tokens"):
         ContributionWeights(t5()).attribute(tokens(9))
 
 

@@ -251,6 +251,23 @@ def test_a_text_as_long_as_an_image_is_not_taken_for_it(make: Any) -> None:
         assert torch.allclose(found, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("make", [llava, qwen2_vl], ids=lambda make: make.__name__)
+def test_padding_does_not_move_the_positions_of_a_text_with_an_image(make: Any, side: str) -> None:
+    model, inputs = make(), inputs_of(make)
+    method = ContributionWeights(model, language_layers(model))
+    zeros = torch.zeros(2, 2, dtype=torch.long)
+    padded = {
+        name: torch.cat([zeros.to(x), x] if side == "left" else [x, zeros.to(x)], 1)
+        if x.shape == inputs["input_ids"].shape
+        else x
+        for name, x in inputs.items()
+    }
+    kept = slice(2, None) if side == "left" else slice(-2)
+    for c, expected in zip(method.attribute(padded), method.attribute(inputs), strict=True):
+        assert torch.allclose(c[:, :, kept, kept], expected, atol=1e-5)
+
+
 def test_a_batch_of_other_images_is_of_the_same_text_layers() -> None:
     """One image for two texts, and pixels in another type than the model's."""
     model: Any = llava().double()

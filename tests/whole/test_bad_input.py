@@ -50,17 +50,17 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "layer that holds one": (
         lambda: attribute(token_ids(), layer=MODEL.model.layers[1]),
         ValueError,
-        r"'model\.layers\.1' \(LlamaDecoderLayer\) is no attention module",
+        r"'model\.layers\.1' \(LlamaDecoderLayer\) is not an attention module",
     ),
     "layer of another model": (
         lambda: attribute(token_ids(), layer=nn.Linear(2, 2)),
         ValueError,
-        "Linear is no part of the model",
+        "Linear is not part of the model",
     ),
     "layer by name": (
         lambda: attribute(token_ids(), layer="model.layers.0.self_attn"),
         TypeError,
-        "'model.layers.0.self_attn' is no module.*get_submodule",
+        "'model.layers.0.self_attn' is not a module.*get_submodule",
     ),
     "no layers": (lambda: attribute(token_ids(), layer=[]), ValueError, "empty list"),
     "callable without layer": (

@@ -42,7 +42,7 @@ from captum_cw import (
     remove_values,
     scale_values,
 )
-from captum_cw.capture.forward_call import two_tokens
+from captum_cw.capture.model import two_tokens
 from captum_cw.data import token_batches
 from captum_cw.metrics import agreement, with_shuffled_weights
 from captum_cw.models.inspection import attention_layers
