@@ -183,9 +183,8 @@ def test_results_with_likelihood_keep_their_columns() -> None:
     result = ComprehensivenessSufficiency(llama(), [0.5]).evaluate(
         {"c": "contribution"}, token_ids(), show_progress=False
     )
-    assert list(result.to_dataframe().columns) == [
-        "method", "side", "rate", "delta", "delta_nll", "delta_corpus_perplexity"
-    ]  # fmt: skip
+    columns = ["method", "side", "rate", "delta", "delta_nll", "delta_corpus_perplexity"]
+    assert list(result.to_dataframe().columns) == columns
 
 
 # ---------------------------------------------------------------------------------------------

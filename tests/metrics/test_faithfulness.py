@@ -27,6 +27,7 @@ from captum_cw import (
 from captum_cw._utils.records import RecordsError
 from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask
 from captum_cw.metrics import FaithfulnessResult, agreement, with_shuffled_weights
+from captum_cw.metrics.result import curve_styles
 from captum_cw.removal.ranking import chosen_pairs
 from captum_cw.removal.scoring import RandomPairs, pair_scorer
 from captum_cw.removal.sinks import find_sinks
@@ -187,10 +188,14 @@ def test_vanishing_outputs_are_told() -> None:
 
 def test_both_panels_have_the_same_scale() -> None:
     wide, narrow = torch.tensor([1.0, 1000.0]), torch.tensor([1.0, 2.0])
-    for top, values, scale in (
-        (wide, narrow, "log"), (wide, -narrow, "symlog"), (narrow, -narrow, "linear"),
-        (50 * narrow, -narrow, "linear"), (narrow, narrow, "linear"),
-    ):  # fmt: skip
+    cases = [
+        (wide, narrow, "log"),
+        (wide, -narrow, "symlog"),
+        (narrow, -narrow, "linear"),
+        (50 * narrow, -narrow, "linear"),
+        (narrow, narrow, "linear"),
+    ]
+    for top, values, scale in cases:
         _, axes = plot_curves(
             {"top": {"a": top}, "bottom": {"a": values}},
             {"top": [0.1, 0.2], "bottom": [0.1, 0.2]},
@@ -262,8 +267,8 @@ def test_random_scores_of_an_example_do_not_depend_on_its_batch() -> None:
     assert not torch.equal(together[0], together[1])
     other = RandomPairs(0, ("7", "8", "9"))(AttentionLayer.from_tensors(a, v, w), 3)
     assert not torch.equal(together, other)
-    assert not torch.equal(together, RandomPairs(1, ("7", "8", "9"))(
-        AttentionLayer.from_tensors(a, v, w), 2))  # fmt: skip
+    reseeded = RandomPairs(1, ("7", "8", "9"))(AttentionLayer.from_tensors(a, v, w), 2)
+    assert not torch.equal(together, reseeded)
 
 
 @pytest.mark.parametrize("granularity", ["pair", "token"])
@@ -543,13 +548,18 @@ def test_a_method_is_no_better_than_itself(result: FaithfulnessResult) -> None:
 def test_the_better_method_is_named_on_either_side() -> None:
     records = [
         {
-            "index": i, "clean": 1.0, "clean_nll": 0.0, "count": 5,
-            "values": {"a": {"top": [2.0 + i], "bottom": [2.0 + i]},
-                       "b": {"top": [3.0 + i], "bottom": [3.0 + i]}},
+            "index": i,
+            "clean": 1.0,
+            "clean_nll": 0.0,
+            "count": 5,
+            "values": {
+                "a": {"top": [2.0 + i], "bottom": [2.0 + i]},
+                "b": {"top": [3.0 + i], "bottom": [3.0 + i]},
+            },
             "nll": {"a": {"top": [0.1], "bottom": [0.1]}, "b": {"top": [0.2], "bottom": [0.2]}},
         }
         for i in range(5)
-    ]  # fmt: skip
+    ]
     rates = {"top": (0.5,), "bottom": (0.5,)}
     result = FaithfulnessResult(rates, {"higher_is_better": False, "quantity": "nll"}, records)
     lower = result.compare("a", "b")
@@ -571,6 +581,16 @@ def test_tables_and_figures_show_every_method_side_and_rate(result: Faithfulness
     assert drawn["a"].get_ydata().tolist() == result.sufficiency["a"].tolist()
     assert drawn["a"].get_xdata().tolist() == [20, 40, 80]
     assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["cw", "a", "chance"]
+
+
+def test_curves_have_the_labels_and_colours_of_the_registry() -> None:
+    described = {"vw": "vw", "mine": "contribution", "chance": "random"}
+    styles = curve_styles(described, {"methods": described})
+    registered = {name: measures.find(name) for name in ("vw", "contribution")}
+    assert styles["vw"] == {"label": registered["vw"].label, "color": registered["vw"].colour}
+    assert styles["mine"] == {"label": "mine", "color": registered["contribution"].colour}
+    assert styles["chance"]["label"] == "chance"
+    assert len({style["color"] for style in styles.values()}) == 3
 
 
 def test_a_result_comes_back_bit_for_bit(result: FaithfulnessResult, tmp_path: Path) -> None:
@@ -740,11 +760,13 @@ def test_methods_without_scores_are_refused(
     [
         ([], "data are empty"),
         (token_ids(2, 1), "fewer than two tokens"),
-        ({"input_ids": token_ids(), "attention_mask": torch.tensor([[1] + [0] * 8, [1] * 9])},
-         "fewer than two tokens"),
+        (
+            {"input_ids": token_ids(), "attention_mask": torch.tensor([[1] + [0] * 8, [1] * 9])},
+            "fewer than two tokens",
+        ),
         (torch.zeros(0, 5, dtype=torch.long), "empty"),
     ],
-)  # fmt: skip
+)
 def test_data_without_text_are_refused(data: Any, message: str) -> None:
     metric = ComprehensivenessSufficiency(llama(), [0.5])
     with pytest.raises(ValueError, match=message):
