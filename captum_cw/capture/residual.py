@@ -1,15 +1,17 @@
 """Follow an attention output to the residual stream.
 
-Found by the data: the output is followed, through functions that leave its numbers alone or
-multiply them by one number, to where it is used. If that is in a module which was given it, that
-module is the norm that comes after attention (Gemma 2 and 3, OLMo 2), or a learned scale of each
-feature (DINOv2); if it is a sum, there is none.
+The output is recognised by its memory. It is followed through functions that copy it or multiply it
+by one number, to where it is used:
 
-Where the residual stream is asked for, it is what the output is added to, and a module of the
-layer must have been given it: else it is something else, such as the output of an MLP that runs
-beside attention, and the sum is followed to the next one. In models that read the stream without a
-norm before attention, the sum is followed further: where it goes through a norm and is not used
-again (BERT), what goes on is the norm of it.
+* a sum: the output is added to the residual stream as it is;
+* a module that receives it: the module is a norm after attention (Gemma 2 and 3, OLMo 2), or a
+  learned scale for each feature (DINOv2).
+
+On request, the residual stream is found too. It is what the output is added to, if a module of the
+layer received the same numbers. Otherwise the output was added to something else, such as the
+output of an MLP that runs beside attention, and the sum is followed to the next sum. Some models do
+not apply a norm before attention. There, the sum is followed further: if it goes through a norm and
+is not used again (BERT), the norm of the sum is what continues.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
 from numbers import Number
 from typing import Any
 
@@ -34,34 +35,78 @@ from captum_cw.functional import FrozenUpdate, ResidualSum
 
 __all__ = ["ResidualUpdates"]
 
-Found = Callable[[FrozenUpdate | None, ResidualSum | None], Tensor | None]
-"""Is told what becomes of an output, and what it is added to, where that is asked for; may give
-another output for the model to go on with, where it is not."""
+OnUpdate = Callable[[FrozenUpdate | None, ResidualSum | None], Tensor | None]
+"""Receives how an output is changed on its way (None if it is not), and the sum with the stream
+(None if it was not requested). Without a sum, it may return another output for the model."""
 
-#: Functions by which an output joins the residual stream.
+#: Functions that add an output to the residual stream.
 SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-#: Functions that change the type of numbers, or where they lie, alone.
+#: Functions that change only the dtype or the memory of a tensor.
 COPIES = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
 PRODUCTS = {"mul", "multiply", "__mul__", "__rmul__", "div", "true_divide", "__truediv__"}
 
 _following: ContextVar[ResidualUpdates | None] = ContextVar("captum_cw_updates", default=None)
 
 
+@dataclass(frozen=True)
+class _Function:
+    """A call of a torch function.
+
+    Args:
+        func: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        proceed: Runs a function for the observers that began earlier.
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    proceed: Proceed
+
+    @property
+    def name(self) -> str:
+        return getattr(self.func, "__name__", str(self.func))
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        """All arguments."""
+        return *self.args, *self.kwargs.values()
+
+    def keeps_direction(self) -> bool:
+        """Whether the result is a copy of a tensor, or the tensor times one number."""
+        numbers = [x for x in self.given if isinstance(x, Number)]
+        return self.name in COPIES or (self.name in PRODUCTS and len(numbers) == 1)
+
+    def run(self) -> Any:
+        """Run the function."""
+        return self.proceed(self.func, self.args, self.kwargs)
+
+    def substitute(self, old: Tensor, new: Tensor) -> _Function:
+        """Return the call with another tensor in place of ``old``."""
+
+        def changed(x: Any) -> Any:
+            return new.view(x.shape) if same_place(x, old) else x
+
+        kwargs = {name: changed(x) for name, x in self.kwargs.items()}
+        return replace(self, args=tuple(map(changed, self.args)), kwargs=kwargs)
+
+
 @dataclass(kw_only=True)
 class _Path:
-    """A tensor on its way through functions and modules.
+    """The way of a tensor through functions and modules.
 
     Args:
         name: The name of the attention layer.
-        found: Takes what was found out.
-        now: The tensor as it is now.
-        given: What the modules of the layer were given; None if the stream is not asked for.
-        inside: The modules that were given the tensor and have not returned, the innermost last.
-        reader: The module that uses it, until that module returns.
+        on_update: The function that receives what is found.
+        now: The tensor in its current form.
+        given: The inputs of the layer's modules; None if the stream was not requested.
+        inside: The running modules that received the tensor, the innermost last.
+        reader: The module that uses the tensor, while it runs.
     """
 
     name: str
-    found: Found
+    on_update: OnUpdate
     now: Tensor
     given: GivenStates | None
     inside: list[nn.Module] = field(default_factory=list)
@@ -70,26 +115,27 @@ class _Path:
 
 @dataclass(kw_only=True)
 class _UpdatePath(_Path):
-    """The output of an attention layer on its way to the residual stream.
+    """The way of an attention output to the residual stream.
 
     Args:
-        output: What the output projection gave.
-        steps: What has been done to it.
-        gain_and_bias: Those of a norm that it went through.
+        output: The output of the projection.
+        steps: The functions that have been applied to it, each with the tensor that it received.
+        gain_and_bias: The gain and bias of the norm that has been applied to it.
     """
 
     output: Tensor
-    steps: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    steps: list[tuple[_Function, Tensor]] = field(default_factory=list)
     gain_and_bias: tuple[Tensor, Tensor] | None = None
 
-    def taken(self, output: Tensor) -> Tensor:
-        """Takes another output as far as this one has come."""
-        for step in self.steps:
-            output = step(output)
+    def apply_steps(self, output: Tensor) -> Tensor:
+        """Apply the same functions to another output."""
+        for function, received in self.steps:
+            step = function.substitute(received, output)
+            output = step.func(*step.args, **step.kwargs)
         return output
 
     def update(self) -> FrozenUpdate | None:
-        """What the output has become on its way to a sum; None if it is as it was."""
+        """Return how the output has been changed; None if it has not."""
         if same_place(self.now, self.output):
             return None
         ones = torch.ones_like(self.output[0, 0])
@@ -99,28 +145,17 @@ class _UpdatePath(_Path):
             raise _unknown(self, "more than one factor")
         return update
 
-    def joined(self, given: GivenStates) -> _SumPath:
-        """The path from the sum on that the output is about to join."""
-        return _SumPath(
-            name=self.name,
-            found=self.found,
-            now=self.now,
-            given=given,
-            update=self.update(),
-            added=given.by_example(self.now).clone(),
-        )
-
 
 @dataclass(kw_only=True)
 class _SumPath(_Path):
-    """The sum that an output has joined, until it is known whether a norm reads it.
+    """The way of a sum that contains an attention output, until its norm is known.
 
     Args:
-        given: What the modules of the layer were given.
-        update: What the output was when it joined the sum.
-        added: The output itself then, ``(B, T, d)``.
-        sum: The sum with the residual stream, once the stream has joined.
-        normed: The sum with the norm that it went through; None if it went through none.
+        given: The inputs of the layer's modules.
+        update: How the output was changed before it was added.
+        added: The output when it was added, ``(B, T, d)``.
+        sum: The sum with the residual stream; None until the stream is added.
+        normed: The sum with its norm; None without a norm.
     """
 
     given: GivenStates
@@ -131,10 +166,10 @@ class _SumPath(_Path):
 
 
 class ResidualUpdates:
-    """Follows attention outputs in this thread, while :meth:`watching` lasts.
+    """Follows attention outputs in this thread, inside :meth:`watching`.
 
     Args:
-        roots: The model, or the modules of it that are known.
+        roots: The model, or its known modules.
     """
 
     def __init__(self, roots: Collection[nn.Module]) -> None:
@@ -143,7 +178,7 @@ class ResidualUpdates:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Sees functions and modules at work."""
+        """Observe functions and modules while this context is active."""
         with ExitStack() as stack:
             for module in self._modules:
                 for handle in (
@@ -160,17 +195,24 @@ class ResidualUpdates:
                 self._path = None
 
     def follow(
-        self, name: str, output: Tensor, found: Found, given: GivenStates | None = None
+        self, name: str, output: Tensor, on_update: OnUpdate, given: GivenStates | None = None
     ) -> None:
-        """Tells ``found`` what becomes of the output of the attention layer ``name``.
+        """Follow the output of an attention layer.
 
-        With the states that the modules of the layer were given, also of the residual stream.
+        Args:
+            name: The name of the layer.
+            output: The output of its projection, ``(B, T, d)``.
+            on_update: The function that receives what is found.
+            given: The inputs of the layer's modules, to find the residual stream; None to stop at
+                the first sum.
         """
         self.check_arrived()
-        self._path = _UpdatePath(name=name, found=found, now=output, given=given, output=output)
+        self._path = _UpdatePath(
+            name=name, on_update=on_update, now=output, given=given, output=output
+        )
 
     def check_arrived(self) -> None:
-        """Raises an UnsupportedModelError if an output that was followed went nowhere."""
+        """Raise an UnsupportedModelError if the output that is followed was not used."""
         path = self._path
         if path is None:
             return
@@ -186,7 +228,7 @@ class ResidualUpdates:
 
     def _finish(self, path: _SumPath, residual: ResidualSum) -> None:
         self._path = None
-        path.found(path.update, residual)
+        path.on_update(path.update, residual)
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -206,12 +248,11 @@ class ResidualUpdates:
         if path.reader is not module:
             return None
         if isinstance(path, _SumPath):
-            self._leave_with_sum(path, module, result)
-            return None
+            return self._leave_with_sum(path, module, result)
         return self._leave_with_update(path, module, result)
 
     def _leave_with_update(self, path: _UpdatePath, module: nn.Module, result: Any) -> Any:
-        """Takes the module that has read an output for its norm, or refuses the model."""
+        """Treat the module that used an output as its norm, or refuse the model."""
         what = type(module).__name__
         if not isinstance(result, Tensor) or result.shape != path.now.shape:
             raise _unknown(path, what)
@@ -219,133 +260,117 @@ class ResidualUpdates:
             gain, bias = _gain_and_bias(module, path.now)
             update = _frozen(path.output, result.view_as(path.output), gain, bias)
         if update is None:
-            raise _unknown(path, f"{what}, which is no norm")
-        if path.given is not None:  # and on to the sum
+            raise _unknown(path, f"{what}, which is not a norm")
+        if path.given is not None:  # the stream was requested
             path.now, path.reader, path.gain_and_bias = result, None, (gain, bias)
             return None
         self._path = None
-        other = path.found(update, None)
-        return None if other is None else module.forward(path.taken(other))
+        other = path.on_update(update, None)
+        return None if other is None else module.forward(path.apply_steps(other))
 
     def _leave_with_sum(self, path: _SumPath, module: nn.Module, result: Any) -> None:
-        """Notes the norm that has read the sum, or ends the path if the module is not a norm."""
+        """Record the norm that used the sum, or finish if the module is not a norm."""
         assert path.sum is not None
         if path.normed is None:
             path.normed = _normed(path.sum, path, module, result)
             if path.normed is None:
                 self._finish(path, path.sum)
                 return
-        path.reader = None  # only now: the calls of the module above are not the model's
+        path.reader = None  # only now, since _normed itself calls the module
 
     def __call__(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
-        """Looks at a function of torch that runs."""
-        path = self._path
+        """Observe a torch function that runs."""
+        path, function = self._path, _Function(func, args, kwargs, proceed)
         if path is None or path.reader is not None or _following.get() is not self:
-            return proceed(func, args, kwargs)
-        if not any(same_place(x, path.now) for x in (*args, *kwargs.values())):
-            return proceed(func, args, kwargs)
-        name = getattr(func, "__name__", str(func))
+            return function.run()
+        if not any(same_place(x, path.now) for x in function.given):
+            return function.run()
         if isinstance(path, _UpdatePath):
-            if path.given is None or name not in SUMS or path.inside:
-                return self._follow_update(path, name, func, args, kwargs, proceed)
-            path = self._path = path.joined(path.given)
-        return self._follow_sum(path, name, partial(proceed, func, args, kwargs), args, kwargs)
+            if path.given is None or function.name not in SUMS or path.inside:
+                return self._follow_update(path, function)
+            self._path = path = _SumPath(
+                name=path.name,
+                on_update=path.on_update,
+                now=path.now,
+                given=path.given,
+                update=path.update(),
+                added=path.given.by_example(path.now).clone(),
+            )
+        if path.sum is None:
+            return self._follow_to_stream(path, function)
+        return self._follow_beyond_stream(path, path.sum, function)
 
-    def _follow_update(
-        self,
-        path: _UpdatePath,
-        name: str,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        proceed: Proceed,
-    ) -> Any:
-        """Runs a function on an output that is on its way to a sum or a norm."""
-        changes = in_place(func) or "out" in kwargs
+    def _follow_update(self, path: _UpdatePath, function: _Function) -> Any:
+        """Run a function on an output that is on its way to a sum or a norm."""
+        changes = in_place(function.func) or "out" in function.kwargs
         if not changes:
-            result = proceed(func, args, kwargs)
-            if not isinstance(result, Tensor):  # a shape, or the like
+            result = function.run()
+            if not isinstance(result, Tensor):  # for example a shape
                 return result
-            if same_place(result, path.now) or (not path.inside and _follows(name, args, kwargs)):
-                before = path.now
-                path.steps.append(lambda x: _with(func, args, kwargs, before, x))
+            if same_place(result, path.now) or (not path.inside and function.keeps_direction()):
+                path.steps.append((function, path.now))
                 path.now = result
                 return result
         if path.inside:
             path.reader = path.inside[-1]
-            return proceed(func, args, kwargs) if changes else result
-        if name not in SUMS:
-            raise _unknown(path, f"{name!r}")
+            return function.run() if changes else result
+        if function.name not in SUMS:
+            raise _unknown(path, f"{function.name!r}")
         update = path.update()
         self._path = None
-        other = path.found(update, None)
+        other = path.on_update(update, None)
         if other is None:
-            return proceed(func, args, kwargs) if changes else result
-        return proceed(func, *_replaced(args, kwargs, path.now, path.taken(other)))
+            return function.run() if changes else result
+        return function.substitute(path.now, path.apply_steps(other)).run()
 
-    def _follow_sum(
-        self,
-        path: _SumPath,
-        name: str,
-        run: Callable[[], Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Runs a function on an output that has joined others, the stream among them or not."""
-        others = [
-            x
-            for x in (*args, *kwargs.values())
-            if isinstance(x, Tensor)
-            and x.numel() == path.now.numel()
-            and not same_place(x, path.now)
-        ]
-        joins = name in SUMS and len(others) == 1 and "alpha" not in kwargs  # a factor
-        if path.sum is not None:
-            if joins:  # the sum itself goes on
-                self._finish(path, path.sum)
-                return run()
-            result = run()
-            if not _made_of(result, path.now):
-                return result
-            if not path.inside:
-                raise _unknown(path, f"{name!r} after it was added to the stream")
-            path.reader = path.inside[-1]
+    def _follow_to_stream(self, path: _SumPath, function: _Function) -> Any:
+        """Run a function on a sum that the stream has not joined yet."""
+        other = _other_summand(path, function)
+        # A copy, since the sum may overwrite it.
+        stream = other.clone() if other is not None and path.given.holds(other) else None
+        result = function.run()
+        if other is None and (not isinstance(result, Tensor) or same_place(result, path.now)):
             return result
-        # What is changed in place is not what it was.
-        stream = others[0].clone() if joins and path.given.holds(others[0]) else None
-        result = run()
-        if not joins and (not isinstance(result, Tensor) or same_place(result, path.now)):
-            return result
-        if not joins or path.inside:
-            raise _unknown(path, f"{name!r} after it was added to something else")
+        if other is None or path.inside:
+            raise _unknown(path, f"{function.name!r} after it was added to something else")
         path.now = result
         if stream is not None:
             x = path.given.by_example(stream)
             path.sum = ResidualSum(x, x + path.added)
-            if not same_numbers(stream, path.given.own):
+            if not same_numbers(stream, path.given.own):  # a norm is applied before attention
                 self._finish(path, path.sum)
         return result
 
+    def _follow_beyond_stream(
+        self, path: _SumPath, residual: ResidualSum, function: _Function
+    ) -> Any:
+        """Run a function on the sum with the stream, to find a norm that is applied to it."""
+        if _other_summand(path, function) is not None:  # the sum continues without a norm
+            self._finish(path, residual)
+            return function.run()
+        result = function.run()
+        if _is_new_state(result, path.now):
+            if not path.inside:
+                raise _unknown(path, f"{function.name!r} after it was added to the stream")
+            path.reader = path.inside[-1]
+        return result
 
-def _normed(
-    residual: ResidualSum, path: _SumPath, module: nn.Module, result: Any
-) -> ResidualSum | None:
-    """The sum with the module that has read it as its norm; None if that is none."""
-    if not isinstance(result, Tensor) or result.shape != path.now.shape:
-        return None
-    if any(weight.dim() > 1 for weight in module.parameters()):
-        return None  # not asked, since it may take more than states
-    with torch.no_grad():
-        gain, bias = _gain_and_bias(module, path.now)
-        x, y = (path.given.by_example(z) for z in (path.now, result))
-        norm = _frozen(x, y, gain, bias)
-    return None if norm is None else replace(residual, result=y.clone(), norm=norm)
+
+def _other_summand(path: _Path, function: _Function) -> Tensor | None:
+    """Return what a function adds to a tensor; None if it does not add one other tensor."""
+    others = [
+        x
+        for x in function.given
+        if isinstance(x, Tensor) and x.numel() == path.now.numel() and not same_place(x, path.now)
+    ]
+    is_sum = function.name in SUMS and "alpha" not in function.kwargs  # alpha is a factor
+    return others[0] if is_sum and len(others) == 1 else None
 
 
-def _made_of(result: Any, x: Tensor) -> bool:
-    """Whether a result is new states, rather than a view or a property of old ones."""
+def _is_new_state(result: Any, x: Tensor) -> bool:
+    """Whether a result is a new state, rather than a view or a property of ``x``."""
     return (
         isinstance(result, Tensor)
         and result.is_floating_point()
@@ -354,38 +379,26 @@ def _made_of(result: Any, x: Tensor) -> bool:
     )
 
 
-def _follows(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a function leaves the numbers alone, or multiplies all of them by one."""
-    if name in COPIES:
-        return True
-    others = [x for x in (*args, *kwargs.values()) if isinstance(x, Number)]
-    return name in PRODUCTS and len(others) == 1
-
-
-def _replaced(
-    args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with another tensor in the place of one."""
-
-    def changed(x: Any) -> Any:
-        return new.view(x.shape) if same_place(x, old) else x
-
-    return tuple(map(changed, args)), {name: changed(x) for name, x in kwargs.items()}
-
-
-def _with(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
-) -> Any:
-    """Runs the function with another tensor in the place of one."""
-    args, kwargs = _replaced(args, kwargs, old, new)
-    return func(*args, **kwargs)
+def _normed(
+    residual: ResidualSum, path: _SumPath, module: nn.Module, result: Any
+) -> ResidualSum | None:
+    """Return the sum with the module that used it as its norm; None if it is not a norm."""
+    if not isinstance(result, Tensor) or result.shape != path.now.shape:
+        return None
+    if any(weight.dim() > 1 for weight in module.parameters()):
+        return None  # the module may need other arguments, so it is not called
+    with torch.no_grad():
+        gain, bias = _gain_and_bias(module, path.now)
+        x, y = (path.given.by_example(z) for z in (path.now, result))
+        norm = _frozen(x, y, gain, bias)
+    return None if norm is None else replace(residual, result=y.clone(), norm=norm)
 
 
 def _gain_and_bias(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a norm multiplies each feature by, up to one factor, and adds to it.
+    """Return a norm's gain ``(d,)``, up to one common factor, and its bias ``(d,)``.
 
-    Asked of the module itself, with numbers of mean zero and nearly one size: it may be
-    offloaded, and nothing needs to be known of its attributes.
+    The module is called on numbers with mean zero and almost the same absolute value. So its
+    attributes need not be known, and it may be offloaded.
     """
     d = x.shape[-1]
     probe = torch.ones(1, 1, d, dtype=x.dtype, device=x.device)
@@ -396,13 +409,12 @@ def _gain_and_bias(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _frozen(x: Tensor, y: Tensor, gain: Tensor, bias: Tensor) -> FrozenUpdate | None:
-    """How ``y`` comes from ``x`` once the scale of each query is fixed; None if not so."""
+    """Return the update from ``x`` to ``y`` with one scale for each query; None if none exists."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     tolerance = max(1e-4, 8 * rounding(x, y))
     x, y, gain = x.to(dtype), y.to(dtype) - bias.to(dtype), gain.to(dtype)
     for centred in (False, True):
-        update = FrozenUpdate(gain, x.new_ones(x.shape[:-1]), centred)
-        z = update.without_scale(x)
+        z = FrozenUpdate(gain, x.new_ones(x.shape[:-1]), centred).without_scale(x)
         scale = (y * z).sum(-1) / z.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
         wrong = (y - scale[..., None] * z).norm(dim=-1) > tolerance * y.norm(dim=-1)
         if not wrong.any():
@@ -411,10 +423,10 @@ def _frozen(x: Tensor, y: Tensor, gain: Tensor, bias: Tensor) -> FrozenUpdate | 
 
 
 def _unknown(path: _Path, what: str) -> UnsupportedModelError:
-    way_out = "use space='attention'"
+    hint = "use space='attention'"
     if path.given is not None:
-        way_out = "use another choice of layers, such as 'mean', or roll out AttentionWeights"
+        hint = "use another choice of layers, such as 'mean', or roll out AttentionWeights"
     return UnsupportedModelError(
         f"The output of attention layer {path.name!r} goes into {what}, so what is added to the "
-        f"residual stream is not known: {way_out}."
+        f"residual stream is not known: {hint}."
     )

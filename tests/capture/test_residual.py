@@ -165,7 +165,7 @@ def test_what_is_no_norm_is_refused() -> None:
     model.model.layers[1].post_attention_layernorm = _Doubled().eval()
     ids, before = token_ids(), state_of(model)
     with pytest.raises(
-        UnsupportedModelError, match=r"'model.layers.1.self_attn' goes into _Doubled, which is no"
+        UnsupportedModelError, match=r"'model.layers.1.self_attn' goes into _Doubled, which is not"
     ):
         ContributionWeights(model, space="residual").attribute(ids)
     assert state_of(model) == before
