@@ -33,6 +33,7 @@ TEXT = "a b c d e f g h i j"
 # The room for the labels of the map, in pixels.
 MARGIN_TOP, MARGIN_LEFT = 92, 112
 LABELS = {entry.name: entry.label for entry in measures.explained()}
+ABOUT = {entry.name: entry.about for entry in measures.explained()}
 SIGNED = LABELS["contribution-signed"]
 TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 Show = Callable[..., Page]
@@ -140,7 +141,7 @@ def test_scores_colour_the_text(show: Show, explanation: Explanation) -> None:
     dark = torch.tensor([float(darkness(colour)) for colour in backgrounds(page)])
     assert dark.argsort().tolist() == explanation.scores["contribution"].argsort().tolist()
     page.select_option("#method", label=LABELS["attention"])
-    page.locator("#about", has_text="looks at a key").wait_for()
+    page.locator("#about", has_text=ABOUT["attention"]).wait_for()
     dark = torch.tensor([float(darkness(colour)) for colour in backgrounds(page)])
     assert dark.argsort().tolist() == explanation.scores["attention"].argsort().tolist()
 
