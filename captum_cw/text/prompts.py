@@ -191,7 +191,7 @@ def extended(inputs: Mapping[str, Any], output: Tensor) -> dict[str, Any]:
         tensor([[0, 1, 1]])
     """
     n = inputs["input_ids"].shape[1]
-    found = dict(inputs)
+    continued = dict(inputs)
     for name, x in inputs.items():
         by_token = isinstance(x, Tensor) and x.shape[:2] == (1, n)
         if by_token and x.is_floating_point() and x.dim() > 2 and not name.endswith("mask"):
@@ -203,8 +203,8 @@ def extended(inputs: Mapping[str, Any], output: Tensor) -> dict[str, Any]:
                 f"(1, {n}), or leave it out."
             )
         if by_token:
-            found[name] = torch.cat([x, _continued(name, x, output)], dim=1)
-    return found
+            continued[name] = torch.cat([x, _continued(name, x, output)], dim=1)
+    return continued
 
 
 def _continued(name: str, x: Tensor, output: Tensor) -> Tensor:

@@ -84,20 +84,20 @@ def encode(
     """
     known = pair is None and bool(getattr(tokenizer, "is_fast", False))
     texts = (text,) if pair is None else (text, pair)
-    found = tokenizer(*texts, add_special_tokens=add_special_tokens, return_offsets_mapping=known)
-    offsets = [(start, stop) for start, stop in found["offset_mapping"]] if known else None
-    ids, extras = _split_output(found)
+    output = tokenizer(*texts, add_special_tokens=add_special_tokens, return_offsets_mapping=known)
+    offsets = [(start, stop) for start, stop in output["offset_mapping"]] if known else None
+    ids, extras = _split_output(output)
     return Encoded(text if pair is None else None, ids, offsets, extras)
 
 
-def _split_output(found: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def _split_output(output: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """Split a tokenizer's output for one text into ids ``(1, T)`` and other entries per token."""
     extras = {
         name: torch.tensor([x], dtype=torch.long, device="cpu")
-        for name, x in found.items()
+        for name, x in output.items()
         if name not in ("input_ids", "offset_mapping") and isinstance(x, (list, tuple))
     }
-    return torch.tensor([found["input_ids"]], dtype=torch.long, device="cpu"), extras
+    return torch.tensor([output["input_ids"]], dtype=torch.long, device="cpu"), extras
 
 
 def owners(text: str, offsets: Sequence[Span], ranges: Sequence[Span]) -> list[int | None]:
@@ -145,9 +145,9 @@ def places_of(render: Callable[[list[str]], str], values: Sequence[str]) -> list
             marked = render([mark(number, value) for number, value in enumerate(values)])
         except Exception:  # a template may raise any error for a value that it does not expect
             continue
-        found = _find_marks(marked, len(values))
-        if found is not None and found[0] == text:
-            return found[1]
+        unmarked = _find_marks(marked, len(values))
+        if unmarked is not None and unmarked[0] == text:
+            return unmarked[1]
     return None
 
 
@@ -237,10 +237,10 @@ def _tokenize(
     tokenizer: Any, messages: Messages, options: Mapping[str, Any], rendered: str
 ) -> Encoded:
     """Tokenize a chat with its template. Offsets are known if the rendered text gives the same."""
-    found = tokenizer.apply_chat_template(
+    output = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, **options
     )
-    ids, extras = _split_output(found)
+    ids, extras = _split_output(output)
     encoded = encode(tokenizer, rendered, add_special_tokens=False)
     if torch.equal(encoded.ids, ids):
         return replace(encoded, extras=extras)
@@ -282,11 +282,13 @@ def _find_messages(
     if encoded.offsets is None or any(len(ranges) != 1 for ranges in places):
         return None
     assert encoded.text is not None
-    found = owners(encoded.text, encoded.offsets, [ranges[0] for ranges in places])
+    text_of_token = owners(encoded.text, encoded.offsets, [ranges[0] for ranges in places])
     spans = []
     for number, message in enumerate(messages):
         tokens = [
-            n for n, owner in enumerate(found) if owner is not None and numbers[owner] == number
+            n
+            for n, text in enumerate(text_of_token)
+            if text is not None and numbers[text] == number
         ]
         if tokens:
             spans.append(Message(str(message["role"]), tokens[0], tokens[-1] + 1))

@@ -248,11 +248,11 @@ def group_scores(scores: Tensor, spans: Sequence[Span], how: Grouping = "sum") -
 def joined(tokens: Sequence[str]) -> str:
     """Join readable tokens into one text, and decode the characters that tokens had shared."""
 
-    def character(found: re.Match[str]) -> str:
+    def character(match: re.Match[str]) -> str:
         try:
-            return bytes.fromhex(re.sub("[⟨⟩]", "", found[0])).decode("utf-8")
+            return bytes.fromhex(re.sub("[⟨⟩]", "", match[0])).decode("utf-8")
         except UnicodeDecodeError:
-            return found[0]
+            return match[0]
 
     return re.sub("(?:⟨[89a-f][0-9a-f]⟩)+", character, "".join(tokens))
 
@@ -265,10 +265,11 @@ def check_spans(spans: Sequence[Span], length: int, of: str) -> None:
                 f"Span {(start, stop)} is empty or not within the {length} {of}: give "
                 f"0 <= start < stop <= {length}."
             )
-    ordered = sorted(spans)
-    for one, other in pairwise(ordered):
+    for one, other in pairwise(sorted(spans)):
         if other[0] < one[1]:
-            raise ValueError(f"Spans {tuple(one)} and {tuple(other)} overlap: give them apart.")
+            raise ValueError(
+                f"Spans {tuple(one)} and {tuple(other)} overlap: give spans that do not overlap."
+            )
 
 
 def _one_sequence(input_ids: Tensor | Sequence[int]) -> list[int]:
@@ -347,7 +348,7 @@ def _text_or_bytes(tokenizer: Tokenizer, token_id: int) -> str | bytes:
     if token is None:
         raise ValueError(
             f"input_ids hold {token_id}, which the tokenizer does not know: replace filler values, "
-            "as of labels, with its pad_token_id."
+            "such as -100 in labels, with its pad_token_id."
         )
     # Decoders keep a word's leading space, and drop a continuation's mark, only after another
     # token. So the token is decoded after itself.
