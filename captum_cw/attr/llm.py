@@ -184,6 +184,12 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
             return inp
         if isinstance(inp, (list, tuple)) and not any(isinstance(part, str) for part in inp):
             return ChatTokenInput(inp, self.tokenizer, chat_template_kwargs=chat_template_kwargs)
+        if not isinstance(inp, (str, list, tuple, Mapping, Tensor)):
+            raise TypeError(
+                f"inp is of type {type(inp).__name__}: give a text, the messages of a chat, a "
+                "BatchEncoding or dict with input_ids, token ids, or Captum's TextTokenInput or "
+                "TextTemplateInput."
+            )
         encoded = read_text(
             self.tokenizer,
             inp,
