@@ -242,7 +242,7 @@ def _add_removal(group: Any) -> None:
     quantity = "the quantity whose change is measured"
     _add(group, "--quantity", quantity, choices=choices.QUANTITIES, default="perplexity")
     _add(group, "--allow-sinks", "allow attention sinks to be removed", action="store_true")
-    space = "the hidden states by which attention sinks are recognised"
+    space = "the states whose cosine with the first token identifies attention sinks"
     _add(group, "--sink-space", space, choices=choices.STATES, default="normed")
     _add(group, "--seed", "random seed", type=int, default=0)
 
