@@ -74,9 +74,17 @@ LIMITS: dict[str, Any] = sizes(
 )
 
 LAYERS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
-    "num_encoder_layers", "num_decoder_layers", "num_blocks", "depth",
-)  # fmt: skip
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
+    "depth",
+)
 
 
 def kinds(*names: str) -> dict[str, Any]:

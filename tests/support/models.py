@@ -43,9 +43,15 @@ def qwen2() -> nn.Module:
 def gpt2() -> nn.Module:
     """Has Conv1D layers, an output bias and learned positions."""
     config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return build(transformers.GPT2LMHeadModel, config)
 
 
@@ -74,9 +80,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def gptj() -> nn.Module:
     """Its table of positions holds sines and cosines."""
     config = transformers.GPTJConfig(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        rotary_dim=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return build(transformers.GPTJForCausalLM, config)
 
 
@@ -87,18 +99,32 @@ def bert(kind: type[nn.Module] = transformers.BertForMaskedLM, **options: Any) -
 
 def bart(**options: Any) -> nn.Module:
     config = transformers.BartConfig(
-        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32,
-        max_position_embeddings=64, pad_token_id=0, **options,
-    )  # fmt: skip
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        **options,
+    )
     return build(transformers.BartForConditionalGeneration, config)
 
 
 def t5() -> nn.Module:
     config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2,
-        num_heads=4, decoder_start_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
     return build(transformers.T5ForConditionalGeneration, config)
 
 
@@ -113,17 +139,24 @@ def with_gains(model: nn.Module) -> nn.Module:
 
 def gemma2() -> nn.Module:
     config = transformers.Gemma2Config(
-        **SIZES, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
         attn_implementation="eager",  # where SDPA is possible, it leaves out the soft-cap
-    )  # fmt: skip
+    )
     return with_gains(build(transformers.Gemma2ForCausalLM, config))
 
 
 def gemma3() -> nn.Module:
     config = transformers.Gemma3TextConfig(
-        **SIZES, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=4,
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=4,
         layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
+    )
     return with_gains(build(transformers.Gemma3ForCausalLM, config))
 
 
@@ -149,10 +182,15 @@ def afmoe() -> nn.Module:
     if not hasattr(transformers, "AfmoeConfig"):
         pytest.skip("transformers has AFMoE since 5.0")
     config = transformers.AfmoeConfig(
-        **SIZES, num_key_value_heads=2, head_dim=8, num_dense_layers=1, num_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=16,
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_dense_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
         layer_types=["full_attention", "full_attention"],
-    )  # fmt: skip
+    )
     return build(transformers.AfmoeForCausalLM, config)
 
 

@@ -291,9 +291,14 @@ def multihead_measures(
 
 
 def sorted_pairs(
-    scores: list[Tensor], real: Tensor, kept: list[Tensor], rate: str, which: str, scope: str,
+    scores: list[Tensor],
+    real: Tensor,
+    kept: list[Tensor],
+    rate: str,
+    which: str,
+    scope: str,
     rate_of: str,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """The pairs that are removed, by the rules of the ranking, with a plain sort."""
     out = [torch.zeros_like(s, dtype=torch.bool) for s in scores]
     B, H, S = scores[0].shape
