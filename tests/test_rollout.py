@@ -464,8 +464,11 @@ def test_a_stream_that_is_not_known_is_refused() -> None:
 
 def falcon() -> Any:
     config = transformers.FalconConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     return build(transformers.FalconForCausalLM, config)
 
 
@@ -489,9 +492,15 @@ def modernbert() -> Any:
 
 def xlm() -> Any:
     config = transformers.XLMConfig(
-        vocab_size=64, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64,
-        bos_index=1, eos_index=2, pad_index=0,
-    )  # fmt: skip
+        vocab_size=64,
+        emb_dim=32,
+        n_layers=2,
+        n_heads=4,
+        max_position_embeddings=64,
+        bos_index=1,
+        eos_index=2,
+        pad_index=0,
+    )
     return build(transformers.XLMModel, config)
 
 
@@ -577,9 +586,13 @@ def test_half_precision(name: str) -> None:
 
 def test_images_have_influence_too() -> None:
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        image_size=8, patch_size=4,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=8,
+        patch_size=4,
+    )
     model = build(transformers.ViTModel, config)
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for method in METHODS.values():
@@ -670,10 +683,16 @@ def test_dense_results_of_alti_count_one_map_a_layer() -> None:
 
 def bart() -> Any:
     config = transformers.BartConfig(
-        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     return build(transformers.BartModel, config)
 
 
@@ -701,9 +720,12 @@ def test_choices_that_make_no_sense_are_refused() -> None:
     model = llama()
     contributions, attention = ContributionWeights(model), AttentionWeights(model)
     for method, heads in (
-        (attention, "sum"), (attention, None), (contributions, "max"), (VWAttention(model), None),
+        (attention, "sum"),
+        (attention, None),
+        (contributions, "max"),
+        (VWAttention(model), None),
         (ALTIWeights(model), "sum"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=f"heads={heads!r}"):
             TokenScores(method, layers="rollout", heads=heads)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scope='intra' speaks of the output of one head"):

@@ -107,12 +107,12 @@ class BatchRun:
         self.given = {name: x for name, x in call.kwargs.items() if name != "logits_to_keep"}
         # Its own loss is not needed, and labels would make the model compute one.
         self.inputs = {name: x for name, x in self.given.items() if name != "labels"}
-        self.ids = ids = self.inputs.get("input_ids")
+        ids = self.inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ValueError(
-                "There are no input_ids among the model's arguments, so the tokens of the text are "
-                "not known: give a model whose forward takes input_ids by name."
+                "The inputs have no input_ids: give a model whose forward takes input_ids by name."
             )
+        self.ids = ids
         in_pass: dict[str, PairScorer] = {
             name: method
             for name, method in self.methods.items()

@@ -178,10 +178,15 @@ def test_tokens_after_a_cache_keep_what_their_prompt_has_lost(
     plain_model.generation_config.eos_token_id = None
     with torch.no_grad(), interventions(plain_model)[which]:
         expected = plain_model.generate(
-            text[:, :6], attention_mask=torch.ones(2, 6), use_cache=False, max_new_tokens=4,
-            pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+            text[:, :6],
+            attention_mask=torch.ones(2, 6),
+            use_cache=False,
+            max_new_tokens=4,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
             logits_processor=[lambda ids, scores: forced(text, ids)],
-        )  # fmt: skip
+        )
     for row, other in zip(found, expected.logits, strict=True):
         assert torch.allclose(row, other, atol=1e-4)
     with torch.no_grad():

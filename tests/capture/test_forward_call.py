@@ -121,9 +121,16 @@ def test_a_model_of_sounds_whose_decoder_lacks_tokens_is_refused_in_our_words() 
 
 def test_an_error_of_a_decoder_that_had_tokens_stays_what_it_is() -> None:
     config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, num_labels=2,
-        decoder_start_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        num_labels=2,
+        decoder_start_token_id=0,
+        eos_token_id=1,
+    )
     model = build(transformers.T5ForSequenceClassification, config)
     with pytest.raises(Exception, match=".") as own:  # there is no token of the end
         model(token_ids())

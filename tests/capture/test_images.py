@@ -287,9 +287,12 @@ def test_generated_tokens_keep_what_the_prompt_with_its_image_has_lost() -> None
     model.generation_config.eos_token_id = None
     inputs = inputs_of(llava, B=1)
     arguments: dict[str, Any] = {
-        "max_new_tokens": 4, "do_sample": False, "output_logits": True,
-        "return_dict_in_generate": True, "pad_token_id": 0,
-    }  # fmt: skip
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "pad_token_id": 0,
+    }
     for scoring in ("online", "clean"):
         found = []
         for use_cache in (True, False):
@@ -324,8 +327,10 @@ class Alone(nn.Module):
     def __init__(self, model: nn.Module, given: dict[str, Any]) -> None:
         super().__init__()
         self.inner, self.head, self.given = (
-            language_model(model), model.get_output_embeddings(), given
-        )  # fmt: skip
+            language_model(model),
+            model.get_output_embeddings(),
+            given,
+        )
 
     def forward(self, input_ids: Tensor) -> Any:
         return (self.head(self.inner(**self.given).last_hidden_state),)
@@ -528,13 +533,20 @@ def test_an_image_in_cross_attention_is_refused_where_its_tokens_would_be_ranked
     config = transformers.MllamaConfig(
         text_config={**sizes, "rope_parameters": ROPE, "rope_scaling": {"rope_type": "default"}},
         vision_config={
-            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_global_layers": 1, "attention_heads": 4, "image_size": 16, "patch_size": 8,
-            "vision_output_dim": 64, "intermediate_layers_indices": [0], "max_num_tiles": 1,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 8,
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [0],
+            "max_num_tiles": 1,
             "supported_aspect_ratios": [[1, 1]],
         },
         image_token_index=IMAGE,
-    )  # fmt: skip
+    )
     model = build(transformers.MllamaForConditionalGeneration, config)
     ids = torch.tensor([[3, 20, 21, 22, 23, 24, 25]])
     inputs = {

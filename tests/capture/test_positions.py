@@ -27,9 +27,15 @@ def encoder(name: str, **options: Any) -> nn.Module:
 
 def opt() -> nn.Module:
     config = transformers.OPTConfig(
-        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        pad_token_id=1,
+    )
     return build(transformers.OPTForCausalLM, config)
 
 

@@ -113,9 +113,13 @@ def test_a_factor_on_the_way_to_the_residual_stream_is_part_of_the_norms() -> No
 
 def test_a_learned_scale_of_each_feature_counts_as_a_norm() -> None:
     config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=8,
+        patch_size=4,
         layerscale_value=1.0,
-    )  # fmt: skip
+    )
     model: Any = build(transformers.Dinov2Model, config)
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     plain_norms = VWAttention(model).attribute(pixels)
