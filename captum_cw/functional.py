@@ -791,14 +791,8 @@ def geometry(scope: Scope) -> Measure:
 
 
 def _geometry(scope: Scope, layer: AttentionLayer) -> Block:
-    u, norm2 = layer.direction(scope)
-    u = u * _reciprocal(norm2)[..., None]
-
-    def block(a: Tensor, rows: slice) -> Tensor:
-        along = _grouped_matmul(u[:, :, rows], layer.value[:, :, : a.shape[-1]])
-        return _zero_where_hidden(layer, rows, along)
-
-    return block
+    share = contribution(scope)(layer)
+    return lambda a, rows: _zero_where_hidden(layer, rows, share(torch.ones_like(a), rows))
 
 
 def attention_cosine(layer: AttentionLayer) -> Block:

@@ -13,8 +13,8 @@ import os
 import sys
 import zlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 __all__ = ["Records", "RecordsError"]
@@ -24,7 +24,7 @@ class RecordsError(ValueError):
     """Raised if a file of records is damaged or belongs to another run. The file is unchanged."""
 
 
-class Records(Mapping[str, Any]):
+class Records(Mapping[str, Any], AbstractContextManager["Records"]):
     """Records by key, in memory and on disk. As a context manager it closes the file.
 
     Args:
@@ -93,15 +93,7 @@ class Records(Mapping[str, Any]):
         """Close the file."""
         self._file.close()
 
-    def __enter__(self) -> Records:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __getitem__(self, key: str) -> Any:

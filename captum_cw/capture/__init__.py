@@ -1,9 +1,9 @@
-"""How a running model is seen: attention calls, output projections, adapters.
+"""Observe a running model: its attention calls, output projections and adapters.
 
-:class:`Observation` runs beside one forward pass and hands over each attention layer as a
-:class:`captum_cw.functional.AttentionLayer`. What it knows of a model it takes from the data:
-the queries, keys and values at the attention call, the weights recomputed from them and
-checked against the head outputs, and the linear layer that reads those head outputs.
+:class:`Observation` observes one forward pass and hands over each attention layer as a
+:class:`captum_cw.functional.AttentionLayer`. It does not know models by name. It uses the queries,
+keys and values of the attention call, weights that are recomputed from them and checked against the
+head outputs, and the linear layer that reads those head outputs.
 """
 
 from captum_cw.capture.adapters import register_adapter

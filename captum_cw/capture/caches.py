@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["find_cache", "holds_tokens", "is_cache", "own_copy", "tokens_in"]
+__all__ = ["find_cache", "is_cache", "own_copy", "tokens_in"]
 
 #: Objects that a cache and its copy share, since they are not part of a cache's state.
 _SHARED = (
@@ -69,11 +69,6 @@ def find_cache(values: object) -> Any:
     return next((x for x in found if is_cache(x)), None)
 
 
-def holds_tokens(values: Iterable[object]) -> bool:
-    """Return whether an argument is a cache that holds tokens."""
-    return any(is_cache(x) and tokens_in(x) > 0 for x in values)
-
-
 def own_copy(x: Any) -> Any:
     """Copy an input of a model, with all its tensors, so that a model cannot change the original.
 
@@ -107,9 +102,7 @@ def _copy(x: Any, known: dict[int, Any]) -> Any:
     if isinstance(x, (list, set, deque)):
         copied = keep(copy.copy(x))
         copied.clear()
-        add = copied.add if isinstance(x, set) else copied.append
-        for y in x:
-            add(_copy(y, known))
+        (copied.update if isinstance(x, set) else copied.extend)(_copy(y, known) for y in x)
         return copied
     if isinstance(x, dict):
         copied = keep(copy.copy(x))

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from captum_cw.capture.arguments import arguments_by_name, read_arguments, takes_mapping
 from captum_cw.capture.attention_call import Kind, UnsupportedModelError
 from captum_cw.capture.caches import find_cache, own_copy
-from captum_cw.capture.call_tokens import find_token_masks, find_tokens, named_values
+from captum_cw.capture.call_tokens import (
+    find_token_masks,
+    find_tokens,
+    named_values,
+    warn_of_special_tokens,
+)
 from captum_cw.capture.model import LOGITS, Parameters, parameters_of, vocabulary_size
-from captum_cw.capture.position_ids import position_ids
-from captum_cw.capture.positions import explain_length
-from captum_cw.capture.special_tokens import warn_of_special_tokens
+from captum_cw.capture.positions import explain_length, position_ids
 from captum_cw.capture.text_layers import TextLayers
 
 __all__ = ["Doubt", "ForwardCall", "forward_call", "run_on_copies"]

@@ -81,20 +81,8 @@ class GivenStates:
         return any(same_numbers(x, states) for states in self.given)
 
     def by_example(self, x: Tensor) -> Tensor:
-        """Return ``x`` in the layout ``(B, S, n)``."""
-        arranged = _by_example(x, self.call)
-        assert arranged is not None
-        return arranged
-
-
-def _by_example(states: Tensor | None, call: AttentionCall) -> Tensor | None:
-    """Swap the first two dimensions if the first one is the tokens, to give ``(B, S, d)``."""
-    if states is None:
-        return None
-    shape = tuple(states.shape[:2])
-    swapped = shape == (call.T, call.B) and (shape != (call.B, call.T) or _tokens_first(call))
-    return states.transpose(0, 1) if swapped else states
-
-
-def _tokens_first(call: AttentionCall) -> bool:
-    return not getattr(call.module, "batch_first", True)
+        """Return ``x`` in the layout ``(B, S, n)``, also if its first dimension is the tokens."""
+        call, shape = self.call, tuple(x.shape[:2])
+        tokens_first = not getattr(call.module, "batch_first", True)
+        swapped = shape == (call.T, call.B) and (shape != (call.B, call.T) or tokens_first)
+        return x.transpose(0, 1) if swapped else x

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from captum_cw.capture.attention_call import UnsupportedModelError, same_numbers
 from captum_cw.capture.dispatch import Proceed, following
 from captum_cw.capture.hidden_states import GivenStates
+from captum_cw.capture.module_stack import Run, running
 from captum_cw.capture.output_projection import in_place, same_place
 from captum_cw.capture.rounding import rounding
 from captum_cw.functional import FrozenUpdate, ResidualSum
@@ -101,7 +102,7 @@ class _Path:
         on_update: The function that receives what is found.
         now: The tensor in its current form.
         given: The inputs of the layer's modules; None if the stream was not requested.
-        inside: The running modules that received the tensor, the innermost last.
+        before: The modules that were already running when the path began.
         reader: The module that uses the tensor, while it runs.
     """
 
@@ -109,8 +110,15 @@ class _Path:
     on_update: OnUpdate
     now: Tensor
     given: GivenStates | None
-    inside: list[nn.Module] = field(default_factory=list)
+    before: tuple[Run, ...]
     reader: nn.Module | None = None
+
+    def inside(self) -> nn.Module | None:
+        """Return the innermost running module that received the tensor; None if none did."""
+        for run in reversed(running()):
+            if run not in self.before and any(same_place(x, self.now) for x in run.tensors()):
+                return run.module
+        return None
 
 
 @dataclass(kw_only=True)
@@ -181,11 +189,7 @@ class ResidualUpdates:
         """Observe functions and modules while this context is active."""
         with ExitStack() as stack:
             for module in self._modules:
-                for handle in (
-                    module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                    module.register_forward_hook(self._leave),
-                ):
-                    stack.callback(handle.remove)
+                stack.callback(module.register_forward_hook(self._leave).remove)
             token = _following.set(self)
             try:
                 with following(self):
@@ -208,7 +212,12 @@ class ResidualUpdates:
         """
         self.check_arrived()
         self._path = _UpdatePath(
-            name=name, on_update=on_update, now=output, given=given, output=output
+            name=name,
+            on_update=on_update,
+            now=output,
+            given=given,
+            before=running(),
+            output=output,
         )
 
     def check_arrived(self) -> None:
@@ -230,22 +239,9 @@ class ResidualUpdates:
         self._path = None
         path.on_update(path.update, residual)
 
-    def _enter(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> None:
-        path = self._path
-        if _following.get() is self and path is not None and path.reader is None:
-            given = (*args, *(kwargs or {}).values())
-            if any(same_place(x, path.now) for x in given):
-                path.inside.append(module)
-
     def _leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
         path = self._path
-        if _following.get() is not self or path is None or module not in path.inside:
-            return None
-        while path.inside.pop() is not module:
-            pass
-        if path.reader is not module:
+        if _following.get() is not self or path is None or path.reader is not module:
             return None
         if isinstance(path, _SumPath):
             return self._leave_with_sum(path, module, result)
@@ -288,13 +284,14 @@ class ResidualUpdates:
         if not any(same_place(x, path.now) for x in function.given):
             return function.run()
         if isinstance(path, _UpdatePath):
-            if path.given is None or function.name not in SUMS or path.inside:
+            if path.given is None or function.name not in SUMS or path.inside():
                 return self._follow_update(path, function)
             self._path = path = _SumPath(
                 name=path.name,
                 on_update=path.on_update,
                 now=path.now,
                 given=path.given,
+                before=path.before,
                 update=path.update(),
                 added=path.given.by_example(path.now).clone(),
             )
@@ -304,17 +301,18 @@ class ResidualUpdates:
 
     def _follow_update(self, path: _UpdatePath, function: _Function) -> Any:
         """Run a function on an output that is on its way to a sum or a norm."""
+        inside = path.inside()
         changes = in_place(function.func) or "out" in function.kwargs
         if not changes:
             result = function.run()
             if not isinstance(result, Tensor):  # for example a shape
                 return result
-            if same_place(result, path.now) or (not path.inside and function.keeps_direction()):
+            if same_place(result, path.now) or (inside is None and function.keeps_direction()):
                 path.steps.append((function, path.now))
                 path.now = result
                 return result
-        if path.inside:
-            path.reader = path.inside[-1]
+        if inside is not None:
+            path.reader = inside
             return function.run() if changes else result
         if function.name not in SUMS:
             raise _unknown(path, f"{function.name!r}")
@@ -333,7 +331,7 @@ class ResidualUpdates:
         result = function.run()
         if other is None and (not isinstance(result, Tensor) or same_place(result, path.now)):
             return result
-        if other is None or path.inside:
+        if other is None or path.inside():
             raise _unknown(path, f"{function.name!r} after it was added to something else")
         path.now = result
         if stream is not None:
@@ -352,9 +350,9 @@ class ResidualUpdates:
             return function.run()
         result = function.run()
         if _is_new_state(result, path.now):
-            if not path.inside:
+            path.reader = path.inside()
+            if path.reader is None:
                 raise _unknown(path, f"{function.name!r} after it was added to the stream")
-            path.reader = path.inside[-1]
         return result
 
 

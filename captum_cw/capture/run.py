@@ -104,12 +104,9 @@ class Runner:
     ) -> None:
         self.forward_func = unwrapped(forward_func)
         self.model = model_of(self.forward_func)
-        self.layer: Any = layer
-        if isinstance(layer, (nn.ModuleList, list, tuple)):
-            self.layer = list(layer)
-        self.chosen: list[nn.Module] | None = None
-        if self.layer is not None:
-            self.chosen = self.layer if isinstance(self.layer, list) else [self.layer]
+        self.layer = list(layer) if isinstance(layer, (nn.ModuleList, list, tuple)) else layer
+        chosen: Any = self.layer if isinstance(self.layer, list) else [self.layer]
+        self.chosen: list[nn.Module] | None = None if layer is None else chosen
         _check_layers(self.chosen, self.model)
         self.kind: Kinds = kind
         self.roots: list[nn.Module] = self.chosen or [] if self.model is None else [self.model]

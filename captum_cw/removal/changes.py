@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from captum_cw.capture import Execution, Observation, around_passes, changed_values, is_observed
 from captum_cw.capture.attention_call import kind_of
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
-from captum_cw.capture.call_tokens import Tokens, tokens_of
+from captum_cw.capture.call_tokens import Tokens, tokens_of, warn_of_special_tokens
 from captum_cw.capture.model import LOGITS, parameters_of, uncompiled, unwrapped
 from captum_cw.capture.module_stack import running
 from captum_cw.capture.run import no_attention
-from captum_cw.capture.special_tokens import warn_of_special_tokens
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.functional import AttentionLayer
 from captum_cw.removal.clean_pass import (
