@@ -74,7 +74,7 @@ def chosen_pairs(
     ]
     if ranking == "global":
         flat = _choose(_joined(scores), _joined(ranked), rate, which)
-        chosen: Sequence[Tensor] = torch.split(flat, [x[0].numel() for x in scores], dim=1)
+        chosen = list(torch.split(flat, [x[0].numel() for x in scores], dim=1))
     else:
         start = 1 if ranking == "layer" else 2  # of the dimensions that are ranked together
         pairs = zip(scores, ranked, strict=True)

@@ -215,7 +215,7 @@ def _mean_attention(
 ) -> Tensor:
     """Return the mean attention to a token, over the queries that see it, ``(B, L, H)``."""
     method = TokenScores(AttentionWeights(model), layers=None, heads=None)
-    scores = method.attribute(inputs, additional_forward_args)
+    scores: Tensor = method.attribute(inputs, additional_forward_args)
     if not 0 <= token < scores.shape[-1]:
         raise IndexError(f"token={token}, but the text has {scores.shape[-1]} tokens.")
     # Padding has no attention. A real token has some: it sees itself, or other tokens see it.
