@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from captum_cw.functional import widest
 from captum_cw.removal.ranking import quota
 
 __all__ = ["Agreement", "agreement"]
@@ -55,7 +57,7 @@ def agreement(a: Tensor, b: Tensor, real: Tensor | None = None, *, top: float = 
         >>> found.rank_correlation.shape, found.top_overlap.shape
         (torch.Size([1]), torch.Size([1]))
     """
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
 
     if a.dim() != 2 or a.shape != b.shape or (real is not None and real.shape != a.shape):
         raise ValueError(
@@ -67,16 +69,18 @@ def agreement(a: Tensor, b: Tensor, real: Tensor | None = None, *, top: float = 
     real = torch.ones_like(a, dtype=torch.bool) if real is None else real
     correlations, overlaps = [], []
     for example, (x, y, counted) in enumerate(zip(a, b, real, strict=True)):
-        x, y = (scores[counted].detach().cpu().double() for scores in (x, y))
+        x, y = (scores[counted].detach().cpu() for scores in (x, y))
         if len(x) < 2:
             raise ValueError(f"Example {example} has fewer than two tokens that count.")
-        correlations.append(spearmanr(x, y).statistic)
+        ranked = [rankdata(scores.to(widest(a.device)).numpy()) for scores in (x, y)]
+        with np.errstate(invalid="ignore"):  # equal scores have no correlation
+            correlations.append(float(np.corrcoef(ranked)[0, 1]))
         k = max(1, quota(top, len(x)))
         first, second = (
             set(scores.sort(descending=True, stable=True)[1][:k].tolist()) for scores in (x, y)
         )
         overlaps.append(len(first & second) / k)
     return Agreement(
-        torch.tensor(correlations, dtype=torch.float64, device="cpu"),
+        torch.tensor(correlations, dtype=widest(a.device), device="cpu"),
         torch.tensor(overlaps, dtype=torch.float32, device="cpu"),
     )

@@ -156,7 +156,7 @@ def test_the_command_line(
     assert "<td>model, checksum " in page
     with pytest.raises(SystemExit, match="2"):
         main(["reproduce", "--out", str(tmp_path / "p")])
-    assert "--preset paper, which brings its own" in capsys.readouterr().err
+    assert "--preset paper, which chooses both" in capsys.readouterr().err
 
 
 def test_plans_shrink_but_do_not_grow() -> None:
