@@ -131,7 +131,7 @@ class TokenMethod:
         if not is_tensor or tuple(scores.shape) not in (tuple(shape), tuple(whole)):
             found = tuple(scores.shape) if is_tensor else type(scores).__name__
             raise ValueError(
-                f"The method returned {found}, expected one score per token, {tuple(shape)}."
+                f"The method returned scores {found}, expected one score per token, {tuple(shape)}."
             )
         if not scores.isfinite().all():
             raise ValueError("The method returned scores that are NaN or infinite.")
