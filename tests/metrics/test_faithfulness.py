@@ -737,9 +737,9 @@ def test_senseless_settings_are_refused(options: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("method", "error", "message"),
     [
-        (torch.zeros(2, 8), ValueError, r"returned \(2, 8\).*\(2, 9\)"),
+        (torch.zeros(2, 8), ValueError, r"scores \(2, 8\).*\(2, 9\)"),
         (torch.full((2, 9), float("nan")), ValueError, "NaN or infinite"),
-        (lambda batch: [1, 2], ValueError, "returned list"),
+        (lambda batch: [1, 2], ValueError, "scores list"),
         ("gradients", ValueError, "method='gradients' is unknown"),
         (7, TypeError, "method is of type int"),
     ],
