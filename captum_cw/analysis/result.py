@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 class AnalysisResult:
     """The result of an analysis. Each analysis has a subclass that documents its contents.
 
-    A subclass needs a figure in :mod:`captum_cw.analysis.figures`.
+    A subclass needs a figure in ``captum_cw.analysis.figures``.
 
     Attributes:
         settings: The choices that the numbers depend on, such as the number of texts and tokens,
