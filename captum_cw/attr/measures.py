@@ -391,7 +391,7 @@ class ContributionWeights(_ValueAttribution):
         self.normaliser = self.scope = scope
 
     def mixing(self, heads: Aggregation | None) -> Measure:
-        """Return the map of the shares of each token and of the stream in the next stream."""
+        """Return the map of each token's share, and the stream's share, of the next stream."""
         if self.scope != "inter":
             raise ValueError(
                 f"scope={self.scope!r} refers to the output of one head, but a rollout needs "

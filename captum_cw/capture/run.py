@@ -161,7 +161,7 @@ class Runner:
             space: Where projections and norms are measured.
             states: The hidden states that executions carry; None for none.
             stream: Whether layers carry the residual stream. They are then in its space.
-            one_text: Whether to refuse cross-attention between the first and the last layer.
+            one_text: Whether to refuse cross-attention layers from the first to the last layer.
             text_only: Whether to skip the layers of a vision tower if no layers were chosen.
             normaliser: The scope of the outputs that a measure divides by. A warning counts those
                 that vanish. None if the measure does not divide.

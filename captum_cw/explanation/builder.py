@@ -139,7 +139,7 @@ class _Layers:
             measure is signed.
         maps: For each measure, the sum of the ``(T, T)`` maps of the layers.
         heads: The heads of each layer.
-        causal: Whether no layer shows later tokens to the first query.
+        causal: Whether no layer lets the first query attend to later tokens.
     """
 
     def __init__(self, model: nn.Module, T: int, top_k: int) -> None:

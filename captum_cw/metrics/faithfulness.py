@@ -1,8 +1,9 @@
 """Comprehensiveness and sufficiency (arXiv 2606.07604, Eq. 16-17).
 
 Comprehensiveness removes what a method ranks highest: the model should get worse. Sufficiency
-removes what it ranks lowest: the model should not. Measures score pairs of head and token in each
-layer. For a method with one score per token, whole tokens are removed in all heads and layers.
+removes what it ranks lowest: the model should hardly change. Measures score pairs of head and
+token in each layer. For a method with one score per token, whole tokens are removed in all heads
+and layers.
 """
 
 from __future__ import annotations
@@ -122,11 +123,11 @@ class ComprehensivenessSufficiency:
         shard: bool = False,
         show_progress: bool = True,
     ) -> FaithfulnessResult:
-        """Remove what each method ranks, at each rate, from each example.
+        """Remove what each method ranks highest or lowest, at each rate, from each example.
 
         Args:
             methods: by a name of your choice, one of these: a measure, or ``TokenScores`` around
-                one, whose ``reduction`` and ``signed`` count (a measure of another model of the
+                one, whose ``reduction`` and ``signed`` apply (a measure of another model of the
                 same shape scores in a clean pass of that model); the name of a measure or control,
                 or ``"random"``; ``ALTIWeights`` or ``TokenScores`` with ``layers="rollout"``,
                 which score whole tokens in a clean pass; a callable of a batch that returns scores
@@ -287,7 +288,7 @@ def comprehensiveness(
     target: int | Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
-    """Return how much the model loses if what ``attributions`` rank highest is removed (Eq. 16).
+    """Return how much the model loses without what ``attributions`` rank highest (Eq. 16).
 
     Args:
         forward_func: the model.
@@ -323,7 +324,7 @@ def sufficiency(
     target: int | Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
-    """Return how much the model loses if what ``attributions`` rank lowest is removed (Eq. 17).
+    """Return how much the model loses without what ``attributions`` rank lowest (Eq. 17).
 
     The arguments and errors are those of :func:`comprehensiveness`.
 

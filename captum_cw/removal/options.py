@@ -69,8 +69,8 @@ class RemovalOptions:
             ``"all"`` counts and ranks those of sinks too, so fewer pairs are removed. Padding never
             counts.
         protect_sinks: Whether attention sinks are never removed.
-        sink_threshold: The cosine above which a token is a sink: that of its hidden state and the
-            first token's.
+        sink_threshold: A token is a sink if the cosine between its hidden state and the first
+            token's is above this value.
         sink_space: The hidden states that are compared: ``"normed"``, ``"residual"``, ``"key"`` or
             ``"value"`` (see :func:`captum_cw.removal.sinks.find_sinks`).
         seed: The random seed of the method ``"random"``.
