@@ -31,7 +31,7 @@ FORMS = ("exponential", "exponential + constant")
 
 
 class SelectionAssumptions(AnalysisResult):
-    """How far the assumptions of the theory hold, by our rules.
+    """A check of the assumptions of the theory, by rules of our own.
 
     The plot shows value norms by layer, similarity by distance and attention by rank, with fits.
 

@@ -53,7 +53,7 @@ def _sample_cells(where: Tensor, maps: Sequence[Tensor], sample: Reservoir) -> N
 
 
 class ComponentRegression(AnalysisResult):
-    """How much of the contributions each product of factors explains (Tables 1 and 3).
+    """The R2 of each product of factors as a predictor of contributions (Tables 1 and 3).
 
     The plot shows the R2 of each product of factors, with a panel for each group of tokens.
 

@@ -42,7 +42,7 @@ CONTEXT_BINS = 32
 
 
 class TokenSelection(AnalysisResult):
-    """How well the keys with the most attention are separated from the other keys, by size.
+    """The separation of the keys with the most attention from other keys, by number of keys.
 
     The plot shows separation by size, the excess, the best size, and sinks against recall.
 

@@ -56,9 +56,9 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
     space: Space = "attention"
     """The space of projections and norms; see :class:`ContributionWeights`."""
     needs_stream = False
-    """Whether the measure needs the residual stream that attention adds to."""
+    """Whether the measure reads the residual stream."""
     mixes_stream = True
-    """Whether :meth:`mixing` needs the residual stream."""
+    """Whether :meth:`mixing` reads the residual stream."""
 
     def __init__(
         self,

@@ -88,7 +88,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         check_choice("layers", layers, Literal[Aggregation, "rollout", None])
         check_choice("heads", heads, Literal[Aggregation, None])
         if layers == "rollout":
-            method.mixing(heads)  # raises an error if there is no such map
+            method.mixing(heads)  # raises an error if the method has no such map
             if signed:
                 raise ValueError(
                     "signed=True, but layers='rollout' multiplies absolute values: leave it out."
@@ -108,7 +108,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
 
     @property
     def ranks_whole_tokens(self) -> bool:
-        """Whether heads are aggregated before tokens are scored, so a head does not have scores."""
+        """Whether only whole tokens have scores, and single heads have none."""
         return self.layers == "rollout" or self.method.maps_of(2) == 1
 
     @logged

@@ -54,7 +54,7 @@ def read_arguments(
 
 
 def takes_mapping(args: tuple[Any, ...]) -> bool:
-    """Whether the first positional argument of a call is a mapping."""
+    """Whether a call begins with a mapping."""
     return bool(args) and isinstance(args[0], Mapping)
 
 
