@@ -209,7 +209,7 @@ def test_a_process_that_fails_ends_all(command: list[str], tmp_path: Path) -> No
     running = started([*command, "--out", str(tmp_path / "out")], processes=2)
     _, err = running.communicate(timeout=240)
     assert running.returncode != 0
-    assert "All tokens of an example are protected, so nothing can be removed" in err
+    assert "All tokens of an example are protected, so none can be removed" in err
 
 
 def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
