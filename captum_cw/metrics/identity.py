@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import copyreg
-import dis
 import hashlib
-import re
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
-from operator import itemgetter
+from itertools import chain
 from pathlib import Path
-from types import (
-    CodeType,
-    FunctionType,
-    GetSetDescriptorType,
-    MemberDescriptorType,
-    MethodType,
-    ModuleType,
-)
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -112,9 +103,6 @@ def described(method: object, model: nn.Module | None = None) -> str:
     if isinstance(method, str):
         return method
     text = description.of(method)
-    if not isinstance(method, (TokenScores, AttentionAttribution, Tensor)):
-        named = method if hasattr(method, "__qualname__") else type(method)
-        text = f"{_name(named)} {_digest(text)}"
     if description.unidentified:
         text += f" ({UNIDENTIFIED}: {', '.join(dict.fromkeys(description.unidentified))})"
     return text
@@ -172,115 +160,66 @@ class _Description:
             return f"^{self._open.index(id(x))}"
         if id(x) not in self._done:
             self._open.append(id(x))
-            text = self._of(x)
+            try:
+                parts = list(self._parts(x))
+            except Exception:  # classes raise any exception if they cannot be pickled
+                self.unidentified.append(_name(type(x)))
+                parts = [UNIDENTIFIED]
+            text = f"{_name(x)}({', '.join(map(self.of, parts))})"
             self._open.pop()
-            self._done[id(x)] = _digest(text) if len(text) > LONG else text, x
+            self._done[id(x)] = text if len(text) <= LONG else f"{_name(x)} {_digest(text)}", x
         return self._done[id(x)][0]
 
-    def _of(self, x: Any) -> str:
+    def _parts(self, x: Any) -> Iterable[object]:
+        """Return the objects that identify ``x``, with its class or name.
+
+        Raises:
+            Exception: If ``x`` cannot be identified.
+        """
         if type(x) in (list, tuple):
-            return f"{type(x).__name__} {self.of_all(x)}"
+            return x
         if type(x) in (set, frozenset):
-            return f"{type(x).__name__} {sorted(map(self.of, x))}"
+            return sorted(map(self.of, x))
         if type(x) is dict:
-            items = sorted(((self.of(key), value) for key, value in x.items()), key=itemgetter(0))
-            return self.of_all(part for item in items for part in item)
-        describe = next((how for kind, how in _KINDS.items() if isinstance(x, kind)), None)
-        return self.of_object(x) if describe is None else describe(self, x)
-
-    def of_all(self, parts: Iterable[object]) -> str:
-        """Return the descriptions of objects in their order."""
-        return f"[{', '.join(map(self.of, parts))}]"
-
-    def of_tensor(self, x: Tensor) -> str:
-        try:
-            return f"scores {checksum(x)}"
-        except (NotImplementedError, RuntimeError, TypeError):  # a sparse tensor, or a meta tensor
-            return self.of_unidentified(x)
-
-    def of_array(self, x: Any) -> str:
-        content = x.tolist() if x.dtype.hasobject else zlib.crc32(x.tobytes())
-        return f"array {x.dtype.str} {x.shape} {self.of(content)}"
-
-    def of_module(self, x: nn.Module) -> str:
-        """Describe a module by its name in the evaluated model, or by its weights and settings."""
-        if self.model is not None:
-            name = next((name for name, m in self.model.named_modules() if m is x), None)
-            if name is not None:
-                return f"module {name!r} of the model" if name else "the model"
-        looks = re.sub("0x[0-9a-f]+", "", repr(x))
-        return f"{_name(type(x))} {fingerprint(x)} {_digest(looks)}"
+            return chain.from_iterable(x.items())
+        if isinstance(x, Tensor):
+            return [checksum(x)]
+        if isinstance(x, nn.Module):
+            modules = () if self.model is None else self.model.named_modules()
+            names = [f"module {name!r} of the model" for name, module in modules if module is x]
+            return names or [fingerprint(x)]
+        if isinstance(x, TokenScores):
+            return type(x), x.method, x.reduction, x.layers, x.heads, x.queries, x.signed
+        if isinstance(x, AttentionAttribution):
+            choices = (getattr(x, name, None) for name in ("scope", "space", "kind", "layer"))
+            return type(x), *choices, x.forward_func if x.model is None else x.model
+        if isinstance(x, FunctionType):
+            closure = map(_content, x.__closure__ or ())
+            return x.__code__, x.__defaults__, x.__kwdefaults__, *closure, vars(x), _globals(x)
+        if isinstance(x, CodeType):
+            counts = (x.co_argcount, x.co_posonlyargcount, x.co_kwonlyargcount, x.co_flags)
+            names = (x.co_names, x.co_varnames, x.co_freevars, x.co_cellvars)
+            return x.co_code, *counts, *names, x.co_consts
+        if isinstance(x, type):
+            return () if _is_installed(x.__module__) else (x.__bases__, _content_of_class(x))
+        if isinstance(x, ModuleType):
+            own = {} if _is_installed(x.__name__) else vars(x)
+            return x.__name__, {name: own[name] for name in own if not name.startswith("__")}
+        if isinstance(x, (property, cached_property, staticmethod, classmethod)):
+            return [getattr(x, name, None) for name in ("fget", "fset", "func", "__func__")]
+        reduce = copyreg.dispatch_table.get(type(x))
+        state = reduce(x) if reduce else x.__reduce_ex__(4)  # what pickle would keep
+        if isinstance(state, str):  # a global name
+            return getattr(x, "__module__", None), state, getattr(x, "__wrapped__", None)
+        return [list(part) if isinstance(part, Iterator) else part for part in state]
 
     def of_attributes(self, x: nn.Module) -> str:
-        """Describe what a module holds besides its weights."""
+        """Describe the class of a module, and what it holds besides its weights."""
         # Models of libraries store tensors of their last pass as attributes.
         kinds = _NOTED if _is_installed(type(x).__module__) else (*_NOTED, Tensor)
         own = {n: v for n, v in vars(x).items() if n not in _OF_TORCH and isinstance(v, kinds)}
         buffers = {n: v for n, v in x._buffers.items() if n in x._non_persistent_buffers_set}
-        return self.of_all((type(x), own, buffers))
-
-    def of_token_scores(self, x: TokenScores) -> str:
-        choices = [x.reduction, x.layers, x.heads, x.queries]
-        return f"{self.of(x.method)}, {choices}, signed={x.signed}"
-
-    def of_measure(self, x: AttentionAttribution) -> str:
-        """Describe a measure by its name and settings, and by its model if that is another."""
-        name = f"{x.get_name()} {getattr(x, 'scope', '')}".strip()
-        name += "" if x.space == "attention" else f" in the {x.space}'s space"
-        name += "" if x.kind == "self" else f", kind={x.kind!r}"
-        name += "" if x.layer is None else f", layer={self.of(x.layer)}"
-        name += "" if _is_installed(type(x).__module__) else f", {self.of(type(x))}"
-        if x.model is None:
-            return f"{name} of {self.of(x.forward_func)}"
-        return name if x.model is self.model else f"{name} of {fingerprint(x.model)}"
-
-    def of_code(self, x: CodeType) -> str:
-        """Describe code by what it does, not by its position in a file."""
-        counts = (x.co_argcount, x.co_posonlyargcount, x.co_kwonlyargcount, x.co_flags)
-        names = (x.co_names, x.co_varnames, x.co_freevars, x.co_cellvars)
-        return self.of_all((x.co_code, *counts, *names, *x.co_consts))
-
-    def of_function(self, x: FunctionType) -> str:
-        cells = dict(zip(x.__code__.co_freevars, map(_content, x.__closure__ or ()), strict=True))
-        read: dict[str, object] = {}
-        if not _is_installed(x.__module__):
-            names = set(_globals_of(x.__code__))
-            read = {name: value for name, value in x.__globals__.items() if name in names}
-        given = (x.__code__, x.__defaults__, x.__kwdefaults__, cells, read, vars(x))
-        return f"{_name(x)} {self.of_all(given)}"
-
-    def of_class(self, x: type) -> str:
-        """Describe a class by its name, and outside installed packages by its content."""
-        if _is_installed(x.__module__):
-            return _name(x)
-        content = {name: value for name, value in vars(x).items() if _is_own(name, value)}
-        return f"{_name(x)} {self.of_all((x.__bases__, content))}"
-
-    def of_source(self, x: ModuleType) -> str:
-        """Describe a Python module by its name, and outside installed packages by its content."""
-        if _is_installed(x.__name__):
-            return f"module {x.__name__}"
-        kinds = (*_NOTED, Tensor, ModuleType)
-        content = {n: v for n, v in vars(x).items() if n[:2] != "__" and isinstance(v, kinds)}
-        return f"module {x.__name__} {self.of(content)}"
-
-    def of_object(self, x: object) -> str:
-        """Describe an object by its class and by the state that pickle would keep."""
-        try:
-            reduce = copyreg.dispatch_table.get(type(x))
-            state = reduce(x) if reduce else x.__reduce_ex__(4)
-        except Exception:  # classes raise any exception if they cannot be pickled
-            return self.of_unidentified(x)
-        if isinstance(state, str):  # a global name
-            wrapped = getattr(x, "__wrapped__", None)
-            return f"{getattr(x, '__module__', None)}.{state} {self.of(wrapped)}"
-        parts = (list(part) if isinstance(part, Iterator) else part for part in state)
-        return self.of_all((type(x), *parts))
-
-    def of_unidentified(self, x: object) -> str:
-        """Note that ``x`` cannot be identified."""
-        self.unidentified.append(_name(type(x)))
-        return f"{_name(type(x))}, unknown"
+        return self.of((type(x), own, buffers))
 
 
 #: The classes whose ``repr`` describes an object.
@@ -292,21 +231,7 @@ _NOTED = (
 )
 _OF_TORCH = vars(nn.Module()).keys()
 #: The number of characters from which a description is replaced by its digest.
-LONG = 500
-_KINDS: dict[type | tuple[type, ...], Callable[[_Description, Any], str]] = {
-    TokenScores: _Description.of_token_scores,
-    AttentionAttribution: _Description.of_measure,
-    Tensor: _Description.of_tensor,
-    nn.Module: _Description.of_module,
-    (np.ndarray, np.generic): _Description.of_array,
-    FunctionType: _Description.of_function,
-    CodeType: _Description.of_code,
-    type: _Description.of_class,
-    ModuleType: _Description.of_source,
-    property: lambda description, x: description.of_all((x.fget, x.fset)),
-    cached_property: lambda description, x: description.of(x.func),
-    (staticmethod, classmethod): lambda description, x: description.of(x.__func__),
-}
+LONG = 300
 
 
 def _digest(text: str) -> str:
@@ -314,7 +239,8 @@ def _digest(text: str) -> str:
 
 
 def _name(x: Any) -> str:
-    return f"{getattr(x, '__module__', None)}.{x.__qualname__}"
+    named = x if hasattr(x, "__qualname__") else type(x)
+    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"
 
 
 def _content(cell: Any) -> object:
@@ -324,28 +250,34 @@ def _content(cell: Any) -> object:
         return "empty"
 
 
-def _globals_of(code: CodeType) -> Iterator[str]:
-    """Yield the names that code, and the functions inside it, read as globals."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _globals_of(constant)
+def _globals(function: FunctionType) -> dict[str, object]:
+    """Return the globals that a function reads, unless it belongs to an installed package."""
+    if _is_installed(function.__module__):
+        return {}
+    names = sorted(_names_in(function.__code__) & function.__globals__.keys())
+    return {name: function.__globals__[name] for name in names}
 
 
-def _is_own(name: str, value: object) -> bool:
-    """Whether an entry of a class was written by its author, and not added by Python."""
-    if isinstance(value, (GetSetDescriptorType, MemberDescriptorType)) or name == "_abc_impl":
-        return False
-    return isinstance(value, FunctionType) or not (name.startswith("__") and name.endswith("__"))
+def _names_in(code: CodeType) -> set[str]:
+    """Return the names of globals and attributes in code, and in the functions inside it."""
+    inside = (_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inside)
+
+
+def _content_of_class(x: type) -> dict[str, object]:
+    """Return the entries of a class that its author wrote, without those that Python adds."""
+    return {
+        name: value
+        for name, value in vars(x).items()
+        if isinstance(value, FunctionType) or not name.startswith(("__", "_abc_impl"))
+    }
 
 
 def _is_installed(module: str | None) -> bool:
     """Whether a module belongs to Python, an installed package or captum_cw, by its version."""
     root = (module or "").partition(".")[0]
-    if root in sys.stdlib_module_names or root in (__name__.partition(".")[0], "builtins"):
-        return root != "__main__"
+    if root in sys.stdlib_module_names or root == "captum_cw":
+        return True
     package = sys.modules.get(root)
     file = getattr(package, "__file__", None) or next(iter(getattr(package, "__path__", ())), None)
     return file is not None and any(Path(file).is_relative_to(place) for place in _PLACES)
