@@ -39,7 +39,7 @@ from captum_cw import ContributionWeights, TokenScores
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
-from captum_cw.removal.changes import FixedChange, OnlineRemoval
+from captum_cw.removal.changes import FixedChange, RankedRemoval
 from captum_cw.removal.clean_pass import CleanPass
 from captum_cw.removal.options import RemovalOptions
 from captum_cw.removal.scoring import pair_scorer
@@ -253,7 +253,7 @@ def alternating_removals(settings: Settings, length: int) -> list[dict[str, floa
             return model(ids)
 
     def removed_by_online_scores() -> object:
-        with OnlineRemoval(model, scorer, REMOVED, "bottom", options, clean.sinks).in_force():
+        with RankedRemoval(model, scorer, REMOVED, "bottom", options, clean.sinks).in_force():
             return model(ids)
 
     calls: dict[str, Callable[[], object]] = {

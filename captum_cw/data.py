@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from string import ascii_uppercase
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,25 +33,20 @@ __all__ = ["load_texts", "token_batches"]
 Bos = Literal["auto", "always", "never"]
 
 
-class _HubSet(NamedTuple):
-    path: str
-    config: str | None
-    split: str
-    streamed: bool = False
-    """Whether the set is too large to download in full."""
-    by_line: bool = False
-    """Whether the rows are the lines of one long document."""
-
-
+#: The sets on the hub: repository, configuration and split.
 _HUB_SETS = {
-    "boolq": _HubSet("google/boolq", None, "validation"),
-    "fineweb-edu": _HubSet("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", streamed=True),
-    "gsm8k": _HubSet("openai/gsm8k", "main", "test"),
-    "lambada": _HubSet("EleutherAI/lambada_openai", None, "test"),
-    "mmlu": _HubSet("cais/mmlu", "all", "test"),
-    "wikitext": _HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test", by_line=True),
-    "winogrande": _HubSet("allenai/winogrande", "winogrande_xl", "validation"),
+    "boolq": ("google/boolq", None, "validation"),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
+    "gsm8k": ("openai/gsm8k", "main", "test"),
+    "lambada": ("EleutherAI/lambada_openai", None, "test"),
+    "mmlu": ("cais/mmlu", "all", "test"),
+    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation"),
 }
+#: The sets that are too large to download in full.
+_STREAMED = {"fineweb-edu"}
+#: The sets whose rows are the lines of one long document.
+_BY_LINE = {"wikitext"}
 
 _BUILDERS = {
     ".csv": "csv",
@@ -94,7 +89,7 @@ def load_texts(data: str | Path, *, samples: int | None = None) -> list[str]:
     """
     _check_count("samples", samples)
     if isinstance(data, str) and data in _HUB_SETS:
-        if samples is None and _HUB_SETS[data].streamed:
+        if samples is None and data in _STREAMED:
             raise ValueError(f"{data!r} is too large to load in full: set samples.")
         rows = _hub_rows(data)
     else:
@@ -191,16 +186,16 @@ def _without_text(data: str | Path) -> ValueError:
 
 def _hub_rows(name: str) -> Iterator[Mapping[str, Any]]:
     datasets = _import_datasets()
-    hub = _HUB_SETS[name]
+    path, config, split = _HUB_SETS[name]
     try:
-        rows = datasets.load_dataset(hub.path, hub.config, split=hub.split, streaming=hub.streamed)
-        if hub.by_line:
+        rows = datasets.load_dataset(path, config, split=split, streaming=name in _STREAMED)
+        if name in _BY_LINE:
             yield from _passages("\n".join(row["text"].rstrip("\n") for row in rows))
         else:
             yield from rows
     except (OSError, ValueError) as error:  # ValueError: offline, with another config in the cache
         raise OSError(
-            f"Data set {name!r} ({hub.path}) could not be loaded from the hub: connect to the "
+            f"Data set {name!r} ({path}) could not be loaded from the hub: connect to the "
             f"internet, or give a local file of the same set ({', '.join(_BUILDERS)}). {error}"
         ) from error
 

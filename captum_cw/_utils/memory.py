@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,28 +63,18 @@ def cgroup_free(own: Path, root: Path) -> int | None:
 
 
 def _free_by_group(own: Path, root: Path) -> Iterator[int]:
-    for version, group in _groups(_read_text(own)):
-        place, limit, used, inactive = FILES[version]
+    # Lines are "0::/path" in version 2, and "number:controllers:/path" in version 1.
+    for controllers, path in re.findall("^[0-9]+:(.*?):(.*)$", _read_text(own), re.MULTILINE):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place, limit, used, inactive = FILES[1 if controllers else 2]
+        # Inside a container, paths of groups outside of it start with "..".
+        group = Path(*(part for part in Path(path).parts if part not in ("/", "..")))
         for outer in (group, *group.parents):  # the limit of a group also holds for inner groups
             folder = root / place / outer
             most, now = _read_number(folder / limit), _read_number(folder / used)
             if most is not None and now is not None:
-                yield max(0, most - now + _read_statistic(folder / "memory.stat", inactive))
-
-
-def _groups(own: str) -> Iterator[tuple[int, Path]]:
-    """Yield the version and the path, below the root, of the groups that limit memory.
-
-    Lines are ``0::/path`` in version 2, and ``number:controllers:/path`` in version 1.
-    """
-    for line in own.splitlines():
-        number, controllers, path = (*line.split(":", 2), "", "")[:3]
-        # Inside a container, paths of groups outside of it start with "..".
-        group = Path(*(part for part in Path(path).parts if part not in ("/", "..")))
-        if number == "0" and not controllers:
-            yield 2, group
-        elif "memory" in controllers.split(","):
-            yield 1, group
+                yield max(0, most - now + (_read_number(folder / "memory.stat", inactive) or 0))
 
 
 def _read_text(file: Path) -> str:
@@ -94,12 +85,7 @@ def _read_text(file: Path) -> str:
         return ""
 
 
-def _read_number(file: Path) -> int | None:
-    """Read a number from a file; return None if the file is unreadable or says "max"."""
-    text = _read_text(file).strip()
-    return int(text) if text.isdecimal() else None
-
-
-def _read_statistic(file: Path, name: str) -> int:
-    lines = (line.split() for line in _read_text(file).splitlines())
-    return next((int(line[1]) for line in lines if line[:1] == [name]), 0)
+def _read_number(file: Path, name: str = "") -> int | None:
+    """Read a number, after a name; return None if the file is unreadable or says "max"."""
+    match = re.search(rf"^{name}\s*(\d+)$", _read_text(file), re.MULTILINE)
+    return int(match[1]) if match else None

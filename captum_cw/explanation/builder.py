@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ from captum_cw.functional import AttentionLayer, Measure, Space, map_blocks
 from captum_cw.measures import Entry
 from captum_cw.text.prompts import Text, leading, model_inputs, read_text
 from captum_cw.text.templates import RenderedChat
-from captum_cw.text.tokens import Tokenizer, readable_ids, readable_tokens, word_numbers
+from captum_cw.text.tokens import readable_ids, readable_tokens, word_numbers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["explain"]
 
@@ -32,7 +35,7 @@ CONTRIBUTION = functional.contribution("inter")
 
 def explain(
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     text: Text,
     *,
     top_k: int = 32,
@@ -228,7 +231,7 @@ def _over_heads(entry: Entry, x: Tensor) -> Tensor:
 
 
 def _predictions(
-    model: nn.Module, tokenizer: Tokenizer, output: Any, T: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, output: Any, T: int
 ) -> tuple[list[str] | None, Tensor | None]:
     """Return the likeliest next token at each position; None if the model does not predict it."""
     try:

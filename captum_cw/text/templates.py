@@ -299,15 +299,14 @@ def _check_chat(tokenizer: Any, messages: Messages, options: Mapping[str, Any]) 
     if not messages:
         raise ValueError("The chat is empty: give at least one message.")
     for message in messages:
-        if not isinstance(message, Mapping) or not _is_content(message.get("content")):
+        is_message = isinstance(message, Mapping) and "role" in message
+        if not is_message or not _is_content(message.get("content")):
             raise TypeError(
                 f"{message!r} is not a message: give {{'role': 'user', 'content': 'a text'}}. A "
                 "list is one chat: explain several texts one by one. The content must be a text, "
                 "None, or a list of parts such as {'type': 'text', 'text': 'a text'}. For other "
                 "content, apply the chat template yourself and give its text or ids."
             )
-        if "role" not in message:
-            raise TypeError(f"{message!r} has no role: give {{'role': 'user', 'content': ...}}.")
     for name in _OWN_ARGUMENTS:
         if name in options:
             raise ValueError(

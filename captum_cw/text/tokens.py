@@ -6,18 +6,22 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from captum_cw.capture.model import text_config
 from captum_cw.functional import check_choice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "Grouping",
     "Span",
-    "Tokenizer",
     "group_scores",
     "readable_tokens",
     "sink",
@@ -37,21 +41,9 @@ _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 _UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
 
 
-class Tokenizer(Protocol):
-    """The methods of a Hugging Face tokenizer that this module calls."""
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        """The ids of special tokens, such as the end token."""
-
-    def convert_ids_to_tokens(self, ids: int) -> Any:
-        """Return the entry of the vocabulary, with its marks."""
-
-    def decode(self, token_ids: list[int], **kwargs: Any) -> Any:
-        """Return the text of some ids."""
-
-
-def readable_tokens(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> list[str]:
+def readable_tokens(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Tensor | Sequence[int]
+) -> list[str]:
     r"""Return the readable text of each token of one sequence.
 
     Words keep their leading space and continuations do not have one, whichever marks the vocabulary
@@ -87,7 +79,7 @@ def readable_tokens(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> 
     return [readable[i] for i in ids]
 
 
-def readable_ids(tokenizer: Tokenizer, ids: Tensor | Sequence[int]) -> list[str]:
+def readable_ids(tokenizer: PreTrainedTokenizerBase, ids: Tensor | Sequence[int]) -> list[str]:
     """Return the readable text of ids, some of which only the model may have.
 
     The vocabulary of many models is larger than that of their tokenizer. An id that the tokenizer
@@ -111,7 +103,7 @@ def readable_ids(tokenizer: Tokenizer, ids: Tensor | Sequence[int]) -> list[str]
 
 
 def warn_of_two_begin_tokens(
-    tokenizer: Any, ids: Sequence[int], model: object = None, *, stacklevel: int = 3
+    tokenizer: Any, ids: Sequence[int], model: Any = None, *, stacklevel: int = 3
 ) -> None:
     """Warn if a text starts with two begin tokens.
 
@@ -131,9 +123,7 @@ def warn_of_two_begin_tokens(
     begin = {getattr(tokenizer, name, None) for name in ("bos_token_id", "cls_token_id")} - {None}
     if len(ids) < 2 or ids[0] != ids[1] or ids[0] not in begin:
         return
-    config = getattr(model, "config", None)
-    text_config = getattr(config, "get_text_config", lambda: config)()
-    if ids[0] == getattr(text_config, "bos_token_id", None):
+    if ids[0] == getattr(text_config(model), "bos_token_id", None):
         return
     warnings.warn(
         f"The text starts with the begin token {tokenizer.convert_ids_to_tokens(ids[0])!r} twice. "
@@ -143,7 +133,7 @@ def warn_of_two_begin_tokens(
     )
 
 
-def word_spans(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> list[Span]:
+def word_spans(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor | Sequence[int]) -> list[Span]:
     """Group tokens into words.
 
     A word starts at a space, and where letters or digits meet punctuation. Each token of
@@ -184,7 +174,7 @@ def word_spans(tokenizer: Tokenizer, input_ids: Tensor | Sequence[int]) -> list[
     return spans
 
 
-def word_numbers(tokenizer: Tokenizer, ids: Tensor) -> list[int | None]:
+def word_numbers(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[int | None]:
     """Return the number of each token's word (see :func:`word_spans`); None without a word.
 
     Example::
@@ -282,7 +272,7 @@ def _one_sequence(input_ids: Tensor | Sequence[int]) -> list[int]:
     return list(ids.tolist())
 
 
-def _token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str | None]:
+def _token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str | None]:
     """Return the text of each token: None for a special token, "" for the end of a character."""
     special = set(tokenizer.all_special_ids)
     known = {i: None if i in special else _text_or_bytes(tokenizer, i) for i in set(ids)}
@@ -321,7 +311,7 @@ def _in_spaced_word(character: str) -> bool:
     return unicodedata.category(character)[0] in "LMN" and script not in _UNSPACED
 
 
-def _readable(tokenizer: Tokenizer, token_id: int, special: bool) -> str:
+def _readable(tokenizer: PreTrainedTokenizerBase, token_id: int, special: bool) -> str:
     text = _text_or_bytes(tokenizer, token_id)
     if special:
         entry = _entry(tokenizer, token_id)
@@ -331,7 +321,7 @@ def _readable(tokenizer: Tokenizer, token_id: int, special: bool) -> str:
     return _visible(re.sub(r"\\x(..)", r"⟨\1⟩", text.decode("utf-8", "backslashreplace")))
 
 
-def _entry(tokenizer: Tokenizer, token_id: int) -> str | bytes | None:
+def _entry(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str | bytes | None:
     """Return an id's entry in the vocabulary (bytes in some); None if the id is unknown."""
     if token_id < 0:
         return None
@@ -342,7 +332,7 @@ def _entry(tokenizer: Tokenizer, token_id: int) -> str | bytes | None:
     return entry
 
 
-def _text_or_bytes(tokenizer: Tokenizer, token_id: int) -> str | bytes:
+def _text_or_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str | bytes:
     """Return the text of a token, or its bytes if they are only part of a character."""
     token = _entry(tokenizer, token_id)
     if token is None:
@@ -373,16 +363,12 @@ def _visible(text: str) -> str:
     return "".join(map(mark, text))
 
 
+@cache
 def _byte_of_glyph() -> dict[str, int]:
-    """Build the alphabet of byte-level BPE: printable Latin-1, then other bytes from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + n): byte for n, byte in enumerate(moved)
-    }
+    """Return the alphabet of byte-level BPE."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-
-_BYTE_OF_GLYPH = _byte_of_glyph()
+    return {glyph: byte for byte, glyph in bytes_to_unicode().items()}
 
 
 def _token_bytes(token: str | bytes) -> bytes | None:
@@ -391,6 +377,7 @@ def _token_bytes(token: str | bytes) -> bytes | None:
         return token
     if fallback := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token):
         return bytes.fromhex(fallback[1])
-    if set(token) <= _BYTE_OF_GLYPH.keys():
-        return bytes(_BYTE_OF_GLYPH[glyph] for glyph in token)
+    byte_of_glyph = _byte_of_glyph()
+    if set(token) <= byte_of_glyph.keys():
+        return bytes(byte_of_glyph[glyph] for glyph in token)
     return None

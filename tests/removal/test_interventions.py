@@ -492,7 +492,7 @@ def test_a_method_that_is_none_is_refused() -> None:
     ("masks", "message"),
     [
         ([torch.zeros(2, 4, 9)] * 2, r"Mask 0 is torch.float32 of shape \(2, 4, 9\)"),
-        ([torch.ones(2, 4, 9, dtype=torch.bool)], "in 1 attention layers, but the model runs more"),
+        ([torch.ones(2, 4, 9, dtype=torch.bool)], "in 1 attention layers, but the model ran 2"),
         ([torch.ones(2, 4, 9, dtype=torch.bool)] * 3, "in 3 attention layers, but the model ran 2"),
         ([torch.ones(2, 4, 8, dtype=torch.bool)] * 2, "4 heads and 9 tokens"),
         ([torch.ones(2, 3, 9, dtype=torch.bool)] * 2, r"shape \(2, 3, 9\)"),

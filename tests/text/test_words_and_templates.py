@@ -438,7 +438,7 @@ def test_a_chat_is_explained_without_a_prompt_for_more(
         ([], ValueError, "chat is empty"),
         (["a"], TypeError, "'a' is not a message.*several texts one by one"),
         ([{"role": "U", "content": [{"type": "text"}]}], TypeError, "apply the chat template"),
-        ([{"content": "a"}], TypeError, "has no role"),
+        ([{"content": "a"}], TypeError, "is not a message: give {'role'"),
     ],
 )
 def test_what_is_no_chat_is_refused(
