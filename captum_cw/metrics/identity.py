@@ -177,7 +177,7 @@ class _Description:
             Exception: If ``x`` cannot be identified.
         """
         if type(x) in (list, tuple):
-            return x
+            return list(x)
         if type(x) in (set, frozenset):
             return sorted(map(self.of, x))
         if type(x) is dict:
@@ -198,8 +198,8 @@ class _Description:
             return x.__code__, x.__defaults__, x.__kwdefaults__, *closure, vars(x), _globals(x)
         if isinstance(x, CodeType):
             counts = (x.co_argcount, x.co_posonlyargcount, x.co_kwonlyargcount, x.co_flags)
-            names = (x.co_names, x.co_varnames, x.co_freevars, x.co_cellvars)
-            return x.co_code, *counts, *names, x.co_consts
+            variables = (x.co_names, x.co_varnames, x.co_freevars, x.co_cellvars)
+            return x.co_code, *counts, *variables, x.co_consts
         if isinstance(x, type):
             return () if _is_installed(x.__module__) else (x.__bases__, _content_of_class(x))
         if isinstance(x, ModuleType):

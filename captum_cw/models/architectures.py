@@ -7,10 +7,10 @@ the file ``architectures.json`` in this folder.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from captum_cw._utils.files import read_json, write_json
+from captum_cw._utils.files import read_json
 
 __all__ = ["STATUSES", "TITLES", "ModelTypes", "Outcome"]
 
@@ -71,15 +71,6 @@ class ModelTypes:
         """Count the model types of a group by status."""
         statuses = [outcome.status for outcome in self.groups[group].values()]
         return {status: statuses.count(status) for status in STATUSES}
-
-    def of_registry(self, group: str) -> tuple[int, int]:
-        """Count the model types that use the attention registry, and those of them that work."""
-        statuses = [x.status for x in self.groups[group].values() if x.way == "registry"]
-        return len(statuses), statuses.count("works")
-
-    def save(self) -> None:
-        """Write the file that :meth:`load` reads."""
-        write_json(FILE, {"version": VERSION, **asdict(self)})
 
     @classmethod
     def load(cls) -> ModelTypes:

@@ -179,15 +179,13 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     """The answers of the harness's model, in the order of the requests, by evaluation."""
     seen: list[list[Any]] = []
 
-    def spied(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-        def call(*args: Any, **kwargs: Any) -> list[Any]:
-            seen.append(original(*args, **kwargs))
-            return seen[-1]
+    original = _ChangedModel._answers
 
-        return call
+    def call(*args: Any) -> list[Any]:
+        seen.append(original(*args))
+        return seen[-1]
 
-    for name in ("loglikelihood", "generate_until"):
-        monkeypatch.setattr(_ChangedModel, name, spied(getattr(_ChangedModel, name)))
+    monkeypatch.setattr(_ChangedModel, "_answers", call)
     return seen
 
 
@@ -353,7 +351,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     whole = run(["quiz", "beginnings"])
     answers.clear()
     calls = iter(range(100))
-    original = _ChangedModel.loglikelihood
+    original = _ChangedModel._answers
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 7:
@@ -362,7 +360,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
 
     file = tmp_path / "run.records"
     with monkeypatch.context() as patch:
-        patch.setattr(_ChangedModel, "loglikelihood", killed)
+        patch.setattr(_ChangedModel, "_answers", killed)
         with pytest.raises(KeyboardInterrupt):
             run(["quiz", "beginnings"], resume_from=file)
     assert len(answers) == 7

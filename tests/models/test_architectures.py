@@ -9,7 +9,7 @@ from packaging.version import parse
 
 from captum_cw.models.architectures import ModelTypes, Outcome
 from support.architectures import GROUPS, types
-from support.matrix import NO_SOFTMAX, PAGE, outcome, page
+from support.matrix import NO_SOFTMAX, PAGE, of_registry, outcome, page
 
 #: The types that are known not to work, so that no other type is refused without notice.
 REFUSED = {
@@ -90,7 +90,7 @@ def test_the_package_holds_the_results_of_the_page() -> None:
 def test_the_readme_counts_what_is_tested() -> None:
     readme = " ".join((PAGE.parent.parent / "README.md").read_text(encoding="utf-8").split())
     tested = ModelTypes.load()
-    registered, works = tested.of_registry("causal")
+    registered, works = of_registry(tested, "causal")
     of = {
         group: (len(types), tested.counts(group)["works"]) for group, types in tested.groups.items()
     }

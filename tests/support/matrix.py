@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -28,8 +28,9 @@ from captum_cw import (
     TokenScores,
     remove_values,
 )
+from captum_cw._utils.files import write_json
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.models.architectures import TITLES, ModelTypes, Outcome
+from captum_cw.models.architectures import FILE, TITLES, VERSION, ModelTypes, Outcome
 from support import handwritten, reference
 from support.architectures import GROUPS, CannotBuild, build, types
 from support.architectures import inputs as inputs_of
@@ -369,8 +370,14 @@ def page(found: ModelTypes) -> str:
     return "\n".join(lines) + "\n"
 
 
+def of_registry(found: ModelTypes, group: str) -> tuple[int, int]:
+    """Count the model types that use the attention registry, and those of them that work."""
+    statuses = [x.status for x in found.groups[group].values() if x.way == "registry"]
+    return len(statuses), statuses.count("works")
+
+
 def _counts(found: ModelTypes, group: str) -> str:
-    registered, works = found.of_registry(group)
+    registered, works = of_registry(found, group)
     in_all = ", ".join(f"{n} {status}" for status, n in found.counts(group).items() if n)
     return (
         f"Of the {registered} types whose attention goes through the registry, {works} work. "
@@ -397,7 +404,7 @@ def main() -> int:
         print(f"Wrong: {', '.join(wrong)}. Nothing was written.", file=sys.stderr)
         return 1
     tested = ModelTypes(transformers.__version__, torch.__version__, groups)
-    tested.save()
+    write_json(FILE, {"version": VERSION, **asdict(tested)})
     PAGE.write_text(page(tested), encoding="utf-8")
     return 0
 
