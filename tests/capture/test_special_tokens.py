@@ -19,7 +19,7 @@ from captum_cw.removal.sinks import find_sinks
 from support.models import llama
 
 PADDED = "begins or ends with pad_token_id=0, but there is no attention_mask: every id counts"
-TWICE = r"begins with two begin tokens \(bos_token_id=1\).*add_special_tokens=False"
+TWICE = r"two beginning-of-sequence \(BOS\) tokens \(bos_token_id=1\).*add_special_tokens=False"
 
 
 def evaluate(model: nn.Module, given: Any) -> None:
