@@ -703,7 +703,7 @@ def test_encoder_decoders_are_refused(name: str, length: int, kind: Any) -> None
     model = bart()
     method = {"attention": AttentionWeights, "contribution": ContributionWeights}[name]
     inputs = {"input_ids": token_ids(), "decoder_input_ids": token_ids(2, length)}
-    with pytest.raises((ValueError, UnsupportedModelError), match="layers over one"):
+    with pytest.raises((ValueError, UnsupportedModelError), match="layers that read"):
         TokenScores(method(model, kind=kind), layers="rollout").attribute(inputs)
 
 

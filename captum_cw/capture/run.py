@@ -357,9 +357,9 @@ def no_attention(roots: Sequence[nn.Module]) -> UnsupportedModelError:
     """Return the error for a pass in which no attention call was observed."""
     kinds = ", ".join(type(root).__name__ for root in roots)
     return UnsupportedModelError(
-        f"No attention was found in {kinds}: it is seen where a model uses the attention registry "
-        "of transformers, torch.nn.functional.scaled_dot_product_attention, or a softmax over keys "
-        "and a product with values, each (B, H, T, S). For other models, see "
+        f"No attention was found in {kinds}: captum_cw sees attention that uses the attention "
+        "registry of transformers, torch.nn.functional.scaled_dot_product_attention, or a softmax "
+        "over keys and a product with values, each (B, H, T, S). For other models, see "
         "captum_cw.capture.register_adapter."
     )
 
