@@ -231,7 +231,7 @@ def test_a_pipe_that_closes_ends_what_needs_no_model(arguments: list[str]) -> No
     assert not told
 
 
-def test_a_failure_is_told_where_nobody_reads_the_output(tmp_path: Path) -> None:
+def test_a_failure_is_reported_if_nobody_reads_the_output(tmp_path: Path) -> None:
     arguments = ["attribute", "--model", "x", "--file", str(tmp_path / "missing")]
     code, told = closed_after(0, arguments)
     assert code == 1

@@ -133,7 +133,7 @@ CACHE = transformers.DynamicCache()
         (["a b", "c d"], TypeError, "'a b' is not a message"),
     ],
 )
-def test_what_is_not_one_text_is_refused(
+def test_inputs_that_are_not_one_text_are_refused(
     given: Any, kind: Any, message: str, tiny_tokenizer: Any
 ) -> None:
     with pytest.raises(kind, match=message):
