@@ -185,11 +185,11 @@ def test_the_page_of_a_long_text_holds_scores_alone(
     ("arguments", "message"),
     [
         (["--text", ""], "the text is empty"),
-        (["--text", "a", "--file", "b"], "not allowed with argument"),
+        (["--text", "Ice is cold", "--file", "b"], "not allowed with argument"),
         ([], "one of the arguments --text --file is required"),
-        (["--text", "a", "--target", "b", "--reduction", "sum"], "give one of them"),
-        (["--text", "a", "--out", "no/such/page.html"], "there is no folder no/such"),
-        (["--text", "a", "--method", "magic"], "invalid choice: 'magic'"),
+        (["--text", "Ice is cold", "--target", "b", "--reduction", "sum"], "give one of them"),
+        (["--text", "Ice is cold", "--out", "no/such/page.html"], "there is no folder no/such"),
+        (["--text", "Ice is cold", "--method", "magic"], "invalid choice: 'magic'"),
     ],
 )
 def test_wrong_usage_exits_with_2(
@@ -202,7 +202,7 @@ def test_wrong_usage_exits_with_2(
 
 
 def test_an_unknown_model_is_a_failure_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["attribute", "--model", "no/such-model", "--text", "a"]
+    arguments = ["attribute", "--model", "no/such-model", "--text", "Ice is cold"]
     assert main(arguments) == 1
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("captum-cw attribute: error: Model 'no/such-model' cannot be loaded")
@@ -572,7 +572,7 @@ def test_wrong_arguments_of_a_template_are_reported(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["attribute", "--model", "x", "--text", "a", *arguments])
+        main(["attribute", "--model", "x", "--text", "Ice is cold", *arguments])
     assert message in capsys.readouterr().err
 
 
@@ -686,7 +686,7 @@ def test_an_interrupted_run_exits_with_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(attribute, "run", interrupted)
-    assert main(["attribute", "--model", "x", "--text", "a", "--json"]) == 130
+    assert main(["attribute", "--model", "x", "--text", "Ice is cold", "--json"]) == 130
     assert printed_json(capsys) == {"error": "Interrupted.", "type": "KeyboardInterrupt"}
 
 
@@ -727,7 +727,7 @@ def test_what_libraries_print_is_no_part_of_the_json(
         return SimpleNamespace(document={"found": [float("inf")]})
 
     monkeypatch.setattr(attribute, "run", run)
-    assert main(["attribute", "--model", "x", "--text", "a", "--json"]) == 0
+    assert main(["attribute", "--model", "x", "--text", "Ice is cold", "--json"]) == 0
     assert printed_json(capsys) == {"found": [None]}
 
 

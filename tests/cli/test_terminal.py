@@ -247,5 +247,5 @@ def test_another_broken_pipe_is_a_failure(
         raise BrokenPipeError("The helper has gone.")
 
     monkeypatch.setattr(attribute, "run", run)
-    assert main(["attribute", "--model", "x", "--text", "a"]) == 1
+    assert main(["attribute", "--model", "x", "--text", "Ice is cold"]) == 1
     assert "The helper has gone." in capsys.readouterr().err
