@@ -345,14 +345,15 @@ def run(
             f"{settings.repeats} rounds.",
             "## Removal passes against a forward pass",
             _removal_table(results, lengths),
-            f"These are ratios of passes without {REMOVED:.0%} of the pairs of head and token, "
-            "ranked by contributions. The clean pass for the sinks and the clean scores is not "
-            "counted, because one such pass serves all methods and rates.",
+            f"Each ratio is the time of a pass that removes {REMOVED:.0%} of the pairs of head and "
+            "token, ranked by contributions, over the time of a forward pass. The clean pass that "
+            "finds the sinks and the clean scores is not counted, because one such pass serves all "
+            "methods and rates.",
             "## Memory of token scores",
             _memory_table(results, memory_lengths),
-            f'Megabytes are measured as above. The last column is "{SCORES}" minus "{LAST}": what '
-            "attribution needs beyond a plain forward pass over the same unpadded input, without "
-            "cache and logits.",
+            f'Megabytes are measured as above. The last column is "{SCORES}" minus "{LAST}". '
+            "It is the memory that attribution needs beyond a plain forward pass over the same "
+            "unpadded input, without the cache and all logits.",
             "## Other libraries",
             "`python benchmarks/peers.py` measures what one explanation costs in other libraries, "
             "in passes and time. The README has a summary.",

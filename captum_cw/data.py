@@ -112,21 +112,21 @@ def token_batches(
 ) -> list[dict[str, Tensor]]:
     """Tokenize texts into batches for a causal language model, in the order of the texts.
 
-    The only special tokens added are the begin token and, if texts are packed, the end token
-    between texts. A warning says if a text already starts with a begin token, as a rendered chat
-    does.
+    The only special tokens added are the beginning-of-sequence (BOS) token and, if texts are
+    packed, the end-of-sequence (EOS) token between texts. A warning says if a text already starts
+    with a BOS token, as a rendered chat does.
 
     Args:
         texts: The texts.
         tokenizer: The model's tokenizer.
-        max_length: The maximum number of tokens in an example, with its begin token. With
+        max_length: The maximum number of tokens in an example, including the BOS token. With
             ``pack``, the exact number.
         num_examples: The number of examples to make; None for all.
         batch_size: The number of examples in a batch. The last batch may have fewer.
         pack: Whether to join the texts and cut them into examples of equal length. An incomplete
             last example is dropped. Otherwise each text is an example, cut to ``max_length``. A
             text of fewer than two tokens is skipped, since it does not predict a token.
-        bos: Whether an example starts with the begin token: ``"always"``, ``"never"``, or
+        bos: Whether an example starts with the BOS token: ``"always"``, ``"never"``, or
             ``"auto"`` (if the tokenizer adds it by default).
 
     Returns:
@@ -135,7 +135,7 @@ def token_batches(
 
     Raises:
         ValueError: If the texts do not give an example, ``bos`` is ``"always"`` and the tokenizer
-            does not have a begin token, or an argument is out of range.
+            does not have a BOS token, or an argument is out of range.
 
     Example:
         >>> batch, = token_batches(["The capital of France is Paris", "Ice is cold"], tokenizer)
@@ -351,19 +351,20 @@ _FORMATS: dict[tuple[str, ...], Callable[..., str]] = {
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[int]:
-    """Return the tokens that an example begins with: the begin token, or an empty list."""
+    """Return the tokens that an example begins with: the BOS token, or an empty list."""
     check_choice("bos", bos, Bos)
     begin = [tokenizer.bos_token_id]
     if bos == "always" and begin == [None]:
         raise ValueError(
-            'bos="always" needs a begin token, which the tokenizer does not have: use "auto".'
+            'bos="always" needs a beginning-of-sequence (BOS) token, which the tokenizer does not '
+            'have: use "auto".'
         )
     wanted = bos == "always" or (bos == "auto" and tokenizer("a").input_ids[:1] == begin)
     return begin if wanted else []
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, begin: list[int]) -> list[int]:
-    """Tokenize a text that follows ``begin``, and warn if it repeats the begin token."""
+    """Tokenize a text that follows ``begin``, and warn if it repeats the BOS token."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     warn_of_two_begin_tokens(tokenizer, begin + ids, stacklevel=5)
     return ids

@@ -239,8 +239,9 @@ class Rollout:
         if self._product is not None and self._product.shape[1] != layer.T:
             raise ValueError(
                 f"Attention layer {name!r} has {layer.T} tokens, but the layers before it have "
-                f"{self._product.shape[1]}: choose layers over one text (layer=...), such as those "
-                "of the encoder, or aggregate the layers in another way, such as layers='mean'."
+                f"{self._product.shape[1]}. A rollout needs layers that read the same tokens: name "
+                "them with layer=..., such as those of the encoder, or aggregate the layers in "
+                "another way, such as layers='mean'."
             )
         mixed = dense_map(layer, mixing)[:, 0]
         if self._product is not None:

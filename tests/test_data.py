@@ -402,9 +402,11 @@ def test_the_begin_token_is_added_where_the_tokenizer_does_or_it_is_asked_for(
     assert ids(token_batches(["a b"], bos_tokenizer, bos="always")) == [[63, 1, 2]]
 
 
-def test_a_tokenizer_without_begin_token_adds_none(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_tokenizer_without_a_bos_token_does_not_add_one(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     assert ids(token_batches(["a b"], tiny_tokenizer)) == [[1, 2]]
-    with pytest.raises(ValueError, match='bos="always" needs a begin token'):
+    with pytest.raises(ValueError, match='bos="always" needs a beginning-of-sequence'):
         token_batches(["a b"], tiny_tokenizer, bos="always")
 
 

@@ -188,7 +188,7 @@ def test_head_shares_are_row_sums_of_contributions() -> None:
 
 
 @pytest.mark.parametrize("kind", ["padded", "bidirectional-padded"])
-def test_padding_changes_no_other_number(kind: str) -> None:
+def test_padding_does_not_change_the_other_numbers(kind: str) -> None:
     layer, a, v, w, _ = make_layer(kind, T=6)
     alone = AttentionLayer.from_tensors(a[:1, :, 3:, 3:], v[:1, :, 3:], w)
     for measure in MEASURES.values():

@@ -128,7 +128,7 @@ def test_records_tell_apart_what_one_name_computed(tmp_path: Path) -> None:
             measures.unregister("mine")
 
 
-def test_a_name_of_ones_own_is_told_by_what_it_computes() -> None:
+def test_a_registered_measure_is_identified_by_what_it_computes() -> None:
     found = set()
     for source in ("captum_cw.attr:VWAttention", "captum_cw.attr:AttentionWeights"):
         measures.register(measures.Entry("mine", source, "Mine", "A measure by another name."))

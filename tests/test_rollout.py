@@ -286,7 +286,7 @@ def test_scores_reduce_the_rolled_out_map_over_the_queries_that_a_token_reaches(
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("layers", ["rollout", "mean"])
 @pytest.mark.parametrize("name", METHODS)
-def test_padding_changes_no_other_number(name: str, layers: Any, side: str) -> None:
+def test_padding_does_not_change_the_other_numbers(name: str, layers: Any, side: str) -> None:
     model = llama()
     inputs, real = padded_batch(side)
     scores = TokenScores(METHODS[name](model), layers=layers, queries=-1)
@@ -703,7 +703,7 @@ def test_encoder_decoders_are_refused(name: str, length: int, kind: Any) -> None
     model = bart()
     method = {"attention": AttentionWeights, "contribution": ContributionWeights}[name]
     inputs = {"input_ids": token_ids(), "decoder_input_ids": token_ids(2, length)}
-    with pytest.raises((ValueError, UnsupportedModelError), match="layers over one"):
+    with pytest.raises((ValueError, UnsupportedModelError), match="layers that read"):
         TokenScores(method(model, kind=kind), layers="rollout").attribute(inputs)
 
 

@@ -157,8 +157,9 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
 
             If a module runs several times in a pass, its entry is a tuple with one map per
             execution; if ``layer`` is None, each execution has its own entry. If ``inputs`` is a
-            tuple of one tensor, so is a single map. Ids ``(B, choices, T)`` give ``B * choices``
-            examples: the choices of the first example, then those of the second, and so on.
+            tuple of one tensor, a single map is put into such a tuple too. Ids ``(B, choices, T)``
+            give ``B * choices`` examples: the choices of the first
+            example, then those of the second, and so on.
 
         Raises:
             TypeError: If ``inputs`` or ``layer`` is of a type that is not supported.
@@ -362,8 +363,8 @@ class ContributionWeights(_ValueAttribution):
             (Eq. 9); contributions sum to one over keys.
         space: Where projections and norms are measured. ``"attention"`` is the output of the
             attention layer, as in the paper. ``"residual"`` is what the layer adds to the residual
-            stream; it differs if a norm follows attention (Gemma 2 and 3, OLMo 2), whose scale is
-            held fixed.
+            stream. This differs if a norm follows attention (Gemma 2 and 3, OLMo 2). The scale of
+            this norm is held fixed.
         kind: The layers to use if ``layer`` is None: ``"self"``, ``"cross"`` or ``"all"``.
 
     Example:

@@ -187,8 +187,9 @@ def warn_of_special_tokens(model: nn.Module, named: Mapping[str, Any]) -> None:
     begin = special.get("bos_token_id")
     if begin is not None and begin != pad and _begins_twice(ids, find_token_mask(named), begin):
         warnings.warn(
-            f"The text begins with two begin tokens (bos_token_id={begin}). This happens if a chat "
-            "is rendered to text and tokenized again: tokenize it with add_special_tokens=False.",
+            f"The text begins with two beginning-of-sequence (BOS) tokens (bos_token_id={begin}). "
+            "This happens if a chat is rendered to text and tokenized again: tokenize it with "
+            "add_special_tokens=False.",
             stacklevel=STACKLEVEL,
         )
 

@@ -206,14 +206,15 @@ class Observation:
             if execution.module in modules:
                 raise UnsupportedModelError(
                     f"Attention layer {execution.name!r} ({type(execution.module).__name__}) also "
-                    "computes attention that is not between the tokens it was given, as within "
-                    "chunks or windows, so the effect of its values is unknown."
+                    "computes attention that cannot be assigned to the tokens of its input, such "
+                    "as attention within chunks or windows, so the effect of its values is unknown."
                 )
         if missed:
-            others = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
+            seem = f"and {len(missed) - 1} more seem" if len(missed) > 1 else "seems"
             warnings.warn(
-                f"Module {missed[0]!r}{others} seems to compute attention that is not between the "
-                "tokens it was given, as within chunks or windows: it is left out.",
+                f"Module {missed[0]!r} {seem} to compute attention that cannot be assigned to the "
+                "tokens of the input, such as attention within chunks or windows, so this "
+                "attention is left out.",
                 stacklevel=7,
             )
 

@@ -296,7 +296,7 @@ class Runner:
             if self.kind != "all" and all(e.kind != self.kind for e in executions):
                 raise ValueError(
                     f"kind={self.kind!r}, but all {len(executions)} attention layers that ran are "
-                    f"of the kind {executions[0].kind!r}: choose that, or 'all'."
+                    f"of the kind {executions[0].kind!r}: use this kind, or 'all'."
                 )
         ran = {execution.module: execution.name for execution in executions}
         missing = [module for module in self.chosen or () if module not in ran]
@@ -357,9 +357,9 @@ def no_attention(roots: Sequence[nn.Module]) -> UnsupportedModelError:
     """Return the error for a pass in which no attention call was observed."""
     kinds = ", ".join(type(root).__name__ for root in roots)
     return UnsupportedModelError(
-        f"No attention was found in {kinds}: it is seen where a model uses the attention registry "
-        "of transformers, torch.nn.functional.scaled_dot_product_attention, or a softmax over keys "
-        "and a product with values, each (B, H, T, S). For other models, see "
+        f"No attention was found in {kinds}: captum_cw sees attention that uses the attention "
+        "registry of transformers, torch.nn.functional.scaled_dot_product_attention, or a softmax "
+        "over keys and a product with values, each (B, H, T, S). For other models, see "
         "captum_cw.capture.register_adapter."
     )
 
@@ -369,9 +369,9 @@ def _refuse_cross_attention(executions: list[Execution]) -> None:
         if execution.kind == "cross":
             raise UnsupportedModelError(
                 f"Layer {execution.name!r} ({type(execution.module).__name__}) is cross-attention, "
-                "between two texts, and influence can only be followed through layers over one: "
-                "choose the layers of the encoder (layer=...), or another choice of layers, such "
-                "as 'mean'."
+                "which reads a second sequence. Influence can only be followed through layers that "
+                "read one sequence: name them with layer=..., such as those of the encoder, or "
+                "aggregate the layers in another way, such as layers='mean'."
             )
 
 

@@ -8,12 +8,12 @@ __all__ = ["console"]
 
 
 class _Console(Console):
-    """A console that leaves a reader that has gone to the one place that deals with it."""
+    """A console that raises an error if the reader is gone; ``main`` handles it."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def console() -> Console:
-    """A console that prints text as it is, in tables and colours."""
+    """Return a console that prints text as it is, in tables and colours."""
     return _Console(highlight=False, markup=False)

@@ -135,7 +135,8 @@ def _one_of(names: Iterable[str]) -> Any:
 def _add_loading(to: Any) -> None:
     """Add the options that say how a model is loaded."""
     _add(to, "--dtype", "data type of the weights", choices=choices.DTYPES, default="float32")
-    _add(to, "--device", "such as cuda; auto spreads the model over all devices", default="cpu")
+    device = "a torch device such as cuda; auto spreads the layers over all devices"
+    _add(to, "--device", device, default="cpu")
 
 
 def _add_tasks(to: Any, text: str) -> None:
@@ -144,7 +145,7 @@ def _add_tasks(to: Any, text: str) -> None:
 
 
 def _add_template_arguments(to: Any, needed: str) -> None:
-    text = f"arguments for the chat template, as a JSON object (with {needed})"
+    text = f"arguments for the chat template, as a JSON object (only with {needed})"
     _add(to, "--chat-template-kwargs JSON", text, type=_json_object)
 
 
@@ -208,8 +209,8 @@ def _add_texts(group: Any) -> None:
     _add(group, "--samples N", samples, type=_count, default=64)
     _add(group, "--length T", "maximum number of tokens per text", type=_count, default=512)
     _add(group, "--pack", "join texts into pieces of exactly --length tokens", action="store_true")
-    begin = "whether each text starts with the begin token; auto follows the tokenizer"
-    _add(group, "--bos", begin, choices=choices.STARTS, default="auto")
+    bos = "whether texts start with a beginning-of-sequence (BOS) token; auto asks the tokenizer"
+    _add(group, "--bos", bos, choices=choices.STARTS, default="auto")
     _add(group, "--batch-size B", "number of texts per forward pass", type=_count, default=8)
     _add_tasks(group, "measure the accuracy on these tasks of lm-evaluation-harness")
     template = "apply the tokenizer's chat template to the prompts of the tasks"
@@ -231,18 +232,18 @@ def _add_removal(group: Any) -> None:
     _add(group, "--rates P,Q", rates, type=_numbers)
     reduction = "reduction of the scores over queries"
     _add(group, "--reduction", reduction, choices=choices.REDUCTIONS, default="mean")
-    scoring = "score each layer during the removal (online), or all in an unchanged pass (clean)"
+    scoring = "score layers during the removal pass (online), or in an unchanged pass (clean)"
     _add(group, "--scoring", scoring, choices=choices.SCORINGS, default="online")
     ranking = "rank within each layer, over all layers (global), or within each head"
     _add(group, "--ranking", ranking, choices=choices.RANKINGS, default="layer")
-    rate_of = "whether rates are fractions of the removable pairs or of all pairs"
+    rate_of = "whether a rate is a fraction of the removable pairs or of all pairs"
     _add(group, "--rate-of", rate_of, choices=choices.RATES_OF, default="removable")
     granularity = "remove pairs of head and token, or whole tokens"
     _add(group, "--granularity", granularity, choices=choices.GRANULARITIES, default="pair")
     quantity = "the quantity whose change is measured"
     _add(group, "--quantity", quantity, choices=choices.QUANTITIES, default="perplexity")
     _add(group, "--allow-sinks", "allow attention sinks to be removed", action="store_true")
-    space = "the states whose cosine with the first token identifies attention sinks"
+    space = "the hidden states that are compared with those of the first token to find sinks"
     _add(group, "--sink-space", space, choices=choices.STATES, default="normed")
     _add(group, "--seed", "random seed", type=int, default=0)
 
@@ -270,14 +271,15 @@ its folder contains an unfinished run with the same settings.""",
     text = f"compute only these items, from {', '.join(items)}"
     _add(command, "--only T1,F5b", text, only, type=_some_of(items))
     size = command.add_mutually_exclusive_group()
-    _add(size, "--quick", "a first look that takes minutes", action="store_true")
-    preset = "the size of the run; paper also chooses the paper's models and data sets"
+    quick = "same as --preset quick: a first look that takes minutes"
+    _add(size, "--quick", quick, action="store_true")
+    preset = "size of the run; 'paper' also selects the models and data sets of the paper"
     _add(size, "--preset", preset, choices=choices.PRESETS, default="full")
     _add(command, "--samples N", "maximum number of texts for each item", type=_count)
     _add(command, "--length T", "maximum number of tokens per text", type=_count)
     skip = "number of texts to skip, so that claims are judged on unseen texts"
     _add(command, "--skip N", skip, type=partial(_count, least=0), default=0)
-    _add_tasks(command, "tasks of lm-evaluation-harness for F4")
+    _add_tasks(command, "tasks of lm-evaluation-harness, for item F4")
     _add(command, "--documents N", "maximum number of documents per task", type=_count)
     _add(command, "--seed", "random seed", type=int, default=0)
 
@@ -289,9 +291,9 @@ def _add_models(commands: Any) -> None:
         "list tested model types, or show the attention layers of a model",
         """\
 List the tested model types, or show the attention layers of a model M.
-Layers are shown in execution order. To find them, the command loads the model and
-runs it on two tokens, which takes the memory of its weights. If the model is not
-supported, the command says why.""",
+Layers are shown in execution order. To find them, the command loads the model into
+memory and runs it on two tokens. If the model is not supported, the command says
+why.""",
         """\
   captum-cw models
   captum-cw models HuggingFaceTB/SmolLM2-135M-Instruct

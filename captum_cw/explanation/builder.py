@@ -89,9 +89,9 @@ def explain(
     model = unwrapped(model)
     if "decoder_input_ids" in parameters_of(model):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has an encoder and a decoder, whose tokens are two texts: "
-            "use ContributionWeights(model, kind='cross') with input_ids and decoder_input_ids, "
-            "and Explanation.from_maps."
+            f"{type(model).__name__} has an encoder and a decoder, which read two texts: use "
+            "ContributionWeights(model, kind='cross') with input_ids and decoder_input_ids, and "
+            "Explanation.from_maps."
         )
     read = read_text(
         tokenizer, text, add_generation_prompt=False, chat_template_kwargs=chat_template_kwargs
@@ -208,7 +208,7 @@ class _Layers:
         check_fits(
             needed,
             torch.device("cpu"),
-            f"{count} of {T} x {T}, and {K} keys of {T} queries of {layers} x {H} heads",
+            f"{count} maps of {T} x {T}, and {K} keys for {T} queries in {layers} x {H} heads",
             "Keep fewer keys (top_k=0 keeps no heads), or use TokenScores, which never holds a "
             "map.",
         )

@@ -92,7 +92,7 @@ def _source(suffix: str) -> str:
 def framed(page: str, alternative: str) -> str:
     """Return a page in a frame that cannot access the page around it, for notebooks.
 
-    The frame is told the theme of the notebook. A notebook that is not trusted removes the frame
+    The frame receives the theme of the notebook. A notebook that is not trusted removes the frame
     and shows the text ``alternative``.
     """
     return (

@@ -68,9 +68,9 @@ class RemovalOptions:
         rate_of: What a rate is a fraction of. ``"removable"`` counts the pairs that may be removed;
             ``"all"`` counts and ranks those of sinks too, so fewer pairs are removed. Padding never
             counts.
-        protect_sinks: Whether attention sinks are never removed.
-        sink_threshold: A token is a sink if the cosine between its hidden state and the first
-            token's is above this value.
+        protect_sinks: Whether attention sinks are kept. A token is a sink of a layer if its hidden
+            state is nearly collinear with that of the first token.
+        sink_threshold: The cosine of the two hidden states above which a token is a sink.
         sink_space: The hidden states that are compared: ``"normed"``, ``"residual"``, ``"key"`` or
             ``"value"`` (see :func:`captum_cw.removal.sinks.find_sinks`).
         seed: The random seed of the method ``"random"``.
@@ -112,12 +112,12 @@ class RemovalOptions:
 
     @property
     def scores_before(self) -> bool:
-        """Whether an unchanged pass gives the scores, before anything is removed."""
+        """Whether the scores come from an unchanged pass that runs before the removal."""
         return self.scoring == "clean" or self.granularity == "token"
 
     @property
     def states(self) -> StateSpace | None:
-        """The hidden states to observe, by which sinks are found; None without protection."""
+        """The hidden states that identify sinks; None if sinks are not protected."""
         return self.sink_space if self.protect_sinks else None
 
     def sinks(self, execution: Execution, layer: AttentionLayer) -> Tensor:

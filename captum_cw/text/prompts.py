@@ -151,7 +151,7 @@ def _as_ids(ids: Any) -> Tensor:
 def model_inputs(model: nn.Module, tokenizer: Any, text: Encoded) -> dict[str, Any]:
     """Collect the arguments of the model for one text, on the model's device.
 
-    A warning says if the text starts with two begin tokens.
+    A warning says if the text starts with two beginning-of-sequence (BOS) tokens.
 
     Args:
         model: The model.

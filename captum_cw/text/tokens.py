@@ -105,15 +105,15 @@ def readable_ids(tokenizer: PreTrainedTokenizerBase, ids: Tensor | Sequence[int]
 def warn_of_two_begin_tokens(
     tokenizer: Any, ids: Sequence[int], model: Any = None, *, stacklevel: int = 3
 ) -> None:
-    """Warn if a text starts with two begin tokens.
+    """Warn if a text starts with two beginning-of-sequence (BOS) tokens.
 
-    This happens if a chat is rendered to text, which includes a begin token, and the tokenizer adds
+    This happens if a chat is rendered to text, which includes a BOS token, and the tokenizer adds
     another one.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         ids: The text's token ids.
-        model: The model that reads the ids. If its config names this begin token, the check of the
+        model: The model that reads the ids. If its config names this BOS token, the check of the
             forward call warns already, and this function does not.
         stacklevel: The argument of :func:`warnings.warn`.
 
@@ -126,9 +126,10 @@ def warn_of_two_begin_tokens(
     if ids[0] == getattr(text_config(model), "bos_token_id", None):
         return
     warnings.warn(
-        f"The text starts with the begin token {tokenizer.convert_ids_to_tokens(ids[0])!r} twice. "
-        "A chat template probably added the first one, and the tokenizer the second. Give the "
-        "messages, or tokenize the rendered text with add_special_tokens=False.",
+        "The text starts with two beginning-of-sequence (BOS) tokens "
+        f"{tokenizer.convert_ids_to_tokens(ids[0])!r}. A chat template probably added the first "
+        "one, and the tokenizer the second. Pass the messages, or tokenize the rendered text with "
+        "add_special_tokens=False.",
         stacklevel=stacklevel,
     )
 

@@ -72,7 +72,7 @@ def test_more_than_the_limit_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lines", [[], ["0::/job"], ["3:cpu:/job"], ["nonsense"], [""]])
-def test_no_limit_is_none(tmp_path: Path, lines: list[str]) -> None:
+def test_a_file_without_a_limit_gives_none(tmp_path: Path, lines: list[str]) -> None:
     group(tmp_path / "job", limit="max", used=MB, inactive=0)
     assert cgroup_free(own_groups(tmp_path, *lines), tmp_path) is None
     assert cgroup_free(tmp_path / "missing", tmp_path) is None

@@ -1113,7 +1113,7 @@ def test_texts_that_are_too_short_are_refused(name: str) -> None:
 
 
 @every
-def test_what_is_no_text_is_refused(name: str) -> None:
+def test_inputs_that_are_not_text_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match="give token ids"):
         ANALYSES[name](llama(), ["a text"])
 

@@ -157,7 +157,7 @@ def test_one_key_is_apart_from_all_others() -> None:
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-def test_keys_alike_are_not_told_apart(distance: Any) -> None:
+def test_equal_keys_are_not_separated(distance: Any) -> None:
     value = torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(0)).expand(1, 7, 64)
     alike = value.clone()
     alike[0, :] = value[0, 0]
@@ -526,7 +526,7 @@ def test_lags_beyond_a_text_are_empty() -> None:
     assert found[0, :11].tolist() == pytest.approx(expected)
 
 
-def test_a_value_of_no_length_is_similar_to_none() -> None:
+def test_a_zero_value_is_not_similar_to_any_other() -> None:
     v = torch.ones(1, 4, 3, dtype=torch.float64)
     v[0, 1] = 0
     assert similarity_sums(v, 3)[0].tolist() == pytest.approx([1, 1, 1])

@@ -67,7 +67,9 @@ def test_texts_come_from_tokenizers_and_loaders(tiny_tokenizer: Any) -> None:
         ),
     ],
 )
-def test_what_is_no_text_is_refused(batches: Any, error: type[Exception], message: str) -> None:
+def test_inputs_that_are_not_text_are_refused(
+    batches: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         texts_of(batches)
 

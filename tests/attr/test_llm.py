@@ -362,7 +362,9 @@ def test_layers_that_leave_out_early_queries_are_read_from_the_end(tiny_tokenize
     ("target", "message"),
     [(3, "target is a int: give a text"), (torch.zeros(1, 2).long(), r"of shape \(1, 2\)")],
 )
-def test_what_is_not_an_output_is_refused(target: Any, message: str, tiny_tokenizer: Any) -> None:
+def test_targets_that_are_not_an_output_are_refused(
+    target: Any, message: str, tiny_tokenizer: Any
+) -> None:
     llm = LLMTokenAttribution(ContributionWeights(llama()), tiny_tokenizer)
     with pytest.raises(TypeError, match=message):
         llm.attribute("a b", target=target)

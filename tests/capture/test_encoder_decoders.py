@@ -51,7 +51,7 @@ def masked(ids: Tensor, padding: int) -> Tensor:
     ("lengths", "paddings"),
     [((9, 7), (2, 0)), ((7, 7), (2, 0)), ((7, 7), (0, 2)), ((7, 7), (3, 1)), ((7, 7), (1, 3))],
 )
-def test_padding_of_either_sequence_changes_no_other_number(
+def test_padding_of_either_sequence_does_not_change_the_other_numbers(
     make: Any, kernel: str, lengths: tuple[int, int], paddings: tuple[int, int]
 ) -> None:
     model = make()
@@ -102,7 +102,7 @@ def test_kinds_are_recognised_if_both_texts_have_the_same_length() -> None:
     assert len(ContributionWeights(bart(), kind="self").attribute(inputs)) == 4
 
 
-def test_a_named_layer_needs_no_kind() -> None:
+def test_a_named_layer_does_not_need_a_kind() -> None:
     model: Any = bart()
     layer = model.model.decoder.layers[1].encoder_attn
     inputs = {"input_ids": tokens(9), "decoder_input_ids": tokens(7)}

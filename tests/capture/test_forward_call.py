@@ -306,7 +306,7 @@ def test_a_callable_of_one_mapping_is_given_it_as_a_whole() -> None:
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_a_mapping_that_no_argument_is_named_in_is_refused_where_the_model_fails() -> None:
+def test_a_mapping_that_does_not_name_an_argument_is_refused_if_the_model_fails() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()

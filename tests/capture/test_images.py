@@ -505,7 +505,7 @@ def test_a_text_beside_an_image_is_explained_by_the_language_layers(make: Any, w
     assert not torch.allclose(found.scores["contribution"], other.scores["contribution"], atol=1e-4)
 
 
-def test_as_many_channels_as_tokens_are_no_tokens(words: Any) -> None:
+def test_channels_are_not_tokens_even_if_there_are_as_many(words: Any) -> None:
     """An image ``(1, 3, 16, 16)`` beside a prompt of three tokens."""
     from captum_cw.text.prompts import extended
 

@@ -150,7 +150,9 @@ def test_a_batch_equals_its_single_examples(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_padding_changes_no_other_number(model: nn.Module, side: str, implementation: str) -> None:
+def test_padding_does_not_change_the_other_numbers(
+    model: nn.Module, side: str, implementation: str
+) -> None:
     model.set_attn_implementation(implementation)
     inputs, real = padded_batch(side)
     alone = inputs["input_ids"][1:][real[1:]][None]

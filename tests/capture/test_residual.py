@@ -89,7 +89,7 @@ def test_logits_are_those_of_the_unobserved_model(model: Any) -> None:
     assert torch.equal(output.logits, alone)
 
 
-def test_the_spaces_differ_where_there_is_a_norm_and_are_the_same_where_there_is_none() -> None:
+def test_the_spaces_differ_only_if_a_norm_follows_attention() -> None:
     for build_model, differ in ((gemma2, True), (llama, False)):
         model = build_model()
         a, b = (
@@ -164,7 +164,7 @@ class _Doubled(nn.Module):
         return x * x
 
 
-def test_what_is_no_norm_is_refused() -> None:
+def test_a_module_that_is_not_a_norm_is_refused() -> None:
     model: Any = gemma2()
     model.model.layers[1].post_attention_layernorm = _Doubled().eval()
     ids, before = token_ids(), state_of(model)
@@ -245,6 +245,6 @@ def test_threads_do_not_see_each_other() -> None:
     run_in_threads(4, work)
 
 
-def test_attention_weights_have_no_space() -> None:
+def test_attention_weights_do_not_have_a_space() -> None:
     with pytest.raises(TypeError, match="space"):
         AttentionWeights(gemma2(), space="residual")  # type: ignore[call-arg]

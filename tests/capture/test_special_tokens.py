@@ -19,7 +19,7 @@ from captum_cw.removal.sinks import find_sinks
 from support.models import llama
 
 PADDED = "begins or ends with pad_token_id=0, but there is no attention_mask: every id counts"
-TWICE = r"begins with two begin tokens \(bos_token_id=1\).*add_special_tokens=False"
+TWICE = r"two beginning-of-sequence \(BOS\) tokens \(bos_token_id=1\).*add_special_tokens=False"
 
 
 def evaluate(model: nn.Module, given: Any) -> None:
@@ -51,13 +51,13 @@ def ids(*rows: list[int]) -> Tensor:
     [ids([5, 6, 7, 8], [9, 5, 6, 0]), ids([0, 0, 5, 6], [5, 6, 7, 8]), ids([0, 5, 6, 7])],
     ids=["right", "left", "one"],
 )
-def test_padding_without_a_mask_is_told(call: str, given: Tensor) -> None:
+def test_padding_without_a_mask_is_warned_of(call: str, given: Tensor) -> None:
     with pytest.warns(UserWarning, match=PADDED):
         CALLS[call](llama(), given)
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_nothing_is_told_of_ids_with_a_mask_or_without_padding(call: str) -> None:
+def test_ids_with_a_mask_or_without_padding_are_not_warned_of(call: str) -> None:
     padded = ids([5, 6, 7, 8], [9, 5, 6, 0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -88,12 +88,12 @@ def test_an_end_token_that_pads_too_is_padding_from_the_second_on() -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_two_begin_tokens_are_told(call: str) -> None:
+def test_two_bos_tokens_are_warned_of(call: str) -> None:
     with pytest.warns(UserWarning, match=TWICE):
         CALLS[call](llama(), ids([1, 1, 5, 6]))
 
 
-def test_two_begin_tokens_are_told_behind_padding_and_not_within_a_text() -> None:
+def test_two_bos_tokens_are_warned_of_after_padding_but_not_within_a_text() -> None:
     method = ContributionWeights(llama())
     mask = ids([0, 1, 1, 1, 1])
     with pytest.warns(UserWarning, match=TWICE):

@@ -185,11 +185,11 @@ def test_the_page_of_a_long_text_holds_scores_alone(
     ("arguments", "message"),
     [
         (["--text", ""], "the text is empty"),
-        (["--text", "a", "--file", "b"], "not allowed with argument"),
+        (["--text", "Ice is cold", "--file", "b"], "not allowed with argument"),
         ([], "one of the arguments --text --file is required"),
-        (["--text", "a", "--target", "b", "--reduction", "sum"], "give one of them"),
-        (["--text", "a", "--out", "no/such/page.html"], "there is no folder no/such"),
-        (["--text", "a", "--method", "magic"], "invalid choice: 'magic'"),
+        (["--text", "Ice is cold", "--target", "b", "--reduction", "sum"], "give one of them"),
+        (["--text", "Ice is cold", "--out", "no/such/page.html"], "there is no folder no/such"),
+        (["--text", "Ice is cold", "--method", "magic"], "invalid choice: 'magic'"),
     ],
 )
 def test_wrong_usage_exits_with_2(
@@ -202,7 +202,7 @@ def test_wrong_usage_exits_with_2(
 
 
 def test_an_unknown_model_is_a_failure_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["attribute", "--model", "no/such-model", "--text", "a"]
+    arguments = ["attribute", "--model", "no/such-model", "--text", "Ice is cold"]
     assert main(arguments) == 1
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("captum-cw attribute: error: Model 'no/such-model' cannot be loaded")
@@ -405,7 +405,7 @@ def test_models_of_other_kinds_need_no_tokenizer(
     ]
 
 
-def test_a_model_that_is_refused_is_told_with_the_reason(
+def test_a_refused_model_is_reported_with_the_reason(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(model: object) -> None:
@@ -568,11 +568,11 @@ def test_a_chat_is_rendered_with_the_arguments_of_its_template(
         (["--chat", "--chat-template-kwargs", "{x"], "'{x' is not a JSON object"),
     ],
 )
-def test_wrong_arguments_of_a_template_are_told(
+def test_wrong_arguments_of_a_template_are_reported(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["attribute", "--model", "x", "--text", "a", *arguments])
+        main(["attribute", "--model", "x", "--text", "Ice is cold", *arguments])
     assert message in capsys.readouterr().err
 
 
@@ -593,7 +593,7 @@ def test_wrong_arguments_of_a_template_are_told(
         (["evaluate", "--out", "x"], "Run captum-cw evaluate --help"),
     ],
 )
-def test_wrong_usage_is_told_with_what_may_be_meant(
+def test_wrong_usage_is_reported_with_a_suggestion(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -609,7 +609,7 @@ def test_wrong_usage_is_json_where_that_is_asked_for(capsys: pytest.CaptureFixtu
     assert "the text is empty" in document["error"]
 
 
-def test_a_folder_that_is_not_there_is_told_with_one_that_is(
+def test_a_missing_folder_is_reported_with_an_existing_one(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["models", f"{folder}s"]) == 1
@@ -621,7 +621,7 @@ def test_a_folder_that_is_not_there_is_told_with_one_that_is(
     assert "the hub does not answer. Did you mean 'HuggingFaceTB/SmolLM2-135M-Instruct'?" in err
 
 
-def test_a_file_that_is_not_there_is_told_with_one_that_is(
+def test_a_missing_file_is_reported_with_an_existing_one(
     data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = data.replace("letters", "letter")
@@ -632,7 +632,7 @@ def test_a_file_that_is_not_there_is_told_with_one_that_is(
         assert f"Did you mean {meant!r}?" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_told_before_anything_is_loaded(
+def test_a_missing_package_is_reported_before_anything_is_loaded(
     data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(problems, "find_spec", lambda name: None if name == "pandas" else name)
@@ -643,7 +643,7 @@ def test_a_missing_package_is_told_before_anything_is_loaded(
     }
 
 
-def test_a_text_that_is_too_long_is_told_before_the_run(
+def test_a_text_that_is_too_long_is_reported_before_the_run(
     tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, long, short = str(tmp_path / "gpt2"), "b c " * 35, "b c"
@@ -686,7 +686,7 @@ def test_an_interrupted_run_exits_with_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(attribute, "run", interrupted)
-    assert main(["attribute", "--model", "x", "--text", "a", "--json"]) == 130
+    assert main(["attribute", "--model", "x", "--text", "Ice is cold", "--json"]) == 130
     assert printed_json(capsys) == {"error": "Interrupted.", "type": "KeyboardInterrupt"}
 
 
@@ -727,7 +727,7 @@ def test_what_libraries_print_is_no_part_of_the_json(
         return SimpleNamespace(document={"found": [float("inf")]})
 
     monkeypatch.setattr(attribute, "run", run)
-    assert main(["attribute", "--model", "x", "--text", "a", "--json"]) == 0
+    assert main(["attribute", "--model", "x", "--text", "Ice is cold", "--json"]) == 0
     assert printed_json(capsys) == {"found": [None]}
 
 

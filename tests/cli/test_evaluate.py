@@ -127,7 +127,7 @@ def test_packed_texts_have_exactly_the_length(command: list[str], tmp_path: Path
         (["--scoring", "late"], "argument --scoring"),
     ],
 )
-def test_wrong_usage_is_told_from_failure(
+def test_wrong_usage_differs_from_failure(
     command: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as error:
@@ -145,7 +145,7 @@ def test_wrong_usage_is_told_from_failure(
         (["--device", "nowhere"], "nowhere"),
     ],
 )
-def test_failures_are_told_in_one_line(
+def test_failures_are_reported_in_one_line(
     command: list[str],
     options: list[str],
     message: str,

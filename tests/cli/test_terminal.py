@@ -231,7 +231,7 @@ def test_a_pipe_that_closes_ends_what_needs_no_model(arguments: list[str]) -> No
     assert not told
 
 
-def test_a_failure_is_told_where_nobody_reads_the_output(tmp_path: Path) -> None:
+def test_a_failure_is_reported_if_nobody_reads_the_output(tmp_path: Path) -> None:
     arguments = ["attribute", "--model", "x", "--file", str(tmp_path / "missing")]
     code, told = closed_after(0, arguments)
     assert code == 1
@@ -247,5 +247,5 @@ def test_another_broken_pipe_is_a_failure(
         raise BrokenPipeError("The helper has gone.")
 
     monkeypatch.setattr(attribute, "run", run)
-    assert main(["attribute", "--model", "x", "--text", "a"]) == 1
+    assert main(["attribute", "--model", "x", "--text", "Ice is cold"]) == 1
     assert "The helper has gone." in capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_tokens_labelled_as_ignored_do_not_count() -> None:
         metric.evaluate({"c": "contribution"}, {**batch, "labels": labels[:, 1:]})
 
 
-def test_vanishing_outputs_are_told() -> None:
+def test_vanishing_outputs_are_warned_of() -> None:
     model: Any = llama()
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight.zero_()
@@ -381,7 +381,7 @@ def test_scores_of_another_model_are_taken_in_its_own_pass() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_another_model_sees_no_padding_and_no_dropout(side: str) -> None:
+def test_another_model_runs_without_padding_and_dropout(side: str) -> None:
     model, other = gpt2(), with_shuffled_weights(gpt2())
     inputs, real = padded_batch(side)
     expected = [

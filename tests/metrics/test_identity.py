@@ -28,7 +28,7 @@ from support.running import process_environment
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_callables_that_differ_are_told_apart(name: str) -> None:
+def test_callables_that_differ_have_different_identities(name: str) -> None:
     one, other = PAIRS[name]
     found = [described(x) for x in (one, one, other)]
     assert found[0] == found[1] != found[2]
@@ -144,7 +144,7 @@ def test_a_pass_leaves_the_fingerprint_of_a_model() -> None:
     assert fingerprint(model) == before
 
 
-def test_patterns_and_cached_properties_can_be_told() -> None:
+def test_patterns_and_cached_properties_can_be_identified() -> None:
     class Matching:
         pattern = re.compile("a+")
 
@@ -175,7 +175,7 @@ def test_the_evaluated_model_has_no_name_of_its_own() -> None:
     assert first != second
 
 
-def test_a_callable_that_cannot_be_told_apart_does_not_resume(tmp_path: Path) -> None:
+def test_a_callable_that_cannot_be_identified_does_not_resume(tmp_path: Path) -> None:
     metric = ComprehensivenessSufficiency(llama(), [0.5], granularity="token")
     lock = threading.Lock()
     methods = {"mine": lambda batch: batch.float() * bool(lock)}

@@ -558,7 +558,7 @@ def test_other_models_and_tokenizers_are_refused(
         evaluate(model, tokenizer)
 
 
-def test_without_the_harness_it_is_told_how_to_get_it(
+def test_without_the_harness_the_error_says_how_to_install_it(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)

@@ -78,7 +78,7 @@ def test_the_page_counts_the_listed_types() -> None:
     }
     text = page(ModelTypes("5", "2", groups))
     assert "Of the 2 types whose attention goes through the registry, 1 work." in text
-    assert "In all 3 types: 1 works, 1 refused, 1 no softmax attention." in text
+    assert "All 3 types by status: 1 works, 1 refused, 1 no softmax attention." in text
     assert "| b | `BAttention` | registry | 1 | refused | No layer |" in text
     assert "## Vision" in text
 
@@ -95,8 +95,8 @@ def test_the_readme_counts_what_is_tested() -> None:
         group: (len(types), tested.counts(group)["works"]) for group, types in tested.groups.items()
     }
     assert f"Of the {registered} causal model types" in readme
-    assert f"{works} are tested to be right" in readme
-    assert "of all {} causal types {};".format(*of["causal"]) in readme
+    assert f"{works} pass. " in readme
+    assert "Of all {} causal types, {} pass.".format(*of["causal"]) in readme
     for group, name in (
         ("encoder", "masked language models"),
         ("encoder-decoder", "encoder-decoders"),

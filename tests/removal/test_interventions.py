@@ -479,7 +479,7 @@ def test_senseless_choices_are_refused(options: dict[str, Any], message: str) ->
     assert state_of(model) == before
 
 
-def test_a_method_that_is_none_is_refused() -> None:
+def test_methods_that_do_not_score_pairs_are_refused() -> None:
     model = llama()
     with pytest.raises(TypeError, match="method is of type int"), remove_tokens(model, 3, 0.5):
         pass

@@ -122,7 +122,7 @@ def test_another_plan_model_or_text_is_another_run(study: Study, tmp_path: Path)
         run(study, tmp_path, ["T9"])
 
 
-def test_what_a_model_cannot_give_is_told(study: Study, tmp_path: Path) -> None:
+def test_an_item_that_a_model_does_not_support_is_reported(study: Study, tmp_path: Path) -> None:
     found, _ = run(replace(study, texts=["a b c", "d e f"]), tmp_path, ["F6", "T2"])
     cone, correlations = found.items
     assert cone.result is None

@@ -158,11 +158,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 SPECIAL["zamba2"] = SPECIAL["zamba"]
 
-DRAFTER = "drafts from the hidden states and keys of a larger model, without tokens"
+DRAFTER = "it drafts from the hidden states and keys of a larger model, without token ids"
 CANNOT: dict[str, str] = {
-    "encoder-decoder": "is made of two others",
-    "perceiver": "needs inputs of its own",
-    "gemma3n": "needs timm",
+    "encoder-decoder": "it is made of two other models",
+    "perceiver": "it needs inputs of its own",
+    "gemma3n": "it needs timm",
     "gemma4_assistant": DRAFTER,
     "gemma4_unified_assistant": DRAFTER,
 }

@@ -340,7 +340,7 @@ def outcome(model_type: str, group: str = "causal") -> Outcome:
         inputs["use_cache"] = False  # modules run again, and would append to it
     found = check(model, inputs)
     if found.status == "refused" and model_type in NO_SOFTMAX:
-        return Outcome("no softmax attention", "scores of tokens are not what its layers have")
+        return Outcome("no softmax attention", "its layers do not compute attention weights")
     return found
 
 
@@ -351,13 +351,13 @@ def page(found: ModelTypes) -> str:
         "",
         "`python -m support.matrix` in `tests/` wrote this page with transformers "
         f"{found.transformers} and torch {found.torch}. It tests the model types of transformers, "
-        "each as a small model with random weights. A type works if two things hold. The four "
+        "each as a small model with random weights. A type works if two things hold: the four "
         "measures, the token scores and a removal equal those of a slow reference that reads the "
-        "attention modules themselves. And the output of the model does not change by a single bit "
+        "attention modules themselves, and the output of the model stays the same, bit for bit, "
         "while it is observed. Models compute attention through the attention registry of "
-        "transformers (tested with the eager kernel and with SDPA), or by themselves. A model that "
-        "is not supported is refused with a reason. If a part of a model is left out, a warning "
-        "says so.",
+        'transformers (tested with the eager kernel and with SDPA), or in their own code ("by '
+        'itself"). A model that is not supported is refused with a reason. If a part of a model is '
+        'left out ("in part"), a warning says so.',
     ]
     for group, of_group in found.groups.items():
         lines += ["", f"## {TITLES[group]}", "", _counts(found, group), ""]
@@ -381,7 +381,7 @@ def _counts(found: ModelTypes, group: str) -> str:
     in_all = ", ".join(f"{n} {status}" for status, n in found.counts(group).items() if n)
     return (
         f"Of the {registered} types whose attention goes through the registry, {works} work. "
-        f"In all {len(found.groups[group])} types: {in_all}."
+        f"All {len(found.groups[group])} types by status: {in_all}."
     )
 
 

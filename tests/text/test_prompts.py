@@ -133,7 +133,7 @@ CACHE = transformers.DynamicCache()
         (["a b", "c d"], TypeError, "'a b' is not a message"),
     ],
 )
-def test_what_is_not_one_text_is_refused(
+def test_inputs_that_are_not_one_text_are_refused(
     given: Any, kind: Any, message: str, tiny_tokenizer: Any
 ) -> None:
     with pytest.raises(kind, match=message):
@@ -240,7 +240,7 @@ def test_content_of_another_kind_is_refused(chats: Any, content: Any) -> None:
         explain(llama(), chats, [{"role": "U", "content": content}])
 
 
-# Two begin tokens
+# Two BOS tokens
 
 
 @pytest.fixture
@@ -261,11 +261,11 @@ def warnings_of(call: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [str(w.message) for w in caught if "twice" in str(w.message)]
+    return [str(w.message) for w in caught if "(BOS) tokens" in str(w.message)]
 
 
 def test_a_rendered_chat_that_is_tokenized_again_is_warned_of(beginning: Any) -> None:
-    model = llama()  # its configuration has another begin token
+    model = llama()  # its configuration has another BOS token
     chat = [{"role": "U", "content": "a b"}]
     rendered = beginning.apply_chat_template(chat, tokenize=False)
     assert beginning(rendered).input_ids[:2] == [beginning.bos_token_id] * 2
@@ -281,7 +281,7 @@ def test_a_rendered_chat_that_is_tokenized_again_is_warned_of(beginning: Any) ->
         lambda: token_batches([rendered], beginning, max_length=3, pack=True),
     ):
         (found,) = warnings_of(call)
-        assert "begin token 'B' twice" in found
+        assert "two beginning-of-sequence (BOS) tokens 'B'" in found
         assert "add_special_tokens=False" in found
     for call in (
         lambda: explain(model, beginning, chat),
@@ -293,14 +293,14 @@ def test_a_rendered_chat_that_is_tokenized_again_is_warned_of(beginning: Any) ->
         assert not warnings_of(call)
 
 
-def test_nothing_is_said_here_where_the_models_own_begin_token_stands_twice(
+def test_a_repeated_bos_token_of_the_model_is_reported_only_by_the_forward_call(
     beginning: Any,
 ) -> None:
     model = llama()
-    model.config.bos_token_id = beginning.bos_token_id  # that is seen where the model is called
+    model.config.bos_token_id = beginning.bos_token_id  # the forward call warns of this token
     rendered = beginning.apply_chat_template([{"role": "U", "content": "a"}], tokenize=False)
     found = warnings_of(lambda: explain(model, beginning, rendered))
-    assert not any("begin token 'B'" in message for message in found)
+    assert not any("(BOS) tokens 'B'" in message for message in found)
 
 
 # Vocabularies of bytes

@@ -85,7 +85,7 @@ def metaspace() -> PreTrainedTokenizerFast:
         (metaspace, "a bc b.a", [" a", " bc", " b", ".", "a"]),
     ],
 )
-def test_words_are_told_by_their_text(make: Any, text: str, expected: list[str]) -> None:
+def test_words_are_found_by_their_text(make: Any, text: str, expected: list[str]) -> None:
     tokenizer = make()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     tokens = readable_tokens(tokenizer, ids)
@@ -93,7 +93,7 @@ def test_words_are_told_by_their_text(make: Any, text: str, expected: list[str])
     assert words == expected
 
 
-def test_what_is_no_word_has_no_number() -> None:
+def test_tokens_outside_of_words_do_not_have_a_number() -> None:
     tokenizer = bytes_only()
     ids = torch.tensor(tokenizer("<s>b  c\n")["input_ids"])
     assert word_numbers(tokenizer, ids) == [None, 0, None, None, 1, None]
@@ -441,7 +441,7 @@ def test_a_chat_is_explained_without_a_prompt_for_more(
         ([{"content": "a"}], TypeError, "is not a message: give {'role'"),
     ],
 )
-def test_what_is_no_chat_is_refused(
+def test_inputs_that_are_not_a_chat_are_refused(
     messages: Any, kind: Any, message: str, language_model: tuple[nn.Module, Any]
 ) -> None:
     model, tokenizer = language_model

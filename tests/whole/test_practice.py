@@ -162,7 +162,7 @@ class _Bent(_Mixed):
         return torch.tensordot(y, self.inner.weight, dims=([-1], [-1])).tanh()
 
 
-def test_what_is_not_linear_is_no_projection() -> None:
+def test_a_product_that_is_not_linear_is_not_a_projection() -> None:
     model = llama()
     attention = model.model.layers[1].self_attn
     attention.o_proj = _Bent(attention.o_proj).eval()

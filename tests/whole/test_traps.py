@@ -226,7 +226,7 @@ def test_any_whole_number_is_an_index(index: Any) -> None:
 
 
 @pytest.mark.parametrize("queries", [True, 1.5, slice(None, None, -1), "first"])
-def test_what_is_no_index_is_refused(queries: Any) -> None:
+def test_queries_that_are_not_an_index_are_refused(queries: Any) -> None:
     with pytest.raises(ValueError, match="is unknown: give 'all', an index or a slice"):
         TokenScores(ContributionWeights(mistral()), queries=queries)
 
