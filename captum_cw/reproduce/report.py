@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from captum_cw._utils.files import write_json
@@ -71,8 +72,6 @@ def write_report(
     Returns:
         The files.
     """
-    import pandas as pd
-
     judged = [(claim, [study.judgement(claim) for study in studies]) for claim in claims]
     rows = [
         {
