@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from rich.console import Console
 
-__all__ = ["console"]
-
 
 class _Console(Console):
     """A console that leaves a reader that has gone to the one place that deals with it."""

@@ -298,17 +298,21 @@ def _regression_table(item: str, result: Result) -> pd.DataFrame:
     return wide
 
 
+def _regress(study: Study, *, log: bool) -> Result:
+    """Regress contributions on products of their factors."""
+    plan = study.plan
+    function = analysis.component_regression
+    return _analyse(function, study, points=plan.points, seed=plan.seed, log=log)
+
+
 @item("T1", table=_regression_table)
-def regression(study: Study, folder: Path, *, log: bool = False) -> Result:
+def regression(study: Study, folder: Path) -> Result:
     """What the factors explain of contributions (Table 1).
 
     Centred R2 of a line through the origin. Geometry explains the first token; attention and cosine
     together explain the others.
     """
-    plan = study.plan
-    return _analyse(
-        analysis.component_regression, study, points=plan.points, seed=plan.seed, log=log
-    )
+    return _regress(study, log=False)
 
 
 @item("T3", table=_regression_table)
@@ -318,7 +322,7 @@ def log_regression(study: Study, folder: Path) -> Result:
     The columns printed in Table 3 equal those of Table 1 for FineWeb-Edu, so they are not in
     logarithms. The printed columns for GSM8K are shown here.
     """
-    return regression(study, folder, log=True)
+    return _regress(study, log=True)
 
 
 @item("T2")

@@ -23,8 +23,6 @@ from captum_cw.reproduce.printed import PAPER
 from captum_cw.reproduce.study import Plan
 from captum_cw.reproduce.verdicts import Judgement
 
-__all__ = ["Done", "StudyResults", "write_report"]
-
 VERSION = 1
 LIBRARIES = ("torch", "transformers", "captum", "scikit-learn", "scipy")
 #: Dots per inch of the figures.

@@ -12,8 +12,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MIN_TEXTS", "Judgement", "Verdict", "above", "below", "interval", "judgement"]
-
 Array = npt.NDArray[Any]
 Verdict = Literal["holds", "does not hold", "undecided", "not run"]
 #: An interval needs at least this many texts.
