@@ -37,8 +37,12 @@ from captum_cw.functional import (
 )
 
 FACTORS = ("attention", "relative norm", "cosine")
-#: The products of factors in Table 1, one for each row.
-SUBSETS = tuple(subset for n in (1, 2) for subset in combinations(range(3), n))
+#: The products of factors in Table 1, one for each row, and their factors.
+PRODUCTS = {
+    " x ".join(FACTORS[n] for n in subset): subset
+    for size in (1, 2)
+    for subset in combinations(range(3), size)
+}
 GROUPS = ("all", "first", "others")
 FOLDS = 5
 #: The number of points in a scatter plot.
@@ -134,10 +138,10 @@ def regression_of(
             dropped += int((~whole).sum())
             sample = np.log(np.abs(sample[whole]))
         factors, y = sample[:, :3], sample[:, 3]
-        for subset in SUBSETS:
+        for product, subset in PRODUCTS.items():
             chosen = factors[:, subset]
             x = chosen.sum(1) if log else chosen.prod(1)
-            place = {"components": " x ".join(FACTORS[n] for n in subset), "group": group}
+            place = {"components": product, "group": group}
             fit, held_out = _fit(x, y, seed)
             rows.append({**place, **fit, "points": len(y)})
             folds += [{**place, "fold": n, "r2": r2} for n, r2 in enumerate(held_out)]

@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 from captum_cw._utils.progress import progress_bar
 from captum_cw.analysis.attention_graph import (
-    FOLLOWER_FACTOR,
-    MIN_QUERY_FRACTION,
     Received,
     average_map,
     graph_numbers,
@@ -32,16 +30,7 @@ from captum_cw.analysis.attention_graph import (
     received_attention,
     sinks_above,
 )
-from captum_cw.analysis.frame_rule import (
-    ANCHOR_OF_TOP,
-    MAJORITY,
-    RARER_END,
-    Anchors,
-    Frame,
-    FrameEvidence,
-    anchors_of,
-    find_frame,
-)
+from captum_cw.analysis.frame_rule import Anchors, Frame, FrameEvidence, anchors_of, find_frame
 from captum_cw.analysis.result import AnalysisResult, Array, settings_of
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 
@@ -59,8 +48,7 @@ class ReferenceFrames(AnalysisResult):
     The plot shows the Fiedler value, star-likeness, received attention and divergence by layer.
 
     Attributes:
-        settings: ``frame`` (the type at the lowest percentile), the constants of the rule, and the
-            options of the run.
+        settings: ``frame`` (the type at the lowest percentile), and the options of the run.
         numbers: The evidence for ``frame``, as in ``FrameEvidence``, at the lowest percentile. This
             percentile allows the most sinks.
         tables: ``graph``: the ``GraphNumbers`` by layer and threshold, averaged over the texts for
@@ -141,11 +129,6 @@ def reference_frames(
         percentiles=list(percentiles),
         permutations=permutations,
         seed=seed,
-        anchor_of_top=ANCHOR_OF_TOP,
-        follower_of_even=FOLLOWER_FACTOR,
-        fewest_queries=MIN_QUERY_FRACTION,
-        most=MAJORITY,
-        rarer=RARER_END,
     )
     numbers = {name: x for name, x in main._asdict().items() if name != "frame"}
     return ReferenceFrames(settings, numbers, sums.tables(evidence))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import pandas as pd
@@ -47,11 +47,6 @@ class AnalysisResult:
     numbers: Mapping[str, float]
     tables: Mapping[str, pd.DataFrame]
 
-    _subclasses: ClassVar[dict[str, type[AnalysisResult]]] = {}
-
-    def __init_subclass__(cls) -> None:
-        AnalysisResult._subclasses[cls.__name__] = cls
-
     def to_dataframe(self) -> pd.DataFrame:
         """Return the main table."""
         return next(iter(self.tables.values()))
@@ -89,14 +84,14 @@ class AnalysisResult:
             ValueError: If the file is not a saved result, or has an unknown version or analysis.
         """
         content = read_json(path, VERSION, "analysis")
-        cls = AnalysisResult._subclasses.get(content["analysis"])
-        if cls is None:
+        known = {cls.__name__: cls for cls in AnalysisResult.__subclasses__()}
+        if content["analysis"] not in known:
             raise ValueError(
                 f"{path} holds a result of the unknown analysis {content['analysis']!r}; "
-                f"known: {', '.join(sorted(AnalysisResult._subclasses))}."
+                f"known: {', '.join(sorted(known))}."
             )
         tables = {name: pd.DataFrame(columns) for name, columns in content["tables"].items()}
-        return cls(content["settings"], content["numbers"], tables)
+        return known[content["analysis"]](content["settings"], content["numbers"], tables)
 
 
 def settings_of(texts: Sequence[Tensor], **options: Any) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Answer", "as_json", "show_files"]
-
 
 @dataclass(frozen=True)
 class Answer:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from rich.console import Console
 
-__all__ = ["console"]
-
 
 class _Console(Console):
     """A console that raises an error if the reader is gone; ``main`` handles it."""

@@ -67,8 +67,3 @@ def _show(text: str, explanation: ExplainedPrediction) -> None:
     for name, seconds in explanation.seconds.items():
         passes = f"{IG_STEPS} forward and backward passes" if name == IG else "one forward pass"
         out.print(f"{name:<20} {seconds:6.1f} s  {passes}")
-    total = float(scores[IG].sum())
-    out.print(
-        f"\nThe Integrated Gradients sum to {total:.1f}. With more steps the sum would approach "
-        f"{total - explanation.ig_delta:.1f}, the change of the log-probability from the baseline."
-    )

@@ -27,15 +27,6 @@ from captum_cw.visualization import (
     save_figure,
 )
 
-__all__ = [
-    "DEMO_TEXT",
-    "IG",
-    "IG_STEPS",
-    "ExplainedPrediction",
-    "explain_prediction",
-    "save_figures",
-]
-
 DEMO_TEXT = (
     "In Germany people speak German, in Spain people speak Spanish, and in Italy people speak"
 )
@@ -54,8 +45,6 @@ class ExplainedPrediction:
         probability: Its probability.
         scores: For each method, the scores ``(T,)``.
         seconds: For each method, the run time in seconds.
-        ig_delta: The convergence delta of Integrated Gradients: their sum minus the change of the
-            log-probability from the baseline to the text.
     """
 
     input_ids: Tensor
@@ -64,7 +53,6 @@ class ExplainedPrediction:
     probability: float
     scores: dict[str, Tensor]
     seconds: dict[str, float]
-    ig_delta: float
 
 
 def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> ExplainedPrediction:
@@ -94,7 +82,7 @@ def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> Explained
         scores[method.name] = scorer.attribute(ids, show_progress=True)[0].cpu()
         seconds[method.name] = time.perf_counter() - start
     start = time.perf_counter()
-    scores[IG], delta = _integrated_gradients(model, ids, prediction, _baseline(tokenizer, ids))
+    scores[IG] = _integrated_gradients(model, ids, prediction, _baseline(tokenizer, ids))
     seconds[IG] = time.perf_counter() - start
     return ExplainedPrediction(
         input_ids=ids,
@@ -103,7 +91,6 @@ def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> Explained
         probability=float(probabilities[prediction]),
         scores=scores,
         seconds=seconds,
-        ig_delta=delta,
     )
 
 
@@ -119,10 +106,8 @@ def _baseline(tokenizer: Any, ids: Tensor) -> Tensor:
     return baseline
 
 
-def _integrated_gradients(
-    model: Any, ids: Tensor, target: int, baseline: Tensor
-) -> tuple[Tensor, float]:
-    """Return the scores ``(T,)`` and the convergence delta of Integrated Gradients."""
+def _integrated_gradients(model: Any, ids: Tensor, target: int, baseline: Tensor) -> Tensor:
+    """Return the scores ``(T,)`` of Integrated Gradients."""
     with progress_bar(IG_STEPS, "Integrated Gradients: steps", show=True) as bar:
 
         def log_probability(input_ids: Tensor) -> Tensor:
@@ -132,15 +117,10 @@ def _integrated_gradients(
             return logits.float().log_softmax(-1)[:, target]
 
         method = LayerIntegratedGradients(log_probability, model.get_input_embeddings())
-        attributions, delta = method.attribute(
-            ids,
-            baselines=baseline,
-            n_steps=IG_STEPS,
-            internal_batch_size=10,
-            return_convergence_delta=True,
+        attributions: Tensor = method.attribute(
+            ids, baselines=baseline, n_steps=IG_STEPS, internal_batch_size=10
         )
-    scores: Tensor = attributions[0].sum(-1).float().cpu()
-    return scores, float(delta)
+    return attributions[0].sum(-1).float().cpu()
 
 
 def save_figures(

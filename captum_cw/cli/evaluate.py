@@ -21,7 +21,6 @@ from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, TITLES, Side
 from captum_cw.metrics.tasks import TaskResult, check_task_model, evaluate_tasks
-from captum_cw.removal.options import RemovalKeywords
 
 #: The rates of tasks without ``--rates``.
 TASK_RATES = (0.3, 0.5, 0.7)
@@ -51,13 +50,6 @@ def run(options: Namespace) -> Answer | None:
     if not processes.is_main:
         return None
 
-    def show() -> None:
-        if result is not None:
-            _show_texts(result)
-        if tasks is not None:
-            _show_tasks(tasks)
-        show_files(files)
-
     document = {
         "model": options.model,
         "data": options.data,
@@ -66,7 +58,7 @@ def run(options: Namespace) -> Answer | None:
         "tasks": None if tasks is None else _document_of_tasks(tasks),
         "files": [str(file) for file in files],
     }
-    return Answer(document, show)
+    return Answer(document, lambda: _show(document))
 
 
 def _check_usage(options: Namespace, processes: Processes) -> None:
@@ -117,18 +109,11 @@ def _evaluate_texts(
     return evaluate_into(options.out, metric, methods, batches, shard=shard, show_progress=True)
 
 
-def _removal(options: Namespace) -> RemovalKeywords:
+def _removal(options: Namespace) -> dict[str, Any]:
     """Return the options of removal as keyword arguments of the library."""
-    return {
-        "reduction": options.reduction,
-        "scoring": options.scoring,
-        "ranking": options.ranking,
-        "granularity": options.granularity,
-        "rate_of": options.rate_of,
-        "protect_sinks": not options.allow_sinks,
-        "sink_space": options.sink_space,
-        "seed": options.seed,
-    }
+    names = ("reduction", "scoring", "ranking", "granularity", "rate_of", "sink_space", "seed")
+    chosen = {name: getattr(options, name) for name in names}
+    return {**chosen, "protect_sinks": not options.allow_sinks}
 
 
 def _masking(options: Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -227,49 +212,52 @@ def _document_of_tasks(result: TaskResult) -> dict[str, Any]:
 # For people
 
 
-def _show_texts(result: FaithfulnessResult) -> None:
+def _show(document: dict[str, Any]) -> None:
+    if document["texts"] is not None:
+        _show_texts(document["texts"], document["methods"][0])
+    if document["tasks"] is not None:
+        _show_tasks(document["tasks"])
+    show_files(document["files"])
+
+
+def _show_texts(texts: dict[str, Any], first: str) -> None:
     out = console()
-    examples, processes = len(result.records), result.settings["processes"]
-    corpus = f" (corpus perplexity {result.clean_corpus:.4g})" if result.has_likelihood else ""
+    comparable = texts["examples"] >= COMPARABLE
+    corpus = texts["clean_corpus"]
+    note = "" if corpus is None else f" (corpus perplexity {corpus:.4g})"
     out.print(
-        f"{result.settings['quantity']} of {_plural(examples, 'text')} with nothing removed: "
-        f"{result.clean:.4g}{corpus}, in {_plural(processes, 'process', 'processes')}"
+        f"{texts['quantity']} of {_plural(texts['examples'], 'text')} with nothing removed: "
+        f"{texts['clean']:.4g}{note}, in {_plural(texts['processes'], 'process', 'processes')}"
     )
-    first = result.methods[0]
-    for side, which in result.sides.items():
-        rates = result.rates[which]
-        table = _table(rates, "AOPC")
-        for name in result.methods:
-            deltas = result.deltas(name, side).mean(0).tolist()
-            table.add_row(name, *map(_readable, (*deltas, result.aopc()[name][side])))
-        out.print(f"\n{TITLES[side]}: mean change")
+    for side, title in TITLES.items():
+        effects = texts[side]
+        table = _table(effects["rates"], "AOPC")
+        for name, deltas in effects["delta"].items():
+            table.add_row(name, *map(_readable, (*deltas, effects["aopc"][name])))
+        out.print(f"\n{title}: mean change")
         out.print(table)
-        if examples < COMPARABLE:
-            continue
-        for name, better in _comparisons(result, side).items():
-            out.print(f"{first} against {name}: {_verdicts(rates, better)}", style="dim")
+        for name, better in effects["better"].items() if comparable else ():
+            out.print(f"{first} against {name}: {_verdicts(effects['rates'], better)}", style="dim")
     out.print(
-        "One text does not give an interval, so methods are not compared."
-        if examples < COMPARABLE
-        else "A method is better if the paired 95% bootstrap interval of the difference excludes "
-        "zero.",
+        "A method is better if the paired 95% bootstrap interval of the difference excludes zero."
+        if comparable
+        else "One text does not give an interval, so methods are not compared.",
         style="dim",
     )
 
 
-def _show_tasks(result: TaskResult) -> None:
+def _show_tasks(tasks: dict[str, dict[str, Any]]) -> None:
     out = console()
-    for task in result.tasks:
-        baseline = result.baseline[task]
-        table = _table(result.rates, "largest rate")
-        for name in result.methods:
-            rate = result.largest_rate(task, name)
-            cells = [f"{x:.3f}" for x in result.scores[task][name].tolist()]
+    for task, of in tasks.items():
+        value, stderr = of["baseline"]
+        table = _table(of["rates"], "largest rate")
+        for name, accuracy in of["accuracy"].items():
+            rate = of["at_most"][name]
+            cells = (f"{x:.3f}" for x in accuracy)
             table.add_row(name, *cells, "none" if rate is None else _percent(rate))
         out.print(
-            f"\n{task}: {result.metric[task]} on {result.documents[task]} documents, bottom "
-            f"removed; {baseline.value:.3f} with nothing removed (standard error "
-            f"{baseline.stderr:.3f})"
+            f"\n{task}: {of['metric']} on {of['documents']} documents, bottom removed; "
+            f"{value:.3f} with nothing removed (standard error {stderr:.3f})"
         )
         out.print(table)
     out.print(

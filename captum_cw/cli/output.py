@@ -17,16 +17,6 @@ from torch import Tensor
 from captum_cw._utils.processes import Processes
 from captum_cw.models.loading import DEMO_MODEL, load_as_saved, load_demo_model, load_model
 
-__all__ = [
-    "SINK_NOTE",
-    "announce",
-    "check_generates_text",
-    "coloured_text",
-    "load",
-    "load_any",
-    "token_table",
-]
-
 # The colours of Captum's pages at scores of -1 and 1; 0 is white.
 NEGATIVE, POSITIVE = (229, 77, 77), (32, 223, 32)
 SINK_NOTE = (

@@ -19,8 +19,6 @@ from captum_cw import __version__, measures
 from captum_cw._utils.suggestions import suggestion
 from captum_cw.cli import choices
 
-__all__ = ["UsageError", "parser"]
-
 #: The message of argparse about an unknown choice.
 WRONG_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)")
 MODEL = "a hub id, a local folder or a .gguf file"

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from captum_cw._utils.suggestions import suggestion_of_path
 
-__all__ = ["message_of", "need"]
-
 #: The extra that installs a module.
 EXTRAS = {
     "datasets": "evaluate",

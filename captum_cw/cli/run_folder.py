@@ -16,8 +16,6 @@ from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.tasks import TaskResult
 from captum_cw.visualization import save_figure
 
-__all__ = ["evaluate_into", "save_result", "save_tasks"]
-
 
 def evaluate_into(
     folder: Path,

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import TextIO
 
-__all__ = ["CLOSED", "discard_unread", "flush", "tolerant_streams"]
-
 #: The exit code after the reader of the output has closed it: that of a program that SIGPIPE ends.
 CLOSED = 141
 

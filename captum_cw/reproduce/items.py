@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 from captum_cw import analysis, measures
 from captum_cw.analysis import AnalysisResult
@@ -19,19 +22,15 @@ from captum_cw.reproduce.study import Study
 from captum_cw.visualization import readable_tokens
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["ITEMS", "Item"]
-
 Result = Any
+Run = Callable[[Study, Path], Result]
 Pictures = dict[str, "Figure"]
 
 
 def _number_table(item: str, result: Result) -> pd.DataFrame:
     """Return the headline numbers, next to those that the paper prints."""
-    import pandas as pd
-
     columns = {"here": result.numbers, **PRINTED.get(item, {})}
     return pd.DataFrame(columns).reindex(list(result.numbers))
 
@@ -58,21 +57,42 @@ class Item:
     name: str
     title: str
     reading: str
-    run: Callable[[Study, Path], Result]
+    run: Run
     table: Callable[[str, Result], pd.DataFrame] = _number_table
     pictures: Callable[[Result], Pictures] = _plot
-    load: Callable[[Path], Result] = field(default=AnalysisResult.load)
+    load: Callable[[Path], Result] = AnalysisResult.load
+
+
+#: The items by name, in the order of the report.
+ITEMS: dict[str, Item] = {}
+
+
+def item(name: str, **functions: Any) -> Callable[[Run], Run]:
+    """Add the function that is decorated to the items.
+
+    The first line of its docstring is the title, and the rest is the reading.
+
+    Args:
+        name: The name of the item.
+        functions: Functions of the item that are not the defaults.
+    """
+
+    def add(run: Run) -> Run:
+        assert run.__doc__ is not None
+        title, reading = (" ".join(x.split()) for x in run.__doc__.split("\n\n"))
+        ITEMS[name] = Item(name, title.removesuffix("."), reading, run, **functions)
+        return run
+
+    return add
+
+
+def _analyse(function: Callable[..., Result], study: Study, **options: Any) -> Result:
+    """Run an analysis of the main texts of a study."""
+    return function(study.model, study.analysed, show_progress=True, **options)
 
 
 # ---------------------------------------------------------------------------------------------
-# Analyses
-
-
-def _run_maps(study: Study, folder: Path) -> Result:
-    """Compute the maps of random heads over the first text."""
-    ids = study.analysed[0]["input_ids"]
-    tokens = readable_tokens(study.tokenizer, ids[0])
-    return analysis.weight_maps(study.model, ids, tokens=tokens, seed=study.plan.seed)
+# Maps
 
 
 def _plot_maps(result: Result) -> Pictures:
@@ -82,133 +102,28 @@ def _plot_maps(result: Result) -> Pictures:
     return {"own scales": own, "scales of the paper": paper}
 
 
-def _regression_table(item: str, result: Result) -> pd.DataFrame:
-    """Return R2 by product and group, next to the printed values."""
-    names = {"r2": "here", "r2_held_out": "held out", "r2_uncentred": "uncentred"}
-    wide: pd.DataFrame = result.to_dataframe().pivot_table(
-        index="components", columns="group", values=list(names), sort=False
-    )[list(names)]
-    wide.columns = [f"{group}, {names[value]}" for value, group in wide.columns]
-    for name, column in PRINTED[item].items():
-        wide[name] = wide.index.map(column)
-    return wide
+@item("F1", pictures=_plot_maps)
+def maps(study: Study, folder: Path) -> Result:
+    """Attention and contribution of random heads (Figs. 1, 12-14).
 
-
-def _run_analysis(
-    function: Callable[..., Result], *planned: str, sample: str = "", **options: Any
-) -> Callable[[Study, Path], Result]:
-    """Return a function that runs an analysis.
-
-    Args:
-        function: The analysis.
-        planned: The names of the options that the plan has.
-        sample: The name of the plan's texts and tokens; by default, the main texts.
-        options: Other options.
+    Attention concentrates on the first token; contributions do not.
     """
-
-    def run(study: Study, folder: Path) -> Result:
-        plan = study.plan
-        batches = study.batches(*getattr(plan, sample)) if sample else study.analysed
-        given = {name: getattr(plan, name) for name in planned}
-        return function(study.model, batches, show_progress=True, **given, **options)
-
-    return run
+    ids = study.analysed[0]["input_ids"]
+    tokens = readable_tokens(study.tokenizer, ids[0])
+    return analysis.weight_maps(study.model, ids, tokens=tokens, seed=study.plan.seed)
 
 
-def _selection_table(item: str, result: Result) -> pd.DataFrame:
-    """Return precision, recall and F by size."""
-    table = result.to_dataframe()
-    wide: pd.DataFrame = table.pivot_table(
-        index="size", columns="set", values=["precision", "recall", "f"], sort=False
-    )
-    wide.columns = [f"{what}, {of}" for what, of in wide.columns]
-    wide.index = [f"N = {size}" for size in wide.index]
-    return wide
+@item("F2", pictures=lambda result: {"": result.plot_factors(use_pyplot=False)[0]})
+def factors(study: Study, folder: Path) -> Result:
+    """The factors of one head's contributions (Fig. 2).
 
-
-def _frame_table(item: str, result: Result) -> pd.DataFrame:
-    """Return the evidence for the frame, with a column for each percentile."""
-    return result.tables["frames"].set_index("percentile").rename("percentile {:g}".format).T
+    Attention, relative norm, cosine and their product, for the first head of F1.
+    """
+    return maps(study, folder)
 
 
 # ---------------------------------------------------------------------------------------------
 # Removal
-
-
-def _methods_by_name(study: Study) -> dict[str, Any]:
-    """Return the methods of removal, by name."""
-    return {method: method for method in (*measures.names(), measures.RANDOM)}
-
-
-def _methods_across_layers(study: Study) -> dict[str, Any]:
-    """Return aggregators over layers that all sum over queries."""
-    attention, contribution = AttentionWeights(study.model), ContributionWeights(study.model)
-
-    def through(method: AttentionAttribution) -> TokenScores:
-        return TokenScores(method, reduction="sum", layers="rollout")
-
-    return {
-        "attention, mean": attention,
-        "contribution, mean": contribution,
-        "attention, rollout": through(attention),
-        "contribution, rollout": through(contribution),
-        "ALTI, rollout": through(ALTIWeights(study.model)),
-        "random": "random",
-    }
-
-
-def _run_removal(
-    name: str, methods: Callable[[Study], dict[str, Any]] = _methods_by_name, **choices: Any
-) -> Callable[[Study, Path], Result]:
-    """Return a function that measures comprehensiveness and sufficiency."""
-
-    def run(study: Study, folder: Path) -> Result:
-        plan = study.plan
-        metric = ComprehensivenessSufficiency(
-            study.model, {"top": plan.top, "bottom": plan.bottom}, seed=plan.seed, **choices
-        )
-        return metric.evaluate(
-            methods(study),
-            study.batches(*plan.removal, plan.batch_size),
-            resume_from=folder / f"{name}.records",
-        )
-
-    return run
-
-
-def _run_tasks(study: Study, folder: Path) -> Result:
-    """Evaluate downstream tasks."""
-    if not study.tasks:
-        raise ValueError("no tasks were given; --tasks runs them next to the first texts.")
-    plan = study.plan
-    return evaluate_tasks(
-        study.model,
-        study.tokenizer,
-        study.tasks,
-        {method: method for method in measures.names()},
-        plan.bottom,
-        task_path=study.task_path,
-        limit=plan.documents,
-        seed=plan.seed,
-        resume_from=folder / "F4.records",
-        show_progress=True,
-    )
-
-
-def _task_table(item: str, result: Result) -> pd.DataFrame:
-    """Return accuracy by rate, with a row for each task and method."""
-    import pandas as pd
-
-    rows = {}
-    for task in result.tasks:
-        for method in result.methods:
-            scores = dict(zip(result.rates, result.scores[task][method].tolist(), strict=True))
-            rows[f"{task}, {method}"] = {
-                "unchanged": result.baseline[task].value,
-                **{f"{100 * rate:g}%": score for rate, score in scores.items()},
-                "largest rate": result.largest_rate(task, method),
-            }
-    return pd.DataFrame(rows).T
 
 
 def _removal_table(item: str, result: Result) -> pd.DataFrame:
@@ -217,8 +132,6 @@ def _removal_table(item: str, result: Result) -> pd.DataFrame:
     Likelihood does not explode as perplexity does. With at least two texts, further rows show the
     difference between the first method and each other one, with paired 95% intervals.
     """
-    import pandas as pd
-
     table = result.to_dataframe()
     wide: pd.DataFrame = table.pivot_table(
         index="method", columns=["side", "rate"], values="delta_nll", sort=False
@@ -245,177 +158,315 @@ def _plot_removal(result: Result) -> Pictures:
     }
 
 
-def _removal_item(name: str, title: str, reading: str, **choices: Any) -> Item:
-    """Return an item that measures removal."""
-    reading += " Rows with (95%) are differences with paired bootstrap intervals over texts."
-    run, load = _run_removal(name, **choices), FaithfulnessResult.load
-    return Item(name, title, reading, run, _removal_table, _plot_removal, load)
-
-
-_ITEMS = (
-    Item(
-        "F1",
-        "Attention and contribution of random heads (Figs. 1, 12-14)",
-        "Attention concentrates on the first token; contributions do not.",
-        _run_maps,
-        pictures=_plot_maps,
-    ),
-    Item(
-        "F2",
-        "The factors of one head's contributions (Fig. 2)",
-        "Attention, relative norm, cosine and their product, for the first head of F1.",
-        _run_maps,
-        pictures=lambda result: {"": result.plot_factors(use_pyplot=False)[0]},
-    ),
-    _removal_item(
-        "F3",
-        "Removal by layer, sinks protected, scored online (Figs. 3, 8)",
-        "With the top removed, higher is better; with the bottom removed, lower is better. In the "
-        "paper, contributions are always ahead. The random baseline is ours.",
-    ),
-    Item(
-        "F4",
-        "Accuracy of downstream tasks, bottom removed (Fig. 4)",
-        "Contributions keep the accuracy of the unchanged model at higher rates. The largest rate "
-        "is the last one that keeps accuracy within its 95% interval.",
-        _run_tasks,
-        _task_table,
-        load=TaskResult.load,
-    ),
-    _removal_item(
-        "F9a",
-        "Removal by layer, scored in an unchanged pass",
-        "The comparison for Fig. 9: a global ranking needs scores from an unchanged pass.",
-        scoring="clean",
-    ),
-    _removal_item(
-        "F9",
-        "Removal by a ranking over all layers (Fig. 9)",
-        "Contributions are still ahead, but by less.",
-        scoring="clean",
-        ranking="global",
-    ),
-    _removal_item(
-        "F10",
-        "Removal with sinks unprotected (Fig. 10)",
-        "From the top, attention removes the sinks first, and the model collapses.",
-        protect_sinks=False,
-    ),
-    _removal_item(
-        "across",
-        "Whole tokens removed, by scores across layers",
-        "Not in the paper: rollout of attention (Abnar & Zuidema 2020), of contributions through "
-        "the residual stream, and ALTI (Ferrando et al. 2022), compared with means over layers. "
-        "Scores are sums over queries, because means rank whole tokens badly.",
-        methods=_methods_across_layers,
-        granularity="token",
-        reduction="sum",
-    ),
-    Item(
-        "T1",
-        "What the factors explain of contributions (Table 1)",
-        "Centred R2 of a line through the origin. Geometry explains the first token; attention and "
-        "cosine together explain the others.",
-        _run_analysis(analysis.component_regression, "points", "seed", log=False),
-        _regression_table,
-    ),
-    Item(
-        "T3",
-        "What the factors explain in logarithms, as the caption of Table 3 says",
-        "The columns printed in Table 3 equal those of Table 1 for FineWeb-Edu, so they are not in "
-        "logarithms. The printed columns for GSM8K are shown here.",
-        _run_analysis(analysis.component_regression, "points", "seed", log=True),
-        _regression_table,
-    ),
-    Item(
-        "T2",
-        "Correlation of the factors' logarithms (Table 2)",
-        "The factors are weakly correlated.",
-        _run_analysis(analysis.component_correlations, sample="correlations"),
-    ),
-    Item(
-        "F7",
-        "Distribution of the factors (Fig. 7)",
-        "All pairs have a large dispersion; cosines are centred near zero.",
-        _run_analysis(analysis.component_dispersion, "seed"),
-    ),
-    Item(
-        "T4",
-        "Mean weight on the first token (Table 4)",
-        "Attention overstates this weight. Contributions lower it below value-weighted attention "
-        "(in print, not for 1B). The printed 3B row repeats the 8B row, so it is left out. VW as "
-        "printed is in the unit of the hidden states.",
-        _run_analysis(analysis.first_token_weight),
-    ),
-    Item(
-        "T5",
-        "Entropy of weights (Table 5)",
-        "In nats. Without the first token, contributions are the most concentrated.",
-        _run_analysis(analysis.weight_entropy),
-    ),
-    Item(
-        "D.6",
-        "Contribution over attention against cosine (section D.6)",
-        "Within heads, the two are strongly correlated.",
-        _run_analysis(analysis.interference, "seed"),
-    ),
-    Item(
-        "F5a",
-        "Alignment of the first token's value (Fig. 5a)",
-        "The first value opposes the others, which agree with each other.",
-        _run_analysis(analysis.value_alignment),
-    ),
-    Item(
-        "F5b",
-        "Norm of head outputs against the sink rate (Figs. 5b, 11; Appendix E)",
-        "The norm is smallest below a sink rate of 1. Convexity is automatic, and with g = 0 the "
-        "minimum is also below 1, so it does not need the opposition of the sink.",
-        _run_analysis(analysis.output_norms, "seed"),
-    ),
-    Item(
-        "F5c",
-        "Perplexity as the first token's value is scaled (Fig. 5c)",
-        "Perplexity rises as the value shrinks.",
-        _run_analysis(analysis.sink_scaling, sample="scaling"),
-    ),
-    Item(
-        "F6",
-        "Head outputs and the cone of values (Fig. 6)",
-        "The fraction inside the cone, of the quarter of outputs with the lowest norm, with and "
-        "without the sink's value. Without it, nearly all are inside almost by construction.",
-        _run_analysis(analysis.semantic_cone),
-    ),
-    Item(
-        "selection",
-        "Separation of the tokens that attention selects (arXiv 2602.01893)",
-        "Precision, recall and F of the N keys with the most attention, and of random sets of the "
-        "same size. F at N = 1 is one by definition.",
-        _run_analysis(analysis.token_selection, "seed"),
-        _selection_table,
-    ),
-    Item(
-        "regimes",
-        "Retrievers, mixers and resets (arXiv 2602.01893)",
-        "Heads in three clusters, by their separation and the attention on the sink. The rule that "
-        "names the clusters is ours. The silhouette shows whether three is a good number.",
-        _run_analysis(analysis.head_regimes, "seed"),
-    ),
-    Item(
-        "assumptions",
-        "Assumptions of the theory of token selection (arXiv 2602.01893)",
-        "Value norms are stable except for a compressed sink, similarity decays with distance, and "
-        "attention by rank is piecewise.",
-        _run_analysis(analysis.selection_assumptions, "seed"),
-    ),
-    Item(
-        "frames",
-        "The frame of reference (arXiv 2508.02546)",
-        "Attention as a graph, and the positions of its sinks: one position (centralised), several "
-        "or varying positions (distributed), or both ends (bidirectional). The rule is ours.",
-        _run_analysis(analysis.reference_frames, "seed"),
-        _frame_table,
-    ),
+removal_item = partial(
+    item, table=_removal_table, pictures=_plot_removal, load=FaithfulnessResult.load
 )
 
-#: The items by name, in the order of the report.
-ITEMS: Mapping[str, Item] = {item.name: item for item in _ITEMS}
+
+def _remove(
+    study: Study, records: Path, methods: dict[str, Any] | None = None, **choices: Any
+) -> Result:
+    """Measure comprehensiveness and sufficiency; by default, of all measures and at random."""
+    plan = study.plan
+    metric = ComprehensivenessSufficiency(
+        study.model, {"top": plan.top, "bottom": plan.bottom}, seed=plan.seed, **choices
+    )
+    if methods is None:
+        methods = {method: method for method in (*measures.names(), measures.RANDOM)}
+    batches = study.batches(*plan.removal, plan.batch_size)
+    return metric.evaluate(methods, batches, resume_from=records)
+
+
+@removal_item("F3")
+def removal(study: Study, folder: Path) -> Result:
+    """Removal by layer, sinks protected, scored online (Figs. 3, 8).
+
+    With the top removed, higher is better; with the bottom removed, lower is better. In the paper,
+    contributions are always ahead. The random baseline is ours. Rows with (95%) are differences
+    with paired bootstrap intervals over texts.
+    """
+    return _remove(study, folder / "F3.records")
+
+
+def _task_table(item: str, result: Result) -> pd.DataFrame:
+    """Return accuracy by rate, with a row for each task and method."""
+    rows = {}
+    for task in result.tasks:
+        for method in result.methods:
+            scores = dict(zip(result.rates, result.scores[task][method].tolist(), strict=True))
+            rows[f"{task}, {method}"] = {
+                "unchanged": result.baseline[task].value,
+                **{f"{100 * rate:g}%": score for rate, score in scores.items()},
+                "largest rate": result.largest_rate(task, method),
+            }
+    return pd.DataFrame(rows).T
+
+
+@item("F4", table=_task_table, load=TaskResult.load)
+def tasks(study: Study, folder: Path) -> Result:
+    """Accuracy of downstream tasks, bottom removed (Fig. 4).
+
+    Contributions keep the accuracy of the unchanged model at higher rates. The largest rate is the
+    last one that keeps accuracy within its 95% interval.
+    """
+    if not study.tasks:
+        raise ValueError("no tasks were given; --tasks runs them next to the first texts.")
+    plan = study.plan
+    return evaluate_tasks(
+        study.model,
+        study.tokenizer,
+        study.tasks,
+        {method: method for method in measures.names()},
+        plan.bottom,
+        task_path=study.task_path,
+        limit=plan.documents,
+        seed=plan.seed,
+        resume_from=folder / "F4.records",
+        show_progress=True,
+    )
+
+
+@removal_item("F9a")
+def clean_removal(study: Study, folder: Path) -> Result:
+    """Removal by layer, scored in an unchanged pass.
+
+    The comparison for Fig. 9: a global ranking needs scores from an unchanged pass. Rows with (95%)
+    are differences with paired bootstrap intervals over texts.
+    """
+    return _remove(study, folder / "F9a.records", scoring="clean")
+
+
+@removal_item("F9")
+def global_removal(study: Study, folder: Path) -> Result:
+    """Removal by a ranking over all layers (Fig. 9).
+
+    Contributions are still ahead, but by less. Rows with (95%) are differences with paired
+    bootstrap intervals over texts.
+    """
+    return _remove(study, folder / "F9.records", scoring="clean", ranking="global")
+
+
+@removal_item("F10")
+def removal_of_sinks(study: Study, folder: Path) -> Result:
+    """Removal with sinks unprotected (Fig. 10).
+
+    From the top, attention removes the sinks first, and the model collapses. Rows with (95%) are
+    differences with paired bootstrap intervals over texts.
+    """
+    return _remove(study, folder / "F10.records", protect_sinks=False)
+
+
+@removal_item("across")
+def removal_across_layers(study: Study, folder: Path) -> Result:
+    """Whole tokens removed, by scores across layers.
+
+    Not in the paper: rollout of attention (Abnar & Zuidema 2020), of contributions through the
+    residual stream, and ALTI (Ferrando et al. 2022), compared with means over layers. Scores are
+    sums over queries, because means rank whole tokens badly. Rows with (95%) are differences with
+    paired bootstrap intervals over texts.
+    """
+    attention, contribution = AttentionWeights(study.model), ContributionWeights(study.model)
+
+    def through(method: AttentionAttribution) -> TokenScores:
+        return TokenScores(method, reduction="sum", layers="rollout")
+
+    methods = {
+        "attention, mean": attention,
+        "contribution, mean": contribution,
+        "attention, rollout": through(attention),
+        "contribution, rollout": through(contribution),
+        "ALTI, rollout": through(ALTIWeights(study.model)),
+        "random": "random",
+    }
+    records = folder / "across.records"
+    return _remove(study, records, methods, granularity="token", reduction="sum")
+
+
+# ---------------------------------------------------------------------------------------------
+# The role of value geometry
+
+
+def _regression_table(item: str, result: Result) -> pd.DataFrame:
+    """Return R2 by product and group, next to the printed values."""
+    names = {"r2": "here", "r2_held_out": "held out", "r2_uncentred": "uncentred"}
+    wide: pd.DataFrame = result.to_dataframe().pivot_table(
+        index="components", columns="group", values=list(names), sort=False
+    )[list(names)]
+    wide.columns = [f"{group}, {names[value]}" for value, group in wide.columns]
+    for name, column in PRINTED[item].items():
+        wide[name] = wide.index.map(column)
+    return wide
+
+
+def _regress(study: Study, *, log: bool) -> Result:
+    """Regress contributions on products of their factors."""
+    plan = study.plan
+    function = analysis.component_regression
+    return _analyse(function, study, points=plan.points, seed=plan.seed, log=log)
+
+
+@item("T1", table=_regression_table)
+def regression(study: Study, folder: Path) -> Result:
+    """What the factors explain of contributions (Table 1).
+
+    Centred R2 of a line through the origin. Geometry explains the first token; attention and cosine
+    together explain the others.
+    """
+    return _regress(study, log=False)
+
+
+@item("T3", table=_regression_table)
+def log_regression(study: Study, folder: Path) -> Result:
+    """What the factors explain in logarithms, as the caption of Table 3 says.
+
+    The columns printed in Table 3 equal those of Table 1 for FineWeb-Edu, so they are not in
+    logarithms. The printed columns for GSM8K are shown here.
+    """
+    return _regress(study, log=True)
+
+
+@item("T2")
+def correlations(study: Study, folder: Path) -> Result:
+    """Correlation of the factors' logarithms (Table 2).
+
+    The factors are weakly correlated.
+    """
+    batches = study.batches(*study.plan.correlations)
+    return analysis.component_correlations(study.model, batches, show_progress=True)
+
+
+@item("F7")
+def dispersion(study: Study, folder: Path) -> Result:
+    """Distribution of the factors (Fig. 7).
+
+    All pairs have a large dispersion; cosines are centred near zero.
+    """
+    return _analyse(analysis.component_dispersion, study, seed=study.plan.seed)
+
+
+@item("T4")
+def first_token_weight(study: Study, folder: Path) -> Result:
+    """Mean weight on the first token (Table 4).
+
+    Attention overstates this weight. Contributions lower it below value-weighted attention (in
+    print, not for 1B). The printed 3B row repeats the 8B row, so it is left out. VW as printed is
+    in the unit of the hidden states.
+    """
+    return _analyse(analysis.first_token_weight, study)
+
+
+@item("T5")
+def entropy(study: Study, folder: Path) -> Result:
+    """Entropy of weights (Table 5).
+
+    In nats. Without the first token, contributions are the most concentrated.
+    """
+    return _analyse(analysis.weight_entropy, study)
+
+
+@item("D.6")
+def interference(study: Study, folder: Path) -> Result:
+    """Contribution over attention against cosine (section D.6).
+
+    Within heads, the two are strongly correlated.
+    """
+    return _analyse(analysis.interference, study, seed=study.plan.seed)
+
+
+@item("F5a")
+def alignment(study: Study, folder: Path) -> Result:
+    """Alignment of the first token's value (Fig. 5a).
+
+    The first value opposes the others, which agree with each other.
+    """
+    return _analyse(analysis.value_alignment, study)
+
+
+@item("F5b")
+def output_norms(study: Study, folder: Path) -> Result:
+    """Norm of head outputs against the sink rate (Figs. 5b, 11; Appendix E).
+
+    The norm is smallest below a sink rate of 1. Convexity is automatic, and with g = 0 the minimum
+    is also below 1, so it does not need the opposition of the sink.
+    """
+    return _analyse(analysis.output_norms, study, seed=study.plan.seed)
+
+
+@item("F5c")
+def sink_scaling(study: Study, folder: Path) -> Result:
+    """Perplexity as the first token's value is scaled (Fig. 5c).
+
+    Perplexity rises as the value shrinks.
+    """
+    batches = study.batches(*study.plan.scaling)
+    return analysis.sink_scaling(study.model, batches, show_progress=True)
+
+
+@item("F6")
+def cone(study: Study, folder: Path) -> Result:
+    """Head outputs and the cone of values (Fig. 6).
+
+    The fraction inside the cone, of the quarter of outputs with the lowest norm, with and without
+    the sink's value. Without it, nearly all are inside almost by construction.
+    """
+    return _analyse(analysis.semantic_cone, study)
+
+
+# ---------------------------------------------------------------------------------------------
+# Token selection and reference frames
+
+
+def _selection_table(item: str, result: Result) -> pd.DataFrame:
+    """Return precision, recall and F by size."""
+    table = result.to_dataframe()
+    wide: pd.DataFrame = table.pivot_table(
+        index="size", columns="set", values=["precision", "recall", "f"], sort=False
+    )
+    wide.columns = [f"{what}, {of}" for what, of in wide.columns]
+    wide.index = [f"N = {size}" for size in wide.index]
+    return wide
+
+
+@item("selection", table=_selection_table)
+def selection(study: Study, folder: Path) -> Result:
+    """Separation of the tokens that attention selects (arXiv 2602.01893).
+
+    Precision, recall and F of the N keys with the most attention, and of random sets of the same
+    size. F at N = 1 is one by definition.
+    """
+    return _analyse(analysis.token_selection, study, seed=study.plan.seed)
+
+
+@item("regimes")
+def regimes(study: Study, folder: Path) -> Result:
+    """Retrievers, mixers and resets (arXiv 2602.01893).
+
+    Heads in three clusters, by their separation and the attention on the sink. The rule that names
+    the clusters is ours. The silhouette shows whether three is a good number.
+    """
+    return _analyse(analysis.head_regimes, study, seed=study.plan.seed)
+
+
+@item("assumptions")
+def assumptions(study: Study, folder: Path) -> Result:
+    """Assumptions of the theory of token selection (arXiv 2602.01893).
+
+    Value norms are stable except for a compressed sink, similarity decays with distance, and
+    attention by rank is piecewise.
+    """
+    return _analyse(analysis.selection_assumptions, study, seed=study.plan.seed)
+
+
+def _frame_table(item: str, result: Result) -> pd.DataFrame:
+    """Return the evidence for the frame, with a column for each percentile."""
+    return result.tables["frames"].set_index("percentile").rename("percentile {:g}".format).T
+
+
+@item("frames", table=_frame_table)
+def frames(study: Study, folder: Path) -> Result:
+    """The frame of reference (arXiv 2508.02546).
+
+    Attention as a graph, and the positions of its sinks: one position (centralised), several or
+    varying positions (distributed), or both ends (bidirectional). The rule is ours.
+    """
+    return _analyse(analysis.reference_frames, study, seed=study.plan.seed)

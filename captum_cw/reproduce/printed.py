@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from captum_cw.reproduce.verdicts import PRODUCTS
-
-__all__ = ["PAPER", "PRINTED"]
+from captum_cw.analysis.components import PRODUCTS
 
 PAPER = "arXiv 2606.07604"
 

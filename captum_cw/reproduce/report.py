@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from captum_cw._utils.files import write_json
@@ -21,8 +22,6 @@ from captum_cw.reproduce.items import Item
 from captum_cw.reproduce.printed import PAPER
 from captum_cw.reproduce.study import Plan
 from captum_cw.reproduce.verdicts import Judgement
-
-__all__ = ["Done", "StudyResults", "write_report"]
 
 VERSION = 1
 LIBRARIES = ("torch", "transformers", "captum", "scikit-learn", "scipy")
@@ -71,8 +70,6 @@ def write_report(
     Returns:
         The files.
     """
-    import pandas as pd
-
     judged = [(claim, [study.judgement(claim) for study in studies]) for claim in claims]
     rows = [
         {

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from captum_cw.data import token_batches
 from captum_cw.metrics.identity import checksum, fingerprint
 
-__all__ = ["FULL", "PAPER_DATA", "PAPER_MODELS", "PAPER_TASKS", "PLANS", "QUICK", "Plan", "Study"]
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -637,7 +637,7 @@ def test_figures_are_labelled(results: list[AnalysisResult]) -> None:
             assert ax.get_title().startswith(title)
             assert ax.get_xlabel()
             assert ax.get_ylabel()
-            assert ax.get_legend() or title.startswith("Sinks")
+            assert ax.get_legend() or title.startswith(("Sinks", "Regime"))
 
 
 @pytest.mark.parametrize("analysis", [token_selection, head_regimes, selection_assumptions])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,18 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from captum_cw.analysis.frames import FROM_END, FramesOverCheckpoints, ReferenceFrames
 from captum_cw.visualization._output import Picture, new_figure
-
-if TYPE_CHECKING:
-    from captum_cw.analysis.frames import FramesOverCheckpoints, ReferenceFrames
 
 _MARKERS = "osD^vPX*<>"
 
 #: Attention below this is drawn as this.
 _FAINTEST = 1e-3
-
-#: The number of positions drawn at each end.
-_ENDS = 16
 
 
 def plot_reference_frames(result: ReferenceFrames, use_pyplot: bool) -> Picture:
@@ -100,22 +95,14 @@ def _plot_by_layer(ax: Axes, groups: Any, column: str, colours: str, label: str)
 
 def _plot_received(fig: Figure, ax: Axes, table: pd.DataFrame) -> None:
     """Plot the received attention by layer and position, as a map."""
-    table = table[table["position"].between(-_ENDS, _ENDS - 1)]
     received = table.pivot(index="layer", columns="position", values="received")
-    positions = np.array(received.columns)
     # Positions from the end are on the right, after a gap.
-    places = np.where(positions < 0, 2 * _ENDS + 1 + positions, positions)
-    for side in (positions >= 0, positions < 0):
-        image = ax.pcolormesh(
-            places[side],
-            received.index,
-            received.loc[:, side].clip(lower=_FAINTEST),
-            norm=LogNorm(_FAINTEST, 1),
-            cmap="magma",
-            rasterized=True,
-        )
-    shown = positions % 4 == np.where(positions < 0, 3, 0)
-    ax.set_xticks(places[shown], positions[shown])
+    received = received.reindex(columns=[*range(FROM_END + 1), *range(-FROM_END, 0)])
+    received[FROM_END] = np.nan
+    norm = LogNorm(_FAINTEST, 1)
+    image = ax.imshow(received.clip(lower=_FAINTEST), "magma", norm, aspect="auto", origin="lower")
+    shown = [*range(0, FROM_END, 4), *range(-1, -FROM_END, -4)]
+    ax.set_xticks(received.columns.get_indexer(shown), shown)
     fig.colorbar(image, ax=ax, label="mean attention from other tokens")
     ax.set(
         xlabel="key position (negative: from the end)",

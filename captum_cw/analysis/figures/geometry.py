@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,11 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Wedge
 
+from captum_cw.analysis.result import AnalysisResult
 from captum_cw.analysis.suppression import OutputNorms, predicted_norm
 from captum_cw.visualization._output import Picture, new_figure
-
-if TYPE_CHECKING:
-    from captum_cw.analysis.result import AnalysisResult
 
 GROUPS = {"all": "all tokens", "first": "first token", "others": "all but the first"}
 CONE: dict[str, Any] = {"facecolor": "0.92", "edgecolor": "0.5", "linestyle": "--"}

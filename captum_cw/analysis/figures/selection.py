@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,10 +13,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from captum_cw.analysis.result import AnalysisResult
 from captum_cw.visualization._output import Picture, new_figure
-
-if TYPE_CHECKING:
-    from captum_cw.analysis.result import AnalysisResult
 
 # Colours and markers, so that curves differ without colours too.
 _MEASURES = {"precision": ("C0", "o"), "recall": ("C1", "s"), "f": ("C2", "D")}
@@ -137,13 +135,6 @@ def plot_head_regimes(result: AnalysisResult, use_pyplot: bool) -> Picture:
     regime_map.imshow(codes, colours, vmin=-0.5, vmax=2.5, aspect="auto", interpolation="nearest")
     regime_map.locator_params(integer=True)
     regime_map.set(title="Regime of each head", xlabel="head", ylabel="layer")
-    regime_map.legend(
-        *plane.get_legend_handles_labels(),
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.6 / height),
-        fontsize=8,
-        ncols=3 if width > 5 else 1,
-    )
     return fig, axes[0]
 
 
@@ -165,17 +156,9 @@ def _plot_value_norms(ax: Axes, values: pd.DataFrame) -> None:
         ("cv", "variation of ||v_j||, j > 1", "C0", "o"),
         ("first_over_mean", "||v_1|| / mean ||v_j||", "C3", "^"),
     ):
-        ax.scatter(
-            values["layer"],
-            values[name],
-            s=12,
-            alpha=0.5,
-            linewidths=0,
-            color=colour,
-            marker=marker,
-        )
-        medians = values.groupby("layer")[name].median()
-        ax.plot(medians, markersize=4, label=label, color=colour, marker=marker)
+        style: dict[str, Any] = {"color": colour, "marker": marker}
+        ax.scatter(values["layer"], values[name], s=12, alpha=0.5, linewidths=0, **style)
+        ax.plot(values.groupby("layer")[name].median(), markersize=4, label=label, **style)
     ax.axhline(1, color="0.5", linewidth=0.8)
     ax.set_ylim(bottom=0)
     ax.locator_params(axis="x", integer=True)
