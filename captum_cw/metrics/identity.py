@@ -167,7 +167,9 @@ class _Description:
                 parts = [UNIDENTIFIED]
             text = f"{_name(x)}({', '.join(map(self.of, parts))})"
             self._open.pop()
-            self._done[id(x)] = text if len(text) <= LONG else f"{_name(x)} {_digest(text)}", x
+            if len(text) > LONG and not isinstance(x, (TokenScores, AttentionAttribution)):
+                text = f"{_name(x)} {_digest(text)}"
+            self._done[id(x)] = text, x
         return self._done[id(x)][0]
 
     def _parts(self, x: Any) -> Iterable[object]:
@@ -189,10 +191,12 @@ class _Description:
             names = [f"module {name!r} of the model" for name, module in modules if module is x]
             return names or [fingerprint(x)]
         if isinstance(x, TokenScores):
-            return type(x), x.method, x.reduction, x.layers, x.heads, x.queries, x.signed
+            choices = (x.reduction, x.layers, x.heads, x.queries, x.signed)
+            return *_own_class(x), x.method, *choices
         if isinstance(x, AttentionAttribution):
-            choices = (getattr(x, name, None) for name in ("scope", "space", "kind", "layer"))
-            return type(x), *choices, x.forward_func if x.model is None else x.model
+            known = ("scope", "space", "kind", "attention", "layer")
+            options = {name: getattr(x, name) for name in known if hasattr(x, name)}
+            return *_own_class(x), options, x.forward_func if x.model is None else x.model
         if isinstance(x, FunctionType):
             closure = map(_content, x.__closure__ or ())
             return x.__code__, x.__defaults__, x.__kwdefaults__, *closure, vars(x), _globals(x)
@@ -241,6 +245,11 @@ def _digest(text: str) -> str:
 def _name(x: Any) -> str:
     named = x if hasattr(x, "__qualname__") else type(x)
     return f"{getattr(named, '__module__', None)}.{named.__qualname__}"
+
+
+def _own_class(x: object) -> list[type]:
+    """Return the class of an object if its code counts, and not only its name."""
+    return [] if _is_installed(type(x).__module__) else [type(x)]
 
 
 def _content(cell: Any) -> object:

@@ -239,7 +239,9 @@ def test_maps_that_would_not_fit_are_refused_with_their_size(
     monkeypatch.setattr("captum_cw._utils.memory.psutil.virtual_memory", Memory)
     model = llama()
     before = state_of(model)
-    with pytest.raises(MemoryError, match=r"GB \(5 of 7 x 7, and 7 keys.*2 x 4 heads.*top_k=0"):
+    with pytest.raises(
+        MemoryError, match=r"GB \(5 maps of 7 x 7, and 7 keys.*2 x 4 heads.*top_k=0"
+    ):
         explain(model, tiny_tokenizer, IDS)
     needed = 4 * (6 * 7 * 7 + 2 * 4 * 7 * (7 * 4 + 1))
     Memory.available = needed - 1
