@@ -44,6 +44,7 @@ __all__ = [
     "ResidualSum",
     "Scope",
     "Space",
+    "TargetLayer",
     "aggregate",
     "attention",
     "attention_cosine",
@@ -62,6 +63,7 @@ __all__ = [
     "projection",
     "pull_back",
     "query_scores",
+    "target",
     "token_scores",
     "value_norms",
     "value_weighted",
@@ -109,7 +111,7 @@ def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with ExitStack() as stack:
             for x in (*args, *kwargs.values()):
-                x = x.value if isinstance(x, AttentionLayer) else x
+                x = x.value if isinstance(x, AnyLayer) else x
                 if not isinstance(x, Tensor):
                     continue
                 kind = x.device.type
@@ -680,6 +682,43 @@ class AttentionLayer:
         return int((gone if self.mask.real is None else gone & self.mask.real[:, None]).sum())
 
 
+@dataclass(frozen=True)
+class TargetLayer:
+    """One execution of an attention layer, and the gradient of a target at its heads.
+
+    Args:
+        weights: Returns ``a_ij`` for a block of queries, in the dtype of ``value``.
+        value: ``v_j``, ``(B, H_kv, S, d_h)``.
+        head_gradient: The gradient of the target at the head outputs, ``(B, H, T, d_h)``. It is the
+            gradient at the layer's output, pulled back through ``W_O``.
+        mask: The attention mask.
+    """
+
+    weights: Weights
+    value: Tensor
+    head_gradient: Tensor
+    mask: QueryMask
+
+    @property
+    def T(self) -> int:
+        """The number of queries."""
+        return self.head_gradient.shape[2]
+
+    @property
+    def S(self) -> int:
+        """The number of keys."""
+        return self.value.shape[2]
+
+    @property
+    def H(self) -> int:
+        """The number of query heads."""
+        return self.head_gradient.shape[1]
+
+
+AnyLayer = AttentionLayer | TargetLayer
+"""A layer with its output, or with the gradient of a target."""
+
+
 def _reciprocal(x: Tensor) -> Tensor:
     """Return ``1 / x``, and zero where ``x`` is zero."""
     return torch.where(x == 0, 0, x.reciprocal())
@@ -693,7 +732,7 @@ Block = Callable[[Tensor, slice], Tensor]
 """Takes ``a`` ``(B, H, t, n)`` and its rows, and returns the measure there. It may overwrite
 ``a``."""
 
-Measure = Callable[[AttentionLayer], Block]
+Measure = Callable[[Any], Block]
 """Takes a layer, computes what all blocks need, and returns the function for one block."""
 
 MeasureT = TypeVar("MeasureT", bound=Measure)
@@ -822,6 +861,13 @@ def closeness(layer: AttentionLayer) -> Block:
     return block
 
 
+def target(layer: TargetLayer) -> Block:
+    """Return ``a_ij <g_i, v~_j>``, what each term adds to a target with the gradient ``g_i``."""
+    return lambda a, rows: a.mul_(
+        _grouped_matmul(layer.head_gradient[:, :, rows], layer.value[:, :, : a.shape[-1]])
+    )
+
+
 def _zero_where_hidden(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:
     seen = layer.mask.block(rows)
     return x if seen is None else x * seen.to(x.device)
@@ -832,7 +878,7 @@ def _zero_where_hidden(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:
 
 
 def map_blocks(
-    layer: AttentionLayer, *measures: Measure, chosen: Tensor | None = None
+    layer: AnyLayer, *measures: Measure, chosen: Tensor | None = None
 ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Yield the maps of one or more measures, in blocks of queries.
 
@@ -869,7 +915,7 @@ def map_blocks(
 
 
 @_without_autocast
-def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
+def dense_map(layer: AnyLayer, measure: Measure) -> Tensor:
     """Compute the full map of a measure, ``(B, H, T, S)``.
 
     Example:
@@ -887,7 +933,7 @@ def dense_map(layer: AttentionLayer, measure: Measure) -> Tensor:
 
 @_without_autocast
 def token_scores(
-    layer: AttentionLayer,
+    layer: AnyLayer,
     measure: Measure,
     reduction: Reduction = "mean",
     *,
@@ -955,7 +1001,7 @@ def _counted_pairs(mask: QueryMask, rows: slice, chosen: Tensor | None, g: Tenso
 
 @_without_autocast
 def query_scores(
-    layer: AttentionLayer,
+    layer: AnyLayer,
     measure: Measure,
     queries: slice,
     *,

@@ -9,6 +9,7 @@ from captum_cw.attr.measures import (
     VWAttention,
     VWONAttention,
 )
+from captum_cw.attr.targets import InputContributions, TargetContributions
 from captum_cw.attr.token_scores import TokenScores
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "AttentionWeights",
     "ChatTokenInput",
     "ContributionWeights",
+    "InputContributions",
     "LLMTokenAttribution",
+    "TargetContributions",
     "TokenScores",
     "VWAttention",
     "VWONAttention",

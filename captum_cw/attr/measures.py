@@ -18,7 +18,15 @@ from captum_cw.attr._captum import LayerAttribution, logged
 from captum_cw.capture import Execution
 from captum_cw.capture.model import check_fits
 from captum_cw.capture.run import Inputs, Kinds, Runner, expected_layers
-from captum_cw.functional import Aggregation, AttentionLayer, Decomposition, Measure, Scope, Space
+from captum_cw.functional import (
+    Aggregation,
+    AnyLayer,
+    AttentionLayer,
+    Decomposition,
+    Measure,
+    Scope,
+    Space,
+)
 
 __all__ = [
     "ALTIWeights",
@@ -30,6 +38,7 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
+LayerT = TypeVar("LayerT", bound=AnyLayer)
 
 
 class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum has no types for it
@@ -55,6 +64,8 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
     """The scope of the output that the measure divides by, if any."""
     space: Space = "attention"
     """The space of projections and norms; see :class:`ContributionWeights`."""
+    explains_target = False
+    """Whether the measure explains a target, and not the output of a layer."""
     needs_stream = False
     """Whether the measure reads the residual stream."""
     mixes_stream = True
@@ -187,9 +198,21 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
         maps: int = 1,
     ) -> Any:
         """Apply ``on_layer``, which returns ``maps`` dense maps, if all of them fit into memory."""
+        results, _ = self.observe(
+            inputs,
+            additional_forward_args,
+            self._fitting(on_layer, maps),
+            show_progress=show_progress,
+        )
+        return self._in_captums_form(results)
+
+    def _fitting(
+        self, on_layer: Callable[[LayerT], Result], maps: int = 1
+    ) -> Callable[[Execution, LayerT], Result]:
+        """Return a function that applies ``on_layer`` if the maps of all layers fit into memory."""
         seen: list[Execution] = []
 
-        def check_and_apply(execution: Execution, layer: AttentionLayer) -> Result:
+        def check_and_apply(execution: Execution, layer: LayerT) -> Result:
             seen.append(execution)
             chosen = self.runner.chosen
             total = expected_layers(self.runner.roots, seen) if chosen is None else len(chosen)
@@ -203,10 +226,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
             )
             return on_layer(layer)
 
-        results, _ = self.observe(
-            inputs, additional_forward_args, check_and_apply, show_progress=show_progress
-        )
-        return self._in_captums_form(results)
+        return check_and_apply
 
     def maps_of(self, heads: int) -> int:
         """Return the number of maps of a layer with ``heads`` heads: one each, or one for all."""
@@ -234,9 +254,9 @@ def refuse_target(target: object) -> None:
     """Raise a ValueError if there is a target."""
     if target is not None:
         raise ValueError(
-            f"target={target!r}: an attention measure explains the output of a layer, not a class "
-            "or token, so it does not have a target. To explain one prediction, use "
-            "TokenScores(method, queries=position) or LLMTokenAttribution."
+            f"target={target!r}: this measure explains the output of a layer, not a class or "
+            "token, so it does not have a target. To explain a prediction, use "
+            "TargetContributions(model), or InputContributions(model)."
         )
 
 

@@ -16,7 +16,8 @@ from captum_cw.capture import Execution
 from captum_cw.capture.call_tokens import tokens_of
 from captum_cw.capture.model import LOGITS
 from captum_cw.capture.run import Inputs
-from captum_cw.functional import Aggregation, AttentionLayer, Reduction, check_choice
+from captum_cw.capture.target_value import Target
+from captum_cw.functional import Aggregation, AnyLayer, AttentionLayer, Reduction, check_choice
 from captum_cw.rollout import Rollout
 from captum_cw.text.prompts import leading, refuse_later_tokens
 
@@ -82,7 +83,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         if not isinstance(method, AttentionAttribution):
             raise TypeError(
                 f"method is of type {type(method).__name__}: give ContributionWeights(model), "
-                "VWONAttention(model), VWAttention(model) or AttentionWeights(model)."
+                "TargetContributions(model), or another measure."
             )
         check_choice("reduction", reduction, Reduction)
         check_choice("layers", layers, Literal[Aggregation, "rollout", None])
@@ -116,8 +117,9 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         self,
         inputs: Inputs,
         additional_forward_args: object = None,
-        target: None = None,
+        target: Target = None,
         *,
+        contrast: Target = None,
         show_progress: bool = False,
     ) -> Any:
         """Return one score per token.
@@ -125,7 +127,9 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         Args:
             inputs: The inputs of the measure's ``attribute``.
             additional_forward_args: Further positional arguments of the model, as in Captum.
-            target: Must be None.
+            target: The target of :class:`~captum_cw.TargetContributions`; None for measures that
+                explain a layer's output.
+            contrast: A second target, which is subtracted.
             show_progress: Whether to show a progress bar over the layers after two seconds.
 
         Returns:
@@ -140,14 +144,16 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
             UnsupportedModelError: If a rollout meets cross-attention, or a residual stream that is
                 not found. Other errors are those of the measure's ``attribute``.
         """
-        refuse_target(target)
+        options: dict[str, Any] = {"show_progress": show_progress}
+        if self.method.explains_target:
+            options |= {"target": target, "contrast": contrast}
+        else:
+            refuse_target(target if target is not None else contrast)
         if self.layers == "rollout":
-            path, chosen, _ = self._path(
-                inputs, additional_forward_args, self._chosen, show_progress=show_progress
-            )
+            path, chosen, _ = self._path(inputs, additional_forward_args, self._chosen, **options)
             return as_given(inputs, path.scores(self.reduction, chosen).float())
 
-        def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor:
+        def on_layer(execution: Execution, layer: AnyLayer) -> Tensor:
             scores = functional.token_scores(
                 layer,
                 self.method.measure,
@@ -157,9 +163,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
             )
             return functional.aggregate(scores, self.heads, dim=1).float()
 
-        results, _ = self.method.observe(
-            inputs, additional_forward_args, on_layer, show_progress=show_progress
-        )
+        results, _ = self.method.observe(inputs, additional_forward_args, on_layer, **options)
         return as_given(inputs, self._over_layers(results))
 
     def _over_layers(self, results: list[tuple[Execution, Tensor]]) -> Tensor:
@@ -191,7 +195,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         )
         return path, results[0][1], output
 
-    def _chosen(self, execution: Execution, layer: AttentionLayer) -> Tensor | None:
+    def _chosen(self, execution: Execution, layer: AnyLayer) -> Tensor | None:
         """Return the queries that count, ``(B, T)`` boolean; None for all."""
         if self.queries == "all":
             return None

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_cw.capture.attention_call import UnsupportedModelError
+from captum_cw.capture.linear_gradients import with_gradient_of
+from captum_cw.capture.linear_rules import depends_on_inputs, fixed
 from captum_cw.capture.listeners import count_replacements, is_active, suspended
 from captum_cw.capture.patching import wrapped_method
 from captum_cw.capture.rounding import product_rounding
@@ -100,11 +102,12 @@ class _AdaptedForward:
         before = count_replacements()
         adapted = self._adapter(self._module, *args, **kwargs)
         with suspended():
-            own = self._forward(*args, **kwargs)
+            # Only the functions of the adapter are known to a pass that takes gradients.
+            own = self._forward(*fixed(args), **fixed(kwargs))
             if count_replacements() == before:
                 # The model continues with its own output, which is bit for bit unchanged.
                 self._check(own, adapted)
-                return own
+                return _with_gradients_of(adapted, own)
             self._check(own, self._adapter(self._module, *args, **kwargs))
         return adapted
 
@@ -117,6 +120,14 @@ class _AdaptedForward:
                     "module's forward returns, so results would be wrong: correct the function "
                     "that was registered with register_adapter."
                 )
+
+
+def _with_gradients_of(adapted: Any, own: Any) -> Any:
+    if isinstance(own, tuple):
+        return tuple(_with_gradients_of(x, y) for x, y in zip(adapted, own, strict=True))
+    if depends_on_inputs(adapted):
+        return with_gradient_of(adapted, own.detach)
+    return own
 
 
 def _tensors(result: Any) -> list[Tensor]:

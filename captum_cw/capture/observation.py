@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,10 @@ from captum_cw.capture.tensor_parallel import HeadGroup, head_group
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, ResidualSum, Space
 
-__all__ = ["Execution", "Observation", "UnsupportedModelError", "names_of"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Execution", "HeadObservation", "Observation", "UnsupportedModelError", "names_of"]
 
 #: The number of masks that are kept: those of sliding and full layers, of encoder and decoder.
 MASKS = 6
@@ -108,74 +111,55 @@ class _Pending:
     parts: list[_Part] = field(default_factory=list)
 
 
-class Observation:
-    """Observes the attention layers that run inside its ``with`` block, in this thread.
+class HeadObservation:
+    """Observes the attention calls inside its ``with`` block, in this thread.
 
     Args:
         roots: The model, or the modules of it that are known.
-        on_layer: Receives each wanted layer right after its output projection has run, in order. In
-            the residual space it receives the layer when the change of the residual stream is
-            known. Layers are not kept. If it returns factors ``(B, H, S)``, the model continues
-            with the output that the layer has if its values are multiplied by them.
+        on_heads: Receives each wanted call right after its kernel has run, and the keys that its
+            queries can see.
         wanted: The attention modules to hand over; None for all.
         kind: The kind of attention layers to hand over.
         real: The padding masks of the sequences that the model reads, each ``(B, T)``, False at
             padding.
-        states: The hidden states that each execution has; None for none.
-        space: The space in which layers are measured. Layers have an update only in the space
-            ``"residual"``.
-        stream: Whether layers have the residual stream. It needs the residual space. Layers may be
-            handed over later, and ``on_layer`` must not return factors.
         text: Selects the layers that read the text in a model of images and text; None for all.
 
     Attributes:
         executions: The attention calls so far, including those of layers that are not wanted.
-
-    Raises:
-        UnsupportedModelError: In the ``with`` block, if a layer cannot be measured.
     """
 
     def __init__(
         self,
         roots: Collection[nn.Module],
-        on_layer: Callable[[Execution, AttentionLayer], Tensor | None],
+        on_heads: Callable[[Execution, AttentionCall, QueryMask], None],
         wanted: Collection[nn.Module] | None = None,
         *,
         kind: Kind | Literal["all"] = "all",
         real: Sequence[Tensor] = (),
-        states: StateSpace | None = None,
-        space: Space = "attention",
-        stream: bool = False,
         text: TextLayers | None = None,
     ) -> None:
         self.executions: list[Execution] = []
         self._names = names_of(roots)
-        self._on_layer, self._wanted, self._kind = on_layer, wanted, kind
+        self._on_heads, self._wanted, self._kind = on_heads, wanted, kind
         self._padding_masks = real
+        # What ran at the calls before and now: the hidden states of a layer are its input.
         self._before: tuple[Run, ...] = ()
-        # The layer whose projection has not run yet, and what the last projection has read.
-        self._pending: _Pending | None = None
-        self._projected: tuple[Execution, Tensor] | None = None
+        self._running: tuple[Run, ...] = ()
         # Layers share their masks, and so the query masks made of them.
         self._masks: dict[tuple[object, ...], tuple[Tensor | None, QueryMask]] = {}
         # Of the last self-attention layer: the queries of cross-attention are its tokens.
         self._real: Tensor | None = None
-        self._states = states
-        self._updates = ResidualUpdates(roots) if space == "residual" else None
-        self._stream = stream
         self._text = text
         # The modules with layers over other inputs than the text, which may be missed.
         self._foreign: set[nn.Module] = set()
         self._missed: Callable[[], list[nn.Module]] = list
         self._stack = ExitStack()
 
-    def __enter__(self) -> Observation:
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._missed = stack.enter_context(attention_calls(self._names, self._on_call))
             stack.enter_context(notifying(self._on_enter))
-            stack.enter_context(products_observed(self._flow, self._on_linear))
-            if self._updates is not None:
-                stack.enter_context(self._updates.watching())
+            self._start(stack)
             self._stack = stack.pop_all()
         return self
 
@@ -185,15 +169,13 @@ class Observation:
                 self._check_finished()
         finally:
             self._stack.close()
-            self._pending = self._projected = None
             self._masks.clear()
-            self._before, self._real = (), None
+            self._before, self._running, self._real = (), (), None
+
+    def _start(self, stack: ExitStack) -> None:
+        """Enter further contexts."""
 
     def _check_finished(self) -> None:
-        if self._pending is not None:
-            raise _no_projection(self._pending)
-        if self._updates is not None:
-            self._updates.check_arrived()
         if self.executions:
             self._warn_of_missed()
 
@@ -221,10 +203,7 @@ class Observation:
     def _on_call(self, call: AttentionCall) -> None:
         if call.module not in self._names:
             return
-        if self._pending is not None:
-            raise _no_projection(self._pending)
-        self._projected = None
-        before, self._before = self._before, call.running
+        self._before, self._running = self._running, call.running
         if self._text is not None and not self._text.holds(call.running, call.B, call.T):
             return
         execution = Execution(call.module, self._names[call.module], call.kind)
@@ -232,15 +211,112 @@ class Observation:
         mask = self._mask(call)
         if self._kind not in ("all", call.kind):
             return
-        if self._wanted is not None and call.module not in self._wanted:
-            return
+        if self._wanted is None or call.module in self._wanted:
+            self._on_heads(execution, call, mask)
+
+    def _on_enter(self, run: Run) -> None:
+        if self._text is not None and self._text.is_foreign(run):
+            self._foreign.add(run.module)
+
+    def _mask(self, call: AttentionCall) -> QueryMask:
+        if call.query is None:  # its mask was made of its own weights, so no other layer shares it
+            mask = self._new_mask(call)
+        else:
+            key = id(call.mask), call.causal, call.kind, call.B, call.T, call.S
+            if key not in self._masks:
+                if len(self._masks) == MASKS:
+                    del self._masks[next(iter(self._masks))]
+                # The tensor is kept, so that its id is not used again.
+                self._masks[key] = call.mask, self._new_mask(call)
+            mask = self._masks[key][1]
+        if call.kind == "self":
+            self._real = mask.real
+            if self._real is None:
+                self._real = torch.ones(call.B, call.T, dtype=torch.bool, device=call.value.device)
+        return mask
+
+    def _new_mask(self, call: AttentionCall) -> QueryMask:
+        if call.kind == "self":
+            return query_mask(call, padding_of(call, self._padding_masks))
+        same_queries = self._real is not None and self._real.shape == (call.B, call.T)
+        return query_mask(call, self._real if same_queries else None)
+
+
+class Observation(HeadObservation):
+    """Observes attention layers with their output projections.
+
+    Args:
+        roots, wanted, kind, real, text: As for :class:`HeadObservation`.
+        on_layer: Receives each wanted layer right after its output projection has run, in order. In
+            the residual space it receives the layer when the change of the residual stream is
+            known. Layers are not kept. If it returns factors ``(B, H, S)``, the model continues
+            with the output that the layer has if its values are multiplied by them.
+        states: The hidden states that each execution has; None for none.
+        space: The space in which layers are measured. Layers have an update only in the space
+            ``"residual"``.
+        stream: Whether layers have the residual stream. It needs the residual space. Layers may be
+            handed over later, and ``on_layer`` must not return factors.
+
+    Raises:
+        UnsupportedModelError: In the ``with`` block, if a layer cannot be measured.
+    """
+
+    def __init__(
+        self,
+        roots: Collection[nn.Module],
+        on_layer: Callable[[Execution, AttentionLayer], Tensor | None],
+        wanted: Collection[nn.Module] | None = None,
+        *,
+        kind: Kind | Literal["all"] = "all",
+        real: Sequence[Tensor] = (),
+        states: StateSpace | None = None,
+        space: Space = "attention",
+        stream: bool = False,
+        text: TextLayers | None = None,
+    ) -> None:
+        super().__init__(roots, self._begin, wanted, kind=kind, real=real, text=text)
+        self._on_layer = on_layer
+        # The layer whose projection has not run yet, and what the last projection has read.
+        self._pending: _Pending | None = None
+        self._projected: tuple[Execution, Tensor] | None = None
+        self._states = states
+        self._updates = ResidualUpdates(roots) if space == "residual" else None
+        self._stream = stream
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        try:
+            super().__exit__(kind, *details)
+        finally:
+            self._pending = self._projected = None
+
+    def _start(self, stack: ExitStack) -> None:
+        stack.enter_context(products_observed(self._flow, self._on_linear))
+        if self._updates is not None:
+            stack.enter_context(self._updates.watching())
+
+    def _check_finished(self) -> None:
+        if self._pending is not None:
+            raise _no_projection(self._pending)
+        if self._updates is not None:
+            self._updates.check_arrived()
+        super()._check_finished()
+
+    def _on_call(self, call: AttentionCall) -> None:
+        if call.module in self._names:
+            if self._pending is not None:
+                raise _no_projection(self._pending)
+            self._projected = None
+        super()._on_call(call)
+
+    def _begin(self, execution: Execution, call: AttentionCall, mask: QueryMask) -> None:
         if self._states is not None:
-            execution = replace(execution, states=hidden_states(call, self._states, before))
+            states = hidden_states(call, self._states, self._before)
+            execution = replace(execution, states=states)
         flow = HeadFlow(call.returned, call.by_token)
         group = head_group(call.module, call.H, call.value.shape[3])
         given = None
         if self._stream:
-            given = GivenStates.of(call, before)
+            given = GivenStates.of(call, self._before)
             _check_stream(execution, given, group)
         self._pending = _Pending(execution, call, mask, flow, group, given)
 
@@ -265,8 +341,7 @@ class Observation:
         return None
 
     def _on_enter(self, run: Run) -> None:
-        if self._text is not None and self._text.is_foreign(run):
-            self._foreign.add(run.module)
+        super()._on_enter(run)
         pending = self._pending
         if pending is None or pending.container is not None or not is_listening(self._on_call):
             return
@@ -388,29 +463,6 @@ class Observation:
             gate=None if gate is None else gate.transpose(1, 2).to(call.dtype),
         )
         return layer if pending.group is None else pending.group.whole(layer)
-
-    def _mask(self, call: AttentionCall) -> QueryMask:
-        if call.query is None:  # its mask was made of its own weights, so no other layer shares it
-            mask = self._new_mask(call)
-        else:
-            key = id(call.mask), call.causal, call.kind, call.B, call.T, call.S
-            if key not in self._masks:
-                if len(self._masks) == MASKS:
-                    del self._masks[next(iter(self._masks))]
-                # The tensor is kept, so that its id is not used again.
-                self._masks[key] = call.mask, self._new_mask(call)
-            mask = self._masks[key][1]
-        if call.kind == "self":
-            self._real = mask.real
-            if self._real is None:
-                self._real = torch.ones(call.B, call.T, dtype=torch.bool, device=call.value.device)
-        return mask
-
-    def _new_mask(self, call: AttentionCall) -> QueryMask:
-        if call.kind == "self":
-            return query_mask(call, padding_of(call, self._padding_masks))
-        same_queries = self._real is not None and self._real.shape == (call.B, call.T)
-        return query_mask(call, self._real if same_queries else None)
 
 
 def names_of(roots: Collection[nn.Module]) -> dict[nn.Module, str]:

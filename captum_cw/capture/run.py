@@ -75,6 +75,7 @@ class Runner:
             for every attention layer, in the order of execution.
         kind: Which attention layers to choose if ``layer`` is None: ``"self"``, ``"cross"`` or
             ``"all"``.
+        needs_layers: Whether the layers matter. If not, a callable needs no ``layer``.
 
     Attributes:
         forward_func: The model without its wrappers, or the callable.
@@ -101,13 +102,15 @@ class Runner:
         layer: nn.Module | Sequence[nn.Module] | None = None,
         *,
         kind: Kinds = "self",
+        needs_layers: bool = True,
     ) -> None:
         self.forward_func = unwrapped(forward_func)
         self.model = model_of(self.forward_func)
         self.layer = list(layer) if isinstance(layer, (nn.ModuleList, list, tuple)) else layer
         chosen: Any = self.layer if isinstance(self.layer, list) else [self.layer]
         self.chosen: list[nn.Module] | None = None if layer is None else chosen
-        _check_layers(self.chosen, self.model)
+        if needs_layers:
+            _check_layers(self.chosen, self.model)
         self.kind: Kinds = kind
         self.roots: list[nn.Module] = self.chosen or [] if self.model is None else [self.model]
         self._names: list[str] | None = None
@@ -132,6 +135,10 @@ class Runner:
             self.observe(inputs, ignore_layer)
         assert self._names is not None
         return self._names
+
+    def remember_names(self, executions: Sequence[Execution]) -> None:
+        """Keep the names of the layers that were handed over."""
+        self._names = [execution.name for execution in executions]
 
     def observe(
         self,
@@ -208,7 +215,7 @@ class Runner:
                 f"{vanishing} attention outputs vanish: their rows are returned as zeros.",
                 stacklevel=4,
             )
-        self._names = [execution.name for execution, _ in results]
+        self.remember_names([execution for execution, _ in results])
         return results, output
 
     def _pass(
@@ -270,7 +277,7 @@ class Runner:
                         raise
                     raise ValueError(explanation) from error
         executions = observation.executions
-        self._check_executions(executions)
+        self.check_executions(executions)
         if options.one_text:
             chosen = self.chosen or [e.module for e in executions]
             places = [n for n, e in enumerate(executions) if e.module in chosen]
@@ -288,7 +295,7 @@ class Runner:
             return None
         return layer_argument([execution.name for execution, _ in results], self.roots[0])
 
-    def _check_executions(self, executions: list[Execution]) -> None:
+    def check_executions(self, executions: list[Execution]) -> None:
         """Check that the chosen layers have run."""
         if self.chosen is None:
             if not executions:

@@ -1,0 +1,139 @@
+"""Tensors with the values of a model's functions and the gradients of linear ones.
+
+Each function here leaves the numbers of a forward pass as they are, and decides only what
+:mod:`torch.autograd` passes back through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+__all__ = ["constant", "scaled_gradient", "times_ratio", "with_gradient_of"]
+
+#: Where the limit of a ratio at zero is read.
+NEAR_ZERO = 1e-4
+
+
+def scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return ``x``, whose gradient is multiplied by ``factor``.
+
+    Example:
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> scaled_gradient(x, 0.5).backward()
+        >>> x.grad
+        tensor([0.5000])
+    """
+    result: Tensor = _Scaled.apply(x, factor)  # type: ignore[no-untyped-call]
+    return result
+
+
+def with_gradient_of(linear: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    """Return the result of ``run``, with the gradient of ``linear``.
+
+    Example:
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> y = with_gradient_of(3 * x, lambda: torch.tensor([2.0]))
+        >>> y.backward()
+        >>> y.detach(), x.grad
+        (tensor([2.]), tensor([3.]))
+    """
+    result: Tensor = _Replaced.apply(linear, run)  # type: ignore[no-untyped-call]
+    return result
+
+
+def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``run(x)`` as the product of ``x`` and the ratio ``run(x) / x``, which is held fixed.
+
+    Where ``x`` is zero, the ratio is its limit.
+
+    Args:
+        x: The input.
+        run: An elementwise function that is zero at zero.
+
+    Example:
+        >>> x = torch.tensor([2.0], requires_grad=True)
+        >>> times_ratio(x, torch.square).backward()
+        >>> x.grad
+        tensor([2.])
+    """
+    result: Tensor = _TimesRatio.apply(x, run)  # type: ignore[no-untyped-call]
+    return result
+
+
+def constant(value: Tensor, one: Tensor) -> Tensor:
+    """Return ``value`` as ``value * one``, so that the gradient of ``one`` is the constant's share.
+
+    Args:
+        value: A bias, a learned position, or another tensor that does not depend on the inputs.
+        one: The scalar 1.
+
+    Example:
+        >>> one = torch.ones((), requires_grad=True)
+        >>> constant(torch.tensor([2.0, float("-inf")]), one)[0].backward()
+        >>> one.grad
+        tensor(2.)
+    """
+    result: Tensor = _Constant.apply(value, one)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Scaled(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.factor, None
+
+
+class _Replaced(Function):
+    @staticmethod
+    def forward(ctx: Any, linear: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        ctx.dtype = linear.dtype
+        return run()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].to(ctx.dtype), None
+
+
+class _TimesRatio(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.dtype = x.dtype
+        value = run(x)
+        ratio, zero = value / x, x == 0
+        if zero.any():
+            near = torch.full_like(x, NEAR_ZERO)
+            ratio = torch.where(zero, run(near) / near, ratio)
+        ctx.save_for_backward(ratio)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (ratio,) = ctx.saved_tensors
+        return (grads[0] * ratio).to(ctx.dtype), None
+
+
+class _Constant(Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, one: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.like = one.dtype, one.device
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (value,) = ctx.saved_tensors
+        dtype, device = ctx.like
+        gradient = grads[0].to(dtype)
+        # A mask of minus infinity has no effect where the gradient is zero.
+        share = (gradient * value).masked_fill(gradient == 0, 0)
+        return None, share.sum().to(device)

@@ -1,0 +1,538 @@
+"""The rules by which the functions of a model are replaced by linear ones.
+
+A rule takes a call of a torch function, and runs it so that the result has the function's own
+value, and the gradient of the linear function that stands for it. Functions without a rule keep
+their own gradient, which is right for every function that is linear in its inputs together.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_cw.capture.attention_call import UnsupportedModelError
+from captum_cw.capture.dispatch import Proceed
+from captum_cw.capture.linear_gradients import (
+    constant,
+    scaled_gradient,
+    times_ratio,
+    with_gradient_of,
+)
+
+__all__ = [
+    "FunctionCall",
+    "depends_on_inputs",
+    "fixed",
+    "is_in_place",
+    "name_of",
+    "run_linearised",
+    "substitute",
+    "tensors_in",
+]
+
+
+def depends_on_inputs(x: object) -> bool:
+    """Whether ``x`` is a floating tensor that depends on the inputs of the model."""
+    return isinstance(x, Tensor) and x.grad_fn is not None
+
+
+def tensors_in(x: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors among arguments or results, also in lists, tuples and dicts."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for y in x:
+            yield from tensors_in(y)
+    elif isinstance(x, dict):
+        yield from tensors_in(list(x.values()))
+
+
+def substitute(x: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply ``change`` to everything in arguments that is not a list, tuple or dict."""
+    if type(x) in (list, tuple):
+        return type(x)(substitute(y, change) for y in x)
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(substitute(y, change) for y in x))
+    if type(x) is dict:
+        return {name: substitute(y, change) for name, y in x.items()}
+    return change(x)
+
+
+def fixed(x: Any) -> Any:
+    """Return arguments in which nothing depends on the inputs of the model."""
+    return substitute(x, lambda y: y.detach() if depends_on_inputs(y) else y)
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """One call of a torch function.
+
+    Args:
+        func: The function.
+        name: Its name without underscores: ``"add"`` for ``add_``, ``__iadd__`` and ``__radd__``.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        proceed: Runs a function.
+        one: The scalar 1 whose gradient is the share of all constants.
+        softmax_gradient: Whether attention weights keep the gradient of their softmax.
+    """
+
+    func: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    proceed: Proceed
+    one: Tensor
+    softmax_gradient: bool
+
+    def run(self) -> Any:
+        """Run the function with its own gradient."""
+        return self.proceed(self.func, self.args, self.kwargs)
+
+    def changed(self, change: Callable[[Any], Any], *, kwargs: bool = True) -> FunctionCall:
+        """Return the call with other arguments; its keyword arguments are changed if ``kwargs``."""
+        options = substitute(self.kwargs, change) if kwargs else self.kwargs
+        return replace(self, args=substitute(self.args, change), kwargs=options)
+
+    def detached(self) -> FunctionCall:
+        """Return the call with arguments that are held fixed."""
+        return replace(self, args=fixed(self.args), kwargs=fixed(self.kwargs))
+
+    def of(self, x: Tensor) -> Any:
+        """Run the function on another first argument, without gradients."""
+        _, *rest = self.args
+        with torch.no_grad():
+            return self.proceed(self.func, (x, *rest), self.kwargs)
+
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """Return an argument by its place or its name."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    def lifted(self, x: Any) -> Any:
+        """Return a number or a fixed floating tensor as a constant with a share of its own."""
+        if isinstance(x, Tensor):
+            fixed = x.is_floating_point() and not depends_on_inputs(x)
+            return constant(x, self.one) if fixed else x
+        if not isinstance(x, (int, float)) or isinstance(x, bool) or not x:
+            return x
+        number = constant(self.one.new_tensor(float(x)), self.one)
+        # A tensor without dimensions would take over the precision of the number.
+        scalar = isinstance(self.first, Tensor) and not self.first.dim()
+        return number.to(self.first.dtype) if scalar else number
+
+    @property
+    def first(self) -> Any:
+        """The first argument, which is the input of most functions."""
+        if self.args:
+            return self.args[0]
+        return self.kwargs.get("input", self.kwargs.get("tensors"))
+
+
+#: The operators that Python writes in other forms, such as ``__iadd__`` and ``__radd__``.
+_OPERATORS = {
+    *("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and", "or", "xor", "lshift", "rshift"),
+}
+
+#: Functions that take a tensor only for its shape, and functions of its attributes.
+_CREATES = re.compile(r".*_like$|new_.*|__get__$|grad$")
+
+#: Sums whose summands may be numbers.
+_WITH_NUMBERS = {
+    *("add", "radd", "sub", "rsub", "subtract", "where", "masked_fill", "maximum", "minimum"),
+}
+
+
+def name_of(func: Any) -> str:
+    """Return the name of a function without underscores, and of an operator with its side.
+
+    Example:
+        >>> [name_of(f) for f in (torch.add, torch.Tensor.add_, torch.Tensor.__iadd__)]
+        ['add', 'add', 'add']
+        >>> name_of(torch.Tensor.__rsub__), name_of(torch.Tensor.T.__get__)
+        ('rsub', 'T')
+    """
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", name)
+    if not name.startswith("__"):
+        return name.rstrip("_") or name
+    name = name.strip("_")
+    return name[1:] if name[:1] == "i" and name[1:] in _OPERATORS else name
+
+
+Rule = Callable[[FunctionCall], Any]
+_rules: dict[str, Rule] = {}
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        _rules.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def run_linearised(call: FunctionCall) -> Any:
+    """Run a function by its rule. At least one of its arguments depends on the model's inputs."""
+    if is_in_place(call.func):
+        return _run_in_place(call)
+    place = _place_of_inplace(call.func)
+    if place is None or not call.argument(place, "inplace", False):
+        return _by_rule(call)
+    args = tuple(False if n == place else x for n, x in enumerate(call.args))
+    kwargs = {name: x for name, x in call.kwargs.items() if name != "inplace"}
+    # The model may go on with the argument instead of the result.
+    value = _by_rule(replace(call, args=args, kwargs=kwargs))
+    return call.proceed(torch.Tensor.copy_, (call.first, value), {})
+
+
+def _by_rule(call: FunctionCall) -> Any:
+    if call.name in _rules:
+        return _rules[call.name](call)
+    result = call.run()
+    floating = [x for x in tensors_in(result) if x.is_floating_point()]
+    if floating and not any(map(depends_on_inputs, floating)) and not _CREATES.match(call.name):
+        raise UnsupportedModelError(
+            f"The function {call.name!r} has no gradient, so what it makes of its input is unknown."
+        )
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# Functions that are held fixed
+
+
+@_rule(
+    *("softmax", "log_softmax", "softmin", "gumbel_softmax"),
+    *("sigmoid", "hardsigmoid", "exp", "exp2", "softplus", "logsigmoid", "log", "log2", "log10"),
+    *("cos", "cosh", "acos", "rsqrt", "reciprocal", "erfc", "rpow", "linalg_inv", "inverse"),
+    *("sign", "sgn", "heaviside", "floor_divide", "floordiv", "remainder", "mod", "fmod"),
+    *("topk", "sort", "msort", "kthvalue", "multinomial", "bernoulli"),
+)
+def _held_fixed(call: FunctionCall) -> Any:
+    """Gates, rates, positions and routers."""
+    if call.softmax_gradient and call.name == "softmax":
+        return call.run()
+    with torch.no_grad():
+        return call.detached().run()
+
+
+@_rule("div", "truediv", "true_divide", "divide", "rtruediv", "rdiv")
+def _divided(call: FunctionCall) -> Any:
+    """A divisor is a scale, and is held fixed."""
+    numerator, divisor = (call.args[1], call.args[0]) if call.name[0] == "r" else call.args[:2]
+    if not depends_on_inputs(numerator):
+        return _held_fixed(call)
+    return call.changed(lambda x: x.detach() if x is divisor and depends_on_inputs(x) else x).run()
+
+
+@_rule("type_as", "expand_as", "view_as", "reshape_as")
+def _shaped(call: FunctionCall) -> Any:
+    """The second argument gives only a shape or a dtype."""
+    x, like = call.args
+    return (
+        call.run() if depends_on_inputs(x) else _held_fixed(replace(call, args=(x, like.detach())))
+    )
+
+
+@_rule("linalg_solve_triangular", "linalg_solve", "solve_triangular")
+def _solved(call: FunctionCall) -> Any:
+    """The inverse of a matrix is a gate."""
+    matrix, x = call.args[:2]
+    if not depends_on_inputs(x):
+        return _held_fixed(call)
+    return replace(call, args=(matrix.detach(), *call.args[1:])).run()
+
+
+@_rule("normalize")
+def _normalised(call: FunctionCall) -> Any:
+    x, p = call.first, call.argument(1, "p", 2.0)
+    dim, eps = call.argument(2, "dim", 1), call.argument(3, "eps", 1e-12)
+    size = torch.linalg.vector_norm(x.detach(), p, dim, keepdim=True).clamp_min(eps)
+    return with_gradient_of(x / size, call.detached().run)
+
+
+# ---------------------------------------------------------------------------------------------
+# Elementwise functions
+
+
+@_rule(
+    *("silu", "gelu", "relu", "relu6", "elu", "selu", "celu", "leaky_relu", "rrelu", "prelu"),
+    *("mish", "hardswish", "hardtanh", "softsign", "tanhshrink", "softshrink", "hardshrink"),
+    *("tanh", "sin", "sinh", "tan", "asin", "atan", "asinh", "atanh", "erf", "expm1", "log1p"),
+    *("square", "sqrt", "nan_to_num", "round", "trunc", "floor", "ceil", "threshold"),
+    *("pow", "clamp", "clip", "clamp_min", "clamp_max"),
+)
+def _elementwise(call: FunctionCall) -> Any:
+    """``x * (f(x) / x)`` if ``f(0) = 0``; otherwise the result is held fixed."""
+    x = call.first
+    if not depends_on_inputs(x) or any(
+        depends_on_inputs(y) for y in tensors_in((call.args[1:], call.kwargs))
+    ):
+        return _held_fixed(call)
+    if call.name in ("pow", "clamp", "clip", "clamp_min", "clamp_max", "threshold"):
+        at_zero = call.of(x.new_zeros(()))
+        if at_zero.any():  # NaN and infinity count too
+            return _held_fixed(call)
+    if not call.args:
+        call = replace(call, args=(x,), kwargs={n: v for n, v in call.kwargs.items() if v is not x})
+    return times_ratio(x, call.of)
+
+
+@_rule("glu")
+def _gated(call: FunctionCall) -> Any:
+    x, dim = call.first, call.argument(1, "dim", -1)
+    a, b = x.chunk(2, dim)
+    gate = b.detach().sigmoid()
+    return with_gradient_of(a * gate, lambda: call.of(x.detach()))
+
+
+# ---------------------------------------------------------------------------------------------
+# Products
+
+
+@_rule(
+    *("mul", "multiply", "rmul", "matmul", "rmatmul", "mm", "bmm", "mv", "dot", "vdot", "inner"),
+    *("outer", "ger", "einsum", "tensordot", "kron", "cross", "bilinear"),
+)
+def _product(call: FunctionCall) -> Any:
+    """Each factor that depends on the inputs gets an equal part of the gradient."""
+    factors = sum(depends_on_inputs(x) for x in tensors_in((call.args, call.kwargs)))
+    if factors < 2:
+        return call.run()
+    return call.changed(
+        lambda x: scaled_gradient(x, 1 / factors) if depends_on_inputs(x) else x
+    ).run()
+
+
+@_rule("addmm", "addmv", "addr", "baddbmm", "addbmm", "addcmul")
+def _added_product(call: FunctionCall) -> Any:
+    summand, *factors = call.args
+    call = replace(call, args=(call.lifted(summand), *_halved(factors)))
+    return call.run()
+
+
+@_rule(
+    *("linear", "conv1d", "conv2d", "conv3d"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+)
+def _affine(call: FunctionCall) -> Any:
+    """A product with a weight, and a bias."""
+    x, weight, bias = call.first, call.argument(1, "weight"), call.argument(2, "bias")
+    halved = dict(zip((id(x), id(weight)), _halved([x, weight]), strict=True))
+    if bias is not None:
+        halved[id(bias)] = call.lifted(bias)
+    return call.changed(lambda y: halved.get(id(y), y)).run()
+
+
+def _halved(factors: list[Any]) -> list[Any]:
+    if sum(depends_on_inputs(x) for x in factors[:2]) < 2:
+        return factors
+    return [scaled_gradient(x, 0.5) if depends_on_inputs(x) else x for x in factors]
+
+
+# ---------------------------------------------------------------------------------------------
+# Sums, and other functions to which constants are a part
+
+
+@_rule(
+    *("add", "radd", "sub", "rsub", "subtract", "cat", "concat", "concatenate", "stack"),
+    *("hstack", "vstack", "where", "masked_fill", "maximum", "minimum", "fmax", "fmin"),
+    *("index_add", "index_put", "index_copy", "index_fill", "scatter", "scatter_add"),
+    *("scatter_reduce", "masked_scatter", "slice_scatter", "select_scatter", "fill", "copy"),
+)
+def _with_constants(call: FunctionCall) -> Any:
+    """Fixed summands are terms of their own, so that all shares sum to the whole."""
+    if call.name in _WITH_NUMBERS:
+        return call.changed(call.lifted, kwargs=False).run()
+    return call.changed(lambda y: call.lifted(y) if isinstance(y, Tensor) else y).run()
+
+
+# ---------------------------------------------------------------------------------------------
+# Norms: the scale is held fixed
+
+
+@_rule("layer_norm", "rms_norm")
+def _norm_of_features(call: FunctionCall) -> Any:
+    x = call.first
+    dims = tuple(range(-len(call.argument(1, "normalized_shape")), 0))
+    weight, bias = call.argument(2, "weight"), None
+    if call.name == "layer_norm":
+        bias, eps = call.argument(3, "bias"), call.argument(4, "eps", 1e-5)
+    else:
+        eps = call.argument(3, "eps")
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return _norm(call, x, dims, eps, weight, bias, centred=call.name == "layer_norm")
+
+
+@_rule("group_norm")
+def _norm_of_groups(call: FunctionCall) -> Any:
+    x, groups = call.first, call.argument(1, "num_groups")
+    return _norm_of_channels(
+        call,
+        x,
+        groups,
+        *(
+            call.argument(place, name, default)
+            for place, name, default in ((2, "weight", None), (3, "bias", None), (4, "eps", 1e-5))
+        ),
+    )
+
+
+@_rule("instance_norm")
+def _norm_of_instances(call: FunctionCall) -> Any:
+    x = call.first
+    if not call.argument(5, "use_input_stats", True):
+        return call.run()
+    return _norm_of_channels(
+        call,
+        x,
+        x.shape[1],
+        *(
+            call.argument(place, name, default)
+            for place, name, default in ((3, "weight", None), (4, "bias", None), (7, "eps", 1e-5))
+        ),
+    )
+
+
+def _norm_of_channels(
+    call: FunctionCall, x: Tensor, groups: int, weight: Any, bias: Any, eps: float
+) -> Any:
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    weight, bias = (None if y is None else y.view(shape) for y in (weight, bias))
+    grouped = x.reshape(len(x), groups, -1, *x.shape[2:])
+    dims = tuple(range(2, grouped.dim()))
+    return _norm(call, grouped, dims, eps, weight, bias, centred=True, shape=x.shape)
+
+
+def _norm(
+    call: FunctionCall,
+    x: Tensor,
+    dims: tuple[int, ...],
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    centred: bool,
+    shape: torch.Size | None = None,
+) -> Any:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide)
+    if centred:
+        y = y - y.mean(dims, keepdim=True)
+    y = y * y.detach().square().mean(dims, keepdim=True).add(eps).rsqrt()
+    if shape is not None:
+        y = y.view(shape)
+    if weight is not None:
+        y = y * weight.detach()
+    if bias is not None:
+        y = y + call.lifted(bias.detach().to(wide))
+    given = call.detached()
+    return with_gradient_of(y, given.run)
+
+
+@_rule("batch_norm")
+def _batch_norm(call: FunctionCall) -> Any:
+    """With its running statistics, a batch norm is linear but for its constants."""
+    x, mean, variance = (
+        call.first,
+        call.argument(1, "running_mean"),
+        call.argument(2, "running_var"),
+    )
+    if call.argument(5, "training", False) or mean is None:
+        return call.run()
+    weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
+    scale = (variance + call.argument(7, "eps", 1e-5)).rsqrt()
+    scale = scale if weight is None else scale * weight
+    offset = -mean * scale if bias is None else bias - mean * scale
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    linear = x * scale.view(shape) + call.lifted(offset.detach()).view(shape)
+    return with_gradient_of(linear, call.detached().run)
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention
+
+
+@_rule("scaled_dot_product_attention")
+def _attention(call: FunctionCall) -> Any:
+    """Attention weights are held fixed, or share the gradient with the values."""
+    names = ("query", "key", "value")
+    query, key, value = (call.argument(place, name) for place, name in enumerate(names))
+    if (
+        call.softmax_gradient
+        and depends_on_inputs(value)
+        and (depends_on_inputs(query) or depends_on_inputs(key))
+    ):
+        shares = [(query, 0.25), (key, 0.25), (value, 0.5)]
+        given = {id(x): scaled_gradient(x, by) for x, by in shares if depends_on_inputs(x)}
+    elif depends_on_inputs(value):
+        given = {id(x): x.detach() for x in (query, key) if depends_on_inputs(x) and x is not value}
+        if query is value or key is value:
+            given[id(value)] = value
+    else:
+        return _held_fixed(call)
+    mask = call.argument(3, "attn_mask")
+    if depends_on_inputs(mask):
+        given[id(mask)] = mask.detach()
+    return call.changed(lambda x: given.get(id(x), x)).run()
+
+
+# ---------------------------------------------------------------------------------------------
+# In-place functions
+
+
+def is_in_place(func: Any) -> bool:
+    """Whether a function changes its first argument, by PyTorch's naming."""
+    name: str = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name[2] == "i" and name[3:-2] in _OPERATORS)
+    return name.endswith("_") and name != "requires_grad_"
+
+
+def _run_in_place(call: FunctionCall) -> Any:
+    """Run an in-place function by its rule, and write the result into its first argument."""
+    target = call.first
+    if call.name == "setitem":
+        return _set_item(call)
+    if call.name in ("detach", "squeeze", "unsqueeze", "transpose", "t", "swapaxes"):
+        return call.run()  # only the shape changes
+    if call.name in ("copy", "fill", "zero"):
+        value = call.lifted(0.0 if call.name == "zero" else [*call.args, *call.kwargs.values()][1])
+        write = torch.Tensor.copy_ if isinstance(value, Tensor) else torch.Tensor.fill_
+        return call.proceed(write, (target, value), {})
+    function = getattr(torch.Tensor, call.name, None) or getattr(torch, call.name)
+    # Products and constants are kept for the backward pass, so they must not be overwritten.
+    kept = (
+        target.clone()
+        if _rules.get(call.name) is _product or not depends_on_inputs(target)
+        else target
+    )
+    value = _by_rule(replace(call, func=function, args=(kept, *call.args[1:])))
+    return call.proceed(torch.Tensor.copy_, (target, call.lifted(value)), {})
+
+
+def _set_item(call: FunctionCall) -> None:
+    target, index, value = call.args
+    if target.is_floating_point() and not depends_on_inputs(target):
+        # What stays of the old content is a constant.
+        call.proceed(torch.Tensor.copy_, (target, constant(target.clone(), call.one)), {})
+    call.proceed(call.func, (target, index, call.lifted(value)), call.kwargs)
+
+
+@functools.cache
+def _place_of_inplace(func: Any) -> int | None:
+    """Return the place of the argument ``inplace`` of a function; None if it has none."""
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None

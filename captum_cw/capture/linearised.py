@@ -1,0 +1,142 @@
+"""A forward pass of a model that autograd sees as linear.
+
+While :class:`Linearised` follows the functions of a thread, each function that is not linear keeps
+its value, and gets the gradient of a linear function with the same value at this input: norms keep
+their scale, activations their ratio of output to input, attention its weights; products give a part
+of the gradient to each factor. So a gradient times its input is a share of the output, and all
+shares sum to the output. Constants, such as biases, have their shares too, in the gradient of one
+scalar that they are multiplied by.
+
+It knows functions, and never models. Whether the sum closes tells whether every function was
+understood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_cw.capture.attention_call import UnsupportedModelError
+from captum_cw.capture.dispatch import Proceed
+from captum_cw.capture.embedded_tokens import EmbeddedTokens, Leaf
+from captum_cw.capture.linear_rules import (
+    FunctionCall,
+    depends_on_inputs,
+    is_in_place,
+    name_of,
+    run_linearised,
+    substitute,
+    tensors_in,
+)
+from captum_cw.capture.module_stack import innermost
+from captum_cw.functional import widest
+
+__all__ = ["Linearised"]
+
+#: The relative error with which the shares of one function sum to its value.
+TOLERANCE = 1e-3
+
+#: Functions that pass an activation on, but would hide it from autograd.
+_PASSED_ON = {"detach", "data"}
+
+
+class Linearised:
+    """Follows the functions of a forward pass, and makes their gradients linear.
+
+    Args:
+        ids: Token ids by the name of their argument.
+        floating: Inputs of floating numbers by the name of their argument.
+        device: The device of the model's inputs.
+        softmax_gradient: Whether attention weights keep the gradient of their softmax.
+        examines: Whether each function is checked by itself, which is slow.
+
+    Attributes:
+        one: The scalar whose gradient is the share of all constants.
+        given: The floating inputs as the model must be given them.
+        unequal: The first function whose shares do not sum to its value, and the module that was
+            running; None if all functions are understood, or were not examined.
+    """
+
+    def __init__(
+        self,
+        ids: Mapping[str | int, Tensor],
+        floating: Mapping[str | int, Tensor],
+        device: torch.device,
+        *,
+        softmax_gradient: bool = False,
+        examines: bool = False,
+    ) -> None:
+        self.one = torch.ones((), dtype=widest(device), device=device, requires_grad=True)
+        self._tokens = EmbeddedTokens(ids, self.one)
+        leaves = {name: x.detach().requires_grad_() for name, x in floating.items()}
+        self._inputs = [Leaf(name, x) for name, x in leaves.items()]
+        with torch.enable_grad():
+            self.given = {name: x.clone() for name, x in leaves.items()}
+        self._softmax_gradient, self._examines = softmax_gradient, examines
+        self.unequal: tuple[str, torch.nn.Module | None] | None = None
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """The embeddings and floating inputs, from which gradients are taken."""
+        return [*self._tokens.leaves, *self._inputs]
+
+    def __call__(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
+    ) -> Any:
+        """Run a torch function with a linear gradient."""
+        active = any(map(depends_on_inputs, tensors_in((args, kwargs))))
+        args, kwargs = substitute((args, kwargs), _without_parameter)
+        if not active:
+            with torch.enable_grad():  # tensors made without it must not be overwritten with it
+                return self._tokens.run(func, args, kwargs, proceed)
+        name = name_of(func)
+        if name in _PASSED_ON:
+            return args[0] if is_in_place(func) else args[0].view_as(args[0])
+        if name in ("numpy", "array"):
+            raise UnsupportedModelError(
+                "The model computes with activations outside of PyTorch (by NumPy), so it is "
+                "unknown what becomes of them: write this part with torch functions."
+            )
+        call = FunctionCall(func, name, args, kwargs, proceed, self.one, self._softmax_gradient)
+        with torch.enable_grad():
+            if self._examines and self.unequal is None and not is_in_place(func):
+                return self._examined(call)
+            return run_linearised(call)
+
+    def _examined(self, call: FunctionCall) -> Any:
+        """Run a function, and check that its shares sum to its value."""
+        # The tensors may depend on each other, so the function runs once more on copies.
+        copies: dict[int, Tensor] = {}
+
+        def copy_of(x: Any) -> Any:
+            if not depends_on_inputs(x):
+                return x
+            return copies.setdefault(id(x), x.detach().requires_grad_().clone())
+
+        result = run_linearised(call.changed(copy_of))
+        results = [x for x in tensors_in(result) if depends_on_inputs(x)]
+        if not results:
+            return run_linearised(call)
+        generator = torch.Generator().manual_seed(0)
+        seeds = [torch.randn(x.shape, generator=generator).to(x) for x in results]
+        inputs = [*copies.values(), self.one]
+        grads = torch.autograd.grad(results, inputs, seeds, retain_graph=True, allow_unused=True)
+        terms = [
+            (g.double() * x.detach().double()).sum()
+            for g, x in zip(grads, inputs, strict=True)
+            if g is not None
+        ]
+        parts = [s.double() * x.detach().double() for s, x in zip(seeds, results, strict=True)]
+        whole, found = (float(sum(x.sum() for x in y)) for y in (parts, terms))
+        size = float(sum(x.square().sum() for x in parts)) ** 0.5
+        if not abs(found - whole) <= TOLERANCE * size:
+            self.unequal = call.name, innermost()
+        return run_linearised(call)
+
+
+def _without_parameter(x: Any) -> Any:
+    """Detach the parameters of the model, which never get a gradient."""
+    return x.detach() if isinstance(x, Tensor) and x.is_leaf and x.requires_grad else x

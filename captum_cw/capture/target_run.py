@@ -1,0 +1,532 @@
+"""One pass of the linearised model for a target: the shares of inputs, constants and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from captum_cw.capture.activation_modules import activations_as_one
+from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelError, find_weights
+from captum_cw.capture.dispatch import following
+from captum_cw.capture.embedded_tokens import NOWHERE, Leaf
+from captum_cw.capture.forward_call import ForwardCall, forward_call, run_on_copies
+from captum_cw.capture.linear_rules import depends_on_inputs
+from captum_cw.capture.linearised import Linearised
+from captum_cw.capture.model import device_of, evaluation_mode, uncompiled
+from captum_cw.capture.observation import Execution, HeadObservation, names_of
+from captum_cw.capture.rounding import rounding
+from captum_cw.capture.run import Inputs, Runner
+from captum_cw.capture.target_inputs import Arguments, own_arguments
+from captum_cw.capture.target_value import Target, needs_all_logits, target_values
+from captum_cw.capture.tensor_parallel import head_group
+from captum_cw.functional import QueryMask, TargetLayer
+
+__all__ = ["Attention", "TargetPass", "TargetRunner"]
+
+Result = TypeVar("Result")
+Attention = Literal["frozen", "attnlrp"]
+
+#: The error with which shares may sum to the target: relative to the target, and to the sum of the
+#: sizes of all shares. Half precision allows more.
+OF_TARGET, OF_SHARES = 1e-3, 1e-4
+
+
+@dataclass(frozen=True)
+class TargetPass:
+    """The shares of one target.
+
+    Args:
+        values: The target of each example, ``(B,)``.
+        linear: What the shares sum to, ``(B,)``: the target, or for a callable that is not linear
+            ``<d target / d output, output>``.
+        shares: By the name or place of each input: ``(B, T)`` for ids, else the shape of the input.
+        given: The user's tensors by the same names or places.
+        constants: The share of biases and other constants, ``(B,)``; None if it was not requested.
+        layers: The results of the attention layers.
+        output: The output of the model.
+    """
+
+    values: Tensor
+    linear: Tensor
+    shares: dict[str | int, Tensor]
+    given: dict[str | int, Tensor]
+    constants: Tensor | None
+    layers: list[tuple[Execution, Any]]
+    output: Any
+
+    def shares_like(self, inputs: Inputs) -> Any:
+        """Return the shares in the form of Captum's ``inputs``."""
+        if isinstance(inputs, Mapping):
+            return self.shares if len(self.shares) > 1 else next(iter(self.shares.values()))
+        by_tensor = {id(self.given[name]): share for name, share in self.shares.items()}
+        tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
+        nothing = torch.float32
+        found = tuple(by_tensor.get(id(x), torch.zeros_like(x, dtype=nothing)) for x in tensors)
+        return found[0] if isinstance(inputs, Tensor) else found
+
+    @property
+    def delta(self) -> Tensor:
+        """What the shares lack of the target, ``(B,)``."""
+        assert self.constants is not None
+        return (self.without_constants() - self.constants.double()).float()
+
+    def without_constants(self) -> Tensor:
+        """Return what the shares of the inputs lack of the target, ``(B,)`` in double precision."""
+        missing = self.linear.double()
+        for share in self.shares.values():
+            if len(share) == len(missing) or len(missing) > 1:
+                share = share.flatten(1).sum(1, dtype=torch.float64)
+            else:
+                share = share.sum(dtype=torch.float64)
+            missing = missing - share
+        return missing
+
+
+@dataclass
+class _Heads:
+    """An attention call, and the result of its layer once the gradient is known."""
+
+    execution: Execution
+    layer: TargetLayer
+    result: Any = None
+    is_done: bool = False
+    hook: Any = None
+
+
+@dataclass
+class _Recorded:
+    """A linearised forward pass, before the backward pass.
+
+    Args:
+        linearised: The functions that ran.
+        arguments: The arguments of the model.
+        heads: The attention calls that ran.
+        output: The output of the model.
+        values: The target, ``(B,)``.
+        linear: What the shares sum to, ``(B,)``.
+        outputs: The tensors of the output that the target depends on, and their gradients.
+    """
+
+    linearised: Linearised
+    arguments: Arguments
+    heads: list[_Heads]
+    output: Any
+    values: Tensor
+    linear: Tensor
+    outputs: list[tuple[Tensor, Tensor]]
+
+
+class TargetRunner:
+    """Runs the linearised model of a :class:`~captum_cw.capture.run.Runner`.
+
+    Args:
+        runner: The model, and the chosen attention layers.
+        attention: ``"frozen"`` to hold attention weights fixed, so that all shares sum to the
+            target; ``"attnlrp"`` for the gradient of the softmax (Achtibat et al. 2024).
+
+    Example:
+        >>> runner = TargetRunner(Runner(model))
+        >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
+        >>> found = runner.run(inputs, target=3)
+        >>> found.shares["input_ids"].shape, bool(found.delta.abs() < 1e-4)
+        (torch.Size([1, 6]), True)
+    """
+
+    def __init__(self, runner: Runner, attention: Attention = "frozen") -> None:
+        self.runner, self.attention = runner, attention
+        self._is_checked = False
+
+    def run(
+        self,
+        inputs: Inputs,
+        additional_forward_args: object = None,
+        *,
+        target: Target = None,
+        contrast: Target = None,
+        on_layer: Callable[[Execution, TargetLayer], Result] | None = None,
+        text_only: bool = False,
+        by_example: bool = False,
+    ) -> TargetPass:
+        """Run the model once forward and once backward.
+
+        Args:
+            inputs: The inputs, as for :meth:`captum_cw.ContributionWeights.attribute`.
+            additional_forward_args: More positional arguments, as in Captum.
+            target: The target, see :func:`~captum_cw.capture.target_value.target_values`.
+            contrast: A second target that is subtracted; None for none.
+            on_layer: Receives each chosen attention layer, from the last to the first; None if
+                only the inputs matter.
+            text_only: Whether to skip the layers of a vision tower if no layers were chosen.
+            by_example: Whether the share of constants is computed for each example, which needs
+                one more backward pass for each example of a batch.
+
+        Raises:
+            UnsupportedModelError: If the shares do not sum to the target.
+            TypeError, ValueError, IndexError: If inputs or target are wrong.
+        """
+        runner = self.runner
+        forward = runner.forward_func
+        called = forward.forward if isinstance(forward, nn.Module) else forward
+        call = forward_call(runner.model, called, inputs, additional_forward_args)
+        ends = [mask[:, -1] for mask in call.token_masks]
+        if call.last_only and not (
+            ends and all(map(torch.all, ends)) and not needs_all_logits(target, contrast)
+        ):
+            call = call.with_all_logits()
+        found, gap, allowed = self._pass(
+            call, inputs, target, contrast, on_layer, text_only, by_example
+        )
+        if not gap <= allowed and self.attention == "frozen":
+            raise self._not_closed(found, gap, call, inputs, target, contrast)
+        self._is_checked = True
+        if on_layer is not None:
+            runner.remember_names([execution for execution, _ in found.layers])
+        return found
+
+    def _pass(
+        self,
+        call: ForwardCall,
+        inputs: Inputs,
+        target: Target,
+        contrast: Target,
+        on_layer: Callable[[Execution, TargetLayer], Any] | None,
+        text_only: bool,
+        by_example: bool,
+    ) -> tuple[TargetPass, float, float]:
+        """Return the shares, by how much they miss the target, and what is allowed."""
+        with ExitStack() as stack:
+            recorded = self._forward(stack, call, inputs, target, contrast, on_layer, text_only)
+            B, constants, lone = len(recorded.values), None, None
+            more = B > 1 and (by_example or not self._is_checked)
+            grads = self._backward(recorded, retain_graph=more)
+            if B == 1:
+                constants = grads[-1][None]
+            elif by_example:
+                constants = self._constants(recorded, torch.eye(B))
+            elif more:  # errors of single examples may cancel in their sum
+                weights = torch.rand(1, B, generator=torch.Generator().manual_seed(0)) + 0.5
+                lone = weights.to(recorded.linear), self._constants(recorded, weights)
+            for heads in recorded.heads:
+                if on_layer is not None and not heads.is_done:  # the target does not depend on it
+                    _finish(heads, torch.zeros_like(heads.layer.head_gradient), on_layer)
+        shares, sizes = _shares(recorded.linearised.leaves, grads, recorded.arguments)
+        results = [(heads.execution, heads.result) for heads in recorded.heads]
+        found = TargetPass(
+            values=recorded.values,
+            linear=recorded.linear,
+            shares=shares,
+            given={name: x.given for name, x in recorded.arguments.inputs.items()},
+            constants=constants,
+            layers=results,
+            output=recorded.output,
+        )
+        eps = rounding(*(x for x, _ in recorded.outputs))
+        allowed = max(OF_SHARES, 32 * eps) * (sizes + abs(float(grads[-1])))
+        allowed += OF_TARGET * float(recorded.linear.abs().sum())
+        if constants is not None:
+            return found, float(found.delta.abs().max()), allowed
+        rest = found.without_constants()
+        gaps = [rest.sum() - grads[-1].double()]
+        if lone is not None:
+            gaps.append(lone[0][0].double() @ rest - lone[1][0].double())
+        return found, max(abs(float(gap)) for gap in gaps), allowed
+
+    def _forward(
+        self,
+        stack: ExitStack,
+        call: ForwardCall,
+        inputs: Inputs,
+        target: Target,
+        contrast: Target,
+        on_layer: Callable[[Execution, TargetLayer], Any] | None,
+        text_only: bool,
+        examines: bool = False,
+    ) -> _Recorded:
+        """Run the linearised model, whose modules stay as they are until ``stack`` is left."""
+        runner = self.runner
+        arguments = own_arguments(call, inputs)
+        linearised = self._linearise(arguments, examines)
+        heads: list[_Heads] = []
+
+        def on_heads(execution: Execution, attention: AttentionCall, mask: QueryMask) -> None:
+            if on_layer is not None:
+                heads.append(_watched(execution, attention, mask, on_layer))
+
+        observation = HeadObservation(
+            runner.roots,
+            on_heads,
+            runner.chosen,
+            kind=runner.kind if runner.chosen is None else "all",
+            real=call.token_masks,
+            text=call.text if text_only and runner.chosen is None else None,
+        )
+        modules = list(dict.fromkeys(m for root in runner.roots for m in root.modules()))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(evaluation_mode(runner.roots, runner.model))
+        stack.enter_context(uncompiled())
+        with following(linearised), activations_as_one(modules), observation:
+            try:
+                output = runner.forward_func(*arguments.args, **arguments.kwargs)
+            except Exception as error:
+                explanation = call.explain(error, {e.kind for e in observation.executions})
+                if explanation is None:
+                    raise
+                raise ValueError(explanation) from error
+        if on_layer is not None:
+            runner.check_executions(observation.executions)
+        if not self._is_checked:
+            self._check_output(output, call)
+        values, outputs = _read(output, target, contrast, arguments.examples, call.token_masks)
+        linear = _linear_values(values, outputs, callable(target) or callable(contrast))
+        detached = values.detach().float()
+        return _Recorded(linearised, arguments, heads, _fixed(output), detached, linear, outputs)
+
+    def _linearise(self, arguments: Arguments, examines: bool) -> Linearised:
+        """Start a linearised pass, and put its inputs among the arguments."""
+        ids, floating = arguments.ids, arguments.floating
+        if not ids and not floating:
+            raise TypeError(
+                "The inputs hold neither token ids (input_ids) nor floating tensors, so there is "
+                "nothing to attribute the target to."
+            )
+        model = self.runner.model
+        linearised = Linearised(
+            {name: x.tensor for name, x in ids.items()},
+            {name: x.tensor for name, x in floating.items()},
+            arguments.first.device if model is None else device_of(model),
+            softmax_gradient=self.attention == "attnlrp",
+            examines=examines,
+        )
+        for name, x in floating.items():
+            x.put(linearised.given[name])
+        return linearised
+
+    def _check_output(self, output: Any, call: ForwardCall) -> None:
+        """Check that the linearised model returns what the model returns."""
+        with torch.no_grad():
+            plain = run_on_copies(self.runner.forward_func, call.kwargs, call.args)
+        ours, theirs = (list(_floating(x)) for x in (output, plain))
+        for x, y in zip(ours, theirs, strict=True):
+            tolerance = max(1e-3, 32 * rounding(x)) * float(y.nan_to_num(0, 0, 0).abs().max())
+            if x.shape != y.shape or not torch.allclose(x, y, 0, tolerance, equal_nan=True):
+                raise UnsupportedModelError(
+                    f"With gradients, the model returns other numbers than without: they differ by "
+                    f"{float((x - y).abs().max()):.2g}. A random or trained-only branch of "
+                    "it may depend on whether gradients are recorded."
+                )
+
+    @staticmethod
+    def _backward(recorded: _Recorded, *, retain_graph: bool) -> list[Tensor]:
+        """Return the gradients of the leaves, and last that of the constants."""
+        leaves = [leaf.tensor for leaf in recorded.linearised.leaves]
+        inputs = [*leaves, recorded.linearised.one]
+        try:
+            grads = torch.autograd.grad(
+                [x for x, _ in recorded.outputs],
+                inputs,
+                [g for _, g in recorded.outputs],
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            if isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError)):
+                raise
+            raise UnsupportedModelError(
+                f"The model has no backward pass in evaluation mode ({type(error).__name__}: "
+                f"{error}), so targets cannot be attributed to its inputs."
+            ) from error
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
+
+    @staticmethod
+    def _constants(recorded: _Recorded, weights: Tensor) -> Tensor:
+        """Return the share of constants in weighted sums of the examples' targets.
+
+        Args:
+            recorded: The forward pass.
+            weights: The weights of the examples, ``(n, B)``.
+
+        Returns:
+            ``(n,)``.
+        """
+        one, outputs, shares = recorded.linearised.one, recorded.outputs, []
+        for row in weights.double():
+            seeds = [g * row.to(g).view(-1, *[1] * (g.dim() - 1)) for _, g in outputs]
+            (share,) = torch.autograd.grad(
+                [x for x, _ in outputs], one, seeds, retain_graph=True, allow_unused=True
+            )
+            shares.append(torch.zeros_like(one) if share is None else share)
+        return torch.stack(shares)
+
+    def _not_closed(
+        self,
+        found: TargetPass,
+        gap: float,
+        call: ForwardCall,
+        inputs: Inputs,
+        target: Target,
+        contrast: Target,
+    ) -> UnsupportedModelError:
+        """Return the error for shares that do not sum to the target, with the first reason."""
+        with ExitStack() as stack:
+            recorded = self._forward(
+                stack, call, inputs, target, contrast, None, False, examines=True
+            )
+            unequal = recorded.linearised.unequal
+        where = "No single function explains it."
+        if len(found.linear) > 1 and unequal is None:
+            where += (
+                " The target of an example may depend on the other examples: give one at a time."
+            )
+        if unequal is not None:
+            function, module = unequal
+            names = names_of(self.runner.roots)
+            place = "outside of all modules" if module is None else f"in module {names[module]!r}"
+            kind = "" if module is None else f" ({type(module).__name__})"
+            where = (
+                f"The first function that is not understood is {function!r}, {place}{kind}: write "
+                "it with functions that are, or explain a part of the model that comes after it."
+            )
+        return UnsupportedModelError(
+            f"The shares of the inputs do not sum to the target {float(found.linear.sum()):.4g}: "
+            f"{gap:.2g} is missing, so some would be wrong. {where}"
+        )
+
+
+def _watched(
+    execution: Execution,
+    call: AttentionCall,
+    mask: QueryMask,
+    on_layer: Callable[[Execution, TargetLayer], Any],
+) -> _Heads:
+    """Return an attention call whose result is computed as soon as its gradient is known."""
+    if head_group(call.module, call.H, call.value.shape[3]) is not None:
+        raise UnsupportedModelError(
+            f"The heads of layer {execution.name!r} are spread over processes (tensor parallel), "
+            "where targets are not supported: load the model without tp_plan."
+        )
+
+    def fixed(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach()
+
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        seen = replace(
+            call,
+            value=call.value.detach(),
+            returned=call.returned.detach(),
+            query=fixed(call.query),
+            key=fixed(call.key),
+            mask=fixed(call.mask),
+            weights=fixed(call.weights),
+        )
+        layer = TargetLayer(
+            weights=find_weights(seen, mask, execution.name),
+            value=seen.read(seen.value),
+            head_gradient=seen.head_output.transpose(1, 2),
+            mask=mask,
+        )
+    heads = _Heads(execution, layer)
+
+    def on_gradient(gradient: Tensor) -> None:
+        with torch._C.DisableTorchFunction():
+            by_head = call.by_token(gradient).transpose(1, 2).to(seen.dtype)
+            _finish(heads, by_head, on_layer)
+
+    if depends_on_inputs(call.returned):
+        heads.hook = call.returned.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+    return heads
+
+
+def _finish(
+    heads: _Heads, gradient: Tensor, on_layer: Callable[[Execution, TargetLayer], Any]
+) -> None:
+    layer = replace(heads.layer, head_gradient=gradient)
+    with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+        heads.result = on_layer(heads.execution, layer)
+    heads.is_done = True
+    if heads.hook is not None:
+        heads.hook.remove()
+
+
+def _read(
+    output: Any, target: Target, contrast: Target, examples: int, masks: tuple[Tensor, ...]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return the target's values, and the tensors of the output with the target's gradient."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def as_leaf(x: Any) -> Any:
+        if not depends_on_inputs(x):
+            return x
+        leaf = x.detach().requires_grad_()
+        found.append((x, leaf))
+        return leaf
+
+    copied = pytree.tree_map(as_leaf, output)
+    values = target_values(copied, target, contrast, examples, masks)
+    if not found or not values.requires_grad:
+        raise ValueError(
+            f"The target does not depend on the inputs by a gradient: the model returns "
+            f"{type(output).__name__}. Give the model itself, or a callable that returns its "
+            "logits; generated ids have no gradient."
+        )
+    grads = torch.autograd.grad(values.sum(), [leaf for _, leaf in found], allow_unused=True)
+    pairs = zip(found, grads, strict=True)
+    return values, [(x, g) for (x, _), g in pairs if g is not None]
+
+
+def _linear_values(values: Tensor, outputs: list[tuple[Tensor, Tensor]], is_free: bool) -> Tensor:
+    """Return ``<d target / d output, output>`` of each example."""
+    if not is_free:
+        return values.detach().float()
+    B = len(values)
+    total = torch.zeros(B, dtype=torch.float64)
+    for x, g in outputs:
+        product = (x.detach().double() * g.double()).cpu()
+        if len(x) != B:
+            if B > 1:
+                raise ValueError(
+                    f"The target depends on a tensor of shape {tuple(x.shape)}, whose first "
+                    f"dimension is not that of the {B} examples: give one example at a time."
+                )
+            product = product[None]
+        total += product.flatten(1).sum(1) if product.dim() > 1 else product
+    return total.to(values.device, torch.float32)
+
+
+def _fixed(output: Any) -> Any:
+    return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, output)
+
+
+def _floating(output: Any) -> Iterator[Tensor]:
+    """Iterate over the floating tensors of an output."""
+    for x in pytree.tree_leaves(output):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            yield x
+
+
+def _shares(
+    leaves: list[Leaf], grads: list[Tensor], arguments: Arguments
+) -> tuple[dict[str | int, Tensor], float]:
+    """Return the share of each input, and the sum of the sizes of all shares."""
+    shares: dict[str | int, Tensor] = {}
+    sizes = 0.0
+    for leaf, gradient in zip(leaves, grads, strict=False):  # the last gradient is of constants
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        share = leaf.tensor.detach().to(wide) * gradient.to(wide)
+        if leaf.places is None:
+            sizes += float(share.abs().sum())
+            shares[leaf.name] = share.float()
+            continue
+        share = share.flatten(leaf.places.dim()).sum(-1)
+        sizes += float(share.abs().sum())
+        known = leaf.places != NOWHERE
+        shape = arguments.inputs[leaf.name].tensor.shape
+        total = share.new_zeros(shape.numel()).index_add_(0, leaf.places[known], share[known])
+        shares[leaf.name] = shares.get(leaf.name, 0) + total.view(shape).float()
+    return shares, sizes
