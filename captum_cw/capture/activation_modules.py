@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.linear_gradients import times_ratio
-from captum_cw.capture.linear_rules import depends_on_inputs
+from captum_cw.capture.linear_rules import varies
 from captum_cw.capture.patching import set_to, wrapped_method
 
 __all__ = ["activations_as_one"]
@@ -55,7 +55,7 @@ class _Activation:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
-        if not _is_linearising.get() or len(given) != 1 or not depends_on_inputs(given[0]):
+        if not _is_linearising.get() or len(given) != 1 or not varies(given[0]):
             return self._forward(*args, **kwargs)
         x = given[0]
         if self._module not in _tried:

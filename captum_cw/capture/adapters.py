@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from captum_cw.capture.attention_call import UnsupportedModelError
 from captum_cw.capture.linear_gradients import with_gradient_of
-from captum_cw.capture.linear_rules import depends_on_inputs, fixed
+from captum_cw.capture.linear_rules import fixed, varies
 from captum_cw.capture.listeners import count_replacements, is_active, suspended
 from captum_cw.capture.patching import wrapped_method
 from captum_cw.capture.rounding import product_rounding
@@ -125,7 +125,7 @@ class _AdaptedForward:
 def _with_gradients_of(adapted: Any, own: Any) -> Any:
     if isinstance(own, tuple):
         return tuple(_with_gradients_of(x, y) for x, y in zip(adapted, own, strict=True))
-    if depends_on_inputs(adapted):
+    if varies(adapted):
         return with_gradient_of(adapted, own.detach)
     return own
 

@@ -28,17 +28,17 @@ from captum_cw.capture.linear_gradients import (
 
 __all__ = [
     "FunctionCall",
-    "depends_on_inputs",
     "fixed",
     "is_in_place",
     "name_of",
     "run_linearised",
     "substitute",
     "tensors_in",
+    "varies",
 ]
 
 
-def depends_on_inputs(x: object) -> bool:
+def varies(x: object) -> bool:
     """Whether ``x`` is a floating tensor that depends on the inputs of the model."""
     return isinstance(x, Tensor) and x.grad_fn is not None
 
@@ -67,7 +67,7 @@ def substitute(x: Any, change: Callable[[Any], Any]) -> Any:
 
 def fixed(x: Any) -> Any:
     """Return arguments in which nothing depends on the inputs of the model."""
-    return substitute(x, lambda y: y.detach() if depends_on_inputs(y) else y)
+    return substitute(x, lambda y: y.detach() if varies(y) else y)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class FunctionCall:
     def lifted(self, x: Any) -> Any:
         """Return a number or a fixed floating tensor as a constant with a share of its own."""
         if isinstance(x, Tensor):
-            fixed = x.is_floating_point() and not depends_on_inputs(x)
+            fixed = x.is_floating_point() and not varies(x)
             return constant(x, self.one) if fixed else x
         if not isinstance(x, (int, float)) or isinstance(x, bool) or not x:
             return x
@@ -199,7 +199,7 @@ def _by_rule(call: FunctionCall) -> Any:
         return _rules[call.name](call)
     result = call.run()
     floating = [x for x in tensors_in(result) if x.is_floating_point()]
-    if floating and not any(map(depends_on_inputs, floating)) and not _CREATES.match(call.name):
+    if floating and not any(map(varies, floating)) and not _CREATES.match(call.name):
         raise UnsupportedModelError(
             f"The function {call.name!r} has no gradient, so what it makes of its input is unknown."
         )
@@ -229,25 +229,23 @@ def _held_fixed(call: FunctionCall) -> Any:
 def _divided(call: FunctionCall) -> Any:
     """A divisor is a scale, and is held fixed."""
     numerator, divisor = (call.args[1], call.args[0]) if call.name[0] == "r" else call.args[:2]
-    if not depends_on_inputs(numerator):
+    if not varies(numerator):
         return _held_fixed(call)
-    return call.changed(lambda x: x.detach() if x is divisor and depends_on_inputs(x) else x).run()
+    return call.changed(lambda x: x.detach() if x is divisor and varies(x) else x).run()
 
 
 @_rule("type_as", "expand_as", "view_as", "reshape_as")
 def _shaped(call: FunctionCall) -> Any:
     """The second argument gives only a shape or a dtype."""
     x, like = call.args
-    return (
-        call.run() if depends_on_inputs(x) else _held_fixed(replace(call, args=(x, like.detach())))
-    )
+    return call.run() if varies(x) else _held_fixed(replace(call, args=(x, like.detach())))
 
 
 @_rule("linalg_solve_triangular", "linalg_solve", "solve_triangular")
 def _solved(call: FunctionCall) -> Any:
     """The inverse of a matrix is a gate."""
     matrix, x = call.args[:2]
-    if not depends_on_inputs(x):
+    if not varies(x):
         return _held_fixed(call)
     return replace(call, args=(matrix.detach(), *call.args[1:])).run()
 
@@ -274,9 +272,7 @@ def _normalised(call: FunctionCall) -> Any:
 def _elementwise(call: FunctionCall) -> Any:
     """``x * (f(x) / x)`` if ``f(0) = 0``; otherwise the result is held fixed."""
     x = call.first
-    if not depends_on_inputs(x) or any(
-        depends_on_inputs(y) for y in tensors_in((call.args[1:], call.kwargs))
-    ):
+    if not varies(x) or any(varies(y) for y in tensors_in((call.args[1:], call.kwargs))):
         return _held_fixed(call)
     if call.name in ("pow", "clamp", "clip", "clamp_min", "clamp_max", "threshold"):
         at_zero = call.of(x.new_zeros(()))
@@ -305,12 +301,10 @@ def _gated(call: FunctionCall) -> Any:
 )
 def _product(call: FunctionCall) -> Any:
     """Each factor that depends on the inputs gets an equal part of the gradient."""
-    factors = sum(depends_on_inputs(x) for x in tensors_in((call.args, call.kwargs)))
+    factors = sum(varies(x) for x in tensors_in((call.args, call.kwargs)))
     if factors < 2:
         return call.run()
-    return call.changed(
-        lambda x: scaled_gradient(x, 1 / factors) if depends_on_inputs(x) else x
-    ).run()
+    return call.changed(lambda x: scaled_gradient(x, 1 / factors) if varies(x) else x).run()
 
 
 @_rule("addmm", "addmv", "addr", "baddbmm", "addbmm", "addcmul")
@@ -334,9 +328,9 @@ def _affine(call: FunctionCall) -> Any:
 
 
 def _halved(factors: list[Any]) -> list[Any]:
-    if sum(depends_on_inputs(x) for x in factors[:2]) < 2:
+    if sum(varies(x) for x in factors[:2]) < 2:
         return factors
-    return [scaled_gradient(x, 0.5) if depends_on_inputs(x) else x for x in factors]
+    return [scaled_gradient(x, 0.5) if varies(x) else x for x in factors]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -467,21 +461,17 @@ def _attention(call: FunctionCall) -> Any:
     """Attention weights are held fixed, or share the gradient with the values."""
     names = ("query", "key", "value")
     query, key, value = (call.argument(place, name) for place, name in enumerate(names))
-    if (
-        call.softmax_gradient
-        and depends_on_inputs(value)
-        and (depends_on_inputs(query) or depends_on_inputs(key))
-    ):
+    if call.softmax_gradient and varies(value) and (varies(query) or varies(key)):
         shares = [(query, 0.25), (key, 0.25), (value, 0.5)]
-        given = {id(x): scaled_gradient(x, by) for x, by in shares if depends_on_inputs(x)}
-    elif depends_on_inputs(value):
-        given = {id(x): x.detach() for x in (query, key) if depends_on_inputs(x) and x is not value}
+        given = {id(x): scaled_gradient(x, by) for x, by in shares if varies(x)}
+    elif varies(value):
+        given = {id(x): x.detach() for x in (query, key) if varies(x) and x is not value}
         if query is value or key is value:
             given[id(value)] = value
     else:
         return _held_fixed(call)
     mask = call.argument(3, "attn_mask")
-    if depends_on_inputs(mask):
+    if varies(mask):
         given[id(mask)] = mask.detach()
     return call.changed(lambda x: given.get(id(x), x)).run()
 
@@ -511,18 +501,14 @@ def _run_in_place(call: FunctionCall) -> Any:
         return call.proceed(write, (target, value), {})
     function = getattr(torch.Tensor, call.name, None) or getattr(torch, call.name)
     # Products and constants are kept for the backward pass, so they must not be overwritten.
-    kept = (
-        target.clone()
-        if _rules.get(call.name) is _product or not depends_on_inputs(target)
-        else target
-    )
+    kept = target.clone() if _rules.get(call.name) is _product or not varies(target) else target
     value = _by_rule(replace(call, func=function, args=(kept, *call.args[1:])))
     return call.proceed(torch.Tensor.copy_, (target, call.lifted(value)), {})
 
 
 def _set_item(call: FunctionCall) -> None:
     target, index, value = call.args
-    if target.is_floating_point() and not depends_on_inputs(target):
+    if target.is_floating_point() and not varies(target):
         # What stays of the old content is a constant.
         call.proceed(torch.Tensor.copy_, (target, constant(target.clone(), call.one)), {})
     call.proceed(call.func, (target, index, call.lifted(value)), call.kwargs)

@@ -24,12 +24,12 @@ from captum_cw.capture.dispatch import Proceed
 from captum_cw.capture.embedded_tokens import EmbeddedTokens, Leaf
 from captum_cw.capture.linear_rules import (
     FunctionCall,
-    depends_on_inputs,
     is_in_place,
     name_of,
     run_linearised,
     substitute,
     tensors_in,
+    varies,
 )
 from captum_cw.capture.module_stack import innermost
 from captum_cw.functional import widest
@@ -87,7 +87,7 @@ class Linearised:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Run a torch function with a linear gradient."""
-        active = any(map(depends_on_inputs, tensors_in((args, kwargs))))
+        active = any(map(varies, tensors_in((args, kwargs))))
         args, kwargs = substitute((args, kwargs), _without_parameter)
         if not active:
             with torch.enable_grad():  # tensors made without it must not be overwritten with it
@@ -112,12 +112,12 @@ class Linearised:
         copies: dict[int, Tensor] = {}
 
         def copy_of(x: Any) -> Any:
-            if not depends_on_inputs(x):
+            if not varies(x):
                 return x
             return copies.setdefault(id(x), x.detach().requires_grad_().clone())
 
         result = run_linearised(call.changed(copy_of))
-        results = [x for x in tensors_in(result) if depends_on_inputs(x)]
+        results = [x for x in tensors_in(result) if varies(x)]
         if not results:
             return run_linearised(call)
         generator = torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelErro
 from captum_cw.capture.dispatch import following
 from captum_cw.capture.embedded_tokens import NOWHERE, Leaf
 from captum_cw.capture.forward_call import ForwardCall, forward_call, run_on_copies
-from captum_cw.capture.linear_rules import depends_on_inputs
+from captum_cw.capture.linear_rules import varies
 from captum_cw.capture.linearised import Linearised
 from captum_cw.capture.model import device_of, evaluation_mode, uncompiled
 from captum_cw.capture.observation import Execution, HeadObservation, names_of
@@ -438,7 +438,7 @@ def _watched(
             by_head = call.by_token(gradient).transpose(1, 2).to(seen.dtype)
             _finish(heads, by_head, on_layer)
 
-    if depends_on_inputs(call.returned):
+    if varies(call.returned):
         heads.hook = call.returned.register_hook(on_gradient)  # type: ignore[no-untyped-call]
     return heads
 
@@ -461,7 +461,7 @@ def _read(
     found: list[tuple[Tensor, Tensor]] = []
 
     def as_leaf(x: Any) -> Any:
-        if not depends_on_inputs(x):
+        if not varies(x):
             return x
         leaf = x.detach().requires_grad_()
         found.append((x, leaf))
