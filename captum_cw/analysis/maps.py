@@ -41,13 +41,11 @@ class WeightMaps(AnalysisResult):
         """
         from captum_cw.visualization import plot_attention_and_contribution
 
-        pairs = self.settings["pairs"]
         return plot_attention_and_contribution(
-            self._maps_by_pair("attention"),
-            self._maps_by_pair("contribution"),
+            self._layers("attention"),
+            self._layers("contribution"),
             self.settings["tokens"],
-            pairs=[(n, head) for n, (_, head) in enumerate(pairs)],
-            layer_names=[f"layer {layer}" for layer, _ in pairs],
+            pairs=self.settings["pairs"],
             paper_scale=paper_scale,
             quantile=1.0 if paper_scale else 0.99,
             use_pyplot=use_pyplot,
@@ -57,26 +55,21 @@ class WeightMaps(AnalysisResult):
         """Plot the factors and the contribution of the first head, in four panels."""
         from captum_cw.visualization import plot_decomposition
 
+        layer, head = self.settings["pairs"][0]
         return plot_decomposition(
-            [self._maps_by_pair(part)[0] for part in PARTS],
+            [self._layers(part)[layer] for part in PARTS],
             self.settings["tokens"],
-            head=self.settings["pairs"][0][1],
+            head=head,
             quantile=0.99,
             use_pyplot=use_pyplot,
         )
 
-    def _maps_by_pair(self, part: str) -> list[Tensor]:
-        """Return one map for each pair, ``(1, head + 1, T, T)``.
-
-        All its heads are the same, so that the figure finds the map at the number of the head.
-        """
-        T = len(self.settings["tokens"])
-        by_pair = self.to_dataframe().groupby(["layer", "head"])[part]
-        maps = []
-        for layer, head in self.settings["pairs"]:
-            x = torch.tensor(by_pair.get_group((layer, head)).to_numpy(), device="cpu")
-            maps.append(x.view(T, T).expand(1, head + 1, T, T))
-        return maps
+    def _layers(self, part: str) -> list[Tensor]:
+        """Return the maps by layer, ``(1, H, T, T)`` each, with zeros for heads without a map."""
+        table, T = self.to_dataframe(), len(self.settings["tokens"])
+        maps = np.zeros((table["layer"].max() + 1, 1, table["head"].max() + 1, T, T))
+        maps[table["layer"], 0, table["head"], table["query"], table["key"]] = table[part]
+        return list(torch.from_numpy(maps))
 
 
 def weight_maps(
