@@ -8,12 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_cw.visualization._output import Picture, new_figure
+from captum_cw.visualization._output import MARKERS, Picture, new_figure
 
 __all__ = ["plot_curves", "plot_tasks"]
 
-# Markers, so that curves differ without colours too.
-_MARKERS = "osD^vPX*<>"
 _DECADES = 2
 
 
@@ -63,7 +61,7 @@ def plot_curves(
             ax.plot(
                 [100 * rate for rate in rates[title]],
                 values.tolist(),
-                marker=_MARKERS[number % len(_MARKERS)],
+                marker=MARKERS[number % len(MARKERS)],
                 markersize=5,
                 **{"label": name, **(styles or {}).get(name, {})},
             )

@@ -306,7 +306,8 @@ def test_nothing_is_explained_of_what_does_not_vary(constant: float) -> None:
 
 
 def test_too_few_points_have_no_fit() -> None:
-    result = regression_of({"all": synthetic(4), "first": np.zeros((0, 4))}, {}, False, 0)
+    few, none = synthetic(4), np.zeros((0, 4))
+    result = regression_of({"all": few, "first": none, "others": none}, {}, False, 0)
     assert result.to_dataframe().r2.isna().all()
     assert result.tables["folds"].r2.isna().all()
     result.plot(use_pyplot=False)

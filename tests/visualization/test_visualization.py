@@ -311,7 +311,7 @@ def test_each_map_shows_its_own_head(maps):
 def test_many_heads_stand_in_rows_of_four(maps):
     layers = [[given] * 8 for given in maps]
     pairs = [(layer, 1) for layer in range(6)]
-    fig, axes = plot_attention_and_contribution(*layers, pairs=pairs)
+    _, axes = plot_attention_and_contribution(*layers, pairs=pairs)
     assert [ax.get_title() for ax in axes[0]] == [f"layer {n}, head 1" for n, _ in pairs]
     assert len({round(ax.get_subplotspec().rowspan.start) for ax in axes.flat}) == 4
     assert len({round(ax.get_subplotspec().colspan.start) for ax in axes.flat}) == 3
