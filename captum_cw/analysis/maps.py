@@ -79,7 +79,6 @@ def weight_maps(
     tokens: Sequence[str] | None = None,
     length: int = 48,
     count: int = 4,
-    pairs: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
 ) -> WeightMaps:
     """Compute the attention and contribution maps of some heads, over the start of the first text.
@@ -91,37 +90,25 @@ def weight_maps(
         length: The maximum number of tokens to show.
         count: How many heads to draw at random. They are from different layers where possible;
             if the model has fewer heads, all are shown.
-        pairs: Pairs of layer and head to show instead, both counted from 0.
         seed: Random seed.
 
     Raises:
-        IndexError: If a layer or head does not exist.
         ValueError: If a text has fewer than two tokens, ``tokens`` are fewer than the tokens
-            shown, ``length`` is below 2, ``count`` is below 1, or ``pairs`` is empty.
+            shown, ``length`` is below 2, or ``count`` is below 1.
 
     Example:
         >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
-        >>> weight_maps(model, inputs, pairs=[(0, 1)]).to_dataframe().shape
+        >>> weight_maps(model, inputs, count=1).to_dataframe().shape
         (36, 8)
     """
-    if length < 2 or count < 1 or (pairs is not None and not len(pairs)):
-        raise ValueError(
-            f"length={length}, count={count}, pairs={pairs}: give at least two tokens and one head."
-        )
+    if length < 2 or count < 1:
+        raise ValueError(f"length={length}, count={count}: give two or more tokens, and a head.")
     ids = texts_of(batches)[0][:length]
     T = len(ids)
     if tokens is not None and len(tokens) < T:
         raise ValueError(f"tokens has {len(tokens)} names, but {T} tokens are shown.")
     layers = ContributionWeights(model).decompose(ids[None].to(device_of(model)))
-    heads = [x.attention.shape[1] for x in layers]
-    if pairs is None:
-        pairs = _draw_heads(heads, count, seed)
-    pairs = list(dict.fromkeys((int(layer), int(head)) for layer, head in pairs))
-    for layer, head in pairs:
-        if not 0 <= layer < len(layers) or not 0 <= head < heads[layer]:
-            raise IndexError(
-                f"pair {(layer, head)}: the model has {len(layers)} layers of {max(heads)} heads."
-            )
+    pairs = _draw_heads([x.attention.shape[1] for x in layers], count, seed)
     query, key = np.divmod(np.arange(T * T), T)
     maps = []
     for layer, head in pairs:
