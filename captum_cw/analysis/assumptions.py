@@ -118,7 +118,7 @@ def selection_assumptions(
         for _, terms in terms_of(seen.layer, drawn[seen.text]):
             profiles[seen.number] += profile_sums(terms.attention, terms.seen, ranks)
 
-    layers = run_texts(model, texts, on_layer, label="assumptions", show_progress=show_progress)
+    layers = run_texts(model, texts, on_layer, show_progress=show_progress)
     if not any(profile[:, -1].any() for profile in profiles.values()):
         raise ValueError(f"No query sees {ranks} keys, half of the shortest text: cut the texts.")
     pairs = np.array(

@@ -126,9 +126,7 @@ def reference_frames(
         sinks.append(_sinks_of_map(seen, average, received, anchors[-1]))
         positions.append(_positions_of_map(seen, received, anchors[-1]))
 
-    layers = run_texts(
-        model, texts, on_layer, causal=False, label="frames", show_progress=show_progress
-    )
+    layers = run_texts(model, texts, on_layer, causal=False, show_progress=show_progress)
     frames = find_frame(anchors, permutations=permutations, seed=seed)
     evidence = pd.DataFrame(frames)
     evidence.insert(0, "percentile", PERCENTILES)

@@ -116,7 +116,7 @@ def head_regimes(
     def on_layer(seen: SeenLayer) -> None:
         sums[seen.number] += head_sums(seen.layer, drawn[seen.text], size)
 
-    layers = run_texts(model, texts, on_layer, label="head regimes", show_progress=show_progress)
+    layers = run_texts(model, texts, on_layer, show_progress=show_progress)
     tables = label_regimes(_heads_table(sums, layers, size), seed)
     regimes, clusters = tables["regimes"], tables["clusters"]
     shares = regimes.set_index("regime")["heads"] / len(tables["heads"])

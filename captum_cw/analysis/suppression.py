@@ -143,7 +143,7 @@ def output_norms(
         queries = of_text.queries[:, sampled[seen.text]].float()
         measured.setdefault(seen.number, []).append(of_text._replace(queries=queries))
 
-    run_texts(model, texts, on_layer, label="output norms", show_progress=show_progress)
+    run_texts(model, texts, on_layer, show_progress=show_progress)
     rows, points = [], {}
     for number, by_text in measured.items():
         queries = torch.cat([x.queries for x in by_text], 1).cpu().numpy()
@@ -339,7 +339,7 @@ def semantic_cone(
         place = {"text": seen.text, "layer": seen.number, "head": part.index}
         parts.append(part.assign(**place, angle=angle, sink_angle=sink_angle))
 
-    run_texts(model, texts, on_layer, label="cone", show_progress=show_progress)
+    run_texts(model, texts, on_layer, show_progress=show_progress)
     table, columns = pd.concat(parts), [*SHARES, "angle", "sink_angle"]
     heads = table.groupby(["layer", "head"])[columns].mean().reset_index()
     by_text = table.groupby("text")[columns].mean().reset_index()
