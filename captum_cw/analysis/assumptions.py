@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from captum_cw.analysis.components import r2
 from captum_cw.analysis.result import AnalysisResult, Array, settings_of
-from captum_cw.analysis.selection_geometry import check_count, draw_queries, terms_of
+from captum_cw.analysis.selection_geometry import draw_queries, terms_of
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 
 #: The ranks that a two-piece fit needs: twice its four parameters.
@@ -64,7 +64,6 @@ def selection_assumptions(
     model: nn.Module,
     batches: Batches,
     *,
-    ranks: int | None = None,
     queries: int | None = 32,
     seed: int = 0,
     show_progress: bool = False,
@@ -77,8 +76,9 @@ def selection_assumptions(
       norms and similarities, and compared with the others.
     * The fits to similarity weight each distance by its number of pairs, and so does their R2. A
       constant has an R2 of 0.
-    * The profile is the mean of a row's weights by rank, over queries that see at least ``ranks``
-      keys, so that all ranks have the same queries. The fits are to its logarithm by the logarithm
+    * The profile is the mean of a row's weights by rank. It has half as many ranks as the shortest
+      text has tokens, and is over queries that see at least as many keys, so that all ranks have
+      the same queries. The fits are to its logarithm by the logarithm
       of the rank: one straight line, or two lines that meet at the rank that fits best. Two lines
       can never fit worse than one, so only the difference is meaningful. All ranks have the same
       weight, so the many late ranks count most.
@@ -86,7 +86,6 @@ def selection_assumptions(
     Args:
         model: A causal language model.
         batches: Token ids, or an iterable of batches. Texts need 16 or more tokens.
-        ranks: How many ranks the profile has; None for half the tokens of the shortest text.
         queries: How many random queries of each text to use for the profile; None uses all.
         seed: Random seed of the queries.
         show_progress: Show a progress bar over the texts after two seconds.
@@ -95,8 +94,8 @@ def selection_assumptions(
         A :class:`SelectionAssumptions`.
 
     Raises:
-        ValueError: If a text is too short, ``ranks`` is below 8, ``queries`` is invalid, the window
-            of every layer has fewer than ``ranks`` keys, or the model is not causal.
+        ValueError: If a text is too short, ``queries`` is invalid, the window of every layer has
+            fewer keys than the profile has ranks, or the model is not causal.
 
     Example:
         >>> inputs = tokenizer("The capital of France is Paris " * 4, return_tensors="pt")
@@ -106,12 +105,8 @@ def selection_assumptions(
         >>> result.tables["profile"]["rank"].tolist()
         [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
     """
-    if ranks is not None:
-        check_count("ranks", ranks)
-    texts = texts_of(batches, shortest=max(2 * MIN_RANKS, ranks or 0))
-    ranks = min(map(len, texts)) // 2 if ranks is None else ranks
-    if ranks < MIN_RANKS:
-        raise ValueError(f"ranks={ranks}: the fit of two lines needs at least {MIN_RANKS}.")
+    texts = texts_of(batches, shortest=2 * MIN_RANKS)
+    ranks = min(map(len, texts)) // 2
     drawn = draw_queries(texts, ranks - 1, queries, seed)
     lags = max(map(len, texts)) - 2
     norms, similarity, profiles = (defaultdict[int, Any](float) for _ in range(3))
@@ -123,9 +118,9 @@ def selection_assumptions(
         for _, terms in terms_of(seen.layer, drawn[seen.text]):
             profiles[seen.number] += profile_sums(terms.attention, terms.seen, ranks)
 
-    layers = run_texts(model, texts, on_layer, label="assumptions", show_progress=show_progress)
+    layers = run_texts(model, texts, on_layer, show_progress=show_progress)
     if not any(profile[:, -1].any() for profile in profiles.values()):
-        raise ValueError(f"No query sees {ranks} keys: give fewer ranks.")
+        raise ValueError(f"No query sees {ranks} keys, half of the shortest text: cut the texts.")
     pairs = np.array(
         [sum(max(len(ids) - 1 - lag, 0) for ids in texts) for lag in range(1, lags + 1)]
     )

@@ -120,7 +120,7 @@ def component_regression(
             for group, where in cells.items():
                 _sample_cells(where, maps, samples[group])
 
-    run_texts(model, texts, on_layer, label="regression", show_progress=show_progress)
+    run_texts(model, texts, on_layer, show_progress=show_progress)
     settings = settings_of(texts, points=points, log=log, seed=seed)
     return regression_of({group: s.rows for group, s in samples.items()}, settings, log, seed)
 
@@ -244,7 +244,7 @@ def component_correlations(
             dropped += int((~whole).sum())
             moments.add(columns[:, whole].abs().log())
 
-    run_texts(model, texts, on_layer, label="correlations", show_progress=show_progress)
+    run_texts(model, texts, on_layer, show_progress=show_progress)
     matrix = moments.correlations()
     table = pd.DataFrame(matrix, columns=list(FACTORS))
     table.insert(0, "component", FACTORS)
@@ -350,7 +350,7 @@ def component_dispersion(
             moments.add(torch.stack([x[visible] for x in maps]))
             _sample_cells(visible, maps, sample)
 
-    run_texts(model, texts, on_layer, label="dispersion", show_progress=show_progress)
+    run_texts(model, texts, on_layer, show_progress=show_progress)
     names = ["attention", "value norm", "cosine"]
     matrix = moments.correlations()
     numbers = {"mean cosine": float(moments.means()[2]), **_pairwise(names, matrix)}
@@ -425,7 +425,7 @@ def interference(
             moments.add(torch.stack([x[known] for x in maps]))
             _sample_cells(known, maps, sample)
 
-    run_texts(model, texts, on_layer, label="interference", show_progress=show_progress)
+    run_texts(model, texts, on_layer, show_progress=show_progress)
     table = pd.DataFrame(sample.rows.astype(np.float64), columns=["ratio", "cosine"])
     r = float(moments.correlations()[0, 1])
     numbers = {"r": r, "points": moments.count, "dropped": dropped}

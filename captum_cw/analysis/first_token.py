@@ -76,7 +76,7 @@ def first_token_weight(
             total["contribution"] += float(c[..., 0].double().sum())
         rows.extend((seen.text, seen.number, name, x / seen.T) for name, x in total.items())
 
-    run_texts(model, texts, on_layer, label="first token", show_progress=show_progress)
+    run_texts(model, texts, on_layer, show_progress=show_progress)
     tables = _tables_of_means(rows, ["measure"], "weight")
     numbers = tables["texts"].groupby("measure").weight.mean().to_dict()
     return FirstTokenWeight(settings_of(texts), numbers, tables)
@@ -144,7 +144,7 @@ def weight_entropy(
             for place, (total, count) in sums.items()
         )
 
-    run_texts(model, texts, on_layer, label="entropy", show_progress=show_progress)
+    run_texts(model, texts, on_layer, show_progress=show_progress)
     tables = _tables_of_means(rows, ["measure", "first"], "entropy")
     means = tables["texts"].groupby(["measure", "first"]).entropy.mean()
     numbers = {
@@ -201,7 +201,7 @@ def value_alignment(
         place = {"text": seen.text, "layer": seen.number, "head": range(len(first))}
         parts.append(pd.DataFrame({**place, "first": first, "among": among}))
 
-    run_texts(model, texts, on_layer, label="alignment", show_progress=show_progress)
+    run_texts(model, texts, on_layer, show_progress=show_progress)
     table, both = pd.concat(parts), ["first", "among"]
     by_text = table.groupby(["text", "layer"])[both].mean().groupby("text").mean().reset_index()
     heads = table.groupby(["layer", "head"])[both].mean().groupby("layer")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -125,53 +125,6 @@ class FrameEvidence(NamedTuple):
     p_bidirectional: float
 
 
-class _PlaceCounts:
-    """Counts of the positions of anchors, for ``R`` placements of the anchors of the same maps.
-
-    The first placement is the observed one.
-    """
-
-    def __init__(self, R: int, longest: int) -> None:
-        self.rows = np.arange(R)
-        self.from_start = np.zeros((R, longest), np.int32)
-        self.from_end = np.zeros((R, longest), np.int32)
-        self.first, self.last, self.both, self.repeats = (np.zeros(R) for _ in range(4))
-        self.maps = self.alone = self.anchors = self.pairs = 0
-
-    def add_text(self, T: int, maps: Sequence[Array]) -> None:
-        """Count the maps of one text, each ``(R, k)`` with ``k > 0``; the top anchor is first."""
-        visits = np.zeros((len(self.rows), T), np.int32)
-        for places in maps:
-            top = places[:, 0]
-            self.from_start[self.rows, top] += 1
-            self.from_end[self.rows, T - 1 - top] += 1
-            first, last = (places == 0).any(1), (places == T - 1).any(1)
-            self.first += first
-            self.last += last
-            self.both += first & last
-            visits[self.rows[:, None], places] += 1
-            k = places.shape[1]
-            self.maps += 1
-            self.alone += k == 1
-            self.anchors += k
-            self.pairs += k * (len(maps) - 1)
-        self.repeats += (visits * (visits - 1)).sum(1)
-
-    @property
-    def statistics(self) -> tuple[Array, Array, Array]:
-        """The top share, recurrence and rarer share of each placement, ``(R,)`` each."""
-        top = np.maximum(self.from_start.max(1), self.from_end.max(1))
-        repeats = self.repeats / self.pairs if self.pairs else np.full(len(self.rows), np.nan)
-        maps = max(self.maps, 1)
-        return top / maps, repeats, np.minimum(self.first, self.last) / maps
-
-    @property
-    def top_position(self) -> int:
-        """The most common position of the top anchor in the observed placement."""
-        starts, ends = self.from_start[0], self.from_end[0]
-        return int(starts.argmax()) if starts.max() >= ends.max() else -1 - int(ends.argmax())
-
-
 def find_frame(
     maps: Sequence[Anchors], *, permutations: int = 1000, seed: int = 0
 ) -> list[FrameEvidence]:
@@ -220,16 +173,12 @@ def find_frame(
     """
     if not maps:
         raise ValueError("maps is empty: give at least one map.")
-    longest = max(m.T for m in maps)
-    counts = [_PlaceCounts(1 + permutations, longest) for _ in maps[0].counts]
     random = np.random.default_rng(seed)
-    for _, group in groupby(maps, key=lambda m: m.text):
-        text = [(m, _place_anchors(m, permutations, random)) for m in group if len(m.places)]
-        for p, count in enumerate(counts):
-            places = [placed[:, : m.counts[p]] for m, placed in text if m.counts[p]]
-            if places:
-                count.add_text(text[0][0].T, places)
-    return [_evidence(count, len(maps)) for count in counts]
+    placed = [(m, _place_anchors(m, permutations, random)) for m in maps]
+    return [
+        _evidence([(m, x[:, : m.counts[p]]) for m, x in placed if m.counts[p]], len(maps))
+        for p in range(len(maps[0].counts))
+    ]
 
 
 def _place_anchors(anchors: Anchors, permutations: int, random: np.random.Generator) -> Array:
@@ -238,35 +187,77 @@ def _place_anchors(anchors: Anchors, permutations: int, random: np.random.Genera
     Returns:
         ``(1 + permutations, k)``.
     """
+    if not len(anchors.places):
+        return np.zeros((1 + permutations, 0), int)
     orders = random.permuted(np.tile(anchors.free, (permutations, 1)), axis=1)
     return np.vstack([anchors.places, orders[:, : len(anchors.places)]])
 
 
-def _evidence(counts: _PlaceCounts, maps: int) -> FrameEvidence:
+def _evidence(placed: Sequence[tuple[Anchors, Array]], maps: int) -> FrameEvidence:
     """Decide the type of the frame by our rule, and test it.
 
     Args:
-        counts: The counts of the maps that have an anchor.
+        placed: Each map that has anchors, and their positions, ``(1 + permutations, k)``. The top
+            anchor is first, and the first row is observed.
         maps: The number of all maps.
     """
-    top_share, recurrence, rarer = (float(x[0]) for x in counts.statistics)
-    chances = [float(x[1:].mean()) for x in counts.statistics]
+    if not placed:
+        nothing = [0.0] * 7 + [np.nan, 0.0] + [0.0, np.nan, 0.0]  # shares, and their chances
+        return FrameEvidence._make(["none", 1.0, 0.0, np.nan, *nothing, 1.0, 1.0, 1.0])
+    n = len(placed)
+    # For each map and placement.
+    top = np.array([x[:, 0] for _, x in placed])
+    first = np.array([(x == 0).any(1) for _, x in placed])
+    last = np.array([(x == m.T - 1).any(1) for m, x in placed])
+    # How often the top anchor is at each position, counted from the start and from the end.
+    lengths = np.array([[m.T] for m, _ in placed])
+    starts, ends = (_counts_by_position(x, lengths.max()) for x in (top, lengths - 1 - top))
+    statistics = (
+        np.maximum(starts.max(1), ends.max(1)) / n,
+        _recurrence(placed),
+        np.minimum(first.sum(0), last.sum(0)) / n,
+    )
+    top_share, recurrence, rarer = (float(x[0]) for x in statistics)
+    chances = [float(x[1:].mean()) for x in statistics]
     # Not "x >= x[0]": if the statistic is NaN, every permutation must count.
-    p_values = [float((~(x < x[0] - 1e-12)).mean()) for x in counts.statistics]
-    n = max(counts.maps, 1)
-    with_anchor, alone = counts.maps / maps, counts.alone / n
-    either = counts.first + counts.last - counts.both
-    ends = [float(x[0]) / n for x in (counts.first, counts.last, counts.both, either)]
+    p_values = [float((~(x < x[0] - 1e-12)).mean()) for x in statistics]
+    sizes = np.array([x.shape[1] for _, x in placed])
+    with_anchor, alone = n / maps, float((sizes == 1).mean())
+    f, z = first[:, 0], last[:, 0]
+    shares = [float(x.sum()) / n for x in (f, z, f & z, f | z)]
     frame: Frame = "distributed"
     p_value = p_values[1]
     if with_anchor < MAJORITY:
         frame, p_value = "none", 1.0
-    elif ends[-1] >= MAJORITY and rarer >= RARER_END:
+    elif shares[-1] >= MAJORITY and rarer >= RARER_END:
         frame, p_value = "bidirectional", p_values[2]
     elif top_share >= MAJORITY and alone >= MAJORITY:
         frame, p_value = "centralised", p_values[0]
-    position = float(counts.top_position) if counts.maps else float("nan")
-    top = (with_anchor, position, top_share, alone, counts.anchors / n)
+    from_start, from_end = starts[0], ends[0]
+    at_start = from_start.max() >= from_end.max()
+    position = from_start.argmax() if at_start else -1 - from_end.argmax()
+    top_anchor = (with_anchor, float(position), top_share, alone, float(sizes.sum()) / n)
     # In the order of the fields.
-    values = (frame, p_value, *top, *ends, recurrence, rarer, *chances, *p_values)
+    values = (frame, p_value, *top_anchor, *shares, recurrence, rarer, *chances, *p_values)
     return FrameEvidence._make(values)
+
+
+def _counts_by_position(places: Array, longest: int) -> Array:
+    """Count the positions ``(maps, R)`` of each placement, ``(R, longest)``."""
+    return np.array([np.bincount(column, minlength=longest) for column in places.T])
+
+
+def _recurrence(placed: Sequence[tuple[Anchors, Array]]) -> Array:
+    """Compute how often an anchor of one layer is one of another layer of the same text, ``(R,)``.
+
+    NaN if no text has two maps.
+    """
+    repeats: Any = 0
+    pairs = 0
+    for _, group in groupby(placed, key=lambda map_and_places: map_and_places[0].text):
+        maps = [places for _, places in group]
+        together = np.hstack(maps)
+        visits = _counts_by_position(together.T, together.max() + 1)
+        repeats += (visits * (visits - 1)).sum(1)
+        pairs += together.shape[1] * (len(maps) - 1)
+    return repeats / pairs if pairs else np.full(len(together), np.nan)

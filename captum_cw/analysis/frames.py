@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -30,10 +29,11 @@ from captum_cw.analysis.attention_graph import (
     received_attention,
     sinks_above,
 )
-from captum_cw.analysis.frame_rule import Anchors, Frame, FrameEvidence, anchors_of, find_frame
-from captum_cw.analysis.result import AnalysisResult, Array, settings_of
+from captum_cw.analysis.frame_rule import Anchors, Frame, anchors_of, find_frame
+from captum_cw.analysis.result import AnalysisResult, settings_of
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
 
+#: The attention thresholds of the graphs, and the percentiles of received attention of the sinks.
 THRESHOLDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 PERCENTILES = (80, 90, 95)
 #: The columns of the table ``sinks`` that :func:`head_divergence` sums.
@@ -79,8 +79,6 @@ def reference_frames(
     model: nn.Module,
     batches: Batches,
     *,
-    thresholds: Sequence[float] = THRESHOLDS,
-    percentiles: Sequence[float] = PERCENTILES,
     permutations: int = 1000,
     seed: int = 0,
     show_progress: bool = False,
@@ -95,15 +93,13 @@ def reference_frames(
         batches: Token ids ``(B, T)``, a dict with ``attention_mask``, or an iterable of these.
             Texts need two or more tokens. Give at least eight texts, because the rule is about
             positions that are the same in several texts.
-        thresholds: The attention thresholds for the edges of the graph.
-        percentiles: The percentiles of received attention for the sinks.
         permutations: The number of permutations of the test, 1 or more.
         seed: Random seed of the permutations.
         show_progress: Show a progress bar over the texts after two seconds.
 
     Raises:
-        ValueError: If a text is too short, a layer has different queries and keys, or an argument
-            is out of range.
+        ValueError: If a text is too short, a layer has different queries and keys, or
+            ``permutations`` is below 1.
 
     Example:
         >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
@@ -113,137 +109,99 @@ def reference_frames(
         >>> result.tables["graph"].columns[:4].tolist()
         ['layer', 'threshold', 'edges', 'fiedler']
     """
-    _check_options(thresholds, percentiles, permutations)
-    texts = texts_of(batches)
-    sums = _FrameSums(thresholds, percentiles, max(map(len, texts)))
-    layers = run_texts(
-        model, texts, sums.add, causal=False, label="frames", show_progress=show_progress
-    )
-    evidence = find_frame(sums.anchors, permutations=permutations, seed=seed)
-    main = evidence[int(np.argmin(percentiles))]
-    settings = settings_of(
-        texts,
-        frame=main.frame,
-        layers=layers,
-        thresholds=list(thresholds),
-        percentiles=list(percentiles),
-        permutations=permutations,
-        seed=seed,
-    )
-    numbers = {name: x for name, x in main._asdict().items() if name != "frame"}
-    return ReferenceFrames(settings, numbers, sums.tables(evidence))
-
-
-class _FrameSums:
-    """Running sums over the maps of all texts, and the anchors of each map."""
-
-    def __init__(
-        self, thresholds: Sequence[float], percentiles: Sequence[float], longest: int
-    ) -> None:
-        self.thresholds, self.percentiles, self.longest = thresholds, percentiles, longest
-        self.lowest = int(np.argmin(percentiles))
-        self.anchors: list[Anchors] = []
-        self.graph: list[dict[str, float]] = []
-        self.sinks: list[dict[str, float]] = []
-        self.positions: dict[int, Array] = {}
-
-    def add(self, seen: SeenLayer) -> None:
-        """Add one layer of one text."""
-        if seen.layer.S != seen.T:
-            raise ValueError(
-                f"Attention layer {seen.name!r} has {seen.T} queries and {seen.layer.S} keys, but "
-                "a graph of tokens needs the same number: run without a cache or a prefix."
-            )
-        average, visible = average_map(seen.layer)
-        self.graph += [
-            {"layer": seen.number, "threshold": t, **graph_numbers(average, t)._asdict()}
-            for t in self.thresholds
-        ]
-        received = received_attention(average, visible)
-        anchors = anchors_of(received, self.percentiles, seen.text)
-        self.anchors.append(anchors)
-        self._add_sinks(seen, average, received, anchors)
-        self._add_positions(seen, received, anchors)
-
-    def _add_sinks(
-        self, seen: SeenLayer, average: Tensor, received: Received, anchors: Anchors
-    ) -> None:
-        """Add the sinks, anchors and head divergences by percentile."""
-        sinks = np.stack([sinks_above(received, percentile) for percentile in self.percentiles])
-        divergence = head_divergence(
-            seen.layer, average, torch.from_numpy(sinks).to(average.device)
-        ).numpy(force=True)
-        on_key = average.sum(0).numpy(force=True)
-        for p, percentile in enumerate(self.percentiles):
-            places = anchors.places[: anchors.counts[p]]
-            row = {
-                "layer": seen.number,
-                "percentile": percentile,
-                "sinks": sinks[p].sum(),
-                "anchors": len(places),
-                "mass": on_key[sinks[p]].sum() / on_key.sum(),
-                "first_share": 0 in places,
-                "last_share": seen.T - 1 in places,
-            }
-            self.sinks.append(row | dict(zip(DIVERGENCES, divergence[:, p], strict=True)))
-
-    def _add_positions(self, seen: SeenLayer, received: Received, anchors: Anchors) -> None:
-        """Add texts, received attention and anchors by position: from 0 up, then from -1 down."""
-        is_anchor = np.zeros(seen.T)
-        is_anchor[anchors.places[: anchors.counts[self.lowest]]] = 1
-        values = np.stack([received.queries > 0, received.mean, is_anchor])
-        sums = self.positions.setdefault(
-            seen.number, np.zeros((3, self.longest + min(FROM_END, self.longest)))
-        )
-        sums[:, : seen.T] += values
-        ending = values[:, ::-1][:, :FROM_END]
-        sums[:, self.longest : self.longest + ending.shape[1]] += ending
-
-    def tables(self, evidence: Sequence[FrameEvidence]) -> dict[str, pd.DataFrame]:
-        """Return the tables of the result."""
-        graph = pd.DataFrame(self.graph).groupby(["layer", "threshold"], sort=False).mean()
-        frames = pd.DataFrame(evidence)
-        frames.insert(0, "percentile", list(self.percentiles))
-        return {
-            "graph": graph.reset_index(),
-            "sinks": self._sink_table(),
-            "frames": frames,
-            "positions": self._position_table(),
-        }
-
-    def _sink_table(self) -> pd.DataFrame:
-        """Return the sinks by layer and percentile: means over texts, divergences over rows."""
-        by_percentile = pd.DataFrame(self.sinks).groupby(["layer", "percentile"], sort=False)
-        sums = by_percentile[list(DIVERGENCES)].sum().astype({"rows": int, "empty_rows": int})
-        for name in ("divergence", "divergence_without"):
-            sums[name] /= sums["rows"]
-        return by_percentile.mean().assign(**sums).reset_index()
-
-    def _position_table(self) -> pd.DataFrame:
-        """Return the received attention and the anchors by layer and position."""
-        parts = []
-        for layer, sums in self.positions.items():
-            part = pd.DataFrame(sums.T, columns=["texts", "received", "anchor_share"])
-            part = part.astype({"texts": int})
-            for name in ("received", "anchor_share"):
-                part[name] /= part["texts"]
-            place = part.index
-            part.insert(0, "layer", layer)
-            part.insert(1, "position", place.where(place < self.longest, self.longest - 1 - place))
-            parts.append(part[part["texts"] > 0])
-        return pd.concat(parts, ignore_index=True)
-
-
-def _check_options(
-    thresholds: Sequence[float], percentiles: Sequence[float], permutations: int
-) -> None:
-    """Raise a ValueError if an argument is out of range."""
-    if not thresholds or not all(0 <= t < 1 for t in thresholds):
-        raise ValueError(f"thresholds={thresholds!r}: give one or more, each from 0 to below 1.")
-    if not percentiles or not all(0 < p < 100 for p in percentiles):
-        raise ValueError(f"percentiles={percentiles!r}: give one or more between 0 and 100.")
     if permutations < 1:
         raise ValueError(f"permutations must be 1 or more, got {permutations}")
+    texts, anchors = texts_of(batches), list[Anchors]()
+    graph, sinks, positions = (list[pd.DataFrame]() for _ in range(3))
+
+    def on_layer(seen: SeenLayer) -> None:
+        check_square(seen)
+        average, visible = average_map(seen.layer)
+        received = received_attention(average, visible)
+        anchors.append(anchors_of(received, PERCENTILES, seen.text))
+        numbers = pd.DataFrame(graph_numbers(average, threshold) for threshold in THRESHOLDS)
+        numbers.insert(0, "layer", seen.number)
+        numbers.insert(1, "threshold", THRESHOLDS)
+        graph.append(numbers)
+        sinks.append(_sinks_of_map(seen, average, received, anchors[-1]))
+        positions.append(_positions_of_map(seen, received, anchors[-1]))
+
+    layers = run_texts(model, texts, on_layer, causal=False, show_progress=show_progress)
+    frames = find_frame(anchors, permutations=permutations, seed=seed)
+    evidence = pd.DataFrame(frames)
+    evidence.insert(0, "percentile", PERCENTILES)
+    settings = settings_of(
+        texts, frame=frames[0].frame, layers=layers, permutations=permutations, seed=seed
+    )
+    by_threshold = pd.concat(graph).groupby(["layer", "threshold"], sort=False)
+    tables = {
+        "graph": by_threshold.mean().reset_index(),
+        "sinks": _sink_table(pd.concat(sinks)),
+        "frames": evidence,
+        "positions": _position_table(pd.concat(positions)),
+    }
+    numbers = {name: x for name, x in frames[0]._asdict().items() if name != "frame"}
+    return ReferenceFrames(settings, numbers, tables)
+
+
+def check_square(seen: SeenLayer) -> None:
+    """Raise a ValueError if a layer has different numbers of queries and keys."""
+    if seen.layer.S != seen.T:
+        raise ValueError(
+            f"Attention layer {seen.name!r} has {seen.T} queries and {seen.layer.S} keys, but "
+            "a graph of tokens needs the same number: run without a cache or a prefix."
+        )
+
+
+def _sinks_of_map(
+    seen: SeenLayer, average: Tensor, received: Received, anchors: Anchors
+) -> pd.DataFrame:
+    """Return the sinks, anchors and head divergences of one map, with a row per percentile."""
+    sinks = np.stack([sinks_above(received, percentile) for percentile in PERCENTILES])
+    columns = torch.from_numpy(sinks).to(average.device)
+    divergences = head_divergence(seen.layer, average, columns).numpy(force=True)
+    on_key = average.sum(0).numpy(force=True)
+    places = [anchors.places[:count] for count in anchors.counts]
+    part = {
+        "layer": seen.number,
+        "percentile": PERCENTILES,
+        "sinks": sinks.sum(1),
+        "anchors": anchors.counts,
+        "mass": [on_key[chosen].sum() / on_key.sum() for chosen in sinks],
+        "first_share": [0 in chosen for chosen in places],
+        "last_share": [seen.T - 1 in chosen for chosen in places],
+    }
+    return pd.DataFrame(part | dict(zip(DIVERGENCES, divergences, strict=True)))
+
+
+def _sink_table(sinks: pd.DataFrame) -> pd.DataFrame:
+    """Return the sinks by layer and percentile: means over texts, divergences over rows."""
+    by_percentile = sinks.groupby(["layer", "percentile"], sort=False)
+    sums = by_percentile[list(DIVERGENCES)].sum().astype({"rows": int, "empty_rows": int})
+    for name in ("divergence", "divergence_without"):
+        sums[name] /= sums["rows"]
+    return by_percentile.mean().assign(**sums).reset_index()
+
+
+def _positions_of_map(seen: SeenLayer, received: Received, anchors: Anchors) -> pd.DataFrame:
+    """Return the received attention of one map, with a row per position that other queries see.
+
+    The last positions have a second row, in which they are counted from the end.
+    """
+    rows = pd.DataFrame({"layer": seen.number, "position": range(seen.T)})
+    rows["received"] = received.mean
+    rows["anchor_share"] = rows["position"].isin(anchors.places[: anchors.counts[0]])
+    rows = rows[received.queries > 0]
+    end = rows[rows["position"] >= seen.T - FROM_END]
+    return pd.concat([rows, end.assign(position=end["position"] - seen.T)])
+
+
+def _position_table(positions: pd.DataFrame) -> pd.DataFrame:
+    """Return the received attention and the anchors by layer and position: means over texts."""
+    by_position = positions.groupby(["layer", "position"])
+    table = by_position.mean()
+    table.insert(0, "texts", by_position.size())
+    return table.reset_index()
 
 
 class FramesOverCheckpoints(AnalysisResult):
@@ -255,18 +213,10 @@ class FramesOverCheckpoints(AnalysisResult):
         settings: ``revisions``, the ``frame`` of the last one, and the settings of
             :class:`ReferenceFrames`.
         numbers: ``settled_at``: the number, from 0, of the first revision after which the frame
-            stays that of the last one. ``settled_after``: the position of this revision between the
-            first and the last, from 0 to 1, by steps if these were given.
-        tables: ``checkpoints``: each revision with its step, frame and evidence at the lowest
-            percentile, and ``star_likeness`` and ``fiedler``, averaged over layers and thresholds.
-            ``frames``: the evidence at each percentile.
+            stays that of the last one.
+        tables: ``checkpoints``: each revision with its frame and evidence at the lowest percentile,
+            and ``star_likeness`` and ``fiedler``, averaged over layers and thresholds.
     """
-
-    @property
-    def frame(self) -> Frame:
-        """The type of the frame at the last revision."""
-        frame: Frame = self.settings["frame"]
-        return frame
 
 
 def frames_over_checkpoints(
@@ -274,9 +224,6 @@ def frames_over_checkpoints(
     revisions: Sequence[str],
     batches: Batches,
     *,
-    steps: Sequence[float] | None = None,
-    thresholds: Sequence[float] = THRESHOLDS,
-    percentiles: Sequence[float] = PERCENTILES,
     permutations: int = 1000,
     seed: int = 0,
     show_progress: bool = False,
@@ -292,16 +239,13 @@ def frames_over_checkpoints(
         load: A function that returns the model of a revision.
         revisions: Two or more revisions, in the order of training.
         batches: Token ids, as for :func:`reference_frames`. All revisions see the same texts.
-        steps: The training step of each revision, ascending. By default, its number.
-        thresholds: As for :func:`reference_frames`.
-        percentiles: As for :func:`reference_frames`.
         permutations: As for :func:`reference_frames`.
         seed: As for :func:`reference_frames`.
         show_progress: Show a progress bar over the revisions after two seconds.
 
     Raises:
-        ValueError: If there are fewer than two revisions, or not one ascending step for each, and
-            in the cases of :func:`reference_frames`.
+        ValueError: If there are fewer than two revisions, and in the cases of
+            :func:`reference_frames`.
 
     Example:
         >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
@@ -313,34 +257,17 @@ def frames_over_checkpoints(
     revisions = list(revisions)
     if len(revisions) < 2:
         raise ValueError(f"revisions={revisions!r}: give two or more, in the order of training.")
-    steps = list(range(len(revisions))) if steps is None else list(steps)
-    if len(steps) != len(revisions) or any(b <= a for a, b in pairwise(steps)):
-        raise ValueError(
-            f"steps={steps!r} of {len(revisions)} revisions: give one for each, ascending."
-        )
     texts = [text[None] for text in texts_of(batches)]
-    rows, frames = [], []
+    rows = []
     with progress_bar(len(revisions), "revisions", show=show_progress) as bar:
-        for revision, step in zip(revisions, steps, strict=True):
-            result = reference_frames(
-                load(revision),
-                texts,
-                thresholds=thresholds,
-                percentiles=percentiles,
-                permutations=permutations,
-                seed=seed,
-            )
+        for revision in revisions:
+            result = reference_frames(load(revision), texts, permutations=permutations, seed=seed)
             gc.collect()  # frees models with reference cycles before the next one loads
-            checkpoint = {"revision": revision, "step": step}
-            overall = result.tables["graph"][["star_likeness", "fiedler"]].mean().to_dict()
-            rows.append({**checkpoint, "frame": result.frame, **result.numbers, **overall})
-            frames.append(result.tables["frames"].assign(**checkpoint))
+            overall = result.tables["graph"][["star_likeness", "fiedler"]].mean()
+            found = {"revision": revision, "frame": result.frame, **result.numbers}
+            rows.append({**found, **overall.to_dict()})
             bar.update()
     settled = max((n + 1 for n, row in enumerate(rows) if row["frame"] != result.frame), default=0)
-    numbers = {
-        "settled_at": float(settled),
-        "settled_after": (steps[settled] - steps[0]) / (steps[-1] - steps[0]),
-    }
-    settings = {**result.settings, "revisions": revisions, "steps": steps}
-    tables = {"checkpoints": pd.DataFrame(rows), "frames": pd.concat(frames, ignore_index=True)}
-    return FramesOverCheckpoints(settings, numbers, tables)
+    settings = {**result.settings, "revisions": revisions}
+    tables = {"checkpoints": pd.DataFrame(rows)}
+    return FramesOverCheckpoints(settings, {"settled_at": float(settled)}, tables)

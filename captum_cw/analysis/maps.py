@@ -41,13 +41,11 @@ class WeightMaps(AnalysisResult):
         """
         from captum_cw.visualization import plot_attention_and_contribution
 
-        pairs = self.settings["pairs"]
         return plot_attention_and_contribution(
-            self._maps_by_pair("attention"),
-            self._maps_by_pair("contribution"),
+            self._layers("attention"),
+            self._layers("contribution"),
             self.settings["tokens"],
-            pairs=[(n, head) for n, (_, head) in enumerate(pairs)],
-            layer_names=[f"layer {layer}" for layer, _ in pairs],
+            pairs=self.settings["pairs"],
             paper_scale=paper_scale,
             quantile=1.0 if paper_scale else 0.99,
             use_pyplot=use_pyplot,
@@ -57,26 +55,21 @@ class WeightMaps(AnalysisResult):
         """Plot the factors and the contribution of the first head, in four panels."""
         from captum_cw.visualization import plot_decomposition
 
+        layer, head = self.settings["pairs"][0]
         return plot_decomposition(
-            [self._maps_by_pair(part)[0] for part in PARTS],
+            [self._layers(part)[layer] for part in PARTS],
             self.settings["tokens"],
-            head=self.settings["pairs"][0][1],
+            head=head,
             quantile=0.99,
             use_pyplot=use_pyplot,
         )
 
-    def _maps_by_pair(self, part: str) -> list[Tensor]:
-        """Return one map for each pair, ``(1, head + 1, T, T)``.
-
-        All its heads are the same, so that the figure finds the map at the number of the head.
-        """
-        T = len(self.settings["tokens"])
-        by_pair = self.to_dataframe().groupby(["layer", "head"])[part]
-        maps = []
-        for layer, head in self.settings["pairs"]:
-            x = torch.tensor(by_pair.get_group((layer, head)).to_numpy(), device="cpu")
-            maps.append(x.view(T, T).expand(1, head + 1, T, T))
-        return maps
+    def _layers(self, part: str) -> list[Tensor]:
+        """Return the maps by layer, ``(1, H, T, T)`` each, with zeros for heads without a map."""
+        table, T = self.to_dataframe(), len(self.settings["tokens"])
+        maps = np.zeros((table["layer"].max() + 1, 1, table["head"].max() + 1, T, T))
+        maps[table["layer"], 0, table["head"], table["query"], table["key"]] = table[part]
+        return list(torch.from_numpy(maps))
 
 
 def weight_maps(
@@ -86,7 +79,6 @@ def weight_maps(
     tokens: Sequence[str] | None = None,
     length: int = 48,
     count: int = 4,
-    pairs: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
 ) -> WeightMaps:
     """Compute the attention and contribution maps of some heads, over the start of the first text.
@@ -98,37 +90,25 @@ def weight_maps(
         length: The maximum number of tokens to show.
         count: How many heads to draw at random. They are from different layers where possible;
             if the model has fewer heads, all are shown.
-        pairs: Pairs of layer and head to show instead, both counted from 0.
         seed: Random seed.
 
     Raises:
-        IndexError: If a layer or head does not exist.
         ValueError: If a text has fewer than two tokens, ``tokens`` are fewer than the tokens
-            shown, ``length`` is below 2, ``count`` is below 1, or ``pairs`` is empty.
+            shown, ``length`` is below 2, or ``count`` is below 1.
 
     Example:
         >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
-        >>> weight_maps(model, inputs, pairs=[(0, 1)]).to_dataframe().shape
+        >>> weight_maps(model, inputs, count=1).to_dataframe().shape
         (36, 8)
     """
-    if length < 2 or count < 1 or (pairs is not None and not len(pairs)):
-        raise ValueError(
-            f"length={length}, count={count}, pairs={pairs}: give at least two tokens and one head."
-        )
+    if length < 2 or count < 1:
+        raise ValueError(f"length={length}, count={count}: give two or more tokens, and a head.")
     ids = texts_of(batches)[0][:length]
     T = len(ids)
     if tokens is not None and len(tokens) < T:
         raise ValueError(f"tokens has {len(tokens)} names, but {T} tokens are shown.")
     layers = ContributionWeights(model).decompose(ids[None].to(device_of(model)))
-    heads = [x.attention.shape[1] for x in layers]
-    if pairs is None:
-        pairs = _draw_heads(heads, count, seed)
-    pairs = list(dict.fromkeys((int(layer), int(head)) for layer, head in pairs))
-    for layer, head in pairs:
-        if not 0 <= layer < len(layers) or not 0 <= head < heads[layer]:
-            raise IndexError(
-                f"pair {(layer, head)}: the model has {len(layers)} layers of {max(heads)} heads."
-            )
+    pairs = _draw_heads([x.attention.shape[1] for x in layers], count, seed)
     query, key = np.divmod(np.arange(T * T), T)
     maps = []
     for layer, head in pairs:

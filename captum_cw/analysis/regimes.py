@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from captum_cw.analysis.result import AnalysisResult, Array, settings_of
 from captum_cw.analysis.selection_geometry import (
-    Distance,
     attention_ranks,
     check_count,
     draw_queries,
@@ -29,7 +28,7 @@ from captum_cw.analysis.selection_geometry import (
     terms_of,
 )
 from captum_cw.analysis.streaming import Batches, SeenLayer, run_texts, texts_of
-from captum_cw.functional import AttentionLayer, check_choice
+from captum_cw.functional import AttentionLayer
 
 REGIMES = ("Retriever", "Mixer", "Reset")
 MEASURED = ["precision", "recall", "f", "sink_similarity", "first_weight", "top_weight"]
@@ -65,7 +64,6 @@ def head_regimes(
     batches: Batches,
     *,
     size: int = 8,
-    distance: Distance = "euclidean",
     queries: int | None = 32,
     seed: int = 0,
     show_progress: bool = False,
@@ -91,7 +89,6 @@ def head_regimes(
         model: A causal language model.
         batches: Token ids, or an iterable of batches.
         size: The size ``N`` of the sets. Queries that see at most ``N`` keys are left out.
-        distance: ``"euclidean"`` or ``"cosine"``.
         queries: How many random queries of each text to use, the same in all layers; None uses all.
         seed: Random seed of the queries and of k-means.
         show_progress: Show a progress bar over the texts after two seconds.
@@ -100,9 +97,8 @@ def head_regimes(
         A :class:`HeadRegimes`.
 
     Raises:
-        ValueError: If ``size``, ``queries`` or ``distance`` is invalid, a text or the window of a
-            layer has at most ``size`` tokens, fewer than three heads differ, or the model is not
-            causal.
+        ValueError: If ``size`` or ``queries`` is invalid, a text or the window of a layer has at
+            most ``size`` tokens, fewer than three heads differ, or the model is not causal.
 
     Example:
         >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
@@ -113,28 +109,25 @@ def head_regimes(
         ['Retriever', 'Mixer', 'Reset']
     """
     check_count("size", size)
-    check_choice("distance", distance, Distance)
     texts = texts_of(batches, shortest=size + 1)
     drawn = draw_queries(texts, size, queries, seed)
     sums: dict[int, Any] = defaultdict(float)
 
     def on_layer(seen: SeenLayer) -> None:
-        sums[seen.number] += head_sums(seen.layer, drawn[seen.text], size, distance)
+        sums[seen.number] += head_sums(seen.layer, drawn[seen.text], size)
 
-    layers = run_texts(model, texts, on_layer, label="head regimes", show_progress=show_progress)
+    layers = run_texts(model, texts, on_layer, show_progress=show_progress)
     tables = label_regimes(_heads_table(sums, layers, size), seed)
     regimes, clusters = tables["regimes"], tables["clusters"]
     shares = regimes.set_index("regime")["heads"] / len(tables["heads"])
     numbers = {name.lower(): float(share) for name, share in shares.items()}
     numbers["signatures"] = float(regimes["has_signature"].sum())
     numbers["silhouette"] = float(clusters.set_index("k")["silhouette"].get(3, float("nan")))
-    settings = settings_of(
-        texts, size=size, distance=distance, queries=queries, seed=seed, layers=layers
-    )
+    settings = settings_of(texts, size=size, queries=queries, seed=seed, layers=layers)
     return HeadRegimes(settings, numbers, tables)
 
 
-def head_sums(layer: AttentionLayer, queries: Tensor, size: int, distance: Distance) -> Tensor:
+def head_sums(layer: AttentionLayer, queries: Tensor, size: int) -> Tensor:
     """Sum over some queries of a layer: the columns ``MEASURED``, the output norm, and the count.
 
     Returns:
@@ -143,7 +136,7 @@ def head_sums(layer: AttentionLayer, queries: Tensor, size: int, distance: Dista
     Example:
         >>> layer = AttentionLayer.from_tensors(
         ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
-        >>> head_sums(layer, torch.arange(3), 2, "euclidean").shape
+        >>> head_sums(layer, torch.arange(3), 2).shape
         torch.Size([2, 8])
     """
     norms = layer.direction("intra")[1][0].double().sqrt()
@@ -153,7 +146,7 @@ def head_sums(layer: AttentionLayer, queries: Tensor, size: int, distance: Dista
     for places, terms in terms_of(layer, queries):
         top, a = attention_ranks(terms) < size, terms.attention
         weights = [a[..., 0], (a * top).sum(-1)]
-        columns = [*separation(terms, top, distance), *weights, norms[:, places]]
+        columns = [*separation(terms, top), *weights, norms[:, places]]
         rows = torch.stack([*columns, torch.ones_like(columns[0])], dim=-1)
         out += rows.masked_fill((terms.seen <= size)[..., None], 0).sum(1)
     return out.cpu()

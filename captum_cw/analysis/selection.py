@@ -130,7 +130,7 @@ def token_selection(
         for _, terms in terms_of(seen.layer, drawn[seen.text]):
             totals[seen.number] += selection_sums(terms, sizes, distance, random_sets, generator)
 
-    layers = run_texts(model, texts, on_layer, label="token selection", show_progress=show_progress)
+    layers = run_texts(model, texts, on_layer, show_progress=show_progress)
     table = _sums_table(totals, sizes)
     if not (table["size"] > 1).any():
         raise ValueError(
@@ -199,11 +199,11 @@ def _validate_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     """Validate the sizes and sort them."""
     for size in sizes:
         check_count("a size", size)
-    if not sizes or len(set(sizes)) != len(sizes):
-        raise ValueError(f"sizes={list(sizes)}: give at least one size, and each size once.")
-    if max(sizes) == 1:
-        raise ValueError("sizes=[1]: a single key always has an F of one; give larger sizes too.")
-    return tuple(sorted(sizes))
+    if max(sizes, default=1) == 1:
+        raise ValueError(
+            f"sizes={list(sizes)}: a single key always has an F of one; give larger sizes too."
+        )
+    return tuple(sorted(set(sizes)))
 
 
 def _sums_table(totals: Mapping[int, Tensor], sizes: Sequence[int]) -> pd.DataFrame:

@@ -102,7 +102,6 @@ def run_texts(
     on_layer: Callable[[SeenLayer], None],
     *,
     causal: bool = True,
-    label: str = "texts",
     show_progress: bool = False,
 ) -> list[str]:
     """Run each text through the model and pass each attention layer to a function, in order.
@@ -112,7 +111,6 @@ def run_texts(
         texts: Token ids of each text, ``(T,)``, as :func:`texts_of` returns them.
         on_layer: A function that takes each layer of each text. The layer is not kept.
         causal: Raise an error if a query of a layer can see later keys.
-        label: The label of the progress bar.
         show_progress: Show a progress bar after two seconds.
 
     Returns:
@@ -143,7 +141,7 @@ def run_texts(
     # A model that skips queries runs its first layers twice in its first call. This call comes
     # before the counting, so that no layer is counted twice.
     runner.observe(texts[0][None, :2].to(device), ignore_layer)
-    with progress_bar(len(texts), label, show=show_progress) as bar:
+    with progress_bar(len(texts), "texts", show=show_progress) as bar:
         for text, ids in enumerate(texts):
             runner.observe(ids[None].to(device), partial(collect, text, count()))
             bar.update()

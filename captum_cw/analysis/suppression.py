@@ -132,7 +132,8 @@ def output_norms(
         >>> result.numbers["heads"], len(result.tables["heads"])
         (8.0, 8)
     """
-    _check_head(layer, head)
+    if (layer is None) != (head is None):
+        raise ValueError(f"layer={layer}, head={head}: give both or neither.")
     texts = texts_of(batches, shortest=3)
     sampled = _sample_queries(texts, tokens, seed)
     measured: dict[int, list[HeadNorms]] = {}
@@ -142,7 +143,7 @@ def output_norms(
         queries = of_text.queries[:, sampled[seen.text]].float()
         measured.setdefault(seen.number, []).append(of_text._replace(queries=queries))
 
-    run_texts(model, texts, on_layer, label="output norms", show_progress=show_progress)
+    run_texts(model, texts, on_layer, show_progress=show_progress)
     rows, points = [], {}
     for number, by_text in measured.items():
         queries = torch.cat([x.queries for x in by_text], 1).cpu().numpy()
@@ -152,7 +153,10 @@ def output_norms(
             points[number, n] = of_head
             rows.append({"layer": number, "head": n, **fit_norms(of_head, v1[n], mean_norm[n])})
     heads = pd.DataFrame(rows)
-    layer, head = _choose_head(heads, layer, head, heads.spread)
+    if layer is None or head is None:
+        layer, head = map(int, heads.loc[heads.spread.idxmax(), ["layer", "head"]])
+    if (layer, head) not in points:
+        raise IndexError(f"layer={layer}, head={head}: this head does not exist.")
     columns = ["sink_rate", "norm", "rest", "along"]
     sample = pd.DataFrame(points[layer, head].astype(np.float64), columns=columns)
     position = [q.float() / (len(ids) - 1) for q, ids in zip(sampled, texts, strict=True)]
@@ -168,7 +172,7 @@ def output_norms(
         "median r2 of g": float(heads.r2_g.median()),
         "median r2 of norms": float(heads.r2_norm.median()),
     }
-    settings = settings_of(texts, sampled=tokens, seed=seed, layer=layer, head=head)
+    settings = settings_of(texts, sampled=tokens, seed=seed, layer=int(layer), head=int(head))
     return OutputNorms(settings, numbers, {"heads": heads, "points": sample})
 
 
@@ -271,24 +275,6 @@ def fit_norms(points: Array, v1: float, mean_norm: float) -> dict[str, float]:
     }
 
 
-def _check_head(layer: int | None, head: int | None) -> None:
-    """Raise a ValueError if only one of layer and head is given."""
-    if (layer is None) != (head is None):
-        raise ValueError(f"layer={layer}, head={head}: give both or neither.")
-
-
-def _choose_head(
-    heads: pd.DataFrame, layer: int | None, head: int | None, preference: pd.Series
-) -> tuple[int, int]:
-    """Return the layer and head to plot; by default, those with the largest preference."""
-    if layer is None or head is None:
-        row = heads.loc[preference.idxmax()]
-        return int(row["layer"]), int(row["head"])
-    if not ((heads["layer"] == layer) & (heads["head"] == head)).any():
-        raise IndexError(f"layer={layer}, head={head}: this head does not exist.")
-    return int(layer), int(head)
-
-
 class SemanticCone(AnalysisResult):
     """The directions of head outputs and the cone of values, with and without the sink (Fig. 6).
 
@@ -311,8 +297,6 @@ def semantic_cone(
     model: nn.Module,
     batches: Batches,
     *,
-    layer: int | None = None,
-    head: int | None = None,
     show_progress: bool = False,
 ) -> SemanticCone:
     """Compute where head outputs point, with and without the first token's value (Fig. 6).
@@ -323,24 +307,23 @@ def semantic_cone(
     the first token's value set to zero. Without it, nearly all lie inside almost by construction:
     the output is then a mean of the values that define the cone.
 
+    The plot shows the head with the most outputs that enter the cone without the sink, on the first
+    text.
+
     Args:
         model: A causal model.
         batches: Token ids, as for :func:`output_norms`.
-        layer: The layer of the head to plot, on the first text. By default, the head with the most
-            outputs that enter the cone without the sink.
-        head: The head to plot, in that layer. Give both or neither.
         show_progress: Show a progress bar over the texts after two seconds.
 
     Raises:
-        IndexError, UnsupportedModelError, ValueError: As :func:`output_norms`. A text needs five
-            tokens, so that a quarter of its queries is at least one.
+        UnsupportedModelError, ValueError: As :func:`output_norms`. A text needs five tokens, so
+            that a quarter of its queries is at least one.
 
     Example:
         >>> inputs = tokenizer("The capital of France is Paris", return_tensors="pt")
         >>> 0 <= semantic_cone(model, inputs).numbers["inside with sink"] <= 1
         True
     """
-    _check_head(layer, head)
     texts = texts_of(batches, shortest=5)
     parts: list[pd.DataFrame] = []
     cones: list[Cone] = []  # of the first text, by layer
@@ -356,11 +339,12 @@ def semantic_cone(
         place = {"text": seen.text, "layer": seen.number, "head": part.index}
         parts.append(part.assign(**place, angle=angle, sink_angle=sink_angle))
 
-    run_texts(model, texts, on_layer, label="cone", show_progress=show_progress)
+    run_texts(model, texts, on_layer, show_progress=show_progress)
     table, columns = pd.concat(parts), [*SHARES, "angle", "sink_angle"]
     heads = table.groupby(["layer", "head"])[columns].mean().reset_index()
     by_text = table.groupby("text")[columns].mean().reset_index()
-    layer, head = _choose_head(heads, layer, head, heads.without - heads.with_sink)
+    most = (heads.without - heads.with_sink).idxmax()
+    layer, head = map(int, heads.loc[most, ["layer", "head"]])
     shown = cones[layer]
     plane = shown.plane[:, head].cpu().numpy()
     points = pd.DataFrame(plane.reshape(-1, 3), columns=["along", "across", "norm"])

@@ -166,14 +166,17 @@ class TaskResult:
         Returns:
             The figure and its axes, one per task. The baseline's 95 % interval is shaded.
         """
-        from captum_cw.visualization.curves import plot_tasks
+        from captum_cw.visualization.curves import plot_curves
 
         titles = {task: f"{task} ({name.partition(',')[0]})" for task, name in self.metric.items()}
-        return plot_tasks(
+        baselines = {task: (x.value, INTERVAL * x.stderr) for task, x in self.baseline.items()}
+        return plot_curves(
             {titles[task]: curves for task, curves in self.scores.items()},
-            self.rates,
-            {titles[task]: (x.value, INTERVAL * x.stderr) for task, x in self.baseline.items()},
+            dict.fromkeys(titles.values(), self.rates),
+            ylabel="accuracy",
+            log=False,
             styles=curve_styles(self.methods, self.settings),
+            baselines={titles[task]: baseline for task, baseline in baselines.items()},
             use_pyplot=use_pyplot,
         )
 

@@ -1,4 +1,4 @@
-"""The report: a self-contained HTML file, and the verdicts as JSON and CSV."""
+"""The report: a self-contained HTML file, and the verdicts as CSV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from captum_cw._utils.files import write_json
 from captum_cw._version import __version__
 from captum_cw.reproduce.claims import CLAIMS, Claim, judge
 from captum_cw.reproduce.items import Item
@@ -23,7 +22,6 @@ from captum_cw.reproduce.printed import PAPER
 from captum_cw.reproduce.study import Plan
 from captum_cw.reproduce.verdicts import Judgement
 
-VERSION = 1
 LIBRARIES = ("torch", "transformers", "captum", "scikit-learn", "scipy")
 #: Dots per inch of the figures.
 DPI = 90
@@ -65,7 +63,7 @@ class StudyResults:
 def write_report(
     folder: Path, studies: Sequence[StudyResults], claims: Sequence[Claim] = CLAIMS
 ) -> list[Path]:
-    """Write ``report.html``, ``claims.json`` and ``claims.csv``.
+    """Write ``report.html`` and ``claims.csv``.
 
     Returns:
         The files.
@@ -84,11 +82,10 @@ def write_report(
         for claim, judgements in judged
         for study, judgement in zip(studies, judgements, strict=True)
     ]
-    files = [folder / name for name in ("report.html", "claims.json", "claims.csv")]
+    files = [folder / name for name in ("report.html", "claims.csv")]
     page = _template().render(paper=PAPER, versions=_versions(), studies=studies, claims=judged)
     files[0].write_text(page, encoding="utf-8")
-    write_json(files[1], {"version": VERSION, "versions": _versions(), "claims": rows})
-    pd.DataFrame(rows).to_csv(files[2], index=False)
+    pd.DataFrame(rows).to_csv(files[1], index=False)
     return files
 
 

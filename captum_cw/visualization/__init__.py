@@ -11,7 +11,7 @@ from captum_cw.visualization.maps import (
     plot_decomposition,
     plot_token_scores,
 )
-from captum_cw.visualization.text import save_text, text_html, text_records
+from captum_cw.visualization.text import text_html, text_records
 
 __all__ = [
     "PatchScores",
@@ -22,7 +22,6 @@ __all__ = [
     "plot_token_scores",
     "readable_tokens",
     "save_figure",
-    "save_text",
     "text_html",
     "text_records",
 ]

@@ -12,6 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+# Markers, so that curves differ without colours too.
+MARKERS = "osD^vPX*<>"
 # Removes the metadata that would differ between two runs.
 _METADATA: dict[str, dict[str, str | None]] = {"svg": {"Date": None}, "png": {"Software": None}}
 

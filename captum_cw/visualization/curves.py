@@ -8,12 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_cw.visualization._output import Picture, new_figure
+from captum_cw.visualization._output import MARKERS, Picture, new_figure
 
-__all__ = ["plot_curves", "plot_tasks"]
+__all__ = ["plot_curves"]
 
-# Markers, so that curves differ without colours too.
-_MARKERS = "osD^vPX*<>"
 _DECADES = 2
 
 
@@ -24,9 +22,10 @@ def plot_curves(
     ylabel: str = "delta",
     log: bool | None = None,
     styles: Mapping[str, Mapping[str, Any]] | None = None,
+    baselines: Mapping[str, tuple[float, float]] | None = None,
     use_pyplot: bool = True,
 ) -> Picture:
-    """Plot curves over rates, with a panel per title and a curve per method (Fig. 3).
+    """Plot curves over rates, with a panel per title and a curve per method (Figs. 3 and 4).
 
     Args:
         panels: Values by title and method, ``(rates,)`` each.
@@ -36,6 +35,8 @@ def plot_curves(
             By default, it is used if the values of a panel span two decades of it.
         styles: By method, keyword arguments of ``Axes.plot`` for its curve, such as ``label`` and
             ``color``. The default label is the name of the method.
+        baselines: The value of the unchanged model and half the width of its interval, by title.
+            The interval is shaded; NaN means that there is none.
         use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure.
 
     Returns:
@@ -49,6 +50,11 @@ def plot_curves(
         ...     use_pyplot=False)
         >>> axes[0].get_yscale()
         'linear'
+        >>> fig, axes = plot_curves(
+        ...     {"task": {"a": torch.tensor([0.7, 0.5])}}, {"task": [0.3, 0.5]},
+        ...     baselines={"task": (0.72, 0.04)}, use_pyplot=False)
+        >>> [line.get_label() for line in axes[0].lines]
+        ['a', 'nothing removed']
     """
     ends = [
         (min(float(x.min()) for x in curves.values()), max(float(x.max()) for x in curves.values()))
@@ -63,58 +69,18 @@ def plot_curves(
             ax.plot(
                 [100 * rate for rate in rates[title]],
                 values.tolist(),
-                marker=_MARKERS[number % len(_MARKERS)],
+                marker=MARKERS[number % len(MARKERS)],
                 markersize=5,
                 **{"label": name, **(styles or {}).get(name, {})},
             )
         if log:
             ax.set_yscale("log") if positive else ax.set_yscale("symlog", linthresh=1)
+        if baselines is not None:
+            value, half = baselines[title]
+            ax.axhline(value, color="black", linestyle="--", linewidth=1, label="nothing removed")
+            if not math.isnan(half):
+                ax.axhspan(value - half, value + half, color="black", alpha=0.1, linewidth=0)
         ax.set(title=title, xlabel="removed (%)", ylabel=ylabel)
         ax.grid(alpha=0.3)
     axes[0, 0].legend()
     return fig, axes[0]
-
-
-def plot_tasks(
-    panels: Mapping[str, Mapping[str, Tensor]],
-    rates: Sequence[float],
-    baselines: Mapping[str, tuple[float, float]],
-    *,
-    ylabel: str = "accuracy",
-    styles: Mapping[str, Mapping[str, Any]] | None = None,
-    use_pyplot: bool = True,
-) -> Picture:
-    """Plot the accuracy of each task, with a curve per method and the unchanged model (Fig. 4).
-
-    Args:
-        panels: Values by title and method, ``(rates,)`` each.
-        rates: The removed fractions.
-        baselines: The value of the unchanged model and half the width of its interval, by title.
-            The interval is shaded; NaN means that there is none.
-        ylabel: The label of the y axis.
-        styles: By method, keyword arguments of ``Axes.plot`` for its curve.
-        use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure.
-
-    Returns:
-        The figure, and its array of axes, one per panel.
-
-    Example::
-
-        >>> import torch
-        >>> fig, axes = plot_tasks(
-        ...     {"task": {"a": torch.tensor([0.7, 0.5])}}, [0.3, 0.5], {"task": (0.72, 0.04)},
-        ...     use_pyplot=False)
-        >>> [line.get_label() for line in axes[0].lines]
-        ['a', 'nothing removed']
-    """
-    by_title = dict.fromkeys(panels, rates)
-    fig, axes = plot_curves(
-        panels, by_title, ylabel=ylabel, log=False, styles=styles, use_pyplot=use_pyplot
-    )
-    for ax, title in zip(axes, panels, strict=True):
-        value, half = baselines[title]
-        ax.axhline(value, color="black", linestyle="--", linewidth=1, label="nothing removed")
-        if not math.isnan(half):
-            ax.axhspan(value - half, value + half, color="black", alpha=0.1, linewidth=0)
-    axes[0].legend()
-    return fig, axes

@@ -8,7 +8,6 @@ keys.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -43,12 +42,8 @@ def plot_attention_and_contribution(
     contribution: Tensor | Sequence[Tensor],
     tokens: Sequence[str] | None = None,
     *,
+    pairs: Sequence[tuple[int, int]],
     query_tokens: Sequence[str] | None = None,
-    pairs: Sequence[tuple[int, int]] | None = None,
-    count: int = 4,
-    seed: int = 0,
-    layer_names: Sequence[str] | None = None,
-    batch: int = 0,
     paper_scale: bool = False,
     quantile: float = 1.0,
     use_pyplot: bool = True,
@@ -60,15 +55,11 @@ def plot_attention_and_contribution(
     such as future keys, are blank.
 
     Args:
-        attention: Attention weights ``(B, H, T, S)``, or a list of them, one per layer.
+        attention: Attention weights of one text, ``(1, H, T, S)``, or a list with one per layer.
         contribution: Contribution weights of the same shapes, as fractions of the output.
         tokens: ``S`` key tokens; by default, positions.
-        query_tokens: ``T`` query tokens; by default, ``tokens`` if ``T = S``, otherwise positions.
         pairs: The pairs of layer and head to show. Layers count within the given list.
-        count: How many pairs to draw at random if ``pairs`` is None.
-        seed: Random seed.
-        layer_names: Names of the layers for the titles.
-        batch: The sequence of the batch to show.
+        query_tokens: ``T`` query tokens; by default, ``tokens`` if ``T = S``, otherwise positions.
         paper_scale: Use the fixed scales of Fig. 12: attention [0, 1] and contribution [-0.01,
             0.15]. Zero is white, so the two sides of the contribution scale have different slopes.
         quantile: End the scales at this quantile of the magnitudes, so that a single cell does not
@@ -80,10 +71,10 @@ def plot_attention_and_contribution(
         The figure, and its axes ``(2, pairs)``: attention, then contribution.
 
     Raises:
-        ValueError: If maps are not finite, do not have shape ``(B, H, T, S)`` or differ in shape;
-            tokens or layer names have the wrong number; ``pairs`` is empty; or ``paper_scale`` and
-            ``quantile`` are used together.
-        IndexError: If a pair or a sequence does not exist.
+        ValueError: If maps are not finite, do not have shape ``(1, H, T, S)`` or differ in shape;
+            tokens have the wrong number; ``pairs`` is empty; or ``paper_scale`` and ``quantile``
+            are used together.
+        IndexError: If a pair does not exist.
 
     Example::
 
@@ -95,24 +86,16 @@ def plot_attention_and_contribution(
         >>> [ax.get_title() for ax in axes[:, 0]]
         ['layer 0, head 1', '']
     """
-    attention_layers = _as_layers("attention", attention)
-    contribution_layers = _as_layers("contribution", contribution)
-    if len(attention_layers) != len(contribution_layers):
+    attention, contribution = _as_layers(attention), _as_layers(contribution)
+    if len(attention) != len(contribution):
         raise ValueError(
-            f"attention has {len(attention_layers)} layers, contribution "
-            f"{len(contribution_layers)}: give the same layers of both"
+            f"attention has {len(attention)} layers, contribution {len(contribution)}: give the "
+            "same layers of both"
         )
-    if layer_names is None:
-        layer_names = [f"layer {n}" for n in range(len(attention_layers))]
-    if len(layer_names) != len(attention_layers):
-        raise ValueError(f"got {len(layer_names)} names for {len(attention_layers)} layers")
-    if pairs is None:
-        heads = [(n, h) for n, layer in enumerate(attention_layers) for h in range(layer.shape[1])]
-        pairs = sorted(random.Random(seed).sample(heads, min(count, len(heads))))
     if not pairs:
         raise ValueError("pairs is empty: give at least one (layer, head)")
-    weights = _select_heads("attention", attention_layers, pairs, batch)
-    shares = _select_heads("contribution", contribution_layers, pairs, batch)
+    weights = _select_heads("attention", attention, pairs)
+    shares = _select_heads("contribution", contribution, pairs)
     if weights.shape != shares.shape:
         raise ValueError(
             f"attention has maps of shape {weights.shape[1:]}, contribution {shares.shape[1:]}: "
@@ -125,7 +108,7 @@ def plot_attention_and_contribution(
     axes = grid.swapaxes(0, 1).reshape(2, -1)
     for n, (layer, head) in enumerate(pairs):
         top, bottom = axes[:, n]
-        top.set_title(f"{layer_names[layer]}, head {head}", fontsize=9, **_LITERAL)
+        top.set_title(f"layer {layer}, head {head}", fontsize=9)
         _draw_map(top, weights[n], blank[n], _SEQUENTIAL, weight_norm)
         _draw_map(bottom, shares[n], blank[n], _DIVERGING, share_norm)
         _label_axis(top.xaxis, "key", None)
@@ -171,7 +154,6 @@ def plot_decomposition(
     *,
     query_tokens: Sequence[str] | None = None,
     head: int = 0,
-    batch: int = 0,
     quantile: float = 1.0,
     use_pyplot: bool = True,
 ) -> tuple[Figure, Array]:
@@ -181,12 +163,11 @@ def plot_decomposition(
     maps, although the norm and the cosine have values there.
 
     Args:
-        decomposition: Attention, relative norm, cosine and contribution, in this order, each ``(B,
-            H, T, S)``, as ``ContributionWeights.decompose`` returns them for a layer.
+        decomposition: Attention, relative norm, cosine and contribution, in this order, each ``(1,
+            H, T, S)``, as ``ContributionWeights.decompose`` returns them for a layer and one text.
         tokens: ``S`` key tokens; by default, positions.
         query_tokens: ``T`` query tokens; by default, ``tokens`` if ``T = S``, otherwise positions.
         head: The head to show.
-        batch: The sequence of the batch to show.
         quantile: End the scales, except that of the cosine, at this quantile of the magnitudes.
         use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure, which
             need not be closed.
@@ -195,9 +176,9 @@ def plot_decomposition(
         The figure, and its four axes.
 
     Raises:
-        ValueError: If there are not four maps; they are not finite, do not have shape ``(B, H, T,
+        ValueError: If there are not four maps; they are not finite, do not have shape ``(1, H, T,
             S)`` or differ in shape; or tokens have the wrong number.
-        IndexError: If the head or the sequence does not exist.
+        IndexError: If the head does not exist.
 
     Example::
 
@@ -211,7 +192,7 @@ def plot_decomposition(
     if len(decomposition) != len(names):
         raise ValueError(f"decomposition has {len(decomposition)} maps, expected {len(names)}")
     maps = [
-        _select_heads(name, _as_layers(name, given), [(0, head)], batch)[0]
+        _select_heads(name, [given], [(0, head)])[0]
         for name, given in zip(names, decomposition, strict=True)
     ]
     shapes = [values.shape for values in maps]
@@ -287,31 +268,26 @@ def plot_token_scores(
     return fig, ax
 
 
-def _as_layers(name: str, given: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the maps of all layers, ``(B, H, T, S)`` each."""
-    layers = [given] if isinstance(given, Tensor) else given
-    for n, layer in enumerate(layers):
-        if layer.ndim != 4:
-            raise ValueError(
-                f"{name} of layer {n} has shape {tuple(layer.shape)}, expected (B, H, T, S)"
-            )
-    return layers
+def _as_layers(given: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the maps of all layers."""
+    return [given] if isinstance(given, Tensor) else given
 
 
-def _select_heads(
-    name: str, layers: Sequence[Tensor], pairs: Sequence[tuple[int, int]], batch: int
-) -> Array:
-    """Return the maps of some heads of one sequence, ``(pairs, T, S)``."""
+def _select_heads(name: str, layers: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> Array:
+    """Return the maps of some heads, ``(pairs, T, S)``."""
     maps: list[Array] = []
     for layer, head in pairs:
         if not 0 <= layer < len(layers):
             raise IndexError(f"layer {layer} does not exist: {name} has {len(layers)} layers")
-        sequences, heads = layers[layer].shape[:2]
-        if not 0 <= batch < sequences:
-            raise IndexError(f"sequence {batch} does not exist: {name} has {sequences}")
-        if not 0 <= head < heads:
-            raise IndexError(f"head {head} does not exist: {name} has {heads} in layer {layer}")
-        chosen = layers[layer][batch, head].detach().float().cpu().numpy()
+        shape = tuple(layers[layer].shape)
+        if len(shape) != 4 or shape[0] != 1:
+            raise ValueError(
+                f"{name} of layer {layer} has shape {shape}, expected (1, H, T, S): give one text "
+                "of a batch, x[:1]"
+            )
+        if not 0 <= head < shape[1]:
+            raise IndexError(f"head {head} does not exist: {name} has {shape[1]} in layer {layer}")
+        chosen = layers[layer][0, head].detach().float().cpu().numpy()
         if not np.isfinite(chosen).all():
             raise ValueError(
                 f"{name} of layer {layer}, head {head} is not finite: replace such cells, for "

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from math import isnan, nan
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,26 +167,3 @@ def _prediction(record: captum_text.VisualizationDataRecord) -> str:
     """Return the predicted label with its probability, if known."""
     known = "" if isnan(record.pred_prob) else f"({record.pred_prob:.2f})"
     return f"{record.pred_class} {known}".strip()
-
-
-def save_text(
-    records: Sequence[captum_text.VisualizationDataRecord],
-    path: str | PathLike[str],
-    title: str = "Token scores",
-) -> None:
-    """Save the page of :func:`text_html` to ``path``.
-
-    Args:
-        records: Records of :func:`text_records`.
-        path: The file, usually ending in ``.html``.
-        title: The title of the page, as plain text.
-
-    Example::
-
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "scores.html"
-        >>> save_text(text_records({"ig": torch.tensor([1.0])}, ["x"]), path, title="One token")
-        >>> "<h1>One token</h1>" in path.read_text(encoding="utf-8")
-        True
-    """
-    Path(path).write_text(text_html(records, title), encoding="utf-8")

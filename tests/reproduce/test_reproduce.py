@@ -86,10 +86,9 @@ def test_the_report_holds_every_item_and_claim(study: Study, tmp_path: Path) -> 
         assert reason in unescape(page)
     for claim in CLAIMS:
         assert claim.rule in unescape(page)
-    claims = json.loads((tmp_path / "claims.json").read_text())["claims"]
-    assert [row["claim"] for row in claims] == list(BY_NAME)
-    assert {row["verdict"] for row in claims} <= {"holds", "does not hold", "undecided", "not run"}
-    assert len(pd.read_csv(tmp_path / "claims.csv")) == len(CLAIMS)
+    claims = pd.read_csv(tmp_path / "claims.csv")
+    assert claims["claim"].tolist() == list(BY_NAME)
+    assert set(claims["verdict"]) <= {"holds", "does not hold", "undecided", "not run"}
 
 
 def test_a_run_goes_on_where_it_stopped(study: Study, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from captum_cw.visualization import (
     plot_token_scores,
     readable_tokens,
     save_figure,
-    save_text,
     text_html,
     text_records,
 )
@@ -261,13 +260,6 @@ def test_an_unknown_probability_is_not_shown():
     assert "cat (0.25)" in text_html(text_records(scores, ["a"], predicted="cat", probability=0.25))
 
 
-def test_a_saved_page_is_the_page(tmp_path: Path):
-    records = text_records({"ig": torch.rand(1)}, ["é⏎"])
-    save_text(records, tmp_path / "page.html", title="Ünïcode")
-    saved = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert saved == text_html(records, "Ünïcode")
-
-
 # Maps
 
 
@@ -293,7 +285,7 @@ def test_the_paper_scale_has_the_limits_of_the_paper(maps):
     assert axes[0, 0].images[0].get_clim() == (0, 1)
     assert axes[1, 0].images[0].get_clim() == (-0.01, 0.15)
     with pytest.raises(ValueError, match=r"leave out quantile=0\.5"):
-        plot_attention_and_contribution(*maps, paper_scale=True, quantile=0.5)
+        plot_attention_and_contribution(*maps, pairs=[(0, 0)], paper_scale=True, quantile=0.5)
 
 
 def test_the_future_is_blank_and_a_zero_contribution_is_not(maps):
@@ -316,15 +308,13 @@ def test_each_map_shows_its_own_head(maps):
             assert np.array_equal(shown, given[0, head].numpy())
 
 
-def test_random_pairs_are_distinct_and_repeat_with_their_seed(maps):
+def test_many_heads_stand_in_rows_of_four(maps):
     layers = [[given] * 8 for given in maps]
-
-    def titles(seed: int) -> list[str]:
-        _, axes = plot_attention_and_contribution(*layers, count=6, seed=seed)
-        return [ax.get_title() for ax in axes[0]]
-
-    assert titles(0) == titles(0) != titles(1)
-    assert len(set(titles(0))) == 6
+    pairs = [(layer, 1) for layer in range(6)]
+    _, axes = plot_attention_and_contribution(*layers, pairs=pairs)
+    assert [ax.get_title() for ax in axes[0]] == [f"layer {n}, head 1" for n, _ in pairs]
+    assert len({round(ax.get_subplotspec().rowspan.start) for ax in axes.flat}) == 4
+    assert len({round(ax.get_subplotspec().colspan.start) for ax in axes.flat}) == 3
 
 
 def test_a_quantile_keeps_one_cell_from_setting_the_scale(maps):
@@ -339,29 +329,31 @@ def test_a_quantile_keeps_one_cell_from_setting_the_scale(maps):
 
 def test_maps_of_zeros_can_be_drawn(tmp_path: Path):
     zeros = torch.zeros(1, 1, 3, 3)
-    fig, _ = plot_attention_and_contribution(zeros, zeros)
+    fig, _ = plot_attention_and_contribution(zeros, zeros, pairs=[(0, 0)])
     save_figure(fig, tmp_path / "zeros.png")
 
 
 def test_cross_attention_names_queries_and_keys():
     maps = torch.rand(1, 1, 2, 3)
-    _, axes = plot_attention_and_contribution(maps, maps, ["a", "b", "c"], query_tokens=["x", "y"])
+    _, axes = plot_attention_and_contribution(
+        maps, maps, ["a", "b", "c"], query_tokens=["x", "y"], pairs=[(0, 0)]
+    )
     assert tick_labels(axes[1, 0]) == ["a", "b", "c"]
     assert [label.get_text() for label in axes[1, 0].get_yticklabels()] == ["x", "y"]
 
 
 def test_many_tokens_are_named_in_part():
     maps = torch.rand(1, 1, 100, 100)
-    _, axes = plot_attention_and_contribution(maps, maps, [str(n) for n in range(100)])
+    _, axes = plot_attention_and_contribution(
+        maps, maps, [str(n) for n in range(100)], pairs=[(0, 0)]
+    )
     labels = tick_labels(axes[1, 0])
     assert labels == [str(n) for n in range(0, 100, 5)]
 
 
 def test_dollars_are_not_mathematics(maps, tmp_path: Path):
     tokens = ["$5", "$x_1$", r"$\frac$", "a_b", "⏎"]
-    fig, axes = plot_attention_and_contribution(
-        *maps, tokens, layer_names=["$layer_"], pairs=[(0, 0)]
-    )
+    fig, axes = plot_attention_and_contribution(*maps, tokens, pairs=[(0, 0)])
     save_figure(fig, tmp_path / "dollars.png")
     assert tick_labels(axes[1, 0]) == tokens
     fig, _ = plot_token_scores({r"$\frac$": torch.rand(5)}, tokens)
@@ -371,25 +363,23 @@ def test_dollars_are_not_mathematics(maps, tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"attention": torch.rand(5)}, ValueError, r"\(5,\), expected \(B, H, T, S\)"),
-        ({"attention": torch.rand(5, 5)}, ValueError, r"\(5, 5\), expected \(B, H, T, S\)"),
+        ({"attention": torch.rand(5)}, ValueError, r"\(5,\), expected \(1, H, T, S\)"),
+        ({"attention": torch.rand(2, 2, 5, 5)}, ValueError, r"\(2, 2, 5, 5\).*x\[:1\]"),
         ({"attention": torch.rand(1, 2, 5, 4)}, ValueError, r"\(5, 4\), contribution \(5, 5\)"),
         ({"attention": [torch.rand(1, 2, 5, 5)] * 2}, ValueError, "attention has 2 layers"),
         ({"attention": torch.full((1, 2, 5, 5), torch.nan)}, ValueError, "not finite"),
         ({"pairs": [(0, 2)]}, IndexError, "head 2 does not exist"),
         ({"pairs": [(1, 0)]}, IndexError, "layer 1 does not exist"),
         ({"pairs": []}, ValueError, "pairs is empty"),
-        ({"layer_names": ["a", "b"]}, ValueError, "got 2 names for 1 layers"),
-        ({"batch": 1}, IndexError, "sequence 1 does not exist"),
         ({"tokens": ["a"]}, ValueError, "got 1 tokens for 5 keys"),
         ({"quantile": 0.0}, ValueError, r"quantile=0\.0"),
     ],
 )
 def test_a_wrong_argument_is_named(maps, change, error, message):
     attention, contribution = maps
-    arguments = {"attention": attention, "contribution": contribution, **change}
+    given = {"attention": attention, "contribution": contribution, "pairs": [(0, 0)]}
     with pytest.raises(error, match=message):
-        plot_attention_and_contribution(**arguments)
+        plot_attention_and_contribution(**given | change)
 
 
 def test_the_decomposition_shows_its_four_factors(maps):
@@ -439,7 +429,7 @@ def test_no_scores_are_refused():
 def test_the_same_maps_give_the_same_file(maps, tmp_path: Path, suffix, start):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        fig, _ = plot_attention_and_contribution(*maps, list("abcde"))
+        fig, _ = plot_attention_and_contribution(*maps, list("abcde"), pairs=[(0, 1)])
         save_figure(fig, tmp_path / name / f"maps.{suffix}")
     first, second = ((tmp_path / n / f"maps.{suffix}").read_bytes() for n in ("first", "second"))
     assert first == second
@@ -447,14 +437,14 @@ def test_the_same_maps_give_the_same_file(maps, tmp_path: Path, suffix, start):
 
 
 def test_another_suffix_is_refused(maps, tmp_path: Path):
-    fig, _ = plot_attention_and_contribution(*maps)
+    fig, _ = plot_attention_and_contribution(*maps, pairs=[(0, 1)])
     with pytest.raises(ValueError, match=r"'\.gif', expected '\.png' or '\.svg'"):
         save_figure(fig, tmp_path / "maps.gif")
     assert not list(tmp_path.iterdir())
 
 
 def test_bare_figures_are_not_held_by_pyplot(maps):
-    plot_attention_and_contribution(*maps, use_pyplot=False)
+    plot_attention_and_contribution(*maps, pairs=[(0, 1)], use_pyplot=False)
     assert plt.get_fignums() == []
-    plot_attention_and_contribution(*maps)
+    plot_attention_and_contribution(*maps, pairs=[(0, 1)])
     assert len(plt.get_fignums()) == 1

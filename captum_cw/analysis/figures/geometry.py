@@ -8,25 +8,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Wedge
 
+from captum_cw.analysis.figures.drawing import POINTS, ZERO, figure, plot_by
 from captum_cw.analysis.result import AnalysisResult
 from captum_cw.analysis.suppression import OutputNorms, predicted_norm
-from captum_cw.visualization._output import Picture, new_figure
 
 GROUPS = {"all": "all tokens", "first": "first token", "others": "all but the first"}
 CONE: dict[str, Any] = {"facecolor": "0.92", "edgecolor": "0.5", "linestyle": "--"}
-POINTS: dict[str, Any] = {"s": 5, "alpha": 0.5, "linewidths": 0}
-#: A line along which a quantity is zero.
-ZERO: dict[str, Any] = {"color": "0.6", "linewidth": 0.8}
 
 
-def plot_regression(result: AnalysisResult, use_pyplot: bool) -> Picture:
+@figure("ComponentRegression", (11.0, 3.4), columns=3)
+def plot_regression(result: AnalysisResult, *axes: Axes) -> None:
     """Plot bars of R2 by product of factors, with a panel for each group of tokens."""
     groups = result.to_dataframe().groupby("group", sort=False)
-    fig, axes = new_figure(1, len(groups), (3.2 * len(groups) + 1.4, 3.4), use_pyplot)
-    for ax, (group, rows) in zip(axes[0], groups, strict=True):
+    for ax, (group, rows) in zip(axes, groups, strict=True):
         bars = ax.barh(rows.components, rows.r2, color="tab:blue")
         ax.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
         ax.invert_yaxis()
@@ -34,24 +30,23 @@ def plot_regression(result: AnalysisResult, use_pyplot: bool) -> Picture:
         ax.set_xlim(lowest - 0.25 * (lowest < 0), 1.25)  # leaves room for the numbers
         ax.set(title=GROUPS[group], xlabel="$R^2$ of contribution", ylabel="product of factors")
         ax.label_outer()
-    return fig, axes[0]
 
 
-def plot_correlations(result: AnalysisResult, use_pyplot: bool) -> Picture:
+@figure("ComponentCorrelations", (5.6, 4.2))
+def plot_correlations(result: AnalysisResult, ax: Axes) -> None:
     """Plot the matrix of correlations with its numbers."""
-    fig, axes = new_figure(1, 1, (5.6, 4.2), use_pyplot)
-    ax, matrix = axes[0, 0], result.to_dataframe().set_index("component")
+    matrix = result.to_dataframe().set_index("component")
     image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
     for (i, j), r in np.ndenumerate(matrix):
         ax.text(j, i, f"{r:.3f}", ha="center", va="center", color="w" if abs(r) > 0.6 else "k")
     ax.set_xticks(range(len(matrix)), matrix.columns)
     ax.set_yticks(range(len(matrix)), matrix.index)
     ax.set(xlabel="factor", ylabel="factor", title="logarithms of magnitudes")
-    fig.colorbar(image, ax=ax, label="Pearson's r")
-    return fig, axes[0]
+    ax.figure.colorbar(image, ax=ax, label="Pearson's r")
 
 
-def plot_dispersion(result: AnalysisResult, use_pyplot: bool) -> Picture:
+@figure("ComponentDispersion", (12, 3.6), columns=3)
+def plot_dispersion(result: AnalysisResult, *axes: Axes) -> None:
     """Plot each pair of attention, value norm and cosine in a panel."""
     labels = {
         "attention": "attention weight",
@@ -59,17 +54,15 @@ def plot_dispersion(result: AnalysisResult, use_pyplot: bool) -> Picture:
         "cosine": "cosine with the output",
     }
     table = result.to_dataframe()
-    fig, axes = new_figure(1, 3, (12, 3.6), use_pyplot)
-    for ax, (x, y) in zip(axes[0], combinations(labels, 2), strict=True):
+    for ax, (x, y) in zip(axes, combinations(labels, 2), strict=True):
         ax.scatter(table[x], table[y], **POINTS)
         ax.set(xlabel=labels[x], ylabel=labels[y])
-    return fig, axes[0]
 
 
-def plot_interference(result: AnalysisResult, use_pyplot: bool) -> Picture:
+@figure("Interference", (5, 3.8))
+def plot_interference(result: AnalysisResult, ax: Axes) -> None:
     """Plot the intra-head ratio of contribution to attention against the cosine."""
-    fig, axes = new_figure(1, 1, (5, 3.8), use_pyplot)
-    ax, table, r = axes[0, 0], result.to_dataframe(), result.numbers["r"]
+    table, r = result.to_dataframe(), result.numbers["r"]
     ax.scatter(table.cosine, table.ratio, **POINTS)
     ax.axhline(0, **ZERO)
     outside = 0
@@ -80,45 +73,33 @@ def plot_interference(result: AnalysisResult, use_pyplot: bool) -> Picture:
         outside = int((table.ratio.abs() > limit).sum())
     ax.set_title(f"r = {r:.3f}; {outside} of {len(table)} points are outside the axis", fontsize=10)
     ax.set(xlabel="cosine with the head's output", ylabel="contribution / attention")
-    return fig, axes[0]
 
 
-def plot_first_token_weight(result: AnalysisResult, use_pyplot: bool) -> Picture:
+@figure("FirstTokenWeight", (6, 3.6))
+def plot_first_token_weight(result: AnalysisResult, ax: Axes) -> None:
     """Plot the weight on the first token by layer, for measures that are shares."""
-    fig, axes = new_figure(1, 1, (6, 3.6), use_pyplot)
-    ax = axes[0, 0]
     table = result.tables["layers"]
-    _plot_by_layer(ax, table[table.measure != "vw"], "weight")
+    plot_by(ax, table[table.measure != "vw"], "weight", "measure")
     ax.axhline(0, **ZERO)
     ax.set_ylabel("mean weight on the first token")
     ax.legend()
-    return fig, axes[0]
 
 
-def plot_entropy(result: AnalysisResult, use_pyplot: bool) -> Picture:
+@figure("WeightEntropy", (10, 3.6), columns=2)
+def plot_entropy(result: AnalysisResult, *axes: Axes) -> None:
     """Plot the entropy of rows by layer, with and without the first token."""
-    fig, axes = new_figure(1, 2, (10, 3.6), use_pyplot)
     table = result.tables["layers"]
     titles = {True: "all tokens", False: "without the first token"}
-    for ax, (first, title) in zip(axes[0], titles.items(), strict=True):
-        _plot_by_layer(ax, table[table["first"] == first], "entropy")
+    for ax, (first, title) in zip(axes, titles.items(), strict=True):
+        plot_by(ax, table[table["first"] == first], "entropy", "measure", legend=first)
         ax.set(title=title, ylabel="entropy of a row (nats)")
-    axes[0, 0].sharey(axes[0, 1])
-    axes[0, 0].legend()
-    return fig, axes[0]
+    axes[0].sharey(axes[1])
 
 
-def _plot_by_layer(ax: Axes, table: pd.DataFrame, column: str) -> None:
-    """Plot a column by layer, with a curve for each measure."""
-    for marker, (measure, rows) in zip("osD^", table.groupby("measure", sort=False), strict=False):
-        ax.plot(rows["layer"], rows[column], marker=marker, markersize=4, label=measure)
-    _label_layers(ax)
-
-
-def plot_alignment(result: AnalysisResult, use_pyplot: bool) -> Picture:
+@figure("ValueAlignment", (6, 3.6))
+def plot_alignment(result: AnalysisResult, ax: Axes) -> None:
     """Plot mean cosines of values by relative depth, with the middle half of the heads."""
-    fig, axes = new_figure(1, 1, (6, 3.6), use_pyplot)
-    ax, table = axes[0, 0], result.to_dataframe()
+    table = result.to_dataframe()
     for name, label in (("first", "first with the others"), ("among", "among the others")):
         (line,) = ax.plot(table.depth, table[name], marker="o", markersize=4, label=label)
         low, high = table[f"{name}_25"], table[f"{name}_75"]
@@ -127,13 +108,12 @@ def plot_alignment(result: AnalysisResult, use_pyplot: bool) -> Picture:
     ax.set_xlabel("relative depth (bands: middle half of the heads)")
     ax.set_ylabel("mean cosine of projected values")
     ax.legend()
-    return fig, axes[0]
 
 
-def plot_sink_scaling(result: AnalysisResult, use_pyplot: bool) -> Picture:
+@figure("SinkScaling", (5.4, 3.6))
+def plot_sink_scaling(result: AnalysisResult, ax: Axes) -> None:
     """Plot the change of perplexity by the factor of the first token's value."""
-    fig, axes = new_figure(1, 1, (5.4, 3.6), use_pyplot)
-    ax, deltas = axes[0, 0], result.to_dataframe().groupby("factor").delta
+    deltas = result.to_dataframe().groupby("factor").delta
     mean, low, high = deltas.mean(), deltas.quantile(0.25), deltas.quantile(0.75)
     ax.plot(mean, marker="o", markersize=4, label="mean over texts")
     ax.plot(deltas.median(), linestyle=":", color="tab:blue", label="median")
@@ -141,48 +121,40 @@ def plot_sink_scaling(result: AnalysisResult, use_pyplot: bool) -> Picture:
     ax.axhline(0, **ZERO)
     ax.set(xlabel="factor of the first token's value", ylabel="increase of perplexity")
     ax.legend()
-    return fig, axes[0]
 
 
-def plot_output_norms(result: OutputNorms, use_pyplot: bool) -> Picture:
+@figure("OutputNorms", (11, 7.4), rows=2, columns=2)
+def plot_output_norms(
+    result: OutputNorms, norms: Axes, fits: Axes, rest: Axes, along: Axes
+) -> None:
     """Plot the norms of one head with their model and fits, and the R2 of all heads."""
     heads, points = result.tables["heads"], result.tables["points"]
     layer, head = result.settings["layer"], result.settings["head"]
+    name = f"layer {layer}, head {head}"
     of = heads.set_index(["layer", "head"]).loc[(layer, head)]
-    fig, axes = new_figure(2, 2, (11, 7.4), use_pyplot)
-    ax = axes[0, 0]
-    _scatter_by_position(fig, ax, points.sink_rate, points.norm, points.position)
     rates = np.linspace(0, 1, 201)
     for label, style, g in (
         ("model (Eq. 20)", "r-", of.g),
         ("model with g = 0", "k:", 0.0),
         ("sign as printed in Eq. 28", "m--", -of.g),
     ):
-        ax.plot(rates, predicted_norm(rates, of.v1, g, of.k), style, label=label)
-    ax.axvline(of.least, color="r", linewidth=0.8)
-    ax.axhline(of.mean_norm, color="tab:orange", linewidth=0.8, label="mean norm of other values")
-    name = f"layer {layer}, head {head}"
-    ax.set_title(f"{name}: smallest norm at {of.least:.2f}")
-    ax.set(xlabel="attention on the first token, $a$", ylabel="norm of the head's output")
-    _plot_fits_by_layer(axes[0, 1], heads)
-    for ax, column, slope, fit, label in (
-        (axes[1, 0], "rest", of.k, of.r2_k, r"$\Vert w\Vert$"),
-        (axes[1, 1], "along", of.g, of.r2_g, r"$\langle v_1, w\rangle$"),
+        norms.plot(rates, predicted_norm(rates, of.v1, g, of.k), style, label=label)
+    norms.axvline(of.least, color="r", linewidth=0.8)
+    norms.axhline(of.mean_norm, color="C1", linewidth=0.8, label="mean norm of other values")
+    rest.plot([0, 1], [0, of.k], "r-", label=f"slope {of.k:.3g}")
+    along.plot([0, 1], [0, of.g], "r-", label=f"slope {of.g:.3g}")
+    x, others = "attention on the first token, $a$", "$1 - a$"
+    for ax, column, x_label, y_label, title in (
+        (norms, "norm", x, "norm of the head's output", f"smallest norm at {of.least:.2f}"),
+        (rest, "rest", others, r"$\Vert w\Vert$", f"$R^2$ = {of.r2_k:.2f}"),
+        (along, "along", others, r"$\langle v_1, w\rangle$", f"$R^2$ = {of.r2_g:.2f}"),
     ):
-        _scatter_by_position(fig, ax, 1 - points.sink_rate, points[column], points.position)
-        ax.plot([0, 1], [0, slope], "r-", label=f"slope {slope:.3g}")
-        ax.set(title=f"{name}: $R^2$ = {fit:.2f}", xlabel="$1 - a$", ylabel=label)
-    for ax in axes.flat:
+        rate = points.sink_rate if ax is norms else 1 - points.sink_rate
+        dots = ax.scatter(rate, points[column], c=points.position, cmap="viridis", **POINTS)
+        ax.figure.colorbar(dots, ax=ax, label="position in the text (0 to 1)")
+        ax.set(title=f"{name}: {title}", xlabel=x_label, ylabel=y_label)
         ax.legend(fontsize=8)
-    return fig, axes
-
-
-def _scatter_by_position(
-    fig: Figure, ax: Axes, x: pd.Series, y: pd.Series, position: pd.Series
-) -> None:
-    """Plot points, coloured by their position in the text."""
-    dots = ax.scatter(x, y, c=position, cmap="viridis", **POINTS)
-    fig.colorbar(dots, ax=ax, label="position in the text (0 to 1)")
+    _plot_fits_by_layer(fits, heads)
 
 
 def _plot_fits_by_layer(ax: Axes, heads: pd.DataFrame) -> None:
@@ -204,29 +176,27 @@ def _plot_fits_by_layer(ax: Axes, heads: pd.DataFrame) -> None:
         )
         boxes["boxes"][0].set_label(label)
     ax.set_ylim(max(-1.0, ax.get_ylim()[0]), 1.05)
-    _label_layers(ax)
-    ax.set(title="fits of all heads (without outliers and below -1)", ylabel="centred $R^2$")
+    ax.locator_params(axis="x", integer=True)
+    title = "fits of all heads (without outliers and below -1)"
+    ax.set(title=title, xlabel="layer", ylabel="centred $R^2$")
+    ax.legend(fontsize=8)
 
 
-def plot_cone(result: AnalysisResult, use_pyplot: bool) -> Picture:
+@figure("SemanticCone", (11, 4.6), columns=2)
+def plot_cone(result: AnalysisResult, *axes: Axes) -> None:
     """Plot head outputs in the plane of the mean value and the sink, with and without the sink."""
     points, arrow = result.tables["points"], result.tables["sink"].iloc[0]
     place = f"layer {result.settings['layer']}, head {result.settings['head']}"
-    fig, axes = new_figure(1, 2, (11, 4.6), use_pyplot)
     titles = {"with": "unchanged", "without": "first value set to zero"}
     x, y = [*points.along, arrow.along, 0.0], [*points.across, arrow.across, 0.0]
     margin = 0.08 * (max(np.ptp(x), np.ptp(y)) or 1.0)
     reach = 2 * float(np.hypot(x, y).max())
-    for ax, (outputs, title) in zip(axes[0], titles.items(), strict=True):
+    for ax, (outputs, title) in zip(axes, titles.items(), strict=True):
         of = points[points.outputs == outputs]
         label = f"cone of 90% of the other values ({arrow.angle:.0f}°)"
         ax.add_patch(Wedge((0, 0), reach, -arrow.angle, arrow.angle, label=label, **CONE))
         style = {"c": of.norm, "cmap": "viridis", "s": 12, "linewidths": 0}
         dots = ax.scatter(of.along, of.across, zorder=2, **style)
-        if outputs == "with":
-            style = {"arrowstyle": "-|>", "color": "tab:orange", "linewidth": 2}
-            ax.annotate("", (arrow.along, arrow.across), (0, 0), zorder=3, arrowprops=style)
-            ax.plot([], [], color="tab:orange", linewidth=2, label="value of the first token")
         ax.set(
             title=f"{place}: {title}",
             xlabel="along the mean of the other values",
@@ -235,12 +205,9 @@ def plot_cone(result: AnalysisResult, use_pyplot: bool) -> Picture:
             ylim=(min(y) - margin, max(y) + margin),
             aspect="equal",
         )
+    sink = {"arrowstyle": "-|>", "color": "tab:orange", "linewidth": 2}
+    axes[0].annotate("", (arrow.along, arrow.across), (0, 0), zorder=3, arrowprops=sink)
+    axes[0].plot([], [], color="tab:orange", linewidth=2, label="value of the first token")
+    for ax in axes:
         ax.legend(fontsize=8, loc="best")
-    fig.colorbar(dots, ax=list(axes[0]), label="norm of the unchanged output")
-    return fig, axes[0]
-
-
-def _label_layers(ax: Axes) -> None:
-    """Label the x axis with layers."""
-    ax.set_xlabel("layer")
-    ax.locator_params(axis="x", integer=True)
+    axes[0].figure.colorbar(dots, ax=axes, label="norm of the unchanged output")
