@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from captum_cw.functional import Measure
 
 __all__ = [
+    "INPUT",
     "RANDOM",
     "SIGNED",
+    "TARGET",
     "Entry",
     "entries",
     "explained",
@@ -32,6 +34,8 @@ __all__ = [
 RANDOM = "random"
 #: The name of contributions with their signs.
 SIGNED = "contribution-signed"
+#: The names of contributions to a target, by values and by inputs.
+TARGET, INPUT = "target", "input"
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ class Entry:
             None for the space of the class. :func:`~captum_cw.explain` has a ``space`` of its own.
         control: Whether the entry is a control, which changes one factor of a contribution to show
             what this factor adds.
-        explained: Whether :func:`~captum_cw.explain` computes the measure.
+        explained: Whether :func:`~captum_cw.explain` computes the measure for every layer.
+        explains_target: Whether the measure explains a target, such as a prediction, and not the
+            output of a layer.
 
     Example:
         >>> Entry("mine", ContributionWeights, "Mine", "My measure.").attribution().__name__
@@ -72,6 +78,7 @@ class Entry:
     space: Literal["attention", "residual"] | None = None
     control: bool = False
     explained: bool = True
+    explains_target: bool = False
 
     def attribution(self) -> type[AttentionAttribution]:
         """Return the class that computes the measure as a Captum attribution.
@@ -104,7 +111,8 @@ class Entry:
     def scores_pairs(self) -> bool:
         """Whether the measure scores pairs of head and token, from one layer alone."""
         combines_heads = getattr(self.function(), "puts_heads_together", False)
-        return not (combines_heads or getattr(self._resolved(), "needs_stream", False))
+        needs_stream = getattr(self._resolved(), "needs_stream", False)
+        return not (combines_heads or needs_stream or self.explains_target)
 
     def _resolved(self) -> Any:
         if not isinstance(self.source, str):
@@ -117,27 +125,32 @@ _registry: dict[str, Entry] = {}
 _built_in: list[Entry] = []
 
 
-def entries(*, controls: bool = False) -> list[Entry]:
+def entries(*, controls: bool = False, targets: bool = False) -> list[Entry]:
     """Return the registered measures, the most useful first.
 
     Args:
         controls: Whether controls are included.
+        targets: Whether measures of a target are included.
 
     Example:
         >>> [entry.name for entry in entries()]
         ['contribution', 'vwon', 'vw', 'attention']
     """
-    return [entry for entry in _registry.values() if controls or not entry.control]
+    return [
+        entry
+        for entry in _registry.values()
+        if (controls or not entry.control) and (targets or not entry.explains_target)
+    ]
 
 
-def names(*, controls: bool = False) -> tuple[str, ...]:
+def names(*, controls: bool = False, targets: bool = False) -> tuple[str, ...]:
     """Return the names of the registered measures, in the order of :func:`entries`."""
-    return tuple(entry.name for entry in entries(controls=controls))
+    return tuple(entry.name for entry in entries(controls=controls, targets=targets))
 
 
 def known_names() -> str:
     """Return all names of methods of removal, for error messages."""
-    return ", ".join(map(repr, (*names(controls=True), RANDOM)))
+    return ", ".join(map(repr, (*names(controls=True, targets=True), RANDOM)))
 
 
 def find(name: str) -> Entry | None:
@@ -186,6 +199,30 @@ def _control(name: str, function: str, label: str, about: str, **options: Any) -
 
 
 for _entry in (
+    Entry(
+        TARGET,
+        "captum_cw.attr:TargetContributions",
+        label="contribution to the prediction",
+        about="What a token's values, read by all heads, add to the target; below zero, the token "
+        "worked against it.",
+        unit="unit of the target",
+        colour="#cc79a7",
+        signed=True,
+        explained=False,
+        explains_target=True,
+    ),
+    Entry(
+        INPUT,
+        "captum_cw.attr:InputContributions",
+        label="input's contribution to the prediction",
+        about="What a token's embedding adds to the target; with the share of constants, all "
+        "tokens sum to it.",
+        unit="unit of the target",
+        colour="#56b4e9",
+        signed=True,
+        explained=False,
+        explains_target=True,
+    ),
     Entry(
         "contribution",
         "captum_cw.attr:ContributionWeights",

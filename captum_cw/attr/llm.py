@@ -9,9 +9,10 @@ import torch
 from captum.attr import LLMAttributionResult
 from torch import Tensor
 
+from captum_cw._utils.progress import progress_bar
 from captum_cw.attr._captum import BaseLLMAttribution, TextTemplateInput, TextTokenInput
 from captum_cw.attr.chat import ChatTokenInput, EncodedTokenInput
-from captum_cw.attr.measures import AttentionAttribution
+from captum_cw.attr.measures import AttentionAttribution, refuse_target
 from captum_cw.attr.token_scores import TokenScores
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.capture.model import LOGITS, device_of, evaluation_mode, parameters_of
@@ -36,6 +37,10 @@ class LLMTokenAttributionResult(LLMAttributionResult):  # type: ignore[misc]  # 
 
 class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum has no types for it
     """Scores of the input tokens for each output token, from one forward pass over both.
+
+    :class:`~captum_cw.TargetContributions` need one forward and backward pass for each output
+    token, and can have a ``contrast``. By default their signed values are summed over queries,
+    heads and layers, in the unit of the logits.
 
     The result and its plots are those of Captum's ``LLMAttribution``.
 
@@ -64,7 +69,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
 
     def __init__(self, attr_method: TokenScores | AttentionAttribution, tokenizer: Any) -> None:
         if isinstance(attr_method, AttentionAttribution):
-            attr_method = TokenScores(attr_method)
+            attr_method = _token_scores(attr_method)
         if not isinstance(attr_method, TokenScores):
             raise TypeError(
                 f"attr_method is of type {type(attr_method).__name__}: give a measure, such as "
@@ -88,6 +93,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         target: str | Tensor | None = None,
         gen_args: dict[str, Any] | None = None,
         *,
+        contrast: str | Tensor | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         show_progress: bool = False,
     ) -> LLMAttributionResult:
@@ -112,6 +118,10 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
                 (the result leaves out the tokens that it skips) or ``TextTemplateInput``.
             target: The output, as text or token ids ``(m,)``; None generates it.
             gen_args: Arguments for ``model.generate``; only without ``target``.
+            contrast: An output that the model did not give, as text or token ids, for
+                :class:`~captum_cw.TargetContributions`: why ``target``, and not this? The result
+                has one output token, the first at which the two differ. What both begin with
+                counts as given.
             chat_template_kwargs: Further arguments for the chat template, such as
                 ``{"enable_thinking": False}``; only for the messages of a chat.
             show_progress: Whether to show a progress bar over the layers after two seconds.
@@ -139,25 +149,21 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         if not encoded.ids.numel():
             raise ValueError("The prompt is empty: give at least one token.")
         prompt = self._prompt(encoded)
+        n = encoded.ids.shape[1]
         with torch.no_grad(), evaluation_mode([self.model], self.model):
             output = self._generate(prompt, gen_args) if target is None else self._ids(target)
-            n, m = encoded.ids.shape[1], len(output)
-            if not m:
+            if not len(output):
                 raise ValueError(
                     f"The output is empty (target={target!r}): give a target of at least one "
                     "token, or let the model generate more with gen_args={'max_new_tokens': ...}."
                 )
-            inputs = extended(prompt, output)
-            if LOGITS in parameters_of(self.model):
-                inputs[LOGITS] = m + 1
-            rows, result = self.attr_method.rows(
-                inputs,
-                slice(n - 1, n + m - 1),
-                prompt=n,
-                show_progress=show_progress,
-            )
-        token_attr = to_features(rows[0, :, :n].cpu())
-        logits = logits_of(result)[0, -m - 1 : -1].float()
+            if self.attr_method.method.explains_target:
+                opposed = None if contrast is None else self._ids(contrast)
+                output, rows, logits = self._target_rows(prompt, output, opposed, show_progress)
+            else:
+                refuse_target(contrast, "contrast")
+                rows, logits = self._rows(prompt, output, show_progress)
+        token_attr = to_features(rows[:, :n].cpu())
         probs = logits.softmax(-1).gather(-1, output[:, None].to(logits.device))[:, 0]
         return LLMTokenAttributionResult(
             seq_attr=token_attr.mean(0),
@@ -172,6 +178,40 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
             inp=given,
             output_ids=output.cpu(),
         )
+
+    def _rows(
+        self, prompt: dict[str, Any], output: Tensor, show_progress: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores of all tokens for each output token, and the logits ``(m, V)``."""
+        n, m = prompt["input_ids"].shape[1], len(output)
+        inputs = extended(prompt, output)
+        if LOGITS in parameters_of(self.model):
+            inputs[LOGITS] = m + 1
+        rows, result = self.attr_method.rows(
+            inputs, slice(n - 1, n + m - 1), prompt=n, show_progress=show_progress
+        )
+        return rows[0], logits_of(result)[0, -m - 1 : -1].float()
+
+    def _target_rows(
+        self, prompt: dict[str, Any], output: Tensor, opposed: Tensor | None, show_progress: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output, the scores of the prompt for each of its tokens, and their logits."""
+        n = prompt["input_ids"].shape[1]
+        contrast = None
+        if opposed is not None:
+            shared = _shared_tokens(output, opposed)
+            prompt = extended(prompt, output[:shared]) if shared else prompt
+            output, contrast = output[shared : shared + 1], int(opposed[shared])
+        rows, logits = [], []
+        with progress_bar(len(output), "output tokens", show=show_progress) as bar:
+            for o, token in enumerate(output.tolist()):
+                scores, result = self.attr_method.of_target(
+                    extended(prompt, output[:o]) if o else prompt, token, contrast, prompt=n
+                )
+                rows.append(scores[0, :n])
+                logits.append(logits_of(result)[0, -1].float())
+                bar.update()
+        return output, torch.stack(rows), torch.stack(logits)
 
     def _captum_input(self, inp: Any, chat_template_kwargs: Mapping[str, Any] | None) -> Any:
         """Return the prompt as an input of Captum."""
@@ -238,6 +278,25 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         output = self.model.generate(**{**prompt, **(gen_args or _GENERATION)})
         sequences: Tensor = getattr(output, "sequences", output)
         return sequences[0, prompt["input_ids"].shape[1] :]
+
+
+def _token_scores(method: AttentionAttribution) -> TokenScores:
+    """Return the scores of a bare measure. Contributions to a target are summed with signs."""
+    if not method.explains_target:
+        return TokenScores(method)
+    return TokenScores(method, reduction="sum", layers="sum", heads="sum", signed=True)
+
+
+def _shared_tokens(output: Tensor, opposed: Tensor) -> int:
+    """Return how many tokens two outputs begin with alike."""
+    shorter = min(len(output), len(opposed))
+    same = (output[:shorter].cpu() == opposed[:shorter].cpu()).tolist()
+    if all(same):
+        raise ValueError(
+            "target and contrast do not differ before one of them ends: give two outputs with "
+            "different tokens."
+        )
+    return same.index(False)
 
 
 def _sum_over_values(inp: Any, encoded: Encoded) -> Callable[[Tensor], Tensor]:

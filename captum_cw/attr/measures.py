@@ -250,11 +250,11 @@ def as_given(inputs: object, result: Any) -> Any:
     return (result,) if one else result
 
 
-def refuse_target(target: object) -> None:
-    """Raise a ValueError if there is a target."""
+def refuse_target(target: object, name: str = "target") -> None:
+    """Raise a ValueError if there is a target, or a contrast."""
     if target is not None:
         raise ValueError(
-            f"target={target!r}: this measure explains the output of a layer, not a class or "
+            f"{name}={target!r}: this measure explains the output of a layer, not a class or "
             "token, so it does not have a target. To explain a prediction, use "
             "TargetContributions(model), or InputContributions(model)."
         )

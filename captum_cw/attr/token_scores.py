@@ -148,7 +148,8 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         if self.method.explains_target:
             options |= {"target": target, "contrast": contrast}
         else:
-            refuse_target(target if target is not None else contrast)
+            refuse_target(target)
+            refuse_target(contrast, "contrast")
         if self.layers == "rollout":
             path, chosen, _ = self._path(inputs, additional_forward_args, self._chosen, **options)
             return as_given(inputs, path.scores(self.reduction, chosen).float())
@@ -214,6 +215,42 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 raise IndexError(f"queries={self.queries!r} holds no token of example {b}.")
         return chosen
 
+    def of_target(
+        self,
+        inputs: Inputs,
+        target: Target,
+        contrast: Target = None,
+        *,
+        prompt: int | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Return the scores of the text's own tokens for a target, without virtual tokens.
+
+        Args:
+            inputs: The inputs of :meth:`attribute`, without padding.
+            target: The target.
+            contrast: A second target, which is subtracted; None for none.
+            prompt: As for :meth:`rows`.
+
+        Returns:
+            The scores ``(B, S)``, aggregated over heads and layers, and the model's output.
+        """
+        heads = self._aggregated_heads()
+        T, cached, kept = self._length(inputs)
+
+        def on_layer(execution: Execution, layer: AnyLayer) -> Tensor:
+            before = leading(execution, layer, T, kept)
+            if prompt is not None:
+                refuse_later_tokens(execution, layer, before, prompt)
+            scores = functional.token_scores(
+                layer, self.method.measure, self.reduction, signed=self.signed
+            )[..., max(0, before[1] - cached) :]
+            return functional.aggregate(scores, heads, dim=1).float()
+
+        results, output = self.method.observe(
+            inputs, None, on_layer, text_only=True, target=target, contrast=contrast
+        )
+        return self._over_layers(results), output
+
     def rows(
         self,
         inputs: Inputs,
@@ -244,11 +281,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 :meth:`attribute`.
             ValueError: If layers or heads are not aggregated, or ``queries`` are already chosen.
         """
-        if self.layers is None or self.heads is None or self.queries != "all":
-            raise ValueError(
-                f"layers={self.layers!r}, heads={self.heads!r}, queries={self.queries!r}: scores "
-                "of single queries need aggregated layers and heads, and queries='all'."
-            )
+        heads = self._aggregated_heads()
         T, cached, kept = self._length(inputs)
 
         def own(execution: Execution, layer: AttentionLayer) -> tuple[slice, slice]:
@@ -261,7 +294,6 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
 
         if self.layers == "rollout":
             return self._rows_through(inputs, own, show_progress)
-        heads = self.heads
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> Tensor:
             rows, keys = own(execution, layer)
@@ -274,6 +306,15 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
             inputs, None, on_layer, text_only=True, show_progress=show_progress
         )
         return self._over_layers(results), output
+
+    def _aggregated_heads(self) -> Aggregation:
+        """Return how heads are aggregated, if all is aggregated and no queries are chosen."""
+        if self.layers is None or self.heads is None or self.queries != "all":
+            raise ValueError(
+                f"layers={self.layers!r}, heads={self.heads!r}, queries={self.queries!r}: scores "
+                "of a language model need aggregated layers and heads, and queries='all'."
+            )
+        return self.heads
 
     def _length(self, inputs: Inputs) -> tuple[int | None, int, int | None]:
         """Return the numbers of given, cached and last tokens with logits; None if unknown."""

@@ -146,7 +146,8 @@ def _choice(entry: Any, name: str) -> _Choice:
     try:
         if isinstance(token, bool) or isinstance(position, bool):
             raise TypeError
-        return (None if position is None else operator.index(position)), operator.index(token)
+        place = None if position is None else operator.index(position)
+        return place, None if token is None else operator.index(token)
     except TypeError:
         raise TypeError(f"{name}={entry!r} is not a target: {WAYS}.") from None
 

@@ -1,7 +1,8 @@
-"""Explain one text: all measures of all layers and heads, from one forward pass."""
+"""Explain one text: its prediction, and all measures of all layers and heads."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,15 @@ from captum_cw.capture.run import expected_layers
 from captum_cw.explanation.conversion import versions
 from captum_cw.explanation.explanation import Explanation
 from captum_cw.explanation.heads import FACTORS, HeadMaps, most_important
+from captum_cw.explanation.target import (
+    Question,
+    TargetParts,
+    Wanted,
+    predicts,
+    target_parts,
+)
 from captum_cw.functional import AttentionLayer, Measure, Space, map_blocks
-from captum_cw.measures import Entry
+from captum_cw.measures import TARGET, Entry
 from captum_cw.text.prompts import Text, leading, model_inputs, read_text
 from captum_cw.text.templates import RenderedChat
 from captum_cw.text.tokens import readable_ids, readable_tokens, word_numbers
@@ -38,16 +46,24 @@ def explain(
     tokenizer: PreTrainedTokenizerBase,
     text: Text,
     *,
+    target: Wanted = None,
+    contrast: Wanted = None,
     top_k: int = 32,
     space: Space = "attention",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     show_progress: bool = False,
 ) -> Explanation:
-    """Compute all measures of one text, by token, layer and head, in one observed forward pass.
+    """Explain one text: what its prediction is made of, and all measures by layer and head.
 
-    Scores are those of :class:`~captum_cw.TokenScores` (Eq. 15). Maps are means of absolute values
-    over heads and layers. ``"contribution-signed"`` keeps signs and sums over heads, so the rows of
-    its map sum to one.
+    With a language model or a classifier, ``"target"`` and ``"input"`` are contributions to a
+    prediction (:class:`~captum_cw.TargetContributions`, :class:`~captum_cw.InputContributions`),
+    with signs, in the unit of the logits: those of the values that all heads read, and those of the
+    embeddings. They take one forward and one backward pass. The other measures explain the outputs
+    of the attention layers, from one observed forward pass.
+
+    Their scores are those of :class:`~captum_cw.TokenScores` (Eq. 15). Their maps are means of
+    absolute values over heads and layers. ``"contribution-signed"`` keeps signs and sums over
+    heads, so the rows of its map sum to one.
 
     For a model with learned virtual tokens (prompt or prefix tuning), the explanation has only the
     text's own tokens, which are the last ``T`` queries and keys. The rows of its maps then sum to
@@ -61,6 +77,10 @@ def explain(
             template; the output of the tokenizer for one text (``BatchEncoding``), or a dict of
             the model's arguments, such as a processor's output with ``pixel_values``; or token ids
             ``(T,)`` or ``(1, T)``. Padding is not allowed.
+        target: Why this? A text, of which the first token counts (mind the leading space); the
+            label or number of a class; a token's number; or ``(position, number)``. None is the
+            model's own prediction: after the last token, or at the only masked token.
+        contrast: And why not this? It is subtracted from the target.
         top_k: The number of keys to keep for each query of each head; with 0 there are no heads.
         space: Where outputs are measured; see :class:`~captum_cw.ContributionWeights`.
         chat_template_kwargs: Further arguments of the chat template, such as
@@ -108,10 +128,20 @@ def explain(
     predicted, probability = None, None
     if layers.causal:
         predicted, probability = _predictions(model, tokenizer, output, T)
+    scores = {name: torch.stack(x).mean(0) for name, x in layers.scores.items()}
+    maps = {name: x / len(layers.heads) for name, x in layers.maps.items()}
+    settings = {"model": _name(model), "space": space, "top_k": top_k, **versions()}
+    question = Question(target, contrast)
+    parts = None
+    if question.is_asked or predicts(tokenizer, ids, output, causal=layers.causal):
+        parts = _target_parts(model, tokenizer, inputs, output, question)
+    if parts is not None:
+        scores, maps = {**parts.scores, **scores}, {TARGET: parts.map, **maps}
+        settings = {**parts.settings, **settings}
     return Explanation(
         tokens=readable_tokens(tokenizer, ids[0]),
-        scores={name: torch.stack(x).mean(0) for name, x in layers.scores.items()},
-        maps={name: x / len(layers.heads) for name, x in layers.maps.items()},
+        scores=scores,
+        maps=maps,
         heads=layers.heads if top_k else (),
         predicted=predicted,
         probability=probability,
@@ -119,8 +149,25 @@ def explain(
         text=read.text,
         offsets=read.offsets,
         messages=read.messages if isinstance(read, RenderedChat) else None,
-        settings={"model": _name(model), "space": space, "top_k": top_k, **versions()},
+        settings=settings,
     )
+
+
+def _target_parts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, Any],
+    output: Any,
+    question: Question,
+) -> TargetParts | None:
+    """Return contributions to a prediction; None if they are not known, and nobody asked."""
+    try:
+        return target_parts(model, tokenizer, inputs, output, question)
+    except UnsupportedModelError as error:
+        if question.is_asked:
+            raise
+        warnings.warn(f"Contributions to the prediction are left out. {error}", stacklevel=3)
+        return None
 
 
 def _name(model: nn.Module) -> str:

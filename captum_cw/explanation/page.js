@@ -23,7 +23,7 @@
     method: data.methods.find(({ name }) => name === data.initial),
     layer: ALL, // or the number of a layer
     head: 0,
-    scale: "row", // or "map": the values that the darkest colour stands for
+    scale: data.scale, // "row" or "map": the values that the darkest colour stands for
     ignoreSinks: false,
     selected: NO_SELECTION,
     hovered: null, // the selection by mouse or focus, which is temporary and replaces the other
@@ -928,13 +928,17 @@
   // Start
 
   element("method").append(...data.methods.map(({ label }, n) => createOption(n, label)));
+  element("scale").value = state.scale;
   element("query-part").hidden = !separateQueries;
   element("sink-label").hidden = !data.sinks.length;
   element("sink-names").textContent = describeSinks();
   element("sink-label").title = "Attention sinks receive much attention but contribute little. If the " +
     "colour scale ignores them, the differences between the other tokens become visible.";
   const hasMaps = data.maps.length || data.layers.length;
-  element("title").textContent = hasMaps ? "Which tokens each token draws from" : "Token scores";
+  const { target, contrast } = data.settings;
+  element("title").textContent = target && contrast ? `Why ${target}, and not ${contrast}?`
+    : target ? `Why ${target}?`
+      : hasMaps ? "Which tokens each token draws from" : "Token scores";
   document.querySelectorAll("label.of-maps").forEach((label) => (label.hidden = !hasMaps));
   const settings = Object.entries(data.settings).map(([name, value]) => `${name}: ${value}`);
   element("settings").textContent = ["Made with captum_cw", ...settings].join(" · ");

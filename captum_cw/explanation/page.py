@@ -32,6 +32,7 @@ from torch import Tensor
 
 from captum_cw import measures
 from captum_cw.explanation.heads import FACTORS, OF_HEADS
+from captum_cw.measures import TARGET
 
 if TYPE_CHECKING:
     from captum_cw.explanation.explanation import Explanation
@@ -143,8 +144,8 @@ def _description(
     unknown = {"vw"} if all(bool(x.output_norm.isnan().all()) for x in layers) else set()
     of_heads = [name for name in OF_HEADS if name not in unknown] if layers else []
     names = list(dict.fromkeys([*explanation.maps, *explanation.scores, *of_heads]))
-    first = measures.names()[0]
-    shown_first = first in explanation.maps or (first in names and not explanation.maps)
+    useful = [*measures.names(targets=True), *names]
+    first = next(x for x in useful if x in (explanation.maps or names))
     explained = set(OF_HEADS) <= explanation.maps.keys()  # by explain()
     probability = explanation.probability
     return {
@@ -153,7 +154,9 @@ def _description(
         "predicted": explanation.predicted,
         "probability": None if probability is None else _rounded(probability),
         "methods": [{**_method(name, explained), "ofHeads": name in of_heads} for name in names],
-        "initial": first if shown_first else names[0],
+        "initial": first,
+        # Rows of a map sum to the target together, so its colours compare them all.
+        "scale": "map" if first == TARGET else "row",
         "factors": [_method(name, explained) for name in PRODUCT],
         "scores": {name: _rounded(x) for name, x in explanation.scores.items()},
         "maps": list(explanation.maps),
@@ -176,9 +179,11 @@ def _method(name: str, explained: bool) -> dict[str, str]:
     entry = measures.find(name)
     if entry is None:
         return {"name": name, "label": name, "about": OWN_UNIT, "unit": "", "aggregation": ""}
-    aggregation = (
-        "Sum over heads, mean over layers." if entry.signed else "Mean over layers and heads."
-    )
+    aggregation = "Mean over layers and heads."
+    if entry.signed:
+        aggregation = "Sum over heads, mean over layers."
+    if entry.explains_target:
+        aggregation = "Sum over queries, heads and layers." if name == TARGET else ""
     return {
         "name": name,
         "label": entry.label,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from captum_cw.capture import Execution, UnsupportedModelError
 from captum_cw.capture.caches import find_cache
 from captum_cw.capture.model import device_of, parameters_of
-from captum_cw.functional import AttentionLayer, blocks
+from captum_cw.functional import AnyLayer, blocks
 from captum_cw.text.templates import Encoded, Messages, encode, render_chat
 from captum_cw.text.tokens import Span, warn_of_two_begin_tokens
 
@@ -228,7 +228,7 @@ def _continued(name: str, x: Tensor, output: Tensor) -> Tensor:
     )
 
 
-def leading(execution: Execution, layer: AttentionLayer, T: int | None, kept: int | None) -> Span:
+def leading(execution: Execution, layer: AnyLayer, T: int | None, kept: int | None) -> Span:
     """Return the numbers of queries and keys of a layer before those of the text.
 
     Learned virtual tokens come before the text: prompt tuning adds queries and keys, and prefix
@@ -259,9 +259,7 @@ def leading(execution: Execution, layer: AttentionLayer, T: int | None, kept: in
     return queries, keys
 
 
-def refuse_later_tokens(
-    execution: Execution, layer: AttentionLayer, before: Span, prompt: int
-) -> None:
+def refuse_later_tokens(execution: Execution, layer: AnyLayer, before: Span, prompt: int) -> None:
     """Raise an UnsupportedModelError if tokens see output tokens that come after them.
 
     Args:

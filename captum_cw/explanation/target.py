@@ -1,0 +1,196 @@
+"""What a prediction is made of, for one text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_cw import functional
+from captum_cw.attr import TargetContributions
+from captum_cw.capture import Execution
+from captum_cw.capture.model import LOGITS, check_fits
+from captum_cw.capture.outputs import logits_of
+from captum_cw.functional import TargetLayer, map_blocks
+from captum_cw.measures import INPUT, TARGET
+from captum_cw.text.prompts import leading
+from captum_cw.text.tokens import readable_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Question", "TargetParts", "Wanted", "predicts", "target_parts"]
+
+Wanted = str | int | tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """Why this, and not that?
+
+    Args:
+        target: The target, as a text, a class's label, a number, or ``(position, number)``; None
+            for the model's own prediction.
+        contrast: What is subtracted; None for nothing.
+    """
+
+    target: Wanted = None
+    contrast: Wanted = None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the user has asked it."""
+        return self.target is not None or self.contrast is not None
+
+
+@dataclass(frozen=True)
+class TargetParts:
+    """Contributions to a target.
+
+    Args:
+        scores: ``(T,)`` by values and by inputs, by the name of the measure.
+        map: What each key adds at each query, summed over heads and layers, ``(T, T)``.
+        settings: The target, its contrast and its value, for readers.
+    """
+
+    scores: dict[str, Tensor]
+    map: Tensor
+    settings: dict[str, Any]
+
+
+def target_parts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, Any],
+    output: Any,
+    question: Question,
+) -> TargetParts:
+    """Return the contributions of the tokens of one text to a target.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        inputs: The arguments of the model for one text.
+        output: The output of the model for these arguments.
+        question: The target and its contrast.
+
+    Raises:
+        ValueError: If a target is not one of the model's tokens or classes.
+        TypeError: If the model does not return logits.
+        UnsupportedModelError: If the contributions do not sum to the target.
+    """
+    ids = inputs["input_ids"]
+    T = ids.shape[1]
+    logits = logits_of(output, (2, 3))
+    names = _Names(model, tokenizer, logits)
+    position = _masked_position(tokenizer, ids) if logits.dim() == 3 else None
+    check_fits(8 * T * T, torch.device("cpu"), f"a map of {T} x {T}", "Explain a shorter text.")
+    total = torch.zeros(T, T, device="cpu")
+
+    def add(execution: Execution, layer: TargetLayer) -> None:
+        skipped, hidden = leading(execution, layer, T, None)
+        for rows, (t,) in map_blocks(layer, functional.target):
+            first = max(rows.start, skipped)
+            block = t[0, :, first - rows.start :, hidden:].sum(0)
+            queries = slice(first - skipped, first - skipped + len(block))
+            total[queries, : block.shape[-1]] += block.cpu().float()
+
+    found = TargetContributions(model).run(
+        {name: x for name, x in inputs.items() if name != LOGITS},
+        None,
+        add,
+        target=names.number(question.target, position),
+        contrast=names.number(question.contrast, position) if question.contrast else None,
+        text_only=True,
+    )
+    settings = {"target": names.readable(question.target, position)}
+    if question.contrast is not None:
+        settings["contrast"] = names.readable(question.contrast, position)
+    settings["target value"] = f"{found.values.item():.4g}"
+    scores = {TARGET: total.sum(0)}
+    share = found.shares.get("input_ids")
+    if share is not None:
+        scores[INPUT] = share[0].cpu()
+    return TargetParts(scores, total, settings)
+
+
+def predicts(tokenizer: PreTrainedTokenizerBase, ids: Tensor, output: Any, *, causal: bool) -> bool:
+    """Whether a model predicts a class, the next token, or the one masked token of a text.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: The ids of the text, ``(1, T)``.
+        output: The output of the model.
+        causal: Whether tokens do not see later ones.
+    """
+    try:
+        logits = logits_of(output, (2, 3))
+    except TypeError:
+        return False
+    if logits.dim() == 2:
+        return True
+    of_tokens = logits.shape[-1] >= len(tokenizer)
+    return of_tokens and (causal or _masked_position(tokenizer, ids) is not None)
+
+
+def _masked_position(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> int | None:
+    """Return the position of the one masked token of a text; None without one."""
+    mask = getattr(tokenizer, "mask_token_id", None)
+    places = [] if mask is None else (ids[0] == mask).nonzero()[:, 0].tolist()
+    return places[0] if len(places) == 1 else None
+
+
+class _Names:
+    """The names of a model's classes or tokens.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        logits: Its logits, ``(1, C)`` or ``(1, T, V)``.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, logits: Tensor
+    ) -> None:
+        self.tokenizer, self.logits = tokenizer, logits
+        config = getattr(model, "config", None)
+        self.labels: dict[str, int] = dict(getattr(config, "label2id", None) or {})
+        self.predicts_tokens = logits.dim() == 3 and logits.shape[-1] >= len(tokenizer)
+
+    def number(self, wanted: Wanted, position: int | None) -> Any:
+        """Return a target as a number, or with its position."""
+        if isinstance(wanted, str):
+            wanted = self._number_of(wanted)
+        if position is None or isinstance(wanted, tuple):
+            return wanted
+        return position, wanted
+
+    def readable(self, wanted: Wanted, position: int | None) -> str:
+        """Return a target for readers; None is the model's own prediction."""
+        number = self.number(wanted, position)
+        if isinstance(number, tuple):
+            position, number = number
+        if number is None:
+            row = self.logits[0] if self.logits.dim() == 2 else self.logits[0, -1]
+            if position is not None:
+                row = self.logits[0, position]
+            number = int(row.argmax())
+        if self.predicts_tokens:
+            return readable_ids(self.tokenizer, torch.tensor([number]))[0]
+        named = [label for label, value in self.labels.items() if value == number]
+        return named[0] if named else str(number)
+
+    def _number_of(self, wanted: str) -> int:
+        if not self.predicts_tokens:
+            if wanted in self.labels:
+                return self.labels[wanted]
+            raise ValueError(
+                f"{wanted!r} is not a class of the model: its classes are {[*self.labels]}."
+            )
+        ids = self.tokenizer.encode(wanted, add_special_tokens=False)
+        if not ids:
+            raise ValueError(f"{wanted!r} has no tokens: give a word as target or contrast.")
+        return int(ids[0])
