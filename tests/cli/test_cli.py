@@ -153,8 +153,9 @@ def test_the_page_shows_every_token(folder: str, tmp_path: Path) -> None:
     assert main(["attribute", "--model", folder, "--text", "x [bold] z", "--out", str(page)]) == 0
     html = page.read_text(encoding="utf-8")
     data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
-    assert data["maps"] == ["attention", "vw", "vwon", "contribution", "contribution-signed"]
-    assert [*data["scores"]] == data["maps"]
+    of_layers = ["attention", "vw", "vwon", "contribution", "contribution-signed"]
+    assert data["maps"] == ["target", *of_layers]
+    assert [*data["scores"]] == ["target", "input", *of_layers]
     assert len(data["layers"]) == 2
     out = ["--out", str(page), "--method", "vw"]
     assert main(["attribute", "--model", folder, "--text", "x z", "--reduction", "sum", *out]) == 0
@@ -170,7 +171,7 @@ def test_the_page_of_a_long_text_holds_scores_alone(
 ) -> None:
     monkeypatch.setattr(attribute, "MAPPED", 2)
     page = tmp_path / "page.html"
-    for text, maps in (("a b", 5), ("a b c", 0)):
+    for text, maps in (("a b", 6), ("a b c", 0)):
         assert main(["attribute", "--model", folder, "--text", text, "--out", str(page)]) == 0
         html = page.read_text(encoding="utf-8")
         data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
