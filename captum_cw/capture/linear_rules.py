@@ -234,11 +234,10 @@ def _divided(call: FunctionCall) -> Any:
     return call.changed(lambda x: x.detach() if x is divisor and varies(x) else x).run()
 
 
-@_rule("type_as", "expand_as", "view_as", "reshape_as")
+@_rule("type_as", "expand_as", "view_as", "reshape_as", "to")
 def _shaped(call: FunctionCall) -> Any:
-    """The second argument gives only a shape or a dtype."""
-    x, like = call.args
-    return call.run() if varies(x) else _held_fixed(replace(call, args=(x, like.detach())))
+    """Another argument gives only a shape or a dtype."""
+    return call.run() if varies(call.first) else _held_fixed(call)
 
 
 @_rule("linalg_solve_triangular", "linalg_solve", "solve_triangular")

@@ -13,6 +13,7 @@ understood.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +84,12 @@ class Linearised:
         """The embeddings and floating inputs, from which gradients are taken."""
         return [*self._tokens.leaves, *self._inputs]
 
+    def again(self) -> Linearised:
+        """Return a follower for a part of the pass that runs once more: it finds no new leaves."""
+        again = copy.copy(self)
+        again._tokens = self._tokens.again()
+        return again
+
     def __call__(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
@@ -139,4 +146,8 @@ class Linearised:
 
 def _without_parameter(x: Any) -> Any:
     """Detach the parameters of the model, which never get a gradient."""
-    return x.detach() if isinstance(x, Tensor) and x.is_leaf and x.requires_grad else x
+    if not isinstance(x, Tensor):
+        return x
+    if x.is_inference():  # autograd cannot keep it
+        return x.detach().clone()
+    return x.detach() if x.is_leaf and x.requires_grad else x
