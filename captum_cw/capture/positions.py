@@ -15,12 +15,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture.dispatch import Proceed, following
 from captum_cw.capture.listeners import suspended
-from captum_cw.capture.model import special_ids, text_config, two_tokens
+from captum_cw.capture.model import special_ids, two_tokens
 from captum_cw.capture.restoring import evaluating
 
-__all__ = ["check_positions", "explain_length", "position_ids"]
+__all__ = ["check_positions", "position_ids"]
 
 #: The largest row at which a table may start. Those of RoBERTa and OPT start after padding rows.
 OFFSET = 4
@@ -38,89 +37,36 @@ def check_positions(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         kwargs: The keyword arguments of the call.
     """
     lookup = _find_lookup(func, args, kwargs)
-    if lookup is None or int(lookup.rows.max()) < lookup.size:
+    if lookup is None or int(lookup[0].max()) < lookup[1]:
         return
-    run = lookup.run()
-    if run is not None:
-        first, length = run
-        # With a cache or given positions, the first row is not the start of the text.
-        offset = first if first <= OFFSET else 0
-        raise ValueError(_too_long(first + length - offset, lookup.size - offset))
-
-
-def _too_long(length: int, limit: int) -> str:
-    """Return the error message for a text that is longer than the table of positions."""
-    return (
-        f"The text has {length} tokens, but the model's table of positions ends after {limit}: cut "
-        f"the text (truncation=True, max_length={limit}) or use a model with a longer context."
+    rows, size, padding = lookup
+    row = rows if rows.dim() == 1 else rows[rows.amax(-1).argmax()]
+    if padding is not None:
+        row = row[row != padding]
+    values, counts = torch.unique(row, return_counts=True)
+    if len(counts) and counts[0] > 1:  # all padding shares one row, before the first position
+        values = values[1:]
+    length = len(values)
+    if length < 2 or int(values[-1] - values[0]) + 1 != length:  # these are ids of a vocabulary
+        return
+    # With a cache or given positions, the first row is not the start of the text.
+    first = int(values[0])
+    offset = first if first <= OFFSET else 0
+    limit = size - offset
+    raise ValueError(
+        f"The text has {first + length - offset} tokens, but the model's table of positions ends "
+        f"after {limit}: cut the text (truncation=True, max_length={limit}) or use a model with a "
+        "longer context."
     )
 
 
-def explain_length(model: nn.Module, T: int) -> str | None:
-    """Return the error message if a text is too long for a model's table of positions.
+def _find_lookup(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, int, int | None] | None:
+    """Return the rows that a function looks up in a table, ``(B, T)`` or ``(T,)``.
 
-    A pass over a short text finds the table.
-
-    Args:
-        model: The model.
-        T: The number of tokens of the text.
-
-    Returns:
-        The message; None if the text is not longer than the table, or the model does not have one.
+    With them come the number of rows of the table, and its row for padding, or None.
     """
-    configured = getattr(text_config(model), "max_position_embeddings", None)
-    short = two_tokens(model)
-    if short is None or not isinstance(configured, int) or not 0 < configured < T:
-        return None
-    short["input_ids"][:, 1:] = short["input_ids"][:, :1]  # equal ids are not positions
-    limits = []
-
-    def record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed) -> Any:
-        lookup = _find_lookup(func, args, kwargs)
-        run = None if lookup is None else lookup.run()
-        if lookup is not None and run is not None:
-            limits.append(lookup.size - run[0])
-        return proceed(func, args, kwargs)
-
-    try:
-        with suspended(), following(record):  # the pass is not part of what is observed
-            model(**short)
-    except Exception:  # the model also fails on a short text
-        return None
-    limit = min(limits, default=T)
-    return _too_long(T, min(configured, limit)) if limit < T else None
-
-
-@dataclass(frozen=True)
-class _Lookup:
-    """A lookup of rows in a table.
-
-    Args:
-        rows: The rows, ``(B, T)`` or ``(T,)``.
-        size: The number of rows of the table.
-        padding: The row for padding; None if the call does not name it.
-    """
-
-    rows: Tensor
-    size: int
-    padding: int | None
-
-    def run(self) -> tuple[int, int] | None:
-        """Return the first row and the number of rows; None if they are not consecutive."""
-        rows = self.rows
-        row = rows if rows.dim() == 1 else rows[rows.amax(-1).argmax()]
-        if self.padding is not None:
-            row = row[row != self.padding]
-        values, counts = torch.unique(row, return_counts=True)
-        if len(counts) and counts[0] > 1:  # all padding shares one row, before the first position
-            values = values[1:]
-        length = len(values)
-        if length < 2 or int(values[-1] - values[0]) + 1 != length:  # these are ids of a vocabulary
-            return None
-        return int(values[0]), length
-
-
-def _find_lookup(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Lookup | None:
     padding = None
     if func is torch.nn.functional.embedding:
         rows, table = _bind(args, kwargs, "input", "weight")
@@ -135,7 +81,7 @@ def _find_lookup(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     known = isinstance(rows, Tensor) and isinstance(table, Tensor)
     if not known or rows.is_meta or rows.dtype not in ROWS or not rows.numel():
         return None
-    return _Lookup(rows[..., 0] if rows.dim() > 2 else rows, table.shape[dim], padding)
+    return rows[..., 0] if rows.dim() > 2 else rows, table.shape[dim], padding
 
 
 def _bind(args: tuple[Any, ...], kwargs: Mapping[str, Any], *names: str) -> tuple[Any, ...]:
