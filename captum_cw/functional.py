@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial, wraps
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
@@ -100,14 +100,11 @@ def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with ExitStack() as stack:
-            for x in (*args, *kwargs.values()):
-                x = x.value if isinstance(x, AttentionLayer) else x
-                if not isinstance(x, Tensor):
-                    continue
-                kind = x.device.type
-                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+        given = (*args, *kwargs.values())
+        x = next(x for x in given if isinstance(x, (Tensor, AttentionLayer)))
+        kind = (x.value if isinstance(x, AttentionLayer) else x).device.type
+        known = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if known else nullcontext():
             return function(*args, **kwargs)
 
     return run

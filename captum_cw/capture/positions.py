@@ -8,7 +8,6 @@ row, and models with rotary positions do not have a table.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -110,32 +109,21 @@ def position_ids(
         return None
     if model not in _counting:
         _counting[model] = _find_counting(model)
-    counting = _counting[model]
+    from_zero, skips_padding = _counting[model]
     # Images may have positions on a grid, which only the model knows.
-    if not counting.from_zero or (has_images and counting.skips_padding):
+    if not from_zero or (has_images and skips_padding):
         return None
     return (token_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, -T:]
 
 
-@dataclass(frozen=True)
-class _Counting:
-    """How a model counts the positions of a text.
-
-    Args:
-        from_zero: Whether position ids 0, 1, 2 change nothing. RoBERTa counts from its padding.
-        skips_padding: Whether padding before a text changes nothing without position ids.
-    """
-
-    from_zero: bool
-    skips_padding: bool
+#: Whether position ids 0, 1, 2 change nothing in a model (RoBERTa counts from its padding), and
+#: whether padding before a text changes nothing without position ids.
+_counting: WeakKeyDictionary[nn.Module, tuple[bool, bool]] = WeakKeyDictionary()
 
 
-_counting: WeakKeyDictionary[nn.Module, _Counting] = WeakKeyDictionary()
-
-
-def _find_counting(model: nn.Module) -> _Counting:
+def _find_counting(model: nn.Module) -> tuple[bool, bool]:
     """Find out how a model counts by passes over three tokens."""
-    unknown = _Counting(from_zero=True, skips_padding=False)
+    unknown = True, False
     text = two_tokens(model, 3)
     if text is None:
         return unknown
@@ -151,7 +139,7 @@ def _find_counting(model: nn.Module) -> _Counting:
             skipped = _first_states(behind, 4)[:, 1:]
     except Exception:  # the model does not run on a plain text
         return unknown
-    return _Counting(_is_near(plain, counted), _is_near(plain, skipped))
+    return _is_near(plain, counted), _is_near(plain, skipped)
 
 
 def _first_states(output: Any, T: int) -> Tensor:
