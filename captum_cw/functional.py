@@ -240,30 +240,25 @@ class _OutputForm:
     def __init__(self, output_weight: Tensor) -> None:
         self.dtype = torch.promote_types(output_weight.dtype, widest(output_weight.device))
         weight = output_weight.to(self.dtype)
-        self.gram = self.factor = None
-        if self.dtype == torch.float64:
-            self.gram = output_gram(weight)
+        self.exact = self.dtype == torch.float64
+        if self.exact:
+            self.matrix = output_gram(weight)
         else:
             # A device without float64 (MPS) may also lack the QR decomposition.
             factor = torch.linalg.qr(weight.mT.cpu(), mode="r").R
-            self.factor = factor.to(weight.device)
+            self.matrix = factor.mT.to(weight.device)
 
     def norms(self, v: Tensor) -> Tensor:
         """Return ``||v W_O^h||`` ``(B, H, n)`` for ``v`` ``(B, H, n, d_h)``."""
-        if self.factor is not None:
-            norms: Tensor = torch.linalg.vector_norm(v.to(self.dtype) @ self.factor.mT, dim=-1)
-            return norms
         return self.pulled_back(v)[1].sqrt_()
 
     def pulled_back(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``v G_h``, in the shape of ``v``, and ``||v W_O^h||^2`` ``(B, H, n)``."""
         v = v.to(self.dtype)
-        if self.gram is not None:
-            u = v @ self.gram
+        u = v @ self.matrix
+        if self.exact:
             return u, (u * v).sum(-1).clamp_(min=0)
-        assert self.factor is not None
-        short = v @ self.factor.mT
-        return short @ self.factor, short.square().sum(-1)
+        return u @ self.matrix.mT, u.square().sum(-1)
 
 
 @_without_autocast
@@ -873,9 +868,7 @@ def token_scores(
     """
     check_choice("reduction", reduction, Reduction)
     B, H = layer.value.shape[0], heads_of(measure, layer.H)
-    total = layer.value.new_zeros(B, H, layer.S)
-    if reduction == "max" and signed:
-        total.fill_(-math.inf)
+    total = layer.value.new_full((B, H, layer.S), -math.inf if reduction == "max" else 0.0)
     mask = layer.mask if H == layer.H else layer.mask.of_any_head()
     chosen = mask.chosen(queries)
     for rows, (g,) in map_blocks(layer, measure, chosen=queries):
@@ -883,8 +876,10 @@ def token_scores(
             g.abs_()
         part = total[..., : g.shape[-1]]
         if reduction == "max":
-            if signed:
-                g.masked_fill_(~_counted_pairs(mask, rows, chosen, g), -math.inf)
+            counted = mask.block(rows, g.device)
+            if chosen is not None:
+                counted = counted & chosen[:, None, rows, None]
+            g.masked_fill_(~counted, -math.inf)  # elsewhere, a zero in g is not a value
             torch.maximum(part, g.amax(-2), out=part)
         else:
             # A product with ones is faster than a sum over rows, which reads memory out of order.
@@ -896,12 +891,6 @@ def token_scores(
     if reduction == "rms":
         total.sqrt_()
     return total.masked_fill_(counts == 0, 0)
-
-
-def _counted_pairs(mask: QueryMask, rows: slice, chosen: Tensor | None, g: Tensor) -> Tensor:
-    """Return where a chosen query sees the key. Elsewhere, a zero in ``g`` is not a value."""
-    seen = mask.block(rows, g.device)
-    return seen if chosen is None else seen & chosen[:, None, rows, None]
 
 
 @_without_autocast

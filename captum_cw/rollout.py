@@ -313,10 +313,8 @@ def reduced(influence: Tensor, seen: Tensor, reduction: Reduction = "mean") -> T
         [[0.75, 0.5]]
     """
     check_choice("reduction", reduction, Reduction)
-    if reduction == "max":
-        return influence.amax(1)
-    if reduction == "sum":
-        return influence.sum(1)
+    if reduction in ("max", "sum"):
+        return aggregate(influence, reduction, dim=1)
     counts = seen.sum(1).clamp(min=1)
     if reduction == "mean":
         return influence.sum(1) / counts
