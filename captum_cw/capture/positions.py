@@ -22,24 +22,31 @@ __all__ = ["check_positions", "position_ids"]
 
 #: The largest row at which a table may start. Those of RoBERTa and OPT start after padding rows.
 OFFSET = 4
-#: The types of numbers of rows; masks are not among them.
-ROWS = (torch.int32, torch.int64)
 
 
 def check_positions(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise a ValueError if a model looks up positions beyond the end of their table.
 
     Args:
-        func: The function that the model calls. Only embeddings, :func:`torch.gather` and indexing
-            can be lookups.
+        func: The function that the model calls. Only embeddings and :func:`torch.gather` can
+            be lookups.
         args: The positional arguments of the call.
         kwargs: The keyword arguments of the call.
     """
-    lookup = _find_lookup(func, args, kwargs)
-    if lookup is None or int(lookup[0].max()) < lookup[1]:
+    if func is torch.nn.functional.embedding:
+        (rows, table), dim = args, 0
+    elif func in (torch.gather, Tensor.gather):
+        given = {**dict(zip(("input", "dim", "index"), args, strict=False)), **kwargs}
+        table, dim, rows = given["input"], given["dim"], given["index"]
+    else:
         return
-    rows, size, padding = lookup
+    if not isinstance(rows, Tensor) or rows.is_meta or not rows.numel():
+        return
+    rows, size = rows[..., 0] if rows.dim() > 2 else rows, table.shape[dim]
+    if int(rows.max()) < size:
+        return
     row = rows if rows.dim() == 1 else rows[rows.amax(-1).argmax()]
+    padding = kwargs.get("padding_idx")
     if padding is not None:
         row = row[row != padding]
     values, counts = torch.unique(row, return_counts=True)
@@ -57,35 +64,6 @@ def check_positions(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         f"after {limit}: cut the text (truncation=True, max_length={limit}) or use a model with a "
         "longer context."
     )
-
-
-def _find_lookup(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Tensor, int, int | None] | None:
-    """Return the rows that a function looks up in a table, ``(B, T)`` or ``(T,)``.
-
-    With them come the number of rows of the table, and its row for padding, or None.
-    """
-    padding = None
-    if func is torch.nn.functional.embedding:
-        rows, table = _bind(args, kwargs, "input", "weight")
-        dim, padding = 0, kwargs.get("padding_idx")
-    elif func in (torch.gather, Tensor.gather):
-        table, dim, rows = _bind(args, kwargs, "input", "dim", "index")
-    elif func is Tensor.__getitem__:
-        table, rows = args
-        dim = 0
-    else:
-        return None
-    known = isinstance(rows, Tensor) and isinstance(table, Tensor)
-    if not known or rows.is_meta or rows.dtype not in ROWS or not rows.numel():
-        return None
-    return rows[..., 0] if rows.dim() > 2 else rows, table.shape[dim], padding
-
-
-def _bind(args: tuple[Any, ...], kwargs: Mapping[str, Any], *names: str) -> tuple[Any, ...]:
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return tuple(given.get(name) for name in names)
 
 
 def position_ids(
