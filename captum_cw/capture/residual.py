@@ -31,6 +31,7 @@ from captum_cw.capture.dispatch import Proceed, following
 from captum_cw.capture.hidden_states import GivenStates
 from captum_cw.capture.module_stack import Run, running
 from captum_cw.capture.output_projection import in_place, same_place
+from captum_cw.capture.patching import set_to
 from captum_cw.capture.rounding import rounding
 from captum_cw.functional import FrozenUpdate, ResidualSum
 
@@ -171,13 +172,9 @@ class ResidualUpdates:
         with ExitStack() as stack:
             for module in self._modules:
                 stack.callback(module.register_forward_hook(self._leave).remove)
-            token = _following.set(self)
-            try:
-                with following(self):
-                    yield
-            finally:
-                _following.reset(token)
-                self._path = None
+            with set_to(_following, self), following(self):
+                yield
+        self._path = None
 
     def follow(
         self, name: str, output: Tensor, on_update: OnUpdate, given: GivenStates | None = None
