@@ -252,14 +252,7 @@ class Runner:
                 observation,
                 uncompiled(),
             ):
-                try:
-                    output = run_on_copies(self.forward_func, call.kwargs, call.args)
-                except Exception as error:
-                    ran = {execution.kind for execution in observation.executions}
-                    explanation = call.explain(error, ran)
-                    if explanation is None:
-                        raise
-                    raise ValueError(explanation) from error
+                output = self._output(call, observation)
         executions = observation.executions
         self._check_executions(executions)
         if one_text:
@@ -267,6 +260,16 @@ class Runner:
             places = [n for n, e in enumerate(executions) if e.module in chosen]
             _refuse_cross_attention(executions[places[0] : places[-1] + 1])
         return results, output, vanishing
+
+    def _output(self, call: ForwardCall, observation: Observation) -> Any:
+        """Run the model, and explain its errors by the inputs if these are the reason."""
+        try:
+            return run_on_copies(self.forward_func, call.kwargs, call.args)
+        except Exception as error:
+            explanation = call.explain(error, {e.kind for e in observation.executions})
+            if explanation is None:
+                raise
+            raise ValueError(explanation) from error
 
     def _check_executions(self, executions: list[Execution]) -> None:
         """Check that the chosen layers have run."""
