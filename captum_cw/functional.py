@@ -348,7 +348,8 @@ class QueryMask:
         """
         chosen = self.chosen(chosen)
         if self.visible is None:
-            counted = torch.ones(1, self.T, device=device) if chosen is None else chosen.to(device)
+            counted = torch.ones(1, self.T, dtype=torch.bool, device=device)
+            counted = counted if chosen is None else chosen.to(device)
             # From the first query that sees a key, all queries see it.
             later = counted.float().flip(1).cumsum(1).flip(1)
             first = torch.arange(self.S, device=device) - (self.S - self.T)

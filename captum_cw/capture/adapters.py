@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from captum_cw.capture.attention_call import UnsupportedModelError
 from captum_cw.capture.listeners import count_replacements, is_active, suspended
 from captum_cw.capture.patching import wrapped_method
-from captum_cw.capture.rounding import product_rounding
+from captum_cw.capture.rounding import are_near
 
 __all__ = ["adapted", "register_adapter"]
 
@@ -114,8 +114,7 @@ def _adapted_forward(
 def _check_same(module: nn.Module, own: Any, adapted: Any) -> None:
     """Check that an adapter returns what the module's own ``forward`` returns."""
     for a, b in zip(_tensors(own), _tensors(adapted), strict=False):
-        tolerance = max(1e-4, 8 * product_rounding(a)) * float(a.nan_to_num().abs().max())
-        if a.shape != b.shape or not torch.allclose(a, b, 0, tolerance, equal_nan=True):
+        if not are_near(a, b):
             raise UnsupportedModelError(
                 f"The adapter for {type(module).__name__} does not return what the module's "
                 "forward returns, so results would be wrong: correct the function that was "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from captum_cw.capture.listeners import suspended
 from captum_cw.capture.model import special_ids, two_tokens
 from captum_cw.capture.restoring import evaluating
+from captum_cw.capture.rounding import are_near
 
 __all__ = ["check_positions", "position_ids"]
 
@@ -117,7 +118,7 @@ def _find_counting(model: nn.Module) -> tuple[bool, bool]:
             skipped = _first_states(behind, 4)[:, 1:]
     except Exception:  # the model does not run on a plain text
         return unknown
-    return _is_near(plain, counted), _is_near(plain, skipped)
+    return are_near(plain, counted), are_near(plain, skipped)
 
 
 def _first_states(output: Any, T: int) -> Tensor:
@@ -125,8 +126,3 @@ def _first_states(output: Any, T: int) -> Tensor:
     results = output.values() if isinstance(output, Mapping) else output
     results = [results] if isinstance(results, Tensor) else list(results)
     return next(x for x in results if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] == T)
-
-
-def _is_near(a: Tensor, b: Tensor) -> bool:
-    tolerance = max(1e-4, 8 * torch.finfo(a.dtype).eps) * float(a.abs().max())
-    return torch.allclose(a, b, rtol=0, atol=tolerance)
