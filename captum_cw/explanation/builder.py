@@ -210,8 +210,8 @@ class _Layers:
         if not self.maps:
             self._check_memory(layer.H, expected_layers([self.model], [execution]))
             self.maps = {entry.name: _zeros(T, T) for entry in self.measures}
-        visible = layer.mask.block(slice(skipped, skipped + 1))
-        sees_later = visible is None or bool(visible[..., hidden + 1 :].any())
+        visible = layer.mask.block(slice(skipped, skipped + 1), layer.value.device)
+        sees_later = bool(visible[..., hidden + 1 :].any())
         self.causal &= T == 1 or not sees_later
 
         H, K, device = layer.H, self.top_k, layer.value.device

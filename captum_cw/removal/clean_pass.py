@@ -142,14 +142,11 @@ def with_prefix(factors: Tensor | None, keys: int) -> Tensor | None:
 def _seen_ahead(layer: AttentionLayer) -> Tensor:
     """Return which tokens an earlier token sees, directly or through tokens between, ``(B, S)``."""
     mask, real = layer.mask, real_tokens(layer)
-    farthest = torch.full(real.shape, layer.S - 1, dtype=torch.long, device=real.device)
+    farthest = torch.zeros_like(real, dtype=torch.long)
     keys = torch.arange(layer.S, device=real.device)
     for rows in blocks(layer.T, max(1, 2**20 // layer.S)):
-        seen = mask.block(rows)
-        if seen is not None:
-            shape = len(real), rows.stop - rows.start, seen.shape[-1]
-            seen = seen.any(1).to(real.device).expand(shape)
-            farthest[:, rows] = (seen * keys[: seen.shape[-1]]).amax(-1)
+        seen = mask.block(rows, real.device).any(1)
+        farthest[:, rows] = (seen * keys[: seen.shape[-1]]).amax(-1)
     reached = (farthest * real).cummax(1).values
     return torch.nn.functional.pad(reached[:, :-1] >= keys[1:], (1, 0)) & real
 
