@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
-
-from captum_cw._utils.suggestions import suggestion_of_path
 
 #: The extra that installs a module.
 EXTRAS = {
@@ -45,6 +42,6 @@ def message_of(error: BaseException) -> str:
         return "Interrupted."
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         return f"{error.name} is not installed: pip install 'captum-cw[{EXTRAS[error.name]}]'"
-    if isinstance(error, FileNotFoundError) and isinstance(error.filename, str | Path):
-        return f"There is no {error.filename}.{suggestion_of_path(Path(error.filename))}"
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"There is no {error.filename}."
     return " ".join(str(error).split()) or type(error).__name__
