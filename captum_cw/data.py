@@ -1,7 +1,7 @@
 """Texts for evaluations, and the batches of tokens that are made from them.
 
-The `datasets` library reads the hub and all files. This module turns each row into one text,
-depending on the row's columns.
+The `datasets` library reads the hub, and files of JSON and Parquet. This module turns each row into
+one text, depending on the row's columns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from string import ascii_uppercase
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -214,24 +213,18 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise ValueError(f"{str(file)!r} could not be parsed as {builder}. {error}") from error
 
 
-def _rows_of(file: Path, builder: str) -> Iterator[Mapping[str, Any]]:
-    datasets = _import_datasets()
+def _rows_of(file: Path, builder: str) -> Any:
+    """Return the rows of a file, as an iterable of mappings."""
     if builder == "csv":
-        yield from _csv_rows(file)
-        return
+        return _csv_rows(file)
+    if builder == "text":
+        return _passages(file.read_text(encoding="utf-8"))
     # Streamed, so that files on disk are not copied into the cache of `datasets`.
-    rows = datasets.load_dataset(
-        builder,
-        data_files=glob.escape(str(file)),
-        split="train",
-        streaming=True,
-        **({"sample_by": "document"} if builder == "text" else {}),
-    )
-    for row in rows:
-        yield from _passages(row["text"]) if builder == "text" else [row]
+    options = {"data_files": glob.escape(str(file)), "split": "train", "streaming": True}
+    return _import_datasets().load_dataset(builder, **options)
 
 
-def _import_datasets() -> ModuleType:
+def _import_datasets() -> Any:
     try:
         return import_module("datasets")
     except ImportError as error:
@@ -247,8 +240,10 @@ def _csv_rows(file: Path) -> Any:
     cells = pd.read_csv(file, header=None, dtype=str, na_filter=False)
     first = list(cells.iloc[0])
     if len(first) == 6 and first[-1] in list("ABCD"):  # the first release of MMLU, without a header
-        return cells.set_axis(["question", "A", "B", "C", "D", "answer"], axis=1).to_dict("records")
-    return cells[1:].set_axis(first, axis=1).to_dict("records")
+        columns = ["question", "A", "B", "C", "D", "answer"]
+    else:
+        columns, cells = first, cells[1:]
+    return cells.set_axis(columns, axis=1).to_dict("records")
 
 
 # A heading of level one has a blank line before and after it, unlike the formulas of WikiText.
