@@ -17,7 +17,7 @@ from typing import Any
 from captum_cw.cli.answer import as_json
 from captum_cw.cli.parsing import UsageError, parser
 from captum_cw.cli.problems import message_of
-from captum_cw.cli.streams import CLOSED, discard_unread, flush, tolerant_streams
+from captum_cw.cli.streams import CLOSED, discard_unread, flush, tolerate_all_characters
 
 __all__ = ["VERSION", "main", "parser"]
 
@@ -43,16 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         1
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
-    with tolerant_streams():
+    tolerate_all_characters()
+    try:
         try:
-            try:
-                return _parse_and_run(given)
-            finally:
-                flush()
-        except BrokenPipeError:
-            discard_unread(sys.stdout)
-            discard_unread(sys.stderr)
-            return CLOSED
+            return _parse_and_run(given)
+        finally:
+            flush()
+    except BrokenPipeError:
+        discard_unread(sys.stdout)
+        discard_unread(sys.stderr)
+        return CLOSED
 
 
 def _parse_and_run(given: list[str]) -> int:

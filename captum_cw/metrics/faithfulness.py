@@ -176,7 +176,7 @@ class ComprehensivenessSufficiency:
         one_batch = any(isinstance(x, Tensor) for x in (target, *methods.values()))
         records: list[dict[str, Any]] = []
         with ExitStack() as stack:
-            kept: Records | dict[str, Any] = {}
+            kept: dict[str, Any] = {}
             if resume_from is not None and processes.is_main:
                 check_identified({"quantity": settings["quantity"], **settings["methods"]})
                 # The weights identify the model, wherever its files are.

@@ -206,7 +206,7 @@ def _evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Return the records of a :class:`TaskResult`."""
     with ExitStack() as stack:
-        kept: Records | dict[str, Any] = {}
+        kept: dict[str, Any] = {}
         if resume_from is not None:
             check_identified(settings["methods"])
             kept = stack.enter_context(Records(resume_from, settings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +33,6 @@ __all__ = [
     "scorer_of",
     "space_of",
 ]
-
-
-class PairScorer(Protocol):
-    """A function that scores the pairs of head and token in a layer."""
-
-    @property
-    def space(self) -> Space:
-        """The space in which the layer must be observed."""
-
-    def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
-        """Return the scores of the layer with index ``number`` in a pass, ``(B, H, S)``."""
-        ...  # pragma: no cover
 
 
 @dataclass(frozen=True)
@@ -97,6 +85,10 @@ class RandomPairs:
             drawn = scores.new_empty(int(real[b].sum()), layer.H).uniform_(generator=generator)
             scores[b, :, real[b]] = drawn.T
         return scores.to(layer.value.device)
+
+
+PairScorer = MeasuredPairs | RandomPairs
+"""Takes a layer and its number in a pass, and returns scores of its pairs, ``(B, H, S)``."""
 
 
 @dataclass(frozen=True)
