@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from string import ascii_uppercase
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from captum_cw._utils.extras import imported
 from captum_cw._utils.suggestions import suggestion
 from captum_cw.functional import check_choice
 from captum_cw.text.tokens import warn_of_two_begin_tokens
@@ -179,7 +179,7 @@ def _check_count(name: str, count: int | None) -> None:
 
 
 def _hub_rows(name: str) -> Iterator[Mapping[str, Any]]:
-    datasets = _import_datasets()
+    datasets = imported("datasets", "evaluate")
     path, config, split = _HUB_SETS[name]
     try:
         rows = datasets.load_dataset(path, config, split=split, streaming=name in _STREAMED)
@@ -221,23 +221,12 @@ def _rows_of(file: Path, builder: str) -> Any:
         return _passages(file.read_text(encoding="utf-8"))
     # Streamed, so that files on disk are not copied into the cache of `datasets`.
     options = {"data_files": glob.escape(str(file)), "split": "train", "streaming": True}
-    return _import_datasets().load_dataset(builder, **options)
-
-
-def _import_datasets() -> Any:
-    try:
-        return import_module("datasets")
-    except ImportError as error:
-        raise ImportError(
-            "Loading texts needs the `datasets` library: pip install 'captum-cw[evaluate]'"
-        ) from error
+    return imported("datasets", "evaluate").load_dataset(builder, **options)
 
 
 def _csv_rows(file: Path) -> Any:
     """Read cells as strings, as written: "0.50" stays "0.50", and "None" can be an answer."""
-    import pandas as pd
-
-    cells = pd.read_csv(file, header=None, dtype=str, na_filter=False)
+    cells = imported("pandas", "evaluate").read_csv(file, header=None, dtype=str, na_filter=False)
     first = list(cells.iloc[0])
     if len(first) == 6 and first[-1] in list("ABCD"):  # the first release of MMLU, without a header
         columns = ["question", "A", "B", "C", "D", "answer"]

@@ -22,7 +22,6 @@ from captum_cw.explanation.heads import FACTORS, HeadMaps, most_important
 from captum_cw.functional import AttentionLayer, Measure, Space, map_blocks
 from captum_cw.measures import Entry
 from captum_cw.text.prompts import Text, leading, model_inputs, read_text
-from captum_cw.text.templates import RenderedChat
 from captum_cw.text.tokens import readable_ids, readable_tokens, word_numbers
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def explain(
         words=word_numbers(tokenizer, ids[0]),
         text=read.text,
         offsets=read.offsets,
-        messages=read.messages if isinstance(read, RenderedChat) else None,
+        messages=read.messages,
         settings={"model": _name(model), "space": space, "top_k": top_k, **versions()},
     )
 

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from captum_cw._utils.extras import imported
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
 from captum_cw._utils.suggestions import suggestion
@@ -377,15 +378,9 @@ def _harness_model(
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Any:
-    try:
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ImportError(
-            "Tasks need lm-evaluation-harness, which could not be imported "
-            f"({error}): pip install 'captum-cw[tasks]'"
-        ) from error
+    harness = imported("lm_eval.models.huggingface", "tasks")
     with _isolated():
-        return HFLM(
+        return harness.HFLM(
             model,
             "causal",
             tokenizer=copy.deepcopy(tokenizer),  # the harness may set its padding token

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from captum_cw.functional import (
     token_scores,
 )
 from captum_cw.removal.sinks import real_tokens
+from captum_cw.removal.virtual_tokens import behind
 
 __all__ = [
     "PairScorer",
@@ -101,16 +102,16 @@ class TokenMethod:
 
     scores: Callable[[Any], Any]
 
-    def checked(self, batch: object, shape: Sequence[int], whole: Sequence[int]) -> Tensor:
-        """Return the scores of a batch.
+    def checked(self, batch: object, T: int, real: Tensor) -> Tensor:
+        """Return the scores of a batch, on the device of ``real``.
 
         Args:
             batch: The argument of the callable.
-            shape: ``(B, T)`` of the text.
-            whole: ``(B, S)`` of the layers, whose first tokens may be virtual.
+            T: The number of tokens of the text.
+            real: ``(B, S)``, a token mask of a layer, whose first tokens may be virtual.
 
         Returns:
-            ``(B, T)`` or ``(B, S)``.
+            ``(B, S)``.
 
         Raises:
             ValueError: If the scores have another shape, or are not finite.
@@ -119,16 +120,16 @@ class TokenMethod:
             scores = self.scores(batch)
         if isinstance(scores, tuple) and len(scores) == 1:
             (scores,) = scores
+        B, S = real.shape
         is_tensor = isinstance(scores, Tensor)
-        if not is_tensor or tuple(scores.shape) not in (tuple(shape), tuple(whole)):
+        if not is_tensor or tuple(scores.shape) not in ((B, T), (B, S)):
             found = tuple(scores.shape) if is_tensor else type(scores).__name__
             raise ValueError(
-                f"The method returned scores {found}, expected one score per token, {tuple(shape)}."
+                f"The method returned scores {found}, expected one score per token, {(B, T)}."
             )
         if not scores.isfinite().all():
             raise ValueError("The method returned scores that are NaN or infinite.")
-        detached: Tensor = scores.detach()
-        return detached
+        return behind(scores.detach().to(real.device), S)
 
 
 def scorer_of(
