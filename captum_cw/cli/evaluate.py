@@ -16,7 +16,7 @@ from captum_cw.capture.run import Runner, ignore_layer
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import load
-from captum_cw.cli.run_folder import save_result, save_tasks
+from captum_cw.cli.run_folder import save_result
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, TITLES, Side
@@ -48,7 +48,7 @@ def run(options: Namespace) -> Answer | None:
         result, files = _evaluate_texts(options, model, tokenizer, texts, processes)
     if options.tasks is not None:
         tasks = _evaluate_tasks(options, model, tokenizer)
-        files = files + save_tasks(tasks, options.out)
+        files = files + save_result(tasks, options.out)
     if not processes.is_main:
         return None
 

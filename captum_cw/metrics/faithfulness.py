@@ -165,7 +165,8 @@ class ComprehensivenessSufficiency:
         if not scorers:
             raise ValueError("methods is empty: give at least one method.")
         settings = self._settings(methods, target)
-        batches, count = _batches(inputs_or_dataloader)
+        data = inputs_or_dataloader
+        batches: Iterable[Batch] = [data] if isinstance(data, (Tensor, Mapping)) else data
         passes = 1 + len(scorers) * sum(map(len, self.rates.values()))
         processes = Processes(several=shard)
         one_batch = any(isinstance(x, Tensor) for x in (target, *methods.values()))
@@ -179,7 +180,7 @@ class ComprehensivenessSufficiency:
                 run["weights"] = fingerprint(self.model)
                 kept = stack.enter_context(Records(resume_from, run))
             known = processes.from_main(lambda: dict(kept))
-            total = None if count is None else count * passes
+            total = len(batches) * passes if isinstance(batches, Sized) else None
             show = show_progress and processes.is_main
             bar = stack.enter_context(progress_bar(total, "Faithfulness", show=show))
 
@@ -345,13 +346,6 @@ def _deltas(
 
 # ---------------------------------------------------------------------------------------------
 # Batches
-
-
-def _batches(data: Batch | Iterable[Batch]) -> tuple[Iterable[Batch], int | None]:
-    """Return the batches and their number, which is None if it is not known."""
-    if isinstance(data, (Tensor, Mapping)):
-        return [data], 1
-    return data, len(data) if isinstance(data, Sized) else None
 
 
 def _parts(batches: Iterable[Batch]) -> Iterator[Part]:

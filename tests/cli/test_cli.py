@@ -470,7 +470,8 @@ def test_a_classifier_is_evaluated_by_its_classes(
     out = tmp_path / "classes"
     assert main([*arguments, "--quantity", "log_prob", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "log_prob of 3 texts" in printed
+    assert "log_prob with nothing removed" in printed
+    assert "texts: 3" in printed
     assert "corpus" not in printed
     header = (out / "result.csv").read_text().splitlines()[0]
     assert header == "method,side,rate,delta"
