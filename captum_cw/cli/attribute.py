@@ -118,8 +118,6 @@ def _explanation(
         )
         return Explanation(readable_tokens(tokenizer, ids[0]), {label: scores})
     explanation = explain(model, tokenizer, ids, show_progress=True)
-    if label in explanation.scores:  # means, which explain computes too
-        return explanation
     return replace(explanation, scores={**explanation.scores, label: scores})
 
 

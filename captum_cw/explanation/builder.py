@@ -30,7 +30,6 @@ from captum_cw.explanation.target import (
 from captum_cw.functional import AttentionLayer, Measure, Space, map_blocks
 from captum_cw.measures import TARGET, Entry
 from captum_cw.text.prompts import Text, leading, model_inputs, read_text
-from captum_cw.text.templates import RenderedChat
 from captum_cw.text.tokens import readable_ids, readable_tokens, word_numbers
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ def explain(
         words=word_numbers(tokenizer, ids[0]),
         text=read.text,
         offsets=read.offsets,
-        messages=read.messages if isinstance(read, RenderedChat) else None,
+        messages=read.messages,
         settings=settings,
     )
 

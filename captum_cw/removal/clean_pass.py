@@ -24,7 +24,6 @@ __all__ = [
     "check_finite",
     "check_kind",
     "cross_attention_error",
-    "mean_of_pairs",
     "with_prefix",
 ]
 
@@ -107,30 +106,41 @@ class CleanPass:
             raise no_attention([model])
         return clean
 
-    def whole_tokens(
+    @property
+    def kept(self) -> list[Tensor]:
+        """For each layer ``(B, S)``, True at tokens that stay: sinks, padding, virtual tokens."""
+        return [sinks | ~real for sinks, real in zip(self.sinks, self.real, strict=True)]
+
+    def factors(
         self,
         rate: float,
         which: Which,
         options: RemovalOptions,
-        scores: Tensor,
-        protected: Sequence[Tensor],
+        scores: Tensor | Sequence[Tensor],
+        kept: Sequence[Tensor],
     ) -> Factors:
-        """Return the factors that remove whole tokens, in all heads and layers.
+        """Rank pairs or whole tokens, and return the factors that remove a fraction of them.
 
         Args:
             rate: The fraction to remove.
             which: ``"top"`` or ``"bottom"``.
-            options: How tokens are ranked.
-            scores: ``(B, S)``.
-            protected: For each layer ``(B, S)``, True at tokens that stay. A token that stays in
+            options: How pairs or tokens are ranked.
+            scores: For each layer the scores of pairs ``(B, H, S)``, whose means over heads and
+                layers rank whole tokens; or scores of whole tokens, ``(B, S)``.
+            kept: For each layer ``(B, S)``, True at tokens that stay. A whole token that stays in
                 one layer stays in all.
-        """
-        stays = torch.stack([x.to(scores.device) for x in protected]).any(0)
-        factors = options.factors(rate, which, [scores[:, None]], self.real[:1], [stays])
-        return self.of_keys(factors * len(self.real))
 
-    def of_keys(self, factors: Factors) -> Factors:
-        """Extend the factors of each layer's tokens to all of its keys."""
+        Returns:
+            The factors of all keys of each layer.
+        """
+        if options.granularity == "token" and not isinstance(scores, Tensor):
+            scores = torch.stack([layer.mean(1) for layer in scores]).mean(0)
+        if isinstance(scores, Tensor):
+            stays = torch.stack([x.to(scores.device) for x in kept]).any(0)
+            factors = options.factors(rate, which, [scores[:, None]], self.real[:1], [stays])
+            factors *= len(self.real)
+        else:
+            factors = options.factors(rate, which, scores, self.real, kept)
         return [with_prefix(x, keys) for x, keys in zip(factors, self.keys, strict=True)]
 
 
@@ -149,11 +159,6 @@ def _seen_ahead(layer: AttentionLayer) -> Tensor:
         farthest[:, rows] = (seen * keys[: seen.shape[-1]]).amax(-1)
     reached = (farthest * real).cummax(1).values
     return torch.nn.functional.pad(reached[:, :-1] >= keys[1:], (1, 0)) & real
-
-
-def mean_of_pairs(scores: Sequence[Tensor]) -> Tensor:
-    """Return scores of whole tokens, ``(B, S)``: means over the heads and layers of pairs."""
-    return torch.stack([layer.mean(1) for layer in scores]).mean(0)
 
 
 def check_finite(scores: Tensor, name: str) -> None:
