@@ -111,7 +111,8 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
     @property
     def ranks_whole_tokens(self) -> bool:
         """Whether only whole tokens have scores, and single heads have none."""
-        return self.layers == "rollout" or self.method.maps_of(2) == 1
+        of_tokens = self.layers == "rollout" or self.method.explains_target
+        return of_tokens or self.method.maps_of(2) == 1
 
     @logged
     def attribute(

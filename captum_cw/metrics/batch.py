@@ -18,6 +18,7 @@ from captum_cw.capture.model import evaluation_mode, vocabulary_size
 from captum_cw.capture.outputs import logits_of
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll
+from captum_cw.metrics.target_scores import TargetScores
 from captum_cw.removal.changes import FixedChange, RankedRemoval
 from captum_cw.removal.clean_pass import CleanPass
 from captum_cw.removal.options import RemovalOptions
@@ -78,7 +79,7 @@ class ForeignMethod:
     scorer: PairScorer
 
 
-Method = PairScorer | TokenMethod | ForeignMethod
+Method = PairScorer | TokenMethod | TargetScores | ForeignMethod
 
 
 class BatchRun:
@@ -287,12 +288,25 @@ class BatchRun:
                 with evaluation_mode([method.model], method.model):
                     clean = CleanPass.run(method.model, forward, scorers, options, masks, text)
                 scores[name] = [behind(x, real.shape[1]) for x in clean.scores[name]]
-            elif isinstance(method, TokenMethod):
+            elif isinstance(method, (TokenMethod, TargetScores)):
+                if isinstance(method, TargetScores):
+                    method = TokenMethod(partial(self._target_scores, method))
                 try:
                     scores[name] = method.checked(self.batch, self.ids.shape[1], real)
                 except ValueError as error:
                     raise ValueError(f"Method {name!r}: {error}") from error
         return scores
+
+    def _target_scores(self, method: TargetScores, batch: object) -> Tensor:
+        """Return contributions to the target of the quantity, or to the likelihood of the text."""
+
+        def log_likelihood(output: Any) -> Tensor:
+            logits = self._text_logits(output)
+            assert self.counted is not None  # otherwise the quantity is refused
+            return -mean_nll(logits[:, :-1], self.ids[:, 1:], self.counted)[0]
+
+        target = log_likelihood if self.plan.quantity.of_text else self.unchanged.target
+        return method.of(self.plan.model, self.inputs, target)
 
     def _target(self, logits: Tensor) -> Tensor:
         """Return the target of each example, ``(B,)``; without one, the model's prediction."""

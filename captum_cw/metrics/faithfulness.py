@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from captum_cw import measures
 from captum_cw._utils.processes import Processes
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
@@ -30,6 +31,7 @@ from captum_cw.metrics.batch import Batch, BatchRun, ForeignMethod, Method, Part
 from captum_cw.metrics.identity import check_identified, checksum, described, fingerprint
 from captum_cw.metrics.quantities import QuantityName, quantity_of
 from captum_cw.metrics.result import FaithfulnessResult
+from captum_cw.metrics.target_scores import TargetScores
 from captum_cw.removal.changes import check_self_attention
 from captum_cw.removal.options import RemovalKeywords, RemovalOptions
 from captum_cw.removal.ranking import Which
@@ -128,7 +130,9 @@ class ComprehensivenessSufficiency:
                 same shape scores in a clean pass of that model); the name of a measure or control,
                 or ``"random"``; ``ALTIWeights`` or ``TokenScores`` with ``layers="rollout"``,
                 which score whole tokens in a clean pass; a callable of a batch that returns scores
-                ``(B, T)``, or a tensor of such scores. They are ranked as they are, so take
+                ``(B, T)``, or a tensor of such scores; ``"target"`` or ``"input"``, the sizes of
+                contributions to the target (for a likelihood of the text, to that), with
+                ``granularity="token"``. Scores that you give are ranked as they are, so take
                 absolute values if signs should not count.
             inputs_or_dataloader: token ids ``(B, T)``, a ``BatchEncoding`` or dict; or an iterable
                 of these. Tokens whose ``labels`` are -100, such as those of a prompt, do not count
@@ -210,11 +214,29 @@ class ComprehensivenessSufficiency:
         return FaithfulnessResult(self.rates, {**settings, "processes": processes.count}, records)
 
     def _scorer(self, method: object) -> Method:
+        entry = measures.find(method) if isinstance(method, str) else None
+        if entry is not None and entry.explains_target:
+            self._check_target_method(entry.name)
+            return TargetScores(entry.name)
         scorer = scorer_of(method, self._plan.options.reduction, self._plan.options.seed)
         model = model_of(method)
         if isinstance(scorer, TokenMethod) or model is None or model is self.model:
             return scorer
         return ForeignMethod(model, scorer)
+
+    def _check_target_method(self, name: str) -> None:
+        """Check that the quantity has a target, and that whole tokens are ranked."""
+        plan = self._plan
+        if plan.options.granularity != "token":
+            raise ValueError(
+                f"{name!r} scores whole tokens, not pairs of head and token: use "
+                "granularity='token'."
+            )
+        if not (plan.quantity.of_target or plan.quantity.of_text) or plan.mask_token_id is not None:
+            raise ValueError(
+                f"{name!r} needs a target, but quantity={self.quantity!r} has none here: use "
+                "quantity='log_prob', or 'perplexity' of a model that predicts the next token."
+            )
 
     def _settings(self, methods: Mapping[str, object], target: object) -> dict[str, Any]:
         """Return what the numbers depend on, except for the data."""
