@@ -313,7 +313,7 @@ class Explanation:
 
         Args:
             how: Combine scores and the keys of maps by ``"sum"``, ``"mean"`` or ``"max"``. Queries
-                are always averaged.
+                are always averaged; those of contributions to a target are summed.
 
         Raises:
             ValueError: If the words are unknown.

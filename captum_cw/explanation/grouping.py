@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
+from captum_cw import measures
 from captum_cw.functional import check_choice
 from captum_cw.text.templates import owners
 from captum_cw.text.tokens import Grouping, Span, check_spans, group_scores, joined
@@ -67,7 +69,7 @@ def _group(
     probability = explanation.probability
     query_spans = spans if queries is None else output_spans
     if query_spans is not None:
-        maps = {name: group_scores(x.T, query_spans, "mean").T for name, x in maps.items()}
+        maps = {name: _group_queries(name, x, query_spans) for name, x in maps.items()}
         last = [stop - 1 for _, stop in query_spans]
         predicted = None if predicted is None else [predicted[n] for n in last]
         if queries is not None:
@@ -86,6 +88,13 @@ def _group(
         probability=probability,
         settings={**explanation.settings, "by": by, "how": how},
     )
+
+
+def _group_queries(name: str, x: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Average the queries of a map; what they add to a target is summed."""
+    entry = measures.find(name)
+    is_sum = entry is not None and entry.explains_target
+    return group_scores(x.T, spans, "sum" if is_sum else "mean").T
 
 
 def _word_spans(words: Sequence[int | None]) -> list[Span]:

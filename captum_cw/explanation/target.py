@@ -53,7 +53,8 @@ class TargetParts:
     Args:
         scores: ``(T,)`` by values and by inputs, by the name of the measure.
         map: What each key adds at each query, summed over heads and layers, ``(T, T)``.
-        settings: The target, its contrast and its value, for readers.
+        settings: The target and its contrast, their probabilities, and their difference in logits,
+            for readers.
     """
 
     scores: dict[str, Tensor]
@@ -103,12 +104,12 @@ def target_parts(
         None,
         add,
         target=names.number(question.target, position),
-        contrast=names.number(question.contrast, position) if question.contrast else None,
+        contrast=None if question.contrast is None else names.number(question.contrast, position),
         text_only=True,
     )
-    settings = {"target": names.readable(question.target, position)}
+    settings = names.described("target", question.target, position)
     if question.contrast is not None:
-        settings["contrast"] = names.readable(question.contrast, position)
+        settings |= names.described("contrast", question.contrast, position)
     settings["target value"] = f"{found.values.item():.4g}"
     scores = {TARGET: total.sum(0)}
     share = found.shares.get("input_ids")
@@ -158,6 +159,8 @@ class _Names:
         self.tokenizer, self.logits = tokenizer, logits
         config = getattr(model, "config", None)
         self.labels: dict[str, int] = dict(getattr(config, "label2id", None) or {})
+        kind = getattr(config, "problem_type", None)
+        self.exclusive = kind not in ("multi_label_classification", "regression")
         self.predicts_tokens = logits.dim() == 3 and logits.shape[-1] >= len(tokenizer)
 
     def number(self, wanted: Wanted, position: int | None) -> Any:
@@ -168,16 +171,28 @@ class _Names:
             return wanted
         return position, wanted
 
-    def readable(self, wanted: Wanted, position: int | None) -> str:
-        """Return a target for readers; None is the model's own prediction."""
+    def described(self, role: str, wanted: Wanted, position: int | None) -> dict[str, str]:
+        """Return a target for readers, and its probability if there is only one right class.
+
+        Args:
+            role: What the keys are named after, ``"target"`` or ``"contrast"``.
+            wanted: The target; None is the model's own prediction.
+            position: The position of a target that does not have one; None is the last.
+        """
         number = self.number(wanted, position)
         if isinstance(number, tuple):
             position, number = number
+        logits = self.logits[0].float()
+        if logits.dim() == 2:
+            logits = logits[-1 if position is None else position]
         if number is None:
-            row = self.logits[0] if self.logits.dim() == 2 else self.logits[0, -1]
-            if position is not None:
-                row = self.logits[0, position]
-            number = int(row.argmax())
+            number = int(logits.argmax())
+        described = {role: self._readable(number)}
+        if self.exclusive and len(logits) > 1:
+            described[f"{role} probability"] = f"{logits.softmax(-1)[number].item():.4g}"
+        return described
+
+    def _readable(self, number: int) -> str:
         if self.predicts_tokens:
             return readable_ids(self.tokenizer, torch.tensor([number]))[0]
         named = [label for label, value in self.labels.items() if value == number]

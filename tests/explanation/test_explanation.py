@@ -163,7 +163,8 @@ def test_a_prediction_beyond_the_tokenizer_is_shown_as_its_number(tiny_tokenizer
 def test_repr_is_one_line(tiny_model: Any, tiny_tokenizer: Any) -> None:
     names = "attention, vw, vwon, contribution, contribution-signed"
     assert repr(explain(tiny_model, tiny_tokenizer, "a b c")) == (
-        f"<Explanation: 3 tokens; scores of {names}; maps of {names}; heads of 2 layers>"
+        f"<Explanation: 3 tokens; scores of target, input, {names}; maps of target, {names}; "
+        "heads of 2 layers>"
     )
     given = Explanation(["a", "b"], {}, {"m": torch.ones(3, 2)}, queries=["x", "y", "z"])
     assert repr(given) == "<Explanation: 2 tokens; 3 queries; maps of m>"

@@ -122,7 +122,7 @@ def changed(path: Path, **changes: Any) -> None:
         "earlier": (lambda p: changed(p, version=0), "version 0; this release reads 1"),
         "another kind": (lambda p: changed(p, kind="faithfulness"), "but 'faithfulness'"),
         "no tokens": (lambda p: changed(p, tokens=...), "lacks 'tokens'"),
-        "no tensor": (lambda p: changed(p, scores=["x"] * 9), "lacks 'scores/5'"),
+        "no tensor": (lambda p: changed(p, scores=["x"] * 9), "lacks 'scores/7'"),
         "other tokens": (lambda p: changed(p, tokens=["a"]), "damaged: scores.*for 1 tokens"),
     }.values(),
 )
@@ -176,8 +176,10 @@ def test_a_data_set_has_named_dimensions(explanation: Explanation, tmp_path: Pat
     found = explanation.to_xarray()
     for name, x in explanation.scores.items():
         assert torch.equal(torch.tensor(found.scores.sel(measure=name).values), x)
+    assert list(explanation.maps) == [name for name in explanation.scores if name != "input"]
+    for name, x in explanation.maps.items():
         maps = found.maps.sel(measure=name).transpose("query", "key")
-        assert torch.equal(torch.tensor(maps.values), explanation.maps[name])
+        assert torch.equal(torch.tensor(maps.values), x)
     assert found.token.values.tolist() == explanation.tokens
     assert found.predicted.values.tolist() == explanation.predicted
     words = [None if word != word else int(word) for word in found.word.values.tolist()]

@@ -29,8 +29,9 @@ pytestmark = pytest.mark.skipif(
 TEXT = "a b c d e f g h i j"
 # The room for the labels of the map, in pixels.
 MARGIN_TOP, MARGIN_LEFT = 92, 112
-LABELS = {entry.name: entry.label for entry in measures.explained()}
-ABOUT = {entry.name: entry.about for entry in measures.explained()}
+ENTRIES = measures.entries(controls=True, targets=True)
+LABELS = {entry.name: entry.label for entry in ENTRIES}
+ABOUT = {entry.name: entry.about for entry in ENTRIES}
 SIGNED = LABELS["contribution-signed"]
 TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 Show = Callable[..., Page]
@@ -83,6 +84,14 @@ def explanation(tiny_model, tiny_tokenizer) -> Explanation:
     return explain(tiny_model, tiny_tokenizer, TEXT, top_k=4)
 
 
+@pytest.fixture
+def of_layers(explanation: Explanation) -> Explanation:
+    """The measures of layers alone, of which the page shows the contribution first."""
+    scores = {name: x for name, x in explanation.scores.items() if name in OF_HEADS}
+    maps = {name: x for name, x in explanation.maps.items() if name in OF_HEADS}
+    return replace(explanation, scores=scores, maps=maps, settings={})
+
+
 def figures(page: Page, heading: str | None = None) -> dict[str, float]:
     """Return the numbers of the details: of all lists, or of the one below a heading."""
     lists = page.locator("#details dl")
@@ -132,24 +141,22 @@ def rounded(x: Tensor | float, digits: int = 3) -> float:
     return float(f"{float(x):.{digits}g}")
 
 
-def test_scores_colour_the_text(show: Show, explanation: Explanation) -> None:
-    page = show(explanation)
+def test_scores_colour_the_text(show: Show, of_layers: Explanation) -> None:
+    page = show(of_layers)
     page.wait_for_selector("#tokens .token[style]")
     dark = torch.tensor([float(darkness(colour)) for colour in backgrounds(page)])
-    assert dark.argsort().tolist() == explanation.scores["contribution"].argsort().tolist()
+    assert dark.argsort().tolist() == of_layers.scores["contribution"].argsort().tolist()
     page.select_option("#method", label=LABELS["attention"])
     page.locator("#about", has_text=ABOUT["attention"]).wait_for()
     dark = torch.tensor([float(darkness(colour)) for colour in backgrounds(page)])
-    assert dark.argsort().tolist() == explanation.scores["attention"].argsort().tolist()
+    assert dark.argsort().tolist() == of_layers.scores["attention"].argsort().tolist()
 
 
-def test_hovering_shows_what_a_token_drew_from_and_fed(
-    show: Show, explanation: Explanation
-) -> None:
-    page = show(explanation)
+def test_hovering_shows_what_a_token_drew_from_and_fed(show: Show, of_layers: Explanation) -> None:
+    page = show(of_layers)
     assert "Nothing selected" in page.inner_text("#details")
     token(page, 6).hover()
-    grid = explanation.maps["contribution"]
+    grid = of_layers.maps["contribution"]
     drew = figures(page, "Top keys")
     best = grid[6].topk(5)
     assert list(drew.values()) == [rounded(x) for x in best.values]
@@ -189,13 +196,13 @@ def test_a_cell_shows_every_measure(show: Show, explanation: Explanation) -> Non
             assert abs(shown[LABELS[name]] - x[query, key]) <= error, name
 
 
-def test_a_cell_of_a_head_shows_its_factors(show: Show, explanation: Explanation) -> None:
-    page = show(explanation)
+def test_a_cell_of_a_head_shows_its_factors(show: Show, of_layers: Explanation) -> None:
+    page = show(of_layers)
     token(page, 8).click()
     page.select_option("#layer", "1")
     page.select_option("#head", "2")
     assert page.locator("#head option").count() == 4
-    layer = explanation.heads[1]
+    layer = of_layers.heads[1]
     share = float(layer.share[2, 8])
     assert f"2: {rounded(100 * share, 2):g}".replace("-", MINUS) in page.inner_text("#head")
     for query, key in ((8, int(layer.keys[2, 8, 0])), (8, int(layer.keys[2, 8, 3]))):
@@ -220,11 +227,11 @@ def test_a_cell_of_a_head_shows_its_factors(show: Show, explanation: Explanation
         assert np.prod(factors) == pytest.approx(shown[f"= {SIGNED}"], rel=0.15)
 
 
-def test_keys_that_were_not_kept_are_named_as_such(show: Show, explanation: Explanation) -> None:
-    page = show(explanation)
+def test_keys_that_were_not_kept_are_named_as_such(show: Show, of_layers: Explanation) -> None:
+    page = show(of_layers)
     page.select_option("#layer", "0")
     page.locator("#head:enabled").wait_for()
-    layer = explanation.heads[0]
+    layer = of_layers.heads[0]
     missing = sorted(set(range(10)) - set(layer.keys[0, 9].tolist()))[0]
     choose_cell(page, 9, missing)
     assert "not among the 4 keys that are kept" in page.inner_text("#details")
@@ -239,10 +246,10 @@ def test_keys_that_were_not_kept_are_named_as_such(show: Show, explanation: Expl
     assert [float(x.replace(MINUS, "-")) for x in found.groups()] == pytest.approx(sums, rel=1e-3)
 
 
-def test_the_map_is_coloured_as_the_tensor(show: Show, explanation: Explanation) -> None:
-    page = show(explanation)
+def test_the_map_is_coloured_as_the_tensor(show: Show, of_layers: Explanation) -> None:
+    page = show(of_layers)
     page.select_option("#scale", "map")
-    grid = explanation.maps["contribution"]
+    grid = of_layers.maps["contribution"]
     dark = 765 - cell_colours(page, 10, 10).sum(-1)
     ranks = [np.argsort(np.argsort(x.flatten())) for x in (dark, grid.numpy())]
     assert np.corrcoef(*ranks)[0, 1] > 0.99
@@ -387,12 +394,12 @@ def test_lines_by_keyboard(show: Show) -> None:
     assert token(page, place).evaluate(top) == token(page, 0).evaluate(top)
 
 
-def test_cells_are_spoken(show: Show, explanation: Explanation) -> None:
-    page = show(explanation)
+def test_cells_are_spoken(show: Show, of_layers: Explanation) -> None:
+    page = show(of_layers)
     choose_cell(page, 4, 1)
-    expected = rounded(explanation.maps["contribution"][4, 1])
+    expected = rounded(of_layers.maps["contribution"][4, 1])
     assert page.inner_text("#status") == (
-        f"Query 4 “{explanation.tokens[4]}”, key 1 “{explanation.tokens[1]}”: "
+        f"Query 4 “{of_layers.tokens[4]}”, key 1 “{of_layers.tokens[1]}”: "
         f"contribution, size {expected:g}."
     )
 
@@ -452,9 +459,9 @@ def test_scores_alone(show: Show) -> None:
     assert "negative" not in page.inner_text("#legend")
 
 
-def test_scores_beside_maps_of_other_methods(show: Show, explanation: Explanation) -> None:
-    scores = {**explanation.scores, "gradients": torch.rand(10)}
-    page = show(replace(explanation, scores=scores))
+def test_scores_beside_maps_of_other_methods(show: Show, of_layers: Explanation) -> None:
+    scores = {**of_layers.scores, "gradients": torch.rand(10)}
+    page = show(replace(of_layers, scores=scores))
     page.select_option("#layer", "1")
     page.locator("#head:enabled").wait_for()
     page.select_option("#method", label="gradients")
@@ -656,8 +663,8 @@ def test_value_weighted_attention_has_no_sign(show: Show) -> None:
     assert found[LABELS["vwon"]] == pytest.approx(0.5, rel=0.02)
 
 
-def test_what_is_announced_is_of_what_is_shown(show: Show, explanation: Explanation) -> None:
-    page = show(explanation)
+def test_what_is_announced_is_of_what_is_shown(show: Show, of_layers: Explanation) -> None:
+    page = show(of_layers)
     choose_cell(page, 4, 2)
     # At once, before the other map is unpacked.
     said = page.evaluate(
@@ -672,7 +679,7 @@ def test_what_is_announced_is_of_what_is_shown(show: Show, explanation: Explanat
     )
     shown = float(re.search(r"([\d.]+)\.$", said)[1])
     name = "contribution" if LABELS["contribution"] in said else "attention"
-    assert shown == pytest.approx(float(explanation.maps[name][4, 3]), rel=0.006)
+    assert shown == pytest.approx(float(of_layers.maps[name][4, 3]), rel=0.006)
 
 
 def test_dense_maps_offer_no_vw_of_heads(show: Show, tiny_model, tiny_tokenizer) -> None:
