@@ -67,13 +67,15 @@ class _Activation:
 
     def _run(self, x: Tensor) -> Any:
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            return self._forward(x)
+            y = self._forward(x)
+            # The module may compute in inference mode.
+            return y.clone() if isinstance(y, Tensor) and y.is_inference() else y
 
     def _is_elementwise(self, x: Tensor) -> bool:
         """Whether each output depends on its own input alone, and is zero at zero."""
         generator = torch.Generator(x.device).manual_seed(0)
         kept = torch.rand(x.shape, generator=generator, device=x.device) < 0.5
-        other = torch.where(kept, x, x.flip(0, -1) + 1)
+        other = torch.where(kept, x, x.flatten().flip(0).view_as(x) + 1)
         before = x.clone()
         with torch.no_grad(), torch._C.DisableTorchFunction():
             y = self._forward(before)
