@@ -229,7 +229,7 @@ def _by_rule(call: FunctionCall) -> Any:
     *("sigmoid", "hardsigmoid", "exp", "exp2", "softplus", "logsigmoid", "log", "log2", "log10"),
     *("cos", "cosh", "acos", "rsqrt", "reciprocal", "erfc", "rpow", "linalg_inv", "inverse"),
     *("sign", "sgn", "heaviside", "floor_divide", "floordiv", "remainder", "mod", "fmod"),
-    *("topk", "sort", "msort", "kthvalue", "multinomial", "bernoulli"),
+    *("topk", "sort", "msort", "kthvalue", "multinomial", "bernoulli", "item", "tolist"),
 )
 def _held_fixed(call: FunctionCall) -> Any:
     """Gates, rates, positions and routers."""

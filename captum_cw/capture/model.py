@@ -109,8 +109,7 @@ def device_of(model: nn.Module) -> torch.device:
         device(type='cpu')
     """
     held = next(itertools.chain(model.parameters(), model.buffers()), None)
-    on_cpu = held is None or held.device.type == "meta"
-    return torch.device("cpu") if on_cpu else held.device
+    return torch.device("cpu") if held is None or held.is_meta else held.device
 
 
 def text_config(model: nn.Module) -> object:
