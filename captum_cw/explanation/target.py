@@ -111,6 +111,9 @@ def target_parts(
     if question.contrast is not None:
         settings |= names.described("contrast", question.contrast, position)
     settings["target value"] = f"{found.values.item():.4g}"
+    hint = names.hint(question.target, position)
+    if hint is not None:
+        settings["hint"] = hint
     scores = {TARGET: total.sum(0)}
     share = found.shares.get("input_ids")
     if share is not None:
@@ -191,6 +194,22 @@ class _Names:
         if self.exclusive and len(logits) > 1:
             described[f"{role} probability"] = f"{logits.softmax(-1)[number].item():.4g}"
         return described
+
+    def hint(self, wanted: Wanted, position: int | None) -> str | None:
+        """Return what to write if a word is much likelier with a space before it."""
+        if not (self.predicts_tokens and isinstance(wanted, str)) or wanted[:1].isspace():
+            return None
+        spaced = f" {wanted}"
+        given, better = (
+            float(self.described("target", text, position)["target probability"])
+            for text in (wanted, spaced)
+        )
+        if better < 10 * given:
+            return None
+        return (
+            f"{spaced!r}, with a space before the word, has probability {better:.3g}: did you mean "
+            f"{spaced!r}?"
+        )
 
     def _readable(self, number: int) -> str:
         if self.predicts_tokens:
