@@ -203,8 +203,8 @@ for _entry in (
         TARGET,
         "captum_cw.attr:TargetContributions",
         label="contribution to the prediction",
-        about="What a token's values, read by all heads, add to the target; below zero, the token "
-        "worked against it.",
+        about="What a token's values add to the target in all heads; below zero, the token worked "
+        "against it.",
         unit="unit of the target",
         colour="#cc79a7",
         signed=True,

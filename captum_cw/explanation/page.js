@@ -23,7 +23,7 @@
     method: data.methods.find(({ name }) => name === data.initial),
     layer: ALL, // or the number of a layer
     head: 0,
-    scale: data.scale, // "row" or "map": the values that the darkest colour stands for
+    scale: "row", // or "map": the values that the darkest colour stands for; see resetScale
     ignoreSinks: false,
     selected: NO_SELECTION,
     hovered: null, // the selection by mouse or focus, which is temporary and replaces the other
@@ -280,6 +280,11 @@
     return created;
   }
   const quote = (token) => createElement("bdi", { className: "quote" }, `“${shorten(token)}”`);
+  /** A token without the space before it, unless it is only that. */
+  const trim = (token) => token.trim() || token;
+  const answer = data.settings.target ? `“${shorten(trim(data.settings.target))}”` : "the target";
+  const namesHues = (things) =>
+    `Blue ${things} worked for ${answer}, and orange ${things} worked against it.`;
   const definitionList = (entries) =>
     createElement("dl", { className: "rows" }, ...entries.flatMap(
       ([name, value, className = "", title = name]) => [
@@ -441,7 +446,8 @@
 
   function paintLegend() {
     const { query, key } = current();
-    const { unit } = view.method;
+    const { ofTarget } = view.method;
+    const unit = ofTarget ? `for ${answer}` : view.method.unit;
     const item = (colours, kind, text) => {
       const steps = [0, 51, 102, 153, 204, 255].map((i) => colours[i].css);
       const bar = createElement("i");
@@ -452,16 +458,19 @@
     const scores = data.scores[view.method.name];
     const items = [];
     let negative = view.negative;
+    let what = null;
+    let maximum = null;
     if (query !== null && view.grid) {
-      const token = describeToken(queries[query], query);
-      items.push(item(ramps.blue, "", `how much ${token} draws from a token: ` +
-        range(formatNumber(rowScale(query)))));
+      what = `how much ${describeToken(queries[query], query)} draws from a token`;
+      maximum = formatNumber(rowScale(query));
     } else if (scores) {
       negative ||= scores.some((score) => score < 0);
-      items.push(item(ramps.blue, "", `score of a token${scopeNote()}: ` +
-        range(formatNumber(scoreScale(scores), 3))));
+      what = `score of a token${scopeNote()}`;
+      maximum = formatNumber(scoreScale(scores), 3);
     }
-    if (negative) items.push(item(ramps.orange, "", "negative"));
+    if (what) items.push(item(ramps.blue, "", `${what}: ${range(maximum)}`));
+    if (what && ofTarget) items.push(item(ramps.orange, "", `against ${answer}: 0 to −${maximum}`));
+    else if (negative) items.push(item(ramps.orange, "", "negative"));
     if (key !== null && view.grid) {
       const token = describeToken(keys[key], key);
       items.push(item(lineRamp(), "line", `how much a token draws from ${token}: ` +
@@ -716,12 +725,32 @@
     const isCell = current().cell && view.grid !== null;
     const parts = [];
     if (query === null && key === null) {
-      parts.push(createElement("h2", {}, "Nothing selected"), createElement("p", { className: "hint" },
-        "Select a token or a cell of the map to see its numbers."));
+      const scores = view.method.ofTarget && data.scores[view.method.name];
+      parts.push(...(scores ? strongestTokens(scores) : [createElement("h2", {}, "Nothing selected")]),
+        createElement("p", { className: "hint" }, "Select a token or a cell of the map to see its numbers."));
     } else if (isCell) parts.push(...cellDetails(query, key));
     if (query !== null && !(isCell && separateQueries)) parts.push(...queryDetails(query, isCell));
     if (key !== null && !isCell) parts.push(...keyDetails(key));
     element("details").replaceChildren(...parts);
+  }
+
+  /** The tokens with the largest scores for the target, and those against it. */
+  function strongestTokens(scores) {
+    const list = (sign, title) => {
+      const top = topFive(S, (key) => scores[key], (key) => isIgnored(key) || sign * scores[key] <= 0);
+      const entries = top.map(([key, score]) => {
+        const name = describeToken(keys[key], key);
+        const show = () => {
+          lists[0].elements[key].focus();
+          select(selectionOf(lists[0], key));
+        };
+        const button = createElement("button", { type: "button", onclick: show }, name);
+        return [button, formatNumber(score, 3), "", name];
+      });
+      return [createElement("h3", {}, title), top.length ? definitionList(entries) : "None"];
+    };
+    return [createElement("h2", {}, "Strongest tokens"),
+      ...list(1, `For ${answer}`), ...list(-1, `Against ${answer}`)];
   }
 
   function cellDetails(query, key) {
@@ -851,15 +880,16 @@
     element("head").disabled = view.layer === null;
     element("map-part").hidden = !view.grid;
     element("scale").disabled = !view.grid;
-    element("text-hint").textContent = view.grid
-      ? "Point at a token to select it. The background of each token shows how much the selected token " +
-        "draws from that token. The line below a token shows how much that token draws from the selected " +
-        "one. Click or press Enter to keep the selection, and Escape to clear it."
-      : "Point at a token to see its scores. Click or press Enter to keep the selection, and Escape to " +
-        "clear it.";
-    element("map-hint").textContent =
-      "Rows are queries: the tokens whose output is explained. Columns are keys: the tokens that a query " +
-      "draws from. Point at a cell to see its numbers, or move with the arrow keys." +
+    const { ofTarget } = method;
+    element("text-hint").textContent = (ofTarget ? `${namesHues("tokens")} ` : "") + (view.grid
+      ? "Point at a token to select it. The background of each token then shows how much the selected " +
+        "token draws from that token" + (ofTarget ? `, for ${answer} or against it` : "") + ". The line " +
+        "below a token shows how much that token draws from the selected one."
+      : "Point at a token to see its scores.") +
+      " Click or press Enter to keep the selection, and Escape to clear it.";
+    element("map-hint").textContent = (ofTarget ? `${namesHues("cells")} Rows are queries. `
+      : "Rows are queries: the tokens whose output is explained. ") + "Columns are keys: the tokens that " +
+      "a query draws from. Point at a cell to see its numbers, or move with the arrow keys." +
       (view.layer && view.layer.K < S
         ? " A cell is blank if the query does not see the key, or if the key is not among the " +
           `${view.layer.K} that are kept for each query.` : "");
@@ -892,7 +922,16 @@
   function onChange(id, change) {
     element(id).addEventListener("change", () => change(element(id)));
   }
-  onChange("method", ({ value }) => { state.method = data.methods[value]; load(); });
+  onChange("method", ({ value }) => {
+    const before = state.method.ofTarget;
+    state.method = data.methods[value];
+    if (state.method.ofTarget !== before) resetScale();
+    load();
+  });
+  /** The rows of contributions to a target are in one unit, so that their colours can be compared. */
+  function resetScale() {
+    element("scale").value = state.scale = state.method.ofTarget ? "map" : "row";
+  }
   onChange("layer", ({ value }) => { state.layer = value === ALL ? ALL : Number(value); load(); });
   onChange("head", ({ value }) => { state.head = Number(value); load(); });
   onChange("scale", ({ value }) => { state.scale = value; updateScale(); });
@@ -919,26 +958,43 @@
   function describeSinks() {
     const { sinks } = data;
     if (sinks.length > 3) return `${sinks.length} tokens`;
-    const name = (place) => `(“${shorten(keys[place].trim() || keys[place])}”)`;
+    const name = (place) => `(“${shorten(trim(keys[place]))}”)`;
     if (sinks.length === 1 && sinks[0] === 0) return `the first token ${name(0)}`;
     const names = sinks.map((place) => `${place} ${name(place)}`).join(", ");
     return `token${sinks.length > 1 ? "s" : ""} ${names}`;
   }
 
+  /** Asks the question about the target, and says how probable the answer is. */
+  function showQuestion() {
+    const { target, contrast } = data.settings;
+    const list = (about, between) => [...about(target, "target"),
+      ...(contrast ? [between, ...about(contrast, "contrast")] : [])];
+    const quoted = (token) => [quote(trim(token))];
+    const probability = (token, role) => [...quoted(token),
+      ` has a probability of ${formatNumber(Number(data.settings[`${role} probability`]), 2)}`];
+    element("title").replaceChildren("Why ", ...list(quoted, ", and not "), "?");
+    const value = formatNumber(Number(data.settings["target value"]), 4);
+    element("answer").hidden = !("target value" in data.settings);
+    element("answer").replaceChildren(
+      ...("target probability" in data.settings ? [...list(probability, ", and "), ". "] : []),
+      contrast ? `The difference of their logits is ${value}.` : `Its logit is ${value}.`);
+    if (!state.method.ofTarget) return;
+    state.window = { query: T, key: S }; // the end, where the prediction is made
+    if (data.predicted) element("tokens").scrollTop = element("tokens").scrollHeight;
+  }
+
   // Start
 
   element("method").append(...data.methods.map(({ label }, n) => createOption(n, label)));
-  element("scale").value = state.scale;
+  resetScale();
   element("query-part").hidden = !separateQueries;
   element("sink-label").hidden = !data.sinks.length;
   element("sink-names").textContent = describeSinks();
-  element("sink-label").title = "Attention sinks receive much attention but contribute little. If the " +
-    "colour scale ignores them, the differences between the other tokens become visible.";
+  element("sink-label").title = "Attention sinks receive much attention and can set the colour scale. If it " +
+    "ignores them, the differences between the other tokens become visible.";
   const hasMaps = data.maps.length || data.layers.length;
-  const { target, contrast } = data.settings;
-  element("title").textContent = target && contrast ? `Why ${target}, and not ${contrast}?`
-    : target ? `Why ${target}?`
-      : hasMaps ? "Which tokens each token draws from" : "Token scores";
+  element("title").textContent = hasMaps ? "Which tokens each token draws from" : "Token scores";
+  if (data.settings.target) showQuestion();
   document.querySelectorAll("label.of-maps").forEach((label) => (label.hidden = !hasMaps));
   const settings = Object.entries(data.settings).map(([name, value]) => `${name}: ${value}`);
   element("settings").textContent = ["Made with captum_cw", ...settings].join(" · ");

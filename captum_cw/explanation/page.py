@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 __all__ = ["explanation_page", "framed"]
 
 OWN_UNIT = "The numbers of this method, in its own unit."
+SUMMED = (
+    "Sum over queries, heads and layers. What passes through several layers counts in each, so the "
+    "scores do not sum to the target."
+)
 #: The registered names of the factors of a contribution, and of their product.
 PRODUCT = ("attention", "relative-norm", "cosine", measures.SIGNED)
 LEVELS, SIGNED_LEVELS, MAP_LEVELS = 255, 127, 32767
@@ -143,7 +147,7 @@ def _description(
     # Dense maps alone do not tell the norm of the output, which VW needs.
     unknown = {"vw"} if all(bool(x.output_norm.isnan().all()) for x in layers) else set()
     of_heads = [name for name in OF_HEADS if name not in unknown] if layers else []
-    names = list(dict.fromkeys([*explanation.maps, *explanation.scores, *of_heads]))
+    names = list(dict.fromkeys([*explanation.scores, *explanation.maps, *of_heads]))
     useful = [*measures.names(targets=True), *names]
     first = next(x for x in useful if x in (explanation.maps or names))
     explained = set(OF_HEADS) <= explanation.maps.keys()  # by explain()
@@ -155,8 +159,6 @@ def _description(
         "probability": None if probability is None else _rounded(probability),
         "methods": [{**_method(name, explained), "ofHeads": name in of_heads} for name in names],
         "initial": first,
-        # Rows of a map sum to the target together, so its colours compare them all.
-        "scale": "map" if first == TARGET else "row",
         "factors": [_method(name, explained) for name in PRODUCT],
         "scores": {name: _rounded(x) for name, x in explanation.scores.items()},
         "maps": list(explanation.maps),
@@ -174,22 +176,24 @@ def _description(
     }
 
 
-def _method(name: str, explained: bool) -> dict[str, str]:
+def _method(name: str, explained: bool) -> dict[str, Any]:
     """Return what the registry says of a method, and how :func:`captum_cw.explain` combines it."""
     entry = measures.find(name)
     if entry is None:
-        return {"name": name, "label": name, "about": OWN_UNIT, "unit": "", "aggregation": ""}
+        unknown = {"name": name, "label": name, "about": OWN_UNIT, "unit": "", "aggregation": ""}
+        return {**unknown, "ofTarget": False}
     aggregation = "Mean over layers and heads."
     if entry.signed:
         aggregation = "Sum over heads, mean over layers."
     if entry.explains_target:
-        aggregation = "Sum over queries, heads and layers." if name == TARGET else ""
+        aggregation = SUMMED if name == TARGET else ""
     return {
         "name": name,
         "label": entry.label,
         "about": entry.about,
         "unit": entry.unit,
         "aggregation": aggregation if explained else "",
+        "ofTarget": entry.explains_target,
     }
 
 

@@ -687,3 +687,143 @@ def test_dense_maps_offer_no_vw_of_heads(show: Show, tiny_model, tiny_tokenizer)
     layers = ContributionWeights(tiny_model).decompose(ids)
     page = show(Explanation.from_maps(TEXT.split(), layers))
     assert LABELS["vw"] not in page.locator("#method option").all_text_contents()
+
+
+@pytest.fixture
+def asked(tiny_model, tiny_tokenizer) -> Explanation:
+    """Why this, and not that? Tokens 2 and 7 work against it."""
+    found = explain(tiny_model, tiny_tokenizer, TEXT, top_k=4, target=" c", contrast=" x")
+    scores = found.scores["target"].abs()
+    scores[[2, 7]] = -scores[[2, 7]]
+    grid = scores.expand(10, 10).tril() / torch.arange(10, 0, -1)
+    maps = {**found.maps, "target": grid}
+    return replace(found, scores={**found.scores, "target": grid.sum(0)}, maps=maps)
+
+
+def test_a_target_is_asked_for_and_explained_first(show: Show, asked: Explanation) -> None:
+    page = show(asked)
+    assert page.inner_text("#title") == "Why “c”, and not “x”?"
+    named = [asked.settings[f"{x} probability"] for x in ("target", "contrast")]
+    value = asked.settings["target value"].replace("-", MINUS)
+    target, contrast = (f"{rounded(float(x), 2):g}" for x in named)
+    assert page.inner_text("#answer") == (
+        f"“c” has a probability of {target}, and “x” has a probability of {contrast}. "
+        f"The difference of their logits is {value}."
+    )
+    assert page.locator("#method option:checked").inner_text() == LABELS["target"]
+    assert page.locator("#method option").nth(1).inner_text() == LABELS["input"]
+    assert page.inner_text("#about").startswith(ABOUT["target"])
+    assert page.input_value("#scale") == "map"
+    page.select_option("#method", label=LABELS["attention"])
+    assert page.input_value("#scale") == "row"
+
+
+def test_the_own_prediction_is_asked_for_too(show: Show, explanation: Explanation) -> None:
+    page = show(explanation)
+    predicted = explanation.predicted[-1].strip()
+    probability = f"{rounded(explanation.probability[-1], 2):g}"
+    assert page.inner_text("#title") == f"Why “{predicted}”?"
+    assert page.inner_text("#answer").startswith(
+        f"“{predicted}” has a probability of {probability}. Its logit is "
+    )
+
+
+def test_other_explanations_ask_nothing(show: Show, of_layers: Explanation) -> None:
+    page = show(of_layers)
+    assert page.inner_text("#title") == "Which tokens each token draws from"
+    assert not page.locator("#answer").is_visible()
+
+
+@pytest.mark.parametrize("name", ["target", "input"])
+def test_tokens_against_a_target_have_the_other_hue(
+    show: Show, asked: Explanation, name: str
+) -> None:
+    scores = asked.scores[name]
+    page = show(asked)
+    page.select_option("#method", label=LABELS[name])
+    page.locator("#about", has_text=ABOUT[name]).wait_for()
+    reds, _, blues = zip(*(map(int, re.findall(r"\d+", x)) for x in backgrounds(page)), strict=True)
+    sure = scores.abs() > 0.05 * scores.abs().max()
+    against = torch.tensor(reds) > torch.tensor(blues)
+    assert (scores < 0)[sure].any()
+    assert torch.equal(against[sure], (scores < 0)[sure])
+    legend = page.inner_text("#legend")
+    largest = f"{rounded(scores.abs().max()):g}"
+    assert f"0 to {largest} (for “c”)" in legend
+    assert f"against “c”: 0 to {MINUS}{largest}" in legend
+
+
+def test_rows_of_a_target_share_one_scale(show: Show, asked: Explanation) -> None:
+    page = show(asked)
+    grid = asked.maps["target"]
+    colours = cell_colours(page, 10, 10)
+    sure = (grid.abs() > 0.1 * grid.abs().max()).numpy()
+    bluer = colours[..., 2] > colours[..., 0]
+    assert (bluer == (grid > 0).numpy())[sure].all()
+    dark = 765 - colours.sum(-1)
+    assert dark[0].max() < dark.max()  # the first row is nearly nothing
+    token(page, 5).hover()
+    assert f"draws from a token: 0 to {rounded(grid.abs().max()):g} (for “c”)" in page.inner_text(
+        "#legend"
+    )
+
+
+def test_the_strongest_tokens_are_listed_until_one_is_selected(
+    show: Show, asked: Explanation
+) -> None:
+    page = show(asked)
+    scores = asked.scores["target"]
+    best = scores.topk(5)
+    listed = figures(page, "For “c”")
+    assert [int(name.split()[0]) for name in listed] == best.indices.tolist()
+    assert list(listed.values()) == [rounded(x) for x in best.values]
+    against = figures(page, "Against “c”")
+    worst = sorted((2, 7), key=scores.__getitem__)
+    assert [int(name.split()[0]) for name in against] == worst
+    assert list(against.values()) == [rounded(scores[n]) for n in worst]
+    page.locator("#details button").nth(5).click()
+    assert token(page, worst[0]).get_attribute("aria-selected") == "true"
+    shown = figures(page, "Score")
+    assert shown[LABELS["target"]] == rounded(scores[worst[0]])
+    assert shown[LABELS["target"]] < 0
+    assert shown[LABELS["input"]] == rounded(asked.scores["input"][worst[0]])
+    page.check("#sinks")
+    page.keyboard.press("Escape")
+    assert not any(name.startswith("0 ") for name in figures(page, "For “c”"))
+
+
+def test_a_saved_target_is_shown_by_word(show: Show, asked: Explanation, tmp_path: Path) -> None:
+    asked = replace(asked, words=[0, 0, 1, 1, 1, 2, 2, 3, 3, 4])
+    asked.save(tmp_path / "a.safetensors")
+    loaded = Explanation.load(tmp_path / "a.safetensors")
+    assert loaded.page() == asked.page()
+    words = loaded.by_word()
+    page = show(words)
+    assert page.inner_text("#title") == "Why “c”, and not “x”?"
+    token(page, 1).click()
+    expected = asked.scores["target"][2:5].sum()
+    assert figures(page, "Score")[LABELS["target"]] == rounded(expected)
+    assert sum(figures(page, "Top queries").values()) == pytest.approx(float(expected), rel=0.01)
+
+
+def test_a_long_text_opens_where_the_prediction_is_made(show: Show) -> None:
+    T = 300
+    scores = {"target": torch.linspace(-1, 1, T)}
+    settings = {"target": " not", "target value": "1"}
+    given = Explanation(
+        [f" token{n}" for n in range(T)],
+        scores,
+        {"target": torch.ones(T, T).tril()},
+        predicted=["x"] * T,
+        settings=settings,
+    )
+    page = show(given)
+    assert page.inner_text("#title") == "Why “not”?"
+    assert page.inner_text("#answer") == "Its logit is 1."
+    box, last = page.locator("#tokens").bounding_box(), token(page, T - 1).bounding_box()
+    assert box["y"] < last["y"] < box["y"] + box["height"]
+    page.locator("#map").focus()
+    page.keyboard.press("ArrowDown")
+    query, key = map(int, re.findall(r"(\d+) “", page.inner_text("#status")))
+    assert query > T - 30
+    assert key > T - 40
