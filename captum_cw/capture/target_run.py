@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -67,11 +66,17 @@ class TargetPass:
         """Return the shares in the form of Captum's ``inputs``."""
         if isinstance(inputs, Mapping):
             return self.shares if len(self.shares) > 1 else next(iter(self.shares.values()))
-        by_tensor = {id(self.given[name]): share for name, share in self.shares.items()}
         tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
-        zeros = functools.partial(torch.zeros_like, dtype=torch.float32)
-        found = tuple(by_tensor[id(x)] if id(x) in by_tensor else zeros(x) for x in tensors)
-        return found[0] if isinstance(inputs, Tensor) else found
+        left = list(self.given)  # a tensor may be given twice
+        found = []
+        for x in tensors:
+            name = next((name for name in left if self.given[name] is x), None)
+            share = None
+            if name is not None:
+                left.remove(name)
+                share = self.shares.get(name)
+            found.append(torch.zeros_like(x, dtype=torch.float32) if share is None else share)
+        return found[0] if isinstance(inputs, Tensor) else tuple(found)
 
     @property
     def delta(self) -> Tensor:
