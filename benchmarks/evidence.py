@@ -91,8 +91,8 @@ def value(logits: Tensor, asked: Sequence[Question]) -> Tensor:
     return good - logits[each, bad * repeats] if bad else good
 
 
-def question_of(row: Mapping[str, Any], tokenizer: Any) -> Question | None:
-    """Return a row as tokens; None if it does not ask anything.
+def question_of(row: Mapping[str, Any], tokenizer: Any, begin: int) -> Question | None:
+    """Return a row as tokens after the token ``begin``; None if it does not ask anything.
 
     Tokens that good and bad share at their start become a part of the context. A row is left out if
     one continuation begins with the other, or all tokens of the context are evidence.
@@ -103,7 +103,7 @@ def question_of(row: Mapping[str, Any], tokenizer: Any) -> Question | None:
         return found
 
     read = tokenizer(row["context"], add_special_tokens=False, return_offsets_mapping=True)
-    ids = [begin_token(tokenizer), *read.input_ids]
+    ids = [begin, *read.input_ids]
     evidence = [
         place
         for place, (start, end) in enumerate(read.offset_mapping, 1)
@@ -146,8 +146,9 @@ def right_questions(
     rows: Sequence[Mapping[str, Any]], model: Any, tokenizer: Any, records: Records
 ) -> Iterator[tuple[int, Question]]:
     """Yield the rows that the model gets right, with their numbers, in the order of the file."""
+    begin = begin_token(tokenizer)
     for number, row in enumerate(rows):
-        question = question_of(row, tokenizer)
+        question = question_of(row, tokenizer, begin)
         if question is None:
             continue
         key = f"{number}: right"
