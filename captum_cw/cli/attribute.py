@@ -88,6 +88,9 @@ def _explain_prediction(
         return None
     method = options.method or measures.TARGET
     if options.out is not None:
+        if len(explanation.tokens) > MAPPED:
+            _say_without_maps(len(explanation.tokens))
+            explanation = replace(explanation, maps={}, heads=())
         explanation.save_page(options.out)
     files = [] if options.out is None else [str(options.out)]
     found = explanation.settings
@@ -203,14 +206,18 @@ def _explanation(
 ) -> Explanation:
     """Return the explanation by all measures, with the given scores among them."""
     if ids.shape[1] > MAPPED:
-        print(
-            f"The text has {ids.shape[1]} tokens, so its page shows scores but not maps. Maps grow "
-            f"with the square of the length; pages of up to {MAPPED} tokens have them.",
-            file=sys.stderr,
-        )
+        _say_without_maps(ids.shape[1])
         return Explanation(readable_tokens(tokenizer, ids[0]), {label: scores})
     explanation = explain(model, tokenizer, ids, show_progress=True)
     return replace(explanation, scores={**explanation.scores, label: scores})
+
+
+def _say_without_maps(T: int) -> None:
+    print(
+        f"The text has {T} tokens, so its page shows scores but not maps. Maps grow with the "
+        f"square of the length; pages of up to {MAPPED} tokens have them.",
+        file=sys.stderr,
+    )
 
 
 def _show(

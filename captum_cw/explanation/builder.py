@@ -133,7 +133,7 @@ def explain(
     question = Question(target, contrast)
     parts = None
     if question.is_asked or predicts(tokenizer, ids, output, causal=layers.causal):
-        parts = _target_parts(model, tokenizer, inputs, output, question)
+        parts = _target_parts(model, tokenizer, inputs, output, question, causal=layers.causal)
     if parts is not None:
         scores, maps = {**parts.scores, **scores}, {TARGET: parts.map, **maps}
         settings = {**parts.settings, **settings}
@@ -158,10 +158,12 @@ def _target_parts(
     inputs: Mapping[str, Any],
     output: Any,
     question: Question,
+    *,
+    causal: bool,
 ) -> TargetParts | None:
     """Return contributions to a prediction; None if they are not known, and nobody asked."""
     try:
-        return target_parts(model, tokenizer, inputs, output, question)
+        return target_parts(model, tokenizer, inputs, output, question, causal=causal)
     except UnsupportedModelError as error:
         if question.is_asked:
             raise

@@ -68,6 +68,8 @@ def target_parts(
     inputs: Mapping[str, Any],
     output: Any,
     question: Question,
+    *,
+    causal: bool,
 ) -> TargetParts:
     """Return the contributions of the tokens of one text to a target.
 
@@ -77,6 +79,7 @@ def target_parts(
         inputs: The arguments of the model for one text.
         output: The output of the model for these arguments.
         question: The target and its contrast.
+        causal: Whether tokens do not see later ones.
 
     Raises:
         ValueError: If a target is not one of the model's tokens or classes.
@@ -88,6 +91,13 @@ def target_parts(
     logits = logits_of(output, (2, 3))
     names = _Names(model, tokenizer, logits)
     position = _masked_position(tokenizer, ids) if logits.dim() == 3 else None
+    placed = causal or position is not None or isinstance(question.target, tuple)
+    if names.predicts_tokens and not placed:
+        raise ValueError(
+            f"{type(model).__name__} predicts masked tokens, but the text does not have exactly one "
+            f"{tokenizer.mask_token!r}: put it where the target belongs, or give the target as "
+            "(position, number)."
+        )
     check_fits(8 * T * T, torch.device("cpu"), f"a map of {T} x {T}", "Explain a shorter text.")
     total = torch.zeros(T, T, device="cpu")
 

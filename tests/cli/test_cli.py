@@ -27,6 +27,7 @@ from captum_cw.cli import attribute, choices, main, output, parser
 from captum_cw.cli import demo as demo_command
 from captum_cw.cli import reproduce as reproduce_command
 from captum_cw.data import _HUB_SETS, Bos
+from captum_cw.explanation import target
 from captum_cw.functional import Reduction
 from captum_cw.metrics.quantities import QuantityName
 from captum_cw.models import inspection, loading
@@ -124,7 +125,8 @@ def test_json_holds_the_scores_of_the_library(
 ) -> None:
     file = tmp_path / "text.txt"
     file.write_text("a b c d")
-    assert main(["attribute", "--model", folder, "--file", str(file), "--json"]) == 0
+    arguments = ["attribute", "--model", folder, "--file", str(file), "--json"]
+    assert main([*arguments, "--method", "contribution"]) == 0
     printed = printed_json(capsys)
     assert printed.keys() == documented("attribute")
     model, tokenizer = loading.load_model(folder)
@@ -132,15 +134,45 @@ def test_json_holds_the_scores_of_the_library(
     expected = captum_cw.TokenScores(captum_cw.ContributionWeights(model)).attribute(ids)
     torch.testing.assert_close(torch.tensor([printed.pop("scores")]), expected)
     assert [token.strip() for token in printed.pop("tokens")] == ["a", "b", "c", "d"]
-    settings = {"method": "contribution", "reduction": "mean", "target": None}
-    assert printed == {"model": folder, **settings, "files": []}
+    settings = {"method": "contribution", "reduction": "mean"}
+    asked = ("target", "contrast", "probability", "contrast_probability")
+    assert printed == {"model": folder, **settings, **dict.fromkeys(asked), "files": []}
+
+
+def test_json_holds_the_prediction_and_what_it_is_made_of(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["attribute", "--model", folder, "--text", "a b c d", "--json"]
+    model, tokenizer = loading.load_model(folder)
+    ids = tokenizer("a b c d", return_tensors="pt").input_ids
+    with torch.no_grad():
+        chances = model(ids).logits[0, -1].softmax(-1)
+    of = {word: tokenizer.encode(word, add_special_tokens=False)[0] for word in ("e", "f")}
+    inputs = captum_cw.InputContributions(model)
+    values = captum_cw.TokenScores(
+        captum_cw.TargetContributions(model), "sum", layers="sum", heads="sum", signed=True
+    )
+    for method, measure in (("target", values), ("input", inputs)):
+        asked = ["--target", "e", "--contrast", "f", "--method", method]
+        assert main([*arguments, *asked]) == 0
+        printed = printed_json(capsys)
+        assert printed.keys() == documented("attribute")
+        expected = measure.attribute(ids, target=of["e"], contrast=of["f"])[0]
+        torch.testing.assert_close(torch.tensor(printed["scores"]), expected)
+        assert printed["probability"] == pytest.approx(float(chances[of["e"]]), rel=1e-3)
+        assert printed["contrast_probability"] == pytest.approx(float(chances[of["f"]]), rel=1e-3)
+        assert (printed["target"].strip(), printed["contrast"].strip()) == ("e", "f")
+    assert main(arguments) == 0
+    printed = printed_json(capsys)
+    torch.testing.assert_close(torch.tensor([printed["scores"]]), values.attribute(ids))
+    assert printed["probability"] == pytest.approx(float(chances.max()), rel=1e-3)
 
 
 def test_json_with_a_target_holds_the_scores_of_the_prompt(
     folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["attribute", "--model", folder, "--text", "a b c", "--target", "d", "--json"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--method", "contribution"]) == 0
     printed = json.loads(capsys.readouterr().out)
     model, tokenizer = loading.load_model(folder)
     method = captum_cw.ContributionWeights(model)
@@ -153,8 +185,9 @@ def test_the_page_shows_every_token(folder: str, tmp_path: Path) -> None:
     assert main(["attribute", "--model", folder, "--text", "x [bold] z", "--out", str(page)]) == 0
     html = page.read_text(encoding="utf-8")
     data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
-    assert data["maps"] == ["attention", "vw", "vwon", "contribution", "contribution-signed"]
-    assert [*data["scores"]] == data["maps"]
+    of_layers = ["attention", "vw", "vwon", "contribution", "contribution-signed"]
+    assert data["maps"] == ["target", *of_layers]
+    assert [*data["scores"]] == ["target", "input", *of_layers]
     assert len(data["layers"]) == 2
     out = ["--out", str(page), "--method", "vw"]
     assert main(["attribute", "--model", folder, "--text", "x z", "--reduction", "sum", *out]) == 0
@@ -170,7 +203,7 @@ def test_the_page_of_a_long_text_holds_scores_alone(
 ) -> None:
     monkeypatch.setattr(attribute, "MAPPED", 2)
     page = tmp_path / "page.html"
-    for text, maps in (("a b", 5), ("a b c", 0)):
+    for text, maps in (("a b", 6), ("a b c", 0)):
         assert main(["attribute", "--model", folder, "--text", text, "--out", str(page)]) == 0
         html = page.read_text(encoding="utf-8")
         data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
@@ -188,6 +221,12 @@ def test_the_page_of_a_long_text_holds_scores_alone(
         (["--text", "Ice is cold", "--file", "b"], "not allowed with argument"),
         ([], "one of the arguments --text --file is required"),
         (["--text", "Ice is cold", "--target", "b", "--reduction", "sum"], "give one of them"),
+        (["--text", "Ice is cold", "--contrast", "b"], "give --target too"),
+        (
+            ["--text", "Ice", "--target", "a", "--contrast", "b", "--method", "vw"],
+            "--contrast needs --method target or input",
+        ),
+        (["--text", "Ice", "--method", "input", "--reduction", "sum"], "leave it out"),
         (["--text", "Ice is cold", "--out", "no/such/page.html"], "there is no folder no/such"),
         (["--text", "Ice is cold", "--method", "magic"], "invalid choice: 'magic'"),
     ],
@@ -439,6 +478,7 @@ def test_the_layers_of_a_classifier_are_attributed(
     classifier: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["attribute", "--model", classifier, "--text", "a b c"]
+    arguments += ["--method", "contribution"]
     assert main([*arguments, "--json"]) == 0
     scores = printed_json(capsys)["scores"]
     model, tokenizer = loading.load_model(classifier)
@@ -452,12 +492,40 @@ def test_the_layers_of_a_classifier_are_attributed(
     assert "leave --target out" in told
 
 
-def test_a_target_needs_a_model_that_writes(
+def test_the_class_of_a_classifier_is_explained(
+    classifier: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["attribute", "--model", classifier, "--text", "a b c"]
+    assert main([*arguments, "--target", "LABEL_1", "--contrast", "LABEL_0", "--json"]) == 0
+    scores = printed_json(capsys)["scores"]
+    model, tokenizer = loading.load_model(classifier)
+    ids = tokenizer("a b c", return_tensors="pt").input_ids
+    method = captum_cw.TokenScores(
+        captum_cw.TargetContributions(model), "sum", layers="sum", heads="sum", signed=True
+    )
+    expected = method.attribute(ids, target=1, contrast=0)
+    torch.testing.assert_close(torch.tensor([scores]), expected)
+    assert main([*arguments, "--target", "d"]) == 1
+    assert "'d' is not a class of the model" in capsys.readouterr().err
+
+
+def test_a_masked_model_needs_a_masked_token(
     tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = saved_bert("BertForMaskedLM", tiny_tokenizer, tmp_path)
     assert main(["attribute", "--model", model, "--text", "a b", "--target", "d"]) == 1
-    assert "BertForMaskedLM does not generate text" in capsys.readouterr().err
+    assert "put it where the target belongs" in capsys.readouterr().err
+
+
+def test_a_space_before_the_target_is_suggested(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hint = "' e', with a space before the word, has probability 0.5: did you mean ' e'?"
+    monkeypatch.setattr(target._Names, "hint", lambda *_: hint)
+    assert main(["attribute", "--model", folder, "--text", "a b", "--target", "e"]) == 0
+    printed = capsys.readouterr().out
+    assert "did you mean" in printed
+    assert "Why 'e' (probability" in printed
 
 
 def test_a_classifier_is_evaluated_by_its_classes(
@@ -586,7 +654,10 @@ def test_wrong_arguments_of_a_template_are_reported(
     [
         (["atribute"], "Did you mean 'attribute'?"),
         (["attribute", "--method", "contributon"], "Did you mean 'contribution'?"),
-        (["evaluate", "--methods", "vw,atention"], "'atention' is unknown; known: contribution"),
+        (
+            ["evaluate", "--methods", "vw,atention"],
+            "'atention' is unknown; known: target, input, contribution",
+        ),
         (["evaluate", "--methods", "vw,atention"], "Did you mean 'attention'?"),
         (["evaluate", "--rates", "a"], "'a' is not a list of numbers"),
         (["evaluate", "--samples", "0"], "give 1 or more"),
