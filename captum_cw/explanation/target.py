@@ -94,8 +94,8 @@ def target_parts(
     placed = causal or position is not None or isinstance(question.target, tuple)
     if names.predicts_tokens and not placed:
         raise ValueError(
-            f"{type(model).__name__} predicts masked tokens, but the text does not have exactly one "
-            f"{tokenizer.mask_token!r}: put it where the target belongs, or give the target as "
+            f"{type(model).__name__} predicts masked tokens, but the text does not have exactly "
+            f"one {tokenizer.mask_token!r}: put it where the target belongs, or give the target as "
             "(position, number)."
         )
     check_fits(8 * T * T, torch.device("cpu"), f"a map of {T} x {T}", "Explain a shorter text.")
