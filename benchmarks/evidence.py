@@ -153,7 +153,7 @@ def right_questions(
             continue
         key = f"{number}: right"
         if key not in records:
-            records.add(key, is_right(model, question))
+            records[key] = is_right(model, question)
         if records[key]:
             yield number, question
 
@@ -423,7 +423,7 @@ def run(
             batch = job([missing[number] for number in numbers])
             for i, number in enumerate(numbers):
                 values = {method: x[i].tolist() for method, x in batch.items()}
-                records.add(f"{number}: {name}", values)
+                records[f"{number}: {name}"] = values
             on_rows(len(numbers))
         for number in chosen:
             for method, values in records[f"{number}: {name}"].items():
