@@ -211,6 +211,7 @@ FIXED: dict[str, Function] = {
 }
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor")
 @pytest.mark.parametrize("name", FIXED)
 def test_a_gate_is_held_fixed(name: str) -> None:
     gate = FIXED[name]

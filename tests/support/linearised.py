@@ -232,7 +232,8 @@ def llama(model: Any, inputs: dict[str, Tensor], real: Tensor) -> Linearised:
 def gemma(model: Any, inputs: dict[str, Tensor], real: Tensor) -> Linearised:
     """Gemma 2 or 3: norms after attention and MLP, scaled embeddings, soft-caps, windows."""
     config, rotary, embeddings = model.config, model.model.rotary_emb, model.model.embed_tokens
-    scale = getattr(embeddings, "embed_scale", torch.tensor(config.hidden_size**0.5))
+    root = torch.tensor(config.hidden_size**0.5, dtype=torch.float64)
+    scale = getattr(embeddings, "embed_scale", root)
     run = Linearised({"input_ids": real.shape[1]})
     x = run.embedded("input_ids", embeddings.weight[inputs["input_ids"]]) * number(scale)
     H, G = config.num_attention_heads, config.num_key_value_heads
