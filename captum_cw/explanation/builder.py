@@ -87,7 +87,8 @@ def explain(
         show_progress: Whether to show a progress bar over the layers, after two seconds.
 
     Returns:
-        The explanation, with all tensors on the CPU.
+        The explanation, with all tensors on the CPU. Its ``settings`` name the target and the
+        contrast, with their probabilities and the difference of their logits.
 
     Raises:
         MemoryError: If the maps would not fit into memory; the message says how large they are.
