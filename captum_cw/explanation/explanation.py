@@ -281,7 +281,7 @@ class Explanation:
 
         Example:
             >>> explain(model, tokenizer, "Ice is cold").to_dataframe().columns[:5].tolist()
-            ['place', 'token', 'word', 'attention', 'vw']
+            ['place', 'token', 'word', 'target', 'input']
         """
         return files.to_dataframe(self, of)
 
@@ -300,7 +300,7 @@ class Explanation:
 
         Example:
             >>> dict(explain(model, tokenizer, "Ice is cold").to_xarray().sizes)
-            {'measure': 5, 'key': 3, 'query': 3, 'layer': 2, 'head': 4, 'rank': 3}
+            {'measure': 7, 'key': 3, 'query': 3, 'layer': 2, 'head': 4, 'rank': 3}
         """
         return files.to_xarray(self)
 
