@@ -22,7 +22,7 @@ import transformers
 
 from captum_cw import measures
 from captum_cw._utils.progress import progress_bar
-from captum_cw.cli.run_folder import evaluate_into
+from captum_cw.cli.run_folder import save_result
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, REMOVED, Side
@@ -160,13 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 setting = SETTINGS[key]
                 bar.set_postfix_str(f"{data}, {key}")
                 metric = ComprehensivenessSufficiency(model, RATES, **setting.options)
-                result, _ = evaluate_into(
-                    options.work / name / data / key,
-                    metric,
-                    {method: method for method in setting.methods},
-                    batches,
-                    show_progress=True,
-                )
+                folder = options.work / name / data / key
+                methods = {method: method for method in setting.methods}
+                result = metric.evaluate(methods, batches, resume_from=folder / "run.records")
+                save_result(result, folder)
                 if not clean:
                     clean = f"Unchanged: corpus perplexity {result.clean_corpus:.2f}."
                     pages.append(f"## {data}\n\n{clean}")

@@ -35,7 +35,7 @@ import transformers
 from captum.attr import LayerIntegratedGradients
 from torch import Tensor
 
-from captum_cw import ContributionWeights, TokenScores
+from captum_cw import ContributionWeights, InputContributions, TargetContributions, TokenScores
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
@@ -102,9 +102,26 @@ def _integrated_gradients(model: Any, ids: Tensor, steps: int) -> object:
         return method.attribute(ids, n_steps=steps, internal_batch_size=1)
 
 
+def _gradient(model: Any, ids: Tensor) -> object:
+    """Run the same target forward and backward to the embeddings, as plain autograd does."""
+    model.requires_grad_(requires_grad=False)
+    with torch.enable_grad():
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embeddings, logits_to_keep=1, use_cache=False).logits
+        return torch.autograd.grad(logits[0, -1, 0] - logits[0, -1, 1], embeddings)
+
+
+def _target_scores(model: Any, ids: Tensor) -> object:
+    method = TokenScores(TargetContributions(model), reduction="sum", signed=True)
+    return method.attribute(ids, target=0, contrast=1)
+
+
 PLAIN, LAST, SCORES = "forward", "forward, last logits only", "token scores"
 CLEAN_REMOVAL, ONLINE_REMOVAL = "clean scoring", "online scoring"
 DENSE, EAGER, GRADIENTS = "dense maps", "eager forward", "Integrated Gradients"
+GRADIENT, INPUTS, TARGETS = "forward and backward", "input contributions", "target scores"
+
+OF_TARGET = (GRADIENT, INPUTS, TARGETS)
 
 CALLS: dict[str, Callable[[Any, Tensor], object]] = {
     PLAIN: lambda model, ids: model(ids),
@@ -112,6 +129,9 @@ CALLS: dict[str, Callable[[Any, Tensor], object]] = {
     SCORES: lambda model, ids: TokenScores(ContributionWeights(model)).attribute(ids),
     DENSE: lambda model, ids: ContributionWeights(model).attribute(ids),
     EAGER: _eager,
+    GRADIENT: _gradient,
+    INPUTS: lambda model, ids: InputContributions(model).attribute(ids, target=0, contrast=1),
+    TARGETS: _target_scores,
 }
 
 EXPLAINED = {
@@ -121,6 +141,11 @@ EXPLAINED = {
     SCORES: "`TokenScores(ContributionWeights(model))`, all layers and heads",
     DENSE: "`ContributionWeights(model).attribute(ids)`, the maps of all layers and heads",
     EAGER: "`model(ids, output_attentions=True)`: only attention weights, returned by the model",
+    GRADIENT: "the gradient of the difference of two logits at the embeddings, by plain autograd, "
+    "without the cache and with the logits of the last token only",
+    INPUTS: "`InputContributions(model)` of the same difference",
+    TARGETS: "`TokenScores(TargetContributions(model))` of the same difference, all layers and "
+    "heads",
     GRADIENTS: f"Captum's `LayerIntegratedGradients` on the embeddings, {STEPS} steps, one at a "
     "time",
 }
@@ -223,11 +248,10 @@ def gradients_cost(settings: Settings, length: int) -> Cost:
     return Cost(seconds=whole["seconds"] + (STEPS - steps) * a_step, extra=whole["extra"])
 
 
-def alternating(settings: Settings, length: int) -> list[dict[str, float]]:
-    """Return the seconds of both forward passes and the token scores, for each round."""
+def alternating(settings: Settings, length: int, names: Sequence[str]) -> list[dict[str, float]]:
+    """Return the seconds of some of ``CALLS``, for each round."""
     model = _load(settings)
     ids = _ids(model, length)
-    names = (PLAIN, LAST, SCORES)
     for name in names:
         CALLS[name](model, _ids(model, WARM_UP_TOKENS))
     return [
@@ -316,10 +340,11 @@ def run(
             )
         if settings.gradient_steps:
             jobs[GRADIENTS, length] = partial(in_own_process, gradients_cost, settings, length)
-        jobs["ratio", length] = partial(in_own_process, alternating, settings, length)
+        for kind, names in (("ratio", (PLAIN, LAST, SCORES)), ("target ratio", OF_TARGET)):
+            jobs[kind, length] = partial(in_own_process, alternating, settings, length, names)
         jobs["removal", length] = partial(in_own_process, alternating_removals, settings, length)
     for length in memory_lengths:
-        for name in (PLAIN, LAST, SCORES):
+        for name in (PLAIN, LAST, SCORES, INPUTS):
             jobs.setdefault(
                 (name, length), partial(in_own_process, cost, settings, name, length, 1)
             )
@@ -331,7 +356,7 @@ def run(
             result = records[key] if key in records else job()
             results[name, length] = result
             if key not in records and not _failed(result):
-                records.add(key, result)
+                records[key] = result
             bar.update()
     return "\n\n".join(
         [
@@ -343,6 +368,10 @@ def run(
             "The calls alternate in one process, and each round gives one ratio. The table shows "
             "the median, and in brackets the smallest and the largest ratio of "
             f"{settings.repeats} rounds.",
+            "## Contributions to a target against a forward and backward pass",
+            _target_table(results, lengths),
+            "Ratios are taken as above. The first call with a model also runs it once more, to "
+            "check that its output is unchanged; this is not counted.",
             "## Removal passes against a forward pass",
             _removal_table(results, lengths),
             f"Each ratio is the time of a pass that removes {REMOVED:.0%} of the pairs of head and "
@@ -412,6 +441,27 @@ def _ratio_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) ->
     return _table(["tokens", *(f"over {name}" for name in names)], rows)
 
 
+def _target_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
+    def memory(name: str, n: int) -> str:
+        ours, plain = results[name, n], results[GRADIENT, n]
+        if isinstance(ours, str) or isinstance(plain, str):
+            return "unknown"
+        return f"{ours['extra'] / plain['extra']:.2f}"
+
+    names = (INPUTS, TARGETS)
+    rows = [
+        [
+            str(n),
+            *(_ratio(results["target ratio", n], name, GRADIENT) for name in names),
+            *(memory(name, n) for name in names),
+        ]
+        for n in lengths
+    ]
+    return _table(
+        ["tokens", *(f"{name}: {of}" for of in ("time", "memory") for name in names)], rows
+    )
+
+
 def _removal_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
     names = (CLEAN_REMOVAL, ONLINE_REMOVAL)
     rows = [
@@ -428,10 +478,10 @@ def _memory_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -
 
     rows = []
     for n in lengths:
-        costs = [results[name, n] for name in (PLAIN, LAST, SCORES)]
+        costs = [results[name, n] for name in (PLAIN, LAST, SCORES, INPUTS)]
         cells = [c if isinstance(c, str) else _megabytes(c) for c in costs]
         rows.append([str(n), *cells, difference(results[SCORES, n], results[LAST, n])])
-    return _table(["tokens", PLAIN, LAST, SCORES, "over a forward"], rows)
+    return _table(["tokens", PLAIN, LAST, SCORES, INPUTS, "scores over a forward"], rows)
 
 
 def _machine(settings: Settings) -> str:

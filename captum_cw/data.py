@@ -1,27 +1,25 @@
 """Texts for evaluations, and the batches of tokens that are made from them.
 
-The `datasets` library reads the hub and all files. This module turns each row into one text,
-depending on the row's columns.
+The `datasets` library reads the hub, and files of JSON and Parquet. This module turns each row into
+one text, depending on the row's columns.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from string import ascii_uppercase
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from captum_cw._utils.suggestions import suggestion_of_path
+from captum_cw._utils.extras import imported
+from captum_cw._utils.suggestions import suggestion
 from captum_cw.functional import check_choice
 from captum_cw.text.tokens import warn_of_two_begin_tokens
 
@@ -96,7 +94,7 @@ def load_texts(data: str | Path, *, samples: int | None = None) -> list[str]:
         rows = _file_rows(Path(data))
     texts = list(islice((text for row in rows if (text := _as_text(row)).strip()), samples))
     if not texts:
-        raise _without_text(data)
+        raise ValueError(f"{str(data)!r} does not contain a text: choose another set or file.")
     return texts
 
 
@@ -176,16 +174,12 @@ def _check_count(name: str, count: int | None) -> None:
         raise ValueError(f"{name} must be at least 1, or None for all, got {count}.")
 
 
-def _without_text(data: str | Path) -> ValueError:
-    return ValueError(f"{str(data)!r} does not contain a text: choose another set or file.")
-
-
 # ---------------------------------------------------------------------------------------------
 # Rows
 
 
 def _hub_rows(name: str) -> Iterator[Mapping[str, Any]]:
-    datasets = _import_datasets()
+    datasets = imported("datasets", "evaluate")
     path, config, split = _HUB_SETS[name]
     try:
         rows = datasets.load_dataset(path, config, split=split, streaming=name in _STREAMED)
@@ -201,69 +195,44 @@ def _hub_rows(name: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    files, builder = _files(path)
-    datasets = _import_datasets()
-    try:
-        options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
-        if builder == "csv":
-            options = _csv_options(files[0], datasets)
-        # Streamed, so that files on disk are not copied into the cache of `datasets`.
-        rows = datasets.load_dataset(
-            builder,
-            data_files=[glob.escape(str(file)) for file in files],
-            split="train",
-            streaming=True,
-            **options,
-        )
-        for row in rows:
-            yield from _passages(row["text"]) if builder == "text" else [row]
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} could not be parsed as {builder}. {error}") from error
-
-
-def _import_datasets() -> ModuleType:
-    try:
-        return import_module("datasets")
-    except ImportError as error:
-        raise ImportError(
-            "Loading texts needs the `datasets` library: pip install 'captum-cw[evaluate]'"
-        ) from error
-
-
-def _files(path: Path) -> tuple[list[Path], str]:
-    """Return the files at ``path``, and the name of the `datasets` builder that reads them."""
-    suffixes = ", ".join(_BUILDERS)
-    if not path.exists():
-        raise ValueError(
-            f"{str(path)!r} is not a known data set ({', '.join(_HUB_SETS)}), and not an existing "
-            f"file or folder ({suffixes}).{suggestion_of_path(path, _HUB_SETS)}"
-        )
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in inside if file.suffix.lower() in _BUILDERS]
-    builders = sorted({_BUILDERS[file.suffix.lower()] for file in files})
+    files = [file for file in inside if file.is_file() and file.suffix.lower() in _BUILDERS]
+    builders = {_BUILDERS[file.suffix.lower()] for file in files}
     if len(builders) != 1:
         raise ValueError(
-            f"{str(path)!r} holds files of {len(builders)} known kinds "
-            f"({', '.join(builders) or 'none'}): give a file, or a folder of files, of one kind "
-            f"({suffixes})."
+            f"{str(path)!r} is not a known data set ({', '.join(_HUB_SETS)}), and not a file, or a "
+            f"folder of files, of one kind ({', '.join(_BUILDERS)})."
+            f"{suggestion(str(path), _HUB_SETS)}"
         )
-    # `datasets` refuses an empty JSON, CSV or Parquet file; here it is a file without texts.
-    files = [file for file in files if file.stat().st_size]
-    if not files:
-        raise _without_text(path)
-    return files, builders[0]
+    (builder,) = builders
+    try:
+        for file in files:
+            # `datasets` refuses an empty JSON, CSV or Parquet file; here it has no texts.
+            yield from _rows_of(file, builder) if file.stat().st_size else ()
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} could not be parsed as {builder}. {error}") from error
 
 
-def _csv_options(file: Path, datasets: ModuleType) -> dict[str, Any]:
+def _rows_of(file: Path, builder: str) -> Any:
+    """Return the rows of a file, as an iterable of mappings."""
+    if builder == "csv":
+        return _csv_rows(file)
+    if builder == "text":
+        return _passages(file.read_text(encoding="utf-8"))
+    # Streamed, so that files on disk are not copied into the cache of `datasets`.
+    options = {"data_files": glob.escape(str(file)), "split": "train", "streaming": True}
+    return imported("datasets", "evaluate").load_dataset(builder, **options)
+
+
+def _csv_rows(file: Path) -> Any:
     """Read cells as strings, as written: "0.50" stays "0.50", and "None" can be an answer."""
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        first = next(csv.reader(lines), [])
-    names = None
-    columns = [name or f"Unnamed: {n}" for n, name in enumerate(first)]  # as pandas names them
+    cells = imported("pandas", "evaluate").read_csv(file, header=None, dtype=str, na_filter=False)
+    first = list(cells.iloc[0])
     if len(first) == 6 and first[-1] in list("ABCD"):  # the first release of MMLU, without a header
-        columns = names = ["question", "A", "B", "C", "D", "answer"]
-    features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
-    return {"na_filter": False, "column_names": names, "features": features}
+        columns = ["question", "A", "B", "C", "D", "answer"]
+    else:
+        columns, cells = first, cells[1:]
+    return cells.set_axis(columns, axis=1).to_dict("records")
 
 
 # A heading of level one has a blank line before and after it, unlike the formulas of WikiText.

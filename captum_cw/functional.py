@@ -11,25 +11,22 @@ from one small Gram matrix per head.
 Shapes use the same letters everywhere: ``B`` examples, ``H`` query heads, ``H_kv`` key-value heads
 (``H`` is a multiple of ``H_kv``), ``T`` queries, ``S`` keys, ``d_h`` the size of a head's values,
 ``d`` the size of the layer's output. All results are dimensionless, except those of
-:func:`value_weighted`, which have the unit of the hidden states.
+:func:`vw` and :func:`projection`, which have the unit of the hidden states.
 
-There are two ways to use this module:
-
-* **dense**: :func:`contribution_weights` and its siblings take tensors and return
-  ``(B, H, T, S)``;
-* **blockwise**: an :class:`AttentionLayer` yields its attention weights in blocks of queries, and
-  :func:`dense_map`, :func:`token_scores` and :func:`query_scores` apply a :data:`Measure` to each
-  block, so that the full map is never in memory.
+An :class:`AttentionLayer` yields its attention weights in blocks of queries. A :data:`Measure`,
+such as :func:`contribution` or :func:`vwon`, is applied to each block. :func:`dense_map` returns
+the full map. :func:`token_scores` and :func:`query_scores` reduce the blocks, so that the full map
+is never in memory. :meth:`AttentionLayer.from_tensors` builds a layer from plain tensors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial, wraps
-from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -51,7 +48,6 @@ __all__ = [
     "attention_weights",
     "closeness",
     "contribution",
-    "contribution_weights",
     "cosine_with",
     "decompose",
     "dense_map",
@@ -65,9 +61,6 @@ __all__ = [
     "query_scores",
     "target",
     "token_scores",
-    "value_norms",
-    "value_weighted",
-    "value_weighted_output_normalised",
     "vw",
     "vwon",
     "widest",
@@ -109,14 +102,11 @@ def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with ExitStack() as stack:
-            for x in (*args, *kwargs.values()):
-                x = x.value if isinstance(x, AnyLayer) else x
-                if not isinstance(x, Tensor):
-                    continue
-                kind = x.device.type
-                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+        given = (*args, *kwargs.values())
+        x = next(x for x in given if isinstance(x, (Tensor, AttentionLayer, TargetLayer)))
+        kind = (x.value if isinstance(x, AnyLayer) else x).device.type
+        known = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if known else nullcontext():
             return function(*args, **kwargs)
 
     return run
@@ -238,25 +228,6 @@ def output_gram(output_weight: Tensor) -> Tensor:
     return output_weight @ output_weight.transpose(-1, -2)
 
 
-@_without_autocast
-def value_norms(value: Tensor, output_weight: Tensor) -> Tensor:
-    """Compute the norms of the projected values, ``||v~_j^h||``.
-
-    Args:
-        value: ``(B, H_kv, S, d_h)``.
-        output_weight: ``(H, d_h, d)``.
-
-    Returns:
-        ``(B, H, S)``, in the unit of the hidden states.
-
-    Example:
-        >>> value_norms(torch.tensor([[[[3.0, 4.0]]]]), torch.eye(2)[None]).tolist()
-        [[[5.0]]]
-    """
-    form = _OutputForm(output_weight)
-    return form.norms(expand_heads(value, output_weight.shape[0])).to(value.dtype)
-
-
 class _OutputForm:
     """The quadratic form ``v G_h v^T = ||v W_O^h||^2`` of each head.
 
@@ -271,30 +242,25 @@ class _OutputForm:
     def __init__(self, output_weight: Tensor) -> None:
         self.dtype = torch.promote_types(output_weight.dtype, widest(output_weight.device))
         weight = output_weight.to(self.dtype)
-        self.gram = self.factor = None
-        if self.dtype == torch.float64:
-            self.gram = output_gram(weight)
+        self.exact = self.dtype == torch.float64
+        if self.exact:
+            self.matrix = output_gram(weight)
         else:
             # A device without float64 (MPS) may also lack the QR decomposition.
             factor = torch.linalg.qr(weight.mT.cpu(), mode="r").R
-            self.factor = factor.to(weight.device)
+            self.matrix = factor.mT.to(weight.device)
 
     def norms(self, v: Tensor) -> Tensor:
         """Return ``||v W_O^h||`` ``(B, H, n)`` for ``v`` ``(B, H, n, d_h)``."""
-        if self.factor is not None:
-            norms: Tensor = torch.linalg.vector_norm(v.to(self.dtype) @ self.factor.mT, dim=-1)
-            return norms
         return self.pulled_back(v)[1].sqrt_()
 
     def pulled_back(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``v G_h``, in the shape of ``v``, and ``||v W_O^h||^2`` ``(B, H, n)``."""
         v = v.to(self.dtype)
-        if self.gram is not None:
-            u = v @ self.gram
+        u = v @ self.matrix
+        if self.exact:
             return u, (u * v).sum(-1).clamp_(min=0)
-        assert self.factor is not None
-        short = v @ self.factor.mT
-        return short @ self.factor, short.square().sum(-1)
+        return u @ self.matrix.mT, u.square().sum(-1)
 
 
 @_without_autocast
@@ -336,7 +302,7 @@ class QueryMask:
             hidden by ``visible``.
 
     Example:
-        >>> QueryMask(2, 2, causal=True).block(slice(0, 2)).tolist()
+        >>> QueryMask(2, 2, causal=True).block(slice(0, 2), torch.device("cpu")).tolist()
         [[[[True, False], [True, True]]]]
     """
 
@@ -350,14 +316,14 @@ class QueryMask:
         """Return the number of leading keys that at least one of the queries ``rows`` can see."""
         return min(self.S, rows.stop + self.S - self.T) if self.causal else self.S
 
-    def block(self, rows: slice) -> Tensor | None:
-        """Return which leading keys ``rows`` see, ``(B|1, H|1, t, keys)``; None if all."""
-        n = self.keys(rows)
-        if self.visible is not None or not self.causal:
-            return self.visible_block(rows)
-        t = rows.stop - rows.start
-        device = None if self.real is None else self.real.device
-        return torch.ones(1, 1, t, n, dtype=torch.bool, device=device).tril(n - t)
+    def block(self, rows: slice, device: torch.device) -> Tensor:
+        """Return which leading keys ``rows`` see, ``(B|1, H|1, t, keys)`` boolean."""
+        t, n = rows.stop - rows.start, self.keys(rows)
+        seen = self.visible_block(rows)
+        if seen is None:
+            seen = torch.ones(t, n, dtype=torch.bool, device=device)
+            seen = (seen.tril(n - t) if self.causal else seen)[None, None]
+        return seen.to(device).expand(-1, -1, t, n)
 
     def visible_block(self, rows: slice) -> Tensor | None:
         """Return the part of ``visible`` for the leading keys; None if ``visible`` is None."""
@@ -383,26 +349,20 @@ class QueryMask:
             ``(B|1, H|1, S)``, float32.
         """
         chosen = self.chosen(chosen)
-        if self.visible is None and chosen is None:
-            j = torch.arange(self.S, device=device)
-            seen_by = (
-                (self.T - (j - (self.S - self.T)).clamp(min=0)) if self.causal else self.T + 0 * j
-            )
-            return seen_by.float()[None, None]
-        counts: Tensor | None = None
+        if self.visible is None:
+            counted = torch.ones(1, self.T, dtype=torch.bool, device=device)
+            counted = counted if chosen is None else chosen.to(device)
+            # From the first query that sees a key, all queries see it.
+            later = counted.float().flip(1).cumsum(1).flip(1)
+            first = torch.arange(self.S, device=device) - (self.S - self.T)
+            return later[:, None, first.clamp(min=0) * self.causal]
+        counts = torch.zeros(1, 1, self.S, dtype=torch.float32, device=device)
         for rows in blocks(self.T, max(1, BLOCK_ELEMENTS // self.S)):
-            seen = self.block(rows)
-            t = rows.stop - rows.start
-            if seen is None:
-                seen = torch.ones(1, 1, t, self.S, dtype=torch.bool, device=device)
+            seen = self.block(rows, device)
             if chosen is not None:
-                seen = seen.to(device) & chosen[:, None, rows, None]
-            part = seen.sum(-2).float()
-            if seen.shape[2] != t:
-                part = part * t
-            part = torch.nn.functional.pad(part, (0, self.S - part.shape[-1])).to(device)
-            counts = part if counts is None else counts + part
-        assert counts is not None  # T > 0
+                seen = seen & chosen[:, None, rows, None].to(device)
+            part = seen.sum(-2)
+            counts = counts + torch.nn.functional.pad(part, (0, self.S - part.shape[-1]))
         return counts
 
     def chosen(self, chosen: Tensor | None) -> Tensor | None:
@@ -418,15 +378,9 @@ def blocks(T: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, T))
 
 
-class Weights(Protocol):
-    """A function that returns the attention weights of a block of queries."""
-
-    def __call__(self, rows: slice) -> Tensor:
-        """Return the weights ``(B, H, t, n)`` of the queries ``rows`` on the first ``n`` keys.
-
-        The weights on all other keys are zero. The caller may overwrite the result.
-        """
-        ...  # pragma: no cover
+Weights = Callable[[slice], Tensor]
+"""Takes the rows of a block of queries, and returns their weights on the first ``n`` keys,
+``(B, H, t, n)``. The weights on all other keys are zero. The caller may overwrite the result."""
 
 
 @dataclass(frozen=True)
@@ -570,21 +524,9 @@ class AttentionLayer:
         return self.output_weight.shape[0]
 
     def on_cpu(self) -> AttentionLayer:
-        """Copy the layer to the CPU, without ``residual``."""
-
-        def to_cpu(x: Tensor | None) -> Any:
-            return None if x is None else x.cpu()
-
-        names = "value", "head_output", "output_weight", "output", "scale", "gate"
-        mask, update = self.mask, self.update
-        if update is not None:
-            update = replace(update, gain=update.gain.cpu(), scale=update.scale.cpu())
-        return AttentionLayer(
-            weights=lambda rows: self.weights(rows).cpu(),
-            mask=replace(mask, visible=to_cpu(mask.visible), real=to_cpu(mask.real)),
-            update=update,
-            **{name: to_cpu(getattr(self, name)) for name in names},
-        )
+        """Copy the layer to the CPU."""
+        layer: AttentionLayer = _on_cpu(self)
+        return replace(layer, weights=lambda rows: self.weights(rows).cpu())
 
     def seen_in(self, space: Space) -> AttentionLayer:
         """Return the layer with its output and values measured in ``space``."""
@@ -609,7 +551,7 @@ class AttentionLayer:
     @cached_property
     def value_norms(self) -> Tensor:
         """``||v~_j^h||``, ``(B, H, S)``, without the scale and the gate."""
-        return value_norms(self.value, self.output_weight)
+        return self._output_form.norms(expand_heads(self.value, self.H)).to(self.value.dtype)
 
     def norms(self, rows: slice, n: int) -> Tensor:
         """Return ``||v~_ij^h||`` of the first ``n`` keys for ``rows``, without the scale.
@@ -680,6 +622,13 @@ class AttentionLayer:
         norm2 = self.direction(scope)[1]
         gone = norm2 == 0
         return int((gone if self.mask.real is None else gone & self.mask.real[:, None]).sum())
+
+
+def _on_cpu(x: Any) -> Any:
+    """Copy a tensor, or the tensors in a dataclass, to the CPU."""
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{f.name: _on_cpu(getattr(x, f.name)) for f in fields(x)})
+    return x.cpu() if isinstance(x, Tensor) else x
 
 
 @dataclass(frozen=True)
@@ -869,8 +818,7 @@ def target(layer: TargetLayer) -> Block:
 
 
 def _zero_where_hidden(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:
-    seen = layer.mask.block(rows)
-    return x if seen is None else x * seen.to(x.device)
+    return x * layer.mask.block(rows, x.device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -967,9 +915,7 @@ def token_scores(
     """
     check_choice("reduction", reduction, Reduction)
     B, H = layer.value.shape[0], heads_of(measure, layer.H)
-    total = layer.value.new_zeros(B, H, layer.S)
-    if reduction == "max" and signed:
-        total.fill_(-math.inf)
+    total = layer.value.new_full((B, H, layer.S), -math.inf if reduction == "max" else 0.0)
     mask = layer.mask if H == layer.H else layer.mask.of_any_head()
     chosen = mask.chosen(queries)
     for rows, (g,) in map_blocks(layer, measure, chosen=queries):
@@ -977,8 +923,10 @@ def token_scores(
             g.abs_()
         part = total[..., : g.shape[-1]]
         if reduction == "max":
-            if signed:
-                g.masked_fill_(~_counted_pairs(mask, rows, chosen, g), -math.inf)
+            counted = mask.block(rows, g.device)
+            if chosen is not None:
+                counted = counted & chosen[:, None, rows, None]
+            g.masked_fill_(~counted, -math.inf)  # elsewhere, a zero in g is not a value
             torch.maximum(part, g.amax(-2), out=part)
         else:
             # A product with ones is faster than a sum over rows, which reads memory out of order.
@@ -990,13 +938,6 @@ def token_scores(
     if reduction == "rms":
         total.sqrt_()
     return total.masked_fill_(counts == 0, 0)
-
-
-def _counted_pairs(mask: QueryMask, rows: slice, chosen: Tensor | None, g: Tensor) -> Tensor:
-    """Return where a chosen query sees the key. Elsewhere, a zero in ``g`` is not a value."""
-    seen = mask.block(rows)
-    seen = torch.ones_like(g, dtype=torch.bool) if seen is None else seen.to(g.device)
-    return seen if chosen is None else seen & chosen[:, None, rows, None]
 
 
 @_without_autocast
@@ -1090,73 +1031,6 @@ class Decomposition(NamedTuple):
     relative_norm: Tensor
     cosine: Tensor
     contribution: Tensor
-
-
-def contribution_weights(
-    attention: Tensor,
-    value: Tensor,
-    output_weight: Tensor,
-    *,
-    scope: Scope = "inter",
-) -> Tensor:
-    """Compute contribution weights: each token's share of the attention output (Eq. 9, 12).
-
-    Args:
-        attention: ``(B, H, T, S)``.
-        value: ``(B, H_kv, S, d_h)``.
-        output_weight: ``W_O`` by heads, ``(H, d_h, d)``.
-        scope: ``"inter"`` projects on the layer's output, ``"intra"`` on the head's own output.
-
-    Returns:
-        ``(B, H, T, S)``. Inter-head contributions sum to one over heads and keys (Eq. 13), and
-        intra-head contributions over keys (Eq. 10). The row of a query whose output vanishes is
-        zero.
-
-    Raises:
-        ValueError: If the shapes do not fit, or ``scope`` is unknown.
-
-    Example:
-        >>> a, v, w = torch.rand(2, 4, 5, 5), torch.randn(2, 2, 5, 8), torch.randn(4, 8, 32)
-        >>> c = contribution_weights(a, v, w)
-        >>> torch.allclose(c.sum((1, 3)), torch.ones(2, 5), atol=1e-5)
-        True
-    """
-    layer = AttentionLayer.from_tensors(attention, value, output_weight)
-    return dense_map(layer, contribution(scope))
-
-
-def value_weighted(attention: Tensor, value: Tensor, output_weight: Tensor) -> Tensor:
-    """Compute value-weighted attention, ``|a_ij| ||v~_j||`` (section 5.2, measure ii).
-
-    It takes the arguments and raises the errors of :func:`contribution_weights`.
-
-    Returns:
-        ``(B, H, T, S)``, in the unit of the hidden states.
-
-    Example:
-        >>> a, v, w = torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8)
-        >>> value_weighted(a, v, w).shape
-        torch.Size([1, 2, 3, 3])
-    """
-    return dense_map(AttentionLayer.from_tensors(attention, value, output_weight), vw)
-
-
-def value_weighted_output_normalised(
-    attention: Tensor, value: Tensor, output_weight: Tensor
-) -> Tensor:
-    """Compute VW-ON, ``|a_ij| ||v~_j|| / ||o_i||`` (section 5.2, measure iii).
-
-    It takes the arguments and raises the errors of :func:`contribution_weights`.
-
-    Returns:
-        ``(B, H, T, S)``.
-
-    Example:
-        >>> a, v, w = torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8)
-        >>> bool((value_weighted_output_normalised(a, v, w) >= 0).all())
-        True
-    """
-    return dense_map(AttentionLayer.from_tensors(attention, value, output_weight), vwon)
 
 
 def decompose(layer: AttentionLayer) -> Decomposition:

@@ -291,10 +291,8 @@ class Rollout:
 def _visible(mask: QueryMask, like: Tensor) -> Tensor:
     """Return the tokens that each query sees in a layer, and itself, ``(B, T, T)`` boolean."""
     B, T, _ = like.shape
-    seen = mask.of_any_head().block(slice(0, T))
-    own = torch.eye(T, dtype=torch.bool, device=like.device)
-    seen = own.new_ones(B, T, T) if seen is None else seen[:, 0].to(like.device) | own
-    seen = seen.expand(B, T, T)
+    seen = mask.of_any_head().block(slice(0, T), like.device)[:, 0]
+    seen = (seen | torch.eye(T, dtype=torch.bool, device=like.device)).expand(B, T, T)
     return seen if mask.real is None else seen & mask.real.to(like.device)[:, :, None]
 
 
@@ -315,10 +313,8 @@ def reduced(influence: Tensor, seen: Tensor, reduction: Reduction = "mean") -> T
         [[0.75, 0.5]]
     """
     check_choice("reduction", reduction, Reduction)
-    if reduction == "max":
-        return influence.amax(1)
-    if reduction == "sum":
-        return influence.sum(1)
+    if reduction in ("max", "sum"):
+        return aggregate(influence, reduction, dim=1)
     counts = seen.sum(1).clamp(min=1)
     if reduction == "mean":
         return influence.sum(1) / counts

@@ -268,11 +268,11 @@ def test_an_unknown_name_is_refused_with_what_is_known() -> None:
 def test_files_of_no_or_several_kinds_are_refused(folder: Path) -> None:
     (folder / "a.md").write_text("a")
     for path in (folder, folder / "a.md"):
-        with pytest.raises(ValueError, match=r"0 known kinds \(none\).*\.parquet"):
+        with pytest.raises(ValueError, match=r"a folder of files, of one kind .*\.parquet"):
             load_texts(path)
     (folder / "a.txt").write_text("a")
     (folder / "a.csv").write_text("a")
-    with pytest.raises(ValueError, match=r"2 known kinds \(csv, text\)"):
+    with pytest.raises(ValueError, match="a folder of files, of one kind"):
         load_texts(folder)
 
 

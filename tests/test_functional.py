@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from captum_cw import functional
-from captum_cw.functional import AttentionLayer, QueryMask, contribution, dense_map
+from captum_cw.functional import AttentionLayer, QueryMask, contribution, dense_map, vw
 from support import reference
 
 MEASURES = {
@@ -229,13 +229,15 @@ def test_a_vanishing_output_gives_zeros_and_is_counted() -> None:
 
 def test_a_small_output_does_not_vanish() -> None:
     _, a, v, w, _ = make_layer()
-    small = functional.contribution_weights(a, 1e-9 * v, w)
-    assert torch.allclose(small, functional.contribution_weights(a, v, w), atol=1e-9)
+    small, large = (AttentionLayer.from_tensors(a, x, w) for x in (1e-9 * v, v))
+    c = dense_map(small, contribution())
+    assert torch.allclose(c, dense_map(large, contribution()), atol=1e-9)
 
 
 def test_negative_attention_counts_by_its_size() -> None:
     _, a, v, w, _ = make_layer()
-    assert torch.equal(functional.value_weighted(-a, v, w), functional.value_weighted(a, v, w))
+    negative, positive = (AttentionLayer.from_tensors(x, v, w) for x in (-a, a))
+    assert torch.equal(dense_map(negative, vw), dense_map(positive, vw))
 
 
 def test_a_query_that_sees_nothing_has_no_weights() -> None:
@@ -245,14 +247,14 @@ def test_a_query_that_sees_nothing_has_no_weights() -> None:
     assert torch.allclose(a.sum(-1), torch.tensor([[[1.0, 0.0]]]))
 
 
-def test_dense_functions_refuse_shapes_that_do_not_fit() -> None:
+def test_tensors_whose_shapes_do_not_fit_are_refused() -> None:
     _, a, v, w, _ = make_layer()
     with pytest.raises(ValueError, match=r"\(2, 4, 6, 6\).*\(B, H, T, S\)"):
-        functional.contribution_weights(a, v[:, :, 1:], w)
+        AttentionLayer.from_tensors(a, v[:, :, 1:], w)
     with pytest.raises(ValueError, match="4 query heads cannot share 3 key-value heads"):
-        functional.contribution_weights(a, v[:, :1].expand(-1, 3, -1, -1), w)
+        AttentionLayer.from_tensors(a, v[:, :1].expand(-1, 3, -1, -1), w)
     with pytest.raises(ValueError, match="scope='both'.*'inter', 'intra'"):
-        functional.contribution_weights(a, v, w, scope="both")  # type: ignore[arg-type]
+        contribution("both")  # type: ignore[arg-type]
     layer, *_ = make_layer()
     with pytest.raises(ValueError, match="reduction='median'"):
         functional.token_scores(layer, contribution(), "median")  # type: ignore[arg-type]

@@ -24,8 +24,10 @@ class RecordsError(ValueError):
     """Raised if a file of records is damaged or belongs to another run. The file is unchanged."""
 
 
-class Records(Mapping[str, Any], AbstractContextManager["Records"]):
+class Records(dict[str, Any], AbstractContextManager["Records"]):
     """Records by key, in memory and on disk. As a context manager it closes the file.
+
+    Only :meth:`update` writes records to disk.
 
     Args:
         path: The file. A missing file, or folder, is created.
@@ -38,7 +40,7 @@ class Records(Mapping[str, Any], AbstractContextManager["Records"]):
     Example:
         >>> path = getfixture("tmp_path") / "run.records"
         >>> with Records(path, {"seed": 0}) as records:
-        ...     records.add("a", [0.1, 0.2])
+        ...     records.update({"a": [0.1, 0.2]})
         >>> with Records(path, {"seed": 0}) as records:
         ...     records["a"]
         [0.1, 0.2]
@@ -50,7 +52,6 @@ class Records(Mapping[str, Any], AbstractContextManager["Records"]):
 
     def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self._records: dict[str, Any] = {}
         run = json.loads(json.dumps(run))  # tuples become lists, as on disk
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab")
@@ -58,7 +59,7 @@ class Records(Mapping[str, Any], AbstractContextManager["Records"]):
             _lock(self._file, self.path)
             self._open(self.path.read_bytes(), run)
         except BaseException:
-            self.close()
+            self._file.close()
             raise
 
     def _open(self, content: bytes, run: Mapping[str, Any]) -> None:
@@ -69,41 +70,21 @@ class Records(Mapping[str, Any], AbstractContextManager["Records"]):
         if lines:
             self._check_run(lines[0], run)
             for n, line in enumerate(lines[1:], 2):
-                if set(line) != {"key", "value"} or line["key"] in self._records:
+                if set(line) != {"key", "value"} or line["key"] in self:
                     raise self._damaged(n)
-                self._records[line["key"]] = line["value"]
+                self[line["key"]] = line["value"]
         if torn:
             os.truncate(self.path, len(content) - len(torn))
         if not lines:
             self._append({"run": run})
 
-    def add(self, key: str, value: Any) -> None:
-        """Add a record (JSON; floats are exact). It is on disk when this returns."""
-        self.update({key: value})
-
-    def update(self, records: Mapping[str, Any]) -> None:
-        """Add several records at once."""
-        for key in records:
-            if key in self._records:
-                raise KeyError(f"There is a record {key!r} already.")
+    def update(self, records: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Add records (JSON; floats are exact). They are on disk when this returns."""
         self._append(*({"key": key, "value": value} for key, value in records.items()))
-        self._records.update(records)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        super().update(records)
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __getitem__(self, key: str) -> Any:
-        return self._records[key]
-
-    def __iter__(self) -> Any:
-        return iter(self._records)
-
-    def __len__(self) -> int:
-        return len(self._records)
+        self._file.close()
 
     def _append(self, *contents: Mapping[str, Any]) -> None:
         self._file.write(b"".join(map(_line, contents)))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from pathlib import Path
 
-__all__ = ["suggestion", "suggestion_of_path"]
+__all__ = ["suggestion"]
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -19,17 +18,3 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     by_lower = {other.lower(): other for other in known}
     near = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
     return f" Did you mean {by_lower[near[0]]!r}?" if near else ""
-
-
-def suggestion_of_path(path: Path, others: Iterable[str] = ()) -> str:
-    """Suggest a similar file or folder in the same folder as a missing one.
-
-    Args:
-        path: The missing file or folder.
-        others: Further names to suggest from.
-    """
-    try:
-        beside = [str(path.parent / other.name) for other in path.parent.iterdir()]
-    except OSError:
-        beside = []
-    return suggestion(str(path), [*beside, *others])

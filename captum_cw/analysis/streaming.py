@@ -169,17 +169,13 @@ def visible_blocks(
         ``(H, t, n)``.
     """
     for rows, maps in map_blocks(layer, *measures, chosen=chosen):
-        t, n = maps[0].shape[-2:]
-        visible = layer.mask.block(rows)
-        if visible is None:
-            visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="cpu")
-        yield rows, visible[0].to(maps[0].device).expand(-1, t, n), [x[0] for x in maps]
+        yield rows, layer.mask.block(rows, maps[0].device)[0], [x[0] for x in maps]
 
 
 def check_causal(name: str, layer: AttentionLayer) -> None:
     """Raise a ValueError if the first query of a layer can see later keys."""
-    first = layer.mask.block(slice(0, 1))
-    if layer.T > 1 and (first is None or bool(first[..., 1:].any())):
+    first = layer.mask.block(slice(0, 1), layer.value.device)
+    if layer.T > 1 and bool(first[..., 1:].any()):
         raise ValueError(
             f"Attention layer {name!r} is bidirectional, but this analysis needs a causal model: "
             "every query sees the first token, and the first token sees only itself."

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from captum_cw.attr._captum import TextTokenInput
-from captum_cw.text.templates import Encoded, Message, Messages, render_chat
+from captum_cw.text.templates import Encoded, Messages, render_chat
 
 __all__ = ["ChatTokenInput", "EncodedTokenInput"]
 
@@ -34,7 +34,7 @@ class EncodedTokenInput(TextTokenInput):  # type: ignore[misc]  # captum has no 
         # Captum's constructor is not called, since it tokenizes a text.
         self.encoded = encoded
         self.text, self.offsets = encoded.text, encoded.offsets
-        self.messages: list[Message] | None = None
+        self.messages = encoded.messages
         self.inp_tensor = encoded.ids
         self.itp_mask: torch.Tensor | None = None
         self.skip_tokens: object = None
@@ -102,7 +102,6 @@ class ChatTokenInput(EncodedTokenInput):
             chat_template_kwargs=chat_template_kwargs,
         )
         super().__init__(chat, tokenizer)
-        self.messages = chat.messages
         self.skip_tokens = skip_tokens
         if skip_tokens:
             self.itp_mask = self._kept(tokenizer, skip_tokens)

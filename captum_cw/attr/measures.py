@@ -136,7 +136,6 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
             space=self.space,
             stream=stream or self.needs_stream,
             normaliser=self.normaliser,
-            description=f"{self.get_name()}: layers",
             **options,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -13,6 +13,7 @@ from captum_cw import functional
 from captum_cw.attr._captum import Attribution, logged
 from captum_cw.attr.measures import AttentionAttribution, as_given, refuse_target, stack_layers
 from captum_cw.capture import Execution
+from captum_cw.capture.arguments import read_arguments
 from captum_cw.capture.call_tokens import tokens_of
 from captum_cw.capture.model import LOGITS
 from captum_cw.capture.run import Inputs
@@ -110,7 +111,8 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
     @property
     def ranks_whole_tokens(self) -> bool:
         """Whether only whole tokens have scores, and single heads have none."""
-        return self.layers == "rollout" or self.method.maps_of(2) == 1
+        of_tokens = self.layers == "rollout" or self.method.explains_target
+        return of_tokens or self.method.maps_of(2) == 1
 
     @logged
     def attribute(
@@ -321,10 +323,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         model = self.method.model
         if model is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             return None, 0, None
-        if isinstance(inputs, Mapping):
-            tokens = tokens_of(model, (), inputs)
-        else:
-            tokens = tokens_of(model, inputs if isinstance(inputs, tuple) else (inputs,), {})
+        tokens = tokens_of(model, *read_arguments(model, model.forward, inputs, None))
         return tokens.T, tokens.cached, tokens.named.get(LOGITS)
 
     def _rows_through(

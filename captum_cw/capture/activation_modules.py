@@ -41,8 +41,9 @@ def activations_as_one(modules: Collection[nn.Module]) -> Iterator[None]:
 
 
 def _may_be_activation(module: nn.Module) -> bool:
-    """Whether a module has no submodules, and no parameters but a few numbers."""
-    few = all(p.numel() == 1 for p in module.parameters(recurse=False))
+    """Whether a module has no submodules, and no parameters and buffers but a few numbers."""
+    held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    few = all(x.numel() == 1 for x in held)
     return few and not module._modules and not isinstance(module, (nn.Identity, nn.Dropout))
 
 
@@ -58,24 +59,26 @@ class _Activation:
         if not _is_linearising.get() or len(given) != 1 or not varies(given[0]):
             return self._forward(*args, **kwargs)
         x = given[0]
-        if self._module not in _tried:
-            _tried[self._module] = self._is_elementwise(x.detach())
-        if not _tried[self._module]:
-            return self._forward(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            return times_ratio(x, self._run)
+            if self._module not in _tried:
+                _tried[self._module] = self._is_elementwise(x.detach())
+            if _tried[self._module]:
+                return times_ratio(x, self._run)
+        return self._forward(*args, **kwargs)
 
     def _run(self, x: Tensor) -> Any:
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            return self._forward(x)
+        with torch.no_grad():
+            y = self._forward(x)
+            # The module may compute in inference mode.
+            return y.clone() if isinstance(y, Tensor) and y.is_inference() else y
 
     def _is_elementwise(self, x: Tensor) -> bool:
         """Whether each output depends on its own input alone, and is zero at zero."""
         generator = torch.Generator(x.device).manual_seed(0)
         kept = torch.rand(x.shape, generator=generator, device=x.device) < 0.5
-        other = torch.where(kept, x, x.flip(0, -1) + 1)
+        other = torch.where(kept, x, x.flatten().flip(0).view_as(x) + 1)
         before = x.clone()
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.no_grad():
             y = self._forward(before)
         if not isinstance(y, Tensor) or y.shape != x.shape or not torch.equal(before, x):
             return False  # a module that works in place also changes its input

@@ -22,7 +22,7 @@ from captum_cw.capture.linear_gradients import with_gradient_of
 from captum_cw.capture.linear_rules import fixed, varies
 from captum_cw.capture.listeners import count_replacements, is_active, suspended
 from captum_cw.capture.patching import wrapped_method
-from captum_cw.capture.rounding import product_rounding
+from captum_cw.capture.rounding import are_near
 
 __all__ = ["adapted", "register_adapter"]
 
@@ -37,7 +37,8 @@ def register_adapter(kind: type[nn.Module]) -> Callable[[Adapter], Adapter]:
     An adapter is needed for attention in a custom kernel, or in an order of operations that is not
     recognised. It is called as ``adapter(module, *args, **kwargs)`` with the arguments of
     ``module.forward``, and must return the same output. Both run, and their outputs are compared.
-    The model continues with the output of its own ``forward``, unless values are changed.
+    The model continues with the output of its own ``forward``, unless values are changed. The last
+    entries of a tuple may be None if they do not depend on the values, as attention weights.
 
     Args:
         kind: The class of the attention module. The adapter does not apply to subclasses that
@@ -77,7 +78,7 @@ def adapted(modules: Collection[nn.Module]) -> Iterator[None]:
         for module in modules:
             adapter = _find_adapter(type(module))
             if adapter is not None:
-                wrap = functools.partial(_AdaptedForward, module, adapter)
+                wrap = functools.partial(_adapted_forward, module, adapter)
                 stack.enter_context(wrapped_method(module, "forward", "adapter", wrap))
         yield
 
@@ -87,39 +88,41 @@ def _find_adapter(kind: type[nn.Module]) -> Callable[..., Any] | None:
     return _adapters[known] if known is not None and known.forward is kind.forward else None
 
 
-class _AdaptedForward:
-    """A ``forward`` method that also runs its adapter while attention is observed."""
+def _adapted_forward(
+    module: nn.Module, adapter: Callable[..., Any], forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a ``forward`` method that also runs its adapter while attention is observed."""
 
-    def __init__(
-        self, module: nn.Module, adapter: Callable[..., Any], forward: Callable[..., Any]
-    ) -> None:
-        functools.update_wrapper(self, forward)
-        self._module, self._adapter, self._forward = module, adapter, forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
         if not is_active():
-            return self._forward(*args, **kwargs)
+            return forward(*args, **kwargs)
         before = count_replacements()
-        adapted = self._adapter(self._module, *args, **kwargs)
+        adapted = adapter(module, *args, **kwargs)
         with suspended():
             # Only the functions of the adapter are known to a pass that takes gradients.
-            own = self._forward(*fixed(args), **fixed(kwargs))
+            own = forward(*fixed(args), **fixed(kwargs))
             if count_replacements() == before:
                 # The model continues with its own output, which is bit for bit unchanged.
-                self._check(own, adapted)
+                _check_same(module, own, adapted)
                 return _with_gradients_of(adapted, own)
-            self._check(own, self._adapter(self._module, *args, **kwargs))
-        return adapted
+            _check_same(module, own, adapter(module, *args, **kwargs))
+        if not isinstance(adapted, tuple):
+            return adapted
+        return tuple(b if a is None else a for a, b in zip(adapted, own, strict=True))
 
-    def _check(self, own: Any, adapted: Any) -> None:
-        for a, b in zip(_tensors(own), _tensors(adapted), strict=False):
-            tolerance = max(1e-4, 8 * product_rounding(a)) * float(a.nan_to_num().abs().max())
-            if a.shape != b.shape or not torch.allclose(a, b, 0, tolerance, equal_nan=True):
-                raise UnsupportedModelError(
-                    f"The adapter for {type(self._module).__name__} does not return what the "
-                    "module's forward returns, so results would be wrong: correct the function "
-                    "that was registered with register_adapter."
-                )
+    return run
+
+
+def _check_same(module: nn.Module, own: Any, adapted: Any) -> None:
+    """Check that an adapter returns what the module's own ``forward`` returns."""
+    for a, b in zip(_tensors(own), _tensors(adapted), strict=False):
+        if not are_near(a, b):
+            raise UnsupportedModelError(
+                f"The adapter for {type(module).__name__} does not return what the module's "
+                "forward returns, so results would be wrong: correct the function that was "
+                "registered with register_adapter."
+            )
 
 
 def _with_gradients_of(adapted: Any, own: Any) -> Any:
@@ -142,11 +145,11 @@ def _run_multi_head_attention(
     key: Tensor,
     value: Tensor,
     key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
+    need_weights: bool = True,  # the weights do not depend on the values
     attn_mask: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,  # only a hint: the mask says the same
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, None]:
     """Run ``torch.nn.MultiheadAttention``, whose fused kernel does not expose its attention."""
     if module.bias_k is not None or module.add_zero_attn:
         raise UnsupportedModelError(
@@ -181,16 +184,9 @@ def _run_multi_head_attention(
     )
     out = F.linear(y.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
 
-    attention = None
-    if need_weights:
-        with suspended():
-            logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-            attention = (logits if mask is None else logits + mask).softmax(-1)
-            attention = attention.mean(1) if average_attn_weights else attention
-            attention = attention if batched else attention[0]
     if not batched:
-        return out[0], attention
-    return out if module.batch_first else out.transpose(0, 1), attention
+        return out[0], None
+    return out if module.batch_first else out.transpose(0, 1), None
 
 
 def _to_additive(mask: Tensor, like: Tensor) -> Tensor:

@@ -408,11 +408,9 @@ def _dense(call: AttentionCall, mask: QueryMask, kernel: DenseKernel) -> Weights
     def weights(rows: slice) -> Tensor:
         if given is None or given.dtype == torch.bool:
             causal = given is None and call.causal
-            seen = QueryMask(mask.T, S, given, causal=causal).block(rows)
-            bias = query.new_zeros(1, 1, rows.stop - rows.start, S)
-            if seen is not None:
-                seen = torch.nn.functional.pad(seen, (0, S - seen.shape[-1]))  # False: hidden
-                bias = bias.masked_fill(~seen.to(bias.device), torch.finfo(bias.dtype).min)
+            seen = QueryMask(mask.T, S, given, causal=causal).block(rows, query.device)
+            seen = torch.nn.functional.pad(seen, (0, S - seen.shape[-1]))  # False: hidden
+            bias = query.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(query.dtype).min)
         else:
             bias = _block(given, rows).to(query.dtype)
         a = kernel(rows, query[:, :, rows], key, value, bias)

@@ -18,18 +18,6 @@ from torch import Tensor, nn
 
 __all__ = ["find_cache", "is_cache", "own_copy", "tokens_in"]
 
-#: Objects that a cache and its copy share, since they are not part of a cache's state.
-_SHARED = (
-    nn.Module,
-    type,
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    torch.device,
-    torch.dtype,
-    torch.Stream,
-)
-
 
 def is_cache(x: object) -> bool:
     """Whether ``x`` is a key-value cache.
@@ -82,41 +70,32 @@ def own_copy(x: Any) -> Any:
     return _copy(x, {})
 
 
-def _copy(x: Any, known: dict[int, Any]) -> Any:
+def _copy(x: Any, known: dict[int, tuple[Any, Any]]) -> Any:
     if id(x) in known:
         return known[id(x)][1]
-
-    def keep(copied: Any) -> Any:
-        known[id(x)] = x, copied  # the original is kept alive, so that its id stays unique
-        return copied
-
-    if isinstance(x, Tensor):
-        return keep(x.detach().clone())
-    if isinstance(x, types.MethodType):
-        return keep(types.MethodType(x.__func__, _copy(x.__self__, known)))
-    if isinstance(x, _SHARED):
+    if isinstance(x, (nn.Module, torch.Stream)):  # they are not part of a cache's state
         return x
-    if isinstance(x, tuple):
+    if isinstance(x, Tensor):
+        copied: Any = x.detach().clone()
+    elif isinstance(x, types.MethodType):
+        copied = types.MethodType(x.__func__, _copy(x.__self__, known))
+    elif isinstance(x, tuple):
         parts = [_copy(y, known) for y in x]
-        return keep(type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts))
+        copied = type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    else:
+        try:
+            copied = copy.copy(x)
+        except Exception:  # for example an open file, which cannot be copied
+            copied = x
+    known[id(x)] = x, copied  # the original is kept alive, so that its id stays unique
+    if copied is x or isinstance(x, (Tensor, types.MethodType, tuple)):
+        return copied
     if isinstance(x, (list, set, deque)):
-        copied = keep(copy.copy(x))
         copied.clear()
         (copied.update if isinstance(x, set) else copied.extend)(_copy(y, known) for y in x)
-        return copied
-    if isinstance(x, dict):
-        copied = keep(copy.copy(x))
-        for name, y in x.items():
-            copied[name] = _copy(y, known)
-        return copied
-    if not hasattr(x, "__dict__"):
-        return x
-    try:
-        copied = keep(copy.copy(x))
-    except TypeError:  # for example an open file, which cannot be copied
-        return x
-    for name, y in vars(x).items():
-        copied.__dict__[name] = _copy(y, known)
+    held = copied if isinstance(x, dict) else getattr(copied, "__dict__", {})
+    for name, y in list(held.items()):
+        held[name] = _copy(y, known)
     return copied
 
 

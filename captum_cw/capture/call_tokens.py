@@ -97,18 +97,11 @@ def find_tokens(named: Mapping[str, Any], prefix: str = "") -> Tensor | None:
         named: The arguments of the call by name.
         prefix: ``"decoder_"`` for the tokens of a decoder.
     """
-    tokens = _given_tokens(named, prefix)
-    if tokens is None:
-        return None
-    return tokens.flatten(0, 1) if tokens.dim() > 2 + tokens.is_floating_point() else tokens
-
-
-def _given_tokens(named: Mapping[str, Any], prefix: str) -> Tensor | None:
-    """Return the tokens in the shape in which the model is given them."""
     for name in ("input_ids", "inputs_embeds"):
         tokens = named.get(f"{prefix}{name}")
         if isinstance(tokens, Tensor) and tokens.dim() > 1:
-            return tokens
+            several = tokens.dim() > 2 + tokens.is_floating_point()
+            return tokens.flatten(0, 1) if several else tokens
     return None
 
 
@@ -137,7 +130,7 @@ def find_token_mask(named: Mapping[str, Any], prefix: str = "") -> Tensor | None
     B, T = tokens.shape[:2]
     if mask is None:
         return torch.ones(B, T, dtype=torch.bool, device=tokens.device)
-    if mask.dim() == 3 and tokens is not _given_tokens(named, prefix):  # multiple choice
+    if mask.dim() == 3 and mask.shape[:2].numel() == B:  # multiple choice
         mask = mask.flatten(0, 1)
     if mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[2] in (1, T):
         return None

@@ -7,6 +7,7 @@ token. Ids that a model changes, such as hashes, do not tell which row of a tabl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,12 @@ class EmbeddedTokens:
         for name, x in ids.items():
             places = torch.arange(x.numel(), device=x.device).view_as(x)
             self._known[id(x)] = _Followed(x, name, places)
+
+    def again(self) -> EmbeddedTokens:
+        """Return the same for a part of the pass that runs once more."""
+        again = copy.copy(self)
+        again.leaves = []
+        return again
 
     def run(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from captum_cw.capture.call_tokens import (
     named_values,
     warn_of_special_tokens,
 )
-from captum_cw.capture.model import LOGITS, Parameters, parameters_of, vocabulary_size
-from captum_cw.capture.positions import explain_length, position_ids
+from captum_cw.capture.model import LOGITS, Parameters, parameters_of, text_config, vocabulary_size
+from captum_cw.capture.positions import position_ids
 from captum_cw.capture.text_layers import TextLayers
 
 __all__ = ["Doubt", "ForwardCall", "forward_call", "run_on_copies"]
@@ -53,7 +52,6 @@ class ForwardCall:
             there are no other inputs.
         last_only: Whether only the logits of the last token are requested, though the caller did
             not say so.
-        explain_length: Returns the reason if the model fails because the text is too long.
     """
 
     args: tuple[Any, ...]
@@ -62,7 +60,6 @@ class ForwardCall:
     doubt: Doubt | None
     text: TextLayers | None = None
     last_only: bool = False
-    explain_length: Callable[[], str | None] = lambda: None
 
     def explain(self, error: Exception, ran: Collection[Kind]) -> str | None:
         """Explain an error of the model by its inputs.
@@ -76,9 +73,6 @@ class ForwardCall:
         """
         if isinstance(error, (UnsupportedModelError, MemoryError, torch.OutOfMemoryError)):
             return None
-        too_long = isinstance(error, (IndexError, RuntimeError)) and self.explain_length()
-        if too_long:
-            return too_long
         doubt = self.doubt
         if doubt is None or _is_ours(error) or any(kind in ran for kind in doubt.settled_by):
             return None
@@ -149,11 +143,11 @@ def _checked_call(
     for name in ("input_ids", "decoder_input_ids"):
         if isinstance(named.get(name), Tensor):
             _check_ids(model, name, named[name])
-    tokens, text = find_tokens(named), TextLayers.of(find_tokens(named), named)
-    call = ForwardCall(args, kwargs, find_token_masks(named), _doubt(args, parameters, named), text)
+    tokens, masks = find_tokens(named), find_token_masks(named)
+    text, doubt = TextLayers.of(tokens, named), _doubt(args, parameters, named)
     warn_of_special_tokens(model, named)
     if tokens is None or takes_mapping(args):
-        return call
+        return ForwardCall(args, kwargs, masks, doubt, text)
     T = tokens.shape[1]
     if kwargs.get("position_ids") is None and "position_ids" in parameters:
         mask = kwargs.get("attention_mask")
@@ -166,12 +160,13 @@ def _checked_call(
         lean.setdefault("use_cache", False)
     if LOGITS in parameters and kwargs.get("labels") is None:
         lean.setdefault(LOGITS, 1)
-    return replace(
-        call,
-        kwargs=lean,
-        text=TextLayers.of(tokens, lean),
+    return ForwardCall(
+        args,
+        lean,
+        masks,
+        _length_doubt(model, T) or doubt,
+        TextLayers.of(tokens, lean),
         last_only=LOGITS in lean and LOGITS not in kwargs,
-        explain_length=partial(explain_length, model, T),
     )
 
 
@@ -225,6 +220,18 @@ def _doubt(args: tuple[Any, ...], parameters: Parameters, named: Mapping[str, An
             settled_by=("cross",),
         )
     return None
+
+
+def _length_doubt(model: nn.Module, T: int) -> Doubt | None:
+    """Return a doubt if a text is longer than the model's config says. Most models run it."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if not isinstance(limit, int) or not 0 < limit < T:
+        return None
+    return Doubt(
+        f"The text has {T} tokens, but the model's config has {limit} positions "
+        f"(max_position_embeddings): cut the text (truncation=True, max_length={limit}) or use a "
+        "model with a longer context."
+    )
 
 
 def _is_ours(error: Exception) -> bool:

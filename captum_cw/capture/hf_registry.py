@@ -26,7 +26,6 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.attention_call import (
@@ -38,7 +37,7 @@ from captum_cw.capture.attention_call import (
 )
 from captum_cw.capture.listeners import suspended
 from captum_cw.capture.patching import shared
-from captum_cw.capture.rounding import product_rounding
+from captum_cw.capture.rounding import are_near
 from captum_cw.functional import expand_heads
 
 __all__ = ["registered_kernels"]
@@ -189,7 +188,7 @@ class _Kernel:
             key, value = expand_heads(given.key, H), expand_heads(given.value, H)
             repeated = replace(given, module=_Ungrouped(module), key=key, value=value)
             if _checked.get(module) is not self.kernel:
-                if not _close(self._run(given)[0], self._run(repeated)[0]):
+                if not are_near(self._run(given)[0], self._run(repeated)[0]):
                     raise UnsupportedModelError(
                         f"The attention kernel of {type(module).__name__} returns other head "
                         "outputs if shared keys and values are repeated for each head, so values "
@@ -247,13 +246,6 @@ class _Ungrouped:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether two head outputs are equal up to rounding. Padded queries may have NaN."""
-    scale = float(a.detach().nan_to_num().abs().max())
-    tolerance = max(1e-5, 4 * product_rounding(a)) * scale
-    return torch.allclose(a, b, rtol=0, atol=tolerance, equal_nan=True)
 
 
 def _find_eager(module: nn.Module) -> Callable[..., Any] | None:

@@ -130,9 +130,7 @@ class FunctionCall:
     @property
     def first(self) -> Any:
         """The first argument, which is the input of most functions."""
-        if self.args:
-            return self.args[0]
-        return self.kwargs.get("input", self.kwargs.get("tensors"))
+        return self.args[0] if self.args else self.kwargs.get("tensors")
 
 
 #: The operators that Python writes in other forms, such as ``__iadd__`` and ``__radd__``.
@@ -141,13 +139,23 @@ _OPERATORS = {
     *("and", "or", "xor", "lshift", "rshift"),
 }
 
+#: Other names of functions.
+_ALIASES = {
+    **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")},
+    "expit": "sigmoid",
+    "fix": "trunc",
+    "float_power": "pow",
+    "log_sigmoid": "logsigmoid",
+}
+
 #: Functions that take a tensor only for its shape, and functions of its attributes.
 _CREATES = re.compile(r".*_like$|new_.*|__get__$|grad$")
 
-#: Sums whose summands may be numbers.
-_WITH_NUMBERS = {
-    *("add", "radd", "sub", "rsub", "subtract", "where", "masked_fill", "maximum", "minimum"),
-}
+#: Sums, whose summands may be numbers, also of integers.
+_SUMS = {"add", "radd", "sub", "rsub", "subtract"}
+
+#: Functions with constants that may be numbers.
+_WITH_NUMBERS = {*_SUMS, "where", "masked_fill", "maximum", "minimum"}
 
 
 def name_of(func: Any) -> str:
@@ -156,6 +164,8 @@ def name_of(func: Any) -> str:
     Example:
         >>> [name_of(f) for f in (torch.add, torch.Tensor.add_, torch.Tensor.__iadd__)]
         ['add', 'add', 'add']
+        >>> [name_of(f) for f in (torch.special.expit, torch.arctan)]
+        ['sigmoid', 'atan']
         >>> name_of(torch.Tensor.__rsub__), name_of(torch.Tensor.T.__get__)
         ('rsub', 'T')
     """
@@ -163,7 +173,8 @@ def name_of(func: Any) -> str:
     if name == "__get__":
         return getattr(func.__self__, "__name__", name)
     if not name.startswith("__"):
-        return name.rstrip("_") or name
+        name = (name.strip("_") or name).removeprefix("special_")
+        return _ALIASES.get(name, name)
     name = name.strip("_")
     return name[1:] if name[:1] == "i" and name[1:] in _OPERATORS else name
 
@@ -182,6 +193,9 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 
 def run_linearised(call: FunctionCall) -> Any:
     """Run a function by its rule. At least one of its arguments depends on the model's inputs."""
+    if not call.args and "input" in call.kwargs and "condition" not in call.kwargs:
+        kwargs = dict(call.kwargs)
+        call = replace(call, args=(kwargs.pop("input"),), kwargs=kwargs)
     if is_in_place(call.func):
         return _run_in_place(call)
     place = _place_of_inplace(call.func)
@@ -215,7 +229,7 @@ def _by_rule(call: FunctionCall) -> Any:
     *("sigmoid", "hardsigmoid", "exp", "exp2", "softplus", "logsigmoid", "log", "log2", "log10"),
     *("cos", "cosh", "acos", "rsqrt", "reciprocal", "erfc", "rpow", "linalg_inv", "inverse"),
     *("sign", "sgn", "heaviside", "floor_divide", "floordiv", "remainder", "mod", "fmod"),
-    *("topk", "sort", "msort", "kthvalue", "multinomial", "bernoulli"),
+    *("topk", "sort", "msort", "kthvalue", "multinomial", "bernoulli", "item", "tolist"),
 )
 def _held_fixed(call: FunctionCall) -> Any:
     """Gates, rates, positions and routers."""
@@ -228,17 +242,19 @@ def _held_fixed(call: FunctionCall) -> Any:
 @_rule("div", "truediv", "true_divide", "divide", "rtruediv", "rdiv")
 def _divided(call: FunctionCall) -> Any:
     """A divisor is a scale, and is held fixed."""
-    numerator, divisor = (call.args[1], call.args[0]) if call.name[0] == "r" else call.args[:2]
-    if not varies(numerator):
-        return _held_fixed(call)
-    return call.changed(lambda x: x.detach() if x is divisor and varies(x) else x).run()
+    first, second = call.first, call.argument(1, "other")
+    options = {name: x for name, x in call.kwargs.items() if name != "other"}
+    if call.name[0] == "r":
+        first = fixed(first)
+    else:
+        second = fixed(second)
+    return replace(call, args=(first, second, *call.args[2:]), kwargs=options).run()
 
 
-@_rule("type_as", "expand_as", "view_as", "reshape_as")
+@_rule("type_as", "expand_as", "view_as", "reshape_as", "to")
 def _shaped(call: FunctionCall) -> Any:
-    """The second argument gives only a shape or a dtype."""
-    x, like = call.args
-    return call.run() if varies(x) else _held_fixed(replace(call, args=(x, like.detach())))
+    """Another argument gives only a shape or a dtype."""
+    return call.run() if varies(call.first) else _held_fixed(call)
 
 
 @_rule("linalg_solve_triangular", "linalg_solve", "solve_triangular")
@@ -278,8 +294,6 @@ def _elementwise(call: FunctionCall) -> Any:
         at_zero = call.of(x.new_zeros(()))
         if at_zero.any():  # NaN and infinity count too
             return _held_fixed(call)
-    if not call.args:
-        call = replace(call, args=(x,), kwargs={n: v for n, v in call.kwargs.items() if v is not x})
     return times_ratio(x, call.of)
 
 
@@ -297,7 +311,8 @@ def _gated(call: FunctionCall) -> Any:
 
 @_rule(
     *("mul", "multiply", "rmul", "matmul", "rmatmul", "mm", "bmm", "mv", "dot", "vdot", "inner"),
-    *("outer", "ger", "einsum", "tensordot", "kron", "cross", "bilinear"),
+    *("outer", "ger", "einsum", "tensordot", "kron", "cross"),
+    *("linalg_matmul", "linalg_multi_dot", "linalg_vecdot", "linalg_cross"),
 )
 def _product(call: FunctionCall) -> Any:
     """Each factor that depends on the inputs gets an equal part of the gradient."""
@@ -309,9 +324,12 @@ def _product(call: FunctionCall) -> Any:
 
 @_rule("addmm", "addmv", "addr", "baddbmm", "addbmm", "addcmul")
 def _added_product(call: FunctionCall) -> Any:
-    summand, *factors = call.args
-    call = replace(call, args=(call.lifted(summand), *_halved(factors)))
-    return call.run()
+    names = [name for name in call.kwargs if name not in ("alpha", "beta", "value", "out_dtype")]
+    summand, *factors = [*call.args, *(call.kwargs[name] for name in sorted(names))]
+    if not any(map(varies, factors)):  # their product is a constant
+        factors[0] = call.lifted(factors[0])
+    options = {name: x for name, x in call.kwargs.items() if name not in names}
+    return replace(call, args=(call.lifted(summand), *_halved(factors)), kwargs=options).run()
 
 
 @_rule(
@@ -325,6 +343,13 @@ def _affine(call: FunctionCall) -> Any:
     if bias is not None:
         halved[id(bias)] = call.lifted(bias)
     return call.changed(lambda y: halved.get(id(y), y)).run()
+
+
+@_rule("bilinear")
+def _bilinear(call: FunctionCall) -> Any:
+    x, y, weight, *rest = call.args
+    bias = rest[0] if rest else call.kwargs.get("bias")
+    return replace(call, args=(*_halved([x, y]), weight, call.lifted(bias)), kwargs={}).run()
 
 
 def _halved(factors: list[Any]) -> list[Any]:
@@ -345,9 +370,25 @@ def _halved(factors: list[Any]) -> list[Any]:
 )
 def _with_constants(call: FunctionCall) -> Any:
     """Fixed summands are terms of their own, so that all shares sum to the whole."""
+    if call.name in _SUMS:
+        like = next(x for x in tensors_in((call.args, call.kwargs)) if varies(x))
+        whole = {id(x): x.to(like) for x in tensors_in(call.args) if not x.dtype.is_floating_point}
+        call = call.changed(lambda y: whole.get(id(y), y) if like.is_floating_point() else y)
     if call.name in _WITH_NUMBERS:
-        return call.changed(call.lifted, kwargs=False).run()
+        options = {n: y if n == "alpha" else call.lifted(y) for n, y in call.kwargs.items()}
+        return replace(call, args=substitute(call.args, call.lifted), kwargs=options).run()
     return call.changed(lambda y: call.lifted(y) if isinstance(y, Tensor) else y).run()
+
+
+@_rule("pad")
+def _padded(call: FunctionCall) -> Any:
+    """Padding with a number is padding with zeros, and a constant."""
+    x, sizes = call.first, call.argument(1, "pad")
+    value = call.argument(3, "value") or 0.0
+    if call.argument(2, "mode", "constant") != "constant" or not value:
+        return call.run()
+    zeros = replace(call, args=(x, sizes), kwargs={}).run()
+    return zeros + constant(call.of(torch.zeros_like(x)), call.one)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -385,7 +426,7 @@ def _norm_of_groups(call: FunctionCall) -> Any:
 def _norm_of_instances(call: FunctionCall) -> Any:
     x = call.first
     if not call.argument(5, "use_input_stats", True):
-        return call.run()
+        return _batch_norm(call)  # which has the same arguments in the same places
     return _norm_of_channels(
         call,
         x,
@@ -462,18 +503,13 @@ def _attention(call: FunctionCall) -> Any:
     names = ("query", "key", "value")
     query, key, value = (call.argument(place, name) for place, name in enumerate(names))
     if call.softmax_gradient and varies(value) and (varies(query) or varies(key)):
-        shares = [(query, 0.25), (key, 0.25), (value, 0.5)]
-        given = {id(x): scaled_gradient(x, by) for x, by in shares if varies(x)}
-    elif varies(value):
-        given = {id(x): x.detach() for x in (query, key) if varies(x) and x is not value}
-        if query is value or key is value:
-            given[id(value)] = value
+        shares = (query, 0.25), (key, 0.25), (value, 0.5)
+        query, key, value = (scaled_gradient(x, by) if varies(x) else x for x, by in shares)
     else:
-        return _held_fixed(call)
-    mask = call.argument(3, "attn_mask")
-    if varies(mask):
-        given[id(mask)] = mask.detach()
-    return call.changed(lambda x: given.get(id(x), x)).run()
+        query, key = fixed((query, key))
+    options = {name: x for name, x in call.kwargs.items() if name not in names}
+    args = (query, key, value, *fixed(call.args[3:]))
+    return replace(call, args=args, kwargs=fixed(options)).run()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -495,23 +531,45 @@ def _run_in_place(call: FunctionCall) -> Any:
         return _set_item(call)
     if call.name in ("detach", "squeeze", "unsqueeze", "transpose", "t", "swapaxes"):
         return call.run()  # only the shape changes
+    _lift_content(call, target._base)
     if call.name in ("copy", "fill", "zero"):
         value = call.lifted(0.0 if call.name == "zero" else [*call.args, *call.kwargs.values()][1])
         write = torch.Tensor.copy_ if isinstance(value, Tensor) else torch.Tensor.fill_
         return call.proceed(write, (target, value), {})
-    function = getattr(torch.Tensor, call.name, None) or getattr(torch, call.name)
-    # Products and constants are kept for the backward pass, so they must not be overwritten.
-    kept = target.clone() if _rules.get(call.name) is _product or not varies(target) else target
-    value = _by_rule(replace(call, func=function, args=(kept, *call.args[1:])))
-    return call.proceed(torch.Tensor.copy_, (target, call.lifted(value)), {})
+    # What is kept for the backward pass must not be overwritten.
+    overwritten = _rules.get(call.name) in (_with_constants, _elementwise, _held_fixed)
+    kept = target if overwritten and varies(target) else target.clone()
+    args = tuple(kept if x is target else x for x in call.args)
+    value = _by_rule(replace(call, func=_not_in_place(call), args=args))
+    if not varies(value) and not target._is_view():
+        call.proceed(torch.Tensor.detach_, (target,), {})
+    elif not varies(value):
+        value = call.lifted(value)
+    return call.proceed(torch.Tensor.copy_, (target, value), {})
+
+
+def _not_in_place(call: FunctionCall) -> Any:
+    """Return the function that returns what an in-place function writes."""
+    for place in (torch.Tensor, torch, torch.nn.functional):
+        if hasattr(place, call.name):
+            return getattr(place, call.name)
+    raise UnsupportedModelError(
+        f"The function {call.func.__name__!r} works in place, and what it makes of its input is "
+        "unknown: write it with a function that returns its result."
+    )
 
 
 def _set_item(call: FunctionCall) -> None:
     target, index, value = call.args
-    if target.is_floating_point() and not varies(target):
-        # What stays of the old content is a constant.
-        call.proceed(torch.Tensor.copy_, (target, constant(target.clone(), call.one)), {})
+    _lift_content(call, target if target._base is None else target._base)
     call.proceed(call.func, (target, index, call.lifted(value)), call.kwargs)
+
+
+def _lift_content(call: FunctionCall, x: Tensor | None) -> None:
+    """Make the content of a fixed tensor a constant: a part of it may stay."""
+    if x is not None and x.is_floating_point() and not varies(x):
+        call.proceed(torch.Tensor.copy_, (x, constant(x.clone(), call.one)), {})
+        varies(call.first)  # a view notices that its base has changed when it is asked
 
 
 @functools.cache

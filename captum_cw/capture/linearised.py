@@ -13,6 +13,7 @@ understood.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,15 +84,28 @@ class Linearised:
         """The embeddings and floating inputs, from which gradients are taken."""
         return [*self._tokens.leaves, *self._inputs]
 
+    def again(self) -> Linearised:
+        """Return a follower for a part of the pass that runs once more: it finds no new leaves."""
+        again = copy.copy(self)
+        again._tokens = self._tokens.again()
+        return again
+
     def __call__(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Run a torch function with a linear gradient."""
-        active = any(map(varies, tensors_in((args, kwargs))))
-        args, kwargs = substitute((args, kwargs), _without_parameter)
-        if not active:
-            with torch.enable_grad():  # tensors made without it must not be overwritten with it
-                return self._tokens.run(func, args, kwargs, proceed)
+        # A part of the model may compute without gradients, or in inference mode.
+        with torch.inference_mode(False), torch.enable_grad():
+            active = any(map(varies, tensors_in((args, kwargs))))
+            args, kwargs = substitute((args, kwargs), _without_parameter)
+            if active:
+                return self._linear(func, args, kwargs, proceed)
+            return self._tokens.run(func, args, kwargs, proceed)
+
+    def _linear(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
+    ) -> Any:
+        """Run a function of something that depends on the inputs."""
         name = name_of(func)
         if name in _PASSED_ON:
             return args[0] if is_in_place(func) else args[0].view_as(args[0])
@@ -101,10 +115,9 @@ class Linearised:
                 "unknown what becomes of them: write this part with torch functions."
             )
         call = FunctionCall(func, name, args, kwargs, proceed, self.one, self._softmax_gradient)
-        with torch.enable_grad():
-            if self._examines and self.unequal is None and not is_in_place(func):
-                return self._examined(call)
-            return run_linearised(call)
+        if self._examines and self.unequal is None and not is_in_place(func):
+            return self._examined(call)
+        return run_linearised(call)
 
     def _examined(self, call: FunctionCall) -> Any:
         """Run a function, and check that its shares sum to its value."""
@@ -139,4 +152,8 @@ class Linearised:
 
 def _without_parameter(x: Any) -> Any:
     """Detach the parameters of the model, which never get a gradient."""
-    return x.detach() if isinstance(x, Tensor) and x.is_leaf and x.requires_grad else x
+    if not isinstance(x, Tensor):
+        return x
+    if x.is_inference():  # autograd cannot keep it
+        return x.detach().clone()
+    return x.detach() if x.is_leaf and x.requires_grad else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -100,14 +101,15 @@ def parameters_of(model: nn.Module, forward: Callable[..., Any] | None = None) -
 def device_of(model: nn.Module) -> torch.device:
     """Return the device for a model's inputs.
 
-    It is the CPU for an offloaded model, whose hooks move the inputs.
+    It is the CPU for an offloaded model, whose hooks move the inputs, and for a model that holds no
+    tensors.
 
     Example:
         >>> device_of(model)
         device(type='cpu')
     """
-    device = next(model.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
+    held = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if held is None or held.is_meta else held.device
 
 
 def text_config(model: nn.Module) -> object:

@@ -287,53 +287,45 @@ def products_observed(
         path = flow()
         if path is not None and not path.touched(args, kwargs):
             path = None
-        if not _is_linear(func, args, kwargs):
+        operands = _operands(func, args, kwargs)
+        if operands is None:
             if path is None:
                 return proceed(func, args, kwargs)
             return path.run(func, args, kwargs, proceed)
         # A linear product is the end of the path, so it runs without the recorded graph.
         given = (args, kwargs) if path is None else path.plain((args, kwargs))
         result = proceed(func, *given)
-        changed = listener(_linear_product(func, result, args, kwargs))
+        x, weight, bias, of = operands
+        changed = listener(LinearProduct(x, weight, bias, result, of))
         return result if changed is None else changed
 
     with following(follow):
         yield
 
 
-def _is_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a function multiplies states by a weight."""
+def _operands(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Callable[[Tensor], Tensor]] | None:
+    """Return the input, weight, bias and ``of`` of a linear product; None for other functions."""
     if func is torch.nn.functional.linear:
-        return True
+        x, weight, bias = (
+            _argument(args, kwargs, place, name)
+            for place, name in enumerate(("input", "weight", "bias"))
+        )
+        plain = isinstance(weight, nn.Parameter) or type(weight) is Tensor
+        plain = plain and type(weight.detach()) is Tensor
+        again = partial(func, weight=weight, bias=bias)
+        return x, weight.detach().T if plain else None, bias, again
     if kwargs:
-        return False
-    if getattr(func, "__name__", "") in ("matmul", "__matmul__"):
-        return len(args) == 2 and all(isinstance(x, Tensor) for x in args) and args[1].dim() == 2
-    return func is torch.addmm
-
-
-def _linear_product(
-    func: Any, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LinearProduct:
-    if func is torch.nn.functional.linear:
-        return _product_of_linear(result, *args, **kwargs)
+        return None
     if func is torch.addmm:
         bias, x, weight = args
-        return LinearProduct(x, weight, bias, result, lambda x: func(bias, x, weight))
-    x, weight = args
-    return LinearProduct(x, weight, None, result, lambda x: func(x, weight))
-
-
-def _product_of_linear(
-    result: Tensor,
-    input: Tensor,  # noqa: A002  torch uses this name
-    weight: Tensor,
-    bias: Tensor | None = None,
-) -> LinearProduct:
-    plain = isinstance(weight, nn.Parameter) or type(weight) is Tensor
-    plain = plain and type(weight.detach()) is Tensor
-    again = partial(torch.nn.functional.linear, weight=weight, bias=bias)
-    return LinearProduct(input, weight.detach().T if plain else None, bias, result, again)
+        return x, weight, bias, lambda x: func(bias, x, weight)
+    is_product = getattr(func, "__name__", "") in ("matmul", "__matmul__") and len(args) == 2
+    if is_product and all(isinstance(x, Tensor) for x in args) and args[1].dim() == 2:
+        x, weight = args
+        return x, weight, None, lambda x: func(x, weight)
+    return None
 
 
 def projection(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from captum_cw.capture.patching import wrapped_method
+from captum_cw.capture.patching import set_to, wrapped_method
 
 __all__ = ["Around", "around_passes"]
 
@@ -42,12 +42,9 @@ def around_passes(model: nn.Module, around: Around, method: Method = "forward") 
         yield
         return
     wrap = functools.partial(_WrappedMethod, model, method)
-    with wrapped_method(model, method, "passes", wrap):
-        token = _around.set((*_around.get(), (model, method, around)))
-        try:
-            yield
-        finally:
-            _around.reset(token)
+    arounds = *_around.get(), (model, method, around)
+    with wrapped_method(model, method, "passes", wrap), set_to(_around, arounds):
+        yield
 
 
 class _WrappedMethod:

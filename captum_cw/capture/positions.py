@@ -8,139 +8,63 @@ row, and models with rotary positions do not have a table.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture.dispatch import Proceed, following
 from captum_cw.capture.listeners import suspended
-from captum_cw.capture.model import special_ids, text_config, two_tokens
+from captum_cw.capture.model import special_ids, two_tokens
 from captum_cw.capture.restoring import evaluating
+from captum_cw.capture.rounding import are_near
 
-__all__ = ["check_positions", "explain_length", "position_ids"]
+__all__ = ["check_positions", "position_ids"]
 
 #: The largest row at which a table may start. Those of RoBERTa and OPT start after padding rows.
 OFFSET = 4
-#: The types of numbers of rows; masks are not among them.
-ROWS = (torch.int32, torch.int64)
 
 
 def check_positions(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise a ValueError if a model looks up positions beyond the end of their table.
 
     Args:
-        func: The function that the model calls. Only embeddings, :func:`torch.gather` and indexing
-            can be lookups.
+        func: The function that the model calls. Only embeddings and :func:`torch.gather` can
+            be lookups.
         args: The positional arguments of the call.
         kwargs: The keyword arguments of the call.
     """
-    lookup = _find_lookup(func, args, kwargs)
-    if lookup is None or int(lookup.rows.max()) < lookup.size:
-        return
-    run = lookup.run()
-    if run is not None:
-        first, length = run
-        # With a cache or given positions, the first row is not the start of the text.
-        offset = first if first <= OFFSET else 0
-        raise ValueError(_too_long(first + length - offset, lookup.size - offset))
-
-
-def _too_long(length: int, limit: int) -> str:
-    """Return the error message for a text that is longer than the table of positions."""
-    return (
-        f"The text has {length} tokens, but the model's table of positions ends after {limit}: cut "
-        f"the text (truncation=True, max_length={limit}) or use a model with a longer context."
-    )
-
-
-def explain_length(model: nn.Module, T: int) -> str | None:
-    """Return the error message if a text is too long for a model's table of positions.
-
-    A pass over a short text finds the table.
-
-    Args:
-        model: The model.
-        T: The number of tokens of the text.
-
-    Returns:
-        The message; None if the text is not longer than the table, or the model does not have one.
-    """
-    configured = getattr(text_config(model), "max_position_embeddings", None)
-    short = two_tokens(model)
-    if short is None or not isinstance(configured, int) or not 0 < configured < T:
-        return None
-    short["input_ids"][:, 1:] = short["input_ids"][:, :1]  # equal ids are not positions
-    limits = []
-
-    def record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed) -> Any:
-        lookup = _find_lookup(func, args, kwargs)
-        run = None if lookup is None else lookup.run()
-        if lookup is not None and run is not None:
-            limits.append(lookup.size - run[0])
-        return proceed(func, args, kwargs)
-
-    try:
-        with suspended(), following(record):  # the pass is not part of what is observed
-            model(**short)
-    except Exception:  # the model also fails on a short text
-        return None
-    limit = min(limits, default=T)
-    return _too_long(T, min(configured, limit)) if limit < T else None
-
-
-@dataclass(frozen=True)
-class _Lookup:
-    """A lookup of rows in a table.
-
-    Args:
-        rows: The rows, ``(B, T)`` or ``(T,)``.
-        size: The number of rows of the table.
-        padding: The row for padding; None if the call does not name it.
-    """
-
-    rows: Tensor
-    size: int
-    padding: int | None
-
-    def run(self) -> tuple[int, int] | None:
-        """Return the first row and the number of rows; None if they are not consecutive."""
-        rows = self.rows
-        row = rows if rows.dim() == 1 else rows[rows.amax(-1).argmax()]
-        if self.padding is not None:
-            row = row[row != self.padding]
-        values, counts = torch.unique(row, return_counts=True)
-        if len(counts) and counts[0] > 1:  # all padding shares one row, before the first position
-            values = values[1:]
-        length = len(values)
-        if length < 2 or int(values[-1] - values[0]) + 1 != length:  # these are ids of a vocabulary
-            return None
-        return int(values[0]), length
-
-
-def _find_lookup(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Lookup | None:
-    padding = None
     if func is torch.nn.functional.embedding:
-        rows, table = _bind(args, kwargs, "input", "weight")
-        dim, padding = 0, kwargs.get("padding_idx")
+        (rows, table), dim = args, 0
     elif func in (torch.gather, Tensor.gather):
-        table, dim, rows = _bind(args, kwargs, "input", "dim", "index")
-    elif func is Tensor.__getitem__:
-        table, rows = args
-        dim = 0
+        given = {**dict(zip(("input", "dim", "index"), args, strict=False)), **kwargs}
+        table, dim, rows = given["input"], given["dim"], given["index"]
     else:
-        return None
-    known = isinstance(rows, Tensor) and isinstance(table, Tensor)
-    if not known or rows.is_meta or rows.dtype not in ROWS or not rows.numel():
-        return None
-    return _Lookup(rows[..., 0] if rows.dim() > 2 else rows, table.shape[dim], padding)
-
-
-def _bind(args: tuple[Any, ...], kwargs: Mapping[str, Any], *names: str) -> tuple[Any, ...]:
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return tuple(given.get(name) for name in names)
+        return
+    if not isinstance(rows, Tensor) or rows.is_meta or not rows.numel():
+        return
+    rows, size = rows[..., 0] if rows.dim() > 2 else rows, table.shape[dim]
+    if int(rows.max()) < size:
+        return
+    row = rows if rows.dim() == 1 else rows[rows.amax(-1).argmax()]
+    padding = kwargs.get("padding_idx")
+    if padding is not None:
+        row = row[row != padding]
+    values, counts = torch.unique(row, return_counts=True)
+    if len(counts) and counts[0] > 1:  # all padding shares one row, before the first position
+        values = values[1:]
+    length = len(values)
+    if length < 2 or int(values[-1] - values[0]) + 1 != length:  # these are ids of a vocabulary
+        return
+    # With a cache or given positions, the first row is not the start of the text.
+    first = int(values[0])
+    offset = first if first <= OFFSET else 0
+    limit = size - offset
+    raise ValueError(
+        f"The text has {first + length - offset} tokens, but the model's table of positions ends "
+        f"after {limit}: cut the text (truncation=True, max_length={limit}) or use a model with a "
+        "longer context."
+    )
 
 
 def position_ids(
@@ -164,32 +88,21 @@ def position_ids(
         return None
     if model not in _counting:
         _counting[model] = _find_counting(model)
-    counting = _counting[model]
+    from_zero, skips_padding = _counting[model]
     # Images may have positions on a grid, which only the model knows.
-    if not counting.from_zero or (has_images and counting.skips_padding):
+    if not from_zero or (has_images and skips_padding):
         return None
     return (token_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, -T:]
 
 
-@dataclass(frozen=True)
-class _Counting:
-    """How a model counts the positions of a text.
-
-    Args:
-        from_zero: Whether position ids 0, 1, 2 change nothing. RoBERTa counts from its padding.
-        skips_padding: Whether padding before a text changes nothing without position ids.
-    """
-
-    from_zero: bool
-    skips_padding: bool
+#: Whether position ids 0, 1, 2 change nothing in a model (RoBERTa counts from its padding), and
+#: whether padding before a text changes nothing without position ids.
+_counting: WeakKeyDictionary[nn.Module, tuple[bool, bool]] = WeakKeyDictionary()
 
 
-_counting: WeakKeyDictionary[nn.Module, _Counting] = WeakKeyDictionary()
-
-
-def _find_counting(model: nn.Module) -> _Counting:
+def _find_counting(model: nn.Module) -> tuple[bool, bool]:
     """Find out how a model counts by passes over three tokens."""
-    unknown = _Counting(from_zero=True, skips_padding=False)
+    unknown = True, False
     text = two_tokens(model, 3)
     if text is None:
         return unknown
@@ -205,7 +118,7 @@ def _find_counting(model: nn.Module) -> _Counting:
             skipped = _first_states(behind, 4)[:, 1:]
     except Exception:  # the model does not run on a plain text
         return unknown
-    return _Counting(_is_near(plain, counted), _is_near(plain, skipped))
+    return are_near(plain, counted), are_near(plain, skipped)
 
 
 def _first_states(output: Any, T: int) -> Tensor:
@@ -213,8 +126,3 @@ def _first_states(output: Any, T: int) -> Tensor:
     results = output.values() if isinstance(output, Mapping) else output
     results = [results] if isinstance(results, Tensor) else list(results)
     return next(x for x in results if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] == T)
-
-
-def _is_near(a: Tensor, b: Tensor) -> bool:
-    tolerance = max(1e-4, 8 * torch.finfo(a.dtype).eps) * float(a.abs().max())
-    return torch.allclose(a, b, rtol=0, atol=tolerance)

@@ -31,6 +31,7 @@ from captum_cw.capture.dispatch import Proceed, following
 from captum_cw.capture.hidden_states import GivenStates
 from captum_cw.capture.module_stack import Run, running
 from captum_cw.capture.output_projection import in_place, same_place
+from captum_cw.capture.patching import set_to
 from captum_cw.capture.rounding import rounding
 from captum_cw.functional import FrozenUpdate, ResidualSum
 
@@ -95,23 +96,38 @@ class _Function:
 
 @dataclass(kw_only=True)
 class _Path:
-    """The way of a tensor through functions and modules.
+    """The way of an attention output to the residual stream, and of their sum to its norm.
 
     Args:
         name: The name of the attention layer.
         on_update: The function that receives what is found.
-        now: The tensor in its current form.
+        output: The output of the projection.
         given: The inputs of the layer's modules; None if the stream was not requested.
         before: The modules that were already running when the path began.
-        reader: The module that uses the tensor, while it runs.
+        now: The output in its current form, or the sum that contains it.
+        reader: The module that uses ``now``, while it runs.
+        steps: The functions that have been applied to the output, each with the tensor that it
+            received.
+        gain_and_bias: The gain and bias of the norm that has been applied to the output.
+        added: The output when it was added, ``(B, T, d)``; None before.
+        update: How the output was changed before it was added.
+        sum: The sum with the residual stream; None until the stream is added.
+        normed: The sum with its norm; None without a norm.
     """
 
     name: str
     on_update: OnUpdate
-    now: Tensor
+    output: Tensor
     given: GivenStates | None
     before: tuple[Run, ...]
+    now: Tensor
     reader: nn.Module | None = None
+    steps: list[tuple[_Function, Tensor]] = field(default_factory=list)
+    gain_and_bias: tuple[Tensor, Tensor] | None = None
+    added: Tensor | None = None
+    update: FrozenUpdate | None = None
+    sum: ResidualSum | None = None
+    normed: ResidualSum | None = None
 
     def inside(self) -> nn.Module | None:
         """Return the innermost running module that received the tensor; None if none did."""
@@ -120,21 +136,6 @@ class _Path:
                 return run.module
         return None
 
-
-@dataclass(kw_only=True)
-class _UpdatePath(_Path):
-    """The way of an attention output to the residual stream.
-
-    Args:
-        output: The output of the projection.
-        steps: The functions that have been applied to it, each with the tensor that it received.
-        gain_and_bias: The gain and bias of the norm that has been applied to it.
-    """
-
-    output: Tensor
-    steps: list[tuple[_Function, Tensor]] = field(default_factory=list)
-    gain_and_bias: tuple[Tensor, Tensor] | None = None
-
     def apply_steps(self, output: Tensor) -> Tensor:
         """Apply the same functions to another output."""
         for function, received in self.steps:
@@ -142,7 +143,7 @@ class _UpdatePath(_Path):
             output = step.func(*step.args, **step.kwargs)
         return output
 
-    def update(self) -> FrozenUpdate | None:
+    def find_update(self) -> FrozenUpdate | None:
         """Return how the output has been changed; None if it has not."""
         if same_place(self.now, self.output):
             return None
@@ -154,25 +155,6 @@ class _UpdatePath(_Path):
         return update
 
 
-@dataclass(kw_only=True)
-class _SumPath(_Path):
-    """The way of a sum that contains an attention output, until its norm is known.
-
-    Args:
-        given: The inputs of the layer's modules.
-        update: How the output was changed before it was added.
-        added: The output when it was added, ``(B, T, d)``.
-        sum: The sum with the residual stream; None until the stream is added.
-        normed: The sum with its norm; None without a norm.
-    """
-
-    given: GivenStates
-    update: FrozenUpdate | None
-    added: Tensor
-    sum: ResidualSum | None = None
-    normed: ResidualSum | None = None
-
-
 class ResidualUpdates:
     """Follows attention outputs in this thread, inside :meth:`watching`.
 
@@ -182,7 +164,7 @@ class ResidualUpdates:
 
     def __init__(self, roots: Collection[nn.Module]) -> None:
         self._modules = {module for root in roots for module in root.modules()}
-        self._path: _UpdatePath | _SumPath | None = None
+        self._path: _Path | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -190,13 +172,9 @@ class ResidualUpdates:
         with ExitStack() as stack:
             for module in self._modules:
                 stack.callback(module.register_forward_hook(self._leave).remove)
-            token = _following.set(self)
-            try:
-                with following(self):
-                    yield
-            finally:
-                _following.reset(token)
-                self._path = None
+            with set_to(_following, self), following(self):
+                yield
+        self._path = None
 
     def follow(
         self, name: str, output: Tensor, on_update: OnUpdate, given: GivenStates | None = None
@@ -211,13 +189,13 @@ class ResidualUpdates:
                 the first sum.
         """
         self.check_arrived()
-        self._path = _UpdatePath(
+        self._path = _Path(
             name=name,
             on_update=on_update,
-            now=output,
+            output=output,
             given=given,
             before=running(),
-            output=output,
+            now=output,
         )
 
     def check_arrived(self) -> None:
@@ -225,7 +203,7 @@ class ResidualUpdates:
         path = self._path
         if path is None:
             return
-        if isinstance(path, _UpdatePath):
+        if path.added is None:
             raise _unknown(path, "nothing that could be seen")
         if path.sum is None:
             raise UnsupportedModelError(
@@ -235,7 +213,7 @@ class ResidualUpdates:
             )
         self._finish(path, path.normed or path.sum)
 
-    def _finish(self, path: _SumPath, residual: ResidualSum) -> None:
+    def _finish(self, path: _Path, residual: ResidualSum) -> None:
         self._path = None
         path.on_update(path.update, residual)
 
@@ -243,11 +221,11 @@ class ResidualUpdates:
         path = self._path
         if _following.get() is not self or path is None or path.reader is not module:
             return None
-        if isinstance(path, _SumPath):
-            return self._leave_with_sum(path, module, result)
-        return self._leave_with_update(path, module, result)
+        if path.added is None:
+            return self._leave_with_update(path, module, result)
+        return self._leave_with_sum(path, module, result)
 
-    def _leave_with_update(self, path: _UpdatePath, module: nn.Module, result: Any) -> Any:
+    def _leave_with_update(self, path: _Path, module: nn.Module, result: Any) -> Any:
         """Treat the module that used an output as its norm, or refuse the model."""
         what = type(module).__name__
         if not isinstance(result, Tensor) or result.shape != path.now.shape:
@@ -264,7 +242,7 @@ class ResidualUpdates:
         other = path.on_update(update, None)
         return None if other is None else module.forward(path.apply_steps(other))
 
-    def _leave_with_sum(self, path: _SumPath, module: nn.Module, result: Any) -> None:
+    def _leave_with_sum(self, path: _Path, module: nn.Module, result: Any) -> None:
         """Record the norm that used the sum, or finish if the module is not a norm."""
         assert path.sum is not None
         if path.normed is None:
@@ -283,23 +261,16 @@ class ResidualUpdates:
             return function.run()
         if not any(same_place(x, path.now) for x in function.given):
             return function.run()
-        if isinstance(path, _UpdatePath):
+        if path.added is None:
             if path.given is None or function.name not in SUMS or path.inside():
                 return self._follow_update(path, function)
-            self._path = path = _SumPath(
-                name=path.name,
-                on_update=path.on_update,
-                now=path.now,
-                given=path.given,
-                before=path.before,
-                update=path.update(),
-                added=path.given.by_example(path.now).clone(),
-            )
+            path.update = path.find_update()
+            path.added = path.given.by_example(path.now).clone()
         if path.sum is None:
             return self._follow_to_stream(path, function)
         return self._follow_beyond_stream(path, path.sum, function)
 
-    def _follow_update(self, path: _UpdatePath, function: _Function) -> Any:
+    def _follow_update(self, path: _Path, function: _Function) -> Any:
         """Run a function on an output that is on its way to a sum or a norm."""
         inside = path.inside()
         changes = in_place(function.func) or "out" in function.kwargs
@@ -316,15 +287,17 @@ class ResidualUpdates:
             return function.run() if changes else result
         if function.name not in SUMS:
             raise _unknown(path, f"{function.name!r}")
-        update = path.update()
+        update = path.find_update()
         self._path = None
         other = path.on_update(update, None)
         if other is None:
             return function.run() if changes else result
         return function.substitute(path.now, path.apply_steps(other)).run()
 
-    def _follow_to_stream(self, path: _SumPath, function: _Function) -> Any:
+    def _follow_to_stream(self, path: _Path, function: _Function) -> Any:
         """Run a function on a sum that the stream has not joined yet."""
+        assert path.given is not None
+        assert path.added is not None
         other = _other_summand(path, function)
         # A copy, since the sum may overwrite it.
         stream = other.clone() if other is not None and path.given.holds(other) else None
@@ -341,9 +314,7 @@ class ResidualUpdates:
                 self._finish(path, path.sum)
         return result
 
-    def _follow_beyond_stream(
-        self, path: _SumPath, residual: ResidualSum, function: _Function
-    ) -> Any:
+    def _follow_beyond_stream(self, path: _Path, residual: ResidualSum, function: _Function) -> Any:
         """Run a function on the sum with the stream, to find a norm that is applied to it."""
         if _other_summand(path, function) is not None:  # the sum continues without a norm
             self._finish(path, residual)
@@ -378,7 +349,7 @@ def _is_new_state(result: Any, x: Tensor) -> bool:
 
 
 def _normed(
-    residual: ResidualSum, path: _SumPath, module: nn.Module, result: Any
+    residual: ResidualSum, path: _Path, module: nn.Module, result: Any
 ) -> ResidualSum | None:
     """Return the sum with the module that used it as its norm; None if it is not a norm."""
     if not isinstance(result, Tensor) or result.shape != path.now.shape:
@@ -386,6 +357,7 @@ def _normed(
     if any(weight.dim() > 1 for weight in module.parameters()):
         return None  # the module may need other arguments, so it is not called
     with torch.no_grad():
+        assert path.given is not None
         gain, bias = _gain_and_bias(module, path.now)
         x, y = (path.given.by_example(z) for z in (path.now, result))
         norm = _frozen(x, y, gain, bias)

@@ -42,6 +42,7 @@ class _Snapshot:
         self.x = x
         self.version: int | None = None
         self.content: Any = None
+        self.has_gradient = isinstance(x, Tensor) and x.grad_fn is not None
         if is_lazy(x):  # the size of this buffer is known after the first pass
             return
         if isinstance(x, Tensor):
@@ -59,6 +60,8 @@ class _Snapshot:
         if isinstance(x, Tensor):
             if self.version is not None and _version(x) == self.version:
                 return
+            if x.grad_fn is not None and not self.has_gradient and not x._is_view():
+                x.detach_()  # a pass with gradients wrote into it
             if content is not None:
                 x.detach().copy_(content)
             elif self.version is not None:

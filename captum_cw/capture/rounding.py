@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-__all__ = ["product_rounding", "rounding"]
+__all__ = ["are_near", "product_rounding", "rounding"]
 
 #: The precision of float32 operands in matrix products, by the names of PyTorch's settings: TF32
 #: keeps ten bits of the mantissa, and bfloat16 keeps seven.
@@ -38,6 +38,17 @@ def product_rounding(*tensors: Tensor) -> float:
     if all(torch.finfo(x.dtype).bits == 64 for x in tensors):
         return rounding(*tensors)
     return max(rounding(*tensors), *(KEPT.get(setting, 0.0) for setting in _settings()))
+
+
+def are_near(a: Tensor, b: Tensor) -> bool:
+    """Whether two results of the same products are equal up to rounding; NaN equals NaN.
+
+    Example:
+        >>> are_near(torch.ones(2), torch.ones(2) + 1e-6), are_near(torch.ones(2), torch.ones(3))
+        (True, False)
+    """
+    tolerance = max(1e-4, 8 * product_rounding(a)) * float(a.detach().nan_to_num().abs().max())
+    return a.shape == b.shape and torch.allclose(a, b, 0, tolerance, equal_nan=True)
 
 
 def _settings() -> list[str]:

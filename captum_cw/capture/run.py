@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -36,27 +36,12 @@ __all__ = [
     "Runner",
     "expected_layers",
     "ignore_layer",
-    "layer_argument",
     "no_attention",
 ]
 
 Result = TypeVar("Result")
 Kinds = Literal["self", "cross", "all"]
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The options of one pass, as in :meth:`Runner.observe`."""
-
-    space: Space
-    states: StateSpace | None
-    stream: bool
-    one_text: bool
-    text: TextLayers | None
-    normaliser: Scope | None
-    description: str
-    show_progress: bool
 
 
 class _ShortenedError(Exception):
@@ -152,7 +137,6 @@ class Runner:
         one_text: bool = False,
         text_only: bool = False,
         normaliser: Scope | None = None,
-        description: str = "layers",
         show_progress: bool = False,
     ) -> tuple[list[tuple[Execution, Result]], Any]:
         """Run the model once and apply ``on_layer`` to each chosen layer, in order.
@@ -172,7 +156,6 @@ class Runner:
             text_only: Whether to skip the layers of a vision tower if no layers were chosen.
             normaliser: The scope of the outputs that a measure divides by. A warning counts those
                 that vanish. None if the measure does not divide.
-            description: The label of the progress bar.
             show_progress: Whether to show a progress bar over the layers, after two seconds.
 
         Returns:
@@ -188,28 +171,29 @@ class Runner:
         call = forward_call(self.model, called, inputs, additional_forward_args)
         if call.last_only and self._needs_all_logits:
             call = call.with_all_logits()
-        options = _Options(
+        run = partial(
+            self._pass,
+            on_layer=on_layer,
             space="residual" if stream else space,
             states=states,
             stream=stream,
             one_text=one_text,
             text=call.text if text_only and self.chosen is None else None,
             normaliser=None if stream else normaliser,
-            description=description,
             show_progress=show_progress,
         )
         try:
-            results, output, vanishing = self._pass(call, on_layer, options)
+            results, output, vanishing = run(call)
         except UnsupportedModelError as error:
-            hint = self._choice_of_text_layers(call, options)
-            if hint is None:
+            if call.text is None or self.chosen is not None or text_only:
                 raise
             raise UnsupportedModelError(
-                f"{error} To leave out the layers that do not read the text, give {hint}."
+                f"{error} If the layer does not read the text, give the layers that do, such as "
+                "layer=[m.self_attn for m in model.get_decoder().layers]."
             ) from error
         except _ShortenedError:
             self._needs_all_logits = True
-            results, output, vanishing = self._pass(call.with_all_logits(), on_layer, options)
+            results, output, vanishing = run(call.with_all_logits())
         if vanishing:
             warnings.warn(
                 f"{vanishing} attention outputs vanish: their rows are returned as zeros.",
@@ -221,8 +205,15 @@ class Runner:
     def _pass(
         self,
         call: ForwardCall,
+        *,
         on_layer: Callable[[Execution, AttentionLayer], Result],
-        options: _Options,
+        space: Space,
+        states: StateSpace | None,
+        stream: bool,
+        one_text: bool,
+        text: TextLayers | None,
+        normaliser: Scope | None,
+        show_progress: bool,
     ) -> tuple[list[tuple[Execution, Result]], Any, int]:
         """Return the results of the layers, the model's output, and the number of vanishing rows.
 
@@ -233,22 +224,22 @@ class Runner:
         vanishing = longest = 0
         expected = None if self.chosen is None else len(self.chosen)
 
-        with progress_bar(expected, options.description, show=options.show_progress) as bar:
+        with progress_bar(expected, "layers", show=show_progress) as bar:
 
             def collect(execution: Execution, layer: AttentionLayer) -> None:
                 nonlocal vanishing, longest
-                if options.one_text:
+                if one_text:
                     _refuse_cross_attention([execution])
                 longest = max(longest, layer.T)
                 if call.last_only and longest > layer.T:
                     raise _ShortenedError
-                layer = layer.seen_in(options.space)
+                layer = layer.seen_in(space)
                 if bar.total is None:
                     bar.total = expected_layers(self.roots, [execution])
                 result = on_layer(execution, layer)
                 results.append((replace(execution, states=None), result))
-                if options.normaliser is not None:
-                    vanishing += layer.vanishing(options.normaliser)
+                if normaliser is not None:
+                    vanishing += layer.vanishing(normaliser)
                 bar.update()
 
             observation = Observation(
@@ -257,10 +248,10 @@ class Runner:
                 self.chosen,
                 kind=self.kind if self.chosen is None else "all",
                 real=call.token_masks,
-                states=options.states,
-                space=options.space,
-                stream=options.stream,
-                text=options.text,
+                states=states,
+                space=space,
+                stream=stream,
+                text=text,
             )
             with (
                 torch.no_grad(),
@@ -268,32 +259,24 @@ class Runner:
                 observation,
                 uncompiled(),
             ):
-                try:
-                    output = run_on_copies(self.forward_func, call.kwargs, call.args)
-                except Exception as error:
-                    ran = {execution.kind for execution in observation.executions}
-                    explanation = call.explain(error, ran)
-                    if explanation is None:
-                        raise
-                    raise ValueError(explanation) from error
+                output = self._output(call, observation)
         executions = observation.executions
         self.check_executions(executions)
-        if options.one_text:
+        if one_text:
             chosen = self.chosen or [e.module for e in executions]
             places = [n for n, e in enumerate(executions) if e.module in chosen]
             _refuse_cross_attention(executions[places[0] : places[-1] + 1])
         return results, output, vanishing
 
-    def _choice_of_text_layers(self, call: ForwardCall, options: _Options) -> str | None:
-        """Return the argument ``layer=`` that chooses the layers of the text; None if it fails."""
-        if self.chosen is not None or call.text is None or options.text is not None:
-            return None
-        options = replace(options, text=call.text, show_progress=False)
+    def _output(self, call: ForwardCall, observation: Observation) -> Any:
+        """Run the model, and explain its errors by the inputs if these are the reason."""
         try:
-            results, _, _ = self._pass(call.with_all_logits(), ignore_layer, options)
-        except (UnsupportedModelError, ValueError):  # the layers of the text cannot be observed
-            return None
-        return layer_argument([execution.name for execution, _ in results], self.roots[0])
+            return run_on_copies(self.forward_func, call.kwargs, call.args)
+        except Exception as error:
+            explanation = call.explain(error, {e.kind for e in observation.executions})
+            if explanation is None:
+                raise
+            raise ValueError(explanation) from error
 
     def check_executions(self, executions: list[Execution]) -> None:
         """Check that the chosen layers have run."""
@@ -333,27 +316,6 @@ def _check_layers(layers: list[Any] | None, model: nn.Module | None) -> None:
             )
         if known is not None and module not in known:
             raise ValueError(f"layer {type(module).__name__} is not part of the model.")
-
-
-def layer_argument(names: Sequence[str], model: nn.Module) -> str:
-    """Return the argument ``layer=`` that chooses modules of a model, as users would write it.
-
-    Args:
-        names: The names of the modules.
-        model: The model.
-
-    Example:
-        >>> layer_argument(["model.layers.0.self_attn", "model.layers.1.self_attn"], model)
-        'layer=[m.self_attn for m in model.model.layers]'
-    """
-    names = list(dict.fromkeys(names))
-    parts = [re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name) for name in names]
-    places = {(part[1], part[3]) for part in parts if part is not None}
-    if all(parts) and len(places) == 1:
-        around, inside = places.pop()
-        if len(names) == len(list(model.get_submodule(around).children())):
-            return f"layer=[m.{inside} for m in model.{around}]"
-    return f"layer=[model.get_submodule(name) for name in {names}]"
 
 
 def ignore_layer(execution: Execution, layer: AttentionLayer) -> None:

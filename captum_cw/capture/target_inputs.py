@@ -72,23 +72,19 @@ class Arguments:
 def own_arguments(call: ForwardCall, inputs: Any) -> Arguments:
     """Return copies of the arguments, and those among the inputs that a target is attributed to."""
     args, kwargs = own_copy((list(call.args), dict(call.kwargs)))
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    given = {id(x) for x in ((values,) if isinstance(values, Tensor) else values)}
-    ids: _Given = {}
-    floating: _Given = {}
-    for mine, theirs in ((args, call.args), (kwargs, call.kwargs)):
-        _find_inputs(mine, theirs, given, ids, floating)
-    return Arguments(args, kwargs, ids, floating)
-
-
-def _find_inputs(mine: Any, theirs: Any, given: set[int], ids: _Given, floating: _Given) -> None:
-    for key, x in theirs.items() if isinstance(theirs, Mapping) else enumerate(theirs):
-        if isinstance(x, Mapping) and id(x) not in given:
-            _find_inputs(mine[key], x, {id(y) for y in x.values()}, ids, floating)
-        if not isinstance(x, Tensor) or id(x) not in given or "mask" in str(key) or key == "labels":
-            continue
-        found = _Input(mine[key], functools.partial(operator.setitem, mine, key), x)
-        if x.is_floating_point():
-            floating[key] = found
-        elif key in IDS or key == 0:
-            ids[key] = found
+    found = Arguments(args, kwargs, {}, {})
+    if isinstance(inputs, Mapping):
+        main, given = None, list(inputs.values())
+    else:
+        given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        main = given[0]
+    places: list[tuple[Any, Any]] = [(kwargs, call.kwargs), (args, dict(enumerate(call.args)))]
+    places += [(args[n], x) for n, x in enumerate(call.args) if isinstance(x, Mapping)]
+    for mine, theirs in places:
+        for key, x in theirs.items():
+            if "mask" in str(key) or key == "labels" or not any(x is y for y in given):
+                continue
+            if isinstance(x, Tensor) and (x.is_floating_point() or key in IDS or x is main):
+                kind = found.floating if x.is_floating_point() else found.ids
+                kind[key] = _Input(mine[key], functools.partial(operator.setitem, mine, key), x)
+    return found

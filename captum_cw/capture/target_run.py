@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from captum_cw.capture.activation_modules import activations_as_one
+from captum_cw.capture.attention import attention_calls
 from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelError, find_weights
 from captum_cw.capture.dispatch import following
 from captum_cw.capture.embedded_tokens import NOWHERE, Leaf
@@ -20,6 +21,7 @@ from captum_cw.capture.linear_rules import varies
 from captum_cw.capture.linearised import Linearised
 from captum_cw.capture.model import device_of, evaluation_mode, uncompiled
 from captum_cw.capture.observation import Execution, HeadObservation, names_of
+from captum_cw.capture.recomputing import recomputing
 from captum_cw.capture.rounding import rounding
 from captum_cw.capture.run import Inputs, Runner
 from captum_cw.capture.target_inputs import Arguments, own_arguments
@@ -64,11 +66,17 @@ class TargetPass:
         """Return the shares in the form of Captum's ``inputs``."""
         if isinstance(inputs, Mapping):
             return self.shares if len(self.shares) > 1 else next(iter(self.shares.values()))
-        by_tensor = {id(self.given[name]): share for name, share in self.shares.items()}
         tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
-        nothing = torch.float32
-        found = tuple(by_tensor.get(id(x), torch.zeros_like(x, dtype=nothing)) for x in tensors)
-        return found[0] if isinstance(inputs, Tensor) else found
+        left = list(self.given)  # a tensor may be given twice
+        found = []
+        for x in tensors:
+            name = next((name for name in left if self.given[name] is x), None)
+            share = None
+            if name is not None:
+                left.remove(name)
+                share = self.shares.get(name)
+            found.append(torch.zeros_like(x, dtype=torch.float32) if share is None else share)
+        return found[0] if isinstance(inputs, Tensor) else tuple(found)
 
     @property
     def delta(self) -> Tensor:
@@ -214,7 +222,7 @@ class TargetRunner:
                 lone = weights.to(recorded.linear), self._constants(recorded, weights)
             for heads in recorded.heads:
                 if on_layer is not None and not heads.is_done:  # the target does not depend on it
-                    _finish(heads, torch.zeros_like(heads.layer.head_gradient), on_layer)
+                    _finish(heads, heads.layer.head_gradient, on_layer)
         shares, sizes = _shares(recorded.linearised.leaves, grads, recorded.arguments)
         results = [(heads.execution, heads.result) for heads in recorded.heads]
         found = TargetPass(
@@ -250,6 +258,8 @@ class TargetRunner:
     ) -> _Recorded:
         """Run the linearised model, whose modules stay as they are until ``stack`` is left."""
         runner = self.runner
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         arguments = own_arguments(call, inputs)
         linearised = self._linearise(arguments, examines)
         heads: list[_Heads] = []
@@ -267,11 +277,18 @@ class TargetRunner:
             text=call.text if text_only and runner.chosen is None else None,
         )
         modules = list(dict.fromkeys(m for root in runner.roots for m in root.modules()))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluation_mode(runner.roots, runner.model))
         stack.enter_context(uncompiled())
-        with following(linearised), activations_as_one(modules), observation:
+
+        def again() -> AbstractContextManager[Any]:
+            return self._again(linearised, modules)
+
+        with (
+            following(linearised),
+            activations_as_one(modules),
+            recomputing(runner.roots, again),
+            observation,
+        ):
             try:
                 output = runner.forward_func(*arguments.args, **arguments.kwargs)
             except Exception as error:
@@ -287,6 +304,18 @@ class TargetRunner:
         linear = _linear_values(values, outputs, callable(target) or callable(contrast))
         detached = values.detach().float()
         return _Recorded(linearised, arguments, heads, _fixed(output), detached, linear, outputs)
+
+    @staticmethod
+    @contextmanager
+    def _again(linearised: Linearised, modules: list[nn.Module]) -> Iterator[None]:
+        """Run a part of the model once more, as in the forward pass."""
+        with (
+            torch.enable_grad(),
+            following(linearised.again()),
+            activations_as_one(modules),
+            attention_calls(modules, lambda call: None),
+        ):
+            yield
 
     def _linearise(self, arguments: Arguments, examines: bool) -> Linearised:
         """Start a linearised pass, and put its inputs among the arguments."""
@@ -339,8 +368,8 @@ class TargetRunner:
             if isinstance(error, (UnsupportedModelError, torch.OutOfMemoryError)):
                 raise
             raise UnsupportedModelError(
-                f"The model has no backward pass in evaluation mode ({type(error).__name__}: "
-                f"{error}), so targets cannot be attributed to its inputs."
+                "The backward pass of the model fails, so targets cannot be attributed to its "
+                f"inputs ({type(error).__name__}: {str(error).partition(chr(10))[0]})."
             ) from error
         return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)]
 
@@ -428,7 +457,7 @@ def _watched(
         layer = TargetLayer(
             weights=find_weights(seen, mask, execution.name),
             value=seen.read(seen.value),
-            head_gradient=seen.head_output.transpose(1, 2),
+            head_gradient=_zeros(call),
             mask=mask,
         )
     heads = _Heads(execution, layer)
@@ -441,6 +470,12 @@ def _watched(
     if varies(call.returned):
         heads.hook = call.returned.register_hook(on_gradient)  # type: ignore[no-untyped-call]
     return heads
+
+
+def _zeros(call: AttentionCall) -> Tensor:
+    """Return the gradient of a target that does not depend on a call, ``(B, H, T, d_h)``."""
+    zero = call.value.new_zeros((), dtype=call.dtype)
+    return zero.expand(call.B, call.H, call.T, call.value.shape[-1])
 
 
 def _finish(

@@ -16,8 +16,7 @@ from typing import Any
 
 from captum_cw.cli.answer import as_json
 from captum_cw.cli.parsing import UsageError, parser
-from captum_cw.cli.problems import message_of
-from captum_cw.cli.streams import CLOSED, discard_unread, flush, tolerant_streams
+from captum_cw.cli.streams import CLOSED, discard_unread, flush, tolerate_all_characters
 
 __all__ = ["VERSION", "main", "parser"]
 
@@ -43,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         1
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
-    with tolerant_streams():
+    tolerate_all_characters()
+    try:
         try:
-            try:
-                return _parse_and_run(given)
-            finally:
-                flush()
-        except BrokenPipeError:
-            discard_unread(sys.stdout)
-            discard_unread(sys.stderr)
-            return CLOSED
+            return _parse_and_run(given)
+        finally:
+            flush()
+    except BrokenPipeError:
+        discard_unread(sys.stdout)
+        discard_unread(sys.stderr)
+        return CLOSED
 
 
 def _parse_and_run(given: list[str]) -> int:
@@ -79,7 +78,7 @@ def _run(options: Namespace) -> int:
     except Exception as error:
         if options.debug:
             raise
-        _report(error, f"{options.parser.prog}: error: {message_of(error)}", options.json)
+        _report(error, f"{options.parser.prog}: error: {_message_of(error)}", options.json)
         return 1
     if answer is not None:  # otherwise another process of the same run prints the answer
         if options.json:
@@ -92,7 +91,16 @@ def _run(options: Namespace) -> int:
 def _report(error: BaseException, line: str, json: bool) -> None:
     print(line, file=sys.stderr)
     if json and os.environ.get("RANK", "0") == "0":  # only one process of a run prints JSON
-        _print_json({"error": message_of(error), "type": type(error).__name__})
+        _print_json({"error": _message_of(error), "type": type(error).__name__})
+
+
+def _message_of(error: BaseException) -> str:
+    """Return the message of an error in one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted."
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"There is no {error.filename}."
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from captum_cw.visualization.text import normalized_scores
 
 #: The page of a longer text has no maps.
 MAPPED = 1024
+#: The measures of a prediction.
+OF_TARGET = (measures.TARGET, measures.INPUT)
 #: The number of tokens in the printed table.
 TOP = 10
 
@@ -45,52 +47,145 @@ def run(options: Namespace) -> Answer:
     if not text:
         options.parser.error("the text is empty: give at least one token")
     prompt = [{"role": "user", "content": text}] if options.chat else text
-    template = options.chat_template_kwargs
 
     model, tokenizer = load(options, options.model)
-    entry = measures.find(options.method)
+    if options.method in (None, *OF_TARGET) and options.reduction is None:
+        answer = _explain_prediction(options, model, tokenizer, prompt)
+        if answer is not None:
+            return answer
+    return _score(options, model, tokenizer, prompt)
+
+
+def _explain_prediction(
+    options: Namespace, model: Any, tokenizer: Any, prompt: Any
+) -> Answer | None:
+    """Explain a prediction; None for an output of several tokens, or without a prediction."""
+    if options.target is not None and options.contrast is None and options.method is None:
+        generates = model.can_generate()
+        if generates and len(tokenizer.encode(options.target, add_special_tokens=False)) > 1:
+            return None
+    read = read_text(
+        tokenizer,
+        prompt,
+        add_generation_prompt=True,
+        chat_template_kwargs=options.chat_template_kwargs,
+    )
+    explanation = explain(
+        model,
+        tokenizer,
+        read.ids.to(device_of(model)),
+        target=options.target,
+        contrast=options.contrast,
+        top_k=0 if options.out is None or read.ids.shape[1] > MAPPED else 32,
+        show_progress=True,
+    )
+    if measures.TARGET not in explanation.scores:
+        if options.method is not None:
+            raise ValueError(
+                f"{type(model).__name__} predicts neither a token nor a class here: use "
+                "--method contribution."
+            )
+        return None
+    method = options.method or measures.TARGET
+    if options.out is not None:
+        if len(explanation.tokens) > MAPPED:
+            _say_without_maps(len(explanation.tokens))
+            explanation = replace(explanation, maps={}, heads=())
+        explanation.save_page(options.out)
+    files = [] if options.out is None else [str(options.out)]
+    found = explanation.settings
+    document = {
+        "model": options.model,
+        "method": method,
+        "reduction": None,
+        "target": found["target"],
+        "contrast": found.get("contrast"),
+        "probability": _number(found.get("target probability")),
+        "contrast_probability": _number(found.get("contrast probability")),
+        "tokens": list(explanation.tokens),
+        "scores": explanation.scores[method].tolist(),
+        "files": files,
+    }
+    shown = dict.fromkeys((method, *OF_TARGET, "contribution"))
+    scores = {name: explanation.scores[name] for name in shown if name in explanation.scores}
+    title, hint = _question(found), found.get("hint")
+    return Answer(document, lambda: _show(title, scores, explanation.tokens, files, hint))
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None else float(text)
+
+
+def _question(found: Mapping[str, Any]) -> str:
+    """Return the question that the scores answer, with the probabilities of its words."""
+
+    def word(role: str) -> str:
+        probability = found.get(f"{role} probability")
+        return repr(found[role]) + ("" if probability is None else f" (probability {probability})")
+
+    if "contrast" not in found:
+        return f"Why {word('target')}?"
+    return f"Why {word('target')}, and not {word('contrast')}?"
+
+
+def _score(options: Namespace, model: Any, tokenizer: Any, prompt: Any) -> Answer:
+    """Score tokens by a measure of layers, or for an output of several tokens."""
+    template = options.chat_template_kwargs
+    of_target = options.target is not None and options.method is None
+    method = options.method or (measures.TARGET if of_target else "contribution")
+    entry = measures.find(method)
     assert entry is not None  # the parser accepts only registered names
     reduction: Reduction = options.reduction or "mean"
-    scorer = TokenScores(entry.attribution()(model), reduction=reduction)
+    measure = entry.attribution()(model)
     if options.target is None:
         read = read_text(
             tokenizer, prompt, add_generation_prompt=True, chat_template_kwargs=template
         )
         ids = read.ids.to(device_of(model))
+        scorer = TokenScores(measure, reduction=reduction)
         scores = scorer.attribute(ids, show_progress=True)[0].cpu()
         tokens = readable_tokens(tokenizer, ids[0])
-        title = f"{options.method}, {reduction} over the positions of the text"
+        title = f"{method}, {reduction} over the positions of the text"
         if options.out is not None:
-            label = options.method if reduction == "mean" else f"{options.method}, {reduction}"
+            label = method if reduction == "mean" else f"{method}, {reduction}"
             _explanation(model, tokenizer, ids, label, scores).save_page(options.out)
     else:
         check_generates_text(
             model, "leave --target out to score the tokens of the text in its attention layers"
         )
-        result = LLMTokenAttribution(scorer, tokenizer).attribute(
+        result = LLMTokenAttribution(measure, tokenizer).attribute(
             prompt, target=options.target, chat_template_kwargs=template, show_progress=True
         )
         tokens, scores = result.input_tokens, result.seq_attr
-        title = f"{options.method}, for the output {options.target!r}"
+        title = f"{method}, for the output {options.target!r}"
         if options.out is not None:
-            Explanation.from_llm(result, options.method).save_page(options.out)
+            Explanation.from_llm(result, method).save_page(options.out)
     files = [] if options.out is None else [str(options.out)]
     document = {
         "model": options.model,
-        "method": options.method,
+        "method": method,
         "reduction": reduction if options.target is None else None,
         "target": options.target,
+        "contrast": None,
+        "probability": None,
+        "contrast_probability": None,
         "tokens": tokens,
         "scores": scores.tolist(),
         "files": files,
     }
-    return Answer(document, lambda: _show(title, options.method, scores, tokens, files))
+    return Answer(document, lambda: _show(title, {method: scores}, tokens, files))
 
 
 def _check_usage(options: Namespace) -> None:
     usage_error = options.parser.error
     if options.target is not None and options.reduction is not None:
         usage_error("--reduction applies to all positions, --target to some: give one of them")
+    if options.contrast is not None and options.target is None:
+        usage_error("--contrast is subtracted from a target: give --target too")
+    if options.contrast is not None and options.method not in (None, *OF_TARGET):
+        usage_error(f"--contrast needs --method {' or '.join(OF_TARGET)}, or none")
+    if options.method in OF_TARGET and options.reduction is not None:
+        usage_error(f"--reduction does not apply to --method {options.method}: leave it out")
     if options.chat_template_kwargs is not None and not options.chat:
         usage_error("--chat-template-kwargs applies to a chat: give --chat too")
     if options.out is not None and not options.out.absolute().parent.is_dir():
@@ -111,27 +206,36 @@ def _explanation(
 ) -> Explanation:
     """Return the explanation by all measures, with the given scores among them."""
     if ids.shape[1] > MAPPED:
-        print(
-            f"The text has {ids.shape[1]} tokens, so its page shows scores but not maps. Maps grow "
-            f"with the square of the length; pages of up to {MAPPED} tokens have them.",
-            file=sys.stderr,
-        )
+        _say_without_maps(ids.shape[1])
         return Explanation(readable_tokens(tokenizer, ids[0]), {label: scores})
     explanation = explain(model, tokenizer, ids, show_progress=True)
-    if label in explanation.scores:  # means, which explain computes too
-        return explanation
     return replace(explanation, scores={**explanation.scores, label: scores})
 
 
+def _say_without_maps(T: int) -> None:
+    print(
+        f"The text has {T} tokens, so its page shows scores but not maps. Maps grow with the "
+        f"square of the length; pages of up to {MAPPED} tokens have them.",
+        file=sys.stderr,
+    )
+
+
 def _show(
-    title: str, method: str, scores: Tensor, tokens: Sequence[str], files: Sequence[str]
+    title: str,
+    scores: Mapping[str, Tensor],
+    tokens: Sequence[str],
+    files: Sequence[str],
+    hint: str | None = None,
 ) -> None:
     out = console()
     out.print(Text(title, style="bold"), end="\n\n")
-    normalized = normalized_scores({method: scores}, tokens, sink(tokens))
-    coloured_text(out, tokens, normalized[method])
-    top = scores.abs().topk(min(TOP, len(tokens))).indices.tolist()
-    out.print(token_table(tokens, {method: scores}, normalized, top))
+    normalized = normalized_scores(scores, tokens, sink(tokens))
+    first = next(iter(scores))
+    coloured_text(out, tokens, normalized[first])
+    top = scores[first].abs().topk(min(TOP, len(tokens))).indices.tolist()
+    out.print(token_table(tokens, scores, normalized, top))
     out.print(SINK_NOTE, style="dim")
+    if hint is not None:
+        out.print(Text(hint, style="bold"))
     if files:
         show_files(files)

@@ -17,6 +17,7 @@ from captum_cw.cli.demo_figures import (
     save_figures,
 )
 from captum_cw.cli.output import SINK_NOTE, announce, token_table
+from captum_cw.measures import TARGET
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model
 from captum_cw.text.tokens import sink
 from captum_cw.visualization.text import normalized_scores
@@ -59,11 +60,13 @@ def _show(text: str, explanation: ExplainedPrediction) -> None:
     normalized = normalized_scores(scores, tokens, sink(tokens))
     out.print(token_table(tokens, scores, normalized, range(len(tokens))))
     out.print(
-        "Contributions and attention explain the attention outputs at the last position. "
-        "Integrated Gradients explain the log-probability of the prediction. " + SINK_NOTE,
+        "Target contributions explain the logit of the prediction, and Integrated Gradients its "
+        "log-probability. Contributions and attention explain the attention outputs at the last "
+        "position. " + SINK_NOTE,
         style="dim",
         end="\n\n",
     )
     for name, seconds in explanation.seconds.items():
-        passes = f"{IG_STEPS} forward and backward passes" if name == IG else "one forward pass"
+        passes = "one forward and one backward pass" if name == TARGET else "one forward pass"
+        passes = f"{IG_STEPS} forward and backward passes" if name == IG else passes
         out.print(f"{name:<20} {seconds:6.1f} s  {passes}")

@@ -1,7 +1,8 @@
-"""The demo: three methods explain why a small model predicts its next token.
+"""The demo: four methods explain why a small model predicts its next token.
 
-Contributions and attention explain the attention outputs at the last position. Integrated Gradients
-explain the log-probability of the predicted token. These are related questions, but not the same.
+Contributions to the target explain the logit of the predicted token, and Integrated Gradients its
+log-probability. Contributions and attention explain the attention outputs at the last position.
+These are related questions, but not the same.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from captum.attr import LayerIntegratedGradients
 from torch import Tensor, nn
 
 from captum_cw._utils.progress import progress_bar
-from captum_cw.attr import AttentionWeights, ContributionWeights, TokenScores
+from captum_cw.attr import AttentionWeights, ContributionWeights, TargetContributions, TokenScores
 from captum_cw.capture.outputs import logits_of
 from captum_cw.explanation.builder import explain
+from captum_cw.measures import TARGET
 from captum_cw.text.tokens import sink
 from captum_cw.visualization import (
     plot_attention_and_contribution,
@@ -76,6 +78,12 @@ def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> Explained
     prediction = int(probabilities.argmax())
 
     scores, seconds = {}, {}
+    start = time.perf_counter()
+    found = TokenScores(
+        TargetContributions(model), reduction="sum", layers="sum", heads="sum", signed=True
+    )
+    scores[TARGET] = found.attribute(ids, target=prediction)[0].cpu()
+    seconds[TARGET] = time.perf_counter() - start
     for method in (ContributionWeights, AttentionWeights):
         start = time.perf_counter()
         scorer = TokenScores(method(model), queries=-1)
@@ -136,7 +144,7 @@ def save_figures(
 
     Returns:
         The files: ``explanation.html``, an interactive page with all measures, layers and heads;
-        ``scores.png``, the scores of the three methods; and ``maps.png``, the maps of the four
+        ``scores.png``, the scores of the four methods; and ``maps.png``, the maps of the four
         heads in which one token contributes most at the last position.
     """
     folder.mkdir(parents=True, exist_ok=True)

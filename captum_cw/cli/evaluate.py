@@ -10,13 +10,13 @@ from typing import Any
 from rich.table import Column, Table
 from torch import Tensor
 
+from captum_cw._utils.extras import imported
 from captum_cw._utils.processes import Processes
 from captum_cw.capture.run import Runner, ignore_layer
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import load
-from captum_cw.cli.problems import need
-from captum_cw.cli.run_folder import evaluate_into, save_tasks
+from captum_cw.cli.run_folder import save_result
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, TITLES, Side
@@ -31,8 +31,10 @@ def run(options: Namespace) -> Answer | None:
     """Evaluate methods on texts, tasks or both. Only the main process returns an answer."""
     processes = Processes()
     _check_usage(options, processes)
-    need("pandas", *["datasets"] * (options.data is not None), *["lm_eval"] * bool(options.tasks))
     # What can fail quickly comes first.
+    imported("pandas", "evaluate")
+    if options.tasks is not None:
+        imported("lm_eval", "tasks")
     texts = None
     if options.data is not None:
         texts = load_texts(options.data, samples=None if options.pack else options.samples)
@@ -43,11 +45,10 @@ def run(options: Namespace) -> Answer | None:
     files: list[Path] = []
     result, tasks = None, None
     if texts is not None:
-        batches = _batches(options, model, tokenizer, texts)
-        result, files = _evaluate_texts(options, model, tokenizer, batches, processes)
+        result, files = _evaluate_texts(options, model, tokenizer, texts, processes)
     if options.tasks is not None:
         tasks = _evaluate_tasks(options, model, tokenizer)
-        files = files + save_tasks(tasks, options.out)
+        files = files + save_result(tasks, options.out)
     if not processes.is_main:
         return None
 
@@ -74,9 +75,13 @@ def _check_usage(options: Namespace, processes: Processes) -> None:
         usage_error("--apply-chat-template needs --tasks")
 
 
-def _batches(
-    options: Namespace, model: Any, tokenizer: Any, texts: Sequence[str]
-) -> list[dict[str, Tensor]]:
+def _evaluate_texts(
+    options: Namespace,
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    processes: Processes,
+) -> tuple[FaithfulnessResult, list[Path]]:
     batches = token_batches(
         texts,
         tokenizer,
@@ -87,16 +92,7 @@ def _batches(
         bos=options.bos,
     )
     device = next(model.parameters()).device
-    return [{name: x.to(device) for name, x in batch.items()} for batch in batches]
-
-
-def _evaluate_texts(
-    options: Namespace,
-    model: Any,
-    tokenizer: Any,
-    batches: list[dict[str, Tensor]],
-    processes: Processes,
-) -> tuple[FaithfulnessResult, list[Path]]:
+    batches = [{name: x.to(device) for name, x in batch.items()} for batch in batches]
     metric = ComprehensivenessSufficiency(
         model,
         options.rates,
@@ -105,9 +101,13 @@ def _evaluate_texts(
         **_removal(options),
     )
     _check_longest(model, batches)
-    methods = {name: name for name in options.methods}
-    shard = processes.count > 1
-    return evaluate_into(options.out, metric, methods, batches, shard=shard, show_progress=True)
+    result = metric.evaluate(
+        {name: name for name in options.methods},
+        batches,
+        resume_from=options.out / "run.records",
+        shard=processes.count > 1,
+    )
+    return result, save_result(result, options.out) if processes.is_main else []
 
 
 def _removal(options: Namespace) -> RemovalKeywords:
@@ -138,18 +138,13 @@ def _check_longest(model: Any, batches: list[dict[str, Tensor]]) -> None:
     Raises:
         ValueError: If the model cannot read the text.
     """
-    examples = (
-        ids[mask != 0]
-        for batch in batches
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    )
-    longest = max(examples, key=len)
+    batch = max(batches, key=lambda batch: batch["input_ids"].shape[1])
     try:
-        Runner(model).observe({"input_ids": longest[None]}, ignore_layer)
+        Runner(model).observe(batch, ignore_layer)
     except (IndexError, ValueError) as error:
         raise ValueError(
-            f"The longest text has {len(longest)} tokens, and the model cannot run it: {error} "
-            "Use --length to cut texts."
+            f"The longest text has {batch['input_ids'].shape[1]} tokens, and the model cannot run "
+            f"it: {error} Use --length to cut texts."
         ) from error
 
 
@@ -234,8 +229,8 @@ def _show_texts(texts: dict[str, Any], first: str) -> None:
     corpus = texts["clean_corpus"]
     note = "" if corpus is None else f" (corpus perplexity {corpus:.4g})"
     out.print(
-        f"{texts['quantity']} of {_plural(texts['examples'], 'text')} with nothing removed: "
-        f"{texts['clean']:.4g}{note}, in {_plural(texts['processes'], 'process', 'processes')}"
+        f"{texts['quantity']} with nothing removed: {texts['clean']:.4g}{note} "
+        f"(texts: {texts['examples']}, processes: {texts['processes']})"
     )
     for side, title in TITLES.items():
         effects = texts[side]
@@ -290,10 +285,6 @@ def _verdicts(rates: Sequence[float], better: Sequence[str | None]) -> str:
         f"{'undecided' if method is None else f'{method} better'} at {', '.join(percents)}"
         for method, percents in by_method.items()
     )
-
-
-def _plural(count: int, singular: str, plural: str = "") -> str:
-    return f"{count} {singular if count == 1 else plural or singular + 's'}"
 
 
 def _percent(rate: float) -> str:

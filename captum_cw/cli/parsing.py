@@ -43,7 +43,8 @@ completion, for bash, zsh, fish, tcsh or powershell:
 
 examples:
   captum-cw demo
-  captum-cw attribute --model M --text "The capital of France is" --target " Paris"
+  captum-cw attribute --model M --text "The capital of France is" --target " Paris" \\
+      --contrast " Rome"
   captum-cw COMMAND --help"""
 
 
@@ -155,7 +156,8 @@ def _add_attribute(commands: Any) -> None:
         "Score the tokens of a text, or the tokens of a prompt for a given output.",
         """\
   captum-cw attribute --model M --file story.txt --out page.html
-  captum-cw attribute --model M --text "The capital of France is" --target " Paris"
+  captum-cw attribute --model M --text "The capital of France is" --target " Paris" \\
+      --contrast " Rome"
   captum-cw attribute --model M --chat --text "Name a city" --target "Paris"
   captum-cw attribute --model M --chat --text "Hi" --chat-template-kwargs '{"x": 1}'
   captum-cw attribute --model M --text "Ice is cold" --json > scores.json""",
@@ -165,13 +167,15 @@ def _add_attribute(commands: Any) -> None:
     text = command.add_mutually_exclusive_group(required=True)
     _add(text, "--text T", "the text", type=utf8_text)
     _add(text, "--file F", "a UTF-8 file that contains the text", shtab.FILE, type=Path)
-    target = "the output to explain; the text is its prompt"
+    target = "the word or class to explain (default: what the model predicts)"
     _add(command, "--target T", target, type=utf8_text)
+    contrast = "explain why --target, and not this"
+    _add(command, "--contrast T", contrast, type=utf8_text)
     chat = "treat the text as a user's message, and apply the tokenizer's chat template"
     _add(command, "--chat", chat, action="store_true")
     _add_template_arguments(command, "--chat")
-    names = measures.names()
-    _add(command, "--method", "the measure", choices=names, default=names[0])
+    method = "the measure (default: target, or contribution if the model predicts nothing)"
+    _add(command, "--method", method, choices=measures.names(targets=True))
     reduction = "reduction over query positions, without --target (default: mean)"
     _add(command, "--reduction", reduction, choices=choices.REDUCTIONS)
     page = "save an interactive page; without --target it shows all measures and heads"
@@ -217,7 +221,7 @@ def _add_texts(group: Any) -> None:
 
 
 def _add_removal(group: Any) -> None:
-    methods = (*measures.names(controls=True), measures.RANDOM)
+    methods = (*measures.names(controls=True, targets=True), measures.RANDOM)
     _add(
         group,
         "--methods A,B",

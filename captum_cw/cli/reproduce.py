@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.table import Table
 
+from captum_cw._utils.extras import imported
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import check_generates_text, load
-from captum_cw.cli.problems import need
 from captum_cw.data import load_texts
 from captum_cw.reproduce import (
     PAPER_DATA,
@@ -40,7 +40,10 @@ def run(options: Namespace) -> Answer:
     tasks = options.tasks or (PAPER_TASKS if paper else ())
     if not models or not data:
         options.parser.error("give --model and --data, or --preset paper, which chooses both")
-    need("datasets", "pandas", "scipy", "sklearn", *["lm_eval"] * bool(options.tasks))
+    for library in ("datasets", "pandas", "scipy", "sklearn"):
+        imported(library, "analysis")
+    if options.tasks:
+        imported("lm_eval", "tasks")
     # Texts are loaded before models, because a failure is then quick.
     texts = {name: load_texts(name, samples=plan.needed) for name in data}
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import TextIO
 
@@ -13,19 +11,11 @@ from typing import TextIO
 CLOSED = 141
 
 
-@contextmanager
-def tolerant_streams() -> Iterator[None]:
-    r"""Write characters that a stream cannot encode as escapes, such as ``\u2190``."""
-    changed: list[tuple[TextIOWrapper, str | None]] = []
+def tolerate_all_characters() -> None:
+    r"""Let streams write characters that they cannot encode as escapes, such as ``\u2190``."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            changed.append((stream, stream.errors))
             stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    finally:
-        for stream, errors in changed:
-            stream.reconfigure(errors=errors)
 
 
 def flush() -> None:

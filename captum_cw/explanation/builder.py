@@ -30,7 +30,6 @@ from captum_cw.explanation.target import (
 from captum_cw.functional import AttentionLayer, Measure, Space, map_blocks
 from captum_cw.measures import TARGET, Entry
 from captum_cw.text.prompts import Text, leading, model_inputs, read_text
-from captum_cw.text.templates import RenderedChat
 from captum_cw.text.tokens import readable_ids, readable_tokens, word_numbers
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def explain(
     question = Question(target, contrast)
     parts = None
     if question.is_asked or predicts(tokenizer, ids, output, causal=layers.causal):
-        parts = _target_parts(model, tokenizer, inputs, output, question)
+        parts = _target_parts(model, tokenizer, inputs, output, question, causal=layers.causal)
     if parts is not None:
         scores, maps = {**parts.scores, **scores}, {TARGET: parts.map, **maps}
         settings = {**parts.settings, **settings}
@@ -149,7 +148,7 @@ def explain(
         words=word_numbers(tokenizer, ids[0]),
         text=read.text,
         offsets=read.offsets,
-        messages=read.messages if isinstance(read, RenderedChat) else None,
+        messages=read.messages,
         settings=settings,
     )
 
@@ -160,10 +159,12 @@ def _target_parts(
     inputs: Mapping[str, Any],
     output: Any,
     question: Question,
+    *,
+    causal: bool,
 ) -> TargetParts | None:
     """Return contributions to a prediction; None if they are not known, and nobody asked."""
     try:
-        return target_parts(model, tokenizer, inputs, output, question)
+        return target_parts(model, tokenizer, inputs, output, question, causal=causal)
     except UnsupportedModelError as error:
         if question.is_asked:
             raise
@@ -211,8 +212,8 @@ class _Layers:
         if not self.maps:
             self._check_memory(layer.H, expected_layers([self.model], [execution]))
             self.maps = {entry.name: _zeros(T, T) for entry in self.measures}
-        visible = layer.mask.block(slice(skipped, skipped + 1))
-        sees_later = visible is None or bool(visible[..., hidden + 1 :].any())
+        visible = layer.mask.block(slice(skipped, skipped + 1), layer.value.device)
+        sees_later = bool(visible[..., hidden + 1 :].any())
         self.causal &= T == 1 or not sees_later
 
         H, K, device = layer.H, self.top_k, layer.value.device

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from captum_cw._utils.extras import imported
 from captum_cw._utils.files import whole_file
 from captum_cw.explanation.heads import FACTORS, HeadMaps
 from captum_cw.functional import check_choice
@@ -117,7 +117,7 @@ def _read_content(path: str | Path, metadata: Mapping[str, str] | None) -> dict[
 def to_dataframe(explanation: Explanation, of: Literal["scores", "maps"]) -> DataFrame:
     """Return a pandas table; see :meth:`captum_cw.Explanation.to_dataframe`."""
     check_choice("of", of, Literal["scores", "maps"])
-    pandas = _import("pandas")
+    pandas = imported("pandas", "interchange")
     tokens, queries = list(explanation.tokens), _queries(explanation)
     S, T = len(tokens), len(queries)
     columns: dict[str, Any]
@@ -144,7 +144,7 @@ def to_dataframe(explanation: Explanation, of: Literal["scores", "maps"]) -> Dat
 
 def to_xarray(explanation: Explanation) -> Dataset:
     """Return an xarray data set; see :meth:`captum_cw.Explanation.to_xarray`."""
-    xarray = _import("xarray")
+    xarray = imported("xarray", "interchange")
     tokens, queries = list(explanation.tokens), _queries(explanation)
     methods = list(dict.fromkeys([*explanation.scores, *explanation.maps]))
     variables: dict[str, Any] = {
@@ -215,12 +215,3 @@ def _array(x: Tensor) -> Any:
 
 def _queries(explanation: Explanation) -> list[str]:
     return list(explanation.tokens if explanation.queries is None else explanation.queries)
-
-
-def _import(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is not installed: run pip install captum-cw[interchange]."
-        ) from error

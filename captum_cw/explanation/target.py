@@ -68,6 +68,8 @@ def target_parts(
     inputs: Mapping[str, Any],
     output: Any,
     question: Question,
+    *,
+    causal: bool,
 ) -> TargetParts:
     """Return the contributions of the tokens of one text to a target.
 
@@ -77,6 +79,7 @@ def target_parts(
         inputs: The arguments of the model for one text.
         output: The output of the model for these arguments.
         question: The target and its contrast.
+        causal: Whether tokens do not see later ones.
 
     Raises:
         ValueError: If a target is not one of the model's tokens or classes.
@@ -88,6 +91,13 @@ def target_parts(
     logits = logits_of(output, (2, 3))
     names = _Names(model, tokenizer, logits)
     position = _masked_position(tokenizer, ids) if logits.dim() == 3 else None
+    placed = causal or position is not None or isinstance(question.target, tuple)
+    if names.predicts_tokens and not placed:
+        raise ValueError(
+            f"{type(model).__name__} predicts masked tokens, but the text does not have exactly "
+            f"one {tokenizer.mask_token!r}: put it where the target belongs, or give the target as "
+            "(position, number)."
+        )
     check_fits(8 * T * T, torch.device("cpu"), f"a map of {T} x {T}", "Explain a shorter text.")
     total = torch.zeros(T, T, device="cpu")
 
@@ -111,6 +121,9 @@ def target_parts(
     if question.contrast is not None:
         settings |= names.described("contrast", question.contrast, position)
     settings["target value"] = f"{found.values.item():.4g}"
+    hint = names.hint(question.target, position)
+    if hint is not None:
+        settings["hint"] = hint
     scores = {TARGET: total.sum(0)}
     share = found.shares.get("input_ids")
     if share is not None:
@@ -191,6 +204,22 @@ class _Names:
         if self.exclusive and len(logits) > 1:
             described[f"{role} probability"] = f"{logits.softmax(-1)[number].item():.4g}"
         return described
+
+    def hint(self, wanted: Wanted, position: int | None) -> str | None:
+        """Return what to write if a word is much likelier with a space before it."""
+        if not (self.predicts_tokens and isinstance(wanted, str)) or wanted[:1].isspace():
+            return None
+        spaced = f" {wanted}"
+        given, better = (
+            float(self.described("target", text, position)["target probability"])
+            for text in (wanted, spaced)
+        )
+        if better < 10 * given:
+            return None
+        return (
+            f"{spaced!r}, with a space before the word, has probability {better:.3g}: did you mean "
+            f"{spaced!r}?"
+        )
 
     def _readable(self, number: int) -> str:
         if self.predicts_tokens:

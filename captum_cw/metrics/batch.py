@@ -18,8 +18,9 @@ from captum_cw.capture.model import evaluation_mode, vocabulary_size
 from captum_cw.capture.outputs import logits_of
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll
+from captum_cw.metrics.target_scores import TargetScores
 from captum_cw.removal.changes import FixedChange, RankedRemoval
-from captum_cw.removal.clean_pass import CleanPass, mean_of_pairs
+from captum_cw.removal.clean_pass import CleanPass
 from captum_cw.removal.options import RemovalOptions
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.scoring import PairScorer, RandomPairs, TokenMethod
@@ -77,24 +78,8 @@ class ForeignMethod:
     model: nn.Module
     scorer: PairScorer
 
-    def scores(
-        self, inputs: Mapping[str, Any], masks: Sequence[Tensor], text: TextLayers | None
-    ) -> list[Tensor]:
-        """Return the scores of each layer, ``(B, H, S)``.
 
-        Args:
-            inputs: the keyword arguments of the model.
-            masks: the padding masks, as for :meth:`CleanPass.run`.
-            text: the layers that read the text; None for all.
-        """
-        forward = partial(run_on_copies, self.model, inputs)
-        with evaluation_mode([self.model], self.model):
-            options = RemovalOptions(protect_sinks=False)
-            clean = CleanPass.run(self.model, forward, {"": self.scorer}, options, masks, text)
-        return clean.scores[""]
-
-
-Method = PairScorer | TokenMethod | ForeignMethod
+Method = PairScorer | TokenMethod | TargetScores | ForeignMethod
 
 
 class BatchRun:
@@ -132,14 +117,11 @@ class BatchRun:
         self.inputs = {name: x for name, x in self.given.items() if name != "labels"}
         self.ids = _token_ids(self.inputs)
         self.clean = self._clean_pass(call.token_masks, call.text)
-        self._layer_tokens = _text_tokens(plan.model, self.clean, self.ids)
-        self.token_mask = self._layer_tokens[0][:, -self.ids.shape[1] :]
+        _check_tokens(plan.model, self.clean, self.ids)
+        self.token_mask = self.clean.real[0][:, -self.ids.shape[1] :]
         self._protected = torch.isin(self.ids, self.ids.new_tensor(plan.protected_ids))
         self._protected = self._protected.to(self.token_mask.device)
-        self._kept = [
-            sinks | ~tokens | behind(self._protected, tokens.shape[1])
-            for sinks, tokens in zip(self.clean.sinks, self._layer_tokens, strict=True)
-        ]
+        self._kept = [x | behind(self._protected, x.shape[1]) for x in self.clean.kept]
         logits = self._text_logits(self.clean.output)
         self.predicts = _predicts(plan.model, logits, self.ids)
         self.predicted = self._predicted()
@@ -149,25 +131,16 @@ class BatchRun:
         self.unchanged = self.measured(self.clean_logits)
         self.target = self.unchanged.target
         self._check_removable()
-        self._pair_scores = self._scores_of_pairs(call.token_masks, call.text)
-        self._token_scores = {
-            name: self._scores_of_tokens(name, method)
-            for name, method in self.methods.items()
-            if isinstance(method, TokenMethod) or plan.options.granularity == "token"
-        }
+        self._scores = self._scores_before(call.token_masks, call.text)
 
     def removal(self, name: str, rate: float, which: Which) -> FixedChange | RankedRemoval:
         """Return the change of a pass that removes what a method ranks at the top or bottom."""
         model, options, method = self.plan.model, self.plan.options, self.methods[name]
-        if name in self._token_scores:
-            tokens = self._token_scores[name]
-            factors = self.clean.whole_tokens(rate, which, options, tokens, self._kept)
+        if name in self._scores:
+            scores = self._scores[name]
+            factors = self.clean.factors(rate, which, options, scores, self._kept)
             return FixedChange(model, factors)
-        if name in self._pair_scores:
-            pairs = self._pair_scores[name]
-            factors = options.factors(rate, which, pairs, self._layer_tokens, self._kept)
-            return FixedChange(model, self.clean.of_keys(factors))
-        assert not isinstance(method, (TokenMethod, ForeignMethod))  # these have scores by now
+        assert isinstance(method, PairScorer)  # other methods have scores by now
         return RankedRemoval(model, method, rate, which, options, self._kept)
 
     def logits(self) -> Tensor:
@@ -208,7 +181,7 @@ class BatchRun:
         scorers: dict[str, PairScorer] = {
             name: method
             for name, method in self.methods.items()
-            if not isinstance(method, (TokenMethod, ForeignMethod)) and options.scores_before
+            if isinstance(method, PairScorer) and options.scores_before
         }
         forward = partial(run_on_copies, model, self.inputs)
         clean = CleanPass.run(model, forward, scorers, options, masks, text)
@@ -226,7 +199,7 @@ class BatchRun:
             logits = logits_of(output)
         except TypeError:
             return logits_of(output, (2, 3))
-        T, longest = self.ids.shape[1], self._layer_tokens[0].shape[1]
+        T, longest = self.ids.shape[1], self.clean.real[0].shape[1]
         if logits.shape[1] not in (T, longest):
             raise ValueError(
                 f"The model returned logits {tuple(logits.shape)} for {T} tokens: use a model with "
@@ -296,35 +269,44 @@ class BatchRun:
         return (labels != IGNORED).to(self.token_mask.device)
 
     def _check_removable(self) -> None:
-        removable = [x & ~kept for x, kept in zip(self._layer_tokens, self._kept, strict=True)]
-        if not torch.stack(removable).any(0).any(-1).all():
+        if torch.stack(self._kept).all(0).all(-1).any():
             raise ValueError(
                 "All tokens of an example are protected, so none can be removed: use longer texts, "
                 "a higher sink_threshold, or protect_sinks=False."
             )
 
-    def _scores_of_pairs(
+    def _scores_before(
         self, masks: Sequence[Tensor], text: TextLayers | None
-    ) -> dict[str, list[Tensor]]:
-        """Return by method the scores ``(B, H, S)`` of each layer that are known before removal."""
-        S = self._layer_tokens[0].shape[1]
-        scores = {
-            name: [behind(x, S) for x in method.scores(self.inputs, masks, text)]
-            for name, method in self.methods.items()
-            if isinstance(method, ForeignMethod)
-        }
-        return scores | self.clean.scores
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """Return the scores that are known before the removal, for :meth:`CleanPass.factors`."""
+        scores: dict[str, Tensor | list[Tensor]] = {**self.clean.scores}
+        real, options = self.clean.real[0], RemovalOptions(protect_sinks=False)
+        for name, method in self.methods.items():
+            if isinstance(method, ForeignMethod):
+                forward = partial(run_on_copies, method.model, self.inputs)
+                scorers = {name: method.scorer}
+                with evaluation_mode([method.model], method.model):
+                    clean = CleanPass.run(method.model, forward, scorers, options, masks, text)
+                scores[name] = [behind(x, real.shape[1]) for x in clean.scores[name]]
+            elif isinstance(method, (TokenMethod, TargetScores)):
+                if isinstance(method, TargetScores):
+                    method = TokenMethod(partial(self._target_scores, method))
+                try:
+                    scores[name] = method.checked(self.batch, self.ids.shape[1], real)
+                except ValueError as error:
+                    raise ValueError(f"Method {name!r}: {error}") from error
+        return scores
 
-    def _scores_of_tokens(self, name: str, method: Method) -> Tensor:
-        """Return the scores of whole tokens, ``(B, S)``."""
-        if not isinstance(method, TokenMethod):
-            return mean_of_pairs(self._pair_scores[name])
-        tokens = self._layer_tokens[0]
-        try:
-            scores = method.checked(self.batch, self.token_mask.shape, tokens.shape)
-        except ValueError as error:
-            raise ValueError(f"Method {name!r}: {error}") from error
-        return behind(scores.to(tokens.device), tokens.shape[1])
+    def _target_scores(self, method: TargetScores, batch: object) -> Tensor:
+        """Return contributions to the target of the quantity, or to the likelihood of the text."""
+
+        def log_likelihood(output: Any) -> Tensor:
+            logits = self._text_logits(output)
+            assert self.counted is not None  # otherwise the quantity is refused
+            return -mean_nll(logits[:, :-1], self.ids[:, 1:], self.counted)[0]
+
+        target = log_likelihood if self.plan.quantity.of_text else self.unchanged.target
+        return method.of(self.plan.model, self.inputs, target)
 
     def _target(self, logits: Tensor) -> Tensor:
         """Return the target of each example, ``(B,)``; without one, the model's prediction."""
@@ -353,12 +335,8 @@ def _token_ids(inputs: Mapping[str, Any]) -> Tensor:
     return ids
 
 
-def _text_tokens(model: nn.Module, clean: CleanPass, ids: Tensor) -> list[Tensor]:
-    """Return for each layer ``(B, S)``, True at tokens of the text, False at padding.
-
-    Raises:
-        UnsupportedModelError: If a layer has tokens that are neither of the text nor virtual.
-    """
+def _check_tokens(model: nn.Module, clean: CleanPass, ids: Tensor) -> None:
+    """Raise an UnsupportedModelError if a layer has tokens neither of the text nor virtual."""
     T, virtual = ids.shape[1], virtual_tokens(model)
     for tokens in clean.real:
         if tokens.shape[1] - T not in (0, virtual):
@@ -367,7 +345,6 @@ def _text_tokens(model: nn.Module, clean: CleanPass, ids: Tensor) -> list[Tensor
                 "the positions of its tokens are not known: use a model whose layers run the text "
                 "itself, or PEFT's prompt tuning."
             )
-    return clean.real
 
 
 def _predicts(model: nn.Module, logits: Tensor, ids: Tensor) -> Literal["tokens", "classes"]:

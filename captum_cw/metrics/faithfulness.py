@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from captum_cw import measures
 from captum_cw._utils.processes import Processes
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
@@ -29,7 +30,8 @@ from captum_cw.functional import check_choice
 from captum_cw.metrics.batch import Batch, BatchRun, ForeignMethod, Method, Part, Plan
 from captum_cw.metrics.identity import check_identified, checksum, described, fingerprint
 from captum_cw.metrics.quantities import QuantityName, quantity_of
-from captum_cw.metrics.result import REMOVED, FaithfulnessResult, Side
+from captum_cw.metrics.result import FaithfulnessResult
+from captum_cw.metrics.target_scores import TargetScores
 from captum_cw.removal.changes import check_self_attention
 from captum_cw.removal.options import RemovalKeywords, RemovalOptions
 from captum_cw.removal.ranking import Which
@@ -101,19 +103,14 @@ class ComprehensivenessSufficiency:
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         check_self_attention(self.model)
-        self.rates = checked_rates(rates)
-        self.options = RemovalOptions(**options)
-        self.quantity = quantity
-        self.mask_token_id = mask_token_id
-        self.protected_ids = list(protected_ids)
+        self.rates, self.quantity = checked_rates(rates), quantity
         if mask_token_id is not None and quantity in ("log_prob", "prob"):
             raise ValueError(
                 f"quantity={quantity!r} needs a prediction of the token after the text, which a "
                 "masked language model does not make: use 'perplexity', 'nll', 'kl' or a callable."
             )
-        self._plan = Plan(
-            self.model, self.options, mask_token_id, self.protected_ids, quantity_of(quantity)
-        )
+        chosen, protected = RemovalOptions(**options), list(protected_ids)
+        self._plan = Plan(self.model, chosen, mask_token_id, protected, quantity_of(quantity))
 
     def evaluate(
         self,
@@ -133,7 +130,9 @@ class ComprehensivenessSufficiency:
                 same shape scores in a clean pass of that model); the name of a measure or control,
                 or ``"random"``; ``ALTIWeights`` or ``TokenScores`` with ``layers="rollout"``,
                 which score whole tokens in a clean pass; a callable of a batch that returns scores
-                ``(B, T)``, or a tensor of such scores. They are ranked as they are, so take
+                ``(B, T)``, or a tensor of such scores; ``"target"`` or ``"input"``, the sizes of
+                contributions to the target (for a likelihood of the text, to that), with
+                ``granularity="token"``. Scores that you give are ranked as they are, so take
                 absolute values if signs should not count.
             inputs_or_dataloader: token ids ``(B, T)``, a ``BatchEncoding`` or dict; or an iterable
                 of these. Tokens whose ``labels`` are -100, such as those of a prompt, do not count
@@ -170,13 +169,14 @@ class ComprehensivenessSufficiency:
         if not scorers:
             raise ValueError("methods is empty: give at least one method.")
         settings = self._settings(methods, target)
-        batches, count = _batches(inputs_or_dataloader)
+        data = inputs_or_dataloader
+        batches: Iterable[Batch] = [data] if isinstance(data, (Tensor, Mapping)) else data
         passes = 1 + len(scorers) * sum(map(len, self.rates.values()))
         processes = Processes(several=shard)
         one_batch = any(isinstance(x, Tensor) for x in (target, *methods.values()))
         records: list[dict[str, Any]] = []
         with ExitStack() as stack:
-            kept: Records | dict[str, Any] = {}
+            kept: dict[str, Any] = {}
             if resume_from is not None and processes.is_main:
                 check_identified({"quantity": settings["quantity"], **settings["methods"]})
                 # The weights identify the model, wherever its files are.
@@ -184,7 +184,7 @@ class ComprehensivenessSufficiency:
                 run["weights"] = fingerprint(self.model)
                 kept = stack.enter_context(Records(resume_from, run))
             known = processes.from_main(lambda: dict(kept))
-            total = None if count is None else count * passes
+            total = len(batches) * passes if isinstance(batches, Sized) else None
             show = show_progress and processes.is_main
             bar = stack.enter_context(progress_bar(total, "Faithfulness", show=show))
 
@@ -214,21 +214,39 @@ class ComprehensivenessSufficiency:
         return FaithfulnessResult(self.rates, {**settings, "processes": processes.count}, records)
 
     def _scorer(self, method: object) -> Method:
-        scorer = scorer_of(method, self.options.reduction, self.options.seed)
+        entry = measures.find(method) if isinstance(method, str) else None
+        if entry is not None and entry.explains_target:
+            self._check_target_method(entry.name)
+            return TargetScores(entry.name)
+        scorer = scorer_of(method, self._plan.options.reduction, self._plan.options.seed)
         model = model_of(method)
         if isinstance(scorer, TokenMethod) or model is None or model is self.model:
             return scorer
         return ForeignMethod(model, scorer)
 
+    def _check_target_method(self, name: str) -> None:
+        """Check that the quantity has a target, and that whole tokens are ranked."""
+        plan = self._plan
+        if plan.options.granularity != "token":
+            raise ValueError(
+                f"{name!r} scores whole tokens, not pairs of head and token: use "
+                "granularity='token'."
+            )
+        if not (plan.quantity.of_target or plan.quantity.of_text) or plan.mask_token_id is not None:
+            raise ValueError(
+                f"{name!r} needs a target, but quantity={self.quantity!r} has none here: use "
+                "quantity='log_prob', or 'perplexity' of a model that predicts the next token."
+            )
+
     def _settings(self, methods: Mapping[str, object], target: object) -> dict[str, Any]:
         """Return what the numbers depend on, except for the data."""
         return {
-            **asdict(self.options),
+            **asdict(self._plan.options),
             "rates": {which: list(rates) for which, rates in self.rates.items()},
             "quantity": described(self.quantity, self.model),
             "higher_is_better": self._plan.quantity.higher_is_better,
-            "mask_token_id": self.mask_token_id,
-            "protected_ids": self.protected_ids,
+            "mask_token_id": self._plan.mask_token_id,
+            "protected_ids": self._plan.protected_ids,
             "target": target.tolist() if isinstance(target, Tensor) else target,
             "methods": {
                 str(name): described(method, self.model) for name, method in methods.items()
@@ -309,9 +327,8 @@ def comprehensiveness(
         >>> comprehensiveness(model, inputs, ContributionWeights(model), [0.25, 0.5]).shape
         torch.Size([1, 2])
     """
-    return _one_side(
-        "comprehensiveness", forward_func, inputs, attributions, rates, target, settings
-    )
+    metric = ComprehensivenessSufficiency(forward_func, {"top": rates}, **settings)
+    return _deltas(metric, inputs, attributions, target)
 
 
 def sufficiency(
@@ -336,32 +353,21 @@ def sufficiency(
         >>> sufficiency(model, inputs, scores, [0.5]).shape
         torch.Size([1, 1])
     """
-    return _one_side("sufficiency", forward_func, inputs, attributions, rates, target, settings)
+    metric = ComprehensivenessSufficiency(forward_func, {"bottom": rates}, **settings)
+    return _deltas(metric, inputs, attributions, target)
 
 
-def _one_side(
-    side: Side,
-    model: nn.Module,
-    inputs: Batch,
-    method: object,
-    rates: Sequence[float],
-    target: int | Tensor | None,
-    settings: dict[str, Any],
+def _deltas(
+    metric: ComprehensivenessSufficiency, inputs: Batch, method: object, target: int | Tensor | None
 ) -> Tensor:
-    metric = ComprehensivenessSufficiency(model, {REMOVED[side]: rates}, **settings)
+    """Return the deltas ``(B, rates)`` of a metric with one side."""
     result = metric.evaluate({"": method}, inputs, target=target, show_progress=False)
+    (side,) = result.sides
     return result.deltas("", side)
 
 
 # ---------------------------------------------------------------------------------------------
 # Batches
-
-
-def _batches(data: Batch | Iterable[Batch]) -> tuple[Iterable[Batch], int | None]:
-    """Return the batches and their number, which is None if it is not known."""
-    if isinstance(data, (Tensor, Mapping)):
-        return [data], 1
-    return data, len(data) if isinstance(data, Sized) else None
 
 
 def _parts(batches: Iterable[Batch]) -> Iterator[Part]:

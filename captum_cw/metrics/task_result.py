@@ -99,12 +99,17 @@ class TaskResult:
     @property
     def scores(self) -> dict[str, dict[str, Tensor]]:
         """By task and method, the accuracy ``(rates,)``."""
-        return self._table("value")
-
-    @property
-    def stderr(self) -> dict[str, dict[str, Tensor]]:
-        """By task and method, the standard error of the accuracy ``(rates,)``."""
-        return self._table("stderr")
+        return {
+            task: {
+                method: torch.tensor(
+                    [_score(metrics, record["metric"]).value for metrics in by_rate],
+                    dtype=torch.float64,
+                    device="cpu",
+                )
+                for method, by_rate in record["removed"].items()
+            }
+            for task, record in self.records.items()
+        }
 
     def largest_rate(self, task: str, method: str) -> float | None:
         """Return the largest rate whose accuracy is not below the baseline's 95 % interval.
@@ -194,19 +199,6 @@ class TaskResult:
         """
         content = read_json(path, VERSION, "task_rates")
         return cls(tuple(content["task_rates"]), content["settings"], content["records"])
-
-    def _table(self, field: str) -> dict[str, dict[str, Tensor]]:
-        return {
-            task: {
-                method: torch.tensor(
-                    [getattr(_score(metrics, record["metric"]), field) for metrics in by_rate],
-                    dtype=torch.float64,
-                    device="cpu",
-                )
-                for method, by_rate in record["removed"].items()
-            }
-            for task, record in self.records.items()
-        }
 
 
 def _score(metrics: Mapping[str, Sequence[Any]], name: str) -> Score:

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from captum_cw._utils.extras import imported
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
 from captum_cw._utils.suggestions import suggestion
@@ -43,7 +44,6 @@ from captum_cw.metrics.identity import check_identified, described, fingerprint
 from captum_cw.metrics.task_result import Score, TaskResult
 from captum_cw.removal.interventions import remove_tokens
 from captum_cw.removal.options import RemovalKeywords, RemovalOptions
-from captum_cw.removal.ranking import Which
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,10 +70,8 @@ def evaluate_tasks(
     methods: Mapping[str, object],
     rates: Sequence[float],
     *,
-    which: Which = "bottom",
     task_path: str | Path | None = None,
     limit: int | None = None,
-    num_fewshot: int | None = None,
     apply_chat_template: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     resume_from: str | Path | None = None,
@@ -90,13 +88,10 @@ def evaluate_tasks(
         tokenizer: the model's tokenizer.
         tasks: the names of tasks, or of groups with a score of their own, such as ``"mmlu"``.
         methods: by a name of your choice, a method of :func:`captum_cw.remove_tokens`.
-        rates: the fractions to remove, ascending, in (0, 1].
-        which: whether to remove from the ``"bottom"`` or the ``"top"`` of the ranking.
+        rates: the fractions to remove from the bottom of the ranking, ascending, in (0, 1].
         task_path: a folder with your own task files (``.yaml``). If it has all the tasks, the
             harness's own thousands are not searched, which saves several seconds.
         limit: the number of documents per task, from the first; None for all.
-        num_fewshot: the number of examples before each document; None for the task's own number.
-            A task that says 0 keeps it.
         apply_chat_template: whether the tokenizer's chat template is applied to the prompts.
         chat_template_kwargs: arguments for the chat template, such as
             ``{"enable_thinking": False}``.
@@ -135,23 +130,21 @@ def evaluate_tasks(
         raise ValueError(f"limit must be at least 1, or None for all documents, got {limit}.")
     if chat_template_kwargs and not apply_chat_template:
         raise ValueError("chat_template_kwargs needs apply_chat_template=True.")
-    checked = checked_rates({which: rates})[which]
+    checked = checked_rates({"bottom": rates})["bottom"]
     model = unwrapped(model)
     check_task_model(model, tokenizer)
     removals: dict[tuple[str, float], Removal] = {}
     for (name, method), rate in product(methods.items(), checked):
-        removals[name, rate] = partial(_removal, model, method, rate, which, options)
+        removals[name, rate] = partial(_removal, model, method, rate, options)
         with removals[name, rate](""):
             pass  # raises an error if a choice is unknown
     with evaluation_mode([model], model):
         lm = _harness_model(model, tokenizer, chat_template_kwargs)
-        loaded = _load_tasks(lm, tasks, task_path, limit, num_fewshot, apply_chat_template)
+        loaded = _load_tasks(lm, tasks, task_path, limit, apply_chat_template)
         settings = {
-            "which": which,
             "rates": list(checked),
             **asdict(RemovalOptions(**options)),
             "limit": limit,
-            "num_fewshot": num_fewshot,
             "apply_chat_template": apply_chat_template,
             "chat_template_kwargs": dict(chat_template_kwargs or {}),
             "tasks": {task.name: task.checksum() for task in loaded},
@@ -196,14 +189,13 @@ def _removal(
     model: nn.Module,
     method: object,
     rate: float,
-    which: Which,
     options: RemovalKeywords,
     prompt: str,
 ) -> AbstractContextManager[None]:
     # Random scores depend on the seed and the place in the batch, so each prompt has its own seed.
     seed = zlib.crc32(f"{options.get('seed', 0)}/{prompt}".encode())
     seeded: RemovalKeywords = {**options, "seed": seed}
-    return remove_tokens(model, method, rate, which, **seeded)
+    return remove_tokens(model, method, rate, **seeded)
 
 
 def _evaluate(
@@ -215,7 +207,7 @@ def _evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Return the records of a :class:`TaskResult`."""
     with ExitStack() as stack:
-        kept: Records | dict[str, Any] = {}
+        kept: dict[str, Any] = {}
         if resume_from is not None:
             check_identified(settings["methods"])
             kept = stack.enter_context(Records(resume_from, settings))
@@ -265,7 +257,6 @@ class _Task:
         loaded: its tasks and groups, as ``TaskManager.load`` returns them.
         metric: the metric that counts as accuracy.
         limit: the number of documents per task; None for all.
-        num_fewshot: the number of examples before each document; None for the task's own number.
         chat: whether the chat template is applied.
     """
 
@@ -274,7 +265,6 @@ class _Task:
     loaded: Mapping[str, Any]
     metric: str
     limit: int | None
-    num_fewshot: int | None
     chat: bool
 
     def evaluate(self, removal: Removal) -> dict[str, Any]:
@@ -325,10 +315,7 @@ class _Task:
         ``simple_evaluate`` itself spends two seconds per call on a description of the machine.
         """
         for part in self.loaded["tasks"].values():
-            own = part.get_config("num_fewshot")
-            if own != 0:
-                number = own if self.num_fewshot is None else self.num_fewshot
-                part.set_config("num_fewshot", number or 0)
+            part.set_config("num_fewshot", part.get_config("num_fewshot") or 0)
             part.set_fewshot_seed(OTHER_SEED)
 
 
@@ -391,15 +378,9 @@ def _harness_model(
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Any:
-    try:
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ImportError(
-            "Tasks need lm-evaluation-harness, which could not be imported "
-            f"({error}): pip install 'captum-cw[tasks]'"
-        ) from error
+    harness = imported("lm_eval.models.huggingface", "tasks")
     with _isolated():
-        return HFLM(
+        return harness.HFLM(
             model,
             "causal",
             tokenizer=copy.deepcopy(tokenizer),  # the harness may set its padding token

@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from captum_cw._utils.suggestions import suggestion_of_path
+from captum_cw._utils.suggestions import suggestion
 from captum_cw.functional import check_choice
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def load_model(
     place = _source_arguments(name)
     with _explain_failure(name, place):
         tokenizer = AutoTokenizer.from_pretrained(**place)
-    return _load_as_saved(name, place, dtype, device), tokenizer
+    return load_as_saved(name, dtype=dtype, device=device), tokenizer
 
 
 def load_as_saved(
@@ -105,15 +105,7 @@ def load_as_saved(
         >>> type(load_as_saved(folder)).__name__
         'LlamaForCausalLM'
     """
-    return _load_as_saved(name, _source_arguments(name), dtype, device)
-
-
-def _load_as_saved(
-    name: str | PathLike[str],
-    place: Mapping[str, Any],
-    dtype: torch.dtype,
-    device: str | torch.device,
-) -> PreTrainedModel:
+    place = _source_arguments(name)
     with _explain_failure(name, place):
         saved = (_config(place).architectures or [None])[0]
     kind = _class_of(name, saved)
@@ -209,16 +201,12 @@ def _explain_failure(name: str | PathLike[str], place: Mapping[str, Any]) -> Ite
 def _describe_problem(path: Path, online: bool) -> str:
     """Return what is wrong with the name of a model; "" if it is unknown."""
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return ""
-        inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
-        hint = f" There is one in {', '.join(inside)}." if inside else ""
-        return f"The folder has no config.json.{hint}"
+        return "" if (path / "config.json").is_file() else "The folder has no config.json."
     if path.exists() or online:
         return ""
     if path.suffix == ".gguf":
-        return f"There is no such file.{suggestion_of_path(path)}"
-    near = suggestion_of_path(path, [DEMO_MODEL])
+        return "There is no such file."
+    near = suggestion(str(path), [DEMO_MODEL])
     return f"There is no such folder, and the hub does not answer.{near}"
 
 

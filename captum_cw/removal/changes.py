@@ -36,14 +36,13 @@ from captum_cw.removal.clean_pass import (
     check_finite,
     check_kind,
     cross_attention_error,
-    mean_of_pairs,
     with_prefix,
 )
 from captum_cw.removal.options import Factors, RemovalOptions
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.scoring import PairScorer, TokenMethod, space_of
 from captum_cw.removal.sinks import real_tokens
-from captum_cw.removal.virtual_tokens import behind, padding_masks, text_mask, without_prefix
+from captum_cw.removal.virtual_tokens import padding_masks, text_mask, without_prefix
 
 __all__ = [
     "FixedChange",
@@ -410,14 +409,10 @@ class RankedRemoval(Intervention):
             tokens.token_masks,
             tokens.text,
         )
-        if options.granularity == "token":
-            scores = self._token_scores(tokens, clean, inputs)
-            kept = [s | ~r for s, r in zip(clean.sinks, clean.real, strict=True)]
-            factors = clean.whole_tokens(self._rate, self._which, options, scores, kept)
-        else:
-            pairs = clean.scores[""], clean.real, clean.sinks
-            factors = clean.of_keys(options.factors(self._rate, self._which, *pairs))
-        self._state.factors = factors
+        scores: Tensor | Sequence[Tensor] = clean.scores.get("", ())
+        if isinstance(scorer, TokenMethod):
+            scores = self._token_scores(scorer, tokens, clean.real[0], inputs)
+        self._state.factors = clean.factors(self._rate, self._which, options, scores, clean.kept)
         with self._apply(tokens):
             yield
 
@@ -435,23 +430,21 @@ class RankedRemoval(Intervention):
             inputs["attention_mask"] = mask[..., : tokens.T]
         return inputs
 
-    def _token_scores(self, tokens: Tokens, clean: CleanPass, inputs: Mapping[str, Any]) -> Tensor:
+    def _token_scores(
+        self, method: TokenMethod, tokens: Tokens, real: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor:
         """Return the scores of whole tokens, ``(B, S)``."""
-        if not isinstance(self._scorer, TokenMethod):
-            return mean_of_pairs(clean.scores[""])
-        whole = clean.real[0]
-        shape = whole.shape if tokens.ids is None else tokens.ids.shape[:2]
         batch = {
             name: own_copy(x)
             for name, x in inputs.items()
             if x is not None and name not in NOT_OF_TEXT
         }
+        text = real if tokens.ids is None else tokens.ids
         self._state.suspended = True
         try:
-            scores = self._scorer.checked(batch, shape, whole.shape)
+            return method.checked(batch, text.shape[1], real)
         finally:
             self._state.suspended = False
-        return behind(scores.to(whole.device), whole.shape[1])
 
     @contextmanager
     def _scored_online(self, tokens: Tokens) -> Iterator[None]:

@@ -24,7 +24,6 @@ __all__ = [
     "check_finite",
     "check_kind",
     "cross_attention_error",
-    "mean_of_pairs",
     "with_prefix",
 ]
 
@@ -107,30 +106,41 @@ class CleanPass:
             raise no_attention([model])
         return clean
 
-    def whole_tokens(
+    @property
+    def kept(self) -> list[Tensor]:
+        """For each layer ``(B, S)``, True at tokens that stay: sinks, padding, virtual tokens."""
+        return [sinks | ~real for sinks, real in zip(self.sinks, self.real, strict=True)]
+
+    def factors(
         self,
         rate: float,
         which: Which,
         options: RemovalOptions,
-        scores: Tensor,
-        protected: Sequence[Tensor],
+        scores: Tensor | Sequence[Tensor],
+        kept: Sequence[Tensor],
     ) -> Factors:
-        """Return the factors that remove whole tokens, in all heads and layers.
+        """Rank pairs or whole tokens, and return the factors that remove a fraction of them.
 
         Args:
             rate: The fraction to remove.
             which: ``"top"`` or ``"bottom"``.
-            options: How tokens are ranked.
-            scores: ``(B, S)``.
-            protected: For each layer ``(B, S)``, True at tokens that stay. A token that stays in
+            options: How pairs or tokens are ranked.
+            scores: For each layer the scores of pairs ``(B, H, S)``, whose means over heads and
+                layers rank whole tokens; or scores of whole tokens, ``(B, S)``.
+            kept: For each layer ``(B, S)``, True at tokens that stay. A whole token that stays in
                 one layer stays in all.
-        """
-        stays = torch.stack([x.to(scores.device) for x in protected]).any(0)
-        factors = options.factors(rate, which, [scores[:, None]], self.real[:1], [stays])
-        return self.of_keys(factors * len(self.real))
 
-    def of_keys(self, factors: Factors) -> Factors:
-        """Extend the factors of each layer's tokens to all of its keys."""
+        Returns:
+            The factors of all keys of each layer.
+        """
+        if options.granularity == "token" and not isinstance(scores, Tensor):
+            scores = torch.stack([layer.mean(1) for layer in scores]).mean(0)
+        if isinstance(scores, Tensor):
+            stays = torch.stack([x.to(scores.device) for x in kept]).any(0)
+            factors = options.factors(rate, which, [scores[:, None]], self.real[:1], [stays])
+            factors *= len(self.real)
+        else:
+            factors = options.factors(rate, which, scores, self.real, kept)
         return [with_prefix(x, keys) for x, keys in zip(factors, self.keys, strict=True)]
 
 
@@ -142,21 +152,13 @@ def with_prefix(factors: Tensor | None, keys: int) -> Tensor | None:
 def _seen_ahead(layer: AttentionLayer) -> Tensor:
     """Return which tokens an earlier token sees, directly or through tokens between, ``(B, S)``."""
     mask, real = layer.mask, real_tokens(layer)
-    farthest = torch.full(real.shape, layer.S - 1, dtype=torch.long, device=real.device)
+    farthest = torch.zeros_like(real, dtype=torch.long)
     keys = torch.arange(layer.S, device=real.device)
     for rows in blocks(layer.T, max(1, 2**20 // layer.S)):
-        seen = mask.block(rows)
-        if seen is not None:
-            shape = len(real), rows.stop - rows.start, seen.shape[-1]
-            seen = seen.any(1).to(real.device).expand(shape)
-            farthest[:, rows] = (seen * keys[: seen.shape[-1]]).amax(-1)
+        seen = mask.block(rows, real.device).any(1)
+        farthest[:, rows] = (seen * keys[: seen.shape[-1]]).amax(-1)
     reached = (farthest * real).cummax(1).values
     return torch.nn.functional.pad(reached[:, :-1] >= keys[1:], (1, 0)) & real
-
-
-def mean_of_pairs(scores: Sequence[Tensor]) -> Tensor:
-    """Return scores of whole tokens, ``(B, S)``: means over the heads and layers of pairs."""
-    return torch.stack([layer.mean(1) for layer in scores]).mean(0)
 
 
 def check_finite(scores: Tensor, name: str) -> None:

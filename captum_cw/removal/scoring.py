@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from captum_cw.functional import (
     token_scores,
 )
 from captum_cw.removal.sinks import real_tokens
+from captum_cw.removal.virtual_tokens import behind
 
 __all__ = [
     "PairScorer",
@@ -33,18 +34,6 @@ __all__ = [
     "scorer_of",
     "space_of",
 ]
-
-
-class PairScorer(Protocol):
-    """A function that scores the pairs of head and token in a layer."""
-
-    @property
-    def space(self) -> Space:
-        """The space in which the layer must be observed."""
-
-    def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
-        """Return the scores of the layer with index ``number`` in a pass, ``(B, H, S)``."""
-        ...  # pragma: no cover
 
 
 @dataclass(frozen=True)
@@ -99,6 +88,10 @@ class RandomPairs:
         return scores.to(layer.value.device)
 
 
+PairScorer = MeasuredPairs | RandomPairs
+"""Takes a layer and its number in a pass, and returns scores of its pairs, ``(B, H, S)``."""
+
+
 @dataclass(frozen=True)
 class TokenMethod:
     """Scores of whole tokens.
@@ -109,16 +102,16 @@ class TokenMethod:
 
     scores: Callable[[Any], Any]
 
-    def checked(self, batch: object, shape: Sequence[int], whole: Sequence[int]) -> Tensor:
-        """Return the scores of a batch.
+    def checked(self, batch: object, T: int, real: Tensor) -> Tensor:
+        """Return the scores of a batch, on the device of ``real``.
 
         Args:
             batch: The argument of the callable.
-            shape: ``(B, T)`` of the text.
-            whole: ``(B, S)`` of the layers, whose first tokens may be virtual.
+            T: The number of tokens of the text.
+            real: ``(B, S)``, a token mask of a layer, whose first tokens may be virtual.
 
         Returns:
-            ``(B, T)`` or ``(B, S)``.
+            ``(B, S)``.
 
         Raises:
             ValueError: If the scores have another shape, or are not finite.
@@ -127,16 +120,16 @@ class TokenMethod:
             scores = self.scores(batch)
         if isinstance(scores, tuple) and len(scores) == 1:
             (scores,) = scores
+        B, S = real.shape
         is_tensor = isinstance(scores, Tensor)
-        if not is_tensor or tuple(scores.shape) not in (tuple(shape), tuple(whole)):
+        if not is_tensor or tuple(scores.shape) not in ((B, T), (B, S)):
             found = tuple(scores.shape) if is_tensor else type(scores).__name__
             raise ValueError(
-                f"The method returned scores {found}, expected one score per token, {tuple(shape)}."
+                f"The method returned scores {found}, expected one score per token, {(B, T)}."
             )
         if not scores.isfinite().all():
             raise ValueError("The method returned scores that are NaN or infinite.")
-        detached: Tensor = scores.detach()
-        return detached
+        return behind(scores.detach().to(real.device), S)
 
 
 def scorer_of(

@@ -147,7 +147,6 @@ def find_sinks(
         partial(layer_sinks, threshold=threshold),
         additional_forward_args,
         states=space,
-        description="Sinks: layers",
         show_progress=show_progress,
     )
     return [sinks for _, sinks in results]

@@ -93,7 +93,7 @@ def run_study(
                 tell(f"{study.model_name} on {study.data_name}: {item.name}, {item.title}")
                 record = _run_item(item, study, folder, file)
                 if not record["refused"]:  # a refused item is tried again in the next run
-                    records.add(item.name, record)
+                    records.update({item.name: record})
             result = None if record["refused"] else item.load(file)
             done.append(Done(item, result, record["seconds"], record["refused"]))
     weights = ", ".join(filter(None, (origin(study.model), f"checksum {identity['weights']}")))

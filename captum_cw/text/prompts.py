@@ -272,12 +272,10 @@ def refuse_later_tokens(execution: Execution, layer: AnyLayer, before: Span, pro
     if mask.causal or execution.kind == "cross":
         return
     for rows in blocks(layer.T, max(1, 2**20 // layer.S)):
-        seen = mask.block(rows)
-        query = torch.arange(rows.start, rows.stop, device=layer.value.device) - before[0]
-        key = torch.arange(layer.S, device=layer.value.device) - before[1]
-        later = key > query.clamp(min=prompt - 1)[:, None]
-        later = later[:, : mask.keys(rows)]
-        if bool(later.any() if seen is None else (seen & later.to(seen.device)).any()):
+        seen = mask.block(rows, layer.value.device)
+        query = torch.arange(rows.start, rows.stop, device=seen.device) - before[0]
+        key = torch.arange(seen.shape[-1], device=seen.device) - before[1]
+        if bool((seen & (key > query.clamp(min=prompt - 1)[:, None])).any()):
             raise UnsupportedModelError(
                 f"In layer {execution.name!r} ({type(execution.module).__name__}), tokens see "
                 "those that come after them, so the model does not predict the next token: use "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from captum_cw.text.tokens import Span
 
-__all__ = ["Encoded", "Message", "RenderedChat", "encode", "owners", "places_of", "render_chat"]
+__all__ = ["Encoded", "Message", "encode", "owners", "places_of", "render_chat"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -51,23 +51,15 @@ class Encoded:
         offsets: The characters of each of the ``T`` tokens, empty for special tokens that are not
             in the text; None if the tokenizer does not report them.
         extras: The model's other inputs, such as ``token_type_ids`` ``(1, T)``.
+        messages: The tokens of each message of a chat. None for another text, and if they are
+            unknown, because the template changes the content or the tokenizer does not report
+            offsets.
     """
 
     text: str | None
     ids: Tensor
     offsets: list[Span] | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RenderedChat(Encoded):
-    """A chat, rendered by its template and tokenized.
-
-    Args:
-        messages: The tokens of each message; None if they are unknown, because the template changes
-            the content or the tokenizer does not report offsets.
-    """
-
     messages: list[Message] | None = None
 
 
@@ -186,7 +178,7 @@ def render_chat(
     *,
     add_generation_prompt: bool,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> RenderedChat:
+) -> Encoded:
     """Render a chat with the tokenizer's template, and find the tokens of each message.
 
     Args:
@@ -230,7 +222,7 @@ def render_chat(
     encoded = _tokenize(tokenizer, messages, options, rendered)
     places = None if encoded.offsets is None else places_of(render, texts)
     spans = None if places is None else _find_messages(encoded, messages, numbers, places)
-    return RenderedChat(rendered, encoded.ids, encoded.offsets, encoded.extras, spans)
+    return replace(encoded, messages=spans)
 
 
 def _tokenize(

@@ -19,7 +19,7 @@ VALUES = {"a": [0.1, 1 / 3, -0.0, 1e-310], "b": [math.inf, 2.0**0.5], "c": {"tex
 def file(tmp_path: Path) -> Path:
     with Records(tmp_path / "folder" / "run.records", RUN) as records:
         for key, value in VALUES.items():
-            records.add(key, value)
+            records.update({key: value})
     return tmp_path / "folder" / "run.records"
 
 
@@ -31,7 +31,7 @@ def test_records_come_back_bit_for_bit(file: Path) -> None:
 
 def test_a_record_is_on_disk_before_the_file_is_closed(file: Path, tmp_path: Path) -> None:
     with Records(file, RUN) as records:
-        records.add("d", 1)
+        records.update({"d": 1})
         (tmp_path / "copy").write_bytes(file.read_bytes())
         with Records(tmp_path / "copy", RUN) as others:
             assert others["d"] == 1
@@ -41,7 +41,8 @@ def test_a_record_is_on_disk_before_the_file_is_closed(file: Path, tmp_path: Pat
 def test_two_runs_do_not_write_one_file(file: Path) -> None:
     with Records(file, RUN), pytest.raises(RecordsError, match="being written by another run"):
         Records(file, RUN)
-    Records(file, RUN).close()
+    with Records(file, RUN):
+        pass
 
 
 def test_a_file_cut_anywhere_in_its_last_line_loses_that_record_only(file: Path) -> None:
@@ -51,7 +52,7 @@ def test_a_file_cut_anywhere_in_its_last_line_loses_that_record_only(file: Path)
         file.write_bytes(whole[:length])
         with Records(file, RUN) as records:
             assert list(records) == ["a", "b"]
-            records.add("c", VALUES["c"])
+            records.update({"c": VALUES["c"]})
         assert file.read_bytes() == whole
 
 
@@ -61,7 +62,7 @@ def test_a_file_cut_anywhere_in_its_first_line_is_begun_again(file: Path) -> Non
         file.write_bytes(whole[:length])
         with Records(file, RUN) as records:
             for key, value in VALUES.items():
-                records.add(key, value)
+                records.update({key: value})
         assert file.read_bytes() == whole
 
 
@@ -101,11 +102,6 @@ def test_another_run_is_refused_with_what_differs(file: Path) -> None:
     assert file.read_bytes() == before
 
 
-def test_a_key_is_recorded_once(file: Path) -> None:
-    with Records(file, RUN) as records, pytest.raises(KeyError, match="'a' already"):
-        records.add("a", 0)
-
-
 def test_a_line_that_is_no_record_is_refused(file: Path) -> None:
     first, *_ = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(first + first)
@@ -117,7 +113,7 @@ def test_each_record_is_synced(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(file.stat().st_size))
     with Records(file, RUN) as records:
-        records.add("d", 1)
+        records.update({"d": 1})
         records.update({"e": 1, "f": 2})
     assert len(synced) == 2
     assert synced[-1] == file.stat().st_size

@@ -410,7 +410,7 @@ def test_unseen_vision_layers_are_refused_with_the_way_to_the_language_layers(ma
         with pytest.raises(UnsupportedModelError, match=r"visual\.blocks\.0\.attn") as found:
             call()
         message = str(found.value)
-        way_out = "layer=[m.self_attn for m in model.model.language_model.layers]"
+        way_out = "layer=[m.self_attn for m in model.get_decoder().layers]"
         assert way_out in message
     layers = eval(way_out.removeprefix("layer="), {"model": model})
     with warnings.catch_warnings():
@@ -434,16 +434,6 @@ def test_an_unseen_language_layer_is_not_said_to_be_helped_by_a_choice() -> None
     with pytest.raises(ValueError, match=r"^The output of .*language_model\.layers\.1.*NaN") as e:
         ContributionWeights(model).attribute(inputs_of(llava))
     assert "layer=" not in str(e.value)
-
-
-def test_layers_of_several_names_are_listed() -> None:
-    from captum_cw.capture.run import layer_argument
-
-    model: Any = llava()
-    names = ["model.language_model.layers.1.self_attn"]
-    assert layer_argument(names, model) == (
-        "layer=[model.get_submodule(name) for name in ['model.language_model.layers.1.self_attn']]"
-    )
 
 
 # ---------------------------------------------------------------------------------------------

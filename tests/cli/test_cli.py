@@ -23,10 +23,11 @@ import transformers
 import captum_cw
 from captum_cw import measures
 from captum_cw.capture import StateSpace
-from captum_cw.cli import attribute, choices, main, output, parser, problems
+from captum_cw.cli import attribute, choices, main, output, parser
 from captum_cw.cli import demo as demo_command
 from captum_cw.cli import reproduce as reproduce_command
 from captum_cw.data import _HUB_SETS, Bos
+from captum_cw.explanation import target
 from captum_cw.functional import Reduction
 from captum_cw.metrics.quantities import QuantityName
 from captum_cw.models import inspection, loading
@@ -124,7 +125,8 @@ def test_json_holds_the_scores_of_the_library(
 ) -> None:
     file = tmp_path / "text.txt"
     file.write_text("a b c d")
-    assert main(["attribute", "--model", folder, "--file", str(file), "--json"]) == 0
+    arguments = ["attribute", "--model", folder, "--file", str(file), "--json"]
+    assert main([*arguments, "--method", "contribution"]) == 0
     printed = printed_json(capsys)
     assert printed.keys() == documented("attribute")
     model, tokenizer = loading.load_model(folder)
@@ -132,15 +134,45 @@ def test_json_holds_the_scores_of_the_library(
     expected = captum_cw.TokenScores(captum_cw.ContributionWeights(model)).attribute(ids)
     torch.testing.assert_close(torch.tensor([printed.pop("scores")]), expected)
     assert [token.strip() for token in printed.pop("tokens")] == ["a", "b", "c", "d"]
-    settings = {"method": "contribution", "reduction": "mean", "target": None}
-    assert printed == {"model": folder, **settings, "files": []}
+    settings = {"method": "contribution", "reduction": "mean"}
+    asked = ("target", "contrast", "probability", "contrast_probability")
+    assert printed == {"model": folder, **settings, **dict.fromkeys(asked), "files": []}
+
+
+def test_json_holds_the_prediction_and_what_it_is_made_of(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["attribute", "--model", folder, "--text", "a b c d", "--json"]
+    model, tokenizer = loading.load_model(folder)
+    ids = tokenizer("a b c d", return_tensors="pt").input_ids
+    with torch.no_grad():
+        chances = model(ids).logits[0, -1].softmax(-1)
+    of = {word: tokenizer.encode(word, add_special_tokens=False)[0] for word in ("e", "f")}
+    inputs = captum_cw.InputContributions(model)
+    values = captum_cw.TokenScores(
+        captum_cw.TargetContributions(model), "sum", layers="sum", heads="sum", signed=True
+    )
+    for method, measure in (("target", values), ("input", inputs)):
+        asked = ["--target", "e", "--contrast", "f", "--method", method]
+        assert main([*arguments, *asked]) == 0
+        printed = printed_json(capsys)
+        assert printed.keys() == documented("attribute")
+        expected = measure.attribute(ids, target=of["e"], contrast=of["f"])[0]
+        torch.testing.assert_close(torch.tensor(printed["scores"]), expected)
+        assert printed["probability"] == pytest.approx(float(chances[of["e"]]), rel=1e-3)
+        assert printed["contrast_probability"] == pytest.approx(float(chances[of["f"]]), rel=1e-3)
+        assert (printed["target"].strip(), printed["contrast"].strip()) == ("e", "f")
+    assert main(arguments) == 0
+    printed = printed_json(capsys)
+    torch.testing.assert_close(torch.tensor([printed["scores"]]), values.attribute(ids))
+    assert printed["probability"] == pytest.approx(float(chances.max()), rel=1e-3)
 
 
 def test_json_with_a_target_holds_the_scores_of_the_prompt(
     folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["attribute", "--model", folder, "--text", "a b c", "--target", "d", "--json"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--method", "contribution"]) == 0
     printed = json.loads(capsys.readouterr().out)
     model, tokenizer = loading.load_model(folder)
     method = captum_cw.ContributionWeights(model)
@@ -189,6 +221,12 @@ def test_the_page_of_a_long_text_holds_scores_alone(
         (["--text", "Ice is cold", "--file", "b"], "not allowed with argument"),
         ([], "one of the arguments --text --file is required"),
         (["--text", "Ice is cold", "--target", "b", "--reduction", "sum"], "give one of them"),
+        (["--text", "Ice is cold", "--contrast", "b"], "give --target too"),
+        (
+            ["--text", "Ice", "--target", "a", "--contrast", "b", "--method", "vw"],
+            "--contrast needs --method target or input",
+        ),
+        (["--text", "Ice", "--method", "input", "--reduction", "sum"], "leave it out"),
         (["--text", "Ice is cold", "--out", "no/such/page.html"], "there is no folder no/such"),
         (["--text", "Ice is cold", "--method", "magic"], "invalid choice: 'magic'"),
     ],
@@ -440,6 +478,7 @@ def test_the_layers_of_a_classifier_are_attributed(
     classifier: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["attribute", "--model", classifier, "--text", "a b c"]
+    arguments += ["--method", "contribution"]
     assert main([*arguments, "--json"]) == 0
     scores = printed_json(capsys)["scores"]
     model, tokenizer = loading.load_model(classifier)
@@ -453,12 +492,40 @@ def test_the_layers_of_a_classifier_are_attributed(
     assert "leave --target out" in told
 
 
-def test_a_target_needs_a_model_that_writes(
+def test_the_class_of_a_classifier_is_explained(
+    classifier: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["attribute", "--model", classifier, "--text", "a b c"]
+    assert main([*arguments, "--target", "LABEL_1", "--contrast", "LABEL_0", "--json"]) == 0
+    scores = printed_json(capsys)["scores"]
+    model, tokenizer = loading.load_model(classifier)
+    ids = tokenizer("a b c", return_tensors="pt").input_ids
+    method = captum_cw.TokenScores(
+        captum_cw.TargetContributions(model), "sum", layers="sum", heads="sum", signed=True
+    )
+    expected = method.attribute(ids, target=1, contrast=0)
+    torch.testing.assert_close(torch.tensor([scores]), expected)
+    assert main([*arguments, "--target", "d"]) == 1
+    assert "'d' is not a class of the model" in capsys.readouterr().err
+
+
+def test_a_masked_model_needs_a_masked_token(
     tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = saved_bert("BertForMaskedLM", tiny_tokenizer, tmp_path)
     assert main(["attribute", "--model", model, "--text", "a b", "--target", "d"]) == 1
-    assert "BertForMaskedLM does not generate text" in capsys.readouterr().err
+    assert "put it where the target belongs" in capsys.readouterr().err
+
+
+def test_a_space_before_the_target_is_suggested(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hint = "' e', with a space before the word, has probability 0.5: did you mean ' e'?"
+    monkeypatch.setattr(target._Names, "hint", lambda *_: hint)
+    assert main(["attribute", "--model", folder, "--text", "a b", "--target", "e"]) == 0
+    printed = capsys.readouterr().out
+    assert "with a space before the word" in printed
+    assert "(probability" in printed
 
 
 def test_a_classifier_is_evaluated_by_its_classes(
@@ -471,7 +538,8 @@ def test_a_classifier_is_evaluated_by_its_classes(
     out = tmp_path / "classes"
     assert main([*arguments, "--quantity", "log_prob", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "log_prob of 3 texts" in printed
+    assert "log_prob with nothing removed" in printed
+    assert "texts: 3" in printed
     assert "corpus" not in printed
     header = (out / "result.csv").read_text().splitlines()[0]
     assert header == "method,side,rate,delta"
@@ -586,7 +654,10 @@ def test_wrong_arguments_of_a_template_are_reported(
     [
         (["atribute"], "Did you mean 'attribute'?"),
         (["attribute", "--method", "contributon"], "Did you mean 'contribution'?"),
-        (["evaluate", "--methods", "vw,atention"], "'atention' is unknown; known: contribution"),
+        (
+            ["evaluate", "--methods", "vw,atention"],
+            "'atention' is unknown; known: target, input",
+        ),
         (["evaluate", "--methods", "vw,atention"], "Did you mean 'attention'?"),
         (["evaluate", "--rates", "a"], "'a' is not a list of numbers"),
         (["evaluate", "--samples", "0"], "give 1 or more"),
@@ -610,38 +681,38 @@ def test_wrong_usage_is_json_where_that_is_asked_for(capsys: pytest.CaptureFixtu
     assert "the text is empty" in document["error"]
 
 
-def test_a_missing_folder_is_reported_with_an_existing_one(
+def test_a_model_that_does_not_exist_is_reported(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["models", f"{folder}s"]) == 1
-    assert f"Did you mean {folder!r}?" in capsys.readouterr().err
+    assert "There is no such folder, and the hub does not answer." in capsys.readouterr().err
     assert main(["models", str(tmp_path)]) == 1
-    assert f"no config.json. There is one in {folder}." in capsys.readouterr().err
+    assert "no config.json." in capsys.readouterr().err
     assert main(["models", "HuggingFaceTB/SmolLM2-135M-instruct"]) == 1
     err = capsys.readouterr().err
     assert "the hub does not answer. Did you mean 'HuggingFaceTB/SmolLM2-135M-Instruct'?" in err
 
 
-def test_a_missing_file_is_reported_with_an_existing_one(
+def test_a_file_that_does_not_exist_is_reported(
     data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = data.replace("letters", "letter")
     assert main(["attribute", "--model", "unused", "--file", wrong]) == 1
-    assert f"There is no {wrong}. Did you mean {data!r}?" in capsys.readouterr().err
-    for name, meant in ((wrong, data), ("gsm8", "gsm8k")):
+    assert f"There is no {wrong}." in capsys.readouterr().err
+    for name, message in ((wrong, "not a file, or a folder"), ("gsm8", "Did you mean 'gsm8k'?")):
         assert main(["evaluate", "--model", "unused", "--data", name, "--out", "x"]) == 1
-        assert f"Did you mean {meant!r}?" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_a_missing_package_is_reported_before_anything_is_loaded(
     data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(problems, "find_spec", lambda name: None if name == "pandas" else name)
+    monkeypatch.setitem(sys.modules, "pandas", None)
     assert main(["evaluate", "--model", "unused", "--data", data, "--out", "x", "--json"]) == 1
-    assert printed_json(capsys) == {
-        "error": "pandas is not installed: pip install 'captum-cw[evaluate]'",
-        "type": "ModuleNotFoundError",
-    }
+    found = printed_json(capsys)
+    assert found["type"] == "ImportError"
+    assert found["error"].startswith("pandas is not installed")
+    assert found["error"].endswith("pip install 'captum-cw[evaluate]'")
 
 
 def test_a_text_that_is_too_long_is_reported_before_the_run(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -238,12 +238,7 @@ def test_a_method_without_a_map_has_none_in_a_data_set() -> None:
 def test_a_library_that_is_missing_is_named_with_its_extra(
     call: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(wanted: str) -> Any:
-        if wanted == name:
-            raise ImportError(wanted)
-        return importlib.import_module(wanted)
-
-    monkeypatch.setattr("captum_cw.explanation.files.import_module", missing)
+    monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=rf"{name} is not installed.*captum-cw\[interchange\]"):
         getattr(Explanation(["a"], {}), call)()
 

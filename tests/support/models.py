@@ -132,7 +132,7 @@ def with_gains(model: nn.Module) -> nn.Module:
     """Norms with gains far from one, so that leaving them out is seen."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "ln_" in name:
                 p.normal_(0.5, 0.5)
     return model
 
@@ -158,6 +158,22 @@ def gemma3() -> nn.Module:
         layer_types=["sliding_attention", "full_attention"],
     )
     return with_gains(build(transformers.Gemma3ForCausalLM, config))
+
+
+def jamba() -> nn.Module:
+    """A state-space layer, and a layer with attention and experts."""
+    config = transformers.JambaConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    )
+    return build(transformers.JambaForCausalLM, config)
 
 
 def olmo2() -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,12 +54,14 @@ def contents_of_module(module: nn.Module, known: dict[int, Any]) -> Any:
     return type(module), contents_of(vars(module), known)
 
 
-def check_untouched(model: nn.Module) -> None:
+def check_untouched(
+    model: nn.Module, method: Callable[[nn.Module], Any] = ContributionWeights
+) -> None:
     """Observing leaves no hook and no forward behind."""
     before = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     with torch.no_grad():
         alone = model(token_ids()).logits
-        ContributionWeights(model).attribute(token_ids())
+        method(model).attribute(token_ids())
         assert torch.equal(model(token_ids()).logits, alone)
     after = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     assert after == before

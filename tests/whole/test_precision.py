@@ -31,7 +31,7 @@ from captum_cw import (
 from captum_cw.analysis import first_token_weight, token_selection
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.capture.rounding import product_rounding, rounding
-from captum_cw.functional import AttentionLayer, output_gram, value_norms, widest
+from captum_cw.functional import AttentionLayer, output_gram, widest
 from captum_cw.metrics import agreement
 from captum_cw.removal.sinks import find_sinks, sink_rate
 from support.inputs import TEXT, letter_tokenizer, token_ids
@@ -187,8 +187,9 @@ def test_norms_without_float64_lose_no_small_ones(d: int) -> None:
     weight = (u * torch.logspace(0, -5, u.shape[-1], dtype=torch.float64)) @ v
     value = u.mT[None].float()  # each value has the norm of one singular value
     expected = (value.double() @ weight.float().double()).norm(dim=-1).float()
+    attention = torch.ones(1, 3, 1, value.shape[2])
     with NoFloat64():
-        found = value_norms(value, weight.float())
+        found = AttentionLayer.from_tensors(attention, value, weight.float()).value_norms
     torch.testing.assert_close(found, expected, rtol=0, atol=3e-7)
     quadratic = ((value @ output_gram(weight.float())) * value).sum(-1).clamp(min=0).sqrt()
     assert (quadratic - expected).abs().max() > 1e-5
@@ -311,11 +312,10 @@ def test_functions_on_tensors_leave_autocast_alone() -> None:
     def all_of_them() -> list[Tensor]:
         layer = AttentionLayer.from_tensors(a, v, w)
         return [
-            functional.contribution_weights(a, v, w, scope="intra"),
-            functional.value_weighted_output_normalised(a, v, w),
+            functional.dense_map(layer, functional.contribution("intra")),
+            functional.dense_map(layer, functional.vwon),
             functional.attention_weights(v, v),
             functional.output_gram(w),
-            functional.value_norms(v, w),
             functional.pull_back(layer.output, w),
             functional.head_share(layer),
             functional.token_scores(layer, functional.contribution()),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_cw import ContributionWeights, TokenScores, functional
 from captum_cw.capture import UnsupportedModelError
+from captum_cw.functional import AttentionLayer
 from support.inputs import last_tokens_and_cache, padded_batch, position_ids, token_ids
 from support.models import SIZES, attention_modules, build, gpt2, llama, mistral
 from support.running import run_in_threads
@@ -161,13 +162,14 @@ def test_values_that_the_projection_nearly_removes_keep_their_norms() -> None:
     w = (u * scale) @ v[:, :8]
     value = (u[..., -1] + 0 * torch.randn(1, 1, 6, 8, generator=generator)).float()
     exact = (value.double() @ w).norm(dim=-1)
-    assert torch.allclose(functional.value_norms(value, w.float()).double(), exact, rtol=1e-2)
+    layer = AttentionLayer.from_tensors(torch.ones(1, 1, 1, 6), value, w.float())
+    assert torch.allclose(layer.value_norms.double(), exact, rtol=1e-2)
 
 
 def test_half_precision_tensors_are_computed_in_float32() -> None:
     a = torch.rand(1, 2, 4, 4).softmax(-1).to(torch.bfloat16)
     v, w = torch.randn(1, 2, 4, 3).to(torch.bfloat16), torch.randn(2, 3, 8).to(torch.bfloat16)
-    c = functional.contribution_weights(a, v, w)
+    c = functional.dense_map(AttentionLayer.from_tensors(a, v, w), functional.contribution())
     assert c.dtype == torch.float32
     assert torch.allclose(c.sum((1, 3)), torch.ones(1, 4), atol=1e-5)
     q = torch.randn(1, 1, 4, 8).to(torch.bfloat16)
