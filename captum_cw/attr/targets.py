@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from captum_cw import functional
@@ -17,6 +16,7 @@ from captum_cw._utils.progress import progress_bar
 from captum_cw.attr._captum import Attribution, logged
 from captum_cw.attr.measures import AttentionAttribution, as_given
 from captum_cw.capture import Execution
+from captum_cw.capture.rounding import in_widest
 from captum_cw.capture.run import Inputs, Kinds, Runner
 from captum_cw.capture.target_run import Attention, TargetPass, TargetRunner
 from captum_cw.capture.target_value import Target
@@ -260,11 +260,13 @@ class InputContributions(Attribution):  # type: ignore[misc]  # captum has no ty
         """
         found = self._run(inputs, target, additional_forward_args, contrast, by_example=True)
         assert found.constants is not None
-        missing = found.linear.double() - found.constants.double()
+        missing = in_widest(found.linear)
+        missing = missing - found.constants.to(missing)
         parts = attributions.values() if isinstance(attributions, Mapping) else attributions
         for part in (parts,) if isinstance(parts, Tensor) else parts:
-            missing = missing - part.double().reshape(len(missing), -1).sum(1)
-        return missing.to(torch.float32)
+            part = in_widest(part).reshape(len(missing), -1).sum(1)
+            missing = missing - part.to(missing)
+        return missing.to(found.linear)
 
     def _run(
         self,

@@ -75,7 +75,7 @@ class _Activation:
     def _is_elementwise(self, x: Tensor) -> bool:
         """Whether each output depends on its own input alone, and is zero at zero."""
         generator = torch.Generator(x.device).manual_seed(0)
-        kept = torch.rand(x.shape, generator=generator, device=x.device) < 0.5
+        kept = torch.empty_like(x).uniform_(generator=generator) < 0.5
         other = torch.where(kept, x, x.flatten().flip(0).view_as(x) + 1)
         before = x.clone()
         with torch.no_grad():

@@ -76,7 +76,7 @@ class EmbeddedTokens:
         self._ids = dict(ids)
         self._known: dict[int, _Followed] = {}
         for name, x in ids.items():
-            places = torch.arange(x.numel(), device=x.device).view_as(x)
+            places = torch.arange(x.numel(), dtype=torch.long, device=x.device).view_as(x)
             self._known[id(x)] = _Followed(x, name, places)
 
     def again(self) -> EmbeddedTokens:

@@ -33,6 +33,7 @@ from captum_cw.capture.linear_rules import (
     varies,
 )
 from captum_cw.capture.module_stack import innermost
+from captum_cw.capture.rounding import in_widest
 from captum_cw.functional import widest
 
 __all__ = ["Linearised"]
@@ -134,20 +135,22 @@ class Linearised:
         if not results:
             return run_linearised(call)
         generator = torch.Generator().manual_seed(0)
-        seeds = [torch.randn(x.shape, generator=generator).to(x) for x in results]
+        seeds = [torch.empty_like(x, device="cpu").normal_(generator=generator) for x in results]
+        seeds = [seed.to(x) for seed, x in zip(seeds, results, strict=True)]
         inputs = [*copies.values(), self.one]
         grads = torch.autograd.grad(results, inputs, seeds, retain_graph=True, allow_unused=True)
-        terms = [
-            (g.double() * x.detach().double()).sum()
-            for g, x in zip(grads, inputs, strict=True)
-            if g is not None
-        ]
-        parts = [s.double() * x.detach().double() for s, x in zip(seeds, results, strict=True)]
-        whole, found = (float(sum(x.sum() for x in y)) for y in (parts, terms))
-        size = float(sum(x.square().sum() for x in parts)) ** 0.5
+        terms = [_product(g, x) for g, x in zip(grads, inputs, strict=True) if g is not None]
+        parts = [_product(s, x) for s, x in zip(seeds, results, strict=True)]
+        whole, found = (sum(float(x.sum()) for x in y) for y in (parts, terms))
+        size = sum(float(x.square().sum()) for x in parts) ** 0.5
         if not abs(found - whole) <= TOLERANCE * size:
             self.unequal = call.name, innermost()
         return run_linearised(call)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return an elementwise product without a gradient, in the widest dtype."""
+    return in_widest(a) * in_widest(b)
 
 
 def _without_parameter(x: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = ["logits_of"]
+__all__ = ["logits_of", "predictions_of"]
 
 
 def logits_of(output: object, ranks: tuple[int, ...] = (3,)) -> Tensor:
@@ -37,3 +37,20 @@ def logits_of(output: object, ranks: tuple[int, ...] = (3,)) -> Tensor:
         f"The model returned {type(output).__name__} without logits {shapes}: give a model that "
         "predicts tokens or classes, such as AutoModelForCausalLM."
     )
+
+
+def predictions_of(output: object) -> Tensor:
+    """Return the logits of tokens ``(B, T, V)``, or else those of classes, ``(B, C)``.
+
+    Raises:
+        TypeError: If the output has neither.
+
+    Example:
+        >>> losses, logits = torch.zeros(1, 5), torch.zeros(1, 5, 64)
+        >>> predictions_of((losses, logits)).shape, predictions_of(losses).shape
+        (torch.Size([1, 5, 64]), torch.Size([1, 5]))
+    """
+    try:
+        return logits_of(output)
+    except TypeError:
+        return logits_of(output, (2, 3))

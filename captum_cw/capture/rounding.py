@@ -7,7 +7,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-__all__ = ["are_near", "product_rounding", "rounding"]
+from captum_cw.functional import widest
+
+__all__ = ["are_near", "in_widest", "product_rounding", "rounding"]
 
 #: The precision of float32 operands in matrix products, by the names of PyTorch's settings: TF32
 #: keeps ten bits of the mantissa, and bfloat16 keeps seven.
@@ -64,3 +66,13 @@ def _settings() -> list[str]:
         with suppress(RuntimeError, AttributeError):  # new in PyTorch 2.9
             found.append(backend.matmul.fp32_precision)
     return found or ["highest"]
+
+
+def in_widest(x: Tensor) -> Tensor:
+    """Return ``x`` without a gradient in float64, or in float32 on a device without float64.
+
+    Example:
+        >>> in_widest(torch.ones(1)).dtype
+        torch.float64
+    """
+    return x.detach().to(widest(x.device))

@@ -22,7 +22,7 @@ from captum_cw.capture.linearised import Linearised
 from captum_cw.capture.model import device_of, evaluation_mode, uncompiled
 from captum_cw.capture.observation import Execution, HeadObservation, names_of
 from captum_cw.capture.recomputing import recomputing
-from captum_cw.capture.rounding import rounding
+from captum_cw.capture.rounding import in_widest, product_rounding
 from captum_cw.capture.run import Inputs, Runner
 from captum_cw.capture.target_inputs import Arguments, own_arguments
 from captum_cw.capture.target_value import Target, needs_all_logits, target_values
@@ -82,17 +82,16 @@ class TargetPass:
     def delta(self) -> Tensor:
         """What the shares lack of the target, ``(B,)``."""
         assert self.constants is not None
-        return (self.without_constants() - self.constants.double()).float()
+        missing = self.without_constants()
+        return (missing - self.constants.to(missing)).to(self.linear)
 
     def without_constants(self) -> Tensor:
-        """Return what the shares of the inputs lack of the target, ``(B,)`` in double precision."""
-        missing = self.linear.double()
+        """Return what the shares of the inputs lack of the target, ``(B,)``."""
+        missing = in_widest(self.linear)
         for share in self.shares.values():
-            if len(share) == len(missing) or len(missing) > 1:
-                share = share.flatten(1).sum(1, dtype=torch.float64)
-            else:
-                share = share.sum(dtype=torch.float64)
-            missing = missing - share
+            # One example may consist of several rows, such as the patches of its images.
+            share = in_widest(share).reshape(len(missing), -1).sum(1)
+            missing = missing - share.to(missing)
         return missing
 
 
@@ -216,10 +215,14 @@ class TargetRunner:
             if B == 1:
                 constants = grads[-1][None]
             elif by_example:
-                constants = self._constants(recorded, torch.eye(B))
+                constants = self._constants(
+                    recorded, torch.eye(B, dtype=torch.float32, device="cpu")
+                )
             elif more:  # errors of single examples may cancel in their sum
-                weights = torch.rand(1, B, generator=torch.Generator().manual_seed(0)) + 0.5
-                lone = weights.to(recorded.linear), self._constants(recorded, weights)
+                generator = torch.Generator().manual_seed(0)
+                weights = torch.empty(1, B, dtype=torch.float32, device="cpu")
+                weights.uniform_(0.5, 1.5, generator=generator)
+                lone = weights, self._constants(recorded, weights)
             for heads in recorded.heads:
                 if on_layer is not None and not heads.is_done:  # the target does not depend on it
                     _finish(heads, heads.layer.head_gradient, on_layer)
@@ -234,15 +237,16 @@ class TargetRunner:
             layers=results,
             output=recorded.output,
         )
-        eps = rounding(*(x for x, _ in recorded.outputs))
+        eps = product_rounding(*(x for x, _ in recorded.outputs))
         allowed = max(OF_SHARES, 32 * eps) * (sizes + abs(float(grads[-1])))
         allowed += OF_TARGET * float(recorded.linear.abs().sum())
         if constants is not None:
             return found, float(found.delta.abs().max()), allowed
         rest = found.without_constants()
-        gaps = [rest.sum() - grads[-1].double()]
+        gaps = [rest.sum() - grads[-1].to(rest)]
         if lone is not None:
-            gaps.append(lone[0][0].double() @ rest - lone[1][0].double())
+            weights, constant = (x[0].to(rest) for x in lone)
+            gaps.append(weights @ rest - constant)
         return found, max(abs(float(gap)) for gap in gaps), allowed
 
     def _forward(
@@ -343,7 +347,9 @@ class TargetRunner:
             plain = run_on_copies(self.runner.forward_func, call.kwargs, call.args)
         ours, theirs = (list(_floating(x)) for x in (output, plain))
         for x, y in zip(ours, theirs, strict=True):
-            tolerance = max(1e-3, 32 * rounding(x)) * float(y.nan_to_num(0, 0, 0).abs().max())
+            tolerance = max(1e-3, 32 * product_rounding(x)) * float(
+                y.nan_to_num(0, 0, 0).abs().max()
+            )
             if x.shape != y.shape or not torch.allclose(x, y, 0, tolerance, equal_nan=True):
                 raise UnsupportedModelError(
                     f"With gradients, the model returns other numbers than without: they differ by "
@@ -385,7 +391,7 @@ class TargetRunner:
             ``(n,)``.
         """
         one, outputs, shares = recorded.linearised.one, recorded.outputs, []
-        for row in weights.double():
+        for row in weights:
             seeds = [g * row.to(g).view(-1, *[1] * (g.dim() - 1)) for _, g in outputs]
             (share,) = torch.autograd.grad(
                 [x for x, _ in outputs], one, seeds, retain_graph=True, allow_unused=True
@@ -520,17 +526,17 @@ def _linear_values(values: Tensor, outputs: list[tuple[Tensor, Tensor]], is_free
     if not is_free:
         return values.detach().float()
     B = len(values)
-    total = torch.zeros(B, dtype=torch.float64)
+    total = in_widest(values.new_zeros(B))
     for x, g in outputs:
-        product = (x.detach().double() * g.double()).cpu()
-        if len(x) != B:
+        product = in_widest(x) * in_widest(g)
+        if x.dim() == 0 or len(x) != B:
             if B > 1:
                 raise ValueError(
                     f"The target depends on a tensor of shape {tuple(x.shape)}, whose first "
                     f"dimension is not that of the {B} examples: give one example at a time."
                 )
             product = product[None]
-        total += product.flatten(1).sum(1) if product.dim() > 1 else product
+        total += product.reshape(B, -1).sum(1).to(total)
     return total.to(values.device, torch.float32)
 
 

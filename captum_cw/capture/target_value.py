@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_cw.capture.outputs import logits_of
+from captum_cw.capture.outputs import predictions_of
 
 __all__ = ["Target", "needs_all_logits", "target_values"]
 
@@ -88,7 +88,7 @@ def _values(
     """Return the values ``(B,)``, and the places of the logits; None for those of a callable."""
     if callable(target):
         return _checked(target(output), name, examples), None
-    logits = logits_of(output, (2, 3))
+    logits = predictions_of(output)
     if len(logits) != examples:
         raise ValueError(
             f"The model returns logits of {len(logits)} examples for {examples} inputs: give the "
@@ -99,7 +99,8 @@ def _values(
         _place(logits, real, b, choice, name)
         for b, choice in enumerate(_choices(target, name, examples))
     ]
-    return logits[tuple(torch.tensor(places, device=logits.device).T)], places
+    chosen = torch.tensor(places, dtype=torch.long, device=logits.device)
+    return logits[tuple(chosen.T)], places
 
 
 def _checked(values: Any, name: str, examples: int) -> Tensor:

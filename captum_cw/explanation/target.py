@@ -13,7 +13,7 @@ from captum_cw import functional
 from captum_cw.attr import TargetContributions
 from captum_cw.capture import Execution
 from captum_cw.capture.model import LOGITS, check_fits
-from captum_cw.capture.outputs import logits_of
+from captum_cw.capture.outputs import predictions_of
 from captum_cw.functional import TargetLayer, map_blocks
 from captum_cw.measures import INPUT, TARGET
 from captum_cw.text.prompts import leading
@@ -88,7 +88,7 @@ def target_parts(
     """
     ids = inputs["input_ids"]
     T = ids.shape[1]
-    logits = logits_of(output, (2, 3))
+    logits = predictions_of(output)
     names = _Names(model, tokenizer, logits)
     position = _masked_position(tokenizer, ids) if logits.dim() == 3 else None
     placed = causal or position is not None or isinstance(question.target, tuple)
@@ -99,7 +99,7 @@ def target_parts(
             "(position, number)."
         )
     check_fits(8 * T * T, torch.device("cpu"), f"a map of {T} x {T}", "Explain a shorter text.")
-    total = torch.zeros(T, T, device="cpu")
+    total = torch.zeros(T, T, dtype=torch.float32, device="cpu")
 
     def add(execution: Execution, layer: TargetLayer) -> None:
         skipped, hidden = leading(execution, layer, T, None)
@@ -141,7 +141,7 @@ def predicts(tokenizer: PreTrainedTokenizerBase, ids: Tensor, output: Any, *, ca
         causal: Whether tokens do not see later ones.
     """
     try:
-        logits = logits_of(output, (2, 3))
+        logits = predictions_of(output)
     except TypeError:
         return False
     if logits.dim() == 2:
@@ -223,7 +223,9 @@ class _Names:
 
     def _readable(self, number: int) -> str:
         if self.predicts_tokens:
-            return readable_ids(self.tokenizer, torch.tensor([number]))[0]
+            return readable_ids(
+                self.tokenizer, torch.tensor([number], dtype=torch.long, device="cpu")
+            )[0]
         named = [label for label, value in self.labels.items() if value == number]
         return named[0] if named else str(number)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.capture.forward_call import forward_call, run_on_copies
 from captum_cw.capture.model import evaluation_mode, vocabulary_size
-from captum_cw.capture.outputs import logits_of
+from captum_cw.capture.outputs import predictions_of
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll
 from captum_cw.metrics.target_scores import TargetScores
@@ -195,10 +195,9 @@ class BatchRun:
 
     def _text_logits(self, output: Any) -> Tensor:
         """Return the logits ``(B, T, V)`` at the tokens of the text, or ``(B, C)``."""
-        try:
-            logits = logits_of(output)
-        except TypeError:
-            return logits_of(output, (2, 3))
+        logits = predictions_of(output)
+        if logits.dim() == 2:
+            return logits
         T, longest = self.ids.shape[1], self.clean.real[0].shape[1]
         if logits.shape[1] not in (T, longest):
             raise ValueError(

@@ -467,7 +467,7 @@ def test_training_mode_is_refused() -> None:
         ({"sink_space": "logits"}, "sink_space='logits' is unknown"),
         ({"sink_threshold": 3.0}, r"sink_threshold is a cosine .* got 3.0"),
         ({"rate_of": "some"}, "rate_of='some' is unknown"),
-        ({"method": "gradient"}, "method='gradient' is unknown; known: 'contribution'"),
+        ({"method": "gradient"}, "method='gradient' is unknown; known: 'target'"),
     ],
 )
 def test_senseless_choices_are_refused(options: dict[str, Any], message: str) -> None:

@@ -129,7 +129,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a target": (
         lambda: ContributionWeights(MODEL).attribute(token_ids(), target=3),
         ValueError,
-        "target=3.*queries=position",
+        "target=3.*TargetContributions",
     ),
     "unknown space": (
         lambda: attribute(token_ids(), space="logits"),

@@ -32,7 +32,7 @@ def test_passes_are_counted_and_missing_libraries_named(
         if len(cells := [cell.strip() for cell in line.split("|")]) > 4
     }
     assert rows["TokenScores"][3:5] == ["1", "0"]
-    assert rows["explain"][3:5] == ["1", "0"]
+    assert rows["explain"][3:5] == ["3", "1"]
     assert rows["LayerIntegratedGradients"][3:5] == ["52", "50"]
     assert "inseq" in rows["saliency"][3]
     assert "lxt" in rows["AttnLRP"][3]

@@ -367,7 +367,9 @@ class Rounded(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             bits = x.detach().contiguous().view(torch.int32)
             half = (1 << (self.dropped - 1)) - 1 + ((bits >> self.dropped) & 1)
-            return ((bits + half) & -(1 << self.dropped)).view(torch.float32)
+            rounded = ((bits + half) & -(1 << self.dropped)).view(torch.float32)
+            # Rounding passes gradients on.
+            return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 @contextmanager
