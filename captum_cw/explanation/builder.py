@@ -165,7 +165,7 @@ def _target_parts(
     """Return contributions to a prediction; None if they are not known, and nobody asked."""
     try:
         return target_parts(model, tokenizer, inputs, output, question, causal=causal)
-    except UnsupportedModelError as error:
+    except (UnsupportedModelError, ValueError) as error:  # ValueError: logits without a gradient
         if question.is_asked:
             raise
         warnings.warn(f"Contributions to the prediction are left out. {error}", stacklevel=3)

@@ -203,6 +203,18 @@ def test_a_model_that_is_not_understood_has_the_other_measures(tiny_tokenizer: A
             explain(model, tiny_tokenizer, IDS, **asked)
 
 
+def test_a_model_without_gradients_has_the_other_measures(tiny_tokenizer: Any) -> None:
+    """As those whose kernels have no backward pass."""
+    model: Any = llama()
+    model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.view(torch.int32).view(torch.float32)
+    )
+    with pytest.warns(UserWarning, match=r"are left out\. The target does not depend"):
+        assert "target" not in explain(model, tiny_tokenizer, IDS).scores
+    with pytest.raises(ValueError, match="does not depend on the inputs by a gradient"):
+        explain(model, tiny_tokenizer, IDS, target="c")
+
+
 def test_a_model_without_logits_has_no_target(tiny_tokenizer: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
