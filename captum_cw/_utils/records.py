@@ -27,8 +27,6 @@ class RecordsError(ValueError):
 class Records(dict[str, Any], AbstractContextManager["Records"]):
     """Records by key, in memory and on disk. As a context manager it closes the file.
 
-    Only :meth:`update` writes records to disk.
-
     Args:
         path: The file. A missing file, or folder, is created.
         run: The settings and versions that all records of the file must share (JSON).
@@ -72,11 +70,15 @@ class Records(dict[str, Any], AbstractContextManager["Records"]):
             for n, line in enumerate(lines[1:], 2):
                 if set(line) != {"key", "value"} or line["key"] in self:
                     raise self._damaged(n)
-                self[line["key"]] = line["value"]
+                super().__setitem__(line["key"], line["value"])
         if torn:
             os.truncate(self.path, len(content) - len(torn))
         if not lines:
             self._append({"run": run})
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Add a record, as :meth:`update` does."""
+        self.update({key: value})
 
     def update(self, records: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Add records (JSON; floats are exact). They are on disk when this returns."""

@@ -192,7 +192,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(command: list[str], tmp_path: Pa
 def test_two_processes_give_the_numbers_of_one(command: list[str], tmp_path: Path) -> None:
     finished(started([*command, "--out", str(tmp_path / "one")]))
     printed = finished(started([*command, "--out", str(tmp_path / "two")], processes=2))
-    assert "2 processes" in printed
+    assert "processes: 2" in printed
     assert printed.count("AOPC") == 2  # only one process prints
     one, two = (tmp_path / folder for folder in ("one", "two"))
     assert FaithfulnessResult.load(two / "result.json").settings["processes"] == 2

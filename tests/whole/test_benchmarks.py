@@ -71,7 +71,7 @@ def test_one_command_writes_all_tables_and_goes_on_after_a_kill(
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert text.strip() == out.strip()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert [len(row) for row in rows] == [3] * 8 + [3] * 3 + [3] * 3 + [5] * 4
+    assert [len(row) for row in rows] == [3] * 11 + [3] * 3 + [5] * 3 + [3] * 3 + [6] * 4
     assert "extrapolated" in text
     assert "failed" not in text
 
