@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
@@ -43,6 +44,7 @@ from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
 
+SCRIPT = "benchmarks/evidence.py"
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data" / "evidence"
 OUT = ROOT / "docs" / "results" / "evidence.md"
@@ -52,12 +54,16 @@ STEPS = 50
 BATCH_TOKENS = 1000  # in one pass of several texts, or of several steps of Integrated Gradients
 RESAMPLES = 10_000
 SEED = 0
+FEW_FOILS = 4
+FEW_ROWS = 15
 TOLERANCE = 1e-2  # of LXT's target, which other releases of transformers compute
 
-BEGIN_MARK, END_MARK = "<!-- tables of benchmarks/evidence.py -->", "<!-- end of the tables -->"
+BEGIN_MARK, END_MARK = f"<!-- tables of {SCRIPT} -->", "<!-- end of the tables -->"
 LXT = "AttnLRP (LXT)"
 GRADIENTS = "Integrated Gradients"
 MAIN = ("values, frozen, signed", "input, frozen")
+#: Methods that are shown beside the main ones on parts of sets.
+BESIDE = ("contribution, rollout", "ALTI, rollout", "input x gradient")
 CONTROLS = ("the earliest token first", "the latest token first")
 
 
@@ -480,8 +486,12 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def summary(found: Found) -> dict[str, Any]:
-    """Return the figures of one model and set, as they are saved."""
+def summary(found: Found, tokenizer: Any) -> dict[str, Any]:
+    """Return the figures of one model and set, as they are saved.
+
+    ``minus`` compares the main methods with each other one. If that is not ours and its scores have
+    signs, it is ranked by sign or by size, whichever is better on the set.
+    """
     methods: dict[str, Any] = {}
     for method in METHODS:
         ranks = found.reciprocal(method.name)
@@ -489,7 +499,10 @@ def summary(found: Found) -> dict[str, Any]:
             continue
         entry: dict[str, Any] = {"rows": len(ranks), "mrr": interval([*ranks.values()])}
         if method.signed:
-            entry["by_size"] = interval([*found.reciprocal(method.name, size=True).values()])
+            by_size = found.reciprocal(method.name, size=True)
+            entry["by_size"] = interval([*by_size.values()])
+            if method.name not in OURS and sum(by_size.values()) > sum(ranks.values()):
+                ranks = by_size
         entry["minus"] = {
             name: interval([ours[row] - x for row, x in ranks.items()])
             for name in MAIN
@@ -500,13 +513,43 @@ def summary(found: Found) -> dict[str, Any]:
         "rows": len(found.questions),
         "read": found.read,
         "tokens": float(np.mean([len(q.ids) - 1 for q in found.questions.values()])),
-        "chance": float(
-            np.mean([chance(len(q.ids) - 1, len(q.evidence)) for q in found.questions.values()])
-        ),
+        "chance": chance_of(found, found.questions),
         "controls": {name: float(np.mean([*found.reciprocal(name).values()])) for name in CONTROLS},
         "methods": methods,
         "winners": {name: winners(found, name) for name in NAMES if name in found.scores},
+        "parts": parts_of(found, tokenizer),
     }
+
+
+def parts_of(found: Found, tokenizer: Any) -> dict[str, Any]:
+    """Return the ranks of a few methods on parts of a set: by foil, and by place of the evidence.
+
+    A set with many foils is not split by foil, and parts of less than ``FEW_ROWS`` are left out.
+    """
+    parts: dict[str, list[int]] = {}
+    foils = {question.bad for question in found.questions.values()} - {None}
+    for row, question in found.questions.items():
+        if 1 < len(foils) <= FEW_FOILS:
+            foil = tokenizer.decode([question.bad]).strip()
+            parts.setdefault(f"the foil is *{foil}*", []).append(row)
+        place = "first" if 1 in question.evidence else "later"
+        parts.setdefault(f"the evidence stands {place}", []).append(row)
+    return {
+        name: {"rows": len(rows), "chance": chance_of(found, rows)}
+        | {
+            method: interval([ranks[row] for row in rows])
+            for method in (*MAIN, *BESIDE)
+            if (ranks := found.reciprocal(method))
+        }
+        for name, rows in parts.items()
+        if FEW_ROWS <= len(rows) < len(found.questions)
+    }
+
+
+def chance_of(found: Found, rows: Iterable[int]) -> float:
+    """Return the mean reciprocal rank of random scores on some rows."""
+    asked = [found.questions[row] for row in rows]
+    return float(np.mean([chance(len(q.ids) - 1, len(q.evidence)) for q in asked]))
 
 
 KINDS = ("evidence", "first", "last", "foil", "other")
@@ -592,6 +635,18 @@ def winners_table(figures: Mapping[str, Any]) -> str:
     return _table(heads, rows)
 
 
+def parts_table(figures: Mapping[str, Any]) -> str:
+    """Return the ranks of a few methods on parts of sets; "" if no set has parts."""
+    names = (*MAIN, *BESIDE)
+    rows = [
+        [f"{data}: {part}", str(of_part["rows"]), f"{of_part['chance']:.2f}"]
+        + [_cell(of_part[name]) for name in names]
+        for data, of in figures.items()
+        for part, of_part in of["parts"].items()
+    ]
+    return _table(["part of a set", "rows", "chance", *names], rows) if rows else ""
+
+
 def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return all tables, by model."""
     parts = []
@@ -616,6 +671,8 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
             f"### {model}: which token comes first",
             winners_table(figures),
         ]
+        if of_parts := parts_table(figures):
+            parts += [f"### {model}: parts of sets", of_parts]
     return "\n\n".join(parts)
 
 
@@ -639,7 +696,8 @@ def _versions() -> dict[str, str]:
 
 
 def _head(argv: Sequence[str]) -> str:
-    command = shlex.join(["python", "benchmarks/evidence.py", *(a.split("/")[-1] for a in argv)])
+    # Folders are those of one machine.
+    command = shlex.join(re.sub(r"/\S*/", "", word) for word in ["python", SCRIPT, *argv])
     versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
     return (
         f"Results of `{command}` on Python {platform.python_version()}, {versions}. A cell is the "
@@ -759,7 +817,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 except RecordsError as error:
                     print(error, file=sys.stderr)
                     return 1
-                results[name][asked.name] = summary(found)
+                results[name][asked.name] = summary(found, tokenizer)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_page(options.out, "\n\n".join([_head(argv), legend(), tables(results)]))
     text = json.dumps(results, indent=1)
