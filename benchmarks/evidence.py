@@ -518,7 +518,17 @@ def summary(found: Found, tokenizer: Any) -> dict[str, Any]:
         "methods": methods,
         "winners": {name: winners(found, name) for name in NAMES if name in found.scores},
         "parts": parts_of(found, tokenizer),
+        "lxt_differs": difference(found, LXT, "input, attnlrp"),
     }
+
+
+def difference(found: Found, name: str, other: str) -> float | None:
+    """Return the largest difference of two methods on a row, relative to the largest score."""
+    rows = [
+        np.asarray([found.scores[method][row] for method in (name, other)])
+        for row in found.scores.get(name, {})
+    ]
+    return max((float(np.ptp(x, axis=0).max() / np.abs(x).max()) for x in rows), default=None)
 
 
 def parts_of(found: Found, tokenizer: Any) -> dict[str, Any]:
@@ -578,6 +588,10 @@ def _cell(x: Sequence[float], *, marked: bool = False) -> str:
     mean, low, high = x
     text = f"{mean:.2f} ({low:.2f} to {high:.2f})"
     return f"**{text}**" if marked else text
+
+
+def _differs(of: Mapping[str, Any]) -> str:
+    return "" if of["lxt_differs"] is None else f"{of['lxt_differs']:.0e}"
 
 
 def results_table(figures: Mapping[str, Any], size: bool) -> str:
@@ -657,6 +671,7 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
                 ["rows used", *(str(of["rows"]) for of in figures.values())],
                 ["of the first", *(str(of["read"]) for of in figures.values())],
                 ["tokens, mean", *(f"{of['tokens']:.1f}" for of in figures.values())],
+                ["LXT differs from input, attnlrp, by", *map(_differs, figures.values())],
             ],
         )
         parts += [
@@ -702,7 +717,8 @@ def _head(argv: Sequence[str]) -> str:
     return (
         f"Results of `{command}` on Python {platform.python_version()}, {versions}. A cell is the "
         f"mean over rows with its 95% bootstrap interval ({RESAMPLES:,} resamples of rows). A "
-        "number in square brackets counts the rows of a method that did not run on all of them."
+        "number in square brackets counts the rows of a method that did not run on all of them. "
+        "Other methods are compared with it on these rows."
     )
 
 
