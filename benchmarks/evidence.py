@@ -386,7 +386,7 @@ class Found:
         return {
             row: 1
             / rank_of([abs(x) for x in scores] if size else scores, self.questions[row].evidence)
-            for row, scores in self.scores.get(name, {}).items()
+            for row, scores in sorted(self.scores.get(name, {}).items())
         }
 
 
@@ -534,7 +534,8 @@ def difference(found: Found, name: str, other: str) -> float | None:
 def parts_of(found: Found, tokenizer: Any) -> dict[str, Any]:
     """Return the ranks of a few methods on parts of a set: by foil, and by place of the evidence.
 
-    A set with many foils is not split by foil, and parts of less than ``FEW_ROWS`` are left out.
+    A set with many foils is not split by foil, and a part is left out if it, or the rest of the
+    set, has less than ``FEW_ROWS`` rows.
     """
     parts: dict[str, list[int]] = {}
     foils = {question.bad for question in found.questions.values()} - {None}
@@ -552,7 +553,7 @@ def parts_of(found: Found, tokenizer: Any) -> dict[str, Any]:
             if (ranks := found.reciprocal(method))
         }
         for name, rows in parts.items()
-        if FEW_ROWS <= len(rows) < len(found.questions)
+        if FEW_ROWS <= len(rows) <= len(found.questions) - FEW_ROWS
     }
 
 
