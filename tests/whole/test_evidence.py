@@ -163,12 +163,13 @@ def test_one_command_writes_the_page_with_lxts_scores(
     page.write_text(f"Before {evidence.BEGIN_MARK} old {evidence.END_MARK} after")
     command = ["--model", f"tiny={tmp_path / 'model'}", "--data", str(data), "--rows", "2"]
     command += ["--limit", "letters=3,1", "--work", str(work), "--out", str(page)]
+    command += ["--runner-up", "letters"]
 
     assert evidence.main(command) == 0
     text = page.read_text(encoding="utf-8")
     assert text.startswith("Before ")
     assert text.endswith(" after")
-    assert "| rows used | 3 |" in text
+    assert "| rows used | 3 | 3 |" in text
     assert f"| {evidence.LXT} |" not in text
     figures = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     methods = figures["tiny"]["letters"]["methods"]
@@ -178,17 +179,20 @@ def test_one_command_writes_the_page_with_lxts_scores(
         assert 0 < low <= mean <= high <= 1
 
     questions = json.loads((work / "tiny" / "letters.questions.json").read_text("utf-8"))
+    foils = json.loads((work / "tiny" / "letters, runner-up.questions.json").read_text("utf-8"))
     answers = []
     for row, question in questions.items():
         with torch.no_grad():
             logits = tiny_model(torch.tensor([question["ids"]])).logits[0, -1]
         target = float(logits[question["good"]] - logits[question["bad"]])
+        logits[question["good"]] = -torch.inf
+        assert foils[row] == {**question, "bad": int(logits.argmax())}
         scores = [float(place in question["evidence"]) for place in range(len(question["ids"]))]
         answers.append({"row": int(row), "target": target, "scores": scores})
     place = work / "tiny" / "letters.lxt.jsonl"
     place.write_text("\n".join(map(json.dumps, answers)), encoding="utf-8")
     assert evidence.main(command) == 0
-    assert f"| {evidence.LXT} | **1.00 (1.00 to 1.00)** |" in page.read_text(encoding="utf-8")
+    assert f"| {evidence.LXT} | **1.00 (1.00 to 1.00)** |  |" in page.read_text(encoding="utf-8")
 
     answers[0]["target"] += 1
     place.write_text("\n".join(map(json.dumps, answers)), encoding="utf-8")
