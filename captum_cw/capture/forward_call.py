@@ -19,7 +19,7 @@ from captum_cw.capture.call_tokens import (
     warn_of_special_tokens,
 )
 from captum_cw.capture.model import LOGITS, Parameters, parameters_of, text_config, vocabulary_size
-from captum_cw.capture.positions import position_ids
+from captum_cw.capture.positions import position_ids, rows_before_positions
 from captum_cw.capture.text_layers import TextLayers
 
 __all__ = ["Doubt", "ForwardCall", "forward_call", "run_on_copies"]
@@ -227,9 +227,10 @@ def _length_doubt(model: nn.Module, T: int) -> Doubt | None:
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if not isinstance(limit, int) or not 0 < limit < T:
         return None
+    limit -= rows_before_positions(model)
     return Doubt(
-        f"The text has {T} tokens, but the model's config has {limit} positions "
-        f"(max_position_embeddings): cut the text (truncation=True, max_length={limit}) or use a "
+        f"The text has {T} tokens, but the model has {limit} positions (by "
+        f"max_position_embeddings): cut the text (truncation=True, max_length={limit}) or use a "
         "model with a longer context."
     )
 

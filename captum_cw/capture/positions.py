@@ -19,7 +19,7 @@ from captum_cw.capture.model import special_ids, two_tokens
 from captum_cw.capture.restoring import evaluating
 from captum_cw.capture.rounding import are_near
 
-__all__ = ["check_positions", "position_ids"]
+__all__ = ["check_positions", "position_ids", "rows_before_positions"]
 
 #: The largest row at which a table may start. Those of RoBERTa and OPT start after padding rows.
 OFFSET = 4
@@ -86,13 +86,26 @@ def position_ids(
     token_mask = mask != 0
     if token_mask.all() or not getattr(model, "can_generate", lambda: False)():
         return None
-    if model not in _counting:
-        _counting[model] = _find_counting(model)
-    from_zero, skips_padding = _counting[model]
+    from_zero, skips_padding = _counting_of(model)
     # Images may have positions on a grid, which only the model knows.
     if not from_zero or (has_images and skips_padding):
         return None
     return (token_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, -T:]
+
+
+def rows_before_positions(model: nn.Module) -> int:
+    """Return the number of rows of a table before its first position.
+
+    RoBERTa counts from its padding token, so its table holds fewer positions than its config says.
+    """
+    from_zero, _ = _counting_of(model)
+    return 0 if from_zero else special_ids(model).get("pad_token_id", -1) + 1
+
+
+def _counting_of(model: nn.Module) -> tuple[bool, bool]:
+    if model not in _counting:
+        _counting[model] = _find_counting(model)
+    return _counting[model]
 
 
 #: Whether position ids 0, 1, 2 change nothing in a model (RoBERTa counts from its padding), and

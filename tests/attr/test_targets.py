@@ -337,10 +337,10 @@ def test_tuples_give_tuples(model: Any, embeddings: Tensor) -> None:
     of_ids = InputContributions(model).attribute(token_ids(), 7)
     found = InputContributions(model).attribute((token_ids(), mask), 7)
     assert isinstance(found, tuple)
-    assert same(found[0], of_ids)
+    assert torch.allclose(found[0], of_ids, 0, 1e-5)  # kernels round differently with a mask
     assert not found[1].any()
     with_mask = InputContributions(model).attribute(token_ids(), 7, mask)
-    assert same(with_mask, of_ids)
+    assert torch.allclose(with_mask, of_ids, 0, 1e-5)
 
     def forward(x: Tensor, y: Tensor) -> Any:
         return model(inputs_embeds=x + y)
