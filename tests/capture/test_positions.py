@@ -83,7 +83,7 @@ def test_padding_does_not_move_the_limit_of_roberta() -> None:
         return found
 
     attribute(64, padded=2)
-    with pytest.raises(ValueError, match="ends after 62: cut"):
+    with pytest.raises(ValueError, match="(ends after|has) 62( positions .*)?: cut"):
         attribute(70, padded=3)
 
 
