@@ -79,7 +79,7 @@ class Question:
         ids: The begin token, and the tokens of the context.
         evidence: The positions of the tokens that decide.
         good: The first token of the good continuation that the bad one does not share.
-        bad: The token of the bad continuation there; None if there is no bad one.
+        bad: The token of the bad continuation there; None without a bad continuation.
     """
 
     ids: list[int]

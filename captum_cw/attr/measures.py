@@ -65,7 +65,7 @@ class AttentionAttribution(LayerAttribution):  # type: ignore[misc]  # captum ha
     space: Space = "attention"
     """The space of projections and norms; see :class:`ContributionWeights`."""
     explains_target = False
-    """Whether the measure explains a target, and not the output of a layer."""
+    """Whether the measure explains a target, such as a logit, instead of a layer's output."""
     needs_stream = False
     """Whether the measure reads the residual stream."""
     mixes_stream = True

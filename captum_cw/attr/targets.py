@@ -1,4 +1,4 @@
-"""What a prediction is made of: contributions to a target, by heads and pairs, and by inputs.
+"""Contributions to a target, such as a logit: those of values and those of inputs.
 
 Both classes run one forward and one backward pass of the model linearised at its inputs (see
 :mod:`captum_cw.capture.linearised`).
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class TargetContributions(AttentionAttribution):
-    """What each token's value, read by each head and query, adds to a prediction.
+    """The contribution of each token's value to a prediction, by head and query.
 
     ``t_ij^h = a_ij^h <g_i, v~_j^h>`` is the contribution of arXiv 2606.07604 (Eq. 12) with another
     direction: ``g_i`` is the gradient of the target at the layer's output, in the model linearised
@@ -167,7 +167,7 @@ class TargetContributions(AttentionAttribution):
 
 
 class InputContributions(Attribution):  # type: ignore[misc]  # captum has no types for it
-    """What each input adds to a prediction: ``<x_j, g_j>`` of the linearised model.
+    """The contribution of each input to a prediction, ``<x_j, g_j>`` in the linearised model.
 
     ``x_j`` is the embedding of token ``j`` (or a pixel, or a number of an audio feature), and
     ``g_j`` the gradient of the target. With the share of biases and other constants, the shares sum

@@ -41,7 +41,7 @@ def activations_as_one(modules: Collection[nn.Module]) -> Iterator[None]:
 
 
 def _may_be_activation(module: nn.Module) -> bool:
-    """Whether a module has no submodules, and no parameters and buffers but a few numbers."""
+    """Whether a module has no submodules, and all of its parameters and buffers are scalars."""
     held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     few = all(x.numel() == 1 for x in held)
     return few and not module._modules and not isinstance(module, (nn.Identity, nn.Dropout))
@@ -73,7 +73,7 @@ class _Activation:
             return y.clone() if isinstance(y, Tensor) and y.is_inference() else y
 
     def _is_elementwise(self, x: Tensor) -> bool:
-        """Whether each output depends on its own input alone, and is zero at zero."""
+        """Whether the module works elementwise and maps zero to zero."""
         generator = torch.Generator(x.device).manual_seed(0)
         kept = torch.empty_like(x).uniform_(generator=generator) < 0.5
         other = torch.where(kept, x, x.flatten().flip(0).view_as(x) + 1)

@@ -177,7 +177,7 @@ class EmbeddedTokens:
 
 
 def _counts(x: Tensor) -> bool:
-    """Whether a tensor holds integers, which may be ids."""
+    """Whether a tensor has an integer dtype, as ids do."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 

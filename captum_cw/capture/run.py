@@ -23,6 +23,7 @@ from captum_cw.capture.model import (
 )
 from captum_cw.capture.observation import (
     Execution,
+    HeadObservation,
     Observation,
     UnsupportedModelError,
     names_of,
@@ -37,6 +38,7 @@ __all__ = [
     "expected_layers",
     "ignore_layer",
     "no_attention",
+    "run_or_explain",
 ]
 
 Result = TypeVar("Result")
@@ -259,24 +261,14 @@ class Runner:
                 observation,
                 uncompiled(),
             ):
-                output = self._output(call, observation)
-        executions = observation.executions
-        self.check_executions(executions)
+                run = partial(run_on_copies, self.forward_func, call.kwargs, call.args)
+                output = run_or_explain(run, call, observation)
+        self.check_executions(observation.executions)
         if one_text:
-            chosen = self.chosen or [e.module for e in executions]
-            places = [n for n, e in enumerate(executions) if e.module in chosen]
+            executions, chosen = observation.executions, self.chosen
+            places = [n for n, e in enumerate(executions) if not chosen or e.module in chosen]
             _refuse_cross_attention(executions[places[0] : places[-1] + 1])
         return results, output, vanishing
-
-    def _output(self, call: ForwardCall, observation: Observation) -> Any:
-        """Run the model, and explain its errors by the inputs if these are the reason."""
-        try:
-            return run_on_copies(self.forward_func, call.kwargs, call.args)
-        except Exception as error:
-            explanation = call.explain(error, {e.kind for e in observation.executions})
-            if explanation is None:
-                raise
-            raise ValueError(explanation) from error
 
     def check_executions(self, executions: list[Execution]) -> None:
         """Check that the chosen layers have run."""
@@ -298,6 +290,19 @@ class Runner:
                 "an attention module: it made no attention call. Attention modules: "
                 f"{', '.join(names[:4]) + more or 'none were seen'}."
             )
+
+
+def run_or_explain(
+    run: Callable[[], Result], call: ForwardCall, observation: HeadObservation
+) -> Result:
+    """Run a model, and explain its errors by the inputs of the call if these are the reason."""
+    try:
+        return run()
+    except Exception as error:
+        explanation = call.explain(error, {e.kind for e in observation.executions})
+        if explanation is None:
+            raise
+        raise ValueError(explanation) from error
 
 
 def _check_layers(layers: list[Any] | None, model: nn.Module | None) -> None:

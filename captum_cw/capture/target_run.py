@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from captum_cw.capture.model import device_of, evaluation_mode, uncompiled
 from captum_cw.capture.observation import Execution, HeadObservation, names_of
 from captum_cw.capture.recomputing import recomputing
 from captum_cw.capture.rounding import in_widest, product_rounding
-from captum_cw.capture.run import Inputs, Runner
+from captum_cw.capture.run import Inputs, Runner, run_or_explain
 from captum_cw.capture.target_inputs import Arguments, own_arguments
 from captum_cw.capture.target_value import Target, needs_all_logits, target_values
 from captum_cw.capture.tensor_parallel import head_group
@@ -293,13 +294,8 @@ class TargetRunner:
             recomputing(runner.roots, again),
             observation,
         ):
-            try:
-                output = runner.forward_func(*arguments.args, **arguments.kwargs)
-            except Exception as error:
-                explanation = call.explain(error, {e.kind for e in observation.executions})
-                if explanation is None:
-                    raise
-                raise ValueError(explanation) from error
+            run = functools.partial(runner.forward_func, *arguments.args, **arguments.kwargs)
+            output = run_or_explain(run, call, observation)
         if on_layer is not None:
             runner.check_executions(observation.executions)
         if not self._is_checked:
