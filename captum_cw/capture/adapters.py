@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_cw.capture.attention_call import UnsupportedModelError
+from captum_cw.capture.function_call import fixed, varies
 from captum_cw.capture.linear_gradients import with_gradient_of
-from captum_cw.capture.linear_rules import fixed, varies
 from captum_cw.capture.listeners import count_replacements, is_active, suspended
 from captum_cw.capture.patching import wrapped_method
 from captum_cw.capture.rounding import are_near

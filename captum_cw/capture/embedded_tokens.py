@@ -17,8 +17,8 @@ from torch import Tensor
 
 from captum_cw.capture.attention_call import UnsupportedModelError
 from captum_cw.capture.dispatch import Proceed
+from captum_cw.capture.function_call import is_in_place, name_of, substitute, tensors_in
 from captum_cw.capture.linear_gradients import constant
-from captum_cw.capture.linear_rules import is_in_place, name_of, substitute, tensors_in
 
 __all__ = ["NOWHERE", "EmbeddedTokens", "Leaf"]
 

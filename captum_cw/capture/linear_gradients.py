@@ -46,7 +46,7 @@ def with_gradient_of(linear: Tensor, run: Callable[[], Tensor]) -> Tensor:
     return result
 
 
-def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor], *, near: float = 0.0) -> Tensor:
     """Return ``run(x)`` as the product of ``x`` and the ratio ``run(x) / x``, which is held fixed.
 
     Where ``x`` is zero, the ratio is its limit.
@@ -54,6 +54,8 @@ def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     Args:
         x: The input.
         run: An elementwise function that is zero at zero.
+        near: The size of ``x`` up to which the ratio is its limit, since rounding errors of ``run``
+            would make it large.
 
     Example:
         >>> x = torch.tensor([2.0], requires_grad=True)
@@ -61,7 +63,7 @@ def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         >>> x.grad
         tensor([2.])
     """
-    result: Tensor = _TimesRatio.apply(x, run)  # type: ignore[no-untyped-call]
+    result: Tensor = _TimesRatio.apply(x, run, near)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -106,20 +108,20 @@ class _Replaced(Function):
 
 class _TimesRatio(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], near: float) -> Tensor:
         ctx.dtype = x.dtype
         value = run(x)
-        ratio, zero = value / x, x == 0
+        ratio, zero = value / x, x.abs() <= near
         if zero.any():
-            near = torch.full_like(x, NEAR_ZERO)
-            ratio = torch.where(zero, run(near) / near, ratio)
+            limit = torch.full_like(x, max(near, NEAR_ZERO))
+            ratio = torch.where(zero, run(limit) / limit, ratio)
         ctx.save_for_backward(ratio)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (ratio,) = ctx.saved_tensors
-        return (grads[0] * ratio).to(ctx.dtype), None
+        return (grads[0] * ratio).to(ctx.dtype), None, None
 
 
 class _Constant(Function):

@@ -10,15 +10,23 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from captum_cw.capture.activation_chains import ELEMENTWISE, HELD_FIXED, ActivationChains
 from captum_cw.capture.attention_call import UnsupportedModelError
-from captum_cw.capture.dispatch import Proceed
+from captum_cw.capture.function_call import (
+    FunctionCall,
+    fixed,
+    is_in_place,
+    substitute,
+    tensors_in,
+    varies,
+)
 from captum_cw.capture.linear_gradients import (
     constant,
     scaled_gradient,
@@ -26,127 +34,7 @@ from captum_cw.capture.linear_gradients import (
     with_gradient_of,
 )
 
-__all__ = [
-    "FunctionCall",
-    "fixed",
-    "is_in_place",
-    "name_of",
-    "run_linearised",
-    "substitute",
-    "tensors_in",
-    "varies",
-]
-
-
-def varies(x: object) -> bool:
-    """Whether ``x`` is a floating tensor that depends on the inputs of the model."""
-    return isinstance(x, Tensor) and x.grad_fn is not None
-
-
-def tensors_in(x: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors among arguments or results, also in lists, tuples and dicts."""
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, (list, tuple)):
-        for y in x:
-            yield from tensors_in(y)
-    elif isinstance(x, dict):
-        yield from tensors_in(list(x.values()))
-
-
-def substitute(x: Any, change: Callable[[Any], Any]) -> Any:
-    """Apply ``change`` to everything in arguments that is not a list, tuple or dict."""
-    if type(x) in (list, tuple):
-        return type(x)(substitute(y, change) for y in x)
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*(substitute(y, change) for y in x))
-    if type(x) is dict:
-        return {name: substitute(y, change) for name, y in x.items()}
-    return change(x)
-
-
-def fixed(x: Any) -> Any:
-    """Return arguments in which nothing depends on the inputs of the model."""
-    return substitute(x, lambda y: y.detach() if varies(y) else y)
-
-
-@dataclass(frozen=True)
-class FunctionCall:
-    """One call of a torch function.
-
-    Args:
-        func: The function.
-        name: Its name without underscores: ``"add"`` for ``add_``, ``__iadd__`` and ``__radd__``.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        proceed: Runs a function.
-        one: The scalar 1 whose gradient is the share of all constants.
-        softmax_gradient: Whether attention weights keep the gradient of their softmax.
-    """
-
-    func: Any
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    proceed: Proceed
-    one: Tensor
-    softmax_gradient: bool
-
-    def run(self) -> Any:
-        """Run the function with its own gradient."""
-        return self.proceed(self.func, self.args, self.kwargs)
-
-    def changed(self, change: Callable[[Any], Any], *, kwargs: bool = True) -> FunctionCall:
-        """Return the call with other arguments; its keyword arguments are changed if ``kwargs``."""
-        options = substitute(self.kwargs, change) if kwargs else self.kwargs
-        return replace(self, args=substitute(self.args, change), kwargs=options)
-
-    def detached(self) -> FunctionCall:
-        """Return the call with arguments that are held fixed."""
-        return replace(self, args=fixed(self.args), kwargs=fixed(self.kwargs))
-
-    def of(self, x: Tensor) -> Any:
-        """Run the function on another first argument, without gradients."""
-        _, *rest = self.args
-        with torch.no_grad():
-            return self.proceed(self.func, (x, *rest), self.kwargs)
-
-    def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """Return an argument by its place or its name."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
-
-    def lifted(self, x: Any) -> Any:
-        """Return a number or a fixed floating tensor as a constant with a share of its own."""
-        if isinstance(x, Tensor):
-            fixed = x.is_floating_point() and not varies(x)
-            return constant(x, self.one) if fixed else x
-        if not isinstance(x, (int, float)) or isinstance(x, bool) or not x:
-            return x
-        number = constant(self.one.new_tensor(float(x)), self.one)
-        # A tensor without dimensions would take over the precision of the number.
-        scalar = isinstance(self.first, Tensor) and not self.first.dim()
-        return number.to(self.first.dtype) if scalar else number
-
-    @property
-    def first(self) -> Any:
-        """The first argument, which is the input of most functions."""
-        return self.args[0] if self.args else self.kwargs.get("tensors")
-
-
-#: The operators that Python writes in other forms, such as ``__iadd__`` and ``__radd__``.
-_OPERATORS = {
-    *("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul"),
-    *("and", "or", "xor", "lshift", "rshift"),
-}
-
-#: Other names of functions.
-_ALIASES = {
-    **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")},
-    "expit": "sigmoid",
-    "fix": "trunc",
-    "float_power": "pow",
-    "log_sigmoid": "logsigmoid",
-}
+__all__ = ["run_linearised"]
 
 #: Functions that take a tensor only for its shape, and functions of its attributes.
 _CREATES = re.compile(r".*_like$|new_.*|__get__$|grad$")
@@ -156,28 +44,6 @@ _SUMS = {"add", "radd", "sub", "rsub", "subtract"}
 
 #: Functions with constants that may be numbers.
 _WITH_NUMBERS = {*_SUMS, "where", "masked_fill", "maximum", "minimum"}
-
-
-def name_of(func: Any) -> str:
-    """Return the name of a function without underscores, and of an operator with its side.
-
-    Example:
-        >>> [name_of(f) for f in (torch.add, torch.Tensor.add_, torch.Tensor.__iadd__)]
-        ['add', 'add', 'add']
-        >>> [name_of(f) for f in (torch.special.expit, torch.arctan)]
-        ['sigmoid', 'atan']
-        >>> name_of(torch.Tensor.__rsub__), name_of(torch.Tensor.T.__get__)
-        ('rsub', 'T')
-    """
-    name: str = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(func.__self__, "__name__", name)
-    if not name.startswith("__"):
-        name = (name.strip("_") or name).removeprefix("special_")
-        return _ALIASES.get(name, name)
-    name = name.strip("_")
-    return name[1:] if name[:1] == "i" and name[1:] in _OPERATORS else name
-
 
 Rule = Callable[[FunctionCall], Any]
 _rules: dict[str, Rule] = {}
@@ -191,20 +57,25 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def run_linearised(call: FunctionCall) -> Any:
-    """Run a function by its rule. At least one of its arguments depends on the model's inputs."""
+def run_linearised(call: FunctionCall, chains: ActivationChains) -> Any:
+    """Run a function of something that depends on the model's inputs.
+
+    Args:
+        call: The call.
+        chains: What is known of activations that are written as several functions.
+    """
     if not call.args and "input" in call.kwargs and "condition" not in call.kwargs:
         kwargs = dict(call.kwargs)
         call = replace(call, args=(kwargs.pop("input"),), kwargs=kwargs)
     if is_in_place(call.func):
-        return _run_in_place(call)
+        return _run_in_place(call, chains)
     place = _place_of_inplace(call.func)
     if place is None or not call.argument(place, "inplace", False):
-        return _by_rule(call)
+        return chains.run(call, _by_rule)
     args = tuple(False if n == place else x for n, x in enumerate(call.args))
     kwargs = {name: x for name, x in call.kwargs.items() if name != "inplace"}
     # The model may go on with the argument instead of the result.
-    value = _by_rule(replace(call, args=args, kwargs=kwargs))
+    value = chains.run(replace(call, args=args, kwargs=kwargs), _by_rule)
     return call.proceed(torch.Tensor.copy_, (call.first, value), {})
 
 
@@ -225,11 +96,9 @@ def _by_rule(call: FunctionCall) -> Any:
 
 
 @_rule(
-    *("softmax", "log_softmax", "softmin", "gumbel_softmax"),
-    *("sigmoid", "hardsigmoid", "exp", "exp2", "softplus", "logsigmoid", "log", "log2", "log10"),
-    *("cos", "cosh", "acos", "rsqrt", "reciprocal", "erfc", "rpow", "linalg_inv", "inverse"),
-    *("sign", "sgn", "heaviside", "floor_divide", "floordiv", "remainder", "mod", "fmod"),
-    *("topk", "sort", "msort", "kthvalue", "multinomial", "bernoulli", "item", "tolist"),
+    *HELD_FIXED,
+    *("softmax", "log_softmax", "softmin", "gumbel_softmax", "linalg_inv", "inverse"),
+    *("multinomial", "bernoulli", "item", "tolist"),
 )
 def _held_fixed(call: FunctionCall) -> Any:
     """Gates, rates, positions and routers."""
@@ -278,13 +147,7 @@ def _normalised(call: FunctionCall) -> Any:
 # Elementwise functions
 
 
-@_rule(
-    *("silu", "gelu", "relu", "relu6", "elu", "selu", "celu", "leaky_relu", "rrelu", "prelu"),
-    *("mish", "hardswish", "hardtanh", "softsign", "tanhshrink", "softshrink", "hardshrink"),
-    *("tanh", "sin", "sinh", "tan", "asin", "atan", "asinh", "atanh", "erf", "expm1", "log1p"),
-    *("square", "sqrt", "nan_to_num", "round", "trunc", "floor", "ceil", "threshold"),
-    *("pow", "clamp", "clip", "clamp_min", "clamp_max"),
-)
+@_rule(*ELEMENTWISE)
 def _elementwise(call: FunctionCall) -> Any:
     """``x * (f(x) / x)`` if ``f(0) = 0``; otherwise the result is held fixed."""
     x = call.first
@@ -345,6 +208,44 @@ def _affine(call: FunctionCall) -> Any:
     return call.changed(lambda y: halved.get(id(y), y)).run()
 
 
+@_rule("lerp")
+def _interpolated(call: FunctionCall) -> Any:
+    """A product of a weight and a difference, and a sum."""
+    start, (end, weight) = call.first, (call.argument(1, "end"), call.argument(2, "weight"))
+    difference = call.lifted(end) - call.lifted(start)
+    if varies(weight) and varies(difference):
+        difference, weight = scaled_gradient(difference, 0.5), scaled_gradient(weight, 0.5)
+    return with_gradient_of(call.lifted(start) + weight * difference, call.detached().run)
+
+
+@_rule("addcdiv")
+def _added_ratio(call: FunctionCall) -> Any:
+    first, a, b = call.first, call.argument(1, "tensor1"), call.argument(2, "tensor2")
+    ratio = call.argument(3, "value", 1) * call.lifted(a) / fixed(b)
+    return with_gradient_of(call.lifted(first) + ratio, call.detached().run)
+
+
+@_rule("cosine_similarity")
+def _similarity(call: FunctionCall) -> Any:
+    """A product of two vectors whose lengths are held fixed."""
+    dim, eps = call.argument(2, "dim", 1), call.argument(3, "eps", 1e-8)
+    pair = [call.first, call.argument(1, "x2")]
+    a, b = (
+        x / torch.linalg.vector_norm(fixed(x), dim=dim, keepdim=True).clamp_min(eps)
+        for x in _halved(pair)
+    )
+    return with_gradient_of((a * b).sum(dim), call.detached().run)
+
+
+@_rule("prod")
+def _product_of_numbers(call: FunctionCall) -> Any:
+    """Each factor gets an equal part."""
+    x, dim = call.first, call.argument(1, "dim")
+    factors = x.numel() if dim is None else x.shape[dim]
+    args = (scaled_gradient(x, 1 / factors), *call.args[1:])
+    return replace(call, args=args).run()
+
+
 @_rule("bilinear")
 def _bilinear(call: FunctionCall) -> Any:
     x, y, weight, *rest = call.args
@@ -364,8 +265,20 @@ def _halved(factors: list[Any]) -> list[Any]:
 
 @_rule(
     *("add", "radd", "sub", "rsub", "subtract", "cat", "concat", "concatenate", "stack"),
-    *("hstack", "vstack", "where", "masked_fill", "maximum", "minimum", "fmax", "fmin"),
-    *("index_add", "index_put", "index_copy", "index_fill", "scatter", "scatter_add"),
+    *(
+        "hstack",
+        "vstack",
+        "dstack",
+        "column_stack",
+        "row_stack",
+        "where",
+        "masked_fill",
+        "maximum",
+        "minimum",
+        "fmax",
+        "fmin",
+    ),
+    *("index_add", "index_put", "index_copy", "scatter_add"),
     *("scatter_reduce", "masked_scatter", "slice_scatter", "select_scatter", "fill", "copy"),
 )
 def _with_constants(call: FunctionCall) -> Any:
@@ -378,6 +291,15 @@ def _with_constants(call: FunctionCall) -> Any:
         options = {n: y if n == "alpha" else call.lifted(y) for n, y in call.kwargs.items()}
         return replace(call, args=substitute(call.args, call.lifted), kwargs=options).run()
     return call.changed(lambda y: call.lifted(y) if isinstance(y, Tensor) else y).run()
+
+
+@_rule("index_fill", "scatter")
+def _with_a_number(call: FunctionCall) -> Any:
+    """What is written into some places may be a number."""
+    if not varies(call.first) or any(map(varies, tensors_in((call.args[1:], call.kwargs)))):
+        return _with_constants(call)
+    written = constant(call.of(torch.zeros_like(call.first)), call.one)
+    return with_gradient_of(call.run() + written, call.detached().run)
 
 
 @_rule("pad")
@@ -516,15 +438,7 @@ def _attention(call: FunctionCall) -> Any:
 # In-place functions
 
 
-def is_in_place(func: Any) -> bool:
-    """Whether a function changes its first argument, by PyTorch's naming."""
-    name: str = getattr(func, "__name__", "")
-    if name.startswith("__"):
-        return name == "__setitem__" or (name[2] == "i" and name[3:-2] in _OPERATORS)
-    return name.endswith("_") and name != "requires_grad_"
-
-
-def _run_in_place(call: FunctionCall) -> Any:
+def _run_in_place(call: FunctionCall, chains: ActivationChains) -> Any:
     """Run an in-place function by its rule, and write the result into its first argument."""
     target = call.first
     if call.name == "setitem":
@@ -538,9 +452,9 @@ def _run_in_place(call: FunctionCall) -> Any:
         return call.proceed(write, (target, value), {})
     # What is kept for the backward pass must not be overwritten.
     overwritten = _rules.get(call.name) in (_with_constants, _elementwise, _held_fixed)
-    kept = target if overwritten and varies(target) else target.clone()
+    kept = target if overwritten and varies(target) else chains.copied(target)
     args = tuple(kept if x is target else x for x in call.args)
-    value = _by_rule(replace(call, func=_not_in_place(call), args=args))
+    value = chains.run(replace(call, func=_not_in_place(call), args=args), _by_rule)
     if not varies(value) and not target._is_view():
         call.proceed(torch.Tensor.detach_, (target,), {})
     elif not varies(value):

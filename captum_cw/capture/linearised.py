@@ -20,18 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_cw.capture.activation_chains import ActivationChains
 from captum_cw.capture.attention_call import UnsupportedModelError
 from captum_cw.capture.dispatch import Proceed
 from captum_cw.capture.embedded_tokens import EmbeddedTokens, Leaf
-from captum_cw.capture.linear_rules import (
+from captum_cw.capture.function_call import (
     FunctionCall,
     is_in_place,
     name_of,
-    run_linearised,
     substitute,
     tensors_in,
     varies,
 )
+from captum_cw.capture.linear_rules import run_linearised
 from captum_cw.capture.module_stack import innermost
 from captum_cw.capture.rounding import in_widest
 from captum_cw.functional import widest
@@ -77,6 +78,7 @@ class Linearised:
         self._inputs = [Leaf(name, x) for name, x in leaves.items()]
         with torch.enable_grad():
             self.given = {name: x.clone() for name, x in leaves.items()}
+        self._chains = ActivationChains()
         self._softmax_gradient, self._examines = softmax_gradient, examines
         self.unequal: tuple[str, torch.nn.Module | None] | None = None
 
@@ -97,11 +99,21 @@ class Linearised:
         """Run a torch function with a linear gradient."""
         # A part of the model may compute without gradients, or in inference mode.
         with torch.inference_mode(False), torch.enable_grad():
-            active = any(map(varies, tensors_in((args, kwargs))))
-            args, kwargs = substitute((args, kwargs), _without_parameter)
-            if active:
+            found = tensors_in((args, kwargs))
+            if any(x.is_leaf and (x.requires_grad or x.is_inference()) for x in found):
+                args, kwargs = substitute((args, kwargs), _without_parameter)
+            if any(map(varies, found)):
                 return self._linear(func, args, kwargs, proceed)
+            if any(x in self._chains for x in found):
+                call = self._call(func, args, kwargs, proceed)
+                return self._chains.run(call, FunctionCall.run)
             return self._tokens.run(func, args, kwargs, proceed)
+
+    def _call(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
+    ) -> FunctionCall:
+        name, one = name_of(func), self.one
+        return FunctionCall(func, name, args, kwargs, proceed, one, self._softmax_gradient)
 
     def _linear(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
@@ -115,10 +127,10 @@ class Linearised:
                 "The model computes with activations outside of PyTorch (by NumPy), so it is "
                 "unknown what becomes of them: write this part with torch functions."
             )
-        call = FunctionCall(func, name, args, kwargs, proceed, self.one, self._softmax_gradient)
+        call = self._call(func, args, kwargs, proceed)
         if self._examines and self.unequal is None and not is_in_place(func):
             return self._examined(call)
-        return run_linearised(call)
+        return run_linearised(call, self._chains)
 
     def _examined(self, call: FunctionCall) -> Any:
         """Run a function, and check that its shares sum to its value."""
@@ -130,10 +142,10 @@ class Linearised:
                 return x
             return copies.setdefault(id(x), x.detach().requires_grad_().clone())
 
-        result = run_linearised(call.changed(copy_of))
+        result = run_linearised(call.changed(copy_of), self._chains)
         results = [x for x in tensors_in(result) if varies(x)]
         if not results:
-            return run_linearised(call)
+            return run_linearised(call, self._chains)
         generator = torch.Generator().manual_seed(0)
         seeds = [torch.empty_like(x, device="cpu").normal_(generator=generator) for x in results]
         seeds = [seed.to(x) for seed, x in zip(seeds, results, strict=True)]
@@ -145,7 +157,7 @@ class Linearised:
         size = sum(float(x.square().sum()) for x in parts) ** 0.5
         if not abs(found - whole) <= TOLERANCE * size:
             self.unequal = call.name, innermost()
-        return run_linearised(call)
+        return run_linearised(call, self._chains)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw._utils.memory import free_bytes
+from captum_cw.capture.attention_call import UnsupportedModelError
 from captum_cw.capture.restoring import evaluating
 
 __all__ = [
@@ -44,6 +45,9 @@ SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_
 def unwrapped(forward_func: Any) -> Any:
     """Return the model inside compiled and parallel wrappers; anything else as it is.
 
+    Raises:
+        UnsupportedModelError: If a module is compiled by TorchScript.
+
     Example:
         >>> unwrapped(torch.nn.DataParallel(model)) is model
         True
@@ -54,7 +58,15 @@ def unwrapped(forward_func: Any) -> Any:
         elif hasattr(forward_func, "_orig_mod"):  # compiled
             forward_func = forward_func._orig_mod
         else:
-            return forward_func
+            break
+    for name, module in getattr(forward_func, "named_modules", list)():
+        if isinstance(module, torch.jit.ScriptModule):
+            place = f"module {name!r} of the model" if name else "model"
+            raise UnsupportedModelError(
+                f"The {place} is compiled by TorchScript, which lets nobody see its functions: "
+                "give the model as it was before torch.jit.script or torch.jit.trace."
+            )
+    return forward_func
 
 
 def model_of(forward_func: object) -> nn.Module | None:

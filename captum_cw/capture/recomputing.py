@@ -39,7 +39,7 @@ class _Pass:
     """
 
     again: Callable[[], AbstractContextManager[Any]]
-    known: set[int]
+    known: set[int | None]
     decided: dict[nn.ModuleList, bool] = field(default_factory=dict)
 
 
@@ -57,13 +57,21 @@ def recomputing(
         again: Returns the context in which a block runs again.
     """
     tensors = (x for root in roots for x in (*root.parameters(), *root.buffers()))
-    known = {x.untyped_storage().data_ptr() for x in tensors if not x.is_meta}
+    known = {_address(x) for x in tensors}
     with ExitStack() as stack, set_to(_pass, _Pass(again, known)):
         for blocks in _lists_of_blocks(roots):
             for block in blocks:
                 wrap = functools.partial(_Block, blocks)
                 stack.enter_context(wrapped_method(block, "forward", "block", wrap))
         yield
+
+
+def _address(x: Tensor) -> int | None:
+    """Return where the numbers of a tensor lie; None if it holds none, as quantised weights do."""
+    try:
+        return x.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _lists_of_blocks(roots: Collection[nn.Module]) -> Iterator[nn.ModuleList]:
@@ -107,9 +115,9 @@ class _Block:
 
         def count(x: Tensor) -> Tensor:
             nonlocal device
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in now.known:
-                kept[storage.data_ptr()], device = storage.nbytes(), x.device
+            address = _address(x)
+            if address is not None and address not in now.known:
+                kept[address], device = x.untyped_storage().nbytes(), x.device
             return x
 
         with saved_tensors_hooks(count, lambda x: x):

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from captum_cw.capture.activation_modules import activations_as_one
 from captum_cw.capture.attention import attention_calls
 from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelError, find_weights
 from captum_cw.capture.dispatch import following
 from captum_cw.capture.embedded_tokens import NOWHERE, Leaf
 from captum_cw.capture.forward_call import ForwardCall, forward_call, run_on_copies
-from captum_cw.capture.linear_rules import varies
+from captum_cw.capture.function_call import varies
 from captum_cw.capture.linearised import Linearised
 from captum_cw.capture.model import device_of, evaluation_mode, uncompiled
 from captum_cw.capture.observation import Execution, HeadObservation, names_of
@@ -290,7 +289,6 @@ class TargetRunner:
 
         with (
             following(linearised),
-            activations_as_one(modules),
             recomputing(runner.roots, again),
             observation,
         ):
@@ -312,7 +310,6 @@ class TargetRunner:
         with (
             torch.enable_grad(),
             following(linearised.again()),
-            activations_as_one(modules),
             attention_calls(modules, lambda call: None),
         ):
             yield
@@ -410,10 +407,14 @@ class TargetRunner:
                 stack, call, inputs, target, contrast, None, False, examines=True
             )
             unequal = recorded.linearised.unequal
-        where = "No single function explains it."
-        if len(found.linear) > 1 and unequal is None:
+        where = (
+            "No single torch function explains it, so a part of the model may run outside of them: "
+            "in TorchScript, an autograd.Function or a kernel of its own. Write this part with "
+            "torch functions."
+        )
+        if len(found.linear) > 1:
             where += (
-                " The target of an example may depend on the other examples: give one at a time."
+                " Or the target of an example depends on the other examples: give one at a time."
             )
         if unequal is not None:
             function, module = unequal

@@ -192,7 +192,7 @@ FIXED: dict[str, Function] = {
     "tensor / x": lambda x: torch.tensor(2.0) / (x + 9),
     "x ** -1": lambda x: (x + 9) ** -1,
     "2 ** x": lambda x: 2**x,
-    "log": lambda x: (x.abs() + 1).log(),
+    "log": lambda x: (x.abs() + 2).log(),
     "acos": lambda x: torch.acos(x / 9),
     "arccos": lambda x: torch.arccos(x / 9),
     "clamp": lambda x: x.clamp(min=0.5),
@@ -201,7 +201,7 @@ FIXED: dict[str, Function] = {
     "log_softmax": lambda x: torch.log_softmax(x, -1),
     "special.softmax": lambda x: torch.special.softmax(x, -1),
     "softmin": lambda x: F.softmin(x, -1),
-    "top-k": lambda x: x.topk(6).values,
+    "top-k": lambda x: x.topk(6).values.softmax(-1),
     "mask": lambda x: (x > 0).double(),
     "integers": lambda x: x.long(),
     "argmax": lambda x: x.argmax(-1, keepdim=True),
@@ -264,6 +264,8 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross": lambda a, b: torch.cross(a[..., :3], b[..., :3], dim=-1),
     "outer": lambda a, b: a[..., None] * b[..., None, :],
     "sum": lambda a, b: (a * b).sum(-1),
+    "lerp": lambda a, b: torch.lerp(torch.zeros_like(a), a, b),
+    "prod": lambda a, b: torch.stack([a, b]).prod(0),
     "complex": lambda a, b: torch.view_as_real(
         torch.view_as_complex(a.reshape(2, 3, 3, 2)) * torch.view_as_complex(b.reshape(2, 3, 3, 2))
     ),
@@ -287,6 +289,15 @@ def test_each_of_three_factors_gets_a_third() -> None:
         return ((p @ A) * (x @ B) * x + (x @ A) * (p @ B) * x + (x @ A) * (x @ B) * p) / 3
 
     check_parts(lambda x: torch.einsum("bij,bij,bij->bij", x @ A, x @ B, x), thirds)
+
+
+def test_the_lengths_of_a_cosine_are_held_fixed() -> None:
+    def cosine(p: Tensor, x: Tensor) -> Tensor:
+        a, b = x @ A, x @ B
+        product = ((p @ A) * b + a * (p @ B)).sum(-1) / 2
+        return product / (a.norm(dim=-1) * b.norm(dim=-1))
+
+    check_parts(lambda x: F.cosine_similarity(x @ A, x @ B, -1), cosine)
 
 
 def test_a_summand_of_a_product_keeps_its_own_share() -> None:
@@ -449,6 +460,11 @@ AFFINE: dict[str, Function] = {
     "concat": lambda x: torch.concat((C, x), -1),
     "stack": lambda x: torch.stack([x, C], 1),
     "hstack": lambda x: torch.hstack([x, C]),
+    "dstack": lambda x: torch.dstack([x, C]),
+    "lerp": lambda x: torch.lerp(x, C, 0.3),
+    "lerp to x": lambda x: C.lerp(x, C),
+    "addcdiv": lambda x: torch.addcdiv(x, C, A.new_full((), 2.0), value=0.5),
+    "addcdiv to a constant": lambda x: torch.addcdiv(C, x, C + 9),
     "where": lambda x: torch.where(MASK, x, C),
     "where of a number": lambda x: torch.where(MASK, 2.0, x),
     "where of keywords": lambda x: torch.where(condition=MASK, input=x, other=C),
@@ -471,8 +487,12 @@ AFFINE: dict[str, Function] = {
     "index_put_": lambda x: (x * 1).index_put_((torch.tensor([0]),), C[0]),
     "index_add": lambda x: x.index_add(1, PLACES, C[:, :2], alpha=2),
     "index_add_ into ones": lambda x: torch.ones_like(x).index_add_(1, PLACES, x[:, :2]),
+    "index_fill": lambda x: x.index_fill(1, PLACES, 2.0),
+    "index_fill_": lambda x: (x * 1).index_fill_(1, PLACES, torch.tensor(2.0).double()),
     "index_copy_ into ones": lambda x: torch.ones_like(x).index_copy_(1, PLACES, x[:, :2]),
     "scatter": lambda x: x.scatter(2, FIRST[..., :1], C[..., :1]),
+    "scatter of a number": lambda x: x.scatter(2, FIRST[..., :1], 3.0),
+    "scatter of a keyword": lambda x: x.scatter(dim=2, index=FIRST[..., :1], value=3.0),
     "scatter_ into ones": lambda x: torch.ones_like(x).scatter_(2, FIRST[..., :1], x[..., :1]),
     "scatter_add_ into ones": lambda x: torch.ones_like(x).scatter_add_(2, FIRST, x[..., :2]),
     "scatter_reduce": lambda x: C.scatter_reduce(2, FIRST, x[..., :2], "sum"),
@@ -524,6 +544,31 @@ def test_constants_are_terms_of_their_own(name: str) -> None:
     check_affine(AFFINE[name])
 
 
+#: Functions that select numbers of the input, and the places that they select.
+SELECTED: dict[str, tuple[Function, Callable[[Tensor], Tensor]]] = {
+    "topk": (lambda x: x.topk(2, 1).values, lambda x: x.topk(2, 1).indices),
+    "sort": (lambda x: x.sort(1).values, lambda x: x.argsort(1)),
+    "msort": (
+        lambda x: x.transpose(0, 1).msort().transpose(0, 1),
+        lambda x: x.argsort(1),
+    ),
+    "kthvalue": (
+        lambda x: x.kthvalue(2, 1, keepdim=True).values,
+        lambda x: x.argsort(1)[:, 1:2],
+    ),
+    "median": (lambda x: x.median(1, keepdim=True).values, lambda x: x.argsort(1)[:, 1:2]),
+    "max": (lambda x: x.max(1, keepdim=True).values, lambda x: x.argmax(1, keepdim=True)),
+    "amax": (lambda x: x.amax(1, keepdim=True), lambda x: x.argmax(1, keepdim=True)),
+    "pooled": (lambda x: F.max_pool1d(x.mT, 3).mT, lambda x: x.argmax(1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_selected_numbers_keep_their_shares(name: str) -> None:
+    f, places = SELECTED[name]
+    check_parts(f, lambda part, x: part.gather(1, places(x)), numbers(2, 3, 6))
+
+
 def test_minus_infinity_of_a_mask_that_softmax_removes_is_no_share() -> None:
     hidden = torch.ones(3, 3).triu(1).bool()
 
@@ -552,13 +597,99 @@ def test_a_buffer_is_as_it_was_after_inputs_were_written_into_it() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Activation modules
+# Activations of several functions
 
 
 class WrittenGelu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inner = math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))
         return 0.5 * x * (1.0 + torch.tanh(inner))
+
+
+def gelu_of_powers(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x**3)))
+
+
+def gelu_factored(x: Tensor) -> Tensor:
+    return x * 0.5 * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def gelu_in_place(x: Tensor) -> Tensor:
+    y = x * 0.5
+    y *= 1 + torch.tanh(0.79788456 * (x + 0.044715 * x**3))
+    return y
+
+
+def tanh_of_exponentials(x: Tensor) -> Tensor:
+    up, down = torch.exp(x), torch.exp(-x)
+    return (up - down) / (up + down)
+
+
+#: Activations that are functions, and no modules.
+WRITTEN_OUT: dict[str, Function] = {
+    "gelu of pow": WrittenGelu().forward,
+    "gelu of powers": gelu_of_powers,
+    "gelu, factored": gelu_factored,
+    "gelu, in place": gelu_in_place,
+    "gelu of erf": lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
+    "gelu in single precision": lambda x: gelu_of_powers(x.float()).to(x.dtype),
+    "mish": lambda x: x * torch.tanh(F.softplus(x)),
+    "mish of a logarithm": lambda x: x * torch.tanh(torch.log(1 + torch.exp(x))),
+    "elu": lambda x: torch.where(x > 0, x, torch.exp(x) - 1),
+    "elu of a mask": lambda x: (x > 0) * x + (x <= 0) * (x.exp() - 1),
+    "celu of extremes": lambda x: (
+        x.clamp_min(0) + torch.minimum(torch.zeros(()).double(), torch.exp(x) - 1)
+    ),
+    "tanh": tanh_of_exponentials,
+    "tanh of a sigmoid": lambda x: 2 * torch.sigmoid(2 * x) - 1,
+    "expm1": lambda x: torch.exp(x) - 1,
+    "softsign": lambda x: x / (1 + x.abs()),
+    "shifted softplus": lambda x: F.softplus(x) - F.softplus(torch.zeros(()).double()),
+    "hard swish": lambda x: x * (x + 3).clamp(0, 6) / 6,
+    "squared relu": lambda x: F.relu(x) * F.relu(x),
+    "gate of a parameter": lambda x: x * (1 + torch.tanh(nn.Parameter(torch.ones(1)) * x)),
+    "lerp": lambda x: torch.lerp(x, x * 0.1, torch.sigmoid(x)),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_an_activation_of_several_functions_is_one_function(name: str) -> None:
+    shares, constants, whole = shares_of(WRITTEN_OUT[name])
+    tolerance = 1e-4 if "single" in name else 1e-6
+    assert torch.allclose(shares, whole, 0, tolerance)
+    assert float(constants.abs().max()) < tolerance
+
+
+def test_an_activation_is_one_function_near_zero() -> None:
+    """Rounding errors of its parts do not become shares of a number that is nearly zero."""
+    near = torch.tensor([[1e-9, -1e-12, 3e-17, 0.0], [1e-8, 1e-5, 1e-3, -1e-10]]).double()
+    x = torch.stack([near + 1, torch.full_like(near, -1.0)], 1)
+    shares, _, _ = shares_of(lambda x: torch.exp(x.sum(1)) - 1, x)
+    assert float(shares.abs().max()) < 20
+
+
+def test_a_function_of_two_tensors_is_no_activation() -> None:
+    check_parts(
+        lambda x: (x @ A) * (1 + torch.tanh(x @ B)),
+        lambda p, x: (
+            (p @ A) * (1 + torch.tanh(x @ B)) / 2
+            + (x @ A) * (p @ B) * torch.tanh(x @ B) / (x @ B) / 2
+        ),
+    )
+
+
+def test_a_tensor_that_was_overwritten_is_another_one() -> None:
+    def overwritten(x: Tensor) -> Tensor:
+        y = x * 1
+        gate = torch.tanh(y)
+        y.copy_(x @ A)
+        return y * (1 + gate)
+
+    check_parts(
+        overwritten,
+        lambda p, x: (p @ A) * (1 + torch.tanh(x)) / 2 + (x @ A) * p * (torch.tanh(x) / x) / 2,
+        X + 3,
+    )
 
 
 class InPlaceGate(nn.Module):

@@ -11,7 +11,12 @@ import torch
 import transformers
 from torch import nn
 
-from captum_cw import ContributionWeights, LLMTokenAttribution, TokenScores
+from captum_cw import (
+    ContributionWeights,
+    InputContributions,
+    LLMTokenAttribution,
+    TokenScores,
+)
 from captum_cw.capture import UnsupportedModelError
 from support.inputs import token_ids
 from support.models import SIZES, build, gpt2, llama
@@ -212,6 +217,17 @@ def test_a_model_whose_output_projection_is_not_found_is_refused(layers: int) ->
     ):
         ContributionWeights(model).attribute(token_ids())
     assert state_of(model) == before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_compiled_by_torchscript_is_refused() -> None:
+    inner = nn.Sequential(nn.Linear(2, 2), nn.GELU())
+    traced = torch.jit.trace(inner, torch.zeros(1, 2))
+    for model, place in ((traced, "The model"), (nn.Sequential(inner, traced), "The module '1'")):
+        with pytest.raises(UnsupportedModelError, match=f"{place}.* is compiled by TorchScript"):
+            InputContributions(model).attribute(torch.ones(1, 2), target=0)
+        with pytest.raises(UnsupportedModelError, match=f"{place}.* is compiled by TorchScript"):
+            ContributionWeights(model)
 
 
 def test_a_model_on_the_meta_device_is_refused() -> None:

@@ -1,0 +1,174 @@
+"""Calls of torch functions, and what of their arguments depends on the inputs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_cw.capture.dispatch import Proceed
+from captum_cw.capture.linear_gradients import constant
+
+__all__ = [
+    "OPERATORS",
+    "FunctionCall",
+    "fixed",
+    "is_in_place",
+    "name_of",
+    "substitute",
+    "tensors_in",
+    "varies",
+]
+
+
+def varies(x: object) -> bool:
+    """Whether ``x`` is a floating tensor that depends on the inputs of the model."""
+    return isinstance(x, Tensor) and x.grad_fn is not None
+
+
+def tensors_in(x: Any) -> list[Tensor]:
+    """Return the tensors among arguments or results, also in lists, tuples and dicts."""
+    found: list[Tensor] = []
+    _collect(x, found)
+    return found
+
+
+def _collect(x: Any, found: list[Tensor]) -> None:
+    if isinstance(x, Tensor):
+        found.append(x)
+    elif isinstance(x, dict):
+        _collect(list(x.values()), found)
+    elif isinstance(x, (list, tuple)):
+        for y in x:
+            if isinstance(y, Tensor):
+                found.append(y)
+            elif isinstance(y, (list, tuple, dict)) and y:
+                _collect(y, found)
+
+
+def substitute(x: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply ``change`` to everything in arguments that is not a list, tuple or dict."""
+    kind = type(x)
+    if kind is list or kind is tuple:
+        return kind([substitute(y, change) for y in x])
+    if kind is dict:
+        return {name: substitute(y, change) for name, y in x.items()}
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return kind(*[substitute(y, change) for y in x])
+    return change(x)
+
+
+def fixed(x: Any) -> Any:
+    """Return arguments in which nothing depends on the inputs of the model."""
+    return substitute(x, lambda y: y.detach() if varies(y) else y)
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """One call of a torch function.
+
+    Args:
+        func: The function.
+        name: Its name without underscores: ``"add"`` for ``add_``, ``__iadd__`` and ``__radd__``.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        proceed: Runs a function.
+        one: The scalar 1 whose gradient is the share of all constants.
+        softmax_gradient: Whether attention weights keep the gradient of their softmax.
+    """
+
+    func: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    proceed: Proceed
+    one: Tensor
+    softmax_gradient: bool
+
+    def run(self) -> Any:
+        """Run the function with its own gradient."""
+        return self.proceed(self.func, self.args, self.kwargs)
+
+    def changed(self, change: Callable[[Any], Any], *, kwargs: bool = True) -> FunctionCall:
+        """Return the call with other arguments; its keyword arguments are changed if ``kwargs``."""
+        options = substitute(self.kwargs, change) if kwargs else self.kwargs
+        return replace(self, args=substitute(self.args, change), kwargs=options)
+
+    def detached(self) -> FunctionCall:
+        """Return the call with arguments that are held fixed."""
+        return replace(self, args=fixed(self.args), kwargs=fixed(self.kwargs))
+
+    def of(self, x: Tensor) -> Any:
+        """Run the function on another first argument, without gradients."""
+        _, *rest = self.args
+        with torch.no_grad():
+            return self.proceed(self.func, (x, *rest), self.kwargs)
+
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """Return an argument by its place or its name."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    def lifted(self, x: Any) -> Any:
+        """Return a number or a fixed floating tensor as a constant with a share of its own."""
+        if isinstance(x, Tensor):
+            fixed = x.is_floating_point() and not varies(x)
+            return constant(x, self.one) if fixed else x
+        if not isinstance(x, (int, float)) or isinstance(x, bool) or not x:
+            return x
+        number = constant(self.one.new_tensor(float(x)), self.one)
+        # A tensor without dimensions would take over the precision of the number.
+        scalar = isinstance(self.first, Tensor) and not self.first.dim()
+        return number.to(self.first.dtype) if scalar else number
+
+    @property
+    def first(self) -> Any:
+        """The first argument, which is the input of most functions."""
+        return self.args[0] if self.args else self.kwargs.get("tensors")
+
+
+#: The operators that Python writes in other forms, such as ``__iadd__`` and ``__radd__``.
+OPERATORS = {
+    *("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and", "or", "xor", "lshift", "rshift"),
+}
+
+#: Other names of functions.
+_ALIASES = {
+    **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")},
+    "expit": "sigmoid",
+    "fix": "trunc",
+    "float_power": "pow",
+    "log_sigmoid": "logsigmoid",
+}
+
+
+def name_of(func: Any) -> str:
+    """Return the name of a function without underscores, and of an operator with its side.
+
+    Example:
+        >>> [name_of(f) for f in (torch.add, torch.Tensor.add_, torch.Tensor.__iadd__)]
+        ['add', 'add', 'add']
+        >>> [name_of(f) for f in (torch.special.expit, torch.arctan)]
+        ['sigmoid', 'atan']
+        >>> name_of(torch.Tensor.__rsub__), name_of(torch.Tensor.T.__get__)
+        ('rsub', 'T')
+    """
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", name)
+    if not name.startswith("__"):
+        name = (name.strip("_") or name).removeprefix("special_")
+        return _ALIASES.get(name, name)
+    name = name.strip("_")
+    return name[1:] if name[:1] == "i" and name[1:] in OPERATORS else name
+
+
+def is_in_place(func: Any) -> bool:
+    """Whether a function changes its first argument, by PyTorch's naming."""
+    name: str = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name[2] == "i" and name[3:-2] in OPERATORS)
+    return name.endswith("_") and name != "requires_grad_"
