@@ -837,7 +837,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 results[name][asked.name] = summary(found, tokenizer)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_page(options.out, "\n\n".join([_head(argv), legend(), tables(results)]))
-    text = json.dumps(results, indent=1)
+    # Four digits are more than the tables show.
+    rounded = json.loads(json.dumps(results), parse_float=lambda x: float(f"{float(x):.4g}"))
+    text = json.dumps(rounded)
     options.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return 0
 

@@ -17,13 +17,26 @@ from torch import Tensor
 
 from captum_cw.capture.attention_call import UnsupportedModelError
 from captum_cw.capture.dispatch import Proceed
-from captum_cw.capture.function_call import is_in_place, name_of, substitute, tensors_in
+from captum_cw.capture.function_call import (
+    SHAPED,
+    creates,
+    is_in_place,
+    name_of,
+    substitute,
+    tensors_in,
+)
 from captum_cw.capture.linear_gradients import constant
 
 __all__ = ["NOWHERE", "EmbeddedTokens", "Leaf"]
 
 #: The place of an id that is not one of the given ids, such as the token that starts a decoder.
 NOWHERE = -1
+
+#: Elementwise functions that leave ids in their range as they are.
+KEEPS = {"clamp", "clip", "clamp_min", "clamp_max", "remainder", "mod", "fmod", "abs"}
+
+#: A number that is added to places, to see whether a function moves them.
+FAR = 2**40
 
 #: The functions that look rows up, with the places of the table and of the ids among arguments.
 LOOKUPS = {"embedding": (1, 0), "getitem": (0, 1), "index_select": (0, 2)}
@@ -52,11 +65,13 @@ class _Followed:
         tensor: The integers.
         name: The argument of the model with the ids.
         places: Which of the flattened ids each integer is; None if the integers are not ids.
+        version: The number of times that ``tensor`` was changed in place.
     """
 
     tensor: Tensor
     name: str | int
     places: Tensor | None
+    version: int
 
 
 class EmbeddedTokens:
@@ -77,7 +92,7 @@ class EmbeddedTokens:
         self._known: dict[int, _Followed] = {}
         for name, x in ids.items():
             places = torch.arange(x.numel(), dtype=torch.long, device=x.device).view_as(x)
-            self._known[id(x)] = _Followed(x, name, places)
+            self._known[id(x)] = _Followed(x, name, places, x._version)
 
     def again(self) -> EmbeddedTokens:
         """Return the same for a part of the pass that runs once more."""
@@ -90,9 +105,11 @@ class EmbeddedTokens:
     ) -> Any:
         """Run a function, and return an embedding of the ids as a leaf."""
         found = [self._known[id(x)] for x in tensors_in((args, kwargs)) if id(x) in self._known]
-        if not found:
+        name = name_of(func)
+        only_shape = name in SHAPED and not (args and id(args[0]) in self._known)
+        if not found or creates(name) or only_shape:
             return proceed(func, args, kwargs)
-        followed, name = found[0], name_of(func)
+        followed = found[0]
         if name in LOOKUPS:
             at_table, at_ids = LOOKUPS[name]
             table, ids = (_argument(args, kwargs, place, name) for place in (at_table, at_ids))
@@ -116,11 +133,13 @@ class EmbeddedTokens:
         return result
 
     def _embedded(self, followed: _Followed, result: Tensor, name: str) -> Tensor:
-        if followed.places is None:
+        # Writing into a view changes ids too.
+        if followed.places is None or followed.version != followed.tensor._version:
             raise _changed_ids(followed, name)
         leaf = result.detach().requires_grad_()
         self.leaves.append(Leaf(followed.name, leaf, followed.places))
-        known = (followed.places != NOWHERE).view(*followed.places.shape, 1)
+        shape = *followed.places.shape, *[1] * (leaf.dim() - followed.places.dim())
+        known = (followed.places != NOWHERE).view(shape)
         with torch.enable_grad():
             return leaf.clone() if known.all() else leaf.where(known, constant(result, self._one))
 
@@ -128,10 +147,36 @@ class EmbeddedTokens:
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Apply a function to places instead of ids; None if it does not take them."""
+        followed = [self._known[id(x)] for x in tensors_in((args, kwargs)) if id(x) in self._known]
+        if any(x.places is None for x in followed):
+            return None
+        if name in KEEPS:
+            return followed[0].places
+        if name in ("mul", "rmul", "multiply") and not kwargs and not is_in_place(func):
+            func, args = _masked(args, followed[0].tensor)
+        found = [self._of_places(func, name, args, kwargs, proceed, add=n) for n in (0, FAR)]
+        pairs = zip(*map(tensors_in, found), strict=False)
+        # A function that moves places moves all of them alike, whatever their numbers are.
+        if not all(torch.equal(a + FAR * (a != NOWHERE), b) for a, b in pairs):
+            return None
+        return found[0]
+
+    def _of_places(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        proceed: Proceed,
+        add: int,
+    ) -> Any:
+        """Apply a function to places to which a number is added; None if it does not take them."""
 
         def places(x: Any) -> Any:
             known = self._known.get(id(x)) if isinstance(x, Tensor) else None
-            return x if known is None else known.places
+            if known is None or known.places is None:
+                return x
+            return known.places + add * (known.places != NOWHERE)
 
         def or_nowhere(x: Any) -> Any:
             if isinstance(x, Tensor) and id(x) not in self._known and _counts(x):
@@ -140,8 +185,6 @@ class EmbeddedTokens:
                 return NOWHERE
             return places(x)
 
-        if any(places(x) is None for x in tensors_in((args, kwargs))):
-            return None
         if name in ("cat", "concat", "concatenate", "stack"):
             args = (substitute(args[0], or_nowhere), *args[1:])
         elif name in ("where", "masked_fill", "setitem"):
@@ -173,7 +216,17 @@ class EmbeddedTokens:
         else:
             places = None
         # The tensor is kept, so that its id is not used again.
-        self._known[id(x)] = _Followed(x, name, places)
+        self._known[id(x)] = _Followed(x, name, places, x._version)
+
+
+def _masked(args: tuple[Any, ...], ids: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """Return a product of ids and a mask of zeros and ones as a choice between ids and nothing."""
+    first, mask = args
+    if mask is ids:
+        first, mask = mask, first
+    if not isinstance(mask, Tensor) or not ((mask == 0) | (mask == 1)).all():
+        return torch.mul, args
+    return torch.where, (mask.bool(), first, torch.full_like(first, NOWHERE))
 
 
 def _counts(x: Tensor) -> bool:

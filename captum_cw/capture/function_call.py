@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,9 @@ from captum_cw.capture.linear_gradients import constant
 
 __all__ = [
     "OPERATORS",
+    "SHAPED",
     "FunctionCall",
+    "creates",
     "fixed",
     "is_in_place",
     "name_of",
@@ -145,6 +148,23 @@ _ALIASES = {
 }
 
 
+#: Functions that take a tensor only for its shape, and functions of its attributes.
+_CREATES = re.compile(r".*_like$|new_.*|__get__$|grad$")
+
+#: Functions whose second tensor gives only a shape, a dtype or a device.
+SHAPED = {"type_as", "expand_as", "view_as", "reshape_as", "to", "resize_as"}
+
+
+def creates(name: str) -> bool:
+    """Whether the function of a name takes a tensor only for its shape.
+
+    Example:
+        >>> creates("zeros_like"), creates("new_full"), creates("add")
+        (True, True, False)
+    """
+    return _CREATES.match(name) is not None
+
+
 def name_of(func: Any) -> str:
     """Return the name of a function without underscores, and of an operator with its side.
 
@@ -156,7 +176,7 @@ def name_of(func: Any) -> str:
         >>> name_of(torch.Tensor.__rsub__), name_of(torch.Tensor.T.__get__)
         ('rsub', 'T')
     """
-    name: str = getattr(func, "__name__", "")
+    name = _python_name(func)
     if name == "__get__":
         return getattr(func.__self__, "__name__", name)
     if not name.startswith("__"):
@@ -168,7 +188,13 @@ def name_of(func: Any) -> str:
 
 def is_in_place(func: Any) -> bool:
     """Whether a function changes its first argument, by PyTorch's naming."""
-    name: str = getattr(func, "__name__", "")
+    name = _python_name(func)
     if name.startswith("__"):
         return name == "__setitem__" or (name[2] == "i" and name[3:-2] in OPERATORS)
     return name.endswith("_") and name != "requires_grad_"
+
+
+def _python_name(func: Any) -> str:
+    """Return the name of a function without its overload, such as that of ``aten.add.Tensor``."""
+    name: str = getattr(func, "__name__", "")
+    return name.partition(".")[0]

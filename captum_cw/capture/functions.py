@@ -310,6 +310,7 @@ def _check_fused(module: nn.Module, T: int, S: int, dropout_p: float, is_causal:
 
 def _visible(logits: Tensor, weights: Tensor) -> Tensor | None:
     """Return which keys each query sees, by logits to which a mask was added; None if all."""
+    logits = logits.detach()
     lowest = logits.amax(-1, keepdim=True) - FAR_BELOW
     visible = (weights != 0) | (logits > lowest)
     return None if visible.all() else visible

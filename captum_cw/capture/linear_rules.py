@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,9 @@ from torch import Tensor
 from captum_cw.capture.activation_chains import ELEMENTWISE, HELD_FIXED, ActivationChains
 from captum_cw.capture.attention_call import UnsupportedModelError
 from captum_cw.capture.function_call import (
+    SHAPED,
     FunctionCall,
+    creates,
     fixed,
     is_in_place,
     substitute,
@@ -33,11 +34,9 @@ from captum_cw.capture.linear_gradients import (
     times_ratio,
     with_gradient_of,
 )
+from captum_cw.capture.saved_tensors import before_writing
 
 __all__ = ["run_linearised"]
-
-#: Functions that take a tensor only for its shape, and functions of its attributes.
-_CREATES = re.compile(r".*_like$|new_.*|__get__$|grad$")
 
 #: Sums, whose summands may be numbers, also of integers.
 _SUMS = {"add", "radd", "sub", "rsub", "subtract"}
@@ -69,14 +68,17 @@ def run_linearised(call: FunctionCall, chains: ActivationChains) -> Any:
         call = replace(call, args=(kwargs.pop("input"),), kwargs=kwargs)
     if is_in_place(call.func):
         return _run_in_place(call, chains)
+    written = call.kwargs.get("out")
     place = _place_of_inplace(call.func)
-    if place is None or not call.argument(place, "inplace", False):
+    args, kwargs = call.args, {n: x for n, x in call.kwargs.items() if n not in ("inplace", "out")}
+    if place is not None and call.argument(place, "inplace", False):
+        # The model may go on with the argument instead of the result.
+        written, args = call.first, tuple(False if n == place else x for n, x in enumerate(args))
+    if not isinstance(written, Tensor):
         return chains.run(call, _by_rule)
-    args = tuple(False if n == place else x for n, x in enumerate(call.args))
-    kwargs = {name: x for name, x in call.kwargs.items() if name != "inplace"}
-    # The model may go on with the argument instead of the result.
     value = chains.run(replace(call, args=args, kwargs=kwargs), _by_rule)
-    return call.proceed(torch.Tensor.copy_, (call.first, value), {})
+    before_writing(written)
+    return call.proceed(torch.Tensor.copy_, (written, value), {})
 
 
 def _by_rule(call: FunctionCall) -> Any:
@@ -84,7 +86,7 @@ def _by_rule(call: FunctionCall) -> Any:
         return _rules[call.name](call)
     result = call.run()
     floating = [x for x in tensors_in(result) if x.is_floating_point()]
-    if floating and not any(map(varies, floating)) and not _CREATES.match(call.name):
+    if floating and not any(map(varies, floating)) and not creates(call.name):
         raise UnsupportedModelError(
             f"The function {call.name!r} has no gradient, so what it makes of its input is unknown."
         )
@@ -120,7 +122,22 @@ def _divided(call: FunctionCall) -> Any:
     return replace(call, args=(first, second, *call.args[2:]), kwargs=options).run()
 
 
-@_rule("type_as", "expand_as", "view_as", "reshape_as", "to")
+@_rule("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
+def _in_parts(call: FunctionCall) -> Any:
+    """Return each part as a view of its own, since a model may write into it."""
+    x = call.first
+    dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0)
+    parts = call.detached().run()
+    if call.name == "unbind":
+        return tuple(x.select(dim, n) for n in range(len(parts)))
+    found, start = [], 0
+    for part in parts:
+        found.append(x.narrow(dim, start, part.shape[dim]))
+        start += part.shape[dim]
+    return tuple(found)
+
+
+@_rule(*SHAPED)
 def _shaped(call: FunctionCall) -> Any:
     """Another argument gives only a shape or a dtype."""
     return call.run() if varies(call.first) else _held_fixed(call)

@@ -14,7 +14,7 @@ understood.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,13 +34,17 @@ from captum_cw.capture.function_call import (
 )
 from captum_cw.capture.linear_rules import run_linearised
 from captum_cw.capture.module_stack import innermost
-from captum_cw.capture.rounding import in_widest
+from captum_cw.capture.rounding import in_widest, rounding
+from captum_cw.capture.saved_tensors import before_writing
 from captum_cw.functional import widest
 
 __all__ = ["Linearised"]
 
 #: The relative error with which the shares of one function sum to its value.
 TOLERANCE = 1e-3
+
+#: The number of random sums by which a function is checked.
+SUMS = 3
 
 #: Functions that pass an activation on, but would hide it from autograd.
 _PASSED_ON = {"detach", "data"}
@@ -59,6 +63,7 @@ class Linearised:
     Attributes:
         one: The scalar whose gradient is the share of all constants.
         given: The floating inputs as the model must be given them.
+        last_fixed: The last function whose result was held fixed, and the result.
         unequal: The first function whose shares do not sum to its value, and the module that was
             running; None if all functions are understood, or were not examined.
     """
@@ -79,6 +84,7 @@ class Linearised:
         with torch.enable_grad():
             self.given = {name: x.clone() for name, x in leaves.items()}
         self._chains = ActivationChains()
+        self.last_fixed: tuple[FunctionCall, Tensor] | None = None
         self._softmax_gradient, self._examines = softmax_gradient, examines
         self.unequal: tuple[str, torch.nn.Module | None] | None = None
 
@@ -102,6 +108,8 @@ class Linearised:
             found = tensors_in((args, kwargs))
             if any(x.is_leaf and (x.requires_grad or x.is_inference()) for x in found):
                 args, kwargs = substitute((args, kwargs), _without_parameter)
+            if found and is_in_place(func):
+                before_writing(found[0])
             if any(map(varies, found)):
                 return self._linear(func, args, kwargs, proceed)
             if any(x in self._chains for x in found):
@@ -129,35 +137,66 @@ class Linearised:
             )
         call = self._call(func, args, kwargs, proceed)
         if self._examines and self.unequal is None and not is_in_place(func):
-            return self._examined(call)
-        return run_linearised(call, self._chains)
+            result = self._examined(call)
+        else:
+            result = run_linearised(call, self._chains)
+        if isinstance(result, Tensor) and result.is_floating_point() and not varies(result):
+            self.last_fixed = call, result
+        return result
+
+    def last_function(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        """Return what a fixed result was computed from, and how; None for any but the last one.
+
+        It is the softmax or sigmoid at the end of a classifier.
+        """
+        if self.last_fixed is None:
+            return None
+        call, result = self.last_fixed
+        # The model may have squeezed a dimension.
+        is_same = x.data_ptr() == result.data_ptr() and x.numel() == result.numel()
+        if not is_same or not varies(call.first) or not x.is_contiguous():
+            return None
+        return call.first, lambda y: call.func(y, *call.args[1:], **call.kwargs).reshape(x.shape)
 
     def _examined(self, call: FunctionCall) -> Any:
         """Run a function, and check that its shares sum to its value."""
-        # The tensors may depend on each other, so the function runs once more on copies.
+        with torch.autocast(self.one.device.type, enabled=False):
+            if not self._is_equal(call):
+                self.unequal = call.name, innermost()
+        return run_linearised(call, self._chains)
+
+    def _is_equal(self, call: FunctionCall) -> bool:
+        """Whether the shares of a function sum to its value, in single precision at least."""
+        # The tensors may depend on each other, so the function runs on copies.
         copies: dict[int, Tensor] = {}
 
         def copy_of(x: Any) -> Any:
-            if not varies(x):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
                 return x
-            return copies.setdefault(id(x), x.detach().requires_grad_().clone())
+            wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+            if not varies(x):
+                return wide
+            return copies.setdefault(id(x), wide.requires_grad_().clone())
 
         result = run_linearised(call.changed(copy_of), self._chains)
         results = [x for x in tensors_in(result) if varies(x)]
         if not results:
-            return run_linearised(call, self._chains)
-        generator = torch.Generator().manual_seed(0)
-        seeds = [torch.empty_like(x, device="cpu").normal_(generator=generator) for x in results]
-        seeds = [seed.to(x) for seed, x in zip(seeds, results, strict=True)]
+            return True
         inputs = [*copies.values(), self.one]
-        grads = torch.autograd.grad(results, inputs, seeds, retain_graph=True, allow_unused=True)
-        terms = [_product(g, x) for g, x in zip(grads, inputs, strict=True) if g is not None]
-        parts = [_product(s, x) for s, x in zip(seeds, results, strict=True)]
-        whole, found = (sum(float(x.sum()) for x in y) for y in (parts, terms))
-        size = sum(float(x.square().sum()) for x in parts) ** 0.5
-        if not abs(found - whole) <= TOLERANCE * size:
-            self.unequal = call.name, innermost()
-        return run_linearised(call, self._chains)
+        generator = torch.Generator().manual_seed(0)
+        return all(_sums(results, inputs, generator) for _ in range(SUMS))
+
+
+def _sums(results: list[Tensor], inputs: list[Tensor], generator: torch.Generator) -> bool:
+    """Whether the shares of inputs sum to a random sum of results."""
+    seeds = [torch.empty_like(x, device="cpu").normal_(generator=generator) for x in results]
+    seeds = [seed.to(x) for seed, x in zip(seeds, results, strict=True)]
+    grads = torch.autograd.grad(results, inputs, seeds, retain_graph=True, allow_unused=True)
+    terms = [_product(g, x) for g, x in zip(grads, inputs, strict=True) if g is not None]
+    parts = [_product(s, x) for s, x in zip(seeds, results, strict=True)]
+    whole, found = (sum(float(x.sum()) for x in y) for y in (parts, terms))
+    size = sum(float(x.square().sum()) for x in parts) ** 0.5
+    return bool(abs(found - whole) <= max(TOLERANCE, 4 * rounding(*results)) * size)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from captum_cw._utils.memory import free_bytes
 from captum_cw.capture.caches import find_cache
+from captum_cw.capture.function_call import substitute, varies
 from captum_cw.capture.patching import set_to, wrapped_method
+from captum_cw.capture.saved_tensors import address_of, counting
 
 __all__ = ["recomputing"]
 
@@ -57,7 +58,7 @@ def recomputing(
         again: Returns the context in which a block runs again.
     """
     tensors = (x for root in roots for x in (*root.parameters(), *root.buffers()))
-    known = {_address(x) for x in tensors}
+    known = {address_of(x) for x in tensors}
     with ExitStack() as stack, set_to(_pass, _Pass(again, known)):
         for blocks in _lists_of_blocks(roots):
             for block in blocks:
@@ -66,12 +67,9 @@ def recomputing(
         yield
 
 
-def _address(x: Tensor) -> int | None:
-    """Return where the numbers of a tensor lie; None if it holds none, as quantised weights do."""
-    try:
-        return x.untyped_storage().data_ptr() or None
-    except (RuntimeError, NotImplementedError):
-        return None
+def _own(x: Any) -> Any:
+    """Return a copy of an activation, since a block that adds to its input runs on it twice."""
+    return x.clone() if varies(x) else x
 
 
 def _lists_of_blocks(roots: Collection[nn.Module]) -> Iterator[nn.ModuleList]:
@@ -99,7 +97,11 @@ class _Block:
             return self._decide(now, *args, **kwargs)
         if not now.decided[self._blocks]:
             return self._forward(*args, **kwargs)
-        run = functools.partial(self._forward, **kwargs)
+
+        def run(*args: Any) -> Any:
+            own_args, own_kwargs = substitute((args, kwargs), _own)
+            return self._forward(*own_args, **own_kwargs)
+
         return checkpoint(
             run,
             *args,
@@ -113,17 +115,18 @@ class _Block:
         kept: dict[int, int] = {}
         device = None
 
-        def count(x: Tensor) -> Tensor:
+        def count(x: Tensor) -> None:
             nonlocal device
-            address = _address(x)
+            address = address_of(x)
             if address is not None and address not in now.known:
                 kept[address], device = x.untyped_storage().nbytes(), x.device
-            return x
 
-        with saved_tensors_hooks(count, lambda x: x):
+        with counting(count) as has_copied:
             result = self._forward(*args, **kwargs)
         needed = sum(kept.values()) * len(self._blocks)
-        now.decided[self._blocks] = device is not None and needed > SHARE * free_bytes(device)
+        # What a block overwrites while it runs again would not be copied.
+        is_large = device is not None and needed > SHARE * free_bytes(device)
+        now.decided[self._blocks] = is_large and not has_copied()
         return result
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from captum_cw.capture.function_call import varies
 from captum_cw.capture.outputs import predictions_of
+from captum_cw.capture.rounding import in_widest
 
-__all__ = ["Target", "needs_all_logits", "target_values"]
+__all__ = ["Target", "linear_values", "needs_all_logits", "read_target", "target_values"]
 
 Target = Any
 """A class or token, a tuple ``(position, token)``, a list or tensor of one an example, a callable
-``(output) -> (B,)``, or None for the model's own prediction."""
+``(output) -> (B,)``, or None for the model's own prediction. An output ``(B, C, H, W)`` takes a
+tuple ``(c, h, w)``, and an output ``(B,)`` takes None."""
 
 #: A position, or None for the last token; and a class or token, or None for the model's prediction.
 _Choice = tuple[int | None, int | None]
@@ -88,12 +92,16 @@ def _values(
     """Return the values ``(B,)``, and the places of the logits; None for those of a callable."""
     if callable(target):
         return _checked(target(output), name, examples), None
-    logits = predictions_of(output)
+    is_other = isinstance(output, Tensor) and output.dim() not in (2, 3)
+    logits: Tensor = output if is_other else predictions_of(output)
     if len(logits) != examples:
         raise ValueError(
             f"The model returns logits of {len(logits)} examples for {examples} inputs: give the "
             f"{name} as a callable (output) -> (B,)."
         )
+    if is_other:
+        places = _indices(logits, target, name)
+        return logits[tuple(torch.tensor(places, device=logits.device).T)], places
     real = _mask_of(logits, token_masks)
     places = [
         _place(logits, real, b, choice, name)
@@ -101,6 +109,32 @@ def _values(
     ]
     chosen = torch.tensor(places, dtype=torch.long, device=logits.device)
     return logits[tuple(chosen.T)], places
+
+
+def _indices(output: Tensor, target: Target, name: str) -> list[tuple[int, ...]]:
+    """Return the chosen place of each example in an output ``(B,)`` or ``(B, C, H, W)``."""
+    B, sizes = len(output), tuple(output.shape[1:])
+    if not sizes:
+        if target is None:
+            return [(b,) for b in range(B)]
+        raise ValueError(
+            f"{name}={target!r} chooses a class, but the model returns one number an example: "
+            f"leave {name} out."
+        )
+    chosen = target if isinstance(target, list) else [target] * B
+    for entry in chosen:
+        is_index = isinstance(entry, tuple) and all(isinstance(n, int) for n in entry)
+        if not is_index or len(entry) != len(sizes):
+            raise TypeError(
+                f"{name}={entry!r} is not a place in an output of shape {tuple(output.shape)}: "
+                f"give a tuple of {len(sizes)} indices, a list of one an example, or a callable "
+                "(output) -> (B,)."
+            )
+        if not all(0 <= n < size for n, size in zip(entry, sizes, strict=True)):
+            raise IndexError(f"{name}={entry!r} is out of range: the model returns {sizes}.")
+    if len(chosen) != B:
+        raise ValueError(f"{name} has {len(chosen)} entries for {B} examples: give one an example.")
+    return [(b, *entry) for b, entry in enumerate(chosen)]
 
 
 def _checked(values: Any, name: str, examples: int) -> Tensor:
@@ -204,3 +238,69 @@ def _in_range(scores: Tensor, token: int | None, name: str) -> int:
             f"{name}={token} is out of range: the model predicts 0..{len(scores) - 1}."
         )
     return token
+
+
+def read_target(
+    output: Any,
+    last_function: Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]] | None],
+    target: Target,
+    contrast: Target,
+    examples: int,
+    token_masks: Sequence[Tensor],
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]], bool]:
+    """Read the target of a linearised pass.
+
+    The arguments are those of :func:`target_values`, and ``last_function``, which returns what a
+    softmax or sigmoid at the end of a model was applied to, and the function; None for others.
+
+    Returns:
+        The target's values ``(B,)``; the tensors that it is computed from, each with its gradient;
+        and whether the target is linear in them.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    is_linear = not callable(target) and not callable(contrast)
+
+    def as_leaf(x: Any) -> Any:
+        nonlocal is_linear
+        last = None if varies(x) or not isinstance(x, Tensor) else last_function(x)
+        if not varies(x) and last is None:
+            return x
+        source, run = last or (x, None)
+        leaf = source.detach().requires_grad_()
+        found.append((source, leaf))
+        if run is None:
+            return leaf
+        is_linear = False
+        return run(leaf)
+
+    copied = pytree.tree_map(as_leaf, output)
+    values = target_values(copied, target, contrast, examples, token_masks)
+    if not found or not values.requires_grad:
+        raise ValueError(
+            f"The target does not depend on the inputs by a gradient: the model returns "
+            f"{type(output).__name__}. Give the model itself, or a callable that returns its "
+            "logits. Generated ids and quantised activations have no gradient, and what comes "
+            "after a sigmoid, a softmax or another gate inside of a model is held fixed."
+        )
+    grads = torch.autograd.grad(values.sum(), [leaf for _, leaf in found], allow_unused=True)
+    pairs = zip(found, grads, strict=True)
+    return values, [(x, g) for (x, _), g in pairs if g is not None], is_linear
+
+
+def linear_values(values: Tensor, outputs: list[tuple[Tensor, Tensor]], is_linear: bool) -> Tensor:
+    """Return ``<d target / d output, output>`` of each example."""
+    if is_linear:
+        return values.detach().float()
+    B = len(values)
+    total = in_widest(values.new_zeros(B))
+    for x, g in outputs:
+        product = in_widest(x) * in_widest(g)
+        if x.dim() == 0 or len(x) != B:
+            if B > 1:
+                raise ValueError(
+                    f"The target depends on a tensor of shape {tuple(x.shape)}, whose first "
+                    f"dimension is not that of the {B} examples: give one example at a time."
+                )
+            product = product[None]
+        total += product.reshape(B, -1).sum(1).to(total)
+    return total.to(values.device, torch.float32)

@@ -645,3 +645,283 @@ def test_the_same_inputs_give_the_same_numbers(model: Any, method: Method) -> No
     first = attribution.attribute(token_ids(), 7)
     attribution.attribute(token_ids(seed=1), 9)
     assert same(attribution.attribute(token_ids(), 7), first)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ids, and what only looks like them
+
+
+class Segments(nn.Module):
+    """Adds embeddings of other integers, which are made in the shape of the ids."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.words, self.others = nn.Embedding(16, 8), nn.Embedding(16, 8)
+        self.head, self.make = nn.Linear(8, 16), make
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x: Tensor = self.words(input_ids) + self.others(self.make(input_ids))
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros_like": torch.zeros_like,
+    "new_zeros": lambda ids: ids.new_zeros(ids.shape),
+    "expand_as": lambda ids: torch.arange(4).expand_as(ids),
+    "to": lambda ids: torch.arange(4).to(ids)[None],
+    "type_as": lambda ids: torch.ones(1, 4, dtype=torch.bool).type_as(ids).cumsum(1) - 1,
+    "cumsum": lambda ids: torch.ones_like(ids).cumsum(1) - 1,
+    "comparison": lambda ids: (ids > 2).long(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_integers_in_the_shape_of_ids_are_no_ids(name: str) -> None:
+    torch.manual_seed(0)
+    model = Segments(OTHERS[name]).eval()
+    for ids in (torch.tensor([[0, 1, 2, 3]]), torch.tensor([[5, 3, 0, 1]])):
+        found = InputContributions(model).attribute(ids, 3)
+        expected = model.words(ids) @ model.head.weight[3] / 4
+        assert torch.allclose(found, expected.detach(), atol=1e-6)
+
+
+class Changed(nn.Module):
+    """Changes the ids before it embeds them."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.words, self.head, self.change = nn.Embedding(16, 8), nn.Linear(8, 16), change
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.words(self.change(input_ids)).mean(1))  # type: ignore[no-any-return]
+
+
+def after(write: Callable[[Tensor], object]) -> Callable[[Tensor], Tensor]:
+    def change(ids: Tensor) -> Tensor:
+        ids = ids.clone()
+        write(ids)
+        return ids
+
+    return change
+
+
+def shifted(ids: Tensor) -> Tensor:
+    moved = torch.full_like(ids, 7)
+    moved[:, 1:] = ids[:, :-1]
+    return moved
+
+
+#: What a model embeds, and the token of each of its rows; -1 for a row of no token.
+CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
+    "masked by a product": (lambda ids: ids * (ids != 3), [0, -1, 2, 3]),
+    "masked": (after(lambda ids: ids.masked_fill_(ids == 3, 0)), [0, -1, 2, 3]),
+    "where": (lambda ids: torch.where(ids == 3, torch.full_like(ids, 7), ids), [0, -1, 2, 3]),
+    "shifted": (shifted, [-1, 0, 1, 2]),
+    "shifted by cat": (
+        lambda ids: torch.cat([ids.new_full((1, 1), 7), ids[:, :-1]], 1),
+        [-1, 0, 1, 2],
+    ),
+    "clamped": (lambda ids: ids.clamp(0, 15), [0, 1, 2, 3]),
+    "modulo": (lambda ids: ids % 16, [0, 1, 2, 3]),
+    "flipped": (lambda ids: ids.flip(1), [3, 2, 1, 0]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_ids_are_followed_to_their_embeddings(name: str) -> None:
+    change, rows = CHANGES[name]
+    torch.manual_seed(0)
+    model = Changed(change).eval()
+    for ids in (torch.tensor([[0, 3, 5, 9]]), torch.tensor([[9, 3, 0, 5]])):
+        found, delta = InputContributions(model).attribute(ids, 3, return_convergence_delta=True)
+        terms = (model.words(change(ids)) @ model.head.weight[3] / 4)[0].detach()
+        expected = torch.zeros(1, 4)
+        for row, token in enumerate(rows):
+            if token >= 0:
+                expected[0, token] += terms[row]
+        assert torch.allclose(found, expected, atol=1e-6)
+        assert abs(delta) < 1e-6
+
+
+UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "a hash": lambda ids: (ids * 7 + 1) % 16,
+    "clamped to others": lambda ids: ids.clamp(max=4),
+    "a view is filled": after(lambda ids: ids[:, 2:].fill_(7)),
+    "the base of a view is set": lambda ids: (v := (x := ids.clone())[:, 1:], x.fill_(7), v)[2],
+    "sorted": lambda ids: ids.sort(1).values,
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_ids_that_are_changed_into_others_are_refused(name: str) -> None:
+    model = Changed(UNKNOWN[name]).eval()
+    for ids in (torch.tensor([[0, 3, 5, 9]]), torch.tensor([[9, 3, 0, 5]])):
+        with pytest.raises(UnsupportedModelError, match="changes the ids"):
+            InputContributions(model).attribute(ids, 3)
+
+
+def test_a_table_of_numbers_is_an_embedding_too() -> None:
+    class Bias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.arange(16.0))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.bias[input_ids].sum(1, keepdim=True)
+
+    ids = torch.tensor([[3, 5]])
+    assert InputContributions(Bias()).attribute(ids, 0).tolist() == [[3.0, 5.0]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Outputs of other shapes, and models that end in a gate
+
+
+class Ending(nn.Module):
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.end = nn.Linear(6, 3), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.layer(x))
+
+
+ENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: z.softmax(-1),
+    "log_softmax": lambda z: torch.log_softmax(z, -1),
+    "sigmoid": torch.sigmoid,
+    "softplus": nn.functional.softplus,
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_gate_at_the_end_of_a_model_has_its_ordinary_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Ending(ENDS[name]).eval(), torch.randn(2, 6)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    found, delta = InputContributions(model).attribute(x, 1, return_convergence_delta=True)
+    assert torch.allclose(found, x * gradient, atol=1e-6)
+    assert torch.allclose(delta, torch.zeros(2), atol=1e-6)
+
+
+def test_one_probability_an_example_needs_no_target() -> None:
+    torch.manual_seed(0)
+    model, x = Ending(lambda z: z[:, :1].sigmoid().squeeze(1)).eval(), torch.randn(2, 6)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf).sum(), leaf)
+    assert torch.allclose(InputContributions(model).attribute(x), x * gradient, atol=1e-6)
+    with pytest.raises(ValueError, match="leave target out"):
+        InputContributions(model).attribute(x, 0)
+
+
+def test_a_gate_inside_of_a_model_is_held_fixed() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 3)).eval()
+    with pytest.raises(ValueError, match="sigmoid.*held fixed"):
+        InputContributions(model).attribute(torch.randn(1, 6), 1)
+
+
+def test_a_pixel_of_a_segmentation_is_a_tuple() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(3, 4, 3, padding=1).eval(), torch.randn(2, 3, 5, 5)
+    for target in ((1, 2, 3), [(1, 2, 3), (0, 4, 4)]):
+        found, delta = InputContributions(model).attribute(x, target, return_convergence_delta=True)
+        places = target if isinstance(target, list) else [target] * 2
+        leaf = x.clone().requires_grad_()
+        chosen = torch.stack([y[place] for y, place in zip(model(leaf), places, strict=True)])
+        (gradient,) = torch.autograd.grad(chosen.sum(), leaf)
+        assert torch.allclose(found, x * gradient, atol=1e-6)
+        assert delta.abs().max() < 1e-5
+    for wrong, error in (((1, 2), TypeError), ((1, 2, 9), IndexError), ([(1, 2, 3)], ValueError)):
+        with pytest.raises(error, match="target"):
+            InputContributions(model).attribute(x, wrong)
+
+
+# ---------------------------------------------------------------------------------------------
+# The same object again, padding of PyTorch's layers, and blocks that write into their inputs
+
+
+def test_examples_that_depend_on_each_other_are_refused_after_a_single_one() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x - 0.5 * x.mean(0))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    attribution = InputContributions(Mixed().eval())
+    attribution.attribute(torch.randn(1, 6), 1)
+    with pytest.raises(UnsupportedModelError, match="depend on the other examples"):
+        attribution.attribute(torch.randn(2, 6), 1)
+
+
+def test_what_one_token_looks_like_says_nothing_of_a_text() -> None:
+    """A mean over tokens changes nothing in a text of one token."""
+
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(16, 8), Mean(), nn.Flatten(2), nn.Linear(8, 16)).eval()
+    attribution = InputContributions(model)
+    attribution.attribute(torch.tensor([[3]]), 1)
+    ids = torch.tensor([[3, 5, 7]])
+    expected = model[0](ids) @ model[3].weight[1] / 3
+    assert torch.allclose(attribution.attribute(ids, 1), expected.detach(), atol=1e-6)
+
+
+def test_padding_of_a_pytorch_encoder_is_left_out() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.words, self.encoder = nn.Embedding(16, 8), nn.TransformerEncoder(layer, 2)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, ids: Tensor, hidden: Tensor) -> Tensor:
+            x = self.encoder(self.words(ids), src_key_padding_mask=hidden)
+            return self.head(x[:, 0])  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, ids = Encoder().eval(), torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    hidden = ids == 0
+    found = InputContributions(model).attribute(ids, 1, hidden)
+    alone = InputContributions(model).attribute(ids[1:, :2], 1, hidden[1:, :2])
+    assert torch.allclose(found[1:, :2], alone, atol=1e-5)
+    assert not found[1, 2:].any()
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+def test_a_block_may_write_into_its_input(is_short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x += self.down(nn.functional.gelu(self.up(self.norm(x))))
+            return x
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
+            self.blocks = nn.ModuleList([Block() for _ in range(3)])
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, ids = Blocks().eval(), torch.tensor([[1, 2, 3]])
+    expected = InputContributions(model).attribute(ids, 3)
+    if is_short:
+        monkeypatch.setattr(recomputing, "SHARE", 0.0)
+    found, delta = InputContributions(model).attribute(ids, 3, return_convergence_delta=True)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert abs(delta) < 1e-5

@@ -128,6 +128,8 @@ ZERO_AT_ZERO: dict[str, Function] = {
     "threshold": lambda x: F.threshold(x, 0.5, 0.0),
     "prelu": lambda x: F.prelu(x, torch.tensor([0.3], dtype=x.dtype)),
     "keyword": lambda x: torch.tanh(input=x),
+    "operator of aten": lambda x: torch.ops.aten.silu.default(x),
+    "into another tensor": lambda x: torch.tanh(x, out=torch.empty_like(x)),
     "keyword of F": lambda x: F.silu(input=x),
     "operators": lambda x: -abs(x),
     "method": lambda x: x.tanh(),
@@ -505,6 +507,11 @@ AFFINE: dict[str, Function] = {
     "add_ into a view": writing(1.0, lambda y, x: y[:, 0].add_(x[:, 0])),
     "fill_ of a view": writing(None, lambda y, x: y[:, 0].fill_(3.0)),
     "zero_ of a view": writing(None, lambda y, x: y[:, 0].zero_()),
+    "into another tensor": lambda x: torch.add(x, C, out=torch.empty_like(x)),
+    "operator of aten": lambda x: torch.ops.aten.add.Tensor(x, C, alpha=2),
+    "a part is changed": lambda x: torch.cat([y.mul_(2).add_(1) for y in (x * 1).chunk(3, 2)], 2),
+    "parts of other sizes": lambda x: torch.cat([y.add_(1) for y in (x * 1).split([1, 2], 1)], 1),
+    "each row is changed": lambda x: torch.stack([y.add_(1) for y in (x * 1).unbind(1)], 1),
     "addcmul of constants": lambda x: torch.addcmul(x, C, C),
     "addcmul": lambda x: torch.addcmul(C, x, C, value=0.5),
     "addcmul_": lambda x: C.clone().addcmul_(x, C),
@@ -576,6 +583,34 @@ def test_minus_infinity_of_a_mask_that_softmax_removes_is_no_share() -> None:
         return (x @ x.mT).masked_fill(hidden, -torch.inf).softmax(-1)
 
     check_parts(lambda x: attention(x) @ x, lambda part, x: attention(x) @ part)
+
+
+def scan(x: Tensor) -> Tensor:
+    """A recurrence that writes into a buffer, from which it also reads."""
+    y = torch.ones_like(x)
+    for t in range(1, x.shape[1]):
+        y[:, t] = x[:, t] * 2 + y[:, t - 1]
+    return y
+
+
+def gated_in_place(x: Tensor) -> Tensor:
+    """Overwrites the output of a function that its backward pass needs."""
+    y = torch.softmax(x @ A, -1) @ torch.eye(6).double() * (x @ B)
+    z = y * x
+    y *= x.sigmoid()
+    y += 1
+    return y + z
+
+
+def test_what_the_backward_pass_needs_may_be_overwritten() -> None:
+    check_affine(scan)
+    check_parts(
+        gated_in_place,
+        lambda p, x: (
+            (x @ A).softmax(-1) * (p @ B) * x.sigmoid()
+            + (x @ A).softmax(-1) * ((p @ B) * x + (x @ B) * p) / 2
+        ),
+    )
 
 
 def test_a_buffer_is_as_it_was_after_inputs_were_written_into_it() -> None:
@@ -929,6 +964,22 @@ def test_shares_of_a_linear_model_are_gradients_times_inputs(name: str) -> None:
     assert torch.allclose(found.double(), X * gradient, 0, 1e-6 * scale)
 
 
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_half_precision_does_not_hide_what_is_not_understood(how: str) -> None:
+    """Its rounding errors are larger than what is missing."""
+    for f in (lambda x: x.logcumsumexp(1), Recurrent()):
+        torch.manual_seed(5)
+        model = Outer(f).eval().float()
+        if how == "bfloat16":
+            model.bfloat16()
+        x = X.to(next(model.parameters()).dtype)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"),
+            pytest.raises(UnsupportedModelError, match=r"'(logcumsumexp|lstm)', in module 'second"),
+        ):
+            InputContributions(model).attribute(x, lambda y: y.flatten(1).sum(1))
+
+
 def numpy_sine(x: Tensor) -> Tensor:
     return x + torch.from_numpy(np.sin(x.detach().numpy()))
 
@@ -970,8 +1021,8 @@ NOT_UNDERSTOOD: dict[str, tuple[Function, str]] = {
     "logsumexp": (lambda x: x.logsumexp(-1, keepdim=True), r"'logsumexp', in module 'second'"),
     "variance": (lambda x: x.var(-1, keepdim=True), r"'var', in module 'second'"),
     "operator of aten": (
-        lambda x: torch.ops.aten.silu.default(x),
-        r"'silu.default', in module 'second'",
+        lambda x: torch.ops.aten.logcumsumexp.default(x, 1),
+        r"'logcumsumexp', in module 'second'",
     ),
     "batch statistics": (
         nn.BatchNorm1d(3, track_running_stats=False).double(),

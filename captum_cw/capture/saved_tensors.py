@@ -1,0 +1,103 @@
+"""What autograd keeps for the backward pass, although the model overwrites it.
+
+Code for inference writes into tensors that a backward pass still needs. So a tensor that is kept is
+copied just before it is overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from captum_cw.capture.patching import set_to
+
+__all__ = ["address_of", "before_writing", "counting", "keeping"]
+
+
+class _Kept:
+    """A tensor that autograd keeps, and the number of times that it was changed in place."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.version = x, _version(x)
+
+    def copy(self) -> None:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            self.x = self.x.detach().clone()
+        self.version = _version(self.x)
+
+    def get(self) -> Tensor:
+        if _version(self.x) != self.version:
+            raise RuntimeError(
+                f"A tensor of shape {tuple(self.x.shape)} that the backward pass needs was "
+                "overwritten by a function that is no torch function."
+            )
+        return self.x
+
+
+class _Keeper:
+    """All tensors that autograd keeps of a pass, by the address of their numbers."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int | None, WeakSet[_Kept]] = {}
+        self.copies = 0
+        self.count: Callable[[Tensor], object] = lambda x: None
+
+    def pack(self, x: Tensor) -> _Kept:
+        self.count(x)
+        kept = _Kept(x)
+        self.kept.setdefault(address_of(x), WeakSet()).add(kept)
+        return kept
+
+
+_keeper: ContextVar[_Keeper | None] = ContextVar("captum_cw_keeper", default=None)
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Keep what autograd needs of the functions that run in this context."""
+    keeper = _Keeper()
+    with set_to(_keeper, keeper), saved_tensors_hooks(keeper.pack, _Kept.get):
+        yield
+
+
+@contextmanager
+def counting(count: Callable[[Tensor], object]) -> Iterator[Callable[[], bool]]:
+    """Call ``count`` with each tensor that autograd keeps, inside of :func:`keeping`.
+
+    Returns:
+        Whether any tensor had to be copied in this context.
+    """
+    keeper = _keeper.get()
+    assert keeper is not None
+    before, keeper.count = keeper.copies, count
+    try:
+        yield lambda: keeper.copies > before
+    finally:
+        keeper.count = lambda x: None
+
+
+def before_writing(x: Tensor) -> None:
+    """Copy what is kept of a tensor that is now overwritten."""
+    keeper = _keeper.get()
+    if keeper is not None:
+        for kept in keeper.kept.pop(address_of(x), ()):
+            kept.copy()
+            keeper.copies += 1
+
+
+def address_of(x: Tensor) -> int | None:
+    """Return where the numbers of a tensor lie; None if it holds none, as quantised weights do."""
+    try:
+        return x.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
