@@ -40,12 +40,27 @@ HELD_FIXED = {
 _LINEAR = {
     *("add", "radd", "sub", "rsub", "subtract", "mul", "multiply", "rmul", "neg", "negative"),
     *("div", "truediv", "true_divide", "divide", "rtruediv", "rdiv", "abs", "absolute", "positive"),
-    *("where", "masked_fill", "maximum", "minimum", "fmax", "fmin", "lerp", "addcmul", "addcdiv"),
+    *(
+        "where",
+        "masked_fill",
+        "maximum",
+        "minimum",
+        "max",
+        "min",
+        "fmax",
+        "fmin",
+        "lerp",
+        "addcmul",
+        "addcdiv",
+    ),
     *("to", "float", "double", "half", "bfloat16", "clone", "contiguous"),
     *("gt", "greater", "ge", "greater_equal", "lt", "less", "le", "less_equal", "eq", "ne"),
     *("logical_and", "logical_or", "logical_not", "and", "or", "invert"),
 }
 _FOLLOWED = ELEMENTWISE | HELD_FIXED | _LINEAR
+
+#: What counts as zero: some activations are clamped just below it.
+ROUNDING = 1e-5
 
 #: What a function without a jump stays below near zero.
 JUMP = 0.1
@@ -162,8 +177,8 @@ def _itself(x: Tensor) -> _Chain:
 
 
 def _is_zero_at_zero(chain: _Chain, source: Tensor) -> bool:
-    """Whether a function is zero at zero, without a jump."""
+    """Whether a function is zero at zero, up to rounding, and does not jump there."""
     with torch.no_grad():
         y = chain.run(source.new_tensor([0.0, -NEAR_ZERO, NEAR_ZERO]))
     is_number = isinstance(y, Tensor) and y.is_floating_point()
-    return is_number and not y[0].any() and bool((y.abs() < JUMP).all())
+    return is_number and bool((y[0].abs() < ROUNDING).all() and (y.abs() < JUMP).all())

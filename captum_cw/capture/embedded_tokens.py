@@ -36,7 +36,7 @@ NOWHERE = -1
 KEEPS = {"clamp", "clip", "clamp_min", "clamp_max", "remainder", "mod", "fmod", "abs"}
 
 #: A number that is added to places, to see whether a function moves them.
-FAR = 2**40
+FAR = 2**30
 
 #: The functions that look rows up, with the places of the table and of the ids among arguments.
 LOOKUPS = {"embedding": (1, 0), "getitem": (0, 1), "index_select": (0, 2)}

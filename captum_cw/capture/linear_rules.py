@@ -41,6 +41,9 @@ __all__ = ["run_linearised"]
 #: Sums, whose summands may be numbers, also of integers.
 _SUMS = {"add", "radd", "sub", "rsub", "subtract"}
 
+#: Functions that join tensors, which may be integers.
+_JOINS = {"where", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
+
 #: Functions with constants that may be numbers.
 _WITH_NUMBERS = {*_SUMS, "where", "masked_fill", "maximum", "minimum"}
 
@@ -300,14 +303,23 @@ def _halved(factors: list[Any]) -> list[Any]:
 )
 def _with_constants(call: FunctionCall) -> Any:
     """Fixed summands are terms of their own, so that all shares sum to the whole."""
-    if call.name in _SUMS:
-        like = next(x for x in tensors_in((call.args, call.kwargs)) if varies(x))
-        whole = {id(x): x.to(like) for x in tensors_in(call.args) if not x.dtype.is_floating_point}
+    if call.name in _SUMS or call.name in _JOINS:
+        found = tensors_in((call.args, call.kwargs))
+        like = next(x for x in found if varies(x))
+        kept = () if call.name in _SUMS else (torch.bool,)  # the condition of a choice
+        found = [x for x in found if not x.dtype.is_floating_point and x.dtype not in kept]
+        whole = {id(x): x.to(like) for x in found}
         call = call.changed(lambda y: whole.get(id(y), y) if like.is_floating_point() else y)
     if call.name in _WITH_NUMBERS:
         options = {n: y if n == "alpha" else call.lifted(y) for n, y in call.kwargs.items()}
         return replace(call, args=substitute(call.args, call.lifted), kwargs=options).run()
     return call.changed(lambda y: call.lifted(y) if isinstance(y, Tensor) else y).run()
+
+
+@_rule("max", "min")
+def _extreme(call: FunctionCall) -> Any:
+    """The extreme of a dimension, or of two tensors."""
+    return _with_constants(call) if isinstance(call.argument(1, "other"), Tensor) else call.run()
 
 
 @_rule("index_fill", "scatter")

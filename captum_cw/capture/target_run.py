@@ -21,6 +21,7 @@ from captum_cw.capture.function_call import varies
 from captum_cw.capture.linearised import Linearised
 from captum_cw.capture.model import device_of, evaluation_mode, uncompiled
 from captum_cw.capture.observation import Execution, HeadObservation, names_of
+from captum_cw.capture.own_functions import own_functions_as_one
 from captum_cw.capture.recomputing import recomputing
 from captum_cw.capture.rounding import in_widest, product_rounding
 from captum_cw.capture.run import Inputs, Runner, run_or_explain
@@ -300,6 +301,7 @@ class TargetRunner:
         stack.enter_context(uncompiled())
         with (
             following(linearised),
+            own_functions_as_one(),
             keeping(),
             recomputing(runner.roots, functools.partial(_again, linearised, modules)),
             observation,
@@ -415,6 +417,7 @@ def _again(linearised: Linearised, modules: list[nn.Module]) -> Iterator[None]:
     with (
         torch.enable_grad(),
         following(linearised.again()),
+        own_functions_as_one(),
         attention_calls(modules, lambda call: None),
     ):
         yield

@@ -141,6 +141,7 @@ ZERO_AT_ZERO: dict[str, Function] = {
     "mask": lambda x: x * (x > 0),
     "where": lambda x: torch.where(x > 0, x, 0.0),
     "maximum": lambda x: torch.maximum(x, torch.zeros(1, dtype=x.dtype)),
+    "max": lambda x: torch.max(x, torch.zeros_like(x)),
     "sign and root": lambda x: x.sign() * x.abs().sqrt(),
     **{name: in_place(name) for name in ("relu_", "tanh_", "square_", "sin_", "abs_", "neg_")},
     "pow_": in_place("pow_", 3),
@@ -507,6 +508,9 @@ AFFINE: dict[str, Function] = {
     "add_ into a view": writing(1.0, lambda y, x: y[:, 0].add_(x[:, 0])),
     "fill_ of a view": writing(None, lambda y, x: y[:, 0].fill_(3.0)),
     "zero_ of a view": writing(None, lambda y, x: y[:, 0].zero_()),
+    "cat of integers": lambda x: torch.cat([x, torch.arange(6).expand(2, 1, 6)], 1),
+    "where of integers": lambda x: torch.where(MASK, x, torch.arange(6)),
+    "where of a method and integers": lambda x: x.where(MASK, torch.arange(6)),
     "into another tensor": lambda x: torch.add(x, C, out=torch.empty_like(x)),
     "operator of aten": lambda x: torch.ops.aten.add.Tensor(x, C, alpha=2),
     "a part is changed": lambda x: torch.cat([y.mul_(2).add_(1) for y in (x * 1).chunk(3, 2)], 2),
@@ -660,6 +664,19 @@ def tanh_of_exponentials(x: Tensor) -> Tensor:
     return (up - down) / (up + down)
 
 
+class OwnSwish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return grads[0] * s * (1 + x * (1 - s))
+
+
 #: Activations that are functions, and no modules.
 WRITTEN_OUT: dict[str, Function] = {
     "gelu of pow": WrittenGelu().forward,
@@ -684,6 +701,7 @@ WRITTEN_OUT: dict[str, Function] = {
     "squared relu": lambda x: F.relu(x) * F.relu(x),
     "gate of a parameter": lambda x: x * (1 + torch.tanh(nn.Parameter(torch.ones(1)) * x)),
     "lerp": lambda x: torch.lerp(x, x * 0.1, torch.sigmoid(x)),
+    "a backward pass of its own": lambda x: OwnSwish.apply(x),
 }
 
 
@@ -1045,27 +1063,26 @@ def test_a_function_that_is_not_understood_is_named(name: str) -> None:
         InputContributions(model).attribute(X, lambda y: y.flatten(1).sum(1))
 
 
-class OwnSwish(torch.autograd.Function):
+class OwnMean(torch.autograd.Function):
+    """The mean of the tokens seen so far, which is one token's own number for the first."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x.sigmoid()
+        return x.cumsum(1).tanh()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        s = x.sigmoid()
-        return grads[0] * s * (1 + x * (1 - s))
+        return grads[0]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_what_runs_outside_of_the_pass_is_refused(reentrant: bool) -> None:
-    """A model that recomputes itself in evaluation mode, and an activation of its own gradient."""
+    """A model that recomputes itself in evaluation mode, and a function of its own gradient."""
 
     def recomputed(x: Tensor) -> Any:
         return checkpoint(F.silu, x, use_reentrant=reentrant)
 
-    for f in (recomputed, OwnSwish.apply):
+    for f in (recomputed, OwnMean.apply):
         torch.manual_seed(0)
         with pytest.raises(UnsupportedModelError, match=r"backward pass|do not sum"):
             InputContributions(Outer(f).eval()).attribute(X, lambda y: y.flatten(1).sum(1))

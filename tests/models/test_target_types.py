@@ -17,8 +17,8 @@ from support.matrix import answer
 #: The types that are known to be refused, with a part of the reason.
 REFUSED = {
     "blt": "changes the ids",  # embeds hashes of groups of bytes
-    "musicgen": "may depend on",  # the rows of a batch are codebooks of one sound
-    "musicgen_melody": "may depend on",
+    "musicgen": "depend on",  # the rows of a batch are codebooks of one sound
+    "musicgen_melody": "depend on",
     "reformer": "backward pass",  # writes its own backward pass, for training alone
     "yoso": "do not sum",  # samples keys by hashes
 }
