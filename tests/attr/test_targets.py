@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from captum.attr import NoiseTunnel
-from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor, nn
 
 from captum_cw import InputContributions, TargetContributions, TokenScores
@@ -479,45 +477,6 @@ def test_a_model_whose_sum_does_not_close_is_refused_by_name(method: Method) -> 
     model.model.layers[1].mlp.act_fn = Curved()
     with pytest.raises(UnsupportedModelError, match=r"'i0', in module 'model.layers.1.mlp.act_fn'"):
         method(model).attribute(token_ids(), 7)
-
-
-# ---------------------------------------------------------------------------------------------
-# Captum
-
-
-def test_noise_tunnel_averages_shares_of_embeddings(model: Any, embeddings: Tensor) -> None:
-    method = InputContributions(model)
-    plain = method.attribute(embeddings, 7)
-    still = NoiseTunnel(method).attribute(embeddings, nt_samples=3, stdevs=0.0, target=7)
-    assert torch.allclose(still, plain, 0, 1e-5)
-    torch.manual_seed(0)
-    smooth = NoiseTunnel(method).attribute(embeddings, nt_samples=3, stdevs=0.01, target=7)
-    assert not torch.allclose(smooth, plain, 0, 1e-5)
-    assert torch.allclose(smooth, plain, 0, 0.5 * float(plain.abs().max()))
-
-
-def test_noise_tunnel_averages_maps(model: Any, embeddings: Tensor) -> None:
-    method = TargetContributions(model, model.model.layers[0].self_attn)
-    found = NoiseTunnel(method).attribute(embeddings, nt_samples=2, stdevs=0.0, target=7)
-    assert torch.allclose(found, method.attribute(embeddings, 7), 0, 1e-5)
-
-
-def test_infidelity_and_sensitivity_take_shares(model: Any, embeddings: Tensor) -> None:
-    method = InputContributions(model)
-
-    def forward(x: Tensor) -> Tensor:
-        return last_logit(model(inputs_embeds=x))
-
-    def perturb(x: Tensor) -> tuple[Tensor, Tensor]:
-        noise = 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-        return noise, x - noise
-
-    gradients = method.attribute(embeddings, 7) / embeddings
-    assert infidelity(forward, perturb, embeddings, gradients).shape == (2,)
-    still = sensitivity_max(method.attribute, embeddings, perturb_radius=0.0, target=7)
-    moved = sensitivity_max(method.attribute, embeddings, perturb_radius=0.02, target=7)
-    assert float(still.abs().max()) < 1e-4
-    assert (moved > still).all()
 
 
 # ---------------------------------------------------------------------------------------------

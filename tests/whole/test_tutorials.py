@@ -65,6 +65,8 @@ SHOWN = {
         "compare-view": "image/png",
         "found": "text/html",
         "faithful": "image/png",
+        "why-view": "image/png",
+        "why-found": "text/html",
     },
     "05_long_texts": {
         "text": "text/plain",
@@ -80,6 +82,7 @@ SHOWN = {
         "encoder-found": "text/plain",
         "speech-map": "image/png",
         "speech-found": "text/plain",
+        "speech-why": "image/png",
         "own-encoder": "text/plain",
         "adapter": "text/plain",
     },
