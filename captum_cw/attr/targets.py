@@ -165,6 +165,25 @@ class TargetContributions(AttentionAttribution):
         maps = as_given(inputs, self._in_captums_form(found.layers))
         return (maps, found.delta) if return_convergence_delta else maps
 
+    def compute_convergence_delta(
+        self,
+        attributions: Any,
+        inputs: Inputs,
+        target: Target = None,
+        additional_forward_args: object = None,
+        *,
+        contrast: Target = None,
+    ) -> Tensor:
+        """Return the delta of :meth:`attribute`, ``(B,)``.
+
+        It is that of the inputs and constants: the maps of layers do not sum to the target, so
+        ``attributions`` are not read. The other arguments are those of :meth:`attribute`.
+        """
+        found = self.target_runner.run(
+            inputs, additional_forward_args, target=target, contrast=contrast, by_example=True
+        )
+        return found.delta
+
 
 class InputContributions(Attribution):  # type: ignore[misc]  # captum has no types for it
     """The contribution of each input to a prediction, ``<x_j, g_j>`` in the linearised model.

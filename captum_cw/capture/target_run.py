@@ -319,7 +319,7 @@ class TargetRunner:
             target,
             contrast,
             arguments.examples,
-            call.token_masks,
+            call.token_masks or _other_masks(call),
         )
         linear = linear_values(values, outputs, is_linear)
         detached = values.detach().float()
@@ -396,6 +396,12 @@ class TargetRunner:
             f"The shares of the inputs do not sum to the target {float(found.linear.sum()):.4g}: "
             f"{gap:.2g} is missing, so some would be wrong. {where}"
         )
+
+
+def _other_masks(call: ForwardCall) -> tuple[Tensor, ...]:
+    """Return the padding mask of a sound, or of another input that is no text."""
+    mask = call.kwargs.get("attention_mask")
+    return (mask != 0,) if isinstance(mask, Tensor) and mask.dim() == 2 else ()
 
 
 @contextmanager

@@ -103,10 +103,10 @@ def _values(
         places = _indices(logits, target, name)
         return logits[tuple(torch.tensor(places, device=logits.device).T)], places
     real = _mask_of(logits, token_masks)
-    places = [
-        _place(logits, real, b, choice, name)
-        for b, choice in enumerate(_choices(target, name, examples))
-    ]
+    choices = _choices(target, name, examples)
+    if logits.dim() == 3 and real is None and any(n is None or n < 0 for n, _ in choices):
+        _check_end(logits, token_masks, name)
+    places = [_place(logits, real, b, choice, name) for b, choice in enumerate(choices)]
     chosen = torch.tensor(places, dtype=torch.long, device=logits.device)
     return logits[tuple(chosen.T)], places
 
@@ -164,6 +164,8 @@ def _choices(target: Target, name: str, examples: int) -> list[_Choice]:
     """Return the position and token of each example."""
     if isinstance(target, Tensor) or type(target).__module__ == "numpy":
         target = target.tolist()
+        if isinstance(target, list) and len(target) == 1:  # one for all, as in Captum
+            (target,) = target
     if not isinstance(target, list):
         return [_choice(target, name)] * examples
     if len(target) != examples:
@@ -177,6 +179,8 @@ def _choices(target: Target, name: str, examples: int) -> list[_Choice]:
 def _choice(entry: Any, name: str) -> _Choice:
     if entry is None:
         return None, None
+    if isinstance(entry, tuple) and len(entry) == 1:
+        (entry,) = entry
     position, token = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
     try:
         if isinstance(token, bool) or isinstance(position, bool):
@@ -196,6 +200,19 @@ def _mask_of(logits: Tensor, token_masks: Sequence[Tensor]) -> Tensor | None:
         return None
     fitting = [mask for mask in token_masks if mask.shape == logits.shape[:2]]
     return fitting[-1].to(logits.device) if fitting else None
+
+
+def _check_end(logits: Tensor, token_masks: Sequence[Tensor], name: str) -> None:
+    """Check that the last logits do not belong to padding, if masks have another length."""
+    padded = [mask for mask in token_masks if not mask[:, -1].all()]
+    if padded and logits.shape[1] > 1:
+        b = int((~padded[-1][:, -1]).nonzero()[0])
+        raise ValueError(
+            f"The model predicts at {logits.shape[1]} positions for an input of length "
+            f"{padded[-1].shape[1]}, of which example {b} has padding at its end, so its last "
+            f"position is unknown: give {name} as a tuple (position, class), or one example at a "
+            "time without padding."
+        )
 
 
 def _place(

@@ -884,3 +884,45 @@ def test_a_block_may_write_into_its_input(is_short: bool, monkeypatch: pytest.Mo
     found, delta = InputContributions(model).attribute(ids, 3, return_convergence_delta=True)
     assert torch.allclose(found, expected, atol=1e-6)
     assert abs(delta) < 1e-5
+
+
+def test_the_last_frame_of_a_padded_sound_is_unknown() -> None:
+    """The mask counts samples, but the model predicts at frames."""
+    config = transformers.Wav2Vec2Config(
+        vocab_size=12,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        conv_dim=[8, 8],
+        conv_kernel=[10, 4],
+        conv_stride=[5, 2],
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+    )
+    model = build(transformers.Wav2Vec2ForCTC, config)
+    mask = torch.ones(2, 400, dtype=torch.long)
+    mask[1, 200:] = 0
+    sound = torch.randn(2, 400, generator=torch.Generator().manual_seed(0)) * mask
+    given = {"input_values": sound, "attention_mask": mask}
+    for target in (5, (-1, 5), [5, (-1, 3)]):
+        with pytest.raises(ValueError, match="example 1 has padding.*last position is unknown"):
+            InputContributions(model).attribute(given, target)
+    found, delta = InputContributions(model).attribute(given, (3, 5), return_convergence_delta=True)
+    assert found.shape == sound.shape
+    assert delta.abs().max() < 1e-3
+    assert InputContributions(model).attribute(sound, 5).shape == sound.shape
+
+
+def test_a_target_in_a_list_of_one_is_for_all_examples() -> None:
+    model = llama()
+    expected = InputContributions(model).attribute(token_ids(), 7)
+    for target in (torch.tensor([7]), np.array([7]), (7,)):
+        assert torch.equal(InputContributions(model).attribute(token_ids(), target), expected)
+
+
+def test_the_delta_of_maps_is_that_of_inputs() -> None:
+    method = TargetContributions(llama())
+    maps, expected = method.attribute(token_ids(), 7, return_convergence_delta=True)
+    assert torch.equal(method.compute_convergence_delta(maps, token_ids(), 7), expected)
