@@ -40,20 +40,8 @@ HELD_FIXED = {
 _LINEAR = {
     *("add", "radd", "sub", "rsub", "subtract", "mul", "multiply", "rmul", "neg", "negative"),
     *("div", "truediv", "true_divide", "divide", "rtruediv", "rdiv", "abs", "absolute", "positive"),
-    *(
-        "where",
-        "masked_fill",
-        "maximum",
-        "minimum",
-        "max",
-        "min",
-        "fmax",
-        "fmin",
-        "lerp",
-        "addcmul",
-        "addcdiv",
-    ),
-    *("to", "float", "double", "half", "bfloat16", "clone", "contiguous"),
+    *("where", "masked_fill", "maximum", "minimum", "max", "min", "fmax", "fmin", "lerp"),
+    *("addcmul", "addcdiv", "to", "float", "double", "half", "bfloat16", "clone", "contiguous"),
     *("gt", "greater", "ge", "greater_equal", "lt", "less", "le", "less_equal", "eq", "ne"),
     *("logical_and", "logical_or", "logical_not", "and", "or", "invert"),
 }
@@ -104,7 +92,9 @@ class ActivationChains:
 
     def run(self, call: FunctionCall, by_rule: Callable[[FunctionCall], Any]) -> Any:
         """Run a function as a part of an activation, or else by its own rule."""
-        parts = self._parts(call) if call.name in _FOLLOWED else {}
+        parts = self._parts(call) if call.name in _FOLLOWED else None
+        if not parts:
+            return by_rule(call)
         chain = _joined(call, parts)
         source = None if chain is None else chain.source()
         if chain is None or source is None:
@@ -136,7 +126,7 @@ class ActivationChains:
         source = chain.source()
         if not isinstance(x, Tensor) or source is None or x is source or x.shape != source.shape:
             return
-        # Autograd keeps what varies until the backward pass, but needs not keep its source.
+        # Autograd keeps what varies until the backward pass, and should not keep its source too.
         kept = TensorWeakRef(source) if varies(x) else lambda: source
         self._known[x] = replace(chain, source=kept), x._version
 
@@ -159,7 +149,7 @@ class ActivationChains:
 
 def _joined(call: FunctionCall, parts: dict[int, _Chain]) -> _Chain | None:
     """Return a function of the parts as one of their source."""
-    length = 1 + max((chain.length for chain in parts.values()), default=LONGEST)
+    length = 1 + max(chain.length for chain in parts.values())
     if length > LONGEST:
         return None
     func, first = call.func, next(iter(parts.values()))

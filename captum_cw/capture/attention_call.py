@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,9 @@ TINY = 1e-30
 
 #: The queries at which recomputed weights are compared with the model's own, as fractions of T.
 PROBED = (0.0, 0.34, 0.67, 1.0)
+
+#: The number of shapes for which a module's source of weights is remembered.
+REMEMBERED = 64
 
 
 class UnsupportedModelError(RuntimeError):
@@ -278,9 +282,20 @@ def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
     Raises:
         UnsupportedModelError: If no source gives the head outputs.
     """
-    sources = list(_sources(call, mask))
-    for weights in (*sources, *(_rescaled(source, call) for source in sources)):
-        if _reproduces(weights, call, mask):
+    known = _found.setdefault(call.module, {})
+    given = call.weights, call.mask, call.dense_kernel
+    key = (call.T, call.S, call.dtype, *(x is None for x in given))
+    if key in known:
+        weights = _weights(known[key], call, mask)
+        if _reproduces(weights, call, mask, _probed(mask)[-1:]):
+            return weights
+    sources = _sources(call, mask)
+    for source in (*sources, *(f"rescaled {source}" for source in sources)):
+        weights = _weights(source, call, mask)
+        if _reproduces(weights, call, mask, _probed(mask)):
+            if len(known) >= REMEMBERED:
+                known.clear()
+            known[key] = source
             return weights
     raise UnsupportedModelError(
         f"The attention weights recomputed for layer {name!r} ({type(call.module).__name__}) do "
@@ -289,19 +304,36 @@ def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
     )
 
 
-def _sources(call: AttentionCall, mask: QueryMask) -> Iterator[Weights]:
-    returned = call.weights
-    if returned is not None:
-        yield lambda rows: returned[:, :, rows, : mask.keys(rows)].to(call.dtype, copy=True)
-        return
-    softmax = _softmax(call, mask)
+#: The source that was found for a module, by the shape and the kind of its call. Later calls check
+#: it at one query.
+_found: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = WeakKeyDictionary()
+
+
+def _sources(call: AttentionCall, mask: QueryMask) -> tuple[str, ...]:
+    """Return the names of the sources of weights, the likeliest first."""
+    if call.weights is not None:
+        return ("returned",)
     if call.dense_kernel is None:
-        yield softmax
-        return
-    dense = _dense(call, mask, call.dense_kernel)
+        return ("softmax",)
+    softmax, dense = (_weights(source, call, mask) for source in ("softmax", "dense"))
     late = _probed(mask)[-2:]  # they see most keys
     agree = all(_agree(softmax(rows), dense(rows)) for rows in late)
-    yield from (softmax, dense) if agree else (dense, softmax)
+    return ("softmax", "dense") if agree else ("dense", "softmax")
+
+
+def _weights(source: str, call: AttentionCall, mask: QueryMask) -> Weights:
+    """Return the weights of a source."""
+    scaled, _, base = source.rpartition(" ")
+    if scaled:
+        return _rescaled(_weights(base, call, mask), call)
+    if source == "softmax":
+        return _softmax(call, mask)
+    if source == "dense":
+        assert call.dense_kernel is not None
+        return _dense(call, mask, call.dense_kernel)
+    returned = call.weights
+    assert returned is not None
+    return lambda rows: returned[:, :, rows, : mask.keys(rows)].to(call.dtype, copy=True)
 
 
 def _probed(mask: QueryMask) -> list[slice]:
@@ -315,12 +347,14 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs().sum(-1) < max(1e-4, 4 * product_rounding(a, b))).all())
 
 
-def _reproduces(weights: Weights, call: AttentionCall, mask: QueryMask) -> bool:
+def _reproduces(
+    weights: Weights, call: AttentionCall, mask: QueryMask, probed: list[slice]
+) -> bool:
     """Whether ``sum_j a_ij v_j`` equals the head outputs at a few real queries."""
     tolerance = max(1e-4, 4 * product_rounding(call.value, call.returned))
     values = expand_heads(call.read(call.value), call.H)
     output = call.head_output.transpose(1, 2)
-    for rows in _probed(mask):
+    for rows in probed:
         a = weights(rows)
         n = a.shape[-1]
         v = values[:, :, :n]

@@ -13,6 +13,8 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["Follower", "Proceed", "following"]
@@ -23,6 +25,17 @@ Proceed = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 Follower = Callable[[Any, tuple[Any, ...], dict[str, Any], Proceed], Any]
 """Runs a function by ``proceed(func, args, kwargs)``, and returns the result for the caller."""
+
+
+#: Functions that only read what is known of a tensor. They make up half of a model's calls, and no
+#: observer needs them.
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta")),
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.__len__, Tensor.element_size),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.untyped_storage),
+    *(torch.is_tensor, torch.is_floating_point, torch.is_complex),
+}
 
 
 class _Dispatcher(TorchFunctionMode):
@@ -37,6 +50,8 @@ class _Dispatcher(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func in _METADATA:
+            return func(*args, **(kwargs or {}))
         # The mode is off while a function is handled, so observers that start now need another.
         before, _local.dispatcher = _local.dispatcher, None
         try:

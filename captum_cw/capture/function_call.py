@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,22 +35,23 @@ def varies(x: object) -> bool:
 
 def tensors_in(x: Any) -> list[Tensor]:
     """Return the tensors among arguments or results, also in lists, tuples and dicts."""
+    if isinstance(x, Tensor):
+        return [x]
     found: list[Tensor] = []
     _collect(x, found)
     return found
 
 
 def _collect(x: Any, found: list[Tensor]) -> None:
-    if isinstance(x, Tensor):
-        found.append(x)
-    elif isinstance(x, dict):
-        _collect(list(x.values()), found)
-    elif isinstance(x, (list, tuple)):
-        for y in x:
-            if isinstance(y, Tensor):
-                found.append(y)
-            elif isinstance(y, (list, tuple, dict)) and y:
-                _collect(y, found)
+    if isinstance(x, dict):
+        x = x.values()
+    elif not isinstance(x, (list, tuple)):
+        return
+    for y in x:
+        if isinstance(y, Tensor):
+            found.append(y)
+        elif isinstance(y, (list, tuple, dict)) and y:
+            _collect(y, found)
 
 
 def substitute(x: Any, change: Callable[[Any], Any]) -> Any:
@@ -58,7 +60,7 @@ def substitute(x: Any, change: Callable[[Any], Any]) -> Any:
     if kind is list or kind is tuple:
         return kind([substitute(y, change) for y in x])
     if kind is dict:
-        return {name: substitute(y, change) for name, y in x.items()}
+        return {name: substitute(y, change) for name, y in x.items()} if x else x
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         return kind(*[substitute(y, change) for y in x])
     return change(x)
@@ -165,6 +167,7 @@ def creates(name: str) -> bool:
     return _CREATES.match(name) is not None
 
 
+@functools.lru_cache(maxsize=4096)
 def name_of(func: Any) -> str:
     """Return the name of a function without underscores, and of an operator with its side.
 
@@ -186,6 +189,7 @@ def name_of(func: Any) -> str:
     return name[1:] if name[:1] == "i" and name[1:] in OPERATORS else name
 
 
+@functools.lru_cache(maxsize=4096)
 def is_in_place(func: Any) -> bool:
     """Whether a function changes its first argument, by PyTorch's naming."""
     name = _python_name(func)

@@ -71,14 +71,14 @@ def run_linearised(call: FunctionCall, chains: ActivationChains) -> Any:
         call = replace(call, args=(kwargs.pop("input"),), kwargs=kwargs)
     if is_in_place(call.func):
         return _run_in_place(call, chains)
-    written = call.kwargs.get("out")
     place = _place_of_inplace(call.func)
-    args, kwargs = call.args, {n: x for n, x in call.kwargs.items() if n not in ("inplace", "out")}
+    written, args, kwargs = call.kwargs.get("out"), call.args, call.kwargs
     if place is not None and call.argument(place, "inplace", False):
         # The model may go on with the argument instead of the result.
         written, args = call.first, tuple(False if n == place else x for n, x in enumerate(args))
     if not isinstance(written, Tensor):
         return chains.run(call, _by_rule)
+    kwargs = {name: x for name, x in kwargs.items() if name not in ("inplace", "out")}
     value = chains.run(replace(call, args=args, kwargs=kwargs), _by_rule)
     before_writing(written)
     return call.proceed(torch.Tensor.copy_, (written, value), {})

@@ -103,19 +103,27 @@ class Linearised:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Run a torch function with a linear gradient."""
-        # A part of the model may compute without gradients, or in inference mode.
+        if func is torch._C._set_grad_enabled:  # a part of the model computes without gradients
+            return None
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return self._run(func, args, kwargs, proceed)
         with torch.inference_mode(False), torch.enable_grad():
-            found = tensors_in((args, kwargs))
-            if any(x.is_leaf and (x.requires_grad or x.is_inference()) for x in found):
-                args, kwargs = substitute((args, kwargs), _without_parameter)
-            if found and is_in_place(func):
-                before_writing(found[0])
-            if any(map(varies, found)):
-                return self._linear(func, args, kwargs, proceed)
-            if any(x in self._chains for x in found):
-                call = self._call(func, args, kwargs, proceed)
-                return self._chains.run(call, FunctionCall.run)
-            return self._tokens.run(func, args, kwargs, proceed)
+            return self._run(func, args, kwargs, proceed)
+
+    def _run(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
+    ) -> Any:
+        found = tensors_in((args, kwargs))
+        if any(x.is_leaf and (x.requires_grad or x.is_inference()) for x in found):
+            args, kwargs = substitute((args, kwargs), _without_parameter)
+        if found and is_in_place(func):
+            before_writing(found[0])
+        if any(map(varies, found)):
+            return self._linear(func, args, kwargs, proceed)
+        if any(x in self._chains for x in found):
+            call = self._call(func, args, kwargs, proceed)
+            return self._chains.run(call, FunctionCall.run)
+        return self._tokens.run(func, args, kwargs, proceed)
 
     def _call(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed

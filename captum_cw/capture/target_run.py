@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,24 @@ class _Recorded:
     outputs: list[tuple[Tensor, Tensor]]
 
 
+@dataclass
+class _Checks:
+    """What was checked of a model, besides the sum, which is checked in every pass.
+
+    Args:
+        one: Whether its output was compared with that of a plain pass.
+        batch: Whether the sums of the examples of a batch were compared.
+        functions: Whether each function was looked at alone, since half precision hides gaps.
+    """
+
+    one: bool = False
+    batch: bool = False
+    functions: bool = False
+
+
+_checks: WeakKeyDictionary[nn.Module, _Checks] = WeakKeyDictionary()
+
+
 class TargetRunner:
     """Runs the linearised model of a :class:`~captum_cw.capture.run.Runner`.
 
@@ -154,7 +173,8 @@ class TargetRunner:
 
     def __init__(self, runner: Runner, attention: Attention = "frozen") -> None:
         self.runner, self.attention = runner, attention
-        self._is_checked = self._is_batch_checked = False
+        model = runner.model
+        self._checks = _Checks() if model is None else _checks.setdefault(model, _Checks())
 
     def run(
         self,
@@ -198,12 +218,14 @@ class TargetRunner:
         )
         if self.attention == "frozen" and closes is not True:
             # In half precision, a gap may be due to rounding: then each function is looked at.
-            looks = closes is None and not self._is_checked
-            unequal = self._unequal(call, inputs, target, contrast) if looks or not closes else None
+            looks = closes is None and not self._checks.functions
+            searches = looks or closes is False
+            unequal = self._unequal(call, inputs, target, contrast) if searches else None
             if closes is False or unequal is not None:
                 raise self._not_closed(found, gap, unequal)
-        self._is_checked = True
-        self._is_batch_checked |= len(found.linear) > 1
+            self._checks.functions |= looks
+        self._checks.one = True
+        self._checks.batch |= len(found.linear) > 1
         if on_layer is not None:
             runner.remember_names([execution for execution, _ in found.layers])
         return found
@@ -225,7 +247,7 @@ class TargetRunner:
         with ExitStack() as stack:
             recorded = self._forward(stack, call, inputs, target, contrast, on_layer, text_only)
             B, constants, lone = len(recorded.values), None, None
-            more = B > 1 and (by_example or not self._is_batch_checked)
+            more = B > 1 and (by_example or not self._checks.batch)
             grads = _backward(recorded, retain_graph=more)
             if B == 1:
                 constants = grads[-1][None]
@@ -311,7 +333,7 @@ class TargetRunner:
                 output = run_or_explain(run, call, observation)
         if on_layer is not None:
             runner.check_executions(observation.executions)
-        if not self._is_checked:
+        if not self._checks.one:
             self._check_output(output, call)
         values, outputs, is_linear = read_target(
             output,
