@@ -664,6 +664,21 @@ class TargetLayer:
         return self.head_gradient.shape[1]
 
 
+@dataclass(frozen=True)
+class EffectLayer(TargetLayer):
+    """One execution of an attention layer with the gradient of a target, and with its output.
+
+    Args:
+        share: The output ``o_i`` divided by its squared length and pulled back through ``W_O``,
+            ``(B, H, T, d_h)``; its product with a value is a contribution.
+        effect: What the output of each query does for the target, ``(B, T)``: ``<g_i, o_i>``, or
+            ``|g_i| |o_i|``.
+    """
+
+    share: Tensor
+    effect: Tensor
+
+
 AnyLayer = AttentionLayer | TargetLayer
 """A layer with its output, or with the gradient of a target."""
 
@@ -815,6 +830,26 @@ def target(layer: TargetLayer) -> Block:
     return lambda a, rows: a.mul_(
         _grouped_matmul(layer.head_gradient[:, :, rows], layer.value[:, :, : a.shape[-1]])
     )
+
+
+def effect(layer: EffectLayer) -> Block:
+    """Return ``R_i c_ij``, the effect ``R_i`` of an output, shared out by contributions."""
+    share = layer.share * layer.effect[:, None, :, None]
+    return lambda a, rows: a.mul_(
+        _grouped_matmul(share[:, :, rows], layer.value[:, :, : a.shape[-1]])
+    )
+
+
+def joint(layer: EffectLayer) -> Block:
+    """Return ``sqrt(|t_ij| |c_ij|)``, which joins a target contribution and a contribution."""
+
+    def block(a: Tensor, rows: slice) -> Tensor:
+        value = layer.value[:, :, : a.shape[-1]]
+        both = _grouped_matmul(layer.head_gradient[:, :, rows], value)
+        both *= _grouped_matmul(layer.share[:, :, rows], value)
+        return a.mul_(both.abs_().sqrt_())
+
+    return block
 
 
 def _zero_where_hidden(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Captum attribution classes: the measures, token scores, and language models."""
 
 from captum_cw.attr.chat import ChatTokenInput
+from captum_cw.attr.effects import EffectContributions
 from captum_cw.attr.llm import LLMTokenAttribution
 from captum_cw.attr.measures import (
     ALTIWeights,
@@ -17,6 +18,7 @@ __all__ = [
     "AttentionWeights",
     "ChatTokenInput",
     "ContributionWeights",
+    "EffectContributions",
     "InputContributions",
     "LLMTokenAttribution",
     "TargetContributions",

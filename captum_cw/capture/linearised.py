@@ -58,6 +58,7 @@ class Linearised:
         floating: Inputs of floating numbers by the name of their argument.
         device: The device of the model's inputs.
         softmax_gradient: Whether attention weights keep the gradient of their softmax.
+        is_plain: Whether functions keep their own gradients.
         examines: Whether each function is checked by itself, which is slow.
 
     Attributes:
@@ -75,6 +76,7 @@ class Linearised:
         device: torch.device,
         *,
         softmax_gradient: bool = False,
+        is_plain: bool = False,
         examines: bool = False,
     ) -> None:
         self.one = torch.ones((), dtype=widest(device), device=device, requires_grad=True)
@@ -85,7 +87,8 @@ class Linearised:
             self.given = {name: x.clone() for name, x in leaves.items()}
         self._chains = ActivationChains()
         self.last_fixed: tuple[FunctionCall, Tensor] | None = None
-        self._softmax_gradient, self._examines = softmax_gradient, examines
+        self._softmax_gradient, self._is_plain = softmax_gradient, is_plain
+        self._examines = examines
         self.unequal: tuple[str, torch.nn.Module | None] | None = None
 
     @property
@@ -118,6 +121,8 @@ class Linearised:
             args, kwargs = substitute((args, kwargs), _without_parameter)
         if found and is_in_place(func):
             before_writing(found[0])
+        if self._is_plain and any(map(varies, found)):
+            return proceed(func, args, kwargs)
         if any(map(varies, found)):
             return self._linear(func, args, kwargs, proceed)
         if any(x in self._chains for x in found):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from captum_cw.capture.attention import attention_calls
-from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelError, find_weights
+from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelError
 from captum_cw.capture.dispatch import following
 from captum_cw.capture.embedded_tokens import NOWHERE, Leaf
 from captum_cw.capture.forward_call import ForwardCall, forward_call, run_on_copies
-from captum_cw.capture.function_call import varies
 from captum_cw.capture.linearised import Linearised
 from captum_cw.capture.model import device_of, evaluation_mode, uncompiled
 from captum_cw.capture.observation import Execution, HeadObservation, names_of
@@ -27,6 +26,7 @@ from captum_cw.capture.recomputing import recomputing
 from captum_cw.capture.rounding import in_widest, product_rounding
 from captum_cw.capture.run import Inputs, Runner, run_or_explain
 from captum_cw.capture.saved_tensors import keeping
+from captum_cw.capture.target_heads import Heads, watched
 from captum_cw.capture.target_inputs import Arguments, own_arguments
 from captum_cw.capture.target_value import (
     Target,
@@ -34,13 +34,13 @@ from captum_cw.capture.target_value import (
     needs_all_logits,
     read_target,
 )
-from captum_cw.capture.tensor_parallel import head_group
 from captum_cw.functional import QueryMask, TargetLayer
 
-__all__ = ["Attention", "TargetPass", "TargetRunner"]
+__all__ = ["Attention", "Gradient", "TargetPass", "TargetRunner"]
 
 Result = TypeVar("Result")
 Attention = Literal["frozen", "attnlrp"]
+Gradient = Literal["frozen", "attnlrp", "plain"]
 
 #: The error with which shares may sum to the target: relative to the target, and to the sum of the
 #: sizes of all shares. Half precision allows more.
@@ -104,17 +104,6 @@ class TargetPass:
 
 
 @dataclass
-class _Heads:
-    """An attention call, and the result of its layer once the gradient is known."""
-
-    execution: Execution
-    layer: TargetLayer
-    result: Any = None
-    is_done: bool = False
-    hook: Any = None
-
-
-@dataclass
 class _Recorded:
     """A linearised forward pass, before the backward pass.
 
@@ -130,7 +119,7 @@ class _Recorded:
 
     linearised: Linearised
     arguments: Arguments
-    heads: list[_Heads]
+    heads: list[Heads]
     output: Any
     values: Tensor
     linear: Tensor
@@ -160,8 +149,9 @@ class TargetRunner:
 
     Args:
         runner: The model, and the chosen attention layers.
-        attention: ``"frozen"`` to hold attention weights fixed, so that all shares sum to the
-            target; ``"attnlrp"`` for the gradient of the softmax (Achtibat et al. 2024).
+        gradient: ``"frozen"`` to hold attention weights fixed, so that all shares sum to the
+            target; ``"attnlrp"`` for the gradient of the softmax (Achtibat et al. 2024);
+            ``"plain"`` for the model's own gradient, so that there are no shares.
 
     Example:
         >>> runner = TargetRunner(Runner(model))
@@ -171,8 +161,8 @@ class TargetRunner:
         (torch.Size([1, 6]), True)
     """
 
-    def __init__(self, runner: Runner, attention: Attention = "frozen") -> None:
-        self.runner, self.attention = runner, attention
+    def __init__(self, runner: Runner, gradient: Gradient = "frozen") -> None:
+        self.runner, self.gradient = runner, gradient
         model = runner.model
         self._checks = _Checks() if model is None else _checks.setdefault(model, _Checks())
 
@@ -216,7 +206,7 @@ class TargetRunner:
         found, gap, closes = self._pass(
             call, inputs, target, contrast, on_layer, text_only, by_example
         )
-        if self.attention == "frozen" and closes is not True:
+        if self.gradient == "frozen" and closes is not True:
             # In half precision, a gap may be due to rounding: then each function is looked at.
             looks = closes is None and not self._checks.functions
             searches = looks or closes is False
@@ -260,7 +250,7 @@ class TargetRunner:
                 lone = weights, _constants(recorded, weights)
             for heads in recorded.heads:
                 if on_layer is not None and not heads.is_done:  # the target does not depend on it
-                    _finish(heads, heads.layer.head_gradient, on_layer)
+                    heads.finish(heads.layer.head_gradient, on_layer)
         shares, sizes = _shares(recorded.linearised.leaves, grads, recorded.arguments)
         results = [(heads.execution, heads.result) for heads in recorded.heads]
         found = TargetPass(
@@ -304,19 +294,20 @@ class TargetRunner:
         stack.enter_context(torch.enable_grad())
         arguments = own_arguments(call, inputs)
         linearised = self._linearise(arguments, examines)
-        heads: list[_Heads] = []
+        heads: list[Heads] = []
 
         def on_heads(execution: Execution, attention: AttentionCall, mask: QueryMask) -> None:
             if on_layer is not None:
-                heads.append(_watched(execution, attention, mask, on_layer))
+                heads.append(watched(execution, attention, mask, on_layer))
 
+        is_all = runner.chosen is None
         observation = HeadObservation(
             runner.roots,
             on_heads,
             runner.chosen,
-            kind=runner.kind if runner.chosen is None else "all",
+            kind=runner.kind if is_all else "all",
             real=call.token_masks,
-            text=call.text if text_only and runner.chosen is None else None,
+            text=call.text if text_only and is_all else None,
         )
         modules = list(dict.fromkeys(m for root in runner.roots for m in root.modules()))
         stack.enter_context(evaluation_mode(runner.roots, runner.model))
@@ -335,17 +326,14 @@ class TargetRunner:
             runner.check_executions(observation.executions)
         if not self._checks.one:
             self._check_output(output, call)
+        masks = call.token_masks or _other_masks(call)
         values, outputs, is_linear = read_target(
-            output,
-            linearised.last_function,
-            target,
-            contrast,
-            arguments.examples,
-            call.token_masks or _other_masks(call),
+            output, linearised.last_function, target, contrast, arguments.examples, masks
         )
         linear = linear_values(values, outputs, is_linear)
+        output = pytree.tree_map_only(Tensor, Tensor.detach, output)
         detached = values.detach().float()
-        return _Recorded(linearised, arguments, heads, _fixed(output), detached, linear, outputs)
+        return _Recorded(linearised, arguments, heads, output, detached, linear, outputs)
 
     def _linearise(self, arguments: Arguments, examines: bool) -> Linearised:
         """Start a linearised pass, and put its inputs among the arguments."""
@@ -360,7 +348,8 @@ class TargetRunner:
             {name: x.tensor for name, x in ids.items()},
             {name: x.tensor for name, x in floating.items()},
             arguments.first.device if model is None else device_of(model),
-            softmax_gradient=self.attention == "attnlrp",
+            softmax_gradient=self.gradient == "attnlrp",
+            is_plain=self.gradient == "plain",
             examines=examines,
         )
         for name, x in floating.items():
@@ -502,71 +491,6 @@ def _without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _watched(
-    execution: Execution,
-    call: AttentionCall,
-    mask: QueryMask,
-    on_layer: Callable[[Execution, TargetLayer], Any],
-) -> _Heads:
-    """Return an attention call whose result is computed as soon as its gradient is known."""
-    if head_group(call.module, call.H, call.value.shape[3]) is not None:
-        raise UnsupportedModelError(
-            f"The heads of layer {execution.name!r} are spread over processes (tensor parallel), "
-            "where targets are not supported: load the model without tp_plan."
-        )
-
-    def fixed(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.detach()
-
-    with torch.no_grad(), torch._C.DisableTorchFunction():
-        seen = replace(
-            call,
-            value=call.value.detach(),
-            returned=call.returned.detach(),
-            query=fixed(call.query),
-            key=fixed(call.key),
-            mask=fixed(call.mask),
-            weights=fixed(call.weights),
-        )
-        layer = TargetLayer(
-            weights=find_weights(seen, mask, execution.name),
-            value=seen.read(seen.value),
-            head_gradient=_zeros(call),
-            mask=mask,
-        )
-    heads = _Heads(execution, layer)
-
-    def on_gradient(gradient: Tensor) -> None:
-        with torch._C.DisableTorchFunction():
-            by_head = call.by_token(gradient).transpose(1, 2).to(seen.dtype)
-            _finish(heads, by_head, on_layer)
-
-    if varies(call.returned):
-        heads.hook = call.returned.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-    return heads
-
-
-def _zeros(call: AttentionCall) -> Tensor:
-    """Return the gradient of a target that does not depend on a call, ``(B, H, T, d_h)``."""
-    zero = call.value.new_zeros((), dtype=call.dtype)
-    return zero.expand(call.B, call.H, call.T, call.value.shape[-1])
-
-
-def _finish(
-    heads: _Heads, gradient: Tensor, on_layer: Callable[[Execution, TargetLayer], Any]
-) -> None:
-    layer = replace(heads.layer, head_gradient=gradient)
-    with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-        heads.result = on_layer(heads.execution, layer)
-    heads.is_done = True
-    if heads.hook is not None:
-        heads.hook.remove()
-
-
-def _fixed(output: Any) -> Any:
-    return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, output)
 
 
 def _floating(output: Any) -> Iterator[Tensor]:

@@ -101,7 +101,8 @@ def _values(
         )
     if is_other:
         places = _indices(logits, target, name)
-        return logits[tuple(torch.tensor(places, device=logits.device).T)], places
+        at = torch.tensor(places, dtype=torch.long, device=logits.device)
+        return logits[tuple(at.T)], places
     real = _mask_of(logits, token_masks)
     choices = _choices(target, name, examples)
     if logits.dim() == 3 and real is None and any(n is None or n < 0 for n, _ in choices):
