@@ -119,9 +119,13 @@ class EmbeddedTokens:
                 return self._embedded(followed, result, name) if floating else result
         if name in ("one_hot", "embedding_bag"):
             raise _changed_ids(followed, name)
+        if name == "getitem" and isinstance(args[1], tuple) and _is_lookup(args, followed.tensor):
+            return self._embedded(followed, proceed(func, args, kwargs), name)
         before = None if not is_in_place(func) else args[0]
-        places = self._moved(func, name, args, kwargs, proceed)
         result = proceed(func, args, kwargs)
+        if any(x.is_floating_point() for x in tensors_in(result)):
+            raise _changed_ids(followed, name)
+        places = self._moved(func, name, args, kwargs, proceed)
         changed = result if before is None else before
         if isinstance(changed, Tensor) and _counts(changed):
             self._follow(changed, followed.name, places)
@@ -217,6 +221,13 @@ class EmbeddedTokens:
             places = None
         # The tensor is kept, so that its id is not used again.
         self._known[id(x)] = _Followed(x, name, places, x._version)
+
+
+def _is_lookup(args: tuple[Any, ...], ids: Tensor) -> bool:
+    """Whether a table is indexed by ids, and then by everything."""
+    table, (first, *rest) = args
+    whole = all(x is Ellipsis or (isinstance(x, slice) and x == slice(None)) for x in rest)
+    return first is ids and whole and isinstance(table, Tensor) and table.is_floating_point()
 
 
 def _masked(args: tuple[Any, ...], ids: Tensor) -> tuple[Any, tuple[Any, ...]]:

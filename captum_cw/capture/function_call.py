@@ -199,6 +199,12 @@ def is_in_place(func: Any) -> bool:
 
 
 def _python_name(func: Any) -> str:
-    """Return the name of a function without its overload, such as that of ``aten.add.Tensor``."""
-    name: str = getattr(func, "__name__", "")
-    return name.partition(".")[0]
+    """Return the name of a function without its overload, such as that of ``aten.add.Tensor``.
+
+    The name of an operator that does not belong to PyTorch begins with its namespace.
+    """
+    schema = getattr(func, "_schema", None)
+    name: str = getattr(func, "_qualified_op_name", getattr(schema, "name", ""))
+    if name and not name.startswith("aten::"):
+        return name
+    return getattr(func, "__name__", "").partition(".")[0]

@@ -46,7 +46,7 @@ def with_gradient_of(linear: Tensor, run: Callable[[], Tensor]) -> Tensor:
     return result
 
 
-def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor], *, near: float = 0.0) -> Tensor:
+def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor], *, is_rounded: bool = False) -> Tensor:
     """Return ``run(x)`` as the product of ``x`` and the ratio ``run(x) / x``, which is held fixed.
 
     Where ``x`` is zero, the ratio is its limit.
@@ -54,8 +54,9 @@ def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor], *, near: float = 0.0
     Args:
         x: The input.
         run: An elementwise function that is zero at zero.
-        near: The size of ``x`` up to which the ratio is its limit, since rounding errors of ``run``
-            would make it large.
+        is_rounded: Whether ``run`` may round numbers that are larger than its result, as
+            ``exp(x) - 1`` does. Then the ratio is computed in single precision at least, and is its
+            limit also where ``x`` is nearly zero.
 
     Example:
         >>> x = torch.tensor([2.0], requires_grad=True)
@@ -63,7 +64,7 @@ def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor], *, near: float = 0.0
         >>> x.grad
         tensor([2.])
     """
-    result: Tensor = _TimesRatio.apply(x, run, near)  # type: ignore[no-untyped-call]
+    result: Tensor = _TimesRatio.apply(x, run, is_rounded)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -108,12 +109,17 @@ class _Replaced(Function):
 
 class _TimesRatio(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], near: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], is_rounded: bool) -> Tensor:
         ctx.dtype = x.dtype
         value = run(x)
-        ratio, zero = value / x, x.abs() <= near
+        near, wide, of_wide = 0.0, x, value
+        if is_rounded:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            near = torch.finfo(wide.dtype).eps ** 0.5
+            of_wide = value if wide is x else run(wide)
+        ratio, zero = of_wide / wide, wide.abs() <= near
         if zero.any():
-            limit = torch.full_like(x, max(near, NEAR_ZERO))
+            limit = torch.full_like(wide, max(near, NEAR_ZERO)).copysign(wide)
             ratio = torch.where(zero, run(limit) / limit, ratio)
         ctx.save_for_backward(ratio)
         return value

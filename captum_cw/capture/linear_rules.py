@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_cw.capture.activation_chains import ELEMENTWISE, HELD_FIXED, ActivationChains
+from captum_cw.capture.activation_chains import (
+    ELEMENTWISE,
+    HELD_FIXED,
+    ROUNDING,
+    ActivationChains,
+)
 from captum_cw.capture.attention_call import UnsupportedModelError
 from captum_cw.capture.function_call import (
     SHAPED,
@@ -36,13 +41,19 @@ from captum_cw.capture.linear_gradients import (
 )
 from captum_cw.capture.saved_tensors import before_writing
 
-__all__ = ["run_linearised"]
+__all__ = ["SPLITS", "in_parts", "run_linearised"]
+
+#: Functions that return several views.
+SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
 
 #: Sums, whose summands may be numbers, also of integers.
 _SUMS = {"add", "radd", "sub", "rsub", "subtract"}
 
 #: Functions that join tensors, which may be integers.
 _JOINS = {"where", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
+
+#: Functions that keep numbers between bounds.
+_CLAMPS = ("clamp", "clip", "clamp_min", "clamp_max")
 
 #: Functions with constants that may be numbers.
 _WITH_NUMBERS = {*_SUMS, "where", "masked_fill", "maximum", "minimum"}
@@ -89,7 +100,9 @@ def _by_rule(call: FunctionCall) -> Any:
         return _rules[call.name](call)
     result = call.run()
     floating = [x for x in tensors_in(result) if x.is_floating_point()]
-    if floating and not any(map(varies, floating)) and not creates(call.name):
+    others = tensors_in((call.args[1:], call.kwargs))
+    only_creates = creates(call.name) and not any(map(varies, others))
+    if floating and not any(map(varies, floating)) and not only_creates:
         raise UnsupportedModelError(
             f"The function {call.name!r} has no gradient, so what it makes of its input is unknown."
         )
@@ -125,8 +138,8 @@ def _divided(call: FunctionCall) -> Any:
     return replace(call, args=(first, second, *call.args[2:]), kwargs=options).run()
 
 
-@_rule("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
-def _in_parts(call: FunctionCall) -> Any:
+@_rule(*SPLITS)
+def in_parts(call: FunctionCall) -> Any:
     """Return each part as a view of its own, since a model may write into it."""
     x = call.first
     dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0)
@@ -170,14 +183,29 @@ def _normalised(call: FunctionCall) -> Any:
 @_rule(*ELEMENTWISE)
 def _elementwise(call: FunctionCall) -> Any:
     """``x * (f(x) / x)`` if ``f(0) = 0``; otherwise the result is held fixed."""
-    x = call.first
-    if not varies(x) or any(varies(y) for y in tensors_in((call.args[1:], call.kwargs))):
+    x, others = call.first, tensors_in((call.args[1:], call.kwargs))
+    if call.name in _CLAMPS and any(map(varies, others)):
+        return _between(call)
+    if not varies(x) or any(map(varies, others)):
         return _held_fixed(call)
-    if call.name in ("pow", "clamp", "clip", "clamp_min", "clamp_max", "threshold"):
+    if call.name in ("pow", "threshold", *_CLAMPS):
         at_zero = call.of(x.new_zeros(()))
-        if at_zero.any():  # NaN and infinity count too
+        if not (at_zero.abs() < ROUNDING).all():  # NaN and infinity count too
             return _held_fixed(call)
     return times_ratio(x, call.of)
+
+
+def _between(call: FunctionCall) -> Any:
+    """Bounds that depend on the inputs are selected where they bind."""
+    low, high = call.argument(1, "min"), call.argument(2, "max")
+    if call.name == "clamp_max":
+        low, high = None, call.argument(1, "max")
+    y = call.lifted(call.first)
+    for bound, extreme in ((low, torch.maximum), (high, torch.minimum)):
+        if bound is not None:
+            bound = bound if isinstance(bound, Tensor) else y.new_full((), bound)
+            y = extreme(y, call.lifted(bound))
+    return with_gradient_of(y, call.detached().run)
 
 
 @_rule("glu")
@@ -232,8 +260,11 @@ def _affine(call: FunctionCall) -> Any:
 def _interpolated(call: FunctionCall) -> Any:
     """A product of a weight and a difference, and a sum."""
     start, (end, weight) = call.first, (call.argument(1, "end"), call.argument(2, "weight"))
+    may_vary = varies(start) or varies(end)
     difference = call.lifted(end) - call.lifted(start)
-    if varies(weight) and varies(difference):
+    if not may_vary:
+        difference = difference.detach()
+    elif varies(weight):
         difference, weight = scaled_gradient(difference, 0.5), scaled_gradient(weight, 0.5)
     return with_gradient_of(call.lifted(start) + weight * difference, call.detached().run)
 
@@ -470,6 +501,8 @@ def _attention(call: FunctionCall) -> Any:
 def _run_in_place(call: FunctionCall, chains: ActivationChains) -> Any:
     """Run an in-place function by its rule, and write the result into its first argument."""
     target = call.first
+    if not isinstance(target, Tensor):
+        raise _unknown_in_place(call)
     if call.name == "setitem":
         return _set_item(call)
     if call.name in ("detach", "squeeze", "unsqueeze", "transpose", "t", "swapaxes"):
@@ -481,14 +514,16 @@ def _run_in_place(call: FunctionCall, chains: ActivationChains) -> Any:
         return call.proceed(write, (target, value), {})
     # What is kept for the backward pass must not be overwritten.
     overwritten = _rules.get(call.name) in (_with_constants, _elementwise, _held_fixed)
-    kept = target if overwritten and varies(target) else chains.copied(target)
+    needs_copy = not overwritten or not varies(target) or chains.is_source(target)
+    kept = chains.copied(target) if needs_copy else target
     args = tuple(kept if x is target else x for x in call.args)
     value = chains.run(replace(call, func=_not_in_place(call), args=args), _by_rule)
     if not varies(value) and not target._is_view():
         call.proceed(torch.Tensor.detach_, (target,), {})
-    elif not varies(value):
-        value = call.lifted(value)
-    return call.proceed(torch.Tensor.copy_, (target, value), {})
+    written = value if varies(value) or not target._is_view() else call.lifted(value)
+    result = call.proceed(torch.Tensor.copy_, (target, written), {})
+    chains.moved(value, target)
+    return result
 
 
 def _not_in_place(call: FunctionCall) -> Any:
@@ -496,7 +531,11 @@ def _not_in_place(call: FunctionCall) -> Any:
     for place in (torch.Tensor, torch, torch.nn.functional):
         if hasattr(place, call.name):
             return getattr(place, call.name)
-    raise UnsupportedModelError(
+    raise _unknown_in_place(call)
+
+
+def _unknown_in_place(call: FunctionCall) -> UnsupportedModelError:
+    return UnsupportedModelError(
         f"The function {call.func.__name__!r} works in place, and what it makes of its input is "
         "unknown: write it with a function that returns its result."
     )

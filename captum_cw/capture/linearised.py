@@ -32,7 +32,7 @@ from captum_cw.capture.function_call import (
     tensors_in,
     varies,
 )
-from captum_cw.capture.linear_rules import run_linearised
+from captum_cw.capture.linear_rules import SPLITS, in_parts, run_linearised
 from captum_cw.capture.module_stack import innermost
 from captum_cw.capture.rounding import in_widest, rounding
 from captum_cw.capture.saved_tensors import before_writing
@@ -64,7 +64,6 @@ class Linearised:
     Attributes:
         one: The scalar whose gradient is the share of all constants.
         given: The floating inputs as the model must be given them.
-        last_fixed: The last function whose result was held fixed, and the result.
         unequal: The first function whose shares do not sum to its value, and the module that was
             running; None if all functions are understood, or were not examined.
     """
@@ -86,7 +85,7 @@ class Linearised:
         with torch.enable_grad():
             self.given = {name: x.clone() for name, x in leaves.items()}
         self._chains = ActivationChains()
-        self.last_fixed: tuple[FunctionCall, Tensor] | None = None
+        self._last_fixed: tuple[FunctionCall, Tensor, tuple[int, ...]] | None = None
         self._softmax_gradient, self._is_plain = softmax_gradient, is_plain
         self._examines = examines
         self.unequal: tuple[str, torch.nn.Module | None] | None = None
@@ -121,11 +120,17 @@ class Linearised:
             args, kwargs = substitute((args, kwargs), _without_parameter)
         if found and is_in_place(func):
             before_writing(found[0])
+        name = name_of(func)
+        if name in _PASSED_ON and found:
+            # An alias would hide from autograd what the model writes into it.
+            return args[0] if is_in_place(func) else args[0].view_as(args[0])
         if self._is_plain and any(map(varies, found)):
             return proceed(func, args, kwargs)
         if any(map(varies, found)):
             return self._linear(func, args, kwargs, proceed)
-        if any(x in self._chains for x in found):
+        if name in SPLITS and found and found[0].is_floating_point():
+            return in_parts(self._call(func, args, kwargs, proceed))
+        if not is_in_place(func) and any(x in self._chains for x in found):
             call = self._call(func, args, kwargs, proceed)
             return self._chains.run(call, FunctionCall.run)
         return self._tokens.run(func, args, kwargs, proceed)
@@ -140,10 +145,7 @@ class Linearised:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Run a function of something that depends on the inputs."""
-        name = name_of(func)
-        if name in _PASSED_ON:
-            return args[0] if is_in_place(func) else args[0].view_as(args[0])
-        if name in ("numpy", "array"):
+        if name_of(func) in ("numpy", "array"):
             raise UnsupportedModelError(
                 "The model computes with activations outside of PyTorch (by NumPy), so it is "
                 "unknown what becomes of them: write this part with torch functions."
@@ -154,7 +156,8 @@ class Linearised:
         else:
             result = run_linearised(call, self._chains)
         if isinstance(result, Tensor) and result.is_floating_point() and not varies(result):
-            self.last_fixed = call, result
+            versions = tuple(y._version for y in (call.first, result) if isinstance(y, Tensor))
+            self._last_fixed = call, result, versions
         return result
 
     def last_function(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
@@ -162,14 +165,17 @@ class Linearised:
 
         It is the softmax or sigmoid at the end of a classifier.
         """
-        if self.last_fixed is None:
+        if self._last_fixed is None:
             return None
-        call, result = self.last_fixed
+        call, result, versions = self._last_fixed
+        source = call.first
+        if not varies(source) or (source._version, result._version) != versions:
+            return None
         # The model may have squeezed a dimension.
         is_same = x.data_ptr() == result.data_ptr() and x.numel() == result.numel()
-        if not is_same or not varies(call.first) or not x.is_contiguous():
+        if not is_same or not x.is_contiguous():
             return None
-        return call.first, lambda y: call.func(y, *call.args[1:], **call.kwargs).reshape(x.shape)
+        return source, lambda y: call.func(y, *call.args[1:], **call.kwargs).reshape(x.shape)
 
     def _examined(self, call: FunctionCall) -> Any:
         """Run a function, and check that its shares sum to its value."""

@@ -276,13 +276,17 @@ def read_target(
         and whether the target is linear in them.
     """
     found: list[tuple[Tensor, Tensor]] = []
+    fixed: list[Tensor] = []
     is_linear = not callable(target) and not callable(contrast)
 
     def as_leaf(x: Any) -> Any:
         nonlocal is_linear
         last = None if varies(x) or not isinstance(x, Tensor) else last_function(x)
         if not varies(x) and last is None:
-            return x
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            fixed.append(x.detach().requires_grad_())
+            return fixed[-1]
         source, run = last or (x, None)
         leaf = source.detach().requires_grad_()
         found.append((source, leaf))
@@ -293,15 +297,20 @@ def read_target(
 
     copied = pytree.tree_map(as_leaf, output)
     values = target_values(copied, target, contrast, examples, token_masks)
-    if not found or not values.requires_grad:
+    leaves = [*(leaf for _, leaf in found), *fixed]
+    grads = (
+        torch.autograd.grad(values.sum(), leaves, allow_unused=True)
+        if found and values.requires_grad
+        else ()
+    )
+    if not grads or any(g is not None and g.any() for g in grads[len(found) :]):
         raise ValueError(
-            f"The target does not depend on the inputs by a gradient: the model returns "
-            f"{type(output).__name__}. Give the model itself, or a callable that returns its "
-            "logits. Generated ids and quantised activations have no gradient, and what comes "
+            "The target, or a part of it, does not depend on the inputs by a gradient: the model "
+            f"returns {type(output).__name__}. Give the model itself, or a callable that returns "
+            "its logits. Generated ids and quantised activations have no gradient, and what comes "
             "after a sigmoid, a softmax or another gate inside of a model is held fixed."
         )
-    grads = torch.autograd.grad(values.sum(), [leaf for _, leaf in found], allow_unused=True)
-    pairs = zip(found, grads, strict=True)
+    pairs = zip(found, grads, strict=False)
     return values, [(x, g) for (x, _), g in pairs if g is not None], is_linear
 
 
