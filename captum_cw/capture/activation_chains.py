@@ -99,7 +99,7 @@ class _Known:
     Args:
         version: The number of times that it was changed in place.
         chains: The tensor as a function of others, the nearest first.
-        kept: Sources that stay in memory as long as the tensor.
+        kept: The sources of a tensor that does not vary, which autograd does not keep.
     """
 
     version: int
@@ -123,12 +123,17 @@ class ActivationChains:
         source = self._sources.get(x)
         return source is not None and source.version == x._version
 
+    def before_writing(self, x: Tensor) -> None:
+        """Keep a tensor as it is for the functions of it, before it is overwritten."""
+        if varies(x) and self.is_source(x):
+            self.copied(x)
+
     def copied(self, x: Tensor) -> Tensor:
         """Return a copy of a tensor that stands for it when it is overwritten."""
         copy = x.clone()
         if self.is_source(x):
             source = self._sources.pop(x)
-            source.tensor, source.version = TensorWeakRef(copy), copy._version
+            source.tensor, source.version = lambda: copy, copy._version
             self._sources[copy] = source
         self.moved(x, copy)
         return copy
@@ -136,7 +141,7 @@ class ActivationChains:
     def moved(self, x: Any, to: Tensor) -> None:
         """Note that the content of ``x`` is in another tensor now."""
         if isinstance(x, Tensor) and x.shape == to.shape:
-            self._know(to, self._of(x), keep=True)
+            self._know(to, self._of(x))
 
     def run(self, call: FunctionCall, by_rule: Callable[[FunctionCall], Any]) -> Any:
         """Run a function as a part of an activation, or else by its own rule."""
@@ -159,15 +164,14 @@ class ActivationChains:
             return []
         return [chain for chain in known.chains if chain.source.get() is not None]
 
-    def _know(self, x: Tensor, chains: list[_Chain], *, keep: bool = False) -> None:
+    def _know(self, x: Tensor, chains: list[_Chain]) -> None:
         sources = [chain.source.get() for chain in chains]
         pairs = zip(chains, sources, strict=True)
         chains = [c for c, y in pairs if y is not None and y is not x and y.shape == x.shape]
         if not chains:
             return
         # Autograd keeps what varies until the backward pass, and should not keep its source too.
-        keep = keep or not varies(x)
-        kept = [chain.source.get() for chain in chains] if keep else []
+        kept = [] if varies(x) else [chain.source.get() for chain in chains]
         self._known[x] = _Known(x._version, chains[:MOST], kept)
 
     def _parts(self, call: FunctionCall) -> dict[int, list[_Chain]]:

@@ -129,6 +129,9 @@ class EmbeddedTokens:
         changed = result if before is None else before
         if isinstance(changed, Tensor) and _counts(changed):
             self._follow(changed, followed.name, places)
+        elif name in ("eq", "ne") and result.numel() > followed.tensor.numel():
+            # Compared with each id, as a one-hot vector is made.
+            self._known[id(result)] = _Followed(result, followed.name, None, result._version)
         elif isinstance(changed, (list, tuple)):
             parts = places if isinstance(places, (list, tuple)) else [None] * len(changed)
             for x, part in zip(changed, parts, strict=True):

@@ -503,6 +503,8 @@ def _run_in_place(call: FunctionCall, chains: ActivationChains) -> Any:
     target = call.first
     if not isinstance(target, Tensor):
         raise _unknown_in_place(call)
+    if call.name in ("setitem", "copy", "fill", "zero"):
+        chains.before_writing(target)
     if call.name == "setitem":
         return _set_item(call)
     if call.name in ("detach", "squeeze", "unsqueeze", "transpose", "t", "swapaxes"):

@@ -64,6 +64,7 @@ class Linearised:
     Attributes:
         one: The scalar whose gradient is the share of all constants.
         given: The floating inputs as the model must be given them.
+        dtypes: The dtypes of all activations.
         unequal: The first function whose shares do not sum to its value, and the module that was
             running; None if all functions are understood, or were not examined.
     """
@@ -85,6 +86,7 @@ class Linearised:
         with torch.enable_grad():
             self.given = {name: x.clone() for name, x in leaves.items()}
         self._chains = ActivationChains()
+        self.dtypes: set[torch.dtype] = set()
         self._last_fixed: tuple[FunctionCall, Tensor, tuple[int, ...]] | None = None
         self._softmax_gradient, self._is_plain = softmax_gradient, is_plain
         self._examines = examines
@@ -155,7 +157,10 @@ class Linearised:
             result = self._examined(call)
         else:
             result = run_linearised(call, self._chains)
-        if isinstance(result, Tensor) and result.is_floating_point() and not varies(result):
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        self.dtypes.add(result.dtype)
+        if not varies(result):
             versions = tuple(y._version for y in (call.first, result) if isinstance(y, Tensor))
             self._last_fixed = call, result, versions
         return result

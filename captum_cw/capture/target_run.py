@@ -274,11 +274,8 @@ class TargetRunner:
         allowed = OF_SHARES * sizes + OF_TARGET * float(recorded.linear.abs().sum())
         if gap <= allowed:
             return found, gap, True
-        leaves = (leaf.tensor for leaf in recorded.linearised.leaves)
-        eps = product_rounding(*leaves, *(x for x, _ in recorded.outputs))
-        device = recorded.linearised.one.device.type
-        if torch.is_autocast_enabled(device):
-            eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
+        eps = product_rounding(*(x for x, _ in recorded.outputs))
+        eps = max([eps, *(torch.finfo(dtype).eps for dtype in recorded.linearised.dtypes)])
         return found, gap, None if gap <= allowed + 32 * eps * sizes else False
 
     def _forward(

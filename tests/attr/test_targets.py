@@ -710,6 +710,25 @@ UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "sorted": lambda ids: ids.sort(1).values,
 }
 
+#: Ways to read rows of a table that are no lookups of ids.
+ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "one-hot": lambda table, ids: (ids[..., None] == torch.arange(16)).float() @ table,
+    "gather": lambda table, ids: table[:, 0].gather(0, ids[0])[None, :, None].expand(1, 4, 8),
+    "take": lambda table, ids: torch.take(table, ids)[..., None].expand(1, 4, 8),
+    "numbers": lambda table, ids: ids.float()[..., None] * table[0],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_are_read_in_another_way_are_refused(name: str) -> None:
+    class Two(Segments):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.words(input_ids) + ROWS[name](self.others.weight, input_ids)
+            return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+    with pytest.raises(UnsupportedModelError, match="changes the ids"):
+        InputContributions(Two(torch.zeros_like)).attribute(torch.tensor([[0, 3, 5, 9]]), 3)
+
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_ids_that_are_changed_into_others_are_refused(name: str) -> None:
@@ -762,6 +781,27 @@ def test_a_gate_at_the_end_of_a_model_has_its_ordinary_gradient(name: str) -> No
     found, delta = InputContributions(model).attribute(x, 1, return_convergence_delta=True)
     assert torch.allclose(found, x * gradient, atol=1e-6)
     assert torch.allclose(delta, torch.zeros(2), atol=1e-6)
+
+
+def test_probabilities_that_are_changed_afterwards_are_refused() -> None:
+    def doubled(z: Tensor) -> Tensor:
+        return z.softmax(-1).mul_(2)
+
+    def of_others(z: Tensor) -> Tensor:
+        found = z.softmax(-1)
+        z.mul_(2)
+        return found
+
+    for end in (doubled, of_others):
+        with pytest.raises(ValueError, match="a part of it, does not depend"):
+            InputContributions(Ending(end).eval()).attribute(torch.randn(2, 6), 1)
+
+
+def test_a_target_of_two_probabilities_is_refused() -> None:
+    """Only the last of them would have a gradient."""
+    model = Ending(lambda z: (z.softmax(-1), z.sigmoid())).eval()  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match="a part of it, does not depend"):
+        InputContributions(model).attribute(torch.randn(2, 6), lambda y: y[0][:, 1] + y[1][:, 0])
 
 
 def test_one_probability_an_example_needs_no_target() -> None:

@@ -466,6 +466,7 @@ AFFINE: dict[str, Function] = {
     "dstack": lambda x: torch.dstack([x, C]),
     "lerp": lambda x: torch.lerp(x, C, 0.3),
     "lerp to x": lambda x: C.lerp(x, C),
+    "lerp between constants": lambda x: torch.lerp(C, C * 2, x),
     "addcdiv": lambda x: torch.addcdiv(x, C, A.new_full((), 2.0), value=0.5),
     "addcdiv to a constant": lambda x: torch.addcdiv(C, x, C + 9),
     "where": lambda x: torch.where(MASK, x, C),
@@ -659,6 +660,19 @@ def gelu_in_place(x: Tensor) -> Tensor:
     return y
 
 
+def in_steps(x: Tensor) -> Tensor:
+    y = torch.erf(x / math.sqrt(2.0)).add_(1)
+    y *= x
+    return y.mul_(0.5)
+
+
+def source_overwritten(x: Tensor) -> Tensor:
+    y = x * 1
+    half, gate = 0.5 * y, 1 + torch.erf(y / math.sqrt(2.0))
+    y.zero_()
+    return half * gate
+
+
 def tanh_of_exponentials(x: Tensor) -> Tensor:
     up, down = torch.exp(x), torch.exp(-x)
     return (up - down) / (up + down)
@@ -683,6 +697,20 @@ WRITTEN_OUT: dict[str, Function] = {
     "gelu of powers": gelu_of_powers,
     "gelu, factored": gelu_factored,
     "gelu, in place": gelu_in_place,
+    "gelu in steps": in_steps,
+    "gelu of a tensor that is overwritten": source_overwritten,
+    "gelu of a constant of ones": lambda x: (
+        0.5 * x * (torch.ones_like(x) + torch.erf(x / torch.full((6,), math.sqrt(2.0)).double()))
+    ),
+    "gelu of a learned number": lambda x: (
+        0.5 * x * (torch.ones(1, 1, 1).double() + torch.erf(x / math.sqrt(2.0)))
+    ),
+    "gelu of lerp": lambda x: torch.lerp(
+        torch.zeros_like(x), x, 0.5 * (1 + torch.erf(x / math.sqrt(2.0)))
+    ),
+    "relu of max": lambda x: torch.max(x, torch.zeros_like(x)),
+    "relu of an absolute value": lambda x: (x + x.abs()) / 2,
+    "clamped from just above zero": lambda x: x.clamp(min=1e-6),
     "gelu of erf": lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
     "gelu in single precision": lambda x: gelu_of_powers(x.float()).to(x.dtype),
     "mish": lambda x: x * torch.tanh(F.softplus(x)),
@@ -719,6 +747,64 @@ def test_an_activation_is_one_function_near_zero() -> None:
     x = torch.stack([near + 1, torch.full_like(near, -1.0)], 1)
     shares, _, _ = shares_of(lambda x: torch.exp(x.sum(1)) - 1, x)
     assert float(shares.abs().max()) < 20
+
+
+def test_an_activation_is_a_function_of_its_nearest_source() -> None:
+    """Here it is not zero where the farther one is zero."""
+    check_parts(
+        lambda x: gelu_of_powers(x + 0.3),
+        lambda p, x: p * (gelu_of_powers(x + 0.3) / (x + 0.3)),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_negative_numbers_keep_the_ratio_of_their_side(dtype: torch.dtype) -> None:
+    x = torch.tensor([[-0.05, 0.05, -1e-4, 1e-4, -1.0, 0.0]], dtype=dtype)
+    for f in (lambda x: torch.where(x > 0, x, 0.0), lambda x: x * (x > 0)):
+        model = nn.Linear(6, 6, bias=False).to(dtype)
+        model.weight.data = torch.eye(6, dtype=dtype)
+        found = InputContributions(lambda y: f(model(y))).attribute(  # noqa: B023
+            x, lambda y: y.float().sum(1)
+        )
+        assert torch.allclose(found, x.float().clamp(min=0), 0.02, 1e-5)
+
+
+def test_a_bound_that_depends_on_the_inputs_holds_only_where_it_binds() -> None:
+    def clipped(x: Tensor) -> Tensor:
+        bound = (x @ A).abs()
+        return x.clamp(-bound, bound) + x
+
+    def parts(p: Tensor, x: Tensor) -> Tensor:
+        y, part = x @ A, p @ A
+        sign = torch.where(x > 0, y.sign(), -y.sign())
+        return torch.where(x.abs() > y.abs(), sign * part, p) + p
+
+    check_parts(clipped, parts, numbers(2, 3, 6))
+
+
+def test_operators_of_others_have_no_rules() -> None:
+    with torch.library._scoped_library("captum_cw_test", "FRAGMENT") as library:
+        library.define("softmax(Tensor x) -> Tensor")
+        library.impl("softmax", lambda x: 2 * x, "CompositeImplicitAutograd")
+        check_affine(lambda x: torch.ops.captum_cw_test.softmax(x))
+
+
+def test_writing_into_an_alias_is_seen() -> None:
+    class Cache(nn.Module):
+        def __init__(self, alias: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.kept, self.alias = nn.Buffer(torch.zeros(2, 2, 3, 6).double()), alias
+
+        def forward(self, x: Tensor) -> Tensor:
+            keys, values = self.alias(self.kept).unbind(0)
+            keys[:, :2], values[:, :2] = x[:, :2], x[:, 1:]
+            return x + self.kept.sum(0)
+
+    def parts(p: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([2 * p[:, :1] + p[:, 1:2], 2 * p[:, 1:2] + p[:, 2:], p[:, 2:]], 1)
+
+    for alias in (lambda y: y, lambda y: y.data, lambda y: y.detach()):
+        check_parts(Cache(alias).eval(), parts)
 
 
 def test_a_function_of_two_tensors_is_no_activation() -> None:
@@ -1033,6 +1119,7 @@ class Recurrent(nn.Module):
 NOT_UNDERSTOOD: dict[str, tuple[Function, str]] = {
     "numpy": (numpy_sine, "NumPy"),
     "array": (lambda x: x + torch.tensor(np.asarray(x)), "NumPy"),
+    "new tensor": (lambda x: x.new_tensor(x), "'new_tensor' has no gradient"),
     "no gradient": (lambda x: torch.histc(x, 6), "'histc' has no gradient"),
     "derivative not implemented": (lambda x: torch.special.zeta(x.abs() + 2, 2.0), "zeta"),
     "not homogeneous": (torch.special.i0, r"'i0', in module 'second' \(Unknown\)"),
