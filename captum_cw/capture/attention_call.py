@@ -287,7 +287,9 @@ def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
     key = (call.T, call.S, call.dtype, *(x is None for x in given))
     if key in known:
         weights = _weights(known[key], call, mask)
-        if _reproduces(weights, call, mask, _probed(mask)[-1:]):
+        ends_in_padding = mask.real is not None and not mask.real[:, -1].all()
+        probed = _probed(mask) if ends_in_padding else _probed(mask)[-1:]
+        if _reproduces(weights, call, mask, probed):
             return weights
     sources = _sources(call, mask)
     for source in (*sources, *(f"rescaled {source}" for source in sources)):
@@ -305,7 +307,7 @@ def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
 
 
 #: The source that was found for a module, by the shape and the kind of its call. Later calls check
-#: it at one query.
+#: it at the last query, or at a few if that is padding.
 _found: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = WeakKeyDictionary()
 
 

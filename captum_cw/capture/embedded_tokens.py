@@ -228,9 +228,12 @@ class EmbeddedTokens:
 
 def _is_lookup(args: tuple[Any, ...], ids: Tensor) -> bool:
     """Whether a table is indexed by ids, and then by everything."""
-    table, (first, *rest) = args
+    table, index = args
+    if not index or not isinstance(table, Tensor) or not table.is_floating_point():
+        return False
+    first, *rest = index
     whole = all(x is Ellipsis or (isinstance(x, slice) and x == slice(None)) for x in rest)
-    return first is ids and whole and isinstance(table, Tensor) and table.is_floating_point()
+    return first is ids and whole
 
 
 def _masked(args: tuple[Any, ...], ids: Tensor) -> tuple[Any, tuple[Any, ...]]:

@@ -141,7 +141,7 @@ def _divided(call: FunctionCall) -> Any:
 @_rule(*SPLITS)
 def in_parts(call: FunctionCall) -> Any:
     """Return each part as a view of its own, since a model may write into it."""
-    x = call.first
+    (x, *_) = tensors_in((call.args, call.kwargs))
     dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0)
     parts = call.detached().run()
     if call.name == "unbind":
@@ -316,19 +316,8 @@ def _halved(factors: list[Any]) -> list[Any]:
 
 @_rule(
     *("add", "radd", "sub", "rsub", "subtract", "cat", "concat", "concatenate", "stack"),
-    *(
-        "hstack",
-        "vstack",
-        "dstack",
-        "column_stack",
-        "row_stack",
-        "where",
-        "masked_fill",
-        "maximum",
-        "minimum",
-        "fmax",
-        "fmin",
-    ),
+    *("hstack", "vstack", "dstack", "column_stack", "row_stack", "where", "masked_fill"),
+    *("maximum", "minimum", "fmax", "fmin"),
     *("index_add", "index_put", "index_copy", "scatter_add"),
     *("scatter_reduce", "masked_scatter", "slice_scatter", "select_scatter", "fill", "copy"),
 )

@@ -107,8 +107,8 @@ class Linearised:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Run a torch function with a linear gradient."""
-        if func is torch._C._set_grad_enabled:  # a part of the model computes without gradients
-            return None
+        if func is torch._C._set_grad_enabled:
+            return None  # a part of the model would compute without gradients
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             return self._run(func, args, kwargs, proceed)
         with torch.inference_mode(False), torch.enable_grad():
@@ -126,9 +126,9 @@ class Linearised:
         if name in _PASSED_ON and found:
             # An alias would hide from autograd what the model writes into it.
             return args[0] if is_in_place(func) else args[0].view_as(args[0])
-        if self._is_plain and any(map(varies, found)):
-            return proceed(func, args, kwargs)
         if any(map(varies, found)):
+            if self._is_plain:
+                return proceed(func, args, kwargs)
             return self._linear(func, args, kwargs, proceed)
         if name in SPLITS and found and found[0].is_floating_point():
             return in_parts(self._call(func, args, kwargs, proceed))

@@ -31,7 +31,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-#: A model whose output projections are not orthogonal to anything, and one with a norm after them.
+#: A model without a norm between attention and the residual stream, and one with such a norm.
 MODELS = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES)),
     "gemma2": (

@@ -516,6 +516,10 @@ AFFINE: dict[str, Function] = {
     "operator of aten": lambda x: torch.ops.aten.add.Tensor(x, C, alpha=2),
     "a part is changed": lambda x: torch.cat([y.mul_(2).add_(1) for y in (x * 1).chunk(3, 2)], 2),
     "parts of other sizes": lambda x: torch.cat([y.add_(1) for y in (x * 1).split([1, 2], 1)], 1),
+    "parts by keyword": lambda x: torch.cat(torch.chunk(input=x, chunks=3, dim=2)[::-1], 2) + 1,
+    "a part of a split by keyword": lambda x: (
+        torch.split(tensor=x, split_size_or_sections=2)[0] + 1
+    ),
     "each row is changed": lambda x: torch.stack([y.add_(1) for y in (x * 1).unbind(1)], 1),
     "addcmul of constants": lambda x: torch.addcmul(x, C, C),
     "addcmul": lambda x: torch.addcmul(C, x, C, value=0.5),

@@ -17,7 +17,7 @@ from captum_cw import (
     VWAttention,
     functional,
 )
-from captum_cw.capture import UnsupportedModelError, hf_registry
+from captum_cw.capture import UnsupportedModelError, attention_call, hf_registry
 from captum_cw.capture.attention_call import AttentionCall, query_mask
 from captum_cw.functional import AttentionLayer
 from support import reference
@@ -446,3 +446,27 @@ def test_layers_of_a_bare_callable_have_names_of_their_own() -> None:
     method = ContributionWeights(lambda ids: model(input_ids=ids), modules)
     method.attribute(token_ids())
     assert method.layers == ["LlamaAttention[0]", "LlamaAttention[1]"]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_was_found_for_a_shape_is_checked_again(
+    padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the last query is padding, which shows nothing."""
+    model = llama()
+    inputs = {"input_ids": token_ids()[:1], "attention_mask": torch.ones(1, token_ids().shape[1])}
+    if padded:
+        inputs["attention_mask"][:, -2:] = 0
+    method = ContributionWeights(model)
+    expected = method.attribute(inputs)
+    assert all(torch.equal(x, y) for x, y in zip(method.attribute(inputs), expected, strict=True))
+    right = attention_call._softmax
+
+    def flat(call: AttentionCall, mask: Any) -> Any:
+        weights = right(call, mask)
+        return lambda rows: weights(rows).sqrt()
+
+    monkeypatch.setattr(attention_call, "_softmax", flat)
+    monkeypatch.setattr(attention_call, "_dense", lambda call, mask, kernel: flat(call, mask))
+    with pytest.raises(UnsupportedModelError, match="do not give the head outputs"):
+        method.attribute(inputs)
