@@ -7,18 +7,20 @@ one and the same tensor are followed, and count as one function of it where they
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdRef
 
-from captum_cw.capture.function_call import FunctionCall, substitute, tensors_in, varies
+from captum_cw.capture.function_call import FunctionCall, substitute, varies
 from captum_cw.capture.linear_gradients import NEAR_ZERO, times_ratio
 
-__all__ = ["ELEMENTWISE", "HELD_FIXED", "ActivationChains"]
+__all__ = ["ELEMENTWISE", "FOLLOWED", "HELD_FIXED", "ActivationChains"]
 
 #: Elementwise functions that are zero at zero, all or for some of their arguments.
 ELEMENTWISE = {
@@ -45,7 +47,9 @@ _LINEAR = {
     *("gt", "greater", "ge", "greater_equal", "lt", "less", "le", "less_equal", "eq", "ne"),
     *("logical_and", "logical_or", "logical_not", "and", "or", "invert"),
 }
-_FOLLOWED = ELEMENTWISE | HELD_FIXED | _LINEAR
+
+#: All elementwise functions.
+FOLLOWED = ELEMENTWISE | HELD_FIXED | _LINEAR
 
 #: What counts as zero: some activations are clamped just below it.
 ROUNDING = 1e-5
@@ -57,71 +61,86 @@ JUMP = 0.1
 LONGEST, MOST = 32, 4
 
 
-@dataclass(eq=False)
-class _Source:
-    """A tensor of which others are functions, as it was when they were computed.
+class _State:
+    """A tensor as it was when others were computed from it, and how it was computed itself.
 
     Args:
-        tensor: Returns the tensor; None if the model has done with it and its memory is free.
-        version: The number of times that it was changed in place.
+        ref: Returns the tensor; None if the model has done with it and its memory is free.
+        x: The tensor.
+
+    Attributes:
+        version: The number of times that the tensor was changed in place.
+        recipe: How it was computed; None if it is no elementwise function of other tensors.
+        sources: The tensors of which it is a function, the nearest first, and how many functions
+            in a row lie between.
+        kept: The sources of a tensor that does not vary, which autograd does not keep.
+        is_used: Whether other tensors were computed from it.
     """
 
-    tensor: Callable[[], Tensor | None]
-    version: int
+    __slots__ = ("is_used", "kept", "recipe", "ref", "shape", "sources", "version")
+
+    def __init__(self, ref: Callable[[], Tensor | None], x: Tensor) -> None:
+        self.ref, self.version, self.shape = ref, x._version, x.shape
+        self.recipe: _Recipe | None = None
+        self.sources: dict[_State, int] = {}
+        self.kept: list[Tensor] = []
+        self.is_used = False
 
     def get(self) -> Tensor | None:
         """Return the tensor; None if it is no longer there, or no longer as it was."""
-        x = self.tensor()
+        x = self.ref()
         return x if x is not None and x._version == self.version else None
 
 
-@dataclass(frozen=True)
-class _Chain:
-    """A tensor as an elementwise function of a source.
+class _Recipe:
+    """An elementwise function of tensors, whose states stand among its arguments."""
 
-    Args:
-        source: The source.
-        run: The function.
-        length: The number of functions in a row.
-        has_numbers: Whether all constants in it are single numbers.
-    """
+    __slots__ = ("args", "func", "kwargs")
 
-    source: _Source
-    run: Callable[[Tensor], Any]
-    length: int = 0
-    has_numbers: bool = True
+    def __init__(self, call: FunctionCall, states: dict[int, _State]) -> None:
+        self.func = call.func
+        self.args = substitute(call.args, lambda x: states.get(id(x), x))
+        self.kwargs = substitute(call.kwargs, lambda x: states.get(id(x), x))
 
+    def of(self, source: _State, x: Tensor, found: dict[_State, Any] | None = None) -> Any:
+        """Run the function for another value ``x`` of a source."""
+        found = {source: x} if found is None else found
 
-@dataclass(frozen=True)
-class _Known:
-    """What is known of a tensor.
+        def value(y: Any) -> Any:
+            if not isinstance(y, _State):
+                return y
+            if y not in found:
+                assert y.recipe is not None
+                found[y] = y.recipe.of(source, x, found)
+            return found[y]
 
-    Args:
-        version: The number of times that it was changed in place.
-        chains: The tensor as a function of others, the nearest first.
-        kept: The sources of a tensor that does not vary, which autograd does not keep.
-    """
+        return self.func(*substitute(self.args, value), **substitute(self.kwargs, value))
 
-    version: int
-    chains: list[_Chain]
-    kept: list[Tensor | None] = field(default_factory=list)
+    def has_numbers(self, source: _State) -> bool:
+        """Whether all constants between a source and the result are single numbers."""
+        return all(
+            y is source or y.recipe is None or y.recipe.has_numbers(source)
+            if isinstance(y, _State)
+            else not isinstance(y, Tensor) or y.numel() == 1
+            for y in pytree.tree_leaves((self.args, self.kwargs))
+        )
 
 
 class ActivationChains:
     """Knows which tensors of a pass are elementwise functions of which others."""
 
     def __init__(self) -> None:
-        self._known: MutableMapping[Tensor, _Known] = WeakTensorKeyDictionary()
-        self._sources: MutableMapping[Tensor, _Source] = WeakTensorKeyDictionary()
+        self._states: dict[int, _State] = {}
 
     def __contains__(self, x: Tensor) -> bool:
         """Whether ``x`` is a function of other tensors that are still as they were."""
-        return bool(self._known) and bool(self._of(x))
+        state = self._find(x)
+        return state is not None and any(source.get() is not None for source in state.sources)
 
     def is_source(self, x: Tensor) -> bool:
         """Whether other tensors are functions of ``x``."""
-        source = self._sources.get(x)
-        return source is not None and source.version == x._version
+        state = self._find(x)
+        return state is not None and state.is_used
 
     def before_writing(self, x: Tensor) -> None:
         """Keep a tensor as it is for the functions of it, before it is overwritten."""
@@ -131,126 +150,123 @@ class ActivationChains:
     def copied(self, x: Tensor) -> Tensor:
         """Return a copy of a tensor that stands for it when it is overwritten."""
         copy = x.clone()
-        if self.is_source(x):
-            source = self._sources.pop(x)
-            source.tensor, source.version = lambda: copy, copy._version
-            self._sources[copy] = source
-        self.moved(x, copy)
+        state = self._find(x)
+        if state is not None:
+            del self._states[id(x)]
+            state.ref, state.version = lambda: copy, copy._version
+            self._states[id(copy)] = state
         return copy
 
     def moved(self, x: Any, to: Tensor) -> None:
         """Note that the content of ``x`` is in another tensor now."""
-        if isinstance(x, Tensor) and x.shape == to.shape:
-            self._know(to, self._of(x))
+        state = self._find(x) if isinstance(x, Tensor) and x.shape == to.shape else None
+        if state is not None and state.recipe is not None:
+            self._know(to, state.recipe, state.sources)
 
     def run(self, call: FunctionCall, by_rule: Callable[[FunctionCall], Any]) -> Any:
         """Run a function as a part of an activation, or else by its own rule."""
-        parts = self._parts(call) if call.name in _FOLLOWED else None
+        if call.name not in FOLLOWED:
+            return by_rule(call)
+        parts, are_varying = self._parts(call)
         if not parts:
             return by_rule(call)
-        chains = _joined(call, parts)
+        sources = _common(parts, are_varying)
+        if not sources:
+            return by_rule(call)
+        recipe = _Recipe(call, parts)
         # The rule of a single function does what is right for one argument that depends on inputs.
-        is_single = len(parts) == 1 and any(map(varies, tensors_in((call.args, call.kwargs))))
-        result = None if is_single else _activation(call, chains)
+        is_single = len(parts) == 1 and are_varying[0]
+        result = None if is_single else _activation(call, recipe, sources)
         if result is None:
             result = by_rule(call)
-        if isinstance(result, Tensor):
-            self._know(result, chains)
+        # A function may return its argument itself.
+        if isinstance(result, Tensor) and all(result is not x for x in call.tensors):
+            self._know(result, recipe, sources)
         return result
 
-    def _of(self, x: Tensor) -> list[_Chain]:
-        known = self._known.get(x)
-        if known is None or known.version != x._version:
-            return []
-        return [chain for chain in known.chains if chain.source.get() is not None]
+    def _find(self, x: Tensor) -> _State | None:
+        state = self._states.get(id(x))  # the state of another tensor is forgotten with it
+        return state if state is not None and state.version == x._version else None
 
-    def _know(self, x: Tensor, chains: list[_Chain]) -> None:
-        sources = [chain.source.get() for chain in chains]
-        pairs = zip(chains, sources, strict=True)
-        chains = [c for c, y in pairs if y is not None and y is not x and y.shape == x.shape]
-        if not chains:
-            return
-        # Autograd keeps what varies until the backward pass, and should not keep its source too.
-        kept = [] if varies(x) else [chain.source.get() for chain in chains]
-        self._known[x] = _Known(x._version, chains[:MOST], kept)
+    def _add(self, x: Tensor) -> _State:
+        state = self._states[id(x)] = _State(WeakIdRef(x, self._forget), x)
+        return state
 
-    def _parts(self, call: FunctionCall) -> dict[int, list[_Chain]]:
-        """Return what is known of the tensors among a function's arguments, by their ids."""
-        parts: dict[int, list[_Chain]] = {}
-        for x in tensors_in((call.args, call.kwargs)):
-            chains = self._of(x)
-            if varies(x):
-                chains = [_Chain(self._source(x), _same), *chains]
-            if chains:
-                parts[id(x)] = chains
-        return parts
+    def _forget(self, ref: WeakIdRef) -> None:
+        self._states.pop(ref._id, None)
 
-    def _source(self, x: Tensor) -> _Source:
-        source = self._sources.get(x)
-        if source is None or source.version != x._version:
-            source = _Source(TensorWeakRef(x), x._version)
-            self._sources[x] = source
-        return source
+    def _know(self, x: Tensor, recipe: _Recipe, sources: dict[_State, int]) -> None:
+        """Note how a tensor was computed."""
+        shape = x.shape
+        same = {s: n for s, n in sources.items() if s.shape == shape}
+        if len(same) > MOST:
+            there = [s for s in same if s.get() is not None]
+            same = {s: same[s] for s in there[:MOST]}
+        if same:
+            state = self._add(x)
+            state.recipe, state.sources = recipe, same
+            # Autograd keeps what varies until the backward pass, and should not keep its source.
+            if not varies(x):
+                state.kept = [y for y in map(_State.get, state.sources) if y is not None]
 
+    def _parts(self, call: FunctionCall) -> tuple[dict[int, _State], list[bool]]:
+        """Return what is known of the tensors among a function's arguments, by their ids.
 
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def _joined(call: FunctionCall, parts: dict[int, list[_Chain]]) -> list[_Chain]:
-    """Return a function of the parts as one of each source that all of them have."""
-    first, *others = ({id(c.source): c for c in chains} for chains in parts.values())
-    common = [key for key in first if all(key in other for other in others)]
-    if not common:
-        return []
-    constants = [x for x in tensors_in((call.args, call.kwargs)) if id(x) not in parts]
-    found = []
-    for key in common:
-        of_part = {
-            part: next(c for c in chains if id(c.source) == key) for part, chains in parts.items()
-        }
-        chain = _composed(call, of_part, constants)
-        if chain is not None:
-            found.append(chain)
-    return sorted(found, key=lambda chain: chain.length)
+        Returns:
+            The states, and whether each tensor depends on the inputs of the model.
+        """
+        parts: dict[int, _State] = {}
+        are_varying: list[bool] = []
+        for x in call.tensors:
+            state = self._find(x)
+            may_vary = varies(x)
+            if state is None and may_vary:
+                state = self._add(x)
+            if state is not None and id(x) not in parts:
+                state.is_used = True
+                parts[id(x)] = state
+                are_varying.append(may_vary)
+        return parts, are_varying
 
 
-def _composed(
-    call: FunctionCall, parts: dict[int, _Chain], constants: list[Tensor]
-) -> _Chain | None:
-    """Return a function of parts as one of their common source."""
-    source = next(iter(parts.values())).source
-    tensor = source.get()
-    length = 1 + max(chain.length for chain in parts.values())
-    if tensor is None or length > LONGEST or not all(_fits(x, tensor) for x in constants):
-        return None
-    func, given = call.func, substitute((call.args, call.kwargs), lambda x: parts.get(id(x), x))
-
-    def run(x: Tensor) -> Any:
-        args, kwargs = substitute(given, lambda y: y.run(x) if isinstance(y, _Chain) else y)
-        return func(*args, **kwargs)
-
-    has_numbers = all(chain.has_numbers for chain in parts.values())
-    return _Chain(source, run, length, has_numbers and all(x.numel() == 1 for x in constants))
+def _common(parts: dict[int, _State], are_varying: list[bool]) -> dict[_State, int]:
+    """Return the sources that all parts of a function have, the nearest first."""
+    common: dict[_State, int] | None = None
+    for state, may_vary in zip(parts.values(), are_varying, strict=True):
+        own = {state: 1} if may_vary else {}
+        for source, n in state.sources.items():
+            if n < LONGEST:
+                own[source] = n + 1
+        if common is not None:
+            both = [(s, max(n, own[s])) for s, n in common.items() if s in own]
+            own = dict(sorted(both, key=lambda item: item[1]))
+        common = own
+    return common or {}
 
 
-def _fits(constant: Tensor, x: Tensor) -> bool:
-    """Whether a constant is combined with each number of ``x``, without adding dimensions."""
-    sizes = zip(reversed(constant.shape), reversed(x.shape), strict=False)
-    return constant.dim() <= x.dim() and all(n in (1, m) for n, m in sizes)
-
-
-def _activation(call: FunctionCall, chains: list[_Chain]) -> Tensor | None:
+def _activation(call: FunctionCall, recipe: _Recipe, sources: dict[_State, int]) -> Tensor | None:
     """Return an activation as one function of its nearest source; None if it is none."""
-    for chain in chains:
-        source = chain.source.get()
-        if source is None or not _is_zero_at_zero(chain, source):
+    for state in sources:
+        source = state.get()
+        if source is None or not _fits(call, source):
+            continue
+        run = functools.partial(recipe.of, state)
+        if not _is_zero_at_zero(run, source, recipe.has_numbers(state)):
             continue
         with torch.no_grad():
             value = call.detached().run()
         if isinstance(value, Tensor) and value.shape == source.shape:
-            return times_ratio(source, _First(source, value, chain.run), is_rounded=True)
+            return times_ratio(source, _First(source, value, run), is_rounded=True)
     return None
+
+
+def _fits(call: FunctionCall, x: Tensor) -> bool:
+    """Whether all arguments are combined with each number of ``x``, without adding dimensions."""
+    return all(
+        y.dim() <= x.dim()
+        and all(n in (1, m) for n, m in zip(reversed(y.shape), reversed(x.shape), strict=False))
+        for y in call.tensors
+    )
 
 
 @dataclass(frozen=True)
@@ -268,12 +284,18 @@ class _First:
             return self.run(x)
 
 
-def _is_zero_at_zero(chain: _Chain, source: Tensor) -> bool:
-    """Whether a function is zero at zero, up to rounding, and does not jump there."""
+def _is_zero_at_zero(run: Callable[[Tensor], Any], source: Tensor, has_numbers: bool) -> bool:
+    """Whether a function is zero at zero, up to rounding, and does not jump there.
+
+    Args:
+        run: The function.
+        source: What it is a function of.
+        has_numbers: Whether it is the same function of all numbers.
+    """
     for at, bound in ((0.0, ROUNDING), (-NEAR_ZERO, JUMP), (NEAR_ZERO, JUMP)):
-        x = source.new_full(() if chain.has_numbers else source.shape, at)
+        x = source.new_full(() if has_numbers else source.shape, at)
         with torch.no_grad():
-            y = chain.run(x)
+            y = run(x)
         if not isinstance(y, Tensor) or not y.is_floating_point() or not (y.abs() < bound).all():
             return False
     return True

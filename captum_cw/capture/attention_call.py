@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from captum_cw.capture import module_stack
 from captum_cw.capture.module_stack import Run
 from captum_cw.capture.rounding import product_rounding, rounding
-from captum_cw.functional import QueryMask, Weights, attention_weights, expand_heads
+from captum_cw.functional import (
+    QueryMask,
+    Weights,
+    attention_weights,
+    expand_heads,
+    grouped_matmul,
+)
 
 __all__ = [
     "AttentionCall",
@@ -175,16 +181,20 @@ def kind_of(own: Run | None, T: int, S: int) -> Kind:
         return "cross"
     if own is None:
         return "self"
-    parameters = inspect.signature(own.module.forward).parameters
-    given = {**dict(zip(parameters, own.args, strict=False)), **own.kwargs}
     states = own.states()
-    for name, other in given.items():
-        if not isinstance(other, Tensor) or other.dim() != 3 or same_numbers(other, states):
-            continue
-        # If the numbers of queries and keys differ, other states are recognised by their length.
-        if name in OTHER_STATES or T != S == other.shape[1]:
-            return "cross"
-    return "self"
+    others = {
+        name: x
+        for name, x in (*enumerate(own.args), *own.kwargs.items())
+        if isinstance(x, Tensor) and x.dim() == 3 and not same_numbers(x, states)
+    }
+    # If the numbers of queries and keys differ, other states are recognised by their length.
+    if T != S and any(x.shape[1] == S for x in others.values()):
+        return "cross"
+    if not others:
+        return "self"
+    names = list(inspect.signature(own.module.forward).parameters)
+    given = (names[n] if isinstance(n, int) and n < len(names) else n for n in others)
+    return "cross" if any(name in OTHER_STATES for name in given) else "self"
 
 
 def visible_keys(mask: Tensor) -> Tensor:
@@ -354,15 +364,16 @@ def _reproduces(
 ) -> bool:
     """Whether ``sum_j a_ij v_j`` equals the head outputs at a few real queries."""
     tolerance = max(1e-4, 4 * product_rounding(call.value, call.returned))
-    values = expand_heads(call.read(call.value), call.H)
+    values = call.read(call.value).transpose(-1, -2)
     output = call.head_output.transpose(1, 2)
     for rows in probed:
         a = weights(rows)
         n = a.shape[-1]
-        v = values[:, :, :n]
+        v = values[..., :n]
         error = a.abs() * (tolerance + _logit_rounding(call, rows, n))
         # NaN does not count here: it is reported later, with its place.
-        wrong = (a @ v - output[:, :, rows]).abs() > error @ v.abs() + TINY
+        gap = (grouped_matmul(a, v) - output[:, :, rows]).abs()
+        wrong = gap > grouped_matmul(error, v.abs()) + TINY
         if mask.real is not None:
             wrong &= mask.real[:, None, rows, None]
         if wrong.any():
@@ -381,12 +392,12 @@ def _logit_rounding(call: AttentionCall, rows: slice, n: int) -> Tensor | float:
     """
     if call.query is None or call.key is None or call.weights is not None:
         return 0.0
-    q, k = call.query[:, :, rows], expand_heads(call.key[:, :, :n], call.H)
+    q, k = call.query[:, :, rows], call.key[:, :, :n]
     coarse = product_rounding(q, k)
     if coarse <= rounding(q, k):
         return 0.0
     scaling = q.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    terms = q.to(call.dtype).square() @ k.to(call.dtype).square().transpose(-1, -2)
+    terms = grouped_matmul(q.to(call.dtype).square(), k.to(call.dtype).square())
     return 4 * coarse * scaling * terms.sqrt()
 
 

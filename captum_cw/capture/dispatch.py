@@ -42,6 +42,13 @@ class _Dispatcher(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.followers: list[Follower] = []
+        self.run: Proceed = _plain
+
+    def arrange(self) -> None:
+        """Let the last observer be called first, which passes functions on to those before it."""
+        self.run = _plain
+        for follower in self.followers:
+            self.run = partial(_observed, follower, self.run)
 
     def __torch_function__(
         self,
@@ -55,7 +62,7 @@ class _Dispatcher(TorchFunctionMode):
         # The mode is off while a function is handled, so observers that start now need another.
         before, _local.dispatcher = _local.dispatcher, None
         try:
-            return _dispatch(self.followers, func, args, kwargs or {})
+            return self.run(func, args, kwargs or {})
         finally:
             _local.dispatcher = before
 
@@ -67,14 +74,14 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def _dispatch(
-    followers: list[Follower], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+def _observed(
+    follower: Follower, proceed: Proceed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Call the last observer, which passes the function on to those before it."""
-    if not followers:
-        return func(*args, **kwargs)
-    *earlier, last = followers
-    return last(func, args, kwargs, partial(_dispatch, earlier))
+    return follower(func, args, kwargs, proceed)
 
 
 @contextmanager
@@ -85,8 +92,10 @@ def following(follower: Follower) -> Iterator[None]:
     with nullcontext() if outer else dispatcher:
         _local.dispatcher = dispatcher
         dispatcher.followers.append(follower)
+        dispatcher.arrange()
         try:
             yield
         finally:
             dispatcher.followers.remove(follower)
+            dispatcher.arrange()
             _local.dispatcher = outer

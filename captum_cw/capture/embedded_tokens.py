@@ -23,6 +23,7 @@ from captum_cw.capture.function_call import (
     is_in_place,
     name_of,
     substitute,
+    tensors_among,
     tensors_in,
 )
 from captum_cw.capture.linear_gradients import constant
@@ -104,7 +105,7 @@ class EmbeddedTokens:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Run a function, and return an embedding of the ids as a leaf."""
-        found = [self._known[id(x)] for x in tensors_in((args, kwargs)) if id(x) in self._known]
+        found = self._among(args, kwargs)
         name = name_of(func)
         only_shape = name in SHAPED and not (args and id(args[0]) in self._known)
         if not found or creates(name) or only_shape:
@@ -139,6 +140,10 @@ class EmbeddedTokens:
                     self._follow(x, followed.name, part)
         return result
 
+    def _among(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Followed]:
+        """Return what is known of the ids among the arguments of a function."""
+        return [self._known[id(x)] for x in tensors_among(args, kwargs) if id(x) in self._known]
+
     def _embedded(self, followed: _Followed, result: Tensor, name: str) -> Tensor:
         # Writing into a view changes ids too.
         if followed.places is None or followed.version != followed.tensor._version:
@@ -154,7 +159,7 @@ class EmbeddedTokens:
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Apply a function to places instead of ids; None if it does not take them."""
-        followed = [self._known[id(x)] for x in tensors_in((args, kwargs)) if id(x) in self._known]
+        followed = self._among(args, kwargs)
         if any(x.places is None for x in followed):
             return None
         if name in KEEPS:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,35 +24,41 @@ __all__ = [
     "is_in_place",
     "name_of",
     "substitute",
+    "tensors_among",
     "tensors_in",
     "varies",
 ]
 
 
-def varies(x: object) -> bool:
+def varies(x: object) -> TypeGuard[Tensor]:
     """Whether ``x`` is a floating tensor that depends on the inputs of the model."""
     return isinstance(x, Tensor) and x.grad_fn is not None
 
 
 def tensors_in(x: Any) -> list[Tensor]:
     """Return the tensors among arguments or results, also in lists, tuples and dicts."""
-    if isinstance(x, Tensor):
-        return [x]
     found: list[Tensor] = []
-    _collect(x, found)
+    _collect((x,), found)
     return found
 
 
-def _collect(x: Any, found: list[Tensor]) -> None:
-    if isinstance(x, dict):
-        x = x.values()
-    elif not isinstance(x, (list, tuple)):
-        return
+def tensors_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors among the arguments of a function."""
+    found: list[Tensor] = []
+    _collect(args, found)
+    if kwargs:
+        _collect(kwargs.values(), found)
+    return found
+
+
+def _collect(x: Iterable[Any], found: list[Tensor]) -> None:
     for y in x:
         if isinstance(y, Tensor):
             found.append(y)
-        elif isinstance(y, (list, tuple, dict)) and y:
+        elif isinstance(y, (list, tuple)):
             _collect(y, found)
+        elif isinstance(y, dict):
+            _collect(y.values(), found)
 
 
 def substitute(x: Any, change: Callable[[Any], Any]) -> Any:
@@ -71,7 +78,7 @@ def fixed(x: Any) -> Any:
     return substitute(x, lambda y: y.detach() if varies(y) else y)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class FunctionCall:
     """One call of a torch function.
 
@@ -92,6 +99,14 @@ class FunctionCall:
     proceed: Proceed
     one: Tensor
     softmax_gradient: bool
+    _tensors: list[Tensor] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        if self._tensors is None:
+            self._tensors = tensors_among(self.args, self.kwargs)
+        return self._tensors
 
     def run(self) -> Any:
         """Run the function with its own gradient."""
@@ -123,7 +138,9 @@ class FunctionCall:
             return constant(x, self.one) if fixed else x
         if not isinstance(x, (int, float)) or isinstance(x, bool) or not x:
             return x
-        number = constant(self.one.new_tensor(float(x)), self.one)
+        x = float(x)
+        is_finite = math.isfinite(x)
+        number = self.one * x if is_finite else constant(self.one.new_tensor(x), self.one)
         # A tensor without dimensions would take over the precision of the number.
         scalar = isinstance(self.first, Tensor) and not self.first.dim()
         return number.to(self.first.dtype) if scalar else number

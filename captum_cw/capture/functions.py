@@ -20,7 +20,7 @@ from captum_cw.capture.caches import is_cache
 from captum_cw.capture.dispatch import Proceed
 from captum_cw.capture.listeners import ValueChange, is_active, replaced, suspended
 from captum_cw.capture.module_stack import innermost, running
-from captum_cw.capture.positions import check_positions
+from captum_cw.capture.positions import LOOKUPS, check_positions
 from captum_cw.functional import expand_heads
 
 __all__ = ["DirectAttention"]
@@ -36,6 +36,22 @@ DEPTH = 2
 #: The functions that multiply weights by values, with the equation for operands of the same rank.
 PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
 EQUATIONS = {3: "bts,bsd->btd", 4: "bhts,bhsd->bhtd"}
+
+
+#: The functions that take a softmax.
+SOFTMAXES = {"softmax", "softmax_"}
+
+#: Functions that compute attention, or look positions up.
+_WATCHED = {
+    torch.nn.functional.multi_head_attention_forward,
+    torch.nn.functional.scaled_dot_product_attention,
+    *LOOKUPS,
+}
+
+
+def _is_watched(func: Any) -> bool:
+    """Whether a function concerns attention or positions, also before a softmax was taken."""
+    return func in _WATCHED or getattr(func, "__name__", "") in SOFTMAXES
 
 
 @dataclass
@@ -114,6 +130,8 @@ class DirectAttention:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Run a torch function, and observe it if it is a part of attention."""
+        if self._softmax is None and not _is_watched(func):
+            return proceed(func, args, kwargs)
         check_positions(func, args, kwargs)
         if not is_active():
             return proceed(func, args, kwargs)
@@ -121,7 +139,7 @@ class DirectAttention:
             self._miss(innermost())  # its attention cannot be observed
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self._run_fused(proceed, *args, **kwargs)
-        if getattr(func, "__name__", "") in ("softmax", "softmax_"):
+        if getattr(func, "__name__", "") in SOFTMAXES:
             return self._run_softmax(func, args, kwargs, proceed)
         if self._softmax is not None and any(id(x) in self._softmax.results for x in _flat(args)):
             return self._follow_softmax(self._softmax, func, args, kwargs, proceed)

@@ -46,7 +46,9 @@ def with_gradient_of(linear: Tensor, run: Callable[[], Tensor]) -> Tensor:
     return result
 
 
-def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor], *, is_rounded: bool = False) -> Tensor:
+def times_ratio(
+    x: Tensor, run: Callable[[Tensor], Tensor], *, is_rounded: bool = False, is_late: bool = False
+) -> Tensor:
     """Return ``run(x)`` as the product of ``x`` and the ratio ``run(x) / x``, which is held fixed.
 
     Where ``x`` is zero, the ratio is its limit.
@@ -57,6 +59,8 @@ def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor], *, is_rounded: bool 
         is_rounded: Whether ``run`` may round numbers that are larger than its result, as
             ``exp(x) - 1`` does. Then the ratio is computed in single precision at least, and is its
             limit also where ``x`` is nearly zero.
+        is_late: Whether the ratio is computed in the backward pass, if that comes to it. Then
+            ``run`` must still be the same function.
 
     Example:
         >>> x = torch.tensor([2.0], requires_grad=True)
@@ -64,7 +68,7 @@ def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor], *, is_rounded: bool 
         >>> x.grad
         tensor([2.])
     """
-    result: Tensor = _TimesRatio.apply(x, run, is_rounded)  # type: ignore[no-untyped-call]
+    result: Tensor = _TimesRatio.apply(x, run, is_rounded, is_late)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -109,25 +113,36 @@ class _Replaced(Function):
 
 class _TimesRatio(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], is_rounded: bool) -> Tensor:
-        ctx.dtype = x.dtype
+    def forward(
+        ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], is_rounded: bool, is_late: bool
+    ) -> Tensor:
         value = run(x)
-        near, wide, of_wide = 0.0, x, value
-        if is_rounded:
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            near = torch.finfo(wide.dtype).eps ** 0.5
-            of_wide = value if wide is x else run(wide)
-        ratio, zero = of_wide / wide, wide.abs() <= near
-        if zero.any():
-            limit = torch.full_like(wide, max(near, NEAR_ZERO)).copysign(wide)
-            ratio = torch.where(zero, run(limit) / limit, ratio)
-        ctx.save_for_backward(ratio)
+        ctx.dtype, ctx.is_rounded, ctx.run = x.dtype, is_rounded, run if is_late else None
+        ctx.save_for_backward(x if is_late else _ratio(x, value, run, is_rounded))
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (ratio,) = ctx.saved_tensors
-        return (grads[0] * ratio).to(ctx.dtype), None, None
+        if ctx.run is not None:
+            with torch.no_grad():
+                ratio = _ratio(ratio, ctx.run(ratio), ctx.run, ctx.is_rounded)
+        return (grads[0] * ratio).to(ctx.dtype), None, None, None
+
+
+def _ratio(x: Tensor, value: Tensor, run: Callable[[Tensor], Tensor], is_rounded: bool) -> Tensor:
+    """Return ``run(x) / x``, or its limit at zero, where ``value`` is ``run(x)``."""
+    if not is_rounded:
+        return value / x if x.all() else _with_limits(x, value, run, 0.0)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    near = torch.finfo(wide.dtype).eps ** 0.5
+    return _with_limits(wide, value if wide is x else run(wide), run, near)
+
+
+def _with_limits(x: Tensor, value: Tensor, run: Callable[[Tensor], Tensor], near: float) -> Tensor:
+    """Return ``value / x``, or its limit where ``x`` is at most ``near`` from zero."""
+    limit = torch.full_like(x, max(near, NEAR_ZERO)).copysign(x)
+    return torch.where(x.abs() <= near, run(limit) / limit, value / x)
 
 
 class _Constant(Function):

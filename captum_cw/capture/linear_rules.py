@@ -18,6 +18,7 @@ from torch import Tensor
 
 from captum_cw.capture.activation_chains import (
     ELEMENTWISE,
+    FOLLOWED,
     HELD_FIXED,
     ROUNDING,
     ActivationChains,
@@ -29,7 +30,9 @@ from captum_cw.capture.function_call import (
     creates,
     fixed,
     is_in_place,
+    name_of,
     substitute,
+    tensors_among,
     tensors_in,
     varies,
 )
@@ -41,7 +44,7 @@ from captum_cw.capture.linear_gradients import (
 )
 from captum_cw.capture.saved_tensors import before_writing
 
-__all__ = ["SPLITS", "in_parts", "run_linearised"]
+__all__ = ["SPLITS", "checked", "in_parts", "is_linear", "run_linearised"]
 
 #: Functions that return several views.
 SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
@@ -95,14 +98,27 @@ def run_linearised(call: FunctionCall, chains: ActivationChains) -> Any:
     return call.proceed(torch.Tensor.copy_, (written, value), {})
 
 
+@functools.lru_cache(maxsize=4096)
+def is_linear(func: Any) -> bool:
+    """Whether a function has the right gradient already, and does not write into its arguments."""
+    has_rule = name_of(func) in _rules or name_of(func) in FOLLOWED
+    return not (has_rule or is_in_place(func) or _place_of_inplace(func) is not None)
+
+
 def _by_rule(call: FunctionCall) -> Any:
     if call.name in _rules:
         return _rules[call.name](call)
-    result = call.run()
+    return checked(call, call.run())
+
+
+def checked(call: FunctionCall, result: Any) -> Any:
+    """Return the result of a function without a rule, which must have a gradient."""
+    if varies(result):
+        return result
     floating = [x for x in tensors_in(result) if x.is_floating_point()]
-    others = tensors_in((call.args[1:], call.kwargs))
-    only_creates = creates(call.name) and not any(map(varies, others))
-    if floating and not any(map(varies, floating)) and not only_creates:
+    if not floating or any(map(varies, floating)):
+        return result
+    if not creates(call.name) or any(map(varies, tensors_among(call.args[1:], call.kwargs))):
         raise UnsupportedModelError(
             f"The function {call.name!r} has no gradient, so what it makes of its input is unknown."
         )
@@ -126,6 +142,15 @@ def _held_fixed(call: FunctionCall) -> Any:
         return call.detached().run()
 
 
+@_rule("numpy", "array")
+def _outside(call: FunctionCall) -> Any:
+    """What NumPy makes of activations is not seen."""
+    raise UnsupportedModelError(
+        "The model computes with activations outside of PyTorch (by NumPy), so it is unknown what "
+        "becomes of them: write this part with torch functions."
+    )
+
+
 @_rule("div", "truediv", "true_divide", "divide", "rtruediv", "rdiv")
 def _divided(call: FunctionCall) -> Any:
     """A divisor is a scale, and is held fixed."""
@@ -141,7 +166,7 @@ def _divided(call: FunctionCall) -> Any:
 @_rule(*SPLITS)
 def in_parts(call: FunctionCall) -> Any:
     """Return each part as a view of its own, since a model may write into it."""
-    (x, *_) = tensors_in((call.args, call.kwargs))
+    (x, *_) = call.tensors
     dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0)
     parts = call.detached().run()
     if call.name == "unbind":
@@ -183,16 +208,27 @@ def _normalised(call: FunctionCall) -> Any:
 @_rule(*ELEMENTWISE)
 def _elementwise(call: FunctionCall) -> Any:
     """``x * (f(x) / x)`` if ``f(0) = 0``; otherwise the result is held fixed."""
-    x, others = call.first, tensors_in((call.args[1:], call.kwargs))
+    x, others = call.first, tensors_among(call.args[1:], call.kwargs)
     if call.name in _CLAMPS and any(map(varies, others)):
         return _between(call)
     if not varies(x) or any(map(varies, others)):
         return _held_fixed(call)
     if call.name in ("pow", "threshold", *_CLAMPS):
-        at_zero = call.of(x.new_zeros(()))
-        if not (at_zero.abs() < ROUNDING).all():  # NaN and infinity count too
+        if others:
+            at_zero = bool((call.of(x.new_zeros(())).abs() < ROUNDING).all())
+        else:
+            at_zero = _is_zero_at_zero(call.func, call.args[1:], tuple(call.kwargs.items()))
+        if not at_zero:
             return _held_fixed(call)
-    return times_ratio(x, call.of)
+    # Most powers belong to the scale of a norm, which no gradient passes.
+    return times_ratio(x, call.of, is_late=not others)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_zero_at_zero(func: Any, numbers: tuple[Any, ...], options: tuple[Any, ...]) -> bool:
+    """Whether a function with numbers as its other arguments is zero at zero, and not NaN."""
+    zero = torch.zeros((), dtype=torch.float32, device="cpu")
+    return bool(func(zero, *numbers, **dict(options)).abs() < ROUNDING)
 
 
 def _between(call: FunctionCall) -> Any:
@@ -227,7 +263,7 @@ def _gated(call: FunctionCall) -> Any:
 )
 def _product(call: FunctionCall) -> Any:
     """Each factor that depends on the inputs gets an equal part of the gradient."""
-    factors = sum(varies(x) for x in tensors_in((call.args, call.kwargs)))
+    factors = sum(map(varies, call.tensors))
     if factors < 2:
         return call.run()
     return call.changed(lambda x: scaled_gradient(x, 1 / factors) if varies(x) else x).run()
@@ -250,6 +286,8 @@ def _added_product(call: FunctionCall) -> Any:
 def _affine(call: FunctionCall) -> Any:
     """A product with a weight, and a bias."""
     x, weight, bias = call.first, call.argument(1, "weight"), call.argument(2, "bias")
+    if bias is None and not (varies(x) and varies(weight)):
+        return call.run()
     halved = dict(zip((id(x), id(weight)), _halved([x, weight]), strict=True))
     if bias is not None:
         halved[id(bias)] = call.lifted(bias)
@@ -324,7 +362,9 @@ def _halved(factors: list[Any]) -> list[Any]:
 def _with_constants(call: FunctionCall) -> Any:
     """Fixed summands are terms of their own, so that all shares sum to the whole."""
     if call.name in _SUMS or call.name in _JOINS:
-        found = tensors_in((call.args, call.kwargs))
+        found = call.tensors
+        if len(found) > 1 and not call.kwargs and all(map(varies, found)):
+            return call.run()
         like = next(x for x in found if varies(x))
         kept = () if call.name in _SUMS else (torch.bool,)  # the condition of a choice
         found = [x for x in found if not x.dtype.is_floating_point and x.dtype not in kept]
@@ -345,7 +385,7 @@ def _extreme(call: FunctionCall) -> Any:
 @_rule("index_fill", "scatter")
 def _with_a_number(call: FunctionCall) -> Any:
     """What is written into some places may be a number."""
-    if not varies(call.first) or any(map(varies, tensors_in((call.args[1:], call.kwargs)))):
+    if not varies(call.first) or any(map(varies, tensors_among(call.args[1:], call.kwargs))):
         return _with_constants(call)
     written = constant(call.of(torch.zeros_like(call.first)), call.one)
     return with_gradient_of(call.run() + written, call.detached().run)
@@ -504,7 +544,7 @@ def _run_in_place(call: FunctionCall, chains: ActivationChains) -> Any:
         write = torch.Tensor.copy_ if isinstance(value, Tensor) else torch.Tensor.fill_
         return call.proceed(write, (target, value), {})
     # What is kept for the backward pass must not be overwritten.
-    overwritten = _rules.get(call.name) in (_with_constants, _elementwise, _held_fixed)
+    overwritten = _rules.get(call.name) in (_with_constants, _held_fixed)
     needs_copy = not overwritten or not varies(target) or chains.is_source(target)
     kept = chains.copied(target) if needs_copy else target
     args = tuple(kept if x is target else x for x in call.args)

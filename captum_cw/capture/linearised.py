@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from captum_cw.capture.activation_chains import ActivationChains
-from captum_cw.capture.attention_call import UnsupportedModelError
 from captum_cw.capture.dispatch import Proceed
 from captum_cw.capture.embedded_tokens import EmbeddedTokens, Leaf
 from captum_cw.capture.function_call import (
@@ -29,10 +28,17 @@ from captum_cw.capture.function_call import (
     is_in_place,
     name_of,
     substitute,
+    tensors_among,
     tensors_in,
     varies,
 )
-from captum_cw.capture.linear_rules import SPLITS, in_parts, run_linearised
+from captum_cw.capture.linear_rules import (
+    SPLITS,
+    checked,
+    in_parts,
+    is_linear,
+    run_linearised,
+)
 from captum_cw.capture.module_stack import innermost
 from captum_cw.capture.rounding import in_widest, rounding
 from captum_cw.capture.saved_tensors import before_writing
@@ -117,16 +123,19 @@ class Linearised:
     def _run(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
-        found = tensors_in((args, kwargs))
-        if any(x.is_leaf and (x.requires_grad or x.is_inference()) for x in found):
+        found = tensors_among(args, kwargs)
+        fixed = [x for x in found if x.grad_fn is None]
+        may_vary = len(fixed) < len(found)
+        if any(x.requires_grad or x.is_inference() for x in fixed):
             args, kwargs = substitute((args, kwargs), _without_parameter)
+            found = tensors_among(args, kwargs)
         if found and is_in_place(func):
             before_writing(found[0])
         name = name_of(func)
         if name in _PASSED_ON and found:
             # An alias would hide from autograd what the model writes into it.
             return args[0] if is_in_place(func) else args[0].view_as(args[0])
-        if any(map(varies, found)):
+        if may_vary:
             if self._is_plain:
                 return proceed(func, args, kwargs)
             return self._linear(func, args, kwargs, proceed)
@@ -147,13 +156,15 @@ class Linearised:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Run a function of something that depends on the inputs."""
-        if name_of(func) in ("numpy", "array"):
-            raise UnsupportedModelError(
-                "The model computes with activations outside of PyTorch (by NumPy), so it is "
-                "unknown what becomes of them: write this part with torch functions."
-            )
+        is_short = not self._examines and "out" not in kwargs and is_linear(func)
+        result = proceed(func, args, kwargs) if is_short else None
+        if varies(result):
+            self.dtypes.add(result.dtype)
+            return result
         call = self._call(func, args, kwargs, proceed)
-        if self._examines and self.unequal is None and not is_in_place(func):
+        if is_short:
+            result = checked(call, result)
+        elif self._examines and self.unequal is None and not is_in_place(func):
             result = self._examined(call)
         else:
             result = run_linearised(call, self._chains)

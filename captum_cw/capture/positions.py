@@ -25,22 +25,25 @@ __all__ = ["check_positions", "position_ids", "rows_before_positions"]
 OFFSET = 4
 
 
+#: The functions that look up rows of a table.
+LOOKUPS = {torch.nn.functional.embedding, torch.gather, Tensor.gather}
+
+
 def check_positions(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise a ValueError if a model looks up positions beyond the end of their table.
 
     Args:
-        func: The function that the model calls. Only embeddings and :func:`torch.gather` can
-            be lookups.
+        func: The function that the model calls, which may be a lookup.
         args: The positional arguments of the call.
         kwargs: The keyword arguments of the call.
     """
+    if func not in LOOKUPS:
+        return
     if func is torch.nn.functional.embedding:
         (rows, table), dim = args, 0
-    elif func in (torch.gather, Tensor.gather):
+    else:
         given = {**dict(zip(("input", "dim", "index"), args, strict=False)), **kwargs}
         table, dim, rows = given["input"], given["dim"], given["index"]
-    else:
-        return
     if not isinstance(rows, Tensor) or rows.is_meta or not rows.numel():
         return
     rows, size = rows[..., 0] if rows.dim() > 2 else rows, table.shape[dim]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ __all__ = ["address_of", "before_writing", "counting", "keeping"]
 
 class _Kept:
     """A tensor that autograd keeps, and the number of times that it was changed in place."""
+
+    __slots__ = ("__weakref__", "version", "x")
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.version = x, _version(x)
@@ -44,14 +46,14 @@ class _Keeper:
     """All tensors that autograd keeps of a pass, by the address of their numbers."""
 
     def __init__(self) -> None:
-        self.kept: dict[int | None, WeakSet[_Kept]] = {}
+        self.kept: dict[int | None, list[ref[_Kept]]] = {}
         self.copies = 0
         self.count: Callable[[Tensor], object] = lambda x: None
 
     def pack(self, x: Tensor) -> _Kept:
         self.count(x)
         kept = _Kept(x)
-        self.kept.setdefault(address_of(x), WeakSet()).add(kept)
+        self.kept.setdefault(address_of(x), []).append(ref(kept))
         return kept
 
 
@@ -86,9 +88,11 @@ def before_writing(x: Tensor) -> None:
     """Copy what is kept of a tensor that is now overwritten."""
     keeper = _keeper.get()
     if keeper is not None:
-        for kept in keeper.kept.pop(address_of(x), ()):
-            kept.copy()
-            keeper.copies += 1
+        found = [kept() for kept in keeper.kept.pop(address_of(x), ())]
+        for kept in found:
+            if kept is not None:
+                kept.copy()
+                keeper.copies += 1
 
 
 def address_of(x: Tensor) -> int | None:

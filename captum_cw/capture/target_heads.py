@@ -80,7 +80,9 @@ def watched(
             heads.finish(by_head, on_layer)
 
     if varies(call.returned):
-        heads.hook = call.returned.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+        with torch._C.DisableTorchFunction():
+            hook = call.returned.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+        heads.hook = hook
     return heads
 
 
