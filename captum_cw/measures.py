@@ -12,6 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from captum_cw.attr.measures import AttentionAttribution
     from captum_cw.functional import Measure
 
@@ -61,6 +63,7 @@ class Entry:
         explained: Whether :func:`~captum_cw.explain` computes the measure for every layer.
         explains_target: Whether the measure explains a target, such as a prediction, and not the
             output of a layer.
+        form: The form of :class:`~captum_cw.EffectContributions`.
 
     Example:
         >>> Entry("mine", ContributionWeights, "Mine", "My measure.").attribution().__name__
@@ -79,6 +82,7 @@ class Entry:
     control: bool = False
     explained: bool = True
     explains_target: bool = False
+    form: Literal["joint", "effect", "sensitivity"] | None = None
 
     def attribution(self) -> type[AttentionAttribution]:
         """Return the class that computes the measure as a Captum attribution.
@@ -90,6 +94,11 @@ class Entry:
         if isinstance(source, type):
             return source
         raise TypeError(f"{self.name!r} has no class of captum_cw.attr: use it for removal only.")
+
+    def of_model(self, model: nn.Module) -> AttentionAttribution:
+        """Return the measure as a Captum attribution of a model."""
+        options: dict[str, Any] = {} if self.form is None else {"form": self.form}
+        return self.attribution()(model, **options)
 
     def function(self) -> Measure:
         """Return the function of a layer that computes the measure."""
@@ -193,6 +202,19 @@ def unregister(name: str) -> None:
     del _registry[name]
 
 
+def _effect(form: Literal["joint", "effect", "sensitivity"], about: str, unit: str) -> Entry:
+    return Entry(
+        form,
+        "captum_cw.attr:EffectContributions",
+        label={"joint": "joint contribution"}.get(form, f"contribution by {form}"),
+        about=about,
+        unit=unit,
+        explained=False,
+        explains_target=True,
+        form=form,
+    )
+
+
 def _control(name: str, function: str, label: str, about: str, **options: Any) -> Entry:
     source = f"captum_cw.functional:{function}"
     return Entry(name, source, label, about, control=True, explained=False, **options)
@@ -222,6 +244,21 @@ for _entry in (
         signed=True,
         explained=False,
         explains_target=True,
+    ),
+    _effect(
+        "joint",
+        "What a token adds to the target and its share of the output, as their geometric mean.",
+        "root of the target's unit",
+    ),
+    _effect(
+        "effect",
+        "The share of a query's output that a key made, times what the output adds to the target.",
+        "unit of the target",
+    ),
+    _effect(
+        "sensitivity",
+        "The share of a query's output that a key made, times what the output could change.",
+        "unit of the target",
     ),
     Entry(
         "contribution",

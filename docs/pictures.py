@@ -96,6 +96,8 @@ def pictures(model: Any, tokenizer: Any) -> Iterator[tuple[str, Figure]]:
     figure, _ = plot_token_scores(reductions, tokens, skip=[0], use_pyplot=False)
     yield "reductions", figure
 
+    yield "marginals", marginals(model, ids, tokens, layer)
+
     batches = token_batches(TEXTS, tokenizer, batch_size=3)
     metric = ComprehensivenessSufficiency(
         model, rates={"top": [0.02, 0.05, 0.1], "bottom": [0.3, 0.5, 0.7]}, quantity="nll"
@@ -119,6 +121,48 @@ def telling_heads(maps: list[torch.Tensor], count: int) -> list[tuple[int, int]]
     """The heads in which a token behind the first contributes most to the last position."""
     peaks = torch.stack([c[0, :, -1, 1:-1].amax(-1) for c in maps])
     return [divmod(int(place), peaks.shape[1]) for place in peaks.flatten().topk(count).indices]
+
+
+def marginals(model: Any, ids: torch.Tensor, tokens: list[str], number: int) -> Figure:
+    """What three terms explain of one output, by the formula and by random removals."""
+    found: list[torch.Tensor] = []
+
+    def on_layer(_: Any, layer: Any) -> None:
+        a = layer.weights(slice(0, layer.T))[0, :, -1]
+        v = layer.value[0].repeat_interleave(layer.H // layer.value.shape[1], 0)
+        terms = torch.einsum("hs,hsk,hkd->hsd", a, v, layer.output_weight).double()
+        found.append(terms)
+
+    ContributionWeights(model).observe(ids, None, on_layer)
+    terms = found[number]
+    _, S, d = terms.shape
+    flat = terms.reshape(-1, d)
+    output = flat.sum(0)
+    whole = output.square().sum()
+    c, r2 = flat @ output / whole, flat.square().sum(-1) / whole
+    # The largest share, the longest term with a small share, and the most negative share.
+    chosen = [c.argmax(), (r2 - 2 * c.abs()).argmax(), c.argmin()]
+    rates = torch.linspace(0, 1, 11, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for colour, term in zip(("#0072b2", "#009e73", "#d55e00"), map(int, chosen), strict=True):
+        head, key = divmod(term, S)
+        axes.plot(rates, 2 * rates * c[term] + (1 - 2 * rates) * r2[term], color=colour)
+        means = []
+        for rate in rates:
+            stays = torch.rand(2000, len(flat), generator=generator, dtype=torch.float64) >= rate
+            stays[:, term] = False
+            left = output - stays.double() @ flat
+            gain = left.square().sum(-1) - (left - flat[term]).square().sum(-1)
+            means.append(float(gain.mean() / whole))
+        label = f"head {head}, {tokens[key]!r}"
+        axes.plot(rates, means, "o", color=colour, label=label)
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set_xlabel("fraction of the other terms that is removed")
+    axes.set_ylabel("part of the output that the term adds")
+    axes.legend(frameon=False)
+    return figure
 
 
 def picture_of_page(model: Any, tokenizer: Any, path: Path) -> None:

@@ -206,12 +206,15 @@ class InputContributions(Attribution):  # type: ignore[misc]  # captum has no ty
         (torch.Size([1, 5]), True)
     """
 
+    name = "input"
+
     def __init__(
         self, forward_func: Callable[..., Any], *, attention: Attention = "frozen"
     ) -> None:
         check_choice("attention", attention, Attention)
         runner = Runner(forward_func, kind="all", needs_layers=False)
         super().__init__(runner.forward_func)
+        self.model = runner.model
         self.attention: Attention = attention
         self.target_runner = TargetRunner(runner, attention)
 

@@ -136,28 +136,36 @@ def _score(options: Namespace, model: Any, tokenizer: Any, prompt: Any) -> Answe
     entry = measures.find(method)
     assert entry is not None  # the parser accepts only registered names
     reduction: Reduction = options.reduction or "mean"
-    measure = entry.attribution()(model)
+    measure = entry.of_model(model)
     if options.target is None:
         read = read_text(
             tokenizer, prompt, add_generation_prompt=True, chat_template_kwargs=template
         )
         ids = read.ids.to(device_of(model))
+        reduction = "sum" if entry.explains_target else reduction
         scorer = TokenScores(measure, reduction=reduction)
         scores = scorer.attribute(ids, show_progress=True)[0].cpu()
         tokens = readable_tokens(tokenizer, ids[0])
-        title = f"{method}, {reduction} over the positions of the text"
+        what = " for the prediction" if entry.explains_target else ""
+        title = f"{method}{what}, {reduction} over the positions of the text"
         if options.out is not None:
-            label = method if reduction == "mean" else f"{method}, {reduction}"
+            is_usual = reduction == "mean" or entry.explains_target
+            label = method if is_usual else f"{method}, {reduction}"
             _explanation(model, tokenizer, ids, label, scores).save_page(options.out)
     else:
         check_generates_text(
             model, "leave --target out to score the tokens of the text in its attention layers"
         )
         result = LLMTokenAttribution(measure, tokenizer).attribute(
-            prompt, target=options.target, chat_template_kwargs=template, show_progress=True
+            prompt,
+            target=options.target,
+            contrast=options.contrast,
+            chat_template_kwargs=template,
+            show_progress=True,
         )
         tokens, scores = result.input_tokens, result.seq_attr
-        title = f"{method}, for the output {options.target!r}"
+        rather = "" if options.contrast is None else f", and not {options.contrast!r}"
+        title = f"{method}, for the output {options.target!r}{rather}"
         if options.out is not None:
             Explanation.from_llm(result, method).save_page(options.out)
     files = [] if options.out is None else [str(options.out)]
@@ -166,7 +174,7 @@ def _score(options: Namespace, model: Any, tokenizer: Any, prompt: Any) -> Answe
         "method": method,
         "reduction": reduction if options.target is None else None,
         "target": options.target,
-        "contrast": None,
+        "contrast": options.contrast,
         "probability": None,
         "contrast_probability": None,
         "tokens": tokens,
@@ -182,9 +190,12 @@ def _check_usage(options: Namespace) -> None:
         usage_error("--reduction applies to all positions, --target to some: give one of them")
     if options.contrast is not None and options.target is None:
         usage_error("--contrast is subtracted from a target: give --target too")
-    if options.contrast is not None and options.method not in (None, *OF_TARGET):
-        usage_error(f"--contrast needs --method {' or '.join(OF_TARGET)}, or none")
-    if options.method in OF_TARGET and options.reduction is not None:
+    entry = None if options.method is None else measures.find(options.method)
+    explains_target = entry is None or entry.explains_target
+    if options.contrast is not None and not explains_target:
+        of_target = [x.name for x in measures.entries(targets=True) if x.explains_target]
+        usage_error(f"--contrast needs --method {', '.join(of_target)}, or none")
+    if entry is not None and explains_target and options.reduction is not None:
         usage_error(f"--reduction does not apply to --method {options.method}: leave it out")
     if options.chat_template_kwargs is not None and not options.chat:
         usage_error("--chat-template-kwargs applies to a chat: give --chat too")

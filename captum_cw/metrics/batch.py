@@ -18,12 +18,12 @@ from captum_cw.capture.model import evaluation_mode, vocabulary_size
 from captum_cw.capture.outputs import predictions_of
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll
-from captum_cw.metrics.target_scores import TargetScores
 from captum_cw.removal.changes import FixedChange, RankedRemoval
 from captum_cw.removal.clean_pass import CleanPass
 from captum_cw.removal.options import RemovalOptions
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.scoring import PairScorer, RandomPairs, TokenMethod
+from captum_cw.removal.target_scores import OwnText, TargetScorer, TextValue
 from captum_cw.removal.virtual_tokens import behind, virtual_tokens
 
 __all__ = ["Batch", "BatchRun", "ForeignMethod", "Method", "Part", "Plan"]
@@ -79,7 +79,7 @@ class ForeignMethod:
     scorer: PairScorer
 
 
-Method = PairScorer | TokenMethod | TargetScores | ForeignMethod
+Method = PairScorer | TokenMethod | TargetScorer | ForeignMethod
 
 
 class BatchRun:
@@ -90,7 +90,7 @@ class BatchRun:
         part: the batch.
         methods: the scorers by name.
         target: the token or class for ``"log_prob"`` and ``"prob"``; None for the model's own
-            prediction.
+            prediction. For quantities of the text, what measures of a target explain.
 
     Attributes:
         clean: the clean pass.
@@ -103,9 +103,15 @@ class BatchRun:
     """
 
     def __init__(
-        self, plan: Plan, part: Part, methods: Mapping[str, Method], target: int | Tensor | None
+        self,
+        plan: Plan,
+        part: Part,
+        methods: Mapping[str, Method],
+        target: int | Tensor | TextValue | None,
     ) -> None:
-        self.plan, self.batch, self.target = plan, part.batch, target
+        self.plan, self.batch = plan, part.batch
+        self.text_value = target if isinstance(target, str) else None
+        self.target = None if isinstance(target, str) else target
         keys = tuple(str(example["index"]) for example in part.examples)
         self.methods = {
             name: replace(method, examples=keys) if isinstance(method, RandomPairs) else method
@@ -287,25 +293,22 @@ class BatchRun:
                 with evaluation_mode([method.model], method.model):
                     clean = CleanPass.run(method.model, forward, scorers, options, masks, text)
                 scores[name] = [behind(x, real.shape[1]) for x in clean.scores[name]]
-            elif isinstance(method, (TokenMethod, TargetScores)):
-                if isinstance(method, TargetScores):
-                    method = TokenMethod(partial(self._target_scores, method))
+            elif isinstance(method, TargetScorer):
+                scores[name] = self._target_scores(method)
+            elif isinstance(method, TokenMethod):
                 try:
                     scores[name] = method.checked(self.batch, self.ids.shape[1], real)
                 except ValueError as error:
                     raise ValueError(f"Method {name!r}: {error}") from error
         return scores
 
-    def _target_scores(self, method: TargetScores, batch: object) -> Tensor:
-        """Return contributions to the target of the quantity, or to the likelihood of the text."""
-
-        def log_likelihood(output: Any) -> Tensor:
-            logits = self._text_logits(output)
+    def _target_scores(self, method: TargetScorer) -> Tensor | list[Tensor]:
+        """Return scores for the target of the quantity, or for the tokens of the text."""
+        target: Tensor | OwnText = self.unchanged.target
+        if self.plan.quantity.of_text:
             assert self.counted is not None  # otherwise the quantity is refused
-            return -mean_nll(logits[:, :-1], self.ids[:, 1:], self.counted)[0]
-
-        target = log_likelihood if self.plan.quantity.of_text else self.unchanged.target
-        return method.of(self.plan.model, self.inputs, target)
+            target = OwnText(self.ids, self.counted, self.text_value or method.value)
+        return method.of(self.inputs, target, self.clean)
 
     def _target(self, logits: Tensor) -> Tensor:
         """Return the target of each example, ``(B,)``; without one, the model's prediction."""

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from captum_cw import measures
 from captum_cw._utils.processes import Processes
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
@@ -31,11 +30,11 @@ from captum_cw.metrics.batch import Batch, BatchRun, ForeignMethod, Method, Part
 from captum_cw.metrics.identity import check_identified, checksum, described, fingerprint
 from captum_cw.metrics.quantities import QuantityName, quantity_of
 from captum_cw.metrics.result import FaithfulnessResult
-from captum_cw.metrics.target_scores import TargetScores
 from captum_cw.removal.changes import check_self_attention
 from captum_cw.removal.options import RemovalKeywords, RemovalOptions
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.scoring import TokenMethod, model_of, scorer_of
+from captum_cw.removal.target_scores import TextValue, target_scorer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11
@@ -117,7 +116,7 @@ class ComprehensivenessSufficiency:
         methods: Mapping[str, object],
         inputs_or_dataloader: Batch | Iterable[Batch],
         *,
-        target: int | Tensor | None = None,
+        target: int | Tensor | TextValue | None = None,
         resume_from: str | Path | None = None,
         shard: bool = False,
         show_progress: bool = True,
@@ -130,10 +129,11 @@ class ComprehensivenessSufficiency:
                 same shape scores in a clean pass of that model); the name of a measure or control,
                 or ``"random"``; ``ALTIWeights`` or ``TokenScores`` with ``layers="rollout"``,
                 which score whole tokens in a clean pass; a callable of a batch that returns scores
-                ``(B, T)``, or a tensor of such scores; ``"target"`` or ``"input"``, the sizes of
-                contributions to the target (for a likelihood of the text, to that), with
-                ``granularity="token"``. Scores that you give are ranked as they are, so take
-                absolute values if signs should not count.
+                ``(B, T)``, or a tensor of such scores; a measure of a target or its name
+                (``"joint"``, ``"effect"``, ``"sensitivity"``, ``"target"``, and ``"input"`` with
+                ``granularity="token"``), whose sizes are summed over queries in an unchanged pass
+                for all rates. Scores that you give are ranked as they are, so take absolute values
+                if signs should not count.
             inputs_or_dataloader: token ids ``(B, T)``, a ``BatchEncoding`` or dict; or an iterable
                 of these. Tokens whose ``labels`` are -100, such as those of a prompt, do not count
                 in the likelihood, nor do tokens that an earlier token sees, such as the image
@@ -141,7 +141,10 @@ class ComprehensivenessSufficiency:
                 count.
             target: for ``"log_prob"`` and ``"prob"``, the id of the token after the text or of
                 the class: one for all examples, or ``(B,)``. None is the prediction of the
-                unchanged model.
+                unchanged model. For ``"perplexity"`` and ``"nll"``, what measures of a target
+                explain: ``"logits"``, the sum of the logits of the text's own tokens, or
+                ``"log_likelihood"``, their mean. None is the former for ``"joint"``, ``"effect"``
+                and ``"sensitivity"``, and the latter for ``"target"`` and ``"input"``.
             resume_from: a file that keeps every finished batch. An interrupted run with the same
                 settings, data and model resumes from it, and gives the same numbers.
             shard: whether the processes of ``torchrun`` or ``accelerate launch`` share the
@@ -165,6 +168,7 @@ class ComprehensivenessSufficiency:
             >>> metric.evaluate(methods, texts).aopc().keys()
             dict_keys(['ours', 'chance'])
         """
+        self._check_target(target)
         scorers = {name: self._scorer(method) for name, method in methods.items()}
         if not scorers:
             raise ValueError("methods is empty: give at least one method.")
@@ -214,24 +218,30 @@ class ComprehensivenessSufficiency:
         return FaithfulnessResult(self.rates, {**settings, "processes": processes.count}, records)
 
     def _scorer(self, method: object) -> Method:
-        entry = measures.find(method) if isinstance(method, str) else None
-        if entry is not None and entry.explains_target:
-            self._check_target_method(entry.name)
-            return TargetScores(entry.name)
-        scorer = scorer_of(method, self._plan.options.reduction, self._plan.options.seed)
+        options = self._plan.options
+        of_target = target_scorer(method, self.model, options.granularity)
+        if of_target is not None:
+            self._check_has_target(of_target.method.name)
+            return of_target
+        scorer = scorer_of(method, options.reduction, options.seed)
         model = model_of(method)
         if isinstance(scorer, TokenMethod) or model is None or model is self.model:
             return scorer
         return ForeignMethod(model, scorer)
 
-    def _check_target_method(self, name: str) -> None:
-        """Check that the quantity has a target, and that whole tokens are ranked."""
+    def _check_target(self, target: object) -> None:
+        """Check that a target that is a name fits the quantity."""
+        if isinstance(target, str):
+            check_choice("target", target, TextValue)
+            if not self._plan.quantity.of_text:
+                raise ValueError(
+                    f"target={target!r} is for 'perplexity' and 'nll', but quantity="
+                    f"{self.quantity!r}: give a token or class, or None."
+                )
+
+    def _check_has_target(self, name: str) -> None:
+        """Check that the quantity has a target for a measure of one."""
         plan = self._plan
-        if plan.options.granularity != "token":
-            raise ValueError(
-                f"{name!r} scores whole tokens, not pairs of head and token: use "
-                "granularity='token'."
-            )
         if not (plan.quantity.of_target or plan.quantity.of_text) or plan.mask_token_id is not None:
             raise ValueError(
                 f"{name!r} needs a target, but quantity={self.quantity!r} has none here: use "
@@ -260,7 +270,7 @@ class ComprehensivenessSufficiency:
         self,
         methods: Mapping[str, Method],
         part: Part,
-        target: int | Tensor | None,
+        target: int | Tensor | TextValue | None,
         advance: Callable[[], object],
     ) -> list[dict[str, Any]]:
         """Return the records of one batch."""

@@ -28,7 +28,9 @@ from captum_cw.capture.caches import find_cache, is_cache, own_copy
 from captum_cw.capture.call_tokens import Tokens, tokens_of, warn_of_special_tokens
 from captum_cw.capture.model import LOGITS, parameters_of, uncompiled, unwrapped
 from captum_cw.capture.module_stack import running
+from captum_cw.capture.outputs import predictions_of
 from captum_cw.capture.run import no_attention
+from captum_cw.capture.target_value import Target
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.functional import AttentionLayer
 from captum_cw.removal.clean_pass import (
@@ -42,6 +44,7 @@ from captum_cw.removal.options import Factors, RemovalOptions
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.scoring import PairScorer, TokenMethod, space_of
 from captum_cw.removal.sinks import real_tokens
+from captum_cw.removal.target_scores import OwnText, TargetScorer
 from captum_cw.removal.virtual_tokens import padding_masks, text_mask, without_prefix
 
 __all__ = [
@@ -370,21 +373,23 @@ class RankedRemoval(Intervention):
         options: How pairs or tokens are scored, ranked and protected.
         sinks: Under online scoring, for each layer ``(B, S)``, True at tokens that stay, if they
             are known from a clean pass. None finds the sinks in the changed pass.
+        target: What a measure of a target explains.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        scorer: PairScorer | TokenMethod,
+        scorer: PairScorer | TokenMethod | TargetScorer,
         rate: float,
         which: Which,
         options: RemovalOptions,
         sinks: Sequence[Tensor] | None = None,
+        target: Target = None,
     ) -> None:
         super().__init__(model)
         check_self_attention(self.model)
         self._scorer, self._rate, self._which = scorer, rate, which
-        self._options, self._sinks = options, sinks
+        self._options, self._sinks, self._target = options, sinks, target
 
     def _first_pass(self, forward: Forward, tokens: Tokens) -> AbstractContextManager[None]:
         if any(module.training for module in self.model.modules()):
@@ -392,7 +397,7 @@ class RankedRemoval(Intervention):
                 "The model is in training mode, and dropout changes what is scored: call "
                 "model.eval()."
             )
-        if self._options.scores_before:
+        if self._options.scores_before or isinstance(self._scorer, TargetScorer):
             return self._scored_before(forward, tokens)
         return self._scored_online(tokens)
 
@@ -400,7 +405,7 @@ class RankedRemoval(Intervention):
     def _scored_before(self, forward: Forward, tokens: Tokens) -> Iterator[None]:
         scorer, options = self._scorer, self._options
         inputs = self._clean_inputs(tokens)
-        scorers = {} if isinstance(scorer, TokenMethod) else {"": scorer}
+        scorers = {"": scorer} if isinstance(scorer, PairScorer) else {}
         clean = CleanPass.run(
             self.model,
             partial(forward, **inputs),
@@ -410,8 +415,8 @@ class RankedRemoval(Intervention):
             tokens.text,
         )
         scores: Tensor | Sequence[Tensor] = clean.scores.get("", ())
-        if isinstance(scorer, TokenMethod):
-            scores = self._token_scores(scorer, tokens, clean.real[0], inputs)
+        if not isinstance(scorer, PairScorer):
+            scores = self._own_scores(scorer, tokens, clean, inputs)
         self._state.factors = clean.factors(self._rate, self._which, options, scores, clean.kept)
         with self._apply(tokens):
             yield
@@ -430,10 +435,15 @@ class RankedRemoval(Intervention):
             inputs["attention_mask"] = mask[..., : tokens.T]
         return inputs
 
-    def _token_scores(
-        self, method: TokenMethod, tokens: Tokens, real: Tensor, inputs: Mapping[str, Any]
-    ) -> Tensor:
-        """Return the scores of whole tokens, ``(B, S)``."""
+    def _own_scores(
+        self,
+        method: TokenMethod | TargetScorer,
+        tokens: Tokens,
+        clean: CleanPass,
+        inputs: Mapping[str, Any],
+    ) -> Tensor | list[Tensor]:
+        """Return the scores of a method that runs passes of its own."""
+        real = clean.real[0]
         batch = {
             name: own_copy(x)
             for name, x in inputs.items()
@@ -442,13 +452,26 @@ class RankedRemoval(Intervention):
         text = real if tokens.ids is None else tokens.ids
         self._state.suspended = True
         try:
-            return method.checked(batch, text.shape[1], real)
+            if isinstance(method, TokenMethod):
+                return method.checked(batch, text.shape[1], real)
+            return method.of(batch, self._target_of(tokens, clean), clean)
         finally:
             self._state.suspended = False
 
+    def _target_of(self, tokens: Tokens, clean: CleanPass) -> Target:
+        """Return what a measure explains: without a target the tokens of the text, or a class."""
+        if self._target is not None or predictions_of(clean.output).dim() == 2:
+            return self._target
+        if tokens.ids is None or tokens.ids.is_floating_point():
+            raise ValueError(
+                "The text is given as embeddings, so its tokens are unknown: give a target, such "
+                "as a token or a callable (output) -> (B,)."
+            )
+        return OwnText.of(tokens.ids, clean.real[0])
+
     @contextmanager
     def _scored_online(self, tokens: Tokens) -> Iterator[None]:
-        assert not isinstance(self._scorer, TokenMethod)  # whole tokens are scored before
+        assert isinstance(self._scorer, PairScorer)  # other methods score before
         if is_observed():
             raise RuntimeError(
                 "Under online removal a layer changes while it is scored, so it cannot be "

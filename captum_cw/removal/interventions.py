@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.model import unwrapped
+from captum_cw.capture.target_value import Target
 from captum_cw.removal.changes import FixedChange, RankedRemoval, Scaled
 from captum_cw.removal.options import (
     RemovalKeywords,
@@ -27,7 +28,8 @@ from captum_cw.removal.options import (
     removal_factors,
 )
 from captum_cw.removal.ranking import Which
-from captum_cw.removal.scoring import model_of, pair_scorer, scorer_of
+from captum_cw.removal.scoring import PairScorer, TokenMethod, model_of, pair_scorer, scorer_of
+from captum_cw.removal.target_scores import TargetScorer, target_scorer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11
@@ -41,6 +43,8 @@ def remove_tokens(
     method: object,
     rate: float,
     which: Which = "bottom",
+    *,
+    target: Target = None,
     **options: Unpack[RemovalKeywords],
 ) -> Iterator[None]:
     """Remove the pairs of head and token that a method scores lowest, or highest.
@@ -62,12 +66,17 @@ def remove_tokens(
         model: The model.
         method: How pairs are scored. A measure such as ``ContributionWeights(model)``; a
             ``TokenScores`` around one, whose ``reduction`` and ``signed`` count; or a name:
-            ``"contribution"``, ``"vwon"``, ``"vw"``, ``"attention"``, ``"random"`` or a control.
+            ``"contribution"``, ``"vwon"``, ``"vw"``, ``"attention"``, ``"random"``, a control,
+            ``"joint"``, ``"effect"``, ``"sensitivity"`` or ``"target"``. Measures of a target are
+            summed over queries, and always scored in an unchanged pass.
             With ``granularity="token"`` also a measure of whole tokens, such as
             ``ALTIWeights(model)``; or scores ``(B, T)``, as a tensor or as a callable of the
             model's keyword arguments.
         rate: The fraction of pairs to remove, in [0, 1].
         which: ``"bottom"`` (sufficiency) or ``"top"`` (comprehensiveness).
+        target: What measures of a target explain, as for
+            :class:`~captum_cw.TargetContributions`. None is the sum of the logits that a model
+            gives the tokens of its own text, or the class that a classifier predicts.
         options: ``reduction``, ``scoring``, ``ranking``, ``granularity``, ``rate_of``,
             ``protect_sinks``, ``sink_threshold``, ``sink_space`` and ``seed``.
             :class:`~captum_cw.removal.options.RemovalOptions` describes them.
@@ -85,14 +94,19 @@ def remove_tokens(
     """
     check_rate(rate, which)
     chosen = RemovalOptions(**options)
-    if model_of(method) not in (None, unwrapped(model)):
-        raise ValueError(
-            "method belongs to another model: create it with this model, or give its name. "
-            "(ComprehensivenessSufficiency accepts scores of another model.)"
-        )
-    given = method, chosen.reduction, chosen.seed
-    scorer = scorer_of(*given) if chosen.granularity == "token" else pair_scorer(*given)
-    with RankedRemoval(model, scorer, rate, which, chosen).in_force():
+    scorer: PairScorer | TokenMethod | TargetScorer | None
+    scorer = target_scorer(method, unwrapped(model), chosen.granularity)
+    if scorer is None:
+        if target is not None:
+            raise ValueError(f"target={target!r}, but method={method!r} does not explain a target.")
+        if model_of(method) not in (None, unwrapped(model)):
+            raise ValueError(
+                "method belongs to another model: create it with this model, or give its name. "
+                "(ComprehensivenessSufficiency accepts scores of another model.)"
+            )
+        given = method, chosen.reduction, chosen.seed
+        scorer = scorer_of(*given) if chosen.granularity == "token" else pair_scorer(*given)
+    with RankedRemoval(model, scorer, rate, which, chosen, target=target).in_force():
         yield
 
 

@@ -152,6 +152,18 @@ def test_json_holds_the_prediction_and_what_it_is_made_of(
     values = captum_cw.TokenScores(
         captum_cw.TargetContributions(model), "sum", layers="sum", heads="sum", signed=True
     )
+    for form in ("joint", "effect", "sensitivity"):
+        effects = captum_cw.EffectContributions(model, form=form)
+        asked = ["--target", "e", "--contrast", "f", "--method", form]
+        assert main([*arguments, *asked]) == 0
+        printed = printed_json(capsys)
+        result = captum_cw.LLMTokenAttribution(effects, tokenizer).attribute(
+            "a b c d", target="e", contrast="f"
+        )
+        torch.testing.assert_close(torch.tensor(printed["scores"]), result.seq_attr)
+        assert main([*arguments, "--method", form]) == 0
+        summed = captum_cw.TokenScores(effects, "sum").attribute(ids)[0]
+        torch.testing.assert_close(torch.tensor(printed_json(capsys)["scores"]), summed)
     for method, measure in (("target", values), ("input", inputs)):
         asked = ["--target", "e", "--contrast", "f", "--method", method]
         assert main([*arguments, *asked]) == 0
@@ -224,7 +236,7 @@ def test_the_page_of_a_long_text_holds_scores_alone(
         (["--text", "Ice is cold", "--contrast", "b"], "give --target too"),
         (
             ["--text", "Ice", "--target", "a", "--contrast", "b", "--method", "vw"],
-            "--contrast needs --method target or input",
+            "--contrast needs --method target, input, joint",
         ),
         (["--text", "Ice", "--method", "input", "--reduction", "sum"], "leave it out"),
         (["--text", "Ice is cold", "--out", "no/such/page.html"], "there is no folder no/such"),

@@ -1,0 +1,176 @@
+"""Measure how well scores of pairs add up to what random removals do (linear datamodelling score).
+
+    python benchmarks/datamodelling.py --data gsm8k=FILE --data wikitext=FILE
+
+From each text, random pairs of head and token are removed many times. A score is good if the sum
+over the removed pairs ranks these removals as the loss of log-likelihood does. The result is the
+rank correlation of each text, averaged, with an interval over texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from captum_cw import (
+    AttentionWeights,
+    ContributionWeights,
+    EffectContributions,
+    TargetContributions,
+    TokenScores,
+    VWAttention,
+    VWONAttention,
+    remove_values,
+)
+from captum_cw._utils.progress import progress_bar
+from captum_cw._utils.records import Records
+from captum_cw.data import load_texts, token_batches
+from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
+from captum_cw.removal.target_scores import OwnText
+
+OUT = Path(__file__).parent.parent / "docs" / "results"
+SCORES: dict[str, Any] = {
+    "contribution": ContributionWeights,
+    "vwon": VWONAttention,
+    "vw": VWAttention,
+    "attention": AttentionWeights,
+    "joint, frozen": lambda model: EffectContributions(model, form="joint"),
+    "effect, frozen": lambda model: EffectContributions(model, form="effect"),
+    "sensitivity, plain": lambda model: EffectContributions(
+        model, form="sensitivity", gradient="plain"
+    ),
+    "target, frozen": TargetContributions,
+    "target, attnlrp": lambda model: TargetContributions(model, attention="attnlrp"),
+}
+
+
+def pair_scores(model: Any, name: str, batch: dict[str, Tensor], target: OwnText) -> Tensor:
+    """Return the sizes of a measure, summed over queries, ``(B, L, H, S)``."""
+    method = SCORES[name](model)
+    scores = TokenScores(method, reduction="sum", layers=None, heads=None)
+    options = {"target": target} if method.explains_target else {}
+    return scores.attribute(batch, **options)
+
+
+def losses(model: Any, batch: dict[str, Tensor], target: OwnText) -> Tensor:
+    """Return the mean negative log-likelihood of each text, ``(B,)``."""
+    with torch.no_grad():
+        return -target(model(**batch)).double()
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Return the ranks of numbers without ties, along the first dimension."""
+    return x.argsort(0).argsort(0).double()
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Return the rank correlation along the first dimension."""
+    x, y = (ranks(z) - ranks(z).mean(0) for z in (x, y))
+    return (x * y).sum(0) / (x.square().sum(0) * y.square().sum(0)).sqrt()
+
+
+def of_batch(
+    model: Any, batch: dict[str, Tensor], rate: float, removals: int, seed: int
+) -> dict[str, list[float]]:
+    """Return the rank correlation of each score for each text of a batch."""
+    real = batch["attention_mask"].bool()
+    logits = OwnText.of(batch["input_ids"], real)
+    likelihood = OwnText(logits.ids, logits.counted, "log_likelihood")
+    scores = {name: pair_scores(model, name, batch, logits) for name in SCORES}
+    clean = losses(model, batch, likelihood)
+    B, L, H, S = next(iter(scores.values())).shape
+    may_go = real.clone()
+    may_go[torch.arange(B), real.long().argmax(1)] = False  # the sink stays
+    generator = torch.Generator().manual_seed(seed)
+    lost, sums = [], {name: [] for name in SCORES}
+    for _ in range(removals):
+        drawn = torch.rand(B, L, H, S, generator=generator) < rate
+        gone = drawn & may_go[:, None, None]
+        with remove_values(model, list(gone.unbind(1))):
+            lost.append(losses(model, batch, likelihood) - clean)
+        for name, x in scores.items():
+            sums[name].append(x.double().masked_fill(~gone, 0).sum((1, 2, 3)))
+    found = torch.stack(lost)
+    return {name: correlation(torch.stack(x), found).tolist() for name, x in sums.items()}
+
+
+def _row(name: str, values: Sequence[float]) -> str:
+    x = torch.tensor(values, dtype=torch.float64)
+    drawn = torch.randint(len(x), (10_000, len(x)), generator=torch.Generator().manual_seed(0))
+    low, high = x[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return f"| {name} | {x.mean():.3f} | {low:.3f} to {high:.3f} |"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, and write the page of one model."""
+    parser = argparse.ArgumentParser(
+        description="Measure how well scores of pairs add up to what random removals do.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="a hub id or a local folder; without it, the demo model")
+    add("--data", action="append", required=True, help="NAME=FILE; can be repeated")
+    add("--length", type=int, default=128, help="the largest number of tokens of a text")
+    add("--samples", type=int, default=32, help="number of documents, the last of each set")
+    add("--batch-size", type=int, default=8, help="number of texts per pass")
+    add("--removals", type=int, default=64, help="number of random removals of each text")
+    add("--rate", type=float, default=0.1, help="the fraction of pairs that a removal takes")
+    add("--threads", type=int, default=2, help="number of threads of torch")
+    add("--work", type=Path, default=Path("datamodelling"), help="folder of unfinished runs")
+    add("--out", type=Path, default=OUT, help="folder of the page")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
+    name = (options.model or DEMO_MODEL).rstrip("/").rpartition("/")[2]
+    pages = []
+    for given in options.data:
+        data, _, source = given.partition("=")
+        batches = token_batches(
+            load_texts(source)[-options.samples :],
+            tokenizer,
+            max_length=options.length,
+            batch_size=options.batch_size,
+        )
+        options.work.mkdir(parents=True, exist_ok=True)
+        settings = {n: getattr(options, n) for n in ("length", "samples", "removals", "rate")}
+        run = {"model": name, "weights": origin(model), "data": source, **settings}
+        values: dict[str, list[float]] = {name: [] for name in SCORES}
+        with (
+            Records(options.work / f"{name}-{data}.records", run) as records,
+            progress_bar(len(batches), f"Datamodelling, {data}", show=True) as bar,
+        ):
+            for number, batch in enumerate(batches):
+                key = str(number)
+                if key not in records:
+                    records[key] = of_batch(model, batch, options.rate, options.removals, number)
+                for score, found in records[key].items():
+                    values[score] += found
+                bar.update()
+        rows = [_row(score, found) for score, found in values.items()]
+        head = "| score | rank correlation | 95% interval |\n|---|---:|---:|"
+        pages.append("\n".join([f"## {data}\n", head, *rows]))
+    top = (
+        f"# Do scores add up to what a removal costs? {name}\n\nPython "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}; weights: {origin(model)}. The last {options.samples} "
+        f"documents of each set, cut to {options.length} tokens; {options.removals} removals of a "
+        f"random {100 * options.rate:g}% of all pairs, but those of the first token. The "
+        "correlation is that of the sum of the scores of the removed pairs with the loss of "
+        "log-likelihood (Spearman), averaged over documents."
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    page = "\n\n".join([top, *pages]) + "\n"
+    (options.out / f"datamodelling-{name}.md").write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
