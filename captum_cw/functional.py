@@ -203,7 +203,7 @@ def attention_weights(
         if causal:
             T, S = logits.shape[2:]
             hidden = torch.full((T, S), lowest, dtype=logits.dtype, device=logits.device)
-            # A masked_fill_ with a mask that is broadcast is three times as slow.
+            # This is faster than masked_fill_ with a mask that is broadcast.
             logits.tril_(S - T).add_(hidden.triu_(S - T + 1))
         return logits.softmax(-1)
     if mask.dtype == torch.bool:

@@ -70,7 +70,7 @@ class _State:
 
     Attributes:
         version: The number of times that the tensor was changed in place.
-        recipe: How it was computed; None if it is no elementwise function of other tensors.
+        recipe: How it was computed elementwise from other tensors; None if it was not.
         sources: The tensors of which it is a function, the nearest first, and how many functions
             in a row lie between.
         kept: The sources of a tensor that does not vary, which autograd does not keep.
@@ -117,7 +117,7 @@ class _Recipe:
         return self.func(*substitute(self.args, value), **substitute(self.kwargs, value))
 
     def has_numbers(self, source: _State) -> bool:
-        """Whether all constants between a source and the result are single numbers."""
+        """Whether the function, as one of a source, has no constant tensors of several numbers."""
         return all(
             y is source or y.recipe is None or y.recipe.has_numbers(source)
             if isinstance(y, _State)
@@ -261,7 +261,7 @@ def _activation(call: FunctionCall, recipe: _Recipe, sources: dict[_State, int])
 
 
 def _fits(call: FunctionCall, x: Tensor) -> bool:
-    """Whether all arguments are combined with each number of ``x``, without adding dimensions."""
+    """Whether all arguments can be broadcast to the shape of ``x``."""
     return all(
         y.dim() <= x.dim()
         and all(n in (1, m) for n, m in zip(reversed(y.shape), reversed(x.shape), strict=False))
@@ -285,7 +285,7 @@ class _First:
 
 
 def _is_zero_at_zero(run: Callable[[Tensor], Any], source: Tensor, has_numbers: bool) -> bool:
-    """Whether a function is zero at zero, up to rounding, and does not jump there.
+    """Whether a function is zero at zero up to rounding, and has no jump there.
 
     Args:
         run: The function.

@@ -50,7 +50,7 @@ _WATCHED = {
 
 
 def _is_watched(func: Any) -> bool:
-    """Whether a function concerns attention or positions, also before a softmax was taken."""
+    """Whether a function may begin attention or look positions up."""
     return func in _WATCHED or getattr(func, "__name__", "") in SOFTMAXES
 
 

@@ -100,7 +100,7 @@ def run_linearised(call: FunctionCall, chains: ActivationChains) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def is_linear(func: Any) -> bool:
-    """Whether a function has the right gradient already, and does not write into its arguments."""
+    """Whether a function needs no rule: its own gradient is right, and it works out of place."""
     has_rule = name_of(func) in _rules or name_of(func) in FOLLOWED
     return not (has_rule or is_in_place(func) or _place_of_inplace(func) is not None)
 
@@ -144,7 +144,7 @@ def _held_fixed(call: FunctionCall) -> Any:
 
 @_rule("numpy", "array")
 def _outside(call: FunctionCall) -> Any:
-    """What NumPy makes of activations is not seen."""
+    """Refuse NumPy, because its functions cannot be followed."""
     raise UnsupportedModelError(
         "The model computes with activations outside of PyTorch (by NumPy), so it is unknown what "
         "becomes of them: write this part with torch functions."
@@ -226,7 +226,7 @@ def _elementwise(call: FunctionCall) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _is_zero_at_zero(func: Any, numbers: tuple[Any, ...], options: tuple[Any, ...]) -> bool:
-    """Whether a function with numbers as its other arguments is zero at zero, and not NaN."""
+    """Whether a function of a tensor and of fixed numbers maps zero to zero."""
     zero = torch.zeros((), dtype=torch.float32, device="cpu")
     return bool(func(zero, *numbers, **dict(options)).abs() < ROUNDING)
 
