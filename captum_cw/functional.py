@@ -148,20 +148,26 @@ def expand_heads(x: Tensor, heads: int) -> Tensor:
     return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def grouped_matmul(rows: Tensor, keys: Tensor) -> Tensor:
-    """Compute ``<rows_i^h, keys_j^g(h)>`` without a copy of the shared key-value heads.
+def grouped_matmul(rows: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute ``<rows_i^h, keys_j^g(h)> + bias_ij`` without a copy of the shared key-value heads.
 
     Args:
         rows: ``(B, H, t, d_h)``.
         keys: ``(B, H_kv, S, d_h)``.
+        bias: ``(t, S)``; None for zero.
 
     Returns:
         ``(B, H, t, S)``.
     """
     B, H, t, d_h = rows.shape
-    shared = keys.shape[1]
-    product = rows.reshape(B, shared, H // shared * t, d_h) @ keys.transpose(-1, -2)
-    return product.view(B, H, t, keys.shape[2])
+    shared, S = keys.shape[1:3]
+    grouped = rows.reshape(B, shared, H // shared * t, d_h)
+    if bias is None:
+        product = grouped @ keys.transpose(-1, -2)
+    else:
+        bias = bias.repeat(H // shared, 1)
+        product = torch.baddbmm(bias, grouped.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
+    return product.view(B, H, t, S)
 
 
 @_without_autocast
@@ -197,15 +203,12 @@ def attention_weights(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.shape[1] % key.shape[1]:
         expand_heads(key, query.shape[1])  # raises an error with the reason
-    logits = grouped_matmul(query * scaling, key)
-    lowest = torch.finfo(logits.dtype).min
+    lowest = torch.finfo(query.dtype).min
     if mask is None:
-        if causal:
-            T, S = logits.shape[2:]
-            hidden = torch.full((T, S), lowest, dtype=logits.dtype, device=logits.device)
-            # This is faster than masked_fill_ with a mask that is broadcast.
-            logits.tril_(S - T).add_(hidden.triu_(S - T + 1))
-        return logits.softmax(-1)
+        T, S = query.shape[2], key.shape[2]
+        hidden = query.new_full((T, S), lowest).triu_(S - T + 1) if causal and T > 1 else None
+        return grouped_matmul(query * scaling, key, hidden).softmax(-1)
+    logits = grouped_matmul(query * scaling, key)
     if mask.dtype == torch.bool:
         return logits.masked_fill_(~mask, lowest).softmax(-1).mul_(mask.any(-1, keepdim=True))
     return (logits + mask).softmax(-1)
@@ -348,6 +351,16 @@ class QueryMask:
         Returns:
             ``(B|1, H|1, S)``, float32.
         """
+        if chosen is None:
+            return self._all_counts.to(device)
+        return self._counts(chosen, device)
+
+    @cached_property
+    def _all_counts(self) -> Tensor:
+        known = self.real if self.visible is None else self.visible
+        return self._counts(None, torch.device("cpu") if known is None else known.device)
+
+    def _counts(self, chosen: Tensor | None, device: torch.device) -> Tensor:
         chosen = self.chosen(chosen)
         if self.visible is None:
             counted = torch.ones(1, self.T, dtype=torch.bool, device=device)

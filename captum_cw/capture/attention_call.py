@@ -27,8 +27,10 @@ __all__ = [
     "AttentionCall",
     "DenseKernel",
     "Kind",
+    "SoftmaxWeights",
     "UnsupportedModelError",
     "find_weights",
+    "hides_later",
     "kind_of",
     "padding_of",
     "query_mask",
@@ -218,11 +220,16 @@ def query_mask(call: AttentionCall, real: Tensor | None) -> QueryMask:
         real = None if real is None or real.all() else real
         return QueryMask(T, S, causal=call.causal, real=real)
     visible = visible_keys(call.mask)
-    future = torch.ones(T, S, dtype=torch.bool, device=visible.device).triu(S - T + 1)
     if real is None:
         real = _infer_real(call, visible)
-    causal = not bool((visible & future).any())
+    causal = hides_later(visible, T, S)
     return QueryMask(T, S, visible, causal=causal, real=None if real.all() else real)
+
+
+def hides_later(visible: Tensor, T: int, S: int) -> bool:
+    """Whether a mask hides all later keys from the last ``T`` of ``S`` tokens."""
+    future = torch.ones(T, S, dtype=torch.bool, device=visible.device).triu(S - T + 1)
+    return not bool((visible & future).any())
 
 
 def _infer_real(call: AttentionCall, visible: Tensor) -> Tensor:
@@ -273,6 +280,37 @@ def _hides(call: AttentionCall, real: Tensor) -> bool:
         # A causal mask may show everything to a padded query that would see no key.
         rows = real | ~ahead
     return not (seen & rows[:, :, None] & ~real[:, None]).any()
+
+
+@dataclass(frozen=True)
+class SoftmaxWeights:
+    """Weights by the plain softmax of Eq. 1, in blocks of queries.
+
+    Args:
+        query: ``(B, H, T, d_k)``, in single precision at least.
+        key: ``(B, H_kv, S, d_k)``.
+        mask: Which keys the queries can see.
+        bias: What is added to the logits, broadcastable to ``(B, H, T, S)``; None for nothing.
+        scaling: The factor of the inner products; None is ``1 / sqrt(d_k)``.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: QueryMask
+    bias: Tensor | None = None
+    scaling: float | None = None
+
+    def __call__(self, rows: slice) -> Tensor:
+        """Return ``(B, H, t, n)``, for the leading keys that ``rows`` see."""
+        n, bias = self.mask.keys(rows), self.bias
+        seen = self.mask.visible_block(rows) if bias is None else _block(bias, rows)[..., :n]
+        return attention_weights(
+            self.query[:, :, rows],
+            self.key[:, :, :n],
+            scaling=self.scaling,
+            mask=seen,
+            causal=seen is None and self.mask.causal,
+        )
 
 
 def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
@@ -339,7 +377,11 @@ def _weights(source: str, call: AttentionCall, mask: QueryMask) -> Weights:
     if scaled:
         return _rescaled(_weights(base, call, mask), call)
     if source == "softmax":
-        return _softmax(call, mask)
+        assert call.query is not None
+        assert call.key is not None
+        query, key = call.read(call.query), call.read(call.key)
+        bias = None if call.mask is None or call.mask.dtype == torch.bool else call.mask
+        return SoftmaxWeights(query, key, mask, bias, call.scaling)
     if source == "dense":
         assert call.dense_kernel is not None
         return _dense(call, mask, call.dense_kernel)
@@ -399,27 +441,6 @@ def _logit_rounding(call: AttentionCall, rows: slice, n: int) -> Tensor | float:
     scaling = q.shape[-1] ** -0.5 if call.scaling is None else call.scaling
     terms = grouped_matmul(q.to(call.dtype).square(), k.to(call.dtype).square())
     return 4 * coarse * scaling * terms.sqrt()
-
-
-def _softmax(call: AttentionCall, mask: QueryMask) -> Weights:
-    """Return weights by the plain softmax of Eq. 1, with the mask of the call."""
-    assert call.query is not None
-    assert call.key is not None
-    query, key = call.read(call.query), call.read(call.key)
-    bias = None if call.mask is None or call.mask.dtype == torch.bool else call.mask
-
-    def weights(rows: slice) -> Tensor:
-        n = mask.keys(rows)
-        seen = mask.visible_block(rows) if bias is None else _block(bias, rows)[..., :n]
-        return attention_weights(
-            query[:, :, rows],
-            key[:, :, :n],
-            scaling=call.scaling,
-            mask=seen,
-            causal=seen is None and mask.causal,
-        )
-
-    return weights
 
 
 def _block(mask: Tensor, rows: slice) -> Tensor:

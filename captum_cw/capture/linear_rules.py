@@ -24,6 +24,7 @@ from captum_cw.capture.activation_chains import (
     ActivationChains,
 )
 from captum_cw.capture.attention_call import UnsupportedModelError
+from captum_cw.capture.frozen_attention import run_frozen
 from captum_cw.capture.function_call import (
     SHAPED,
     FunctionCall,
@@ -520,7 +521,9 @@ def _attention(call: FunctionCall) -> Any:
         query, key = fixed((query, key))
     options = {name: x for name, x in call.kwargs.items() if name not in names}
     args = (query, key, value, *fixed(call.args[3:]))
-    return replace(call, args=args, kwargs=fixed(options)).run()
+    frozen = replace(call, args=args, kwargs=fixed(options))
+    is_frozen = varies(value) and not varies(query) and not varies(key)
+    return run_frozen(frozen) if is_frozen else frozen.run()
 
 
 # ---------------------------------------------------------------------------------------------

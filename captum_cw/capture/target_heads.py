@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelError, find_weights
+from captum_cw.capture.attention_call import (
+    AttentionCall,
+    SoftmaxWeights,
+    UnsupportedModelError,
+    find_weights,
+)
+from captum_cw.capture.frozen_attention import ValueGradient, node_of
 from captum_cw.capture.function_call import varies
 from captum_cw.capture.observation import Execution
 from captum_cw.capture.tensor_parallel import head_group
@@ -26,13 +32,18 @@ class Heads:
 
     execution: Execution
     layer: TargetLayer
+    node: Any = None  # of fixed attention in the graph
     result: Any = None
     is_done: bool = False
     hook: Any = None
 
     def finish(self, gradient: Tensor, on_layer: OnLayer) -> None:
         """Compute the result, now that the gradient at the heads is known."""
-        layer = replace(self.layer, head_gradient=gradient)
+        weights = self.layer.weights
+        if self.node is not None:
+            weights = ValueGradient(weights, gradient, self.node.heads, self.layer.S)
+            self.node.gathered = weights
+        layer = replace(self.layer, weights=weights, head_gradient=gradient)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             self.result = on_layer(self.execution, layer)
         self.is_done = True
@@ -72,7 +83,8 @@ def watched(
             head_gradient=_zeros(call),
             mask=mask,
         )
-    heads = Heads(execution, layer)
+        node = node_of(call.returned) if isinstance(layer.weights, SoftmaxWeights) else None
+    heads = Heads(execution, layer, node)
 
     def on_gradient(gradient: Tensor) -> None:
         with torch._C.DisableTorchFunction():

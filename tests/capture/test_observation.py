@@ -18,7 +18,7 @@ from captum_cw import (
     functional,
 )
 from captum_cw.capture import UnsupportedModelError, attention_call, hf_registry
-from captum_cw.capture.attention_call import AttentionCall, query_mask
+from captum_cw.capture.attention_call import AttentionCall, SoftmaxWeights, query_mask
 from captum_cw.functional import AttentionLayer
 from support import reference
 from support.inputs import last_tokens_and_cache, padded_batch, position_ids, token_ids
@@ -460,13 +460,12 @@ def test_what_was_found_for_a_shape_is_checked_again(
     method = ContributionWeights(model)
     expected = method.attribute(inputs)
     assert all(torch.equal(x, y) for x, y in zip(method.attribute(inputs), expected, strict=True))
-    right = attention_call._softmax
-
-    def flat(call: AttentionCall, mask: Any) -> Any:
-        weights = right(call, mask)
-        return lambda rows: weights(rows).sqrt()
-
-    monkeypatch.setattr(attention_call, "_softmax", flat)
-    monkeypatch.setattr(attention_call, "_dense", lambda call, mask, kernel: flat(call, mask))
+    right = SoftmaxWeights.__call__
+    monkeypatch.setattr(SoftmaxWeights, "__call__", lambda self, rows: right(self, rows).sqrt())
+    monkeypatch.setattr(
+        attention_call,
+        "_dense",
+        lambda call, mask, kernel: SoftmaxWeights(call.query, call.key, mask),
+    )
     with pytest.raises(UnsupportedModelError, match="do not give the head outputs"):
         method.attribute(inputs)
