@@ -75,9 +75,11 @@ class UnsupportedModelError(RuntimeError):
 def times(value: Tensor, factors: Tensor) -> Tensor:
     """Multiply values ``(B, H, S, d_h)`` by factors ``(B|1, H|1, n)`` of the first ``n`` keys."""
     missing = value.shape[2] - factors.shape[-1]  # later keys, or empty places of a cache
-    factors = torch.nn.functional.pad(factors, (0, missing), value=1.0).to(value)[..., None]
+    if missing:
+        factors = torch.nn.functional.pad(factors, (0, missing), value=1.0)
+    factors = factors.to(value)[..., None]
     # The product alone would give NaN if a value is infinite.
-    return (value * factors).masked_fill(factors == 0, 0)
+    return (value * factors).masked_fill_(factors == 0, 0)
 
 
 def same_numbers(a: Tensor, b: Tensor | None) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from captum_cw.capture.patching import set_to
 
@@ -85,12 +87,33 @@ def tracking(modules: Collection[nn.Module]) -> Iterator[None]:
         yield
         return
     stack = _Stack(modules)
-    with ExitStack() as hooks:
-        for module in stack.modules:
-            hooks.callback(module.register_forward_pre_hook(stack.enter, with_kwargs=True).remove)
-            hooks.callback(module.register_forward_hook(stack.leave, always_call=True).remove)
+    hooks: list[RemovableHandle] = []
+    try:
+        with _collection_paused():
+            for module in stack.modules:
+                hooks.append(module.register_forward_pre_hook(stack.enter, with_kwargs=True))
+                hooks.append(module.register_forward_hook(stack.leave, always_call=True))
         with set_to(_stack, stack):
             yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Pause the garbage collector of Python.
+
+    The hooks of a model are so many new objects that it would look through all objects of the
+    process, which takes as long as a pass over a short text.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def running() -> tuple[Run, ...]:
