@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from pages import mean_and_interval, named, table
 from torch import Tensor
 
 from captum_cw import (
@@ -102,11 +103,9 @@ def of_batch(
     return {name: correlation(torch.stack(x), found).tolist() for name, x in sums.items()}
 
 
-def _row(name: str, values: Sequence[float]) -> str:
-    x = torch.tensor(values, dtype=torch.float64)
-    drawn = torch.randint(len(x), (10_000, len(x)), generator=torch.Generator().manual_seed(0))
-    low, high = x[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return f"| {name} | {x.mean():.3f} | {low:.3f} to {high:.3f} |"
+def _row(name: str, values: Sequence[float]) -> list[str]:
+    mean, low, high = mean_and_interval(torch.tensor(values))
+    return [name, f"{mean:.3f}", f"{low:.3f} to {high:.3f}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--model", help="a hub id or a local folder; without it, the demo model")
-    add("--data", action="append", required=True, help="NAME=FILE; can be repeated")
+    add("--data", type=named, action="append", required=True, help="NAME=FILE; can be repeated")
     add("--length", type=int, default=128, help="the largest number of tokens of a text")
     add("--samples", type=int, default=32, help="number of documents, the last of each set")
     add("--batch-size", type=int, default=8, help="number of texts per pass")
@@ -131,8 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = load_model(options.model) if options.model else load_demo_model()
     name = (options.model or DEMO_MODEL).rstrip("/").rpartition("/")[2]
     pages = []
-    for given in options.data:
-        data, _, source = given.partition("=")
+    for data, source in options.data:
         batches = token_batches(
             load_texts(source)[-options.samples :],
             tokenizer,
@@ -155,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     values[score] += found
                 bar.update()
         rows = [_row(score, found) for score, found in values.items()]
-        head = "| score | rank correlation | 95% interval |\n|---|---:|---:|"
-        pages.append("\n".join([f"## {data}\n", head, *rows]))
+        heads = ["score", "rank correlation", "95% interval"]
+        pages.append(f"## {data}\n\n{table(heads, rows)}")
     top = (
         f"# Do scores add up to what a removal costs? {name}\n\nPython "
         f"{platform.python_version()}, torch {torch.__version__}, transformers "

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from captum.attr import InputXGradient, IntegratedGradients
+from pages import table
 from torch import Tensor
 
 from captum_cw import (
@@ -481,11 +482,6 @@ def exchange_with_lxt(found: Found, model: Any, place: Path) -> None:
 # The page
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def summary(found: Found, tokenizer: Any) -> dict[str, Any]:
     """Return the figures of one model and set, as they are saved.
 
@@ -620,7 +616,7 @@ def results_table(figures: Mapping[str, Any], size: bool) -> str:
         rows += [
             [name, *(f"{of['controls'][name]:.2f}" for of in figures.values())] for name in CONTROLS
         ]
-    return _table(["", *figures], rows)
+    return table(["", *figures], rows)
 
 
 def differences_table(figures: Mapping[str, Any], ours: str) -> str:
@@ -633,7 +629,7 @@ def differences_table(figures: Mapping[str, Any], ours: str) -> str:
         if any(entries):
             cells = [_cell(x, marked=x[2] < 0) if x else "" for x in entries]
             rows.append([name, *cells])
-    return _table([f"{ours}, minus", *figures], rows)
+    return table([f"{ours}, minus", *figures], rows)
 
 
 def winners_table(figures: Mapping[str, Any]) -> str:
@@ -647,7 +643,7 @@ def winners_table(figures: Mapping[str, Any]) -> str:
             if shares:
                 rows.append([data, name, *(f"{shares[kind]:.0%}" for kind in KINDS)])
     heads = ["set", "method", "the evidence", "first token", "last token", "the foil", "another"]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def parts_table(figures: Mapping[str, Any]) -> str:
@@ -659,14 +655,14 @@ def parts_table(figures: Mapping[str, Any]) -> str:
         for data, of in figures.items()
         for part, of_part in of["parts"].items()
     ]
-    return _table(["part of a set", "rows", "chance", *names], rows) if rows else ""
+    return table(["part of a set", "rows", "chance", *names], rows) if rows else ""
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return all tables, by model."""
     parts = []
     for model, figures in results.items():
-        sizes = _table(
+        sizes = table(
             ["", *figures],
             [
                 ["rows used", *(str(of["rows"]) for of in figures.values())],

@@ -19,6 +19,7 @@ from typing import Any
 import captum
 import torch
 import transformers
+from pages import named, number, table
 
 from captum_cw import measures
 from captum_cw._utils.progress import progress_bar
@@ -80,8 +81,8 @@ def tables(result: FaithfulnessResult) -> str:
     for side, name in sides.items():
         rates = result.rates[REMOVED[side]]
         heads = ["method", *(f"{name} {100 * rate:g}%" for rate in rates)]
-        rows = [[method, *map(_number, corpus[method][side].tolist())] for method in result.methods]
-        parts.append(_table(heads, rows))
+        rows = [[method, *map(number, corpus[method][side].tolist())] for method in result.methods]
+        parts.append(table(heads, rows))
     if len(result.records) < COMPARABLE:
         return "\n\n".join([*parts, "One text does not give an interval."])
     first = result.methods[0]
@@ -89,7 +90,7 @@ def tables(result: FaithfulnessResult) -> str:
     for other in result.methods[1:]:
         compared = result.compare(first, other, statistic="corpus")
         cells = [
-            f"{_number(d)} ({_number(low)} to {_number(high)})"
+            f"{number(d)} ({number(low)} to {number(high)})"
             for d, low, high in zip(
                 compared.difference.tolist(),
                 compared.low.tolist(),
@@ -99,22 +100,8 @@ def tables(result: FaithfulnessResult) -> str:
         ]
         rows.append([f"{first} - {other}", *cells])
     heads = ["paired 95% interval", *(f"bottom {100 * r:g}%" for r in result.rates["bottom"])]
-    parts.append(_table(heads, rows))
+    parts.append(table(heads, rows))
     return "\n\n".join(parts)
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _number(x: float) -> str:
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, _, data = text.partition("=")
-    return name, data or name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", help="a hub id or a local folder; without it, the demo model")
     source = "NAME, or NAME=FILE; can be repeated"
-    add("--data", type=_named, action="append", required=True, help=source)
+    add("--data", type=named, action="append", required=True, help=source)
     add("--settings", default=",".join(SETTINGS), help="the settings to run")
     add("--length", type=int, default=128, help="number of tokens of each packed text")
     add("--samples", type=int, default=16, help="number of texts")

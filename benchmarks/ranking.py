@@ -14,75 +14,144 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from pages import mean_and_interval, named, number, table, without_folders
 from peers_of_removal import PEERS, register_peers
 
-from captum_cw import EffectContributions, TargetContributions, measures
+from captum_cw import (
+    ContributionWeights,
+    EffectContributions,
+    InputContributions,
+    TargetContributions,
+    TokenScores,
+    measures,
+)
 from captum_cw._utils.progress import progress_bar
+from captum_cw.attr.effects import Form
+from captum_cw.capture.target_run import Gradient, TargetRunner
 from captum_cw.data import load_texts, token_batches
+from captum_cw.functional import Reduction, Space
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import REMOVED, Side
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
 from captum_cw.removal.ranking import Which
+from captum_cw.removal.target_scores import TextValue
 
 OUT = Path(__file__).parent.parent / "docs" / "results"
 RATES: dict[Which, Sequence[float]] = {"bottom": (0.5, 0.7, 0.9), "top": (0.05, 0.1, 0.3)}
 PAPER = "contribution"
 
-Make = Callable[[Any], object]
+Make = Callable[[Any, Reduction], object]
+"""Takes the model and the reduction over queries, and returns a method of the metric."""
 
 
-def _by_name(name: str) -> Make:
-    return lambda model: name
+def _named(name: str) -> Make:
+    return lambda model, reduction: name  # the metric reduces it
 
 
-def _effect(**options: Any) -> Make:
-    return lambda model: EffectContributions(model, **options)
+def _of_space(space: Space) -> Make:
+    return lambda model, reduction: TokenScores(ContributionWeights(model, space=space), reduction)
 
+
+def _effect(form: Form, gradient: Gradient) -> Make:
+    def make(model: Any, reduction: Reduction) -> TokenScores:
+        return TokenScores(EffectContributions(model, form=form, gradient=gradient), reduction)
+
+    return make
+
+
+def _target(gradient: Gradient) -> Make:
+    """Contributions to the target; of the model's own gradient they are gradient x value."""
+
+    def make(model: Any, reduction: Reduction) -> TokenScores:
+        method = TargetContributions(model)
+        method.target_runner = TargetRunner(method.runner, gradient)
+        return TokenScores(method, reduction)
+
+    return make
+
+
+GRADIENTS: tuple[Gradient, ...] = ("frozen", "attnlrp", "plain")
+FORMS: tuple[Form, ...] = ("joint", "effect", "sensitivity")
 
 #: Scores that need one backward pass.
 OF_TARGET: dict[str, Make] = {
-    "joint, frozen": _effect(form="joint", gradient="frozen"),
-    "joint, attnlrp": _effect(form="joint", gradient="attnlrp"),
-    "effect, frozen": _effect(form="effect", gradient="frozen"),
-    "effect, attnlrp": _effect(form="effect", gradient="attnlrp"),
-    "sensitivity, plain": _effect(form="sensitivity", gradient="plain"),
-    "target, attnlrp": lambda model: TargetContributions(model, attention="attnlrp"),
+    **{f"{form}, {g}": _effect(form, g) for form in FORMS for g in GRADIENTS},
+    **{f"target, {g}": _target(g) for g in GRADIENTS},
 }
+
+#: Those that are ahead somewhere, so that they are tried in every other setting.
+LEADERS = ("joint, frozen", "joint, attnlrp", "effect, frozen", "sensitivity, plain")
 
 #: Scores of layers' outputs.
 OF_LAYERS: dict[str, Make] = {
-    name: _by_name(name)
-    for name in (PAPER, "vwon", "vw", "attention", "closeness", *PEERS, measures.RANDOM)
+    **{name: _named(name) for name in (PAPER, "vwon", "vw", "attention", "closeness", *PEERS)},
+    "contribution, residual": _of_space("residual"),
+    measures.RANDOM: _named(measures.RANDOM),
+}
+
+#: Scores that only whole tokens have.
+OF_TOKENS: dict[str, Make] = {
+    "input, frozen": lambda model, reduction: InputContributions(model),
+    "input, attnlrp": lambda model, reduction: InputContributions(model, attention="attnlrp"),
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to rank, and the scores that are compared in it."""
+    """One way to rank, and the scores that are compared in it.
+
+    Args:
+        title: Its title.
+        names: The scores besides :data:`PAPER`; without any, all.
+        reduction: The reduction over queries.
+        target: What scores of a target explain.
+        options: Other options of the metric.
+    """
 
     title: str
-    options: Mapping[str, Any]
-    methods: Mapping[str, Make]
+    names: Sequence[str] = ()
+    reduction: Reduction = "sum"
+    target: TextValue = "logits"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> dict[str, Make]:
+        """The scores by name."""
+        known = {**OF_LAYERS, **OF_TARGET}
+        if self.options.get("granularity") == "token":
+            known |= OF_TOKENS
+        return {name: x for name, x in known.items() if name in (PAPER, *(self.names or known))}
 
 
+TOGETHER = {"ranking": "global"}
 SETTINGS = {
-    "layer": Setting("Pairs of each layer ranked together", {}, {**OF_LAYERS, **OF_TARGET}),
-    "global": Setting(
-        "Pairs of all layers ranked together",
-        {"ranking": "global"},
-        {name: OF_LAYERS[name] for name in (PAPER, "vwon", "closeness", measures.RANDOM)}
-        | OF_TARGET,
+    "layer": Setting("Pairs of each layer ranked together"),
+    "global": Setting("Pairs of all layers ranked together", options=TOGETHER),
+    "head": Setting(
+        "Pairs of each head ranked together",
+        (*LEADERS, "vwon", measures.RANDOM),
+        options={"ranking": "head"},
     ),
+    "token": Setting("Whole tokens", options={"granularity": "token"}),
+    "expected": Setting(
+        "Expected logits as the target", LEADERS, target="expected_logits", options=TOGETHER
+    ),
+    "likelihood": Setting(
+        "Log-likelihood as the target", LEADERS, target="log_likelihood", options=TOGETHER
+    ),
+    "mean": Setting("The mean over queries", LEADERS, "mean", options=TOGETHER),
+    "max": Setting("The largest over queries", LEADERS, "max", options=TOGETHER),
+    "rms": Setting("The root of the mean square over queries", LEADERS, "rms", options=TOGETHER),
 }
 
 
-def table(result: FaithfulnessResult, shown: Sequence[str]) -> str:
+def changes(result: FaithfulnessResult, shown: Sequence[str]) -> str:
     """Return the change of corpus perplexity, marked where it is ahead of contributions or behind.
 
     A cell is bold if the paired 95% interval of its difference to contributions says that it is
@@ -102,12 +171,11 @@ def table(result: FaithfulnessResult, shown: Sequence[str]) -> str:
             if method != PAPER:
                 better = result.compare(PAPER, method, side, statistic="corpus").better
             for delta, ahead in zip(deltas, better, strict=True):
-                mark = {method: f"**{_number(delta)}**", PAPER: f"{_number(delta)} -"}
-                tie = _number(delta) if method == PAPER else f"{_number(delta)} ~"
+                mark = {method: f"**{number(delta)}**", PAPER: f"{number(delta)} -"}
+                tie = number(delta) if method == PAPER else f"{number(delta)} ~"
                 cells.append(tie if ahead is None else mark[ahead])
         rows.append([method, *cells])
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(heads, rows)
 
 
 def normalised(result: FaithfulnessResult, shown: Sequence[str]) -> str:
@@ -116,8 +184,7 @@ def normalised(result: FaithfulnessResult, shown: Sequence[str]) -> str:
     At each rate, 1 is the best of all scores for that text, and 0 the worst. Cells are means over
     rates and texts, with a 95% bootstrap interval over texts.
     """
-    columns = {}
-    generator = torch.Generator().manual_seed(0)
+    columns = []
     for which in RATES:
         of_texts = torch.tensor(
             [
@@ -129,39 +196,19 @@ def normalised(result: FaithfulnessResult, shown: Sequence[str]) -> str:
         if which == "bottom":
             of_texts = -of_texts
         low, high = of_texts.amin(1, keepdim=True), of_texts.amax(1, keepdim=True)
-        of_texts = ((of_texts - low) / (high - low)).mean(-1)
-        drawn = torch.randint(len(of_texts), (10_000, len(of_texts)), generator=generator)
-        means = of_texts[drawn].mean(1)
-        bounds = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
-        columns[which] = [
-            f"{mean:.2f} ({a:.2f} to {b:.2f})"
-            for mean, a, b in zip(of_texts.mean(0).tolist(), *bounds.tolist(), strict=True)
-        ]
-    lines = ["| score | bottom | top |", "|---|---:|---:|"]
-    rows = zip(shown, *columns.values(), strict=True)
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+        of_scores = ((of_texts - low) / (high - low)).mean(-1).T
+        found = map(mean_and_interval, of_scores)
+        columns.append([f"{mean:.2f} ({a:.2f} to {b:.2f})" for mean, a, b in found])
+    return table(["score", *RATES], [list(row) for row in zip(shown, *columns, strict=True)])
 
 
-def _number(x: float) -> str:
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+def _part(options: argparse.Namespace) -> str:
+    return "first" if options.first else "last"
 
 
-def _named(text: str) -> tuple[str, str]:
-    name, _, data = text.partition("=")
-    return name, data or name
-
-
-def _without_folders(words: Sequence[str]) -> list[str]:
-    """Return the words of a command without the folders of this machine."""
-    kept, skips = [], False
-    for word in words:
-        if skips or word in ("--work", "--out"):
-            skips = not skips
-            continue
-        name, equals, file = word.partition("=")
-        last = Path(file if equals else name).name
-        kept.append(f"{name}={last}" if equals else (last if word.startswith("/") else word))
-    return kept
+def chosen_texts(texts: Sequence[str], options: argparse.Namespace) -> Sequence[str]:
+    """Return the first documents of a set, or the last."""
+    return texts[: options.samples] if options.first else texts[-options.samples :]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,11 +218,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", help="a hub id or a local folder; without it, the demo model")
-    add("--data", type=_named, action="append", required=True, help="NAME=FILE; can be repeated")
+    add("--data", type=named, action="append", required=True, help="NAME=FILE; can be repeated")
     add("--settings", default=",".join(SETTINGS), help="the ways to rank")
     add("--scores", help="only these scores, divided by semicolons")
     add("--length", type=int, default=128, help="the largest number of tokens of a text")
     add("--samples", type=int, default=32, help="number of documents, the last of each set")
+    add("--first", action="store_true", help="the first documents instead, to choose scores on")
     add("--batch-size", type=int, default=8, help="number of texts per pass")
     add("--threads", type=int, default=2, help="number of threads of torch")
     add("--work", type=Path, default=Path("ranking"), help="folder of unfinished runs")
@@ -197,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with progress_bar(len(chosen) * len(options.data), "Settings", show=True) as bar:
         for data, source in options.data:
             batches = token_batches(
-                load_texts(source)[-options.samples :],
+                chosen_texts(load_texts(source), options),
                 tokenizer,
                 max_length=options.length,
                 batch_size=options.batch_size,
@@ -205,20 +253,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             for key, setting in chosen.items():
                 bar.set_postfix_str(f"{data}, {key}")
                 methods = {
-                    label: make(model)
+                    label: make(model, setting.reduction)
                     for label, make in setting.methods.items()
                     if asked is None or label in (PAPER, *asked)
                 }
                 metric = ComprehensivenessSufficiency(
-                    model, RATES, scoring="clean", reduction="sum", **setting.options
+                    model, RATES, scoring="clean", reduction=setting.reduction, **setting.options
                 )
-                folder = options.work / name / data
+                folder = options.work / name / f"{data}, {_part(options)}"
                 folder.mkdir(parents=True, exist_ok=True)
                 result = metric.evaluate(
-                    methods, batches, target="logits", resume_from=folder / f"{key}.records"
+                    methods, batches, target=setting.target, resume_from=folder / f"{key}.records"
                 )
                 pages.append(
-                    f"## {data}: {setting.title.lower()}\n\n{table(result, list(methods))}\n\n"
+                    f"## {data}: {setting.title.lower()}\n\n{changes(result, list(methods))}\n\n"
                     f"Unchanged corpus perplexity {result.clean_corpus:.2f}, "
                     f"{len(result.records)} documents.\n\nBetween the worst order of each text (0) "
                     f"and the best (1):\n\n{normalised(result, list(methods))}"
@@ -226,18 +274,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.update()
     head = (
         f"# Which pairs can go: {name}\n\nResults of `python benchmarks/ranking.py "
-        f"{shlex.join(_without_folders(argv))}` on Python {platform.python_version()}, torch "
+        f"{shlex.join(without_folders(argv))}` on Python {platform.python_version()}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}; weights: {origin(model)}. "
-        f"The last {options.samples} documents of each set, cut to {options.length} tokens. Cells "
-        "are changes of corpus perplexity: with the bottom removed, lower is better; with the top "
-        f"removed, higher is better. **Bold** cells are ahead of `{PAPER}` in the same column by a "
-        "paired 95% interval over documents; `-` marks a cell that is behind, `~` a tie. All "
-        "scores are summed over queries and taken in an unchanged pass, and sinks stay. Scores "
-        "that need a target explain the sum of the logits of the text's own tokens."
+        f"The {_part(options)} {options.samples} documents of each set, cut to {options.length} "
+        "tokens. Cells are changes of corpus perplexity: with the bottom removed, lower is better; "
+        f"with the top removed, higher is better. **Bold** cells are ahead of `{PAPER}` in the "
+        "same column by a paired 95% interval over documents; `-` marks a cell that is behind, `~` "
+        "a tie. Scores are taken in an unchanged pass, and sinks stay. Unless a title says "
+        "otherwise, they are summed over queries, and explain the sum of the logits of the text's "
+        "own tokens."
     )
     options.out.mkdir(parents=True, exist_ok=True)
     page = "\n\n".join([head, *pages]) + "\n"
-    (options.out / f"ranking-{name}.md").write_text(page, encoding="utf-8")
+    kind = "ranking-tried" if options.first else "ranking"
+    (options.out / f"{kind}-{name}.md").write_text(page, encoding="utf-8")
     return 0
 
 

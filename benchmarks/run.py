@@ -33,6 +33,7 @@ import psutil
 import torch
 import transformers
 from captum.attr import LayerIntegratedGradients
+from pages import table
 from torch import Tensor
 
 from captum_cw import ContributionWeights, InputContributions, TargetContributions, TokenScores
@@ -273,7 +274,7 @@ def alternating_removals(settings: Settings, length: int) -> list[dict[str, floa
 
     def removed_by_clean_scores() -> object:
         factors = options.factors(REMOVED, "bottom", clean.scores[""], clean.real, clean.sinks)
-        with FixedChange(model, factors).in_force():
+        with FixedChange(model, factors, registered_only=clean.all_registered).in_force():
             return model(ids)
 
     def removed_by_online_scores() -> object:
@@ -390,11 +391,6 @@ def run(
     )
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _seconds(cost: Cost | str) -> str:
     return cost if isinstance(cost, str) else f"{cost['seconds']:.2f}"
 
@@ -410,7 +406,7 @@ def _cost_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> 
         [name, *(cell(results[name, n]) for n in lengths for cell in (_seconds, _megabytes))]
         for name in names
     ]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _legend(settings: Settings) -> str:
@@ -438,7 +434,7 @@ def _ratio_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) ->
     rows = [
         [str(n), *(_ratio(results["ratio", n], SCORES, over) for over in names)] for n in lengths
     ]
-    return _table(["tokens", *(f"over {name}" for name in names)], rows)
+    return table(["tokens", *(f"over {name}" for name in names)], rows)
 
 
 def _target_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
@@ -457,7 +453,7 @@ def _target_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -
         ]
         for n in lengths
     ]
-    return _table(
+    return table(
         ["tokens", *(f"{name}: {of}" for of in ("time", "memory") for name in names)], rows
     )
 
@@ -467,7 +463,7 @@ def _removal_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) 
     rows = [
         [str(n), *(_ratio(results["removal", n], name, PLAIN) for name in names)] for n in lengths
     ]
-    return _table(["tokens", *names], rows)
+    return table(["tokens", *names], rows)
 
 
 def _memory_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
@@ -481,7 +477,7 @@ def _memory_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -
         costs = [results[name, n] for name in (PLAIN, LAST, SCORES, INPUTS)]
         cells = [c if isinstance(c, str) else _megabytes(c) for c in costs]
         rows.append([str(n), *cells, difference(results[SCORES, n], results[LAST, n])])
-    return _table(["tokens", PLAIN, LAST, SCORES, INPUTS, "scores over a forward"], rows)
+    return table(["tokens", PLAIN, LAST, SCORES, INPUTS, "scores over a forward"], rows)
 
 
 def _machine(settings: Settings) -> str:

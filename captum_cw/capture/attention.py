@@ -42,10 +42,18 @@ def attention_calls(
 
 
 @contextmanager
-def changed_values(modules: Collection[nn.Module], change: ValueChange) -> Iterator[None]:
+def changed_values(
+    modules: Collection[nn.Module], change: ValueChange, *, registered_only: bool = False
+) -> Iterator[None]:
     """Change the values that the attention of ``modules`` reads in this context.
 
     The factors of nested changes are multiplied. An observation sees the changed values.
+
+    Args:
+        modules: The modules.
+        change: Returns the factors.
+        registered_only: Whether all attention is known to run in kernels of transformers'
+            registry. Then no functions and no modules are followed, which takes time.
     """
     known = set(modules)
 
@@ -58,7 +66,7 @@ def changed_values(modules: Collection[nn.Module], change: ValueChange) -> Itera
         factors = change(module, group.H, value)
         return None if factors is None else group.part(factors)
 
-    with _observed(known), changing(change_known):
+    with registered_kernels(known) if registered_only else _observed(known), changing(change_known):
         yield
 
 

@@ -108,6 +108,7 @@ class AttentionCall:
         weights: ``(B, H, T, S)`` if the kernel returned them; else None.
         dense_kernel: The model's own kernel that returns weights, with all of its peculiarities;
             None if the model does not have one.
+        registered: Whether a kernel of transformers' registry made the call.
         running: The modules that are running, innermost last. ``module`` is one of them.
     """
 
@@ -123,6 +124,7 @@ class AttentionCall:
     scaling: float | None = None
     weights: Tensor | None = None
     dense_kernel: DenseKernel | None = None
+    registered: bool = False
     running: tuple[Run, ...] = field(default_factory=module_stack.running)
 
     @cached_property

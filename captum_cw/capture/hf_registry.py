@@ -170,6 +170,7 @@ class _Kernel:
             returned=result[0],
             by_token=lambda y: y,
             dense_kernel=_dense_kernel(module, given),
+            registered=True,
             scaled=lambda factors: self._run(self._scale_values(given, factors))[0],
         )
         used = _used_keys(call) if call.kind == "self" else call.S

@@ -126,6 +126,7 @@ class HeadObservation:
 
     Attributes:
         executions: The attention calls so far, including those of layers that are not wanted.
+        all_registered: Whether kernels of transformers' registry made all of them.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class HeadObservation:
         text: TextLayers | None = None,
     ) -> None:
         self.executions: list[Execution] = []
+        self.all_registered = True
         self._names = names_of(roots)
         self._on_heads, self._wanted, self._kind = on_heads, wanted, kind
         self._padding_masks = real
@@ -208,6 +210,7 @@ class HeadObservation:
             return
         execution = Execution(call.module, self._names[call.module], call.kind)
         self.executions.append(execution)
+        self.all_registered &= call.registered
         mask = self._mask(call)
         if self._kind not in ("all", call.kind):
             return

@@ -122,6 +122,7 @@ class BatchRun:
         # With labels, the model would compute a loss that is not needed.
         self.inputs = {name: x for name, x in self.given.items() if name != "labels"}
         self.ids = _token_ids(self.inputs)
+        self._text = call.text
         self.clean = self._clean_pass(call.token_masks, call.text)
         _check_tokens(plan.model, self.clean, self.ids)
         self.token_mask = self.clean.real[0][:, -self.ids.shape[1] :]
@@ -145,7 +146,8 @@ class BatchRun:
         if name in self._scores:
             scores = self._scores[name]
             factors = self.clean.factors(rate, which, options, scores, self._kept)
-            return FixedChange(model, factors)
+            registered = self.clean.all_registered and self._text is None
+            return FixedChange(model, factors, registered_only=registered)
         assert isinstance(method, PairScorer)  # other methods have scores by now
         return RankedRemoval(model, method, rate, which, options, self._kept)
 

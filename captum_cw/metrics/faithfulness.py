@@ -142,9 +142,11 @@ class ComprehensivenessSufficiency:
             target: for ``"log_prob"`` and ``"prob"``, the id of the token after the text or of
                 the class: one for all examples, or ``(B,)``. None is the prediction of the
                 unchanged model. For ``"perplexity"`` and ``"nll"``, what measures of a target
-                explain: ``"logits"``, the sum of the logits of the text's own tokens, or
-                ``"log_likelihood"``, their mean. None is the former for ``"joint"``, ``"effect"``
-                and ``"sensitivity"``, and the latter for ``"target"`` and ``"input"``.
+                explain: ``"logits"``, the sum of the logits of the text's own tokens;
+                ``"expected_logits"``, that of the logits that the model expects; or
+                ``"log_likelihood"``, the mean over the text's own tokens. None is the first for
+                ``"joint"``, ``"effect"`` and ``"sensitivity"``, and the last for ``"target"`` and
+                ``"input"``.
             resume_from: a file that keeps every finished batch. An interrupted run with the same
                 settings, data and model resumes from it, and gives the same numbers.
             shard: whether the processes of ``torchrun`` or ``accelerate launch`` share the

@@ -22,7 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_cw.capture import Execution, Observation, around_passes, changed_values, is_observed
+from captum_cw.capture import (
+    Execution,
+    Observation,
+    ValueChange,
+    around_passes,
+    changed_values,
+    is_observed,
+)
 from captum_cw.capture.attention_call import kind_of
 from captum_cw.capture.caches import find_cache, is_cache, own_copy
 from captum_cw.capture.call_tokens import Tokens, tokens_of, warn_of_special_tokens
@@ -98,6 +105,9 @@ class Intervention:
     #: Whether layers of a vision tower, or over sounds, are changed too.
     every_layer = False
 
+    #: Whether all attention is known to run in kernels of transformers' registry.
+    registered_only = False
+
     def __init__(self, model: nn.Module) -> None:
         self.model: nn.Module = unwrapped(model)
         if not isinstance(self.model, nn.Module):
@@ -109,12 +119,15 @@ class Intervention:
     def in_force(self) -> Iterator[None]:
         """Change all passes of the model inside this context."""
         with (
-            changed_values(self._modules, self._check_is_pass),
+            self._changed_values(self._check_is_pass),
             around_passes(self.model, self._pass),
             around_passes(self.model, self._generation, "generate"),
             uncompiled(),
         ):
             yield
+
+    def _changed_values(self, change: ValueChange) -> AbstractContextManager[None]:
+        return changed_values(self._modules, change, registered_only=self.registered_only)
 
     @contextmanager
     def _generation(
@@ -239,7 +252,7 @@ class Intervention:
             applied.append(factors_of(len(applied), module, heads, value))
             return applied[-1]
 
-        with changed_values(self._modules, change):
+        with self._changed_values(change):
             yield applied
         if not applied:
             raise no_attention([self.model])
@@ -305,11 +318,21 @@ class FixedChange(Intervention):
         model: The model.
         factors: The factors of each layer.
         every_layer: Whether ``factors`` include layers of a vision tower, or over sounds.
+        registered_only: Whether a pass before has shown that all attention of the model runs in
+            kernels of transformers' registry.
     """
 
-    def __init__(self, model: nn.Module, factors: Factors, every_layer: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        factors: Factors,
+        *,
+        every_layer: bool = False,
+        registered_only: bool = False,
+    ) -> None:
         super().__init__(model)
         self._factors, self.every_layer = factors, every_layer
+        self.registered_only = registered_only
 
     def _first_pass(self, forward: Forward, tokens: Tokens) -> AbstractContextManager[None]:
         self._state.factors = self._factors

@@ -41,6 +41,7 @@ class CleanPass:
             tokens do not predict them; None without such tokens.
         vanishing: The number of layer outputs that vanish. Their rows count as zeros.
         output: The output of the model.
+        all_registered: Whether all attention ran in kernels of transformers' registry.
     """
 
     ahead: Tensor | None = None
@@ -50,6 +51,7 @@ class CleanPass:
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
     keys: list[int] = field(default_factory=list)
     output: Any = None
+    all_registered: bool = False
 
     @classmethod
     def run(
@@ -102,6 +104,7 @@ class CleanPass:
         )
         with torch.no_grad(), evaluating([model]), observation:
             clean.output = forward()
+        clean.all_registered = observation.all_registered
         if not clean.real:
             raise no_attention([model])
         return clean

@@ -22,8 +22,9 @@ from captum_cw.removal.virtual_tokens import behind
 
 __all__ = ["OwnText", "TargetScorer", "TextValue", "target_scorer"]
 
-TextValue = Literal["logits", "log_likelihood"]
-"""What a model gives the tokens of its own text: the sum of their logits, or their mean
+TextValue = Literal["logits", "expected_logits", "log_likelihood"]
+"""What a model gives the tokens of its own text: the sum of their logits, the sum of the logits
+that it expects (weighted by its probabilities, which are held fixed), or their mean
 log-likelihood."""
 
 
@@ -34,7 +35,7 @@ class OwnText:
     Args:
         ids: ``(B, T)``.
         counted: ``(B, T - 1)``, True at the tokens from the second on that count.
-        value: The sum of their logits, or their mean log-likelihood.
+        value: Which value of the tokens.
 
     Example:
         >>> target = OwnText(input_ids, torch.ones(1, 4, dtype=torch.bool))
@@ -62,7 +63,10 @@ class OwnText:
         logits = predictions_of(output)[:, -self.ids.shape[1] :][:, :-1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         ids, counted = (x.to(logits.device) for x in (self.ids[:, 1:], self.counted))
-        found = logits.gather(-1, ids[..., None])[..., 0]
+        if self.value == "expected_logits":
+            found = (logits.detach().softmax(-1) * logits).sum(-1)
+        else:
+            found = logits.gather(-1, ids[..., None])[..., 0]
         if self.value == "log_likelihood":
             found = (found - logits.logsumexp(-1)) / counted.sum(1, keepdim=True)
         return found.masked_fill(~counted, 0).sum(1)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader, TensorDataset
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from captum_cw import (
     ComprehensivenessSufficiency,
@@ -25,9 +27,11 @@ from captum_cw import (
     sufficiency,
 )
 from captum_cw._utils.records import RecordsError
+from captum_cw.capture import UnsupportedModelError
 from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask
 from captum_cw.metrics import FaithfulnessResult, agreement, with_shuffled_weights
 from captum_cw.metrics.result import curve_styles
+from captum_cw.removal.changes import FixedChange
 from captum_cw.removal.ranking import chosen_pairs
 from captum_cw.removal.scoring import RandomPairs, pair_scorer
 from captum_cw.removal.sinks import find_sinks
@@ -49,6 +53,42 @@ def logits_of(model: nn.Module, inputs: dict[str, Tensor], **given: Any) -> Tens
 
 
 # -- the numbers ----------------------------------------------------------------------------
+
+
+class DirectAttention(nn.Module):
+    """Runs the attention of a Llama layer without the registry of transformers."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any, **_: Any) -> Any:
+        inner, shape = self.inner, (*hidden_states.shape[:2], -1, self.inner.head_dim)
+        q, k, v = (
+            project(hidden_states).view(shape).transpose(1, 2)
+            for project in (inner.q_proj, inner.k_proj, inner.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        y = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return inner.o_proj(y.transpose(1, 2).flatten(2)), None
+
+
+@pytest.mark.parametrize("direct", [[], [1], [0, 1]])
+def test_removal_needs_no_registered_kernels(direct: list[int]) -> None:
+    model, ids = llama(), token_ids()
+    metric = ComprehensivenessSufficiency(model, {"top": [0.3]}, scoring="clean")
+    expected = metric.evaluate({"cw": "contribution"}, ids).records
+    for n in direct:
+        model.model.layers[n].self_attn = DirectAttention(model.model.layers[n].self_attn)
+    found = metric.evaluate({"cw": "contribution"}, ids).records
+    for a, b in zip(found, expected, strict=True):
+        assert a["nll"]["cw"]["top"] == pytest.approx(b["nll"]["cw"]["top"], rel=1e-5)
+    change = FixedChange(model, [torch.zeros(1, 1, 9)] * 2, registered_only=True)
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        stack.enter_context(change.in_force())
+        if direct:  # some attention was not changed
+            stack.enter_context(pytest.raises((ValueError, UnsupportedModelError)))
+        model(ids)
 
 
 @pytest.mark.parametrize("side", SIDES)

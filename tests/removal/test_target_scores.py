@@ -184,6 +184,7 @@ def test_the_metric_explains_logits_or_the_likelihood_of_the_text() -> None:
     assert values("effect") == values("effect", target="logits")
     assert values("target") == values("target", target="log_likelihood")
     assert values("effect") != values("effect", target="log_likelihood")
+    assert values("effect") != values("effect", target="expected_logits")
 
 
 def test_passes_of_the_metric() -> None:
@@ -235,6 +236,16 @@ def test_own_text_by_hand() -> None:
     expected = (2 - math.log(math.e + math.e**2) + 3 - math.log(math.e**3 + math.e**5)) / 2
     assert float(likelihood) == pytest.approx(expected)
     assert OwnText(ids, torch.tensor([[False, True]]))(logits).tolist() == [3.0]
+    expected = sum(
+        (a * math.exp(a) + b * math.exp(b)) / (math.exp(a) + math.exp(b))
+        for a, b in ((1, 2), (3, 5))
+    )
+    varying = logits.clone().requires_grad_()
+    found = OwnText(ids, counted, "expected_logits")(varying)
+    assert found.item() == pytest.approx(expected)
+    (gradient,) = torch.autograd.grad(found.sum(), varying)
+    torch.testing.assert_close(gradient[0, :2], logits[0, :2].softmax(-1))  # weights are fixed
+    assert not gradient[0, 2].any()
 
 
 WRONG: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {

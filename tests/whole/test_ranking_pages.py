@@ -91,8 +91,8 @@ def test_the_page_of_rankings(
     tiny_model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     arguments = ["--model", str(folder), "--data", f"letters={texts}", "--length", "6"]
-    arguments += ["--samples", "3", "--batch-size", "2", "--settings", "global"]
-    arguments += ["--scores", "effect, frozen;random"]
+    arguments += ["--samples", "3", "--batch-size", "2"]
+    arguments += ["--scores", "effect, frozen;random;target, plain;input, frozen"]
     folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     threads = torch.get_num_threads()
     try:
@@ -105,7 +105,12 @@ def test_the_page_of_rankings(
     assert "3 documents" in text
     cells = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
     names = [cell for cell in cells if not cell.startswith("---")]
-    assert names == ["score", "contribution", "random", "effect, frozen"] * 2
+    of_pairs = ["score", "contribution", "random", "effect, frozen", "target, plain"]
+    of_head = [name for name in of_pairs if name != "target, plain"]
+    leader = ["score", "contribution", "effect, frozen"]
+    of_tokens = [*of_pairs, "input, frozen"]
+    expected = [of_pairs, of_pairs, of_head, of_tokens, *[leader] * 5]
+    assert names == [name for table in expected for name in table * 2]
 
 
 def test_normalised_scores_by_hand(ranking: ModuleType) -> None:
