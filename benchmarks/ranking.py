@@ -37,7 +37,7 @@ from captum_cw.capture.target_run import Gradient, TargetRunner
 from captum_cw.data import load_texts, token_batches
 from captum_cw.functional import Reduction, Space
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
-from captum_cw.metrics.result import REMOVED, Side
+from captum_cw.metrics.result import REMOVED, Side, Statistic
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.target_scores import TextValue
@@ -151,8 +151,10 @@ SETTINGS = {
 }
 
 
-def changes(result: FaithfulnessResult, shown: Sequence[str]) -> str:
-    """Return the change of corpus perplexity, marked where it is ahead of contributions or behind.
+def changes(
+    result: FaithfulnessResult, shown: Sequence[str], statistic: Statistic = "corpus"
+) -> str:
+    """Return the changes of a statistic, marked where a score is ahead of contributions or behind.
 
     A cell is bold if the paired 95% interval of its difference to contributions says that it is
     ahead, has a ``-`` if it is behind, and a ``~`` if the interval holds zero.
@@ -166,10 +168,13 @@ def changes(result: FaithfulnessResult, shown: Sequence[str]) -> str:
     for method in shown:
         cells = []
         for side in sides:
-            deltas = result.corpus[method][side].tolist()
+            if statistic == "corpus":
+                deltas = result.corpus[method][side].tolist()
+            else:
+                deltas = result.deltas(method, side).mean(0).tolist()
             better: Sequence[str | None] = [None] * len(deltas)
             if method != PAPER:
-                better = result.compare(PAPER, method, side, statistic="corpus").better
+                better = result.compare(PAPER, method, side, statistic=statistic).better
             for delta, ahead in zip(deltas, better, strict=True):
                 mark = {method: f"**{number(delta)}**", PAPER: f"{number(delta)} -"}
                 tie = number(delta) if method == PAPER else f"{number(delta)} ~"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from captum_cw._utils.memory import collection_paused
 from captum_cw.capture.patching import set_to
 
 __all__ = ["Run", "innermost", "notifying", "running", "tracking"]
@@ -89,7 +89,7 @@ def tracking(modules: Collection[nn.Module]) -> Iterator[None]:
     stack = _Stack(modules)
     hooks: list[RemovableHandle] = []
     try:
-        with _collection_paused():
+        with collection_paused():
             for module in stack.modules:
                 hooks.append(module.register_forward_pre_hook(stack.enter, with_kwargs=True))
                 hooks.append(module.register_forward_hook(stack.leave, always_call=True))
@@ -98,22 +98,6 @@ def tracking(modules: Collection[nn.Module]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Pause the garbage collector of Python.
-
-    The hooks of a model are so many new objects that it would look through all objects of the
-    process, which takes as long as a pass over a short text.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def running() -> tuple[Run, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from captum_cw._utils.memory import collection_paused
 from captum_cw.capture.attention import attention_calls
 from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelError
 from captum_cw.capture.dispatch import following
@@ -319,6 +320,7 @@ class TargetRunner:
             keeping(),
             recomputing(runner.roots, functools.partial(_again, linearised, modules)),
             observation,
+            collection_paused(),
         ):
             run = functools.partial(runner.forward_func, *arguments.args, **arguments.kwargs)
             with _explained():

@@ -331,11 +331,11 @@ class FixedChange(Intervention):
         registered_only: bool = False,
     ) -> None:
         super().__init__(model)
-        self._factors, self.every_layer = factors, every_layer
+        self.factors, self.every_layer = factors, every_layer
         self.registered_only = registered_only
 
     def _first_pass(self, forward: Forward, tokens: Tokens) -> AbstractContextManager[None]:
-        self._state.factors = self._factors
+        self._state.factors = self.factors
         return self._apply(tokens)
 
 

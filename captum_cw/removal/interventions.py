@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +46,7 @@ def remove_tokens(
     which: Which = "bottom",
     *,
     target: Target = None,
+    contrast: Target = None,
     **options: Unpack[RemovalKeywords],
 ) -> Iterator[None]:
     """Remove the pairs of head and token that a method scores lowest, or highest.
@@ -77,6 +79,8 @@ def remove_tokens(
         target: What measures of a target explain, as for
             :class:`~captum_cw.TargetContributions`. None is the sum of the logits that a model
             gives the tokens of its own text, or the class that a classifier predicts.
+        contrast: A second target, which is subtracted: what speaks for the target, and not for
+            this?
         options: ``reduction``, ``scoring``, ``ranking``, ``granularity``, ``rate_of``,
             ``protect_sinks``, ``sink_threshold``, ``sink_space`` and ``seed``.
             :class:`~captum_cw.removal.options.RemovalOptions` describes them.
@@ -97,15 +101,22 @@ def remove_tokens(
     scorer: PairScorer | TokenMethod | TargetScorer | None
     scorer = target_scorer(method, unwrapped(model), chosen.granularity)
     if scorer is None:
-        if target is not None:
-            raise ValueError(f"target={target!r}, but method={method!r} does not explain a target.")
+        for name, given in (("target", target), ("contrast", contrast)):
+            if given is not None:
+                raise ValueError(
+                    f"{name}={given!r}, but method={method!r} does not explain a target."
+                )
         if model_of(method) not in (None, unwrapped(model)):
             raise ValueError(
                 "method belongs to another model: create it with this model, or give its name. "
                 "(ComprehensivenessSufficiency accepts scores of another model.)"
             )
-        given = method, chosen.reduction, chosen.seed
-        scorer = scorer_of(*given) if chosen.granularity == "token" else pair_scorer(*given)
+        settings = method, chosen.reduction, chosen.seed
+        scorer = scorer_of(*settings) if chosen.granularity == "token" else pair_scorer(*settings)
+    elif contrast is not None:
+        if target is None:
+            raise ValueError(f"contrast={contrast!r}, but there is no target: give both.")
+        scorer = replace(scorer, contrast=contrast)
     with RankedRemoval(model, scorer, rate, which, chosen, target=target).in_force():
         yield
 

@@ -81,12 +81,14 @@ class TargetScorer:
         reduction: The reduction over queries.
         signed: Whether signs are kept.
         value: What the measure explains if a text has no other target.
+        contrast: A second target, which is subtracted; None for none.
     """
 
     method: AttentionAttribution | InputContributions
     reduction: Reduction = "sum"
     signed: bool = False
     value: TextValue = "logits"
+    contrast: Target = None
 
     def of(
         self, inputs: Mapping[str, Any], target: Target, clean: CleanPass
@@ -104,7 +106,7 @@ class TargetScorer:
         real = clean.real[0]
         S = real.shape[1]
         if isinstance(self.method, InputContributions):
-            shares = self.method.attribute(inputs, target)
+            shares = self.method.attribute(inputs, target, contrast=self.contrast)
             of_tokens = shares["input_ids"] if isinstance(shares, Mapping) else shares
             found = of_tokens if self.signed else of_tokens.abs()
             return behind(found.to(real.device), S)
@@ -116,7 +118,9 @@ class TargetScorer:
             check_finite(scores, execution.name)
             return behind(scores.to(real.device), S)
 
-        results, _ = self.method.observe(inputs, None, on_layer, target=target, text_only=True)
+        results, _ = self.method.observe(
+            inputs, None, on_layer, target=target, contrast=self.contrast, text_only=True
+        )
         if len(results) != len(clean.real):
             raise UnsupportedModelError(
                 f"With gradients, the model ran {len(results)} attention layers over the text, and "

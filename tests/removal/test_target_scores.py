@@ -130,6 +130,25 @@ def test_a_target_can_be_given(name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_contrast_is_subtracted(name: str) -> None:
+    model, inputs = llama().double(), padded()
+
+    def difference(output: Any) -> Tensor:
+        ends = output.logits[torch.arange(2), [8, 5]]
+        return ends[:, 3] - ends[:, 7]
+
+    options: Any = {"protect_sinks": False}
+    with torch.no_grad():
+        with remove_tokens(model, name, 0.5, target=difference, **options):
+            expected = model(**inputs).logits
+        with remove_tokens(model, name, 0.5, target=3, contrast=7, **options):
+            found = model(**inputs).logits
+        with remove_tokens(model, name, 0.5, target=3, **options):
+            assert not torch.allclose(model(**inputs).logits, expected)
+    torch.testing.assert_close(found, expected)
+
+
 def test_token_scores_bring_their_reduction_and_sign() -> None:
     model, inputs = llama().double(), padded()
     maps = TargetContributions(model).attribute(inputs, target=3)
@@ -267,6 +286,8 @@ WRONG: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
         "without layer= and queries=",
     ),
     "no target": (lambda model: "contribution", {"target": 3}, "does not explain a target"),
+    "no contrast": (lambda model: "vwon", {"contrast": 3}, "contrast=3.*does not explain a target"),
+    "contrast alone": (lambda model: "joint", {"contrast": 3}, "no target: give both"),
 }
 
 

@@ -151,3 +151,96 @@ def test_sums_of_scores_against_random_removals(datamodelling: ModuleType) -> No
         places = torch.tensor([[o.index(n) for n in range(6)] for o in order]).double()
         expected = float(torch.corrcoef(places)[0, 1])
         assert found["effect, frozen"][b] == pytest.approx(expected)
+
+
+def test_a_hidden_key_is_masked_and_a_mean_is_that_of_its_head() -> None:
+    replacements = importlib.import_module("replacements")
+    model, ids = llama(), token_ids()
+    T = ids.shape[1]
+    kept = torch.ones(1, 4, T)
+    kept[:, :, 2], kept[:, :, 5] = 0, 0
+    real = torch.ones_like(ids, dtype=torch.bool)
+
+    def found(how: str, factors: list[Tensor | None]) -> Tensor:
+        with torch.no_grad(), replacements.replaced(model, factors, how, real):
+            logits: Tensor = model(ids).logits
+        return logits
+
+    def written(module: Any, args: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, [2, 5]] = value.mean(1, keepdim=True)
+        return value
+
+    expected: dict[str, Tensor] = {}
+    before = model.config._attn_implementation
+    seen = torch.ones(T, T).tril().bool()
+    seen[:, [2, 5]] = False
+    mask = torch.zeros(2, 1, T, T).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        expected["hidden"] = model(ids, attention_mask=mask).logits
+        with remove_values(model, [kept == 0, torch.zeros(1, 4, T, dtype=torch.bool)]):
+            expected["zero"] = model(ids).logits
+        hook = model.model.layers[0].self_attn.v_proj.register_forward_hook(written)
+        expected["mean"] = model(ids).logits
+        hook.remove()
+    torch.testing.assert_close(found("hidden", [kept, kept]), expected["hidden"])
+    torch.testing.assert_close(found("zero", [kept, None]), expected["zero"])
+    torch.testing.assert_close(found("mean", [kept, None]), expected["mean"])
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("name", ["prediction", "replacements"])
+def test_other_pages(
+    name: str, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    page = importlib.import_module(name)
+    folder, file = tmp_path / "model", tmp_path / "texts.jsonl"
+    tiny_tokenizer.eos_token = "?"
+    tiny_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    rows = ("a b c d e f g h", "h g f e d c b a", "c d c d a b a b")
+    if name == "prediction":  # with the word that the model predicts
+        texts = []
+        for row in rows:
+            ids = tiny_tokenizer(row, return_tensors="pt").input_ids
+            begin = torch.tensor([[page.begin_token(tiny_tokenizer)]])
+            with torch.no_grad():
+                best = tiny_model(torch.cat([begin, ids], 1)).logits[0, -1].argmax()
+            texts.append(f"{row} {tiny_tokenizer.decode(best).strip()}")
+        rows = tuple(texts)
+    file.write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
+    scores = "joint, attnlrp;target, plain;random"
+    if name == "prediction":
+        scores += ";ablation;input x gradient;input, attnlrp"
+    arguments = ["--model", str(folder), "--data", f"letters={file}", "--scores", scores]
+    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    threads = torch.get_num_threads()
+    try:
+        assert page.main([*arguments, "--samples", "2", *folders]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (written,) = tmp_path.glob(f"{name}-*.md")
+    text = written.read_text(encoding="utf-8")
+    assert str(tmp_path) not in text
+    cells = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    names = [cell for cell in cells if not cell.startswith("---")]
+    shown = ["score", "contribution", *scores.split(";")]
+    tables = 3 if name == "replacements" else 2
+    assert set(names) == set(shown)
+    assert names.count("score") == tables
+
+
+def test_ablation_removes_one_token_after_another() -> None:
+    prediction = importlib.import_module("prediction")
+    model, ids = llama(), token_ids()[:1]
+    found = prediction.ablation(model, {"input_ids": ids})
+    T, lost = ids.shape[1], []
+    with torch.no_grad():
+        clean = model(ids).logits[0, -1].log_softmax(-1)
+        best = int(clean.argmax())
+        for j in range(T):
+            gone = torch.zeros(1, 4, T, dtype=torch.bool)
+            gone[..., j] = True
+            with remove_values(model, [gone, gone]):
+                lost.append(float(clean[best] - model(ids).logits[0, -1].log_softmax(-1)[best]))
+    assert found[0].tolist() == pytest.approx(lost, abs=1e-6)

@@ -1,0 +1,174 @@
+"""Measure which scores find what one prediction rests on.
+
+    python benchmarks/prediction.py --model M --data lambada=FILE
+
+Each text is read up to its last word. If the model predicts the first token of that word, the text
+is used. Pairs of head and token, or whole tokens, are removed in the order of a score, and the
+table shows the change of the log-probability of the prediction. Each setting is an evaluation in a
+folder of its own, and a run that was stopped resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from evidence import Question, begin_token, input_x_gradient, integrated_gradients
+from pages import named, without_folders
+from peers_of_removal import register_peers
+from ranking import OF_LAYERS, OF_TARGET, OF_TOKENS, PAPER, changes
+from torch import Tensor
+
+from captum_cw import ComprehensivenessSufficiency, measures, scale_values
+from captum_cw._utils.progress import progress_bar
+from captum_cw.data import load_texts
+from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
+from captum_cw.removal.ranking import Which
+
+OUT = Path(__file__).parent.parent / "docs" / "results"
+RATES: dict[Which, Sequence[float]] = {"bottom": (0.7, 0.9, 0.95), "top": (0.01, 0.03, 0.1)}
+LAYERS = (PAPER, "vwon", "vw", "attention", measures.RANDOM)
+SETTINGS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "pair": ("pairs of all layers ranked together", {"ranking": "global"}),
+    "token": ("whole tokens", {"granularity": "token"}),
+}
+
+
+def predictions(texts: Sequence[str], model: Any, tokenizer: Any) -> Iterator[Tensor]:
+    """Yield the ids ``(1, T)`` of the texts whose last word the model predicts, without it."""
+    begin = begin_token(tokenizer)
+    for text in texts:
+        context, _, word = text.rstrip().rpartition(" ")
+        ids = [begin, *tokenizer(context, add_special_tokens=False).input_ids]
+        whole = [begin, *tokenizer(f"{context} {word}", add_special_tokens=False).input_ids]
+        given = torch.tensor([ids])
+        if whole[: len(ids)] != ids or len(whole) == len(ids):
+            continue  # the context ends within a token
+        with torch.no_grad():
+            if int(model(given).logits[0, -1].argmax()) == whole[len(ids)]:
+                yield given
+
+
+def _question(model: Any, ids: Tensor) -> Question:
+    with torch.no_grad():
+        return Question(ids[0].tolist(), [], int(model(ids).logits[0, -1].argmax()), None)
+
+
+def gradient_x_input(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the sizes of embedding times gradient, ``(1, T)``."""
+    return input_x_gradient(model, [_question(model, batch["input_ids"])]).abs()
+
+
+def path_gradients(model: Any, tokenizer: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the sizes of Integrated Gradients, ``(1, T)``."""
+    question = _question(model, batch["input_ids"])
+    return integrated_gradients(model, tokenizer, [question]).abs()
+
+
+def ablation(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return what the prediction loses without each token alone, ``(1, T)``, with its sign."""
+    ids = batch["input_ids"]
+
+    def log_probabilities() -> Tensor:
+        found: Tensor = model(ids).logits[0, -1].log_softmax(-1)
+        return found
+
+    with torch.no_grad():
+        clean = log_probabilities()
+        best, lost = int(clean.argmax()), []
+        for position in range(ids.shape[1]):
+            with scale_values(model, 0.0, [position]):
+                lost.append(clean[best] - log_probabilities()[best])
+    return torch.stack(lost)[None]
+
+
+def methods_of(key: str, model: Any, tokenizer: Any) -> dict[str, object]:
+    """Return the scores of a setting by name."""
+    makes = {name: make for name, make in OF_LAYERS.items() if name in LAYERS}
+    makes |= OF_TARGET if key == "pair" else {**OF_TARGET, **OF_TOKENS}
+    found = {name: make(model, "sum") for name, make in makes.items()}
+    if key == "token":
+        found["input x gradient"] = partial(gradient_x_input, model)
+        found["Integrated Gradients"] = partial(path_gradients, model, tokenizer)
+        found["ablation"] = partial(ablation, model)
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Measure which scores find what one prediction rests on.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="a hub id or a local folder; without it, the demo model")
+    add("--data", type=named, action="append", required=True, help="NAME=FILE; can be repeated")
+    add("--settings", default=",".join(SETTINGS), help="what is removed")
+    add("--scores", help="only these scores, divided by semicolons")
+    add("--samples", type=int, default=32, help="number of texts, from the last one on")
+    add("--threads", type=int, default=2, help="number of threads of torch")
+    add("--work", type=Path, default=Path("prediction"), help="folder of unfinished runs")
+    add("--out", type=Path, default=OUT, help="folder of the page")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the missing evaluations, and write the page of one model."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(argv)
+    torch.set_num_threads(options.threads)
+    register_peers()
+    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
+    model.requires_grad_(False)
+    name = (options.model or DEMO_MODEL).rstrip("/").rpartition("/")[2]
+    asked = None if options.scores is None else options.scores.split(";")
+    chosen, pages = options.settings.split(","), []
+    with progress_bar(len(chosen) * len(options.data), "Settings", show=True) as bar:
+        for data, source in options.data:
+            right = predictions(load_texts(source)[::-1], model, tokenizer)
+            batches = [{"input_ids": ids} for ids in islice(right, options.samples)]
+            folder = options.work / name / data
+            folder.mkdir(parents=True, exist_ok=True)
+            for key in chosen:
+                title, removed = SETTINGS[key]
+                bar.set_postfix_str(f"{data}, {key}")
+                methods = {
+                    label: method
+                    for label, method in methods_of(key, model, tokenizer).items()
+                    if asked is None or label in (PAPER, *asked)
+                }
+                metric = ComprehensivenessSufficiency(
+                    model, RATES, quantity="log_prob", scoring="clean", reduction="sum", **removed
+                )
+                result = metric.evaluate(methods, batches, resume_from=folder / f"{key}.records")
+                cells = changes(result, list(methods), "mean")
+                pages.append(f"## {data}: {title}\n\n{cells}\n\n{len(result.records)} texts.")
+                bar.update()
+    head = (
+        f"# What one prediction rests on: {name}\n\nResults of `python benchmarks/prediction.py "
+        f"{shlex.join(without_folders(argv))}` on Python {platform.python_version()}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}; weights: {origin(model)}. "
+        f"The last {options.samples} texts of each set whose last word the model predicts; it "
+        "reads them up to this word. Cells are changes of the log-probability of the prediction, "
+        "in nats. Positive is a loss: with the bottom removed, lower is better; with the top "
+        f"removed, higher is better. **Bold** cells are ahead of `{PAPER}` in the same column by a "
+        "paired 95% interval over texts; `-` marks a cell that is behind, `~` a tie. Sizes are "
+        "summed over queries in an unchanged pass, and sinks stay. `ablation` removes each token "
+        "alone and keeps the sign of what the prediction loses."
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    page = "\n\n".join([head, *pages]) + "\n"
+    (options.out / f"prediction-{name}.md").write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
