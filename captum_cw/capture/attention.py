@@ -29,14 +29,19 @@ _local = _Local()
 
 @contextmanager
 def attention_calls(
-    modules: Collection[nn.Module], listener: Listener
+    modules: Collection[nn.Module], listener: Listener, *, layers: bool = False
 ) -> Iterator[Callable[[], list[nn.Module]]]:
     """Report every attention call that ``modules`` make in this context to ``listener``.
 
     If observations are nested, each call is reported to the inner one only. The context yields a
     function that lists the modules whose attention could not be observed.
+
+    Args:
+        modules: The modules.
+        listener: Receives the calls.
+        layers: Whether the running modules include single layers of PyTorch.
     """
-    with _observed(modules) as direct, listening(listener):
+    with _observed(modules, layers) as direct, listening(listener):
         direct.begin()
         yield direct.missed
 
@@ -71,8 +76,8 @@ def changed_values(
 
 
 @contextmanager
-def _observed(modules: Collection[nn.Module]) -> Iterator[DirectAttention]:
-    with tracking(modules), adapted(modules), registered_kernels(modules):
+def _observed(modules: Collection[nn.Module], layers: bool = False) -> Iterator[DirectAttention]:
+    with tracking(modules, layers=layers), adapted(modules), registered_kernels(modules):
         if _local.direct is not None:
             yield _local.direct
             return

@@ -6,7 +6,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
@@ -112,14 +112,20 @@ class FunctionCall:
         """Run the function with its own gradient."""
         return self.proceed(self.func, self.args, self.kwargs)
 
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionCall:
+        """Return the call with these arguments."""
+        return FunctionCall(
+            self.func, self.name, args, kwargs, self.proceed, self.one, self.softmax_gradient
+        )
+
     def changed(self, change: Callable[[Any], Any], *, kwargs: bool = True) -> FunctionCall:
         """Return the call with other arguments; its keyword arguments are changed if ``kwargs``."""
         options = substitute(self.kwargs, change) if kwargs else self.kwargs
-        return replace(self, args=substitute(self.args, change), kwargs=options)
+        return self.given(substitute(self.args, change), options)
 
     def detached(self) -> FunctionCall:
         """Return the call with arguments that are held fixed."""
-        return replace(self, args=fixed(self.args), kwargs=fixed(self.kwargs))
+        return self.given(fixed(self.args), fixed(self.kwargs))
 
     def of(self, x: Tensor) -> Any:
         """Run the function on another first argument, without gradients."""

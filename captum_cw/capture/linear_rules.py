@@ -83,7 +83,7 @@ def run_linearised(call: FunctionCall, chains: ActivationChains) -> Any:
     """
     if not call.args and "input" in call.kwargs and "condition" not in call.kwargs:
         kwargs = dict(call.kwargs)
-        call = replace(call, args=(kwargs.pop("input"),), kwargs=kwargs)
+        call = call.given((kwargs.pop("input"),), kwargs)
     if is_in_place(call.func):
         return _run_in_place(call, chains)
     place = _place_of_inplace(call.func)
@@ -94,7 +94,7 @@ def run_linearised(call: FunctionCall, chains: ActivationChains) -> Any:
     if not isinstance(written, Tensor):
         return chains.run(call, _by_rule)
     kwargs = {name: x for name, x in kwargs.items() if name not in ("inplace", "out")}
-    value = chains.run(replace(call, args=args, kwargs=kwargs), _by_rule)
+    value = chains.run(call.given(args, kwargs), _by_rule)
     before_writing(written)
     return call.proceed(torch.Tensor.copy_, (written, value), {})
 
@@ -161,7 +161,7 @@ def _divided(call: FunctionCall) -> Any:
         first = fixed(first)
     else:
         second = fixed(second)
-    return replace(call, args=(first, second, *call.args[2:]), kwargs=options).run()
+    return call.given((first, second, *call.args[2:]), options).run()
 
 
 @_rule(*SPLITS)
@@ -191,7 +191,7 @@ def _solved(call: FunctionCall) -> Any:
     matrix, x = call.args[:2]
     if not varies(x):
         return _held_fixed(call)
-    return replace(call, args=(matrix.detach(), *call.args[1:])).run()
+    return call.given((matrix.detach(), *call.args[1:]), call.kwargs).run()
 
 
 @_rule("normalize")
@@ -221,8 +221,15 @@ def _elementwise(call: FunctionCall) -> Any:
             at_zero = _is_zero_at_zero(call.func, call.args[1:], tuple(call.kwargs.items()))
         if not at_zero:
             return _held_fixed(call)
+    if _is_square(call) and not torch.is_autocast_enabled(x.device.type):
+        return call.proceed(torch.mul, (x, x.detach()), {})
     # Most powers belong to the scale of a norm, which no gradient passes.
     return times_ratio(x, call.of, is_late=not others)
+
+
+def _is_square(call: FunctionCall) -> bool:
+    exponent = call.argument(1, "exponent") if call.name == "pow" else None
+    return call.name == "square" or (isinstance(exponent, (int, float)) and exponent == 2)
 
 
 @functools.lru_cache(maxsize=256)
@@ -277,7 +284,7 @@ def _added_product(call: FunctionCall) -> Any:
     if not any(map(varies, factors)):  # their product is a constant
         factors[0] = call.lifted(factors[0])
     options = {name: x for name, x in call.kwargs.items() if name not in names}
-    return replace(call, args=(call.lifted(summand), *_halved(factors)), kwargs=options).run()
+    return call.given((call.lifted(summand), *_halved(factors)), options).run()
 
 
 @_rule(
@@ -333,14 +340,14 @@ def _product_of_numbers(call: FunctionCall) -> Any:
     x, dim = call.first, call.argument(1, "dim")
     factors = x.numel() if dim is None else x.shape[dim]
     args = (scaled_gradient(x, 1 / factors), *call.args[1:])
-    return replace(call, args=args).run()
+    return call.given(args, call.kwargs).run()
 
 
 @_rule("bilinear")
 def _bilinear(call: FunctionCall) -> Any:
     x, y, weight, *rest = call.args
     bias = rest[0] if rest else call.kwargs.get("bias")
-    return replace(call, args=(*_halved([x, y]), weight, call.lifted(bias)), kwargs={}).run()
+    return call.given((*_halved([x, y]), weight, call.lifted(bias)), {}).run()
 
 
 def _halved(factors: list[Any]) -> list[Any]:
@@ -373,7 +380,7 @@ def _with_constants(call: FunctionCall) -> Any:
         call = call.changed(lambda y: whole.get(id(y), y) if like.is_floating_point() else y)
     if call.name in _WITH_NUMBERS:
         options = {n: y if n == "alpha" else call.lifted(y) for n, y in call.kwargs.items()}
-        return replace(call, args=substitute(call.args, call.lifted), kwargs=options).run()
+        return call.given(substitute(call.args, call.lifted), options).run()
     return call.changed(lambda y: call.lifted(y) if isinstance(y, Tensor) else y).run()
 
 
@@ -399,7 +406,7 @@ def _padded(call: FunctionCall) -> Any:
     value = call.argument(3, "value") or 0.0
     if call.argument(2, "mode", "constant") != "constant" or not value:
         return call.run()
-    zeros = replace(call, args=(x, sizes), kwargs={}).run()
+    zeros = call.given((x, sizes), {}).run()
     return zeros + constant(call.of(torch.zeros_like(x)), call.one)
 
 
@@ -422,32 +429,18 @@ def _norm_of_features(call: FunctionCall) -> Any:
 
 @_rule("group_norm")
 def _norm_of_groups(call: FunctionCall) -> Any:
-    x, groups = call.first, call.argument(1, "num_groups")
-    return _norm_of_channels(
-        call,
-        x,
-        groups,
-        *(
-            call.argument(place, name, default)
-            for place, name, default in ((2, "weight", None), (3, "bias", None), (4, "eps", 1e-5))
-        ),
-    )
+    weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
+    groups, eps = call.argument(1, "num_groups"), call.argument(4, "eps", 1e-5)
+    return _norm_of_channels(call, call.first, groups, weight, bias, eps)
 
 
 @_rule("instance_norm")
 def _norm_of_instances(call: FunctionCall) -> Any:
-    x = call.first
     if not call.argument(5, "use_input_stats", True):
         return _batch_norm(call)  # which has the same arguments in the same places
-    return _norm_of_channels(
-        call,
-        x,
-        x.shape[1],
-        *(
-            call.argument(place, name, default)
-            for place, name, default in ((3, "weight", None), (4, "bias", None), (7, "eps", 1e-5))
-        ),
-    )
+    weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
+    eps, x = call.argument(7, "eps", 1e-5), call.first
+    return _norm_of_channels(call, x, x.shape[1], weight, bias, eps)
 
 
 def _norm_of_channels(
@@ -521,7 +514,7 @@ def _attention(call: FunctionCall) -> Any:
         query, key = fixed((query, key))
     options = {name: x for name, x in call.kwargs.items() if name not in names}
     args = (query, key, value, *fixed(call.args[3:]))
-    frozen = replace(call, args=args, kwargs=fixed(options))
+    frozen = call.given(args, fixed(options))
     is_frozen = varies(value) and not varies(query) and not varies(key)
     return run_frozen(frozen) if is_frozen else frozen.run()
 

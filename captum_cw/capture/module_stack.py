@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -46,7 +47,7 @@ class Run:
 class _Stack(threading.local):
     # Each thread has its own content, since a context may be copied into several threads.
     def __init__(self, modules: Collection[nn.Module]) -> None:
-        self.modules = frozenset(modules)
+        self.modules: frozenset[nn.Module] = frozenset(modules)
         self.runs: list[Run] = []
 
     def __reduce__(self) -> tuple[type[_Stack], tuple[tuple[()]]]:
@@ -80,13 +81,20 @@ def notifying(on_enter: Callable[[Run], None]) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def tracking(modules: Collection[nn.Module]) -> Iterator[None]:
-    """Track which of the modules are running in this context."""
+def tracking(modules: Collection[nn.Module], *, layers: bool = True) -> Iterator[None]:
+    """Track which of the modules are running in this context.
+
+    Args:
+        modules: The modules.
+        layers: Whether layers of PyTorch without submodules are tracked too, such as linear ones.
+            They are half of a model, and none of them computes attention.
+    """
+    tracked = set(modules if layers else itertools.filterfalse(_is_single_layer, modules))
     current = _stack.get()
-    if current is not None and current.modules.issuperset(modules):
+    if current is not None and current.modules.issuperset(tracked):
         yield
         return
-    stack = _Stack(modules)
+    stack = _Stack(tracked)
     hooks: list[RemovableHandle] = []
     try:
         with collection_paused():
@@ -98,6 +106,12 @@ def tracking(modules: Collection[nn.Module]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _is_single_layer(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's own without submodules."""
+    is_of_torch = type(module).__module__.startswith("torch.nn.modules")
+    return is_of_torch and next(module.children(), None) is None
 
 
 def running() -> tuple[Run, ...]:

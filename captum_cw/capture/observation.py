@@ -123,6 +123,7 @@ class HeadObservation:
         real: The padding masks of the sequences that the model reads, each ``(B, T)``, False at
             padding.
         text: Selects the layers that read the text in a model of images and text; None for all.
+        layers: Whether the running modules include single layers of PyTorch.
 
     Attributes:
         executions: The attention calls so far, including those of layers that are not wanted.
@@ -138,7 +139,9 @@ class HeadObservation:
         kind: Kind | Literal["all"] = "all",
         real: Sequence[Tensor] = (),
         text: TextLayers | None = None,
+        layers: bool = False,
     ) -> None:
+        self._layers = layers
         self.executions: list[Execution] = []
         self.all_registered = True
         self._names = names_of(roots)
@@ -159,7 +162,8 @@ class HeadObservation:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._missed = stack.enter_context(attention_calls(self._names, self._on_call))
+            calls = attention_calls(self._names, self._on_call, layers=self._layers)
+            self._missed = stack.enter_context(calls)
             stack.enter_context(notifying(self._on_enter))
             self._start(stack)
             self._stack = stack.pop_all()
@@ -277,7 +281,7 @@ class Observation(HeadObservation):
         stream: bool = False,
         text: TextLayers | None = None,
     ) -> None:
-        super().__init__(roots, self._begin, wanted, kind=kind, real=real, text=text)
+        super().__init__(roots, self._begin, wanted, kind=kind, real=real, text=text, layers=True)
         self._on_layer = on_layer
         # The layer whose projection has not run yet, and what the last projection has read.
         self._pending: _Pending | None = None

@@ -28,6 +28,9 @@ __all__ = ["recomputing"]
 #: The part of the free memory that the activations of all blocks may take.
 SHARE = 0.25
 
+#: The number of bytes of activations that may always be kept.
+LEAST = 2**26
+
 
 @dataclass
 class _Pass:
@@ -90,13 +93,12 @@ class _Block:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         now = _pass.get()
-        # A cache would be written into twice.
-        if now is None or find_cache((*args, *kwargs.values())) is not None:
+        if now is None or now.decided.get(self._blocks) is False:
+            return self._forward(*args, **kwargs)
+        if find_cache((*args, *kwargs.values())) is not None:  # it would be written into twice
             return self._forward(*args, **kwargs)
         if self._blocks not in now.decided:
             return self._decide(now, *args, **kwargs)
-        if not now.decided[self._blocks]:
-            return self._forward(*args, **kwargs)
 
         def run(*args: Any) -> Any:
             own_args, own_kwargs = substitute((args, kwargs), _own)
@@ -125,7 +127,7 @@ class _Block:
             result = self._forward(*args, **kwargs)
         needed = sum(kept.values()) * len(self._blocks)
         # What a block overwrites while it runs again would not be copied.
-        is_large = device is not None and needed > SHARE * free_bytes(device)
+        is_large = needed > LEAST and device is not None and needed > SHARE * free_bytes(device)
         now.decided[self._blocks] = is_large and not has_copied()
         return result
 

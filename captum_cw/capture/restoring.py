@@ -100,10 +100,11 @@ class _ModuleState:
         self.hooks = [frozenset(vars(module)[name]) for name in _HOOKS]
         self.attributes = vars(module).copy()
         self.buffers = module._buffers.copy()
+        own = ((name, self.attributes[name]) for name in self.attributes.keys() - _OF_TORCH)
         self.kept = [
             (name, _Snapshot(x))
-            for name, x in (*self.attributes.items(), *self.buffers.items())
-            if name not in _OF_TORCH and isinstance(x, _MUTABLE)
+            for name, x in (*own, *self.buffers.items())
+            if isinstance(x, _MUTABLE)
         ]
 
     def restore(self, module: nn.Module) -> None:
@@ -114,9 +115,11 @@ class _ModuleState:
         _remove_hooks(module, self.hooks)
         for name, kept in self.kept:
             kept.restore(name)
-        _restore_entries(module._buffers, self.buffers, {})
-        own = {"forward": MethodType(type(module).forward, module)}
-        _restore_entries(vars(module), self.attributes, own)
+        if not _is_unchanged(module._buffers, self.buffers):
+            _restore_entries(module._buffers, self.buffers, {})
+        if not _is_unchanged(vars(module), self.attributes):
+            own = {"forward": MethodType(type(module).forward, module)}
+            _restore_entries(vars(module), self.attributes, own)
 
 
 def _remove_hooks(module: nn.Module, before: list[frozenset[int]]) -> None:
@@ -135,8 +138,6 @@ def _remove_hooks(module: nn.Module, before: list[frozenset[int]]) -> None:
 
 def _restore_entries(held: dict[str, Any], before: dict[str, Any], own: dict[str, Any]) -> None:
     """Undo the changes of a pass in a module's attributes or buffers."""
-    if _is_unchanged(held, before):
-        return
     changed = [n for n, x in held.items() if before.get(n, _MISSING) is not x]
     for name in (*changed, *(before.keys() - held.keys())):
         old, new = before.get(name, _MISSING), held.get(name, _MISSING)

@@ -310,6 +310,7 @@ class TargetRunner:
             kind=runner.kind if is_all else "all",
             real=call.token_masks,
             text=call.text if text_only and is_all else None,
+            layers=examines,
         )
         modules = list(dict.fromkeys(m for root in runner.roots for m in root.modules()))
         stack.enter_context(evaluation_mode(runner.roots, runner.model))
