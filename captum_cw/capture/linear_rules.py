@@ -62,6 +62,9 @@ _CLAMPS = ("clamp", "clip", "clamp_min", "clamp_max")
 #: Functions with constants that may be numbers.
 _WITH_NUMBERS = {*_SUMS, "where", "masked_fill", "maximum", "minimum"}
 
+#: Functions that raise to a power.
+_POWERS = {torch.pow, torch.Tensor.pow, torch.Tensor.__pow__}
+
 Rule = Callable[[FunctionCall], Any]
 _rules: dict[str, Rule] = {}
 
@@ -228,8 +231,10 @@ def _elementwise(call: FunctionCall) -> Any:
 
 
 def _is_square(call: FunctionCall) -> bool:
-    exponent = call.argument(1, "exponent") if call.name == "pow" else None
-    return call.name == "square" or (isinstance(exponent, (int, float)) and exponent == 2)
+    if call.func not in _POWERS:  # float_power also changes the dtype
+        return call.name == "square"
+    exponent = call.argument(1, "exponent")
+    return isinstance(exponent, (int, float)) and exponent == 2
 
 
 @functools.lru_cache(maxsize=256)

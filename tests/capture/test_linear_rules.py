@@ -231,6 +231,23 @@ def test_a_gated_linear_unit_gives_all_to_what_is_gated() -> None:
         check_parts(f, lambda part, x: part[..., :3] * x[..., 3:].sigmoid())
 
 
+def test_float_power_changes_the_dtype() -> None:
+    linear = nn.Linear(3, 2, bias=False).double()
+
+    class Power(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(torch.float_power(x, 2))
+            return y
+
+    x = torch.randn(1, 3, generator=torch.Generator().manual_seed(0))
+    found = InputContributions(Power().eval()).attribute(x, target=0)
+    torch.testing.assert_close(found, (linear.weight[:1] * x.double() ** 2).detach().float())
+
+
 # ---------------------------------------------------------------------------------------------
 # Products and divisions
 
