@@ -58,7 +58,7 @@ def changed_values(
         modules: The modules.
         change: Returns the factors.
         registered_only: Whether all attention is known to run in kernels of transformers'
-            registry. Then no functions and no modules are followed, which takes time.
+            registry. Then functions and modules are not followed, which saves time.
     """
     known = set(modules)
 

@@ -2,7 +2,7 @@
 
 The backward pass of a fused kernel computes the gradients at queries, keys and values together.
 Where weights are held fixed, only that at the values is needed. It is a sum of weights and
-gradients, and a measure of the target reads the same weights: so they are computed once for both.
+gradients. A measure of the target reads the same weights, so they are computed once for both.
 """
 
 from __future__ import annotations
@@ -65,6 +65,14 @@ class ValueGradient:
             self(slice(self._done, min(self._done + size, T)))
         return self._total
 
+    def fits(self, gradient: Tensor, shape: torch.Size) -> bool:
+        """Whether it is the sum for this gradient, and for values of this shape.
+
+        The model may also use the heads elsewhere or scale them, and a cache may have empty places.
+        """
+        is_same = torch.equal(gradient.to(self.gradient), self.gradient)
+        return is_same and self._total.shape == shape
+
     def _add(self, rows: slice, a: Tensor) -> None:
         B, H, t, n = a.shape
         heads = self._total.shape[1]
@@ -121,7 +129,7 @@ def frozen_attention(
         value: ``(B, H_kv, S, d_h)``.
         run: Runs the kernel.
         mask: Boolean, True where a key is visible, broadcastable to ``(B, H, T, S)``; or None.
-        causal: Whether queries see no later keys, if there is no mask.
+        causal: Whether a query sees no later key. It counts only without a mask.
         scaling: The factor of the inner products; None is ``1 / sqrt(d_k)``.
 
     Example:
@@ -142,8 +150,8 @@ def node_of(result: Tensor) -> Any:
     """Return the node of :func:`frozen_attention` in the graph of its rearranged result, or None.
 
     If somebody reads the weights before the backward pass comes to the node, a
-    :class:`ValueGradient` that was ``gathered`` can be given to it. It has ``heads`` key-value
-    heads.
+    :class:`ValueGradient` that was ``gathered`` can be given to it. Its values have the shape
+    ``shape``, ``(B, H_kv, S, d_h)``.
     """
     node: Any = result.grad_fn
     for _ in range(REARRANGED):
@@ -170,7 +178,7 @@ class _FrozenAttention(Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, mask)
         ctx.causal, ctx.scaling, ctx.gathered = causal, scaling, None
-        ctx.heads, ctx.dtype = value.shape[1], value.dtype
+        ctx.shape, ctx.dtype = value.shape, value.dtype
         return run()
 
     @staticmethod
@@ -178,10 +186,7 @@ class _FrozenAttention(Function):
         (gradient,) = grads
         gathered, ctx.gathered = ctx.gathered, None
         with torch.autocast(gradient.device.type, enabled=False):
-            # The result may also be used elsewhere, or be scaled.
-            if gathered is None or not torch.equal(
-                gradient.to(gathered.gradient), gathered.gradient
-            ):
+            if gathered is None or not gathered.fits(gradient, ctx.shape):
                 gathered = _gathered(ctx, gradient)
             return gathered.whole().to(ctx.dtype), None, None, None, None, None, None
 
@@ -193,4 +198,4 @@ def _gathered(ctx: Any, gradient: Tensor) -> ValueGradient:
     wide = torch.promote_types(gradient.dtype, torch.float32)
     query, key = (x.to(gradient.dtype).to(wide) for x in (query, key))
     weights = SoftmaxWeights(query, key, QueryMask(T, S, visible, causal), scaling=ctx.scaling)
-    return ValueGradient(weights, gradient.to(wide), ctx.heads, S)
+    return ValueGradient(weights, gradient.to(wide), ctx.shape[1], S)

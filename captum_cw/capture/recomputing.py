@@ -28,9 +28,6 @@ __all__ = ["recomputing"]
 #: The part of the free memory that the activations of all blocks may take.
 SHARE = 0.25
 
-#: The number of bytes of activations that may always be kept.
-LEAST = 2**26
-
 
 @dataclass
 class _Pass:
@@ -127,7 +124,7 @@ class _Block:
             result = self._forward(*args, **kwargs)
         needed = sum(kept.values()) * len(self._blocks)
         # What a block overwrites while it runs again would not be copied.
-        is_large = needed > LEAST and device is not None and needed > SHARE * free_bytes(device)
+        is_large = device is not None and needed > SHARE * free_bytes(device)
         now.decided[self._blocks] = is_large and not has_copied()
         return result
 

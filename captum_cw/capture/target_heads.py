@@ -41,7 +41,7 @@ class Heads:
         """Compute the result, now that the gradient at the heads is known."""
         weights = self.layer.weights
         if self.node is not None:
-            weights = ValueGradient(weights, gradient, self.node.heads, self.layer.S)
+            weights = ValueGradient(weights, gradient, self.node.shape[1], self.layer.S)
             self.node.gathered = weights
         layer = replace(self.layer, weights=weights, head_gradient=gradient)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):

@@ -16,9 +16,10 @@ from captum_cw import (
     TargetContributions,
     TokenScores,
 )
-from captum_cw.capture import UnsupportedModelError, recomputing
+from captum_cw.capture import UnsupportedModelError
 from support.inputs import token_ids
 from support.models import build, llama
+from support.running import short_of_memory
 from support.state import check_untouched
 
 Maps = list[Tensor]
@@ -148,13 +149,12 @@ def test_token_scores_are_those_of_the_maps(form: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["joint", "effect", "sensitivity"])
-def test_blocks_that_run_again_give_the_same_scores(
-    form: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_that_run_again_give_the_same_scores(form: Any) -> None:
     model = llama()
     expected = attribute(model, token_ids(), form=form)
-    monkeypatch.setattr(recomputing, "SHARE", 0.0)
-    check_maps(attribute(model, token_ids(), form=form), expected)
+    with short_of_memory():
+        found = attribute(model, token_ids(), form=form)
+    check_maps(found, expected)
 
 
 def test_chosen_layers_are_those_of_all(model: Any) -> None:

@@ -22,7 +22,7 @@ from support.inputs import (
     token_ids,
 )
 from support.models import bert, build, gpt2, llama, t5
-from support.running import run_in_threads
+from support.running import run_in_threads, short_of_memory
 from support.state import check_untouched, contents_of_module, state_of
 
 Method = Callable[..., Any]
@@ -288,12 +288,10 @@ def test_attnlrp_is_another_attribution(model: Any, method: Method) -> None:
         method(model, attention="lrp")
 
 
-def test_blocks_that_run_again_change_nothing(
-    monkeypatch: pytest.MonkeyPatch, method: Method
-) -> None:
+def test_blocks_that_run_again_change_nothing(method: Method) -> None:
     expected = method(gpt2()).attribute(token_ids(), 7, return_convergence_delta=True)
-    monkeypatch.setattr(recomputing, "SHARE", 0.0)
-    found = method(gpt2()).attribute(token_ids(), 7, return_convergence_delta=True)
+    with short_of_memory():
+        found = method(gpt2()).attribute(token_ids(), 7, return_convergence_delta=True)
     assert same(list(found), list(expected), 1e-6)
 
 

@@ -116,7 +116,7 @@ def _node(change: str) -> tuple[Tensor, Tensor, Tensor]:
 def test_node_is_found_behind_its_result(change: str) -> None:
     node = node_of(_node(change)[0])
     assert node is not None
-    assert node.heads == 6
+    assert node.shape == (B, 6, T, D)
 
 
 def test_no_node_is_found_behind_a_sum() -> None:
@@ -130,6 +130,11 @@ def test_a_sum_of_other_gradients_is_not_taken() -> None:
     node = node_of(y)
     # It was summed with the gradient at the scaled result, which is half of the node's own.
     node.gathered = ValueGradient(lambda rows: torch.full((B, H, 7, T), 1 / T)[:, :, rows], g, 6, T)
+    (found,) = torch.autograd.grad(y, value, g, retain_graph=True)
+    assert torch.equal(found, expected)
+    # The sum is of the right gradient, but of fewer keys, as if a cache had empty places.
+    a = torch.full((B, H, T, T - 1), 1 / (T - 1))
+    node.gathered = ValueGradient(lambda rows: a[:, :, rows], 2 * g, 6, T - 1)
     (found,) = torch.autograd.grad(y, value, g)
     assert torch.equal(found, expected)
 
