@@ -9,16 +9,12 @@ rank correlation of each text, averaged, with an interval over texts.
 
 from __future__ import annotations
 
-import argparse
-import platform
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from pages import mean_and_interval, named, table
+from pages import add_documents, loaded, made_by, mean_and_interval, parser_of, table, write_page
 from torch import Tensor
 
 from captum_cw import (
@@ -34,10 +30,9 @@ from captum_cw import (
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
 from captum_cw.data import load_texts, token_batches
-from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
+from captum_cw.metrics.identity import fingerprint
 from captum_cw.removal.target_scores import OwnText
 
-OUT = Path(__file__).parent.parent / "docs" / "results"
 SCORES: dict[str, Any] = {
     "contribution": ContributionWeights,
     "vwon": VWONAttention,
@@ -110,25 +105,15 @@ def _row(name: str, values: Sequence[float]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, and write the page of one model."""
-    parser = argparse.ArgumentParser(
-        description="Measure how well scores of pairs add up to what random removals do.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    text = "Measure how well scores of pairs add up to what random removals do."
+    parser = parser_of("datamodelling", text)
+    add_documents(parser)
     add = parser.add_argument
-    add("--model", help="a hub id or a local folder; without it, the demo model")
-    add("--data", type=named, action="append", required=True, help="NAME=FILE; can be repeated")
-    add("--length", type=int, default=128, help="the largest number of tokens of a text")
-    add("--samples", type=int, default=32, help="number of documents, the last of each set")
-    add("--batch-size", type=int, default=8, help="number of texts per pass")
     add("--removals", type=int, default=64, help="number of random removals of each text")
     add("--rate", type=float, default=0.1, help="the fraction of pairs that a removal takes")
-    add("--threads", type=int, default=2, help="number of threads of torch")
-    add("--work", type=Path, default=Path("datamodelling"), help="folder of unfinished runs")
-    add("--out", type=Path, default=OUT, help="folder of the page")
+    argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
-    name = (options.model or DEMO_MODEL).rstrip("/").rpartition("/")[2]
+    model, tokenizer, name = loaded(options)
     pages = []
     for data, source in options.data:
         batches = token_batches(
@@ -139,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         options.work.mkdir(parents=True, exist_ok=True)
         settings = {n: getattr(options, n) for n in ("length", "samples", "removals", "rate")}
-        run = {"model": name, "weights": origin(model), "data": source, **settings}
+        run = {"model": name, "weights": fingerprint(model), "data": source, **settings}
         values: dict[str, list[float]] = {name: [] for name in SCORES}
         with (
             Records(options.work / f"{name}-{data}.records", run) as records,
@@ -156,17 +141,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         heads = ["score", "rank correlation", "95% interval"]
         pages.append(f"## {data}\n\n{table(heads, rows)}")
     top = (
-        f"# Do scores add up to what a removal costs? {name}\n\nPython "
-        f"{platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; weights: {origin(model)}. The last {options.samples} "
-        f"documents of each set, cut to {options.length} tokens; {options.removals} removals of a "
+        f"# Do scores add up to what a removal costs? {name}\n\n"
+        f"{made_by('datamodelling', argv, model)} The last {options.samples} documents of each "
+        f"set, cut to {options.length} tokens; {options.removals} removals of a "
         f"random {100 * options.rate:g}% of all pairs, but those of the first token. The "
         "correlation is that of the sum of the scores of the removed pairs with the loss of "
         "log-likelihood (Spearman), averaged over documents."
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    page = "\n\n".join([top, *pages]) + "\n"
-    (options.out / f"datamodelling-{name}.md").write_text(page, encoding="utf-8")
+    write_page(options.out / f"datamodelling-{name}.md", [top, *pages])
     return 0
 
 

@@ -9,17 +9,12 @@ that was stopped can be resumed. The result is a page of tables.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import captum
-import torch
-import transformers
-from pages import named, number, table
+from pages import loaded, made_by, number, parser_of, table, write_page
 
 from captum_cw import measures
 from captum_cw._utils.progress import progress_bar
@@ -27,10 +22,8 @@ from captum_cw.cli.run_folder import save_result
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, REMOVED, Side
-from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
 from captum_cw.removal.ranking import Which
 
-OUT = Path(__file__).parent.parent / "docs" / "results"
 RATES: dict[Which, Sequence[float]] = {"top": (0.1, 0.3, 0.5), "bottom": (0.3, 0.5, 0.7, 0.9)}
 MEASURES = (*measures.names(), measures.RANDOM)
 CONTROLS = tuple(entry.name for entry in measures.entries(controls=True) if entry.control)
@@ -105,21 +98,13 @@ def tables(result: FaithfulnessResult) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Measure how faithful the measures are on a real model, in all settings.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    text = "Measure how faithful the measures are on a real model, in all settings."
+    parser = parser_of("faithfulness", text)
     add = parser.add_argument
-    add("--model", help="a hub id or a local folder; without it, the demo model")
-    source = "NAME, or NAME=FILE; can be repeated"
-    add("--data", type=named, action="append", required=True, help=source)
     add("--settings", default=",".join(SETTINGS), help="the settings to run")
     add("--length", type=int, default=128, help="number of tokens of each packed text")
     add("--samples", type=int, default=16, help="number of texts")
     add("--batch-size", type=int, default=8, help="number of texts per pass")
-    add("--threads", type=int, default=2, help="number of threads of torch")
-    add("--work", type=Path, default=Path("faithfulness"), help="folder of unfinished runs")
-    add("--out", type=Path, default=OUT, help="folder of the page")
     return parser
 
 
@@ -127,9 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the missing evaluations, and write the page."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
-    torch.set_num_threads(options.threads)
-    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
-    name = (options.model or DEMO_MODEL).rpartition("/")[2]
+    model, tokenizer, name = loaded(options)
     pages = []
     chosen = options.settings.split(",")
     with progress_bar(len(chosen) * len(options.data), "Settings", show=True) as bar:
@@ -156,20 +139,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                     pages.append(f"## {data}\n\n{clean}")
                 pages.append(f"### {data}: {setting.title}\n\n{tables(result)}")
                 bar.update()
-    sources = " ".join(f"--data {data}" for data, _ in options.data)
-    command = f"python benchmarks/faithfulness.py {sources}"
     head = (
-        f"# Faithfulness: {name}\n\nResults of `{command}` on Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, captum "
-        f"{captum.__version__}; weights: {origin(model)}. {options.samples} texts of "
-        f"{options.length} tokens, packed. The tables show the change of corpus perplexity. With "
-        "the top removed, higher is better; with the bottom removed, lower is better. Unless a "
-        "title says otherwise, sinks are protected and pairs are ranked within each layer. "
+        f"# Faithfulness: {name}\n\n{made_by('faithfulness', argv, model)} {options.samples} texts "
+        f"of {options.length} tokens, packed. The tables show the change of corpus perplexity. "
+        "With the top removed, higher is better; with the bottom removed, lower is better. Unless "
+        "a title says otherwise, sinks are protected and pairs are ranked within each layer. "
         "`contribution-residual` differs from "
         "`contribution` only in models with a norm between attention and the residual stream."
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.md").write_text("\n\n".join([head, *pages]) + "\n", encoding="utf-8")
+    write_page(options.out / f"{name}.md", [head, *pages])
     return 0
 
 

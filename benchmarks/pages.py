@@ -1,12 +1,22 @@
-"""What the pages of results share: tables, numbers, and the command that made them."""
+"""The parts that scripts of results share: their options, their models, tables and pages."""
 
 from __future__ import annotations
 
+import argparse
+import platform
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
+
+from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
+
+#: The folder of the pages.
+OUT = Path(__file__).parent.parent / "docs" / "results"
 
 #: The draws of a bootstrap interval.
 RESAMPLES = 10_000
@@ -49,3 +59,47 @@ def without_folders(words: Sequence[str]) -> list[str]:
         last = Path(file if equals else name).name
         kept.append(f"{name}={last}" if equals else (last if word.startswith("/") else word))
     return kept
+
+
+def parser_of(script: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of all scripts."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", help="a hub id or a local folder; without it, the demo model")
+    add("--data", type=named, action="append", required=True, help="NAME=FILE; can be repeated")
+    add("--threads", type=int, default=2, help="number of threads of torch")
+    add("--work", type=Path, default=Path(script), help="folder of unfinished runs")
+    add("--out", type=Path, default=OUT, help="folder of the page")
+    return parser
+
+
+def add_documents(parser: argparse.ArgumentParser) -> None:
+    """Add the options of documents that are cut to one length."""
+    add = parser.add_argument
+    add("--length", type=int, default=128, help="the largest number of tokens of a text")
+    add("--samples", type=int, default=32, help="number of documents, the last of each set")
+    add("--batch-size", type=int, default=8, help="number of texts per pass")
+
+
+def loaded(options: argparse.Namespace) -> tuple[Any, Any, str]:
+    """Return the model, its tokenizer and its name."""
+    torch.set_num_threads(options.threads)
+    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
+    return model, tokenizer, (options.model or DEMO_MODEL).rstrip("/").rpartition("/")[2]
+
+
+def made_by(script: str, argv: Sequence[str], model: Any) -> str:
+    """Return the sentence that says how a page was made."""
+    return (
+        f"Results of `python benchmarks/{script}.py {shlex.join(without_folders(argv))}` on Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}; weights: {origin(model)}."
+    )
+
+
+def write_page(path: Path, parts: Sequence[str]) -> None:
+    """Write a page of paragraphs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

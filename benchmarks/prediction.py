@@ -11,19 +11,15 @@ folder of its own, and a run that was stopped resumes.
 from __future__ import annotations
 
 import argparse
-import platform
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from evidence import Question, begin_token, input_x_gradient, integrated_gradients
-from pages import named, without_folders
+from pages import loaded, made_by, parser_of, write_page
 from peers_of_removal import register_peers
 from ranking import OF_LAYERS, OF_TARGET, OF_TOKENS, PAPER, changes
 from torch import Tensor
@@ -31,10 +27,8 @@ from torch import Tensor
 from captum_cw import ComprehensivenessSufficiency, measures, scale_values
 from captum_cw._utils.progress import progress_bar
 from captum_cw.data import load_texts
-from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
 from captum_cw.removal.ranking import Which
 
-OUT = Path(__file__).parent.parent / "docs" / "results"
 RATES: dict[Which, Sequence[float]] = {"bottom": (0.7, 0.9, 0.95), "top": (0.01, 0.03, 0.1)}
 LAYERS = (PAPER, "vwon", "vw", "attention", measures.RANDOM)
 SETTINGS: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -104,19 +98,11 @@ def methods_of(key: str, model: Any, tokenizer: Any) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Measure which scores find what one prediction rests on.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parser_of("prediction", "Measure which scores find what one prediction rests on.")
     add = parser.add_argument
-    add("--model", help="a hub id or a local folder; without it, the demo model")
-    add("--data", type=named, action="append", required=True, help="NAME=FILE; can be repeated")
     add("--settings", default=",".join(SETTINGS), help="what is removed")
     add("--scores", help="only these scores, divided by semicolons")
     add("--samples", type=int, default=32, help="number of texts, from the last one on")
-    add("--threads", type=int, default=2, help="number of threads of torch")
-    add("--work", type=Path, default=Path("prediction"), help="folder of unfinished runs")
-    add("--out", type=Path, default=OUT, help="folder of the page")
     return parser
 
 
@@ -124,11 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the missing evaluations, and write the page of one model."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
-    torch.set_num_threads(options.threads)
     register_peers()
-    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
+    model, tokenizer, name = loaded(options)
     model.requires_grad_(False)
-    name = (options.model or DEMO_MODEL).rstrip("/").rpartition("/")[2]
     asked = None if options.scores is None else options.scores.split(";")
     chosen, pages = options.settings.split(","), []
     with progress_bar(len(chosen) * len(options.data), "Settings", show=True) as bar:
@@ -153,10 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pages.append(f"## {data}: {title}\n\n{cells}\n\n{len(result.records)} texts.")
                 bar.update()
     head = (
-        f"# What one prediction rests on: {name}\n\nResults of `python benchmarks/prediction.py "
-        f"{shlex.join(without_folders(argv))}` on Python {platform.python_version()}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}; weights: {origin(model)}. "
-        f"The last {options.samples} texts of each set whose last word the model predicts; it "
+        f"# What one prediction rests on: {name}\n\n{made_by('prediction', argv, model)} The last "
+        f"{options.samples} texts of each set whose last word the model predicts; it "
         "reads them up to this word. Cells are changes of the log-probability of the prediction, "
         "in nats. Positive is a loss: with the bottom removed, lower is better; with the top "
         f"removed, higher is better. **Bold** cells are ahead of `{PAPER}` in the same column by a "
@@ -164,9 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "summed over queries in an unchanged pass, and sinks stay. `ablation` removes each token "
         "alone and keeps the sign of what the prediction loses."
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    page = "\n\n".join([head, *pages]) + "\n"
-    (options.out / f"prediction-{name}.md").write_text(page, encoding="utf-8")
+    write_page(options.out / f"prediction-{name}.md", [head, *pages])
     return 0
 
 

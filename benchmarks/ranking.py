@@ -10,17 +10,22 @@ that was stopped resumes. The result is a page of tables with paired intervals.
 from __future__ import annotations
 
 import argparse
-import platform
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from pages import mean_and_interval, named, number, table, without_folders
+from pages import (
+    add_documents,
+    loaded,
+    made_by,
+    mean_and_interval,
+    number,
+    parser_of,
+    table,
+    write_page,
+)
 from peers_of_removal import PEERS, register_peers
 
 from captum_cw import (
@@ -38,11 +43,9 @@ from captum_cw.data import load_texts, token_batches
 from captum_cw.functional import Reduction, Space
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import REMOVED, Side, Statistic
-from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.target_scores import TextValue
 
-OUT = Path(__file__).parent.parent / "docs" / "results"
 RATES: dict[Which, Sequence[float]] = {"bottom": (0.5, 0.7, 0.9), "top": (0.05, 0.1, 0.3)}
 PAPER = "contribution"
 
@@ -217,22 +220,13 @@ def chosen_texts(texts: Sequence[str], options: argparse.Namespace) -> Sequence[
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Measure which scores rank what a model can lose, and what it cannot.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    text = "Measure which scores rank what a model can lose, and what it cannot."
+    parser = parser_of("ranking", text)
+    add_documents(parser)
     add = parser.add_argument
-    add("--model", help="a hub id or a local folder; without it, the demo model")
-    add("--data", type=named, action="append", required=True, help="NAME=FILE; can be repeated")
     add("--settings", default=",".join(SETTINGS), help="the ways to rank")
     add("--scores", help="only these scores, divided by semicolons")
-    add("--length", type=int, default=128, help="the largest number of tokens of a text")
-    add("--samples", type=int, default=32, help="number of documents, the last of each set")
     add("--first", action="store_true", help="the first documents instead, to choose scores on")
-    add("--batch-size", type=int, default=8, help="number of texts per pass")
-    add("--threads", type=int, default=2, help="number of threads of torch")
-    add("--work", type=Path, default=Path("ranking"), help="folder of unfinished runs")
-    add("--out", type=Path, default=OUT, help="folder of the page")
     return parser
 
 
@@ -240,10 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the missing evaluations, and write the page of one model."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
-    torch.set_num_threads(options.threads)
     register_peers()
-    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
-    name = (options.model or DEMO_MODEL).rstrip("/").rpartition("/")[2]
+    model, tokenizer, name = loaded(options)
     chosen = {key: SETTINGS[key] for key in options.settings.split(",")}
     asked = None if options.scores is None else options.scores.split(";")
     pages = []
@@ -278,10 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 bar.update()
     head = (
-        f"# Which pairs can go: {name}\n\nResults of `python benchmarks/ranking.py "
-        f"{shlex.join(without_folders(argv))}` on Python {platform.python_version()}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}; weights: {origin(model)}. "
-        f"The {_part(options)} {options.samples} documents of each set, cut to {options.length} "
+        f"# Which pairs can go: {name}\n\n{made_by('ranking', argv, model)} The {_part(options)} "
+        f"{options.samples} documents of each set, cut to {options.length} "
         "tokens. Cells are changes of corpus perplexity: with the bottom removed, lower is better; "
         f"with the top removed, higher is better. **Bold** cells are ahead of `{PAPER}` in the "
         "same column by a paired 95% interval over documents; `-` marks a cell that is behind, `~` "
@@ -289,10 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "otherwise, they are summed over queries, and explain the sum of the logits of the text's "
         "own tokens."
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    page = "\n\n".join([head, *pages]) + "\n"
     kind = "ranking-tried" if options.first else "ranking"
-    (options.out / f"{kind}-{name}.md").write_text(page, encoding="utf-8")
+    write_page(options.out / f"{kind}-{name}.md", [head, *pages])
     return 0
 
 

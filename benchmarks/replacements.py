@@ -10,17 +10,13 @@ text; ``hidden`` hides the key, so that attention is renormalised, as a cache wi
 from __future__ import annotations
 
 import argparse
-import platform
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
-from pages import named, number, table, without_folders
+from pages import add_documents, loaded, made_by, number, parser_of, table, write_page
 from peers_of_removal import register_peers
 from ranking import OF_LAYERS, OF_TARGET, PAPER, RATES
 from torch import Tensor
@@ -35,11 +31,9 @@ from captum_cw.data import load_texts, token_batches
 from captum_cw.functional import expand_heads
 from captum_cw.metrics.batch import BatchRun, Part
 from captum_cw.metrics.identity import fingerprint
-from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
 from captum_cw.removal.changes import FixedChange
 from captum_cw.removal.options import Factors
 
-OUT = Path(__file__).parent.parent / "docs" / "results"
 NAME = "captum_cw_replaced"
 How = Literal["zero", "mean", "hidden"]
 HOWS: tuple[How, ...] = ("zero", "mean", "hidden")
@@ -159,21 +153,12 @@ def rows_of(found: Sequence[dict[str, Any]], names: Sequence[str], how: How) -> 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Measure whether a ranking depends on what stands in place of removed values.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    text = "Measure whether a ranking depends on what stands in the place of removed values."
+    parser = parser_of("replacements", text)
+    add_documents(parser)
     add = parser.add_argument
-    add("--model", help="a hub id or a local folder; without it, the demo model")
-    add("--data", type=named, action="append", required=True, help="NAME=FILE; can be repeated")
     add("--ranking", default="global", help="which pairs are ranked together")
     add("--scores", default=";".join(SCORES), help="the scores, divided by semicolons")
-    add("--length", type=int, default=128, help="the largest number of tokens of a text")
-    add("--samples", type=int, default=32, help="number of documents, the last of each set")
-    add("--batch-size", type=int, default=8, help="number of texts per pass")
-    add("--threads", type=int, default=2, help="number of threads of torch")
-    add("--work", type=Path, default=Path("replacements"), help="folder of unfinished runs")
-    add("--out", type=Path, default=OUT, help="folder of the page")
     return parser
 
 
@@ -181,10 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, and write the page of one model."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
-    torch.set_num_threads(options.threads)
     register_peers()
-    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
-    name = (options.model or DEMO_MODEL).rstrip("/").rpartition("/")[2]
+    model, tokenizer, name = loaded(options)
     makes = {**OF_LAYERS, **OF_TARGET}
     names = list(dict.fromkeys((PAPER, *options.scores.split(";"))))
     methods = {label: makes[label](model, "sum") for label in names}
@@ -219,20 +202,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found.append(whole)
         pages += [f"## {data}: {how}\n\n{table(heads, rows_of(found, names, how))}" for how in HOWS]
     head = (
-        f"# What stands in the place of a removed value: {name}\n\nResults of `python "
-        f"benchmarks/replacements.py {shlex.join(without_folders(argv))}` on Python "
-        f"{platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; weights: {origin(model)}. The last {options.samples} "
-        f"documents of each set, cut to {options.length} tokens. `zero` sets a removed value to "
+        f"# What stands in the place of a removed value: {name}\n\n"
+        f"{made_by('replacements', argv, model)} The last {options.samples} documents of each set, "
+        f"cut to {options.length} tokens. `zero` sets a removed value to "
         "zero, as the paper does; `mean` sets it to the mean value of its head over the text; "
         "`hidden` hides its key, so that attention is renormalised. Cells are changes of corpus "
         "perplexity: with the bottom removed, lower is better; with the top removed, higher is "
         f"better. **Bold** cells are ahead of `{PAPER}` in the same column by a paired 95% "
         "interval over documents; `-` marks a cell that is behind, `~` a tie."
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    page = "\n\n".join([head, *pages]) + "\n"
-    (options.out / f"replacements-{name}.md").write_text(page, encoding="utf-8")
+    write_page(options.out / f"replacements-{name}.md", [head, *pages])
     return 0
 
 
