@@ -48,7 +48,7 @@ class _Dispatcher(TorchFunctionMode):
         """Let the last observer be called first, which passes functions on to those before it."""
         self.run = _plain
         for follower in self.followers:
-            self.run = partial(_observed, follower, self.run)
+            self.run = partial(follower, proceed=self.run)
 
     def __torch_function__(
         self,
@@ -76,12 +76,6 @@ _local = _Local()
 
 def _plain(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
-
-
-def _observed(
-    follower: Follower, proceed: Proceed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    return follower(func, args, kwargs, proceed)
 
 
 @contextmanager

@@ -46,9 +46,7 @@ def with_gradient_of(linear: Tensor, run: Callable[[], Tensor]) -> Tensor:
     return result
 
 
-def times_ratio(
-    x: Tensor, run: Callable[[Tensor], Tensor], *, is_rounded: bool = False, is_late: bool = False
-) -> Tensor:
+def times_ratio(x: Tensor, run: Callable[[Tensor], Tensor], *, is_rounded: bool = False) -> Tensor:
     """Return ``run(x)`` as the product of ``x`` and the ratio ``run(x) / x``, which is held fixed.
 
     Where ``x`` is zero, the ratio is its limit.
@@ -59,8 +57,6 @@ def times_ratio(
         is_rounded: Whether ``run`` may round numbers that are larger than its result, as
             ``exp(x) - 1`` does. Then the ratio is computed in single precision at least, and is its
             limit also where ``x`` is nearly zero.
-        is_late: Whether the ratio is computed in the backward pass, if that comes to it. Then
-            ``run`` must still be the same function.
 
     Example:
         >>> x = torch.tensor([2.0], requires_grad=True)
@@ -68,7 +64,7 @@ def times_ratio(
         >>> x.grad
         tensor([2.])
     """
-    result: Tensor = _TimesRatio.apply(x, run, is_rounded, is_late)  # type: ignore[no-untyped-call]
+    result: Tensor = _TimesRatio.apply(x, run, is_rounded)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -113,27 +109,24 @@ class _Replaced(Function):
 
 class _TimesRatio(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], is_rounded: bool, is_late: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], is_rounded: bool) -> Tensor:
         value = run(x)
-        ctx.dtype, ctx.is_rounded, ctx.run = x.dtype, is_rounded, run if is_late else None
-        ctx.save_for_backward(x if is_late else _ratio(x, value, run, is_rounded))
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(_ratio(x, value, run, is_rounded))
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (ratio,) = ctx.saved_tensors
-        if ctx.run is not None:
-            with torch.no_grad():
-                ratio = _ratio(ratio, ctx.run(ratio), ctx.run, ctx.is_rounded)
-        return (grads[0] * ratio).to(ctx.dtype), None, None, None
+        return (grads[0] * ratio).to(ctx.dtype), None, None
 
 
 def _ratio(x: Tensor, value: Tensor, run: Callable[[Tensor], Tensor], is_rounded: bool) -> Tensor:
     """Return ``run(x) / x``, or its limit at zero, where ``value`` is ``run(x)``."""
     if not is_rounded:
-        return value / x if x.all() else _with_limits(x, value, run, 0.0)
+        ratio = value / x
+        is_known = ratio.sum(dtype=torch.float32).isfinite()  # 0 / 0 is NaN
+        return ratio if is_known else _with_limits(x, value, run, 0.0)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     near = torch.finfo(wide.dtype).eps ** 0.5
     return _with_limits(wide, value if wide is x else run(wide), run, near)

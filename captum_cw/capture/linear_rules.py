@@ -226,8 +226,7 @@ def _elementwise(call: FunctionCall) -> Any:
             return _held_fixed(call)
     if _is_square(call) and not torch.is_autocast_enabled(x.device.type):
         return call.proceed(torch.mul, (x, x.detach()), {})
-    # Most powers belong to the scale of a norm, which no gradient passes.
-    return times_ratio(x, call.of, is_late=not others)
+    return times_ratio(x, call.of)
 
 
 def _is_square(call: FunctionCall) -> bool:
@@ -277,9 +276,12 @@ def _gated(call: FunctionCall) -> Any:
 def _product(call: FunctionCall) -> Any:
     """Each factor that depends on the inputs gets an equal part of the gradient."""
     factors = sum(map(varies, call.tensors))
-    if factors < 2:
-        return call.run()
-    return call.changed(lambda x: scaled_gradient(x, 1 / factors) if varies(x) else x).run()
+    result = call.run()
+    if factors > 1 and varies(result):
+        # A view would lose the hook where the model writes into it.
+        whole = result if result._base is None else result._base
+        whole.register_hook(lambda gradient: gradient * (1 / factors))
+    return result
 
 
 @_rule("addmm", "addmv", "addr", "baddbmm", "addbmm", "addcmul")

@@ -124,9 +124,13 @@ class Linearised:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         found = tensors_among(args, kwargs)
-        fixed = [x for x in found if x.grad_fn is None]
-        may_vary = len(fixed) < len(found)
-        if any(x.requires_grad or x.is_inference() for x in fixed):
+        may_vary = has_parameter = False
+        for x in found:
+            if x.grad_fn is not None:
+                may_vary = True
+            elif x.requires_grad or x.is_inference():
+                has_parameter = True
+        if has_parameter:
             args, kwargs = substitute((args, kwargs), _without_parameter)
             found = tensors_among(args, kwargs)
         if found and is_in_place(func):

@@ -35,12 +35,12 @@ class _Pass:
 
     Args:
         again: Returns the context in which a block runs again.
-        known: The addresses of the model's own tensors, which take no further memory.
+        roots: The model, or the modules of it that are known.
         decided: Whether the blocks of a list run again.
     """
 
     again: Callable[[], AbstractContextManager[Any]]
-    known: set[int | None]
+    roots: Collection[nn.Module]
     decided: dict[nn.ModuleList, bool] = field(default_factory=dict)
 
 
@@ -57,9 +57,7 @@ def recomputing(
         roots: The model, or the modules of it that are known.
         again: Returns the context in which a block runs again.
     """
-    tensors = (x for root in roots for x in (*root.parameters(), *root.buffers()))
-    known = {address_of(x) for x in tensors}
-    with ExitStack() as stack, set_to(_pass, _Pass(again, known)):
+    with ExitStack() as stack, set_to(_pass, _Pass(again, roots)):
         for blocks in _lists_of_blocks(roots):
             for block in blocks:
                 wrap = functools.partial(_Block, blocks)
@@ -117,15 +115,23 @@ class _Block:
         def count(x: Tensor) -> None:
             nonlocal device
             address = address_of(x)
-            if address is not None and address not in now.known:
+            if address is not None:
                 kept[address], device = x.untyped_storage().nbytes(), x.device
 
         with counting(count) as has_copied:
             result = self._forward(*args, **kwargs)
-        needed = sum(kept.values()) * len(self._blocks)
+
+        def is_large() -> bool:
+            allowed = 0.0 if device is None else SHARE * free_bytes(device)
+            return sum(kept.values()) * len(self._blocks) > allowed
+
         # What a block overwrites while it runs again would not be copied.
-        is_large = device is not None and needed > SHARE * free_bytes(device)
-        now.decided[self._blocks] = is_large and not has_copied()
+        if has_copied() or not is_large():
+            now.decided[self._blocks] = False
+        else:
+            for x in (x for root in now.roots for x in (*root.parameters(), *root.buffers())):
+                kept.pop(address_of(x), None)  # the model's own tensors take no further memory
+            now.decided[self._blocks] = is_large()
         return result
 
 

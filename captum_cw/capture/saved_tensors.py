@@ -43,18 +43,29 @@ class _Kept:
 
 
 class _Keeper:
-    """All tensors that autograd keeps of a pass, by the address of their numbers."""
+    """All tensors that autograd keeps of a pass."""
 
     def __init__(self) -> None:
-        self.kept: dict[int | None, list[ref[_Kept]]] = {}
         self.copies = 0
         self.count: Callable[[Tensor], object] = lambda x: None
+        # Most models write into few tensors, so addresses are read when one does.
+        self._new: list[ref[_Kept]] = []
+        self._by_address: dict[int | None, list[ref[_Kept]]] = {}
 
     def pack(self, x: Tensor) -> _Kept:
         self.count(x)
         kept = _Kept(x)
-        self.kept.setdefault(address_of(x), []).append(ref(kept))
+        self._new.append(ref(kept))
         return kept
+
+    def at(self, address: int | None) -> list[ref[_Kept]]:
+        """Return, and forget, what is kept of the numbers that lie at an address."""
+        new, self._new = self._new, []
+        for reference in new:
+            kept = reference()
+            if kept is not None:
+                self._by_address.setdefault(address_of(kept.x), []).append(reference)
+        return self._by_address.pop(address, [])
 
 
 _keeper: ContextVar[_Keeper | None] = ContextVar("captum_cw_keeper", default=None)
@@ -88,8 +99,7 @@ def before_writing(x: Tensor) -> None:
     """Copy what is kept of a tensor that is now overwritten."""
     keeper = _keeper.get()
     if keeper is not None:
-        found = [kept() for kept in keeper.kept.pop(address_of(x), ())]
-        for kept in found:
+        for kept in [reference() for reference in keeper.at(address_of(x))]:
             if kept is not None:
                 kept.copy()
                 keeper.copies += 1
