@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any, TypedDict, TypeVar
 
 import captum
+import numpy as np
 import psutil
 import torch
 import transformers
@@ -54,6 +55,10 @@ SAMPLED_EVERY = 0.005
 FAILED = "failed"
 REMOVED = 0.5
 
+#: The times of a short text vary more, and cost less. So a ratio is taken over as many rounds as
+#: make this number of tokens for each repeat, up to the most.
+TOKENS_A_REPEAT, MOST_ROUNDS = 1024, 8
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -62,7 +67,7 @@ class Settings:
     Args:
         model: A hub id or a local folder; None is the demo model.
         threads: The number of threads of torch.
-        repeats: How often each call runs.
+        repeats: How often each call runs; more often where ratios of short texts are taken.
         gradient_steps: The number of steps of Integrated Gradients that are run.
     """
 
@@ -70,6 +75,10 @@ class Settings:
     threads: int
     repeats: int
     gradient_steps: int
+
+    def rounds(self, length: int) -> range:
+        """Return the rounds over which ratios are taken for texts of this length."""
+        return range(self.repeats * min(max(1, TOKENS_A_REPEAT // length), MOST_ROUNDS))
 
 
 class Cost(TypedDict):
@@ -265,7 +274,7 @@ def alternating(settings: Settings, length: int, names: Sequence[str]) -> list[d
         CALLS[name](model, _ids(model, WARM_UP_TOKENS))
     return [
         {name: _seconds_of(partial(CALLS[name], model, ids)) for name in names}
-        for _ in range(settings.repeats)
+        for _ in settings.rounds(length)
     ]
 
 
@@ -297,7 +306,7 @@ def alternating_removals(settings: Settings, length: int) -> list[dict[str, floa
     for call in calls.values():
         call()
     return [
-        {name: _seconds_of(call) for name, call in calls.items()} for _ in range(settings.repeats)
+        {name: _seconds_of(call) for name, call in calls.items()} for _ in settings.rounds(length)
     ]
 
 
@@ -366,6 +375,7 @@ def run(
             if key not in records and not _failed(result):
                 records[key] = result
             bar.update()
+    rounds = ", ".join(f"{len(settings.rounds(n))} rounds at {n} tokens" for n in lengths)
     return "\n\n".join(
         [
             "## Time and memory",
@@ -374,8 +384,7 @@ def run(
             "## Token scores against a forward pass",
             _ratio_table(results, lengths),
             "The calls alternate in one process, and each round gives one ratio. The table shows "
-            "the median, and in brackets the smallest and the largest ratio of "
-            f"{settings.repeats} rounds.",
+            f"the median, and in brackets the quartiles, of {rounds}.",
             "## Contributions to a target against a forward and backward pass",
             _target_table(results, lengths),
             "Ratios are taken as above. The first call with a model also runs it once more, to "
@@ -433,7 +442,8 @@ def _ratio(rounds: list[dict[str, float]] | str, name: str, over: str) -> str:
     if isinstance(rounds, str):
         return rounds
     ratios = [times[name] / times[over] for times in rounds]
-    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _ratio_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
