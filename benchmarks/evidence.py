@@ -292,7 +292,10 @@ def _target(model: Any, asked: Sequence[Question]) -> Callable[[Tensor], Tensor]
     """Return the target as a function of embeddings ``(B, T, d)``, or more of one question."""
 
     def target(embeddings: Tensor) -> Tensor:
-        output = model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=1)
+        # By its index, the last state becomes a tensor of its own. PyTorch would multiply a slice
+        # by all output weights once for each example, which takes longer than the rest of Gemma.
+        last = torch.tensor([-1], device=embeddings.device)
+        output = model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=last)
         return value(output.logits[:, -1], asked)
 
     return target
