@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import platform
@@ -54,6 +55,10 @@ WARM_UP_TOKENS = 8
 SAMPLED_EVERY = 0.005
 FAILED = "failed"
 REMOVED = 0.5
+
+#: The option of glibc's ``mallopt`` by which memory of this size or more has pages of its own. They
+#: are given back when it is freed.
+M_MMAP_THRESHOLD, OWN_PAGES = -3, 2**16
 
 #: The times of a short text vary more, and cost less. So a ratio is taken over as many rounds as
 #: make this number of tokens for each repeat, up to the most.
@@ -195,25 +200,28 @@ class ExtraMemory:
 
 
 def _give_back_memory() -> None:
-    """Return freed memory to the system; a call that reuses it would seem to need less."""
+    """Return freed memory to the system, now and later in this process.
+
+    Otherwise, what is resident depends on the order in which earlier calls freed their tensors.
+    """
     gc.collect()
     if sys.platform == "linux":
-        with suppress(AttributeError):  # only glibc has it
+        with suppress(AttributeError):  # only glibc has these
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, OWN_PAGES)
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def _cost_of(call: Callable[[], object]) -> Cost:
+def _extra_of(call: Callable[[], object]) -> int:
+    """Return the memory that a call takes, with its result. Later calls are slower."""
     _give_back_memory()
     with ExtraMemory() as memory:
-        start = time.perf_counter()
         result = call()
-        seconds = time.perf_counter() - start
     del result  # held until here, because the result is part of the memory that a call needs
-    return Cost(seconds=seconds, extra=memory.peak)
+    return memory.peak
 
 
 def _seconds_of(call: Callable[[], object]) -> float:
-    """Return the time of a call, without a thread that watches its memory."""
+    """Return the time of a call."""
     gc.collect()
     start = time.perf_counter()
     call()
@@ -236,17 +244,21 @@ def _ids(model: Any, length: int) -> Tensor:
 
 
 def cost(settings: Settings, name: str, length: int, repeats: int) -> Cost | str:
-    """Return the median time and largest memory of one of ``CALLS``, or why it was refused."""
+    """Return the median time and the memory of one of ``CALLS``, or why it was refused.
+
+    Without ``repeats``, the time is NaN.
+    """
     model = _load(settings)
     call = CALLS[name]
     # The first call loads code, and weights that were only mapped into memory.
     call(model, _ids(model, WARM_UP_TOKENS))
     ids = _ids(model, length)
     try:
-        costs = [_cost_of(partial(call, model, ids)) for _ in range(repeats)]
+        seconds = [_seconds_of(partial(call, model, ids)) for _ in range(repeats)]
+        extra = _extra_of(partial(call, model, ids))
     except MemoryError as error:
         return f"refused: {str(error).split(' (')[0]}"
-    return Cost(seconds=median(c["seconds"] for c in costs), extra=max(c["extra"] for c in costs))
+    return Cost(seconds=median(seconds) if seconds else math.nan, extra=extra)
 
 
 def gradients_cost(settings: Settings, length: int) -> Cost:
@@ -258,12 +270,12 @@ def gradients_cost(settings: Settings, length: int) -> Cost:
     _integrated_gradients(model, _ids(model, WARM_UP_TOKENS), steps=1)
     ids = _ids(model, length)
     steps = settings.gradient_steps
-    whole = _cost_of(partial(_integrated_gradients, model, ids, steps))
-    if steps == STEPS:
-        return whole
-    one = _cost_of(partial(_integrated_gradients, model, ids, 1))
-    a_step = (whole["seconds"] - one["seconds"]) / (steps - 1)
-    return Cost(seconds=whole["seconds"] + (STEPS - steps) * a_step, extra=whole["extra"])
+    whole, one = (_seconds_of(partial(_integrated_gradients, model, ids, n)) for n in (steps, 1))
+    a_step = (whole - one) / (steps - 1)
+    return Cost(
+        seconds=whole + (STEPS - steps) * a_step,
+        extra=_extra_of(partial(_integrated_gradients, model, ids, 1)),
+    )
 
 
 def alternating(settings: Settings, length: int, names: Sequence[str]) -> list[dict[str, float]]:
@@ -363,7 +375,7 @@ def run(
     for length in memory_lengths:
         for name in (PLAIN, LAST, SCORES, INPUTS):
             jobs.setdefault(
-                (name, length), partial(in_own_process, cost, settings, name, length, 1)
+                (name, length), partial(in_own_process, cost, settings, name, length, 0)
             )
     results: dict[tuple[str, int], Any] = {}
     with progress_bar(len(jobs), "Benchmark", show=True) as bar:
@@ -434,7 +446,8 @@ def _legend(settings: Settings) -> str:
     return (
         "Seconds are medians. Megabytes are the peak of the resident memory that a call took "
         "beyond that of the loaded model, including its result (sampled every "
-        f"{SAMPLED_EVERY * 1000:.0f} ms).\n\n" + ".\n".join(lines) + "."
+        f"{SAMPLED_EVERY * 1000:.0f} ms), in a call of its own in which the C library gives freed "
+        "memory back at once.\n\n" + ".\n".join(lines) + "."
     )
 
 
