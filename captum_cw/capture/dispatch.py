@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +23,13 @@ Proceed = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """Runs a function with the given positional and keyword arguments."""
 
 
-Follower = Callable[[Any, tuple[Any, ...], dict[str, Any], Proceed], Any]
-"""Runs a function by ``proceed(func, args, kwargs)``, and returns the result for the caller."""
+class Follower(Protocol):
+    """Runs a function by ``proceed(func, args, kwargs)``, and returns the result for the caller."""
+
+    def __call__(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
+    ) -> Any:
+        """Run ``func(*args, **kwargs)``."""
 
 
 #: Functions that only read what is known of a tensor. They make up half of a model's calls, and no

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["constant", "scaled_gradient", "times_ratio", "with_gradient_of"]
+__all__ = ["constant", "scale_gradient", "scaled_gradient", "times_ratio", "with_gradient_of"]
 
 #: Where the limit of a ratio at zero is read.
 NEAR_ZERO = 1e-4
@@ -30,6 +30,22 @@ def scaled_gradient(x: Tensor, factor: float) -> Tensor:
     """
     result: Tensor = _Scaled.apply(x, factor)  # type: ignore[no-untyped-call]
     return result
+
+
+def scale_gradient(result: Tensor, factor: float) -> None:
+    """Multiply the gradient at a new tensor by ``factor``, also where the model writes into it.
+
+    Example:
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> y = 3 * x
+        >>> scale_gradient(y, 0.5)
+        >>> y.backward()
+        >>> x.grad
+        tensor([1.5000])
+    """
+    # A view would lose the hook where the model writes into it.
+    whole = result if result._base is None else result._base
+    whole.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
 
 
 def with_gradient_of(linear: Tensor, run: Callable[[], Tensor]) -> Tensor:

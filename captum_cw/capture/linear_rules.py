@@ -39,6 +39,7 @@ from captum_cw.capture.function_call import (
 )
 from captum_cw.capture.linear_gradients import (
     constant,
+    scale_gradient,
     scaled_gradient,
     times_ratio,
     with_gradient_of,
@@ -278,9 +279,7 @@ def _product(call: FunctionCall) -> Any:
     factors = sum(map(varies, call.tensors))
     result = call.run()
     if factors > 1 and varies(result):
-        # A view would lose the hook where the model writes into it.
-        whole = result if result._base is None else result._base
-        whole.register_hook(lambda gradient: gradient * (1 / factors))
+        scale_gradient(result, 1 / factors)
     return result
 
 

@@ -109,7 +109,7 @@ class _Block:
 
     def _decide(self, now: _Pass, *args: Any, **kwargs: Any) -> Any:
         """Run the first block of a list, and decide by what it keeps whether the others do."""
-        kept: dict[int, int] = {}
+        kept: dict[int | None, int] = {}
         device = None
 
         def count(x: Tensor) -> None:
