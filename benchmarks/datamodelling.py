@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pages import add_documents, loaded, made_by, mean_and_interval, parser_of, table, write_page
+from pages import add_documents, fill_page, loaded, made_by, mean_and_interval, parser_of
 from torch import Tensor
 
 from captum_cw import (
@@ -31,6 +31,8 @@ from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics.identity import fingerprint
+from captum_cw.metrics.tables import in_markdown
+from captum_cw.models.loading import origin
 from captum_cw.removal.target_scores import OwnText
 
 SCORES: dict[str, Any] = {
@@ -104,7 +106,7 @@ def _row(name: str, values: Sequence[float]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, and write the page of one model."""
+    """Run what is missing, and fill the page."""
     text = "Measure how well scores of pairs add up to what random removals do."
     parser = parser_of("datamodelling", text)
     add_documents(parser)
@@ -113,42 +115,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rate", type=float, default=0.1, help="the fraction of pairs that a removal takes")
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
-    model, tokenizer, name = loaded(options)
-    pages = []
-    for data, source in options.data:
-        batches = token_batches(
-            load_texts(source)[-options.samples :],
-            tokenizer,
-            max_length=options.length,
-            batch_size=options.batch_size,
-        )
-        options.work.mkdir(parents=True, exist_ok=True)
-        settings = {n: getattr(options, n) for n in ("length", "samples", "removals", "rate")}
-        run = {"model": name, "weights": fingerprint(model), "data": source, **settings}
-        values: dict[str, list[float]] = {name: [] for name in SCORES}
-        with (
-            Records(options.work / f"{name}-{data}.records", run) as records,
-            progress_bar(len(batches), f"Datamodelling, {data}", show=True) as bar,
-        ):
-            for number, batch in enumerate(batches):
-                key = str(number)
-                if key not in records:
-                    records[key] = of_batch(model, batch, options.rate, options.removals, number)
-                for score, found in records[key].items():
-                    values[score] += found
-                bar.update()
-        rows = [_row(score, found) for score, found in values.items()]
-        heads = ["score", "rank correlation", "95% interval"]
-        pages.append(f"## {data}\n\n{table(heads, rows)}")
+    parts, weights = [], []
+    for source in options.model or [None]:
+        model, tokenizer, name = loaded(source, options.threads)
+        weights.append(origin(model))
+        for data, file in options.data:
+            batches = token_batches(
+                load_texts(file)[-options.samples :],
+                tokenizer,
+                max_length=options.length,
+                batch_size=options.batch_size,
+            )
+            options.work.mkdir(parents=True, exist_ok=True)
+            settings = {n: getattr(options, n) for n in ("length", "samples", "removals", "rate")}
+            run = {"model": name, "weights": fingerprint(model), "data": file, **settings}
+            values: dict[str, list[float]] = {score: [] for score in SCORES}
+            with (
+                Records(options.work / f"{name}-{data}.records", run) as records,
+                progress_bar(len(batches), f"Datamodelling, {name}, {data}", show=True) as bar,
+            ):
+                for number, batch in enumerate(batches):
+                    key = str(number)
+                    if key not in records:
+                        records[key] = of_batch(
+                            model, batch, options.rate, options.removals, number
+                        )
+                    for score, found in records[key].items():
+                        values[score] += found
+                    bar.update()
+            rows = [_row(score, found) for score, found in values.items()]
+            heads = ["score", "rank correlation", "95% interval"]
+            parts.append(f"### {name}, {data}\n\n{in_markdown(heads, rows)}")
     top = (
-        f"# Do scores add up to what a removal costs? {name}\n\n"
-        f"{made_by('datamodelling', argv, model)} The last {options.samples} documents of each "
+        f"{made_by('datamodelling', argv, weights)} The last {options.samples} documents of each "
         f"set, cut to {options.length} tokens; {options.removals} removals of a "
         f"random {100 * options.rate:g}% of all pairs, but those of the first token. The "
         "correlation is that of the sum of the scores of the removed pairs with the loss of "
         "log-likelihood (Spearman), averaged over documents."
     )
-    write_page(options.out / f"datamodelling-{name}.md", [top, *pages])
+    title = "Do scores add up to what a removal costs?"
+    shown = {"command": top, "tables": "\n\n".join(parts)}
+    fill_page(options.out / "datamodelling.md", title, shown)
     return 0
 
 

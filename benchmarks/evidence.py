@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 from captum.attr import InputXGradient, IntegratedGradients
-from pages import table
+from matplotlib.figure import Figure
+from pages import DEMO, fill_page
 from torch import Tensor
 
 from captum_cw import (
@@ -43,13 +44,15 @@ from captum_cw import (
 )
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
+from captum_cw.metrics.tables import Cell, Verdict, in_markdown
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
+from captum_cw.visualization import save_figure
 
 SCRIPT = "benchmarks/evidence.py"
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data" / "evidence"
 OUT = ROOT / "docs" / "results" / "evidence.md"
-DEMO = "demo"
+
 
 STEPS = 50
 BATCH_TOKENS = 1000  # in one pass of several texts, or of several steps of Integrated Gradients
@@ -59,7 +62,6 @@ FEW_FOILS = 4
 FEW_ROWS = 15
 TOLERANCE = 1e-2  # of LXT's target, which other releases of transformers compute
 
-BEGIN_MARK, END_MARK = f"<!-- tables of {SCRIPT} -->", "<!-- end of the tables -->"
 LXT = "AttnLRP (LXT)"
 GRADIENTS = "Integrated Gradients"
 MAIN = ("values, frozen, signed", "input, frozen")
@@ -594,6 +596,51 @@ def _differs(of: Mapping[str, Any]) -> str:
     return "" if of["lxt_differs"] is None else f"{of['lxt_differs']:.0e}"
 
 
+def first_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return our main score beside the closest score from elsewhere, by set and model."""
+    ours, rows = MAIN[0], []
+    for data in next(iter(results.values())):
+        for model, figures in results.items():
+            of = figures[data]["methods"]
+            gaps = {name: of[name]["minus"][ours] for name in of if name not in OURS}
+            closest = min(gaps, key=lambda name: gaps[name][0])
+            mean, low, high = gaps[closest]
+            verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "undecided"
+            cell = Cell(mean, verdict).in_markdown
+            rows.append(
+                [
+                    f"{data}, {model}",
+                    _cell(of[ours]["mrr"]),
+                    closest,
+                    f"{cell} ({low:.2f} to {high:.2f})",
+                ]
+            )
+    return in_markdown(["set and model", ours, "closest from elsewhere", "difference"], rows)
+
+
+def figure(results: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw the mean reciprocal rank of each method on each set, by model."""
+    drawn = Figure(figsize=(9, 5), layout="constrained")
+    panels = drawn.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    names = [
+        name
+        for name in NAMES
+        if any(name in of["methods"] for of in next(iter(results.values())).values())
+    ]
+    for panel, (model, figures) in zip(panels, results.items(), strict=True):
+        for n, (data, of) in enumerate(figures.items()):
+            places = [k for k, name in enumerate(names) if name in of["methods"]]
+            ranks = [of["methods"][names[k]]["mrr"][0] for k in places]
+            heights = [k + 0.1 * (n - len(figures) / 2) for k in places]
+            panel.scatter(ranks, heights, s=16, label=data)
+        panel.set(title=model, xlabel="mean reciprocal rank of the evidence", xlim=(0, 1.03))
+        panel.grid(axis="x", alpha=0.3)
+        panel.set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return drawn
+
+
 def results_table(figures: Mapping[str, Any], size: bool) -> str:
     """Return the mean reciprocal ranks of one model; the best of a set is bold."""
     key = "by_size" if size else "mrr"
@@ -619,7 +666,7 @@ def results_table(figures: Mapping[str, Any], size: bool) -> str:
         rows += [
             [name, *(f"{of['controls'][name]:.2f}" for of in figures.values())] for name in CONTROLS
         ]
-    return table(["", *figures], rows)
+    return in_markdown(["", *figures], rows)
 
 
 def differences_table(figures: Mapping[str, Any], ours: str) -> str:
@@ -632,7 +679,7 @@ def differences_table(figures: Mapping[str, Any], ours: str) -> str:
         if any(entries):
             cells = [_cell(x, marked=x[2] < 0) if x else "" for x in entries]
             rows.append([name, *cells])
-    return table([f"{ours}, minus", *figures], rows)
+    return in_markdown([f"{ours}, minus", *figures], rows)
 
 
 def winners_table(figures: Mapping[str, Any]) -> str:
@@ -646,7 +693,7 @@ def winners_table(figures: Mapping[str, Any]) -> str:
             if shares:
                 rows.append([data, name, *(f"{shares[kind]:.0%}" for kind in KINDS)])
     heads = ["set", "method", "the evidence", "first token", "last token", "the foil", "another"]
-    return table(heads, rows)
+    return in_markdown(heads, rows)
 
 
 def parts_table(figures: Mapping[str, Any]) -> str:
@@ -658,14 +705,14 @@ def parts_table(figures: Mapping[str, Any]) -> str:
         for data, of in figures.items()
         for part, of_part in of["parts"].items()
     ]
-    return table(["part of a set", "rows", "chance", *names], rows) if rows else ""
+    return in_markdown(["part of a set", "rows", "chance", *names], rows) if rows else ""
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return all tables, by model."""
     parts = []
     for model, figures in results.items():
-        sizes = table(
+        sizes = in_markdown(
             ["", *figures],
             [
                 ["rows used", *(str(of["rows"]) for of in figures.values())],
@@ -694,16 +741,6 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
 def legend() -> str:
     """Return the explanation of methods."""
     return "\n".join(f"- {method.name}: {method.about}." for method in METHODS)
-
-
-def write_page(path: Path, content: str) -> None:
-    """Put the tables into the page, and keep what is written around them."""
-    before, after = "# Which measure finds the evidence\n\n", "\n"
-    if path.exists():
-        text = path.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN_MARK)
-        _, _, after = rest.partition(END_MARK)
-    path.write_text(f"{before}{BEGIN_MARK}\n\n{content}\n\n{END_MARK}{after}", encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:
@@ -835,7 +872,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return 1
                 results[name][asked.name] = summary(found, tokenizer)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_page(options.out, "\n\n".join([_head(argv), legend(), tables(results)]))
+    shown = "\n\n".join([_head(argv), legend(), tables(results)])
+    picture = options.out.with_suffix(".png")
+    save_figure(figure(results), picture)
+    first = f"{first_table(results)}\n\n![The ranks of each method.]({picture.name})"
+    title = "Which measure finds the evidence?"
+    fill_page(options.out, title, {"first": first, "tables": shown})
     # Four digits are more than the tables show.
     rounded = json.loads(json.dumps(results), parse_float=lambda x: float(f"{float(x):.4g}"))
     text = json.dumps(rounded)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import platform
 import shlex
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model, origin
+from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
 
 #: The folder of the pages.
 OUT = Path(__file__).parent.parent / "docs" / "results"
 
+#: The source that stands for the demo model.
+DEMO = "demo"
+
 #: The draws of a bootstrap interval.
 RESAMPLES = 10_000
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, whose first column is text, and the others numbers."""
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def number(x: float) -> str:
-    """Return a number with three digits, and a large one as a whole number."""
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
 def mean_and_interval(values: Tensor) -> tuple[float, float, float]:
@@ -67,7 +60,8 @@ def parser_of(script: str, description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--model", help="a hub id or a local folder; without it, the demo model")
+    model = "a hub id or a local folder; can be repeated; without it, the demo model"
+    add("--model", action="append", metavar="M", help=f"{model}, as with '{DEMO}'")
     add("--data", type=named, action="append", required=True, help="NAME=FILE; can be repeated")
     add("--threads", type=int, default=2, help="number of threads of torch")
     add("--work", type=Path, default=Path(script), help="folder of unfinished runs")
@@ -83,23 +77,54 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=8, help="number of texts per pass")
 
 
-def loaded(options: argparse.Namespace) -> tuple[Any, Any, str]:
-    """Return the model, its tokenizer and its name."""
-    torch.set_num_threads(options.threads)
-    model, tokenizer = load_model(options.model) if options.model else load_demo_model()
-    return model, tokenizer, (options.model or DEMO_MODEL).rstrip("/").rpartition("/")[2]
+def loaded(source: str | None, threads: int) -> tuple[Any, Any, str]:
+    """Return a model, its tokenizer and its name; without a source, the demo model."""
+    torch.set_num_threads(threads)
+    if source is None or source == DEMO:
+        source, (model, tokenizer) = DEMO_MODEL, load_demo_model()
+    else:
+        model, tokenizer = load_model(source)
+    model.requires_grad_(False)  # no gradient of a weight is needed
+    return model, tokenizer, source.rstrip("/").rpartition("/")[2]
 
 
-def made_by(script: str, argv: Sequence[str], model: Any) -> str:
+def made_by(script: str, argv: Sequence[str], weights: Sequence[str]) -> str:
     """Return the sentence that says how a page was made."""
     return (
-        f"Results of `python benchmarks/{script}.py {shlex.join(without_folders(argv))}` on Python "
-        f"{platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; weights: {origin(model)}."
+        f"Results of `python benchmarks/{script}.py {shlex.join(without_folders(argv))}` at commit "
+        f"{commit()} on Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}; weights: {', '.join(weights)}."
     )
+
+
+def commit() -> str:
+    """Return the short hash of the commit that runs."""
+    command = ["git", "-C", str(OUT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def write_page(path: Path, parts: Sequence[str]) -> None:
     """Write a page of paragraphs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def fill_page(path: Path, title: str, parts: Mapping[str, str]) -> None:
+    """Put parts between their marks in a page, and keep what is written around them.
+
+    Args:
+        path: The page. If there is none, it gets the parts alone.
+        title: The title of a new page.
+        parts: The parts by name.
+    """
+    marked = {name: (f"<!-- {name} -->", f"<!-- end of {name} -->") for name in parts}
+    if not path.exists():
+        write_page(path, [f"# {title}", *("\n\n".join(marks) for marks in marked.values())])
+    page = path.read_text(encoding="utf-8")
+    for name, (begin, end) in marked.items():
+        before, _, rest = page.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{path} has no place for a part: add the lines {begin} and {end}.")
+        page = f"{before}{begin}\n\n{parts[name]}\n\n{end}{after}"
+    path.write_text(page, encoding="utf-8")

@@ -15,22 +15,28 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from evidence import Question, begin_token, input_x_gradient, integrated_gradients
-from pages import loaded, made_by, parser_of, write_page
+from pages import fill_page, loaded, made_by, parser_of
 from peers_of_removal import register_peers
-from ranking import OF_LAYERS, OF_TARGET, OF_TOKENS, PAPER, changes
+from ranking import LEADERS, OF_TOKENS, PAPER, SCORES
 from torch import Tensor
 
 from captum_cw import ComprehensivenessSufficiency, measures, scale_values
 from captum_cw._utils.progress import progress_bar
 from captum_cw.data import load_texts
+from captum_cw.metrics import FaithfulnessResult
+from captum_cw.models.loading import origin
 from captum_cw.removal.ranking import Which
 
 RATES: dict[Which, Sequence[float]] = {"bottom": (0.7, 0.9, 0.95), "top": (0.01, 0.03, 0.1)}
-LAYERS = (PAPER, "vwon", "vw", "attention", measures.RANDOM)
+COMPARED = (
+    *(PAPER, "vwon", "attention", *LEADERS, "effect, plain", "target, frozen", "target, attnlrp"),
+    *("target, plain", measures.RANDOM),
+)
 SETTINGS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "pair": ("pairs of all layers ranked together", {"ranking": "global"}),
     "token": ("whole tokens", {"granularity": "token"}),
@@ -87,9 +93,8 @@ def ablation(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 def methods_of(key: str, model: Any, tokenizer: Any) -> dict[str, object]:
     """Return the scores of a setting by name."""
-    makes = {name: make for name, make in OF_LAYERS.items() if name in LAYERS}
-    makes |= OF_TARGET if key == "pair" else {**OF_TARGET, **OF_TOKENS}
-    found = {name: make(model, "sum") for name, make in makes.items()}
+    names = COMPARED if key == "pair" else (*COMPARED, *OF_TOKENS)
+    found = {name: SCORES[name](model, "sum") for name in names}
     if key == "token":
         found["input x gradient"] = partial(gradient_x_input, model)
         found["Integrated Gradients"] = partial(path_gradients, model, tokenizer)
@@ -101,52 +106,56 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of("prediction", "Measure which scores find what one prediction rests on.")
     add = parser.add_argument
     add("--settings", default=",".join(SETTINGS), help="what is removed")
-    add("--scores", help="only these scores, divided by semicolons")
     add("--samples", type=int, default=32, help="number of texts, from the last one on")
     return parser
 
 
+def evaluated(
+    model: Any, tokenizer: Any, key: str, texts: Sequence[Tensor], records: Path
+) -> FaithfulnessResult:
+    """Run the missing part of one evaluation, and return its result."""
+    metric = ComprehensivenessSufficiency(
+        model, RATES, quantity="log_prob", scoring="clean", reduction="sum", **SETTINGS[key][1]
+    )
+    batches = [{"input_ids": ids} for ids in texts]
+    records.parent.mkdir(parents=True, exist_ok=True)
+    methods = methods_of(key, model, tokenizer)
+    return metric.evaluate(methods, batches, resume_from=records)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the missing evaluations, and write the page of one model."""
+    """Run the missing evaluations, and fill the page."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     register_peers()
-    model, tokenizer, name = loaded(options)
-    model.requires_grad_(False)
-    asked = None if options.scores is None else options.scores.split(";")
-    chosen, pages = options.settings.split(","), []
-    with progress_bar(len(chosen) * len(options.data), "Settings", show=True) as bar:
-        for data, source in options.data:
-            right = predictions(load_texts(source)[::-1], model, tokenizer)
-            batches = [{"input_ids": ids} for ids in islice(right, options.samples)]
-            folder = options.work / name / data
-            folder.mkdir(parents=True, exist_ok=True)
-            for key in chosen:
-                title, removed = SETTINGS[key]
-                bar.set_postfix_str(f"{data}, {key}")
-                methods = {
-                    label: method
-                    for label, method in methods_of(key, model, tokenizer).items()
-                    if asked is None or label in (PAPER, *asked)
-                }
-                metric = ComprehensivenessSufficiency(
-                    model, RATES, quantity="log_prob", scoring="clean", reduction="sum", **removed
-                )
-                result = metric.evaluate(methods, batches, resume_from=folder / f"{key}.records")
-                cells = changes(result, list(methods), "mean")
-                pages.append(f"## {data}: {title}\n\n{cells}\n\n{len(result.records)} texts.")
-                bar.update()
+    chosen, parts, weights = options.settings.split(","), [], []
+    sources = options.model or [None]
+    with progress_bar(len(sources) * len(chosen) * len(options.data), "Settings", show=True) as bar:
+        for source in sources:
+            model, tokenizer, name = loaded(source, options.threads)
+            weights.append(origin(model))
+            for data, file in options.data:
+                right = predictions(load_texts(file)[::-1], model, tokenizer)
+                texts = list(islice(right, options.samples))
+                for key in chosen:
+                    bar.set_postfix_str(f"{name}, {data}, {key}")
+                    records = options.work / name / data / f"{key}.records"
+                    result = evaluated(model, tokenizer, key, texts, records)
+                    title = f"### {name}, {data}: {SETTINGS[key][0]}"
+                    parts.append(f"{title}\n\n{result.to_markdown(PAPER)}\n\n{len(texts)} texts.")
+                    bar.update()
     head = (
-        f"# What one prediction rests on: {name}\n\n{made_by('prediction', argv, model)} The last "
-        f"{options.samples} texts of each set whose last word the model predicts; it "
-        "reads them up to this word. Cells are changes of the log-probability of the prediction, "
-        "in nats. Positive is a loss: with the bottom removed, lower is better; with the top "
-        f"removed, higher is better. **Bold** cells are ahead of `{PAPER}` in the same column by a "
-        "paired 95% interval over texts; `-` marks a cell that is behind, `~` a tie. Sizes are "
-        "summed over queries in an unchanged pass, and sinks stay. `ablation` removes each token "
-        "alone and keeps the sign of what the prediction loses."
+        f"{made_by('prediction', argv, weights)} The last {options.samples} texts of each set "
+        "whose last word the model predicts; it reads them up to this word. Cells are changes of "
+        "the log-probability of the prediction, in nats. Positive is a loss: with the bottom "
+        "removed, lower is better; with the top removed, higher is better. **Bold** cells are "
+        f"ahead of `{PAPER}` in the same column by a paired 95% interval over texts; `-` marks a "
+        "cell that is behind, `~` a tie. Sizes are summed over queries in an unchanged pass, and "
+        "sinks stay. `ablation` removes each token alone and keeps the sign of what the "
+        "prediction loses."
     )
-    write_page(options.out / f"prediction-{name}.md", [head, *pages])
+    shown = {"command": head, "tables": "\n\n".join(parts)}
+    fill_page(options.out / "prediction.md", "What does one prediction rest on?", shown)
     return 0
 
 

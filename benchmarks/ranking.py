@@ -3,8 +3,9 @@
     python benchmarks/ranking.py --model M --data gsm8k=FILE --data wikitext=FILE
 
 The last documents of each set are cut to one length, so that intervals are over documents that
-have nothing to do with each other. Each setting is an evaluation in a folder of its own, and a run
-that was stopped resumes. The result is a page of tables with paired intervals.
+have nothing to do with each other. Each setting is an evaluation of its own, and a run that was
+stopped resumes. The results are a page of all tables, and the tables and figures of the pages on
+pairs and on tokens.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from pages import (
     add_documents,
+    fill_page,
     loaded,
     made_by,
     mean_and_interval,
-    number,
     parser_of,
-    table,
     write_page,
 )
 from peers_of_removal import PEERS, register_peers
@@ -42,11 +44,15 @@ from captum_cw.capture.target_run import Gradient, TargetRunner
 from captum_cw.data import load_texts, token_batches
 from captum_cw.functional import Reduction, Space
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
-from captum_cw.metrics.result import REMOVED, Side, Statistic
+from captum_cw.metrics.result import REMOVED, cells
+from captum_cw.metrics.tables import MARKS, Cell, in_markdown, percent
+from captum_cw.models.loading import origin
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.target_scores import TextValue
+from captum_cw.visualization import save_figure
 
 RATES: dict[Which, Sequence[float]] = {"bottom": (0.5, 0.7, 0.9), "top": (0.05, 0.1, 0.3)}
+COLUMNS = [f"{which} {percent(rate)}" for which, rates in RATES.items() for rate in rates]
 PAPER = "contribution"
 
 Make = Callable[[Any, Reduction], object]
@@ -88,7 +94,7 @@ OF_TARGET: dict[str, Make] = {
     **{f"target, {g}": _target(g) for g in GRADIENTS},
 }
 
-#: Those that are ahead somewhere, so that they are tried in every other setting.
+#: Those that are ahead somewhere.
 LEADERS = ("joint, frozen", "joint, attnlrp", "effect, frozen", "sensitivity, plain")
 
 #: Scores of layers' outputs.
@@ -105,20 +111,24 @@ OF_TOKENS: dict[str, Make] = {
 }
 
 
+#: All scores.
+SCORES = {**OF_LAYERS, **OF_TARGET, **OF_TOKENS}
+
+
 @dataclass(frozen=True)
 class Setting:
     """One way to rank, and the scores that are compared in it.
 
     Args:
         title: Its title.
-        names: The scores besides :data:`PAPER`; without any, all.
+        names: The scores besides :data:`PAPER`.
         reduction: The reduction over queries.
         target: What scores of a target explain.
         options: Other options of the metric.
     """
 
     title: str
-    names: Sequence[str] = ()
+    names: Sequence[str]
     reduction: Reduction = "sum"
     target: TextValue = "logits"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -126,22 +136,49 @@ class Setting:
     @property
     def methods(self) -> dict[str, Make]:
         """The scores by name."""
-        known = {**OF_LAYERS, **OF_TARGET}
-        if self.options.get("granularity") == "token":
-            known |= OF_TOKENS
-        return {name: x for name, x in known.items() if name in (PAPER, *(self.names or known))}
+        return {name: SCORES[name] for name in (PAPER, *self.names)}
 
+
+#: Scores from elsewhere. Of the model's own gradient, target contributions are gradient x value.
+OTHERS = ("target, plain", "vwon", "attention", "VATP", "CriticalKV", "OBCache", "CAOTE")
+#: Scores that :data:`LEADERS` were chosen from.
+FORMULAS = (
+    *OF_TARGET,
+    *("closeness", "marginal-30", "marginal-70", "contribution, residual"),
+)
 
 TOGETHER = {"ranking": "global"}
-SETTINGS = {
-    "layer": Setting("Pairs of each layer ranked together"),
-    "global": Setting("Pairs of all layers ranked together", options=TOGETHER),
+#: Settings whose results are reported, on the last documents of each set.
+REPORTED = {
+    "layer": Setting(
+        "Pairs of each layer ranked together",
+        (*LEADERS, "target, frozen", *OTHERS, measures.RANDOM),
+    ),
+    "token": Setting(
+        "Whole tokens",
+        (*LEADERS, "target, frozen", *OTHERS[:3], *OF_TOKENS, measures.RANDOM),
+        options={"granularity": "token"},
+    ),
+    "global": Setting(
+        "Pairs of all layers ranked together",
+        (*LEADERS, "target, attnlrp", "vwon", measures.RANDOM),
+        options=TOGETHER,
+    ),
     "head": Setting(
         "Pairs of each head ranked together",
         (*LEADERS, "vwon", measures.RANDOM),
         options={"ranking": "head"},
     ),
-    "token": Setting("Whole tokens", options={"granularity": "token"}),
+    "paper": Setting(
+        "As in the paper: online scoring, the mean over queries",
+        ("vwon", "vw", "attention", measures.RANDOM),
+        "mean",
+        options={"scoring": "online"},
+    ),
+}
+#: Settings that scores were chosen by, on the first documents.
+TRIED = {
+    "formulas": Setting("All formulas and gradients", FORMULAS, options=TOGETHER),
     "expected": Setting(
         "Expected logits as the target", LEADERS, target="expected_logits", options=TOGETHER
     ),
@@ -154,49 +191,27 @@ SETTINGS = {
 }
 
 
-def changes(
-    result: FaithfulnessResult, shown: Sequence[str], statistic: Statistic = "corpus"
-) -> str:
-    """Return the changes of a statistic, marked where a score is ahead of contributions or behind.
+Results = dict[tuple[str, str, str], FaithfulnessResult]
+"""Results by the name of the model, the name of the texts, and the key of the setting."""
 
-    A cell is bold if the paired 95% interval of its difference to contributions says that it is
-    ahead, has a ``-`` if it is behind, and a ``~`` if the interval holds zero.
-    """
-    sides: dict[Side, str] = {"sufficiency": "bottom", "comprehensiveness": "top"}
-    heads = [
-        "score",
-        *(f"{name} {100 * r:g}%" for s, name in sides.items() for r in result.rates[REMOVED[s]]),
-    ]
-    rows = []
-    for method in shown:
-        cells = []
-        for side in sides:
-            if statistic == "corpus":
-                deltas = result.corpus[method][side].tolist()
-            else:
-                deltas = result.deltas(method, side).mean(0).tolist()
-            better: Sequence[str | None] = [None] * len(deltas)
-            if method != PAPER:
-                better = result.compare(PAPER, method, side, statistic=statistic).better
-            for delta, ahead in zip(deltas, better, strict=True):
-                mark = {method: f"**{number(delta)}**", PAPER: f"{number(delta)} -"}
-                tie = number(delta) if method == PAPER else f"{number(delta)} ~"
-                cells.append(tie if ahead is None else mark[ahead])
-        rows.append([method, *cells])
-    return table(heads, rows)
+#: The pages of questions, with their settings, the setting of the first table, and its scores.
+QUESTIONS: dict[str, tuple[Sequence[str], str, Sequence[str]]] = {
+    "pairs": (("global", "layer", "head"), "global", LEADERS),
+    "tokens": (("token",), "token", (*LEADERS, "attention")),
+}
 
 
-def normalised(result: FaithfulnessResult, shown: Sequence[str]) -> str:
+def places(result: FaithfulnessResult) -> dict[Which, dict[str, tuple[float, float, float]]]:
     """Return where each score stands between the worst and the best order of each text.
 
-    At each rate, 1 is the best of all scores for that text, and 0 the worst. Cells are means over
-    rates and texts, with a 95% bootstrap interval over texts.
+    At each rate, 1 is the best of all scores for that text, and 0 the worst. For each end and
+    score there is the mean over rates and texts, with its 95% bootstrap interval over texts.
     """
-    columns = []
+    found = {}
     for which in RATES:
         of_texts = torch.tensor(
             [
-                [[x - record["clean_nll"] for x in record["nll"][m][which]] for m in shown]
+                [[x - record["clean_nll"] for x in of[which]] for of in record["nll"].values()]
                 for record in result.records
             ],
             dtype=torch.float64,
@@ -205,9 +220,75 @@ def normalised(result: FaithfulnessResult, shown: Sequence[str]) -> str:
             of_texts = -of_texts
         low, high = of_texts.amin(1, keepdim=True), of_texts.amax(1, keepdim=True)
         of_scores = ((of_texts - low) / (high - low)).mean(-1).T
-        found = map(mean_and_interval, of_scores)
-        columns.append([f"{mean:.2f} ({a:.2f} to {b:.2f})" for mean, a, b in found])
-    return table(["score", *RATES], [list(row) for row in zip(shown, *columns, strict=True)])
+        found[which] = dict(zip(result.methods, map(mean_and_interval, of_scores), strict=True))
+    return found
+
+
+def row_of(result: FaithfulnessResult, name: str) -> list[Cell]:
+    """Return the changes of corpus perplexity by one score, compared with contributions."""
+    sides = {which: side for side, which in REMOVED.items()}
+    return [c for which in RATES for c in cells(result, sides[which], PAPER, "corpus")[name]]
+
+
+def of_setting(result: FaithfulnessResult) -> str:
+    """Return the tables of one evaluation."""
+    found = places(result)
+    rows = []
+    for name in result.methods:
+        spreads = (of[name] for of in found.values())
+        rows.append([name, *(f"{mean:.2f} ({a:.2f} to {b:.2f})" for mean, a, b in spreads)])
+    return (
+        f"{result.to_markdown(PAPER)}\n\nUnchanged corpus perplexity {result.clean_corpus:.2f}, "
+        f"{len(result.records)} documents.\n\nBetween the worst order of each text (0) and the "
+        f"best (1):\n\n{in_markdown(['score', *found], rows)}"
+    )
+
+
+def first_table(results: Results, key: str, scores: Sequence[str]) -> str:
+    """Return the changes by some scores in one setting, for all models and texts."""
+    rows = [
+        [f"{model}, {data}", name, *(cell.in_markdown for cell in row_of(result, name))]
+        for (model, data, setting), result in results.items()
+        if setting == key
+        for name in (PAPER, *scores)
+    ]
+    return in_markdown(["model and texts", "score", *COLUMNS], rows)
+
+
+def standings(results: Results, keys: Sequence[str]) -> str:
+    """Return in each cell a mark for each model and set of texts, in the order of ``results``."""
+    marks: dict[tuple[str, str], list[str]] = {}
+    for key in keys:
+        for result in (of for (_, _, setting), of in results.items() if setting == key):
+            for name in (name for name in result.methods if name != PAPER):
+                before = marks.get((key, name), [""] * len(COLUMNS))
+                verdicts = (cell.verdict for cell in row_of(result, name))
+                marks[key, name] = [
+                    before_it + ("" if verdict is None else MARKS[verdict])
+                    for before_it, verdict in zip(before, verdicts, strict=True)
+                ]
+    rows = [[key, name, *(f"`{x}`" for x in row)] for (key, name), row in marks.items()]
+    return in_markdown(["ranking", "score", *COLUMNS], rows)
+
+
+def figure(results: Results, key: str) -> Figure:
+    """Draw where each score stands between the worst order and the best, in one setting."""
+    of_key = {f"{m}, {data}": places(x) for (m, data, k), x in results.items() if k == key}
+    scores = next(result.methods for (*_, k), result in results.items() if k == key)
+    drawn = Figure(figsize=(9, 0.6 + 0.34 * len(scores)), layout="constrained")
+    titles: dict[Which, str] = {"bottom": "What can go", "top": "What must stay"}
+    for axis, (which, title) in zip(drawn.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for shift, (label, of) in enumerate(of_key.items()):
+            means, low, high = torch.tensor([of[which][name] for name in scores]).T
+            rows = torch.arange(len(scores)) + 0.16 * (shift - (len(of_key) - 1) / 2)
+            spread = torch.stack([means - low, high - means])
+            axis.errorbar(means, rows, xerr=spread, fmt="o", ms=4, color=f"C{shift}", label=label)
+        axis.set(title=title, xlabel="worst order of a text (0) to best (1)", xlim=(-0.03, 1.03))
+        axis.set_yticks(range(len(scores)), scores)
+        axis.grid(axis="x", alpha=0.3)
+    axis.invert_yaxis()
+    drawn.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return drawn
 
 
 def _part(options: argparse.Namespace) -> str:
@@ -219,69 +300,87 @@ def chosen_texts(texts: Sequence[str], options: argparse.Namespace) -> Sequence[
     return texts[: options.samples] if options.first else texts[-options.samples :]
 
 
+def evaluated(
+    model: Any,
+    tokenizer: Any,
+    source: str,
+    setting: Setting,
+    options: argparse.Namespace,
+    records: Path,
+) -> FaithfulnessResult:
+    """Run the missing part of one evaluation, and return its result."""
+    batches = token_batches(
+        chosen_texts(load_texts(source), options),
+        tokenizer,
+        max_length=options.length,
+        batch_size=options.batch_size,
+    )
+    methods = {name: make(model, setting.reduction) for name, make in setting.methods.items()}
+    chosen = {"scoring": "clean", "reduction": setting.reduction, **setting.options}
+    metric = ComprehensivenessSufficiency(model, RATES, **chosen)
+    records.parent.mkdir(parents=True, exist_ok=True)
+    return metric.evaluate(methods, batches, target=setting.target, resume_from=records)
+
+
 def _parser() -> argparse.ArgumentParser:
     text = "Measure which scores rank what a model can lose, and what it cannot."
     parser = parser_of("ranking", text)
     add_documents(parser)
     add = parser.add_argument
-    add("--settings", default=",".join(SETTINGS), help="the ways to rank")
-    add("--scores", help="only these scores, divided by semicolons")
+    add("--settings", help="the ways to rank, divided by commas; without it, all")
     add("--first", action="store_true", help="the first documents instead, to choose scores on")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the missing evaluations, and write the page of one model."""
+    """Run the missing evaluations, and write the pages."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     register_peers()
-    model, tokenizer, name = loaded(options)
-    chosen = {key: SETTINGS[key] for key in options.settings.split(",")}
-    asked = None if options.scores is None else options.scores.split(";")
-    pages = []
-    with progress_bar(len(chosen) * len(options.data), "Settings", show=True) as bar:
-        for data, source in options.data:
-            batches = token_batches(
-                chosen_texts(load_texts(source), options),
-                tokenizer,
-                max_length=options.length,
-                batch_size=options.batch_size,
-            )
-            for key, setting in chosen.items():
-                bar.set_postfix_str(f"{data}, {key}")
-                methods = {
-                    label: make(model, setting.reduction)
-                    for label, make in setting.methods.items()
-                    if asked is None or label in (PAPER, *asked)
-                }
-                metric = ComprehensivenessSufficiency(
-                    model, RATES, scoring="clean", reduction=setting.reduction, **setting.options
-                )
-                folder = options.work / name / f"{data}, {_part(options)}"
-                folder.mkdir(parents=True, exist_ok=True)
-                result = metric.evaluate(
-                    methods, batches, target=setting.target, resume_from=folder / f"{key}.records"
-                )
-                pages.append(
-                    f"## {data}: {setting.title.lower()}\n\n{changes(result, list(methods))}\n\n"
-                    f"Unchanged corpus perplexity {result.clean_corpus:.2f}, "
-                    f"{len(result.records)} documents.\n\nBetween the worst order of each text (0) "
-                    f"and the best (1):\n\n{normalised(result, list(methods))}"
-                )
-                bar.update()
-    head = (
-        f"# Which pairs can go: {name}\n\n{made_by('ranking', argv, model)} The {_part(options)} "
-        f"{options.samples} documents of each set, cut to {options.length} "
+    known = TRIED if options.first else REPORTED
+    chosen = {key: known[key] for key in (options.settings or ",".join(known)).split(",")}
+    results: Results = {}
+    sources, weights = options.model or [None], []
+    with progress_bar(len(sources) * len(chosen) * len(options.data), "Settings", show=True) as bar:
+        for source in sources:
+            model, tokenizer, name = loaded(source, options.threads)
+            weights.append(origin(model))
+            for data, texts in options.data:
+                for key, setting in chosen.items():
+                    bar.set_postfix_str(f"{name}, {data}, {key}")
+                    records = options.work / name / f"{data}, {_part(options)}" / f"{key}.records"
+                    result = evaluated(model, tokenizer, texts, setting, options, records)
+                    results[name, data, key] = result
+                    bar.update()
+    head = f"{made_by('ranking', argv, weights)} {_about(options)}"
+    parts = [
+        f"## {model}, {data}: {chosen[key].title.lower()}\n\n{of_setting(result)}"
+        for (model, data, key), result in results.items()
+    ]
+    if options.first:
+        write_page(options.out / "rankings-tried.md", ["# Rankings that were tried", head, *parts])
+        return 0
+    write_page(options.out / "rankings.md", ["# All rankings", head, *parts])
+    for question, (keys, key, scores) in QUESTIONS.items():
+        if key in chosen:
+            save_figure(figure(results, key), options.out / f"{question}.png")
+            first = first_table(results, key, scores)
+            picture = f"![Where each score stands.]({question}.png)"
+            marks = standings(results, [k for k in keys if k in chosen])
+            shown = {"first": f"{first}\n\n{picture}", "all": marks, "command": head}
+            fill_page(options.out / f"{question}.md", f"What ranks {question}?", shown)
+    return 0
+
+
+def _about(options: argparse.Namespace) -> str:
+    return (
+        f"The {_part(options)} {options.samples} documents of each set, cut to {options.length} "
         "tokens. Cells are changes of corpus perplexity: with the bottom removed, lower is better; "
         f"with the top removed, higher is better. **Bold** cells are ahead of `{PAPER}` in the "
         "same column by a paired 95% interval over documents; `-` marks a cell that is behind, `~` "
-        "a tie. Scores are taken in an unchanged pass, and sinks stay. Unless a title says "
-        "otherwise, they are summed over queries, and explain the sum of the logits of the text's "
-        "own tokens."
+        "a tie. Sinks stay. Unless a title says otherwise, scores are taken in an unchanged pass, "
+        "are summed over queries, and explain the sum of the logits of the text's own tokens."
     )
-    kind = "ranking-tried" if options.first else "ranking"
-    write_page(options.out / f"{kind}-{name}.md", [head, *pages])
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pages import add_documents, loaded, made_by, number, parser_of, table, write_page
+from pages import add_documents, fill_page, loaded, made_by, parser_of
 from peers_of_removal import register_peers
-from ranking import OF_LAYERS, OF_TARGET, PAPER, RATES
+from ranking import PAPER, RATES, SCORES
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -29,18 +29,24 @@ from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
 from captum_cw.data import load_texts, token_batches
 from captum_cw.functional import expand_heads
+from captum_cw.metrics import FaithfulnessResult
 from captum_cw.metrics.batch import BatchRun, Part
 from captum_cw.metrics.identity import fingerprint
+from captum_cw.models.loading import origin
 from captum_cw.removal.changes import FixedChange
 from captum_cw.removal.options import Factors
 
 NAME = "captum_cw_replaced"
 How = Literal["zero", "mean", "hidden"]
 HOWS: tuple[How, ...] = ("zero", "mean", "hidden")
-SCORES = (
-    *(PAPER, "vwon", "vw", "attention", "VATP", "CriticalKV", "OBCache", "CAOTE"),
-    *("joint, attnlrp", "effect, frozen", "sensitivity, plain", "target, plain", measures.RANDOM),
-)
+COMPARED = {
+    name: SCORES[name]
+    for name in (
+        *(PAPER, "vwon", "attention", "VATP", "CriticalKV", "OBCache", "CAOTE"),
+        *("joint, attnlrp", "effect, frozen", "sensitivity, plain", "target, plain"),
+        measures.RANDOM,
+    )
+}
 
 
 @contextmanager
@@ -91,65 +97,46 @@ def replaced(model: Any, factors: Factors, how: How, real: Tensor) -> Iterator[N
 
 
 def of_batch(
-    metric: ComprehensivenessSufficiency, methods: dict[str, object], batch: dict[str, Tensor]
+    metric: ComprehensivenessSufficiency, name: str, method: object, batch: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Return the mean negative log-likelihood of each text, unchanged and after each removal."""
-    scorers = {name: metric._scorer(method) for name, method in methods.items()}
+    """Return the mean negative log-likelihood of each text, unchanged and after each removal.
+
+    By way of replacement and end of the ranking there is a list over rates, of lists over texts.
+    """
     with torch.no_grad():
         examples = [{"index": n} for n in range(len(batch["input_ids"]))]
+        scorers = {name: metric._scorer(method)}
         run = BatchRun(metric._plan, Part(batch, examples), scorers, None)
         unchanged = run.unchanged.nll
         assert unchanged is not None
         found: dict[str, Any] = {"clean": unchanged.tolist(), "count": run.counts.tolist()}
-        for name in methods:
-            for how in HOWS:
-                lost = []
-                for which, rates in metric.rates.items():
-                    for rate in rates:
-                        change = run.removal(name, rate, which)
-                        assert isinstance(change, FixedChange)
-                        with replaced(metric.model, change.factors, how, run.token_mask):
-                            nll = run.measured(run.logits()).nll
-                        assert nll is not None
-                        lost.append(nll.tolist())
-                found[f"{name}, {how}"] = lost
+        for how in HOWS:
+            found[how] = {which: [] for which in metric.rates}
+            for which, rates in metric.rates.items():
+                for rate in rates:
+                    change = run.removal(name, rate, which)
+                    assert isinstance(change, FixedChange)
+                    with replaced(metric.model, change.factors, how, run.token_mask):
+                        nll = run.measured(run.logits()).nll
+                    assert nll is not None
+                    found[how][which].append(nll.tolist())
     return found
 
 
-def rows_of(found: Sequence[dict[str, Any]], names: Sequence[str], how: How) -> list[list[str]]:
-    """Return the changes of corpus perplexity, marked as on the pages of rankings."""
-
-    def joined(key: str) -> Tensor:
-        return torch.tensor([x for part in found for x in part[key]], dtype=torch.float64)
-
-    counts, clean = joined("count"), joined("clean")
-
-    def nll(name: str) -> Tensor:
-        parts = [torch.tensor(part[f"{name}, {how}"], dtype=torch.float64) for part in found]
-        return torch.cat(parts, 1)  # (rates, texts)
-
-    def perplexity(x: Tensor, w: Tensor) -> Tensor:
-        return ((x * w).sum(-1) / w.sum(-1)).exp()
-
-    drawn = torch.randint(
-        len(counts), (10_000, len(counts)), generator=torch.Generator().manual_seed(0)
-    )
-    bottom = len(RATES["bottom"])
-    paper, rows = nll(PAPER), []
-    for name in names:
-        cells, own = [], nll(name)
-        for n, x in enumerate(own):
-            cell = number(float(perplexity(x, counts) - perplexity(clean, counts)))
-            if name != PAPER:
-                w = counts[drawn]
-                of = perplexity(x[drawn], w) - perplexity(paper[n][drawn], w)
-                low, high = of.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-                ahead = high < 0 if n < bottom else low > 0
-                behind = low > 0 if n < bottom else high < 0
-                cell = f"**{cell}**" if ahead else f"{cell} -" if behind else f"{cell} ~"
-            cells.append(cell)
-        rows.append([name, *cells])
-    return rows
+def result_of(batches: Sequence[dict[str, dict[str, Any]]], how: How) -> FaithfulnessResult:
+    """Return the result of one way of replacement, from what ``of_batch`` found by method."""
+    records: list[dict[str, Any]] = []
+    for of_methods in batches:
+        first = of_methods[PAPER]
+        for n, (clean, count) in enumerate(zip(first["clean"], first["count"], strict=True)):
+            nll = {
+                name: {which: [x[n] for x in rates] for which, rates in of[how].items()}
+                for name, of in of_methods.items()
+            }
+            values = {"clean": clean, "clean_nll": clean, "count": count}
+            records.append({"index": len(records), **values, "values": nll, "nll": nll})
+    settings = {"quantity": "nll", "higher_is_better": False}
+    return FaithfulnessResult({w: tuple(r) for w, r in RATES.items()}, settings, records)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,60 +145,73 @@ def _parser() -> argparse.ArgumentParser:
     add_documents(parser)
     add = parser.add_argument
     add("--ranking", default="global", help="which pairs are ranked together")
-    add("--scores", default=";".join(SCORES), help="the scores, divided by semicolons")
     return parser
 
 
+def found_of(
+    metric: ComprehensivenessSufficiency,
+    batches: Sequence[dict[str, Tensor]],
+    records: Records,
+    bar: Any,
+) -> list[dict[str, dict[str, Any]]]:
+    """Compute what is missing, and return what ``of_batch`` finds, by batch and method."""
+    methods = {name: make(metric.model, "sum") for name, make in COMPARED.items()}
+    found = []
+    for n, batch in enumerate(batches):
+        of_methods = {}
+        for name, method in methods.items():
+            key = f"{n}: {name}"
+            if key not in records:
+                records[key] = of_batch(metric, name, method, batch)
+            of_methods[name] = records[key]
+            bar.update()
+        found.append(of_methods)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, and write the page of one model."""
+    """Run what is missing, and fill the page."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     register_peers()
-    model, tokenizer, name = loaded(options)
-    makes = {**OF_LAYERS, **OF_TARGET}
-    names = list(dict.fromkeys((PAPER, *options.scores.split(";"))))
-    methods = {label: makes[label](model, "sum") for label in names}
-    metric = ComprehensivenessSufficiency(
-        model, RATES, scoring="clean", reduction="sum", ranking=options.ranking
-    )
-    heads = ["score", *(f"{which} {100 * r:g}%" for which, rates in RATES.items() for r in rates)]
-    pages = []
-    for data, source in options.data:
-        batches = token_batches(
-            load_texts(source)[-options.samples :],
-            tokenizer,
-            max_length=options.length,
-            batch_size=options.batch_size,
+    parts, weights = [], []
+    for source in options.model or [None]:
+        model, tokenizer, name = loaded(source, options.threads)
+        weights.append(origin(model))
+        metric = ComprehensivenessSufficiency(
+            model, RATES, scoring="clean", reduction="sum", ranking=options.ranking
         )
-        options.work.mkdir(parents=True, exist_ok=True)
-        run = {"weights": fingerprint(model), "data": source, "ranking": options.ranking}
-        run |= {"length": options.length, "samples": options.samples, "scores": names}
-        found = []
-        with (
-            Records(options.work / f"{name}-{data}.records", run) as records,
-            progress_bar(len(batches) * len(names), f"Replacements, {data}", show=True) as bar,
-        ):
-            for number_of, batch in enumerate(batches):
-                whole: dict[str, Any] = {}
-                for label in names:
-                    key = f"{number_of}: {label}"
-                    if key not in records:
-                        records[key] = of_batch(metric, {label: methods[label]}, batch)
-                    whole |= records[key]
-                    bar.update()
-                found.append(whole)
-        pages += [f"## {data}: {how}\n\n{table(heads, rows_of(found, names, how))}" for how in HOWS]
+        for data, file in options.data:
+            batches = token_batches(
+                load_texts(file)[-options.samples :],
+                tokenizer,
+                max_length=options.length,
+                batch_size=options.batch_size,
+            )
+            options.work.mkdir(parents=True, exist_ok=True)
+            run = {"weights": fingerprint(model), "data": file, "ranking": options.ranking}
+            run |= {"length": options.length, "samples": options.samples}
+            steps, title = len(batches) * len(COMPARED), f"Replacements, {name}, {data}"
+            with (
+                Records(options.work / f"{name}-{data}.records", run) as records,
+                progress_bar(steps, title, show=True) as bar,
+            ):
+                found = found_of(metric, batches, records, bar)
+            for how in HOWS:
+                tables = result_of(found, how).to_markdown(PAPER, statistic="corpus")
+                parts.append(f"### {name}, {data}: {how}\n\n{tables}")
     head = (
-        f"# What stands in the place of a removed value: {name}\n\n"
-        f"{made_by('replacements', argv, model)} The last {options.samples} documents of each set, "
-        f"cut to {options.length} tokens. `zero` sets a removed value to "
+        f"{made_by('replacements', argv, weights)} The last {options.samples} documents of each "
+        f"set, cut to {options.length} tokens. `zero` sets a removed value to "
         "zero, as the paper does; `mean` sets it to the mean value of its head over the text; "
         "`hidden` hides its key, so that attention is renormalised. Cells are changes of corpus "
         "perplexity: with the bottom removed, lower is better; with the top removed, higher is "
         f"better. **Bold** cells are ahead of `{PAPER}` in the same column by a paired 95% "
         "interval over documents; `-` marks a cell that is behind, `~` a tie."
     )
-    write_page(options.out / f"replacements-{name}.md", [head, *pages])
+    title = "Does it matter what stands in the place of a removed value?"
+    shown = {"command": head, "tables": "\n\n".join(parts)}
+    fill_page(options.out / "replacements.md", title, shown)
     return 0
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import math
+import itertools
 import multiprocessing
 import os
 import platform
@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 import captum
 import numpy as np
@@ -35,12 +35,12 @@ import psutil
 import torch
 import transformers
 from captum.attr import LayerIntegratedGradients
-from pages import table
 from torch import Tensor
 
 from captum_cw import ContributionWeights, InputContributions, TargetContributions, TokenScores
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
+from captum_cw.metrics.tables import in_markdown
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
 from captum_cw.removal.changes import FixedChange, RankedRemoval
 from captum_cw.removal.clean_pass import CleanPass
@@ -48,6 +48,8 @@ from captum_cw.removal.options import RemovalOptions
 from captum_cw.removal.scoring import pair_scorer
 
 Result = TypeVar("Result")
+Results = dict[tuple[str, int], Any]
+"""Measurements by name and length."""
 
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 STEPS = 50
@@ -84,18 +86,6 @@ class Settings:
     def rounds(self, length: int) -> range:
         """Return the rounds over which ratios are taken for texts of this length."""
         return range(self.repeats * min(max(1, TOKENS_A_REPEAT // length), MOST_ROUNDS))
-
-
-class Cost(TypedDict):
-    """The cost of a call.
-
-    Args:
-        seconds: The wall time in seconds.
-        extra: The memory in bytes, beyond what the process held right before.
-    """
-
-    seconds: float
-    extra: int
 
 
 # ---------------------------------------------------------------------------------------------
@@ -138,7 +128,12 @@ GRADIENT, INPUTS, TARGETS = "forward and backward", "input contributions", "targ
 
 OF_TARGET = (GRADIENT, INPUTS, TARGETS)
 
-CALLS: dict[str, Callable[[Any, Tensor], object]] = {
+Call = Callable[[Any, Tensor], object]
+
+#: What begins the name of a measurement of memory.
+MEMORY = "memory of "
+
+CALLS: dict[str, Call] = {
     PLAIN: lambda model, ids: model(ids),
     LAST: lambda model, ids: model(ids, logits_to_keep=1, use_cache=False),
     SCORES: lambda model, ids: TokenScores(ContributionWeights(model)).attribute(ids),
@@ -243,26 +238,44 @@ def _ids(model: Any, length: int) -> Tensor:
     )
 
 
-def cost(settings: Settings, name: str, length: int, repeats: int) -> Cost | str:
-    """Return the median time and the memory of one of ``CALLS``, or why it was refused.
+def seconds(settings: Settings, name: str, length: int) -> float | str:
+    """Return the median time of one of ``CALLS``, or why it was refused."""
+    call = _warm(settings, CALLS[name], length)
+    try:
+        return median(_seconds_of(call) for _ in range(settings.repeats))
+    except MemoryError as error:
+        return _refused(error)
 
-    Without ``repeats``, the time is NaN.
+
+def memory(settings: Settings, name: str, length: int) -> int | str:
+    """Return the bytes that a call takes, or a step of Integrated Gradients.
+
+    If it is refused, return why. The memory that the process held right before is not counted.
+    """
+    one_step = partial(_integrated_gradients, steps=1)
+    call = _warm(settings, one_step if name == GRADIENTS else CALLS[name], length)
+    try:
+        return _extra_of(call)
+    except MemoryError as error:
+        return _refused(error)
+
+
+def _warm(settings: Settings, call: Call, length: int) -> Callable[[], object]:
+    """Return the call for a text of some length. It has run on a short text.
+
+    The first call loads code, and weights that were only mapped into memory.
     """
     model = _load(settings)
-    call = CALLS[name]
-    # The first call loads code, and weights that were only mapped into memory.
     call(model, _ids(model, WARM_UP_TOKENS))
-    ids = _ids(model, length)
-    try:
-        seconds = [_seconds_of(partial(call, model, ids)) for _ in range(repeats)]
-        extra = _extra_of(partial(call, model, ids))
-    except MemoryError as error:
-        return f"refused: {str(error).split(' (')[0]}"
-    return Cost(seconds=median(seconds) if seconds else math.nan, extra=extra)
+    return partial(call, model, _ids(model, length))
 
 
-def gradients_cost(settings: Settings, length: int) -> Cost:
-    """Return the cost of Integrated Gradients, extrapolated from fewer steps if so set.
+def _refused(error: MemoryError) -> str:
+    return f"refused: {str(error).split(' (')[0]}"
+
+
+def gradients_seconds(settings: Settings, length: int) -> float:
+    """Return the time of Integrated Gradients, extrapolated from fewer steps if so set.
 
     The time is affine in the number of steps, so two runs determine it.
     """
@@ -271,11 +284,7 @@ def gradients_cost(settings: Settings, length: int) -> Cost:
     ids = _ids(model, length)
     steps = settings.gradient_steps
     whole, one = (_seconds_of(partial(_integrated_gradients, model, ids, n)) for n in (steps, 1))
-    a_step = (whole - one) / (steps - 1)
-    return Cost(
-        seconds=whole + (STEPS - steps) * a_step,
-        extra=_extra_of(partial(_integrated_gradients, model, ids, 1)),
-    )
+    return whole + (STEPS - steps) * (whole - one) / (steps - 1)
 
 
 def alternating(settings: Settings, length: int, names: Sequence[str]) -> list[dict[str, float]]:
@@ -362,22 +371,21 @@ def run(
 ) -> str:
     """Run the measurements that are not in ``records``, and return all tables as Markdown."""
     jobs: dict[tuple[str, int], Callable[[], Any]] = {}
+    own = partial(partial, in_own_process)
     for length in lengths:
         for name in CALLS:
-            jobs[name, length] = partial(
-                in_own_process, cost, settings, name, length, settings.repeats
-            )
+            jobs[name, length] = own(seconds, settings, name, length)
+            jobs[MEMORY + name, length] = own(memory, settings, name, length)
         if settings.gradient_steps:
-            jobs[GRADIENTS, length] = partial(in_own_process, gradients_cost, settings, length)
+            jobs[GRADIENTS, length] = own(gradients_seconds, settings, length)
+            jobs[MEMORY + GRADIENTS, length] = own(memory, settings, GRADIENTS, length)
         for kind, names in (("ratio", (PLAIN, LAST, SCORES)), ("target ratio", OF_TARGET)):
-            jobs[kind, length] = partial(in_own_process, alternating, settings, length, names)
-        jobs["removal", length] = partial(in_own_process, alternating_removals, settings, length)
+            jobs[kind, length] = own(alternating, settings, length, names)
+        jobs["removal", length] = own(alternating_removals, settings, length)
     for length in memory_lengths:
         for name in (PLAIN, LAST, SCORES, INPUTS):
-            jobs.setdefault(
-                (name, length), partial(in_own_process, cost, settings, name, length, 0)
-            )
-    results: dict[tuple[str, int], Any] = {}
+            jobs[MEMORY + name, length] = own(memory, settings, name, length)
+    results: Results = {}
     with progress_bar(len(jobs), "Benchmark", show=True) as bar:
         for (name, length), job in jobs.items():
             key = f"{name}, {length} tokens"
@@ -419,22 +427,23 @@ def run(
     )
 
 
-def _seconds(cost: Cost | str) -> str:
-    return cost if isinstance(cost, str) else f"{cost['seconds']:.2f}"
+def _seconds(found: float | str) -> str:
+    return found if isinstance(found, str) else f"{found:.2f}"
 
 
-def _megabytes(cost: Cost | str) -> str:
-    return "" if isinstance(cost, str) else f"{cost['extra'] / 1e6:,.0f}"
+def _megabytes(results: Results, name: str, length: int) -> str:
+    found = results[MEMORY + name, length]
+    return found if isinstance(found, str) else f"{found / 1e6:,.0f}"
 
 
-def _cost_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
+def _cost_table(results: Results, lengths: Sequence[int]) -> str:
     heads = ["", *(f"{length} tokens: {unit}" for length in lengths for unit in ("s", "MB"))]
-    names = [name for name in (*CALLS, GRADIENTS) if (name, lengths[0]) in results]
-    rows = [
-        [name, *(cell(results[name, n]) for n in lengths for cell in (_seconds, _megabytes))]
-        for name in names
-    ]
-    return table(heads, rows)
+    rows = []
+    for name in (*CALLS, GRADIENTS):
+        if (name, lengths[0]) in results:
+            cells = ((_seconds(results[name, n]), _megabytes(results, name, n)) for n in lengths)
+            rows.append([name, *itertools.chain.from_iterable(cells)])
+    return in_markdown(heads, rows)
 
 
 def _legend(settings: Settings) -> str:
@@ -446,8 +455,10 @@ def _legend(settings: Settings) -> str:
     return (
         "Seconds are medians. Megabytes are the peak of the resident memory that a call took "
         "beyond that of the loaded model, including its result (sampled every "
-        f"{SAMPLED_EVERY * 1000:.0f} ms), in a call of its own in which the C library gives freed "
-        "memory back at once.\n\n" + ".\n".join(lines) + "."
+        f"{SAMPLED_EVERY * 1000:.0f} ms), in a process of its own in which the C library gives "
+        "freed memory back at once. For Integrated Gradients it is that of one step.\n\n"
+        + ".\n".join(lines)
+        + "."
     )
 
 
@@ -459,20 +470,20 @@ def _ratio(rounds: list[dict[str, float]] | str, name: str, over: str) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _ratio_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
+def _ratio_table(results: Results, lengths: Sequence[int]) -> str:
     names = (PLAIN, LAST)
     rows = [
         [str(n), *(_ratio(results["ratio", n], SCORES, over) for over in names)] for n in lengths
     ]
-    return table(["tokens", *(f"over {name}" for name in names)], rows)
+    return in_markdown(["tokens", *(f"over {name}" for name in names)], rows)
 
 
-def _target_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
+def _target_table(results: Results, lengths: Sequence[int]) -> str:
     def memory(name: str, n: int) -> str:
-        ours, plain = results[name, n], results[GRADIENT, n]
+        ours, plain = results[MEMORY + name, n], results[MEMORY + GRADIENT, n]
         if isinstance(ours, str) or isinstance(plain, str):
             return "unknown"
-        return f"{ours['extra'] / plain['extra']:.2f}"
+        return f"{ours / plain:.2f}"
 
     names = (INPUTS, TARGETS)
     rows = [
@@ -483,31 +494,28 @@ def _target_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -
         ]
         for n in lengths
     ]
-    return table(
+    return in_markdown(
         ["tokens", *(f"{name}: {of}" for of in ("time", "memory") for name in names)], rows
     )
 
 
-def _removal_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
+def _removal_table(results: Results, lengths: Sequence[int]) -> str:
     names = (CLEAN_REMOVAL, ONLINE_REMOVAL)
     rows = [
         [str(n), *(_ratio(results["removal", n], name, PLAIN) for name in names)] for n in lengths
     ]
-    return table(["tokens", *names], rows)
+    return in_markdown(["tokens", *names], rows)
 
 
-def _memory_table(results: dict[tuple[str, int], Any], lengths: Sequence[int]) -> str:
-    def difference(scores: Cost | str, forward: Cost | str) -> str:
-        if isinstance(scores, str) or isinstance(forward, str):
-            return "unknown"
-        return f"{(scores['extra'] - forward['extra']) / 1e6:,.0f}"
-
+def _memory_table(results: Results, lengths: Sequence[int]) -> str:
     rows = []
     for n in lengths:
-        costs = [results[name, n] for name in (PLAIN, LAST, SCORES, INPUTS)]
-        cells = [c if isinstance(c, str) else _megabytes(c) for c in costs]
-        rows.append([str(n), *cells, difference(results[SCORES, n], results[LAST, n])])
-    return table(["tokens", PLAIN, LAST, SCORES, INPUTS, "scores over a forward"], rows)
+        cells = [_megabytes(results, name, n) for name in (PLAIN, LAST, SCORES, INPUTS)]
+        scores, forward = results[MEMORY + SCORES, n], results[MEMORY + LAST, n]
+        refused = isinstance(scores, str) or isinstance(forward, str)
+        more = "unknown" if refused else f"{(scores - forward) / 1e6:,.0f}"
+        rows.append([str(n), *cells, more])
+    return in_markdown(["tokens", PLAIN, LAST, SCORES, INPUTS, "scores over a forward"], rows)
 
 
 def _machine(settings: Settings) -> str:

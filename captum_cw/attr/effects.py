@@ -20,15 +20,15 @@ from captum_cw.capture.target_run import Gradient, TargetRunner
 from captum_cw.capture.target_value import Target
 from captum_cw.functional import AttentionLayer, EffectLayer, Measure, TargetLayer, check_choice
 
-__all__ = ["EffectContributions", "Form"]
+__all__ = ["EffectContributions", "Form", "Share"]
 
 Result = TypeVar("Result")
 Form = Literal["joint", "effect", "sensitivity"]
 
 
 @dataclass(frozen=True)
-class _Share:
-    """What an observed pass knows of a layer.
+class Share:
+    """What an observed pass knows of the output of a layer, and of how values share in it.
 
     Args:
         direction: The output divided by its squared length, pulled back, ``(B, H, T, d_h)``.
@@ -39,6 +39,13 @@ class _Share:
     direction: Tensor
     heads: Tensor
     length: Tensor
+
+    @classmethod
+    def of(cls, layer: AttentionLayer) -> Share:
+        """Return what is known of a layer, in the space in which it is seen."""
+        u, norm2 = layer.direction("inter")  # the norm is zero where the output vanishes
+        per_norm = norm2.reciprocal().masked_fill(norm2 == 0, 0)
+        return cls(u * per_norm[..., None], layer.head_output, layer.output.norm(dim=-1))
 
 
 class EffectContributions(AttentionAttribution):
@@ -105,21 +112,26 @@ class EffectContributions(AttentionAttribution):
         inputs: Inputs,
         additional_forward_args: object,
         on_layer: Callable[[Execution, Any], Result],
+        *,
+        shares: Sequence[tuple[Execution, Share]] | None = None,
+        show_progress: bool = False,
         **options: Any,
     ) -> tuple[list[tuple[Execution, Result]], Any]:
         """Apply ``on_layer`` to each chosen layer, from the last to the first.
 
-        Options are ``target``, ``contrast``, ``text_only`` and ``show_progress``. Results are in
-        the order of execution.
+        Options are ``target``, ``contrast`` and ``text_only``. Results are in the order of
+        execution. ``shares`` are those of a pass over the same inputs, in this measure's space;
+        None runs that pass.
         """
-        common = {name: options[name] for name in ("text_only",) if name in options}
-        shares, _ = super().observe(
-            inputs,
-            additional_forward_args,
-            _share,
-            show_progress=options.pop("show_progress", False),
-            **common,
-        )
+        if shares is None:
+            common = {name: options[name] for name in ("text_only",) if name in options}
+            shares, _ = super().observe(
+                inputs,
+                additional_forward_args,
+                lambda _, layer: Share.of(layer),
+                show_progress=show_progress,
+                **common,
+            )
         left = list(shares)
         projections = [execution.projection for execution, _ in shares]
         with _gradient_lengths(self.runner.roots, projections, self.form) as lengths:
@@ -170,12 +182,6 @@ class EffectContributions(AttentionAttribution):
             show_progress=show_progress,
         )
         return as_given(inputs, self._in_captums_form(results))
-
-
-def _share(_: Execution, layer: AttentionLayer) -> _Share:
-    u, norm2 = layer.direction("inter")  # the norm is zero where the output vanishes
-    per_norm = norm2.reciprocal().masked_fill(norm2 == 0, 0)
-    return _Share(u * per_norm[..., None], layer.head_output, layer.output.norm(dim=-1))
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from captum_cw.cli.output import load
 from captum_cw.cli.run_folder import save_result
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
-from captum_cw.metrics.result import COMPARABLE, TITLES, Side
+from captum_cw.metrics.result import COMPARABLE, Side
+from captum_cw.metrics.tables import percent
 from captum_cw.metrics.tasks import TaskResult, check_task_model, evaluate_tasks
 from captum_cw.removal.options import RemovalKeywords
 
@@ -60,7 +61,7 @@ def run(options: Namespace) -> Answer | None:
         "tasks": None if tasks is None else _document_of_tasks(tasks),
         "files": [str(file) for file in files],
     }
-    return Answer(document, lambda: _show(document))
+    return Answer(document, lambda: _show(document, result))
 
 
 def _check_usage(options: Namespace, processes: Processes) -> None:
@@ -215,49 +216,24 @@ def _document_of_tasks(result: TaskResult) -> dict[str, Any]:
 # For people
 
 
-def _show(document: dict[str, Any]) -> None:
-    if document["texts"] is not None:
-        _show_texts(document["texts"], document["methods"][0])
+def _show(document: dict[str, Any], result: FaithfulnessResult | None) -> None:
+    if result is not None:
+        print(result)
     if document["tasks"] is not None:
         _show_tasks(document["tasks"])
     show_files(document["files"])
-
-
-def _show_texts(texts: dict[str, Any], first: str) -> None:
-    out = console()
-    comparable = texts["examples"] >= COMPARABLE
-    corpus = texts["clean_corpus"]
-    note = "" if corpus is None else f" (corpus perplexity {corpus:.4g})"
-    out.print(
-        f"{texts['quantity']} with nothing removed: {texts['clean']:.4g}{note} "
-        f"(texts: {texts['examples']}, processes: {texts['processes']})"
-    )
-    for side, title in TITLES.items():
-        effects = texts[side]
-        table = _table(effects["rates"], "AOPC")
-        for name, deltas in effects["delta"].items():
-            table.add_row(name, *map(_readable, (*deltas, effects["aopc"][name])))
-        out.print(f"\n{title}: mean change")
-        out.print(table)
-        for name, better in effects["better"].items() if comparable else ():
-            out.print(f"{first} against {name}: {_verdicts(effects['rates'], better)}", style="dim")
-    out.print(
-        "A method is better if the paired 95% bootstrap interval of the difference excludes zero."
-        if comparable
-        else "One text does not give an interval, so methods are not compared.",
-        style="dim",
-    )
 
 
 def _show_tasks(tasks: dict[str, dict[str, Any]]) -> None:
     out = console()
     for task, of in tasks.items():
         value, stderr = of["baseline"]
-        table = _table(of["rates"], "largest rate")
+        heads = (*map(percent, of["rates"]), "largest rate")
+        table = Table("method", *(Column(head, justify="right") for head in heads))
         for name, accuracy in of["accuracy"].items():
             rate = of["at_most"][name]
             cells = (f"{x:.3f}" for x in accuracy)
-            table.add_row(name, *cells, "none" if rate is None else _percent(rate))
+            table.add_row(name, *cells, "none" if rate is None else percent(rate))
         out.print(
             f"\n{task}: {of['metric']} on {of['documents']} documents, bottom removed; "
             f"{value:.3f} with nothing removed (standard error {stderr:.3f})"
@@ -268,28 +244,3 @@ def _show_tasks(tasks: dict[str, dict[str, Any]]) -> None:
         "the unchanged model.",
         style="dim",
     )
-
-
-def _table(rates: Sequence[float], last: str) -> Table:
-    """Return an empty table with columns for the method, the rates and one more number."""
-    numbers = (Column(heading, justify="right") for heading in (*map(_percent, rates), last))
-    return Table("method", *numbers)
-
-
-def _verdicts(rates: Sequence[float], better: Sequence[str | None]) -> str:
-    """List the rates at which each method is better."""
-    by_method: dict[str | None, list[str]] = {}
-    for rate, method in zip(rates, better, strict=True):
-        by_method.setdefault(method, []).append(_percent(rate))
-    return "; ".join(
-        f"{'undecided' if method is None else f'{method} better'} at {', '.join(percents)}"
-        for method, percents in by_method.items()
-    )
-
-
-def _percent(rate: float) -> str:
-    return f"{100 * rate:g}%"
-
-
-def _readable(x: float) -> str:
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"

@@ -195,6 +195,8 @@ With torchrun, processes share the batches.""",
   captum-cw evaluate --model M --data texts.jsonl --out run
   captum-cw evaluate --model M --data gsm8k --methods contribution,attention,random \\
       --rates 0.1,0.3,0.5 --reduction sum --out run
+  captum-cw evaluate --model M --data gsm8k --methods contribution,joint,effect \\
+      --scoring clean --ranking global --reduction sum --out run
   captum-cw evaluate --model M --tasks winogrande --samples 200 --out run
   torchrun --nproc_per_node 2 -m captum_cw evaluate --model M --data gsm8k --out run""",
     )

@@ -1,7 +1,8 @@
 """The files of a finished evaluation, in the folder that has the records of the run.
 
-They are ``result.json`` (read by ``FaithfulnessResult.load``), ``result.csv`` and figures of the
-curves; for downstream tasks ``tasks.json``, ``tasks.csv`` and ``tasks.png``.
+They are ``result.json`` (read by ``FaithfulnessResult.load``), ``result.csv``, the table
+``result.md`` and figures of the curves; for downstream tasks ``tasks.json``, ``tasks.csv`` and
+``tasks.png``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ def save_result(result: FaithfulnessResult | TaskResult, folder: Path) -> list[P
     files = [folder / f"{name}.json", folder / f"{name}.csv", *(folder / file for file in figures)]
     result.save(files[0])
     result.to_dataframe().to_csv(files[1], index=False)
+    if isinstance(result, FaithfulnessResult):
+        files.append(folder / "result.md")
+        files[-1].write_text(f"{result.to_markdown()}\n", encoding="utf-8")
     for file, options in figures.items():
         save_figure(result.plot(use_pyplot=False, **options)[0], folder / file)
     return files

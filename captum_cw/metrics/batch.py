@@ -139,6 +139,7 @@ class BatchRun:
         self.target = self.unchanged.target
         self._check_removable()
         self._scores = self._scores_before(call.token_masks, call.text)
+        self.clean.shares.clear()  # they are large
 
     def removal(self, name: str, rate: float, which: Which) -> FixedChange | RankedRemoval:
         """Return the change of a pass that removes what a method ranks at the top or bottom."""
@@ -192,7 +193,9 @@ class BatchRun:
             if isinstance(method, PairScorer) and options.scores_before
         }
         forward = partial(run_on_copies, model, self.inputs)
-        clean = CleanPass.run(model, forward, scorers, options, masks, text)
+        of_target = (x for x in self.methods.values() if isinstance(x, TargetScorer))
+        spaces = {space for method in of_target for space in method.share_spaces}
+        clean = CleanPass.run(model, forward, scorers, options, masks, text, spaces)
         if clean.vanishing:
             warnings.warn(
                 f"{clean.vanishing} attention outputs of a batch vanish. Measures that are "

@@ -14,6 +14,7 @@ from torch import Tensor
 from captum_cw import measures
 from captum_cw._utils.files import read_json, write_json
 from captum_cw.functional import check_choice
+from captum_cw.metrics.tables import MARKS, Cell, Verdict, in_markdown, in_text, number, percent
 from captum_cw.removal.ranking import Which
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class FaithfulnessResult:
         Raises:
             ValueError: If the likelihood of the texts is not known.
         """
-        self._check_statistic("corpus")
+        _check_statistic(self, "corpus")
         return float(_corpus(self._column("clean_nll")[:, None], self._column("count")))
 
     def deltas(self, method: str, side: Side) -> Tensor:
@@ -317,6 +318,31 @@ class FaithfulnessResult:
         rates = {which: tuple(rates) for which, rates in content["rates"].items()}
         return cls(rates, content["settings"], content["records"])
 
+    def __str__(self) -> str:
+        """A table for each side, with a row for each rate, and a mark at each cell."""
+        return _as_text(self)
+
+    def to_markdown(
+        self, reference: str | None = None, *, statistic: Statistic | None = None
+    ) -> str:
+        """Return one table, with a row for each method and a column for each rate.
+
+        A figure is bold where it is better than the reference's by a paired 95% interval, has a
+        ``-`` where it is worse, and a ``~`` where the interval holds zero.
+
+        Args:
+            reference: the method that the others are compared with; None for the first.
+            statistic: the statistic of the deltas, as for :meth:`compare`; None for the corpus
+                perplexity if the quantity is the perplexity, and for the mean otherwise.
+
+        Raises:
+            KeyError: If the reference was not evaluated.
+            ValueError: If ``statistic`` is unknown, or needs a likelihood that is not known.
+        """
+        chosen = _statistic_of_tables(self) if statistic is None else statistic
+        check_choice("statistic", chosen, Statistic)
+        return _as_markdown(self, self.methods[0] if reference is None else reference, chosen)
+
     def _means(self, side: Side) -> dict[str, Tensor]:
         names = self.methods if side in self.sides else []
         return {name: self.deltas(name, side).mean(0) for name in names}
@@ -338,7 +364,7 @@ class FaithfulnessResult:
 
         Without ``drawn``, the only sample is that of all examples.
         """
-        self._check_statistic(statistic)
+        _check_statistic(self, statistic)
         if drawn is None:
             drawn = torch.arange(len(self.records), device="cpu")[None]
         if statistic == "mean":
@@ -349,13 +375,71 @@ class FaithfulnessResult:
         counts = self._column("count")[drawn]
         return _corpus(changed[drawn], counts) - _corpus(clean[drawn], counts)
 
-    def _check_statistic(self, statistic: Statistic) -> None:
-        if statistic != "mean" and not self.has_likelihood:
-            raise ValueError(
-                f"statistic={statistic!r} needs the likelihood of the texts, which is not known: "
-                "the model does not predict tokens, or sees the tokens that it predicts. Use "
-                "statistic='mean', .aopc() or .deltas(method, side)."
-            )
+
+def _check_statistic(result: FaithfulnessResult, statistic: Statistic) -> None:
+    if statistic != "mean" and not result.has_likelihood:
+        raise ValueError(
+            f"statistic={statistic!r} needs the likelihood of the texts, which is not known: "
+            "the model does not predict tokens, or sees the tokens that it predicts. Use "
+            "statistic='mean', .aopc() or .deltas(method, side)."
+        )
+
+
+def cells(
+    result: FaithfulnessResult, side: Side, reference: str, statistic: Statistic
+) -> dict[str, list[Cell]]:
+    """Return the deltas of each method at each rate, compared with those of the reference."""
+    found = {}
+    result._statistic(reference, side, statistic)  # an unknown name is an error, also for one text
+    for name in result.methods:
+        deltas = result._statistic(name, side, statistic)[0].tolist()
+        verdicts: Sequence[Verdict | None] = [None] * len(deltas)
+        if name != reference and len(result.records) >= COMPARABLE:
+            verdicts = [
+                "undecided" if better is None else "better" if better == name else "worse"
+                for better in result.compare(reference, name, side, statistic=statistic).better
+            ]
+        found[name] = [Cell(x, verdict) for x, verdict in zip(deltas, verdicts, strict=True)]
+    return found
+
+
+def _statistic_of_tables(result: FaithfulnessResult) -> Statistic:
+    """Return the corpus perplexity for perplexity, because a few texts do not dominate it."""
+    of_corpus = result.settings["quantity"] == "perplexity" and result.has_likelihood
+    return "corpus" if of_corpus else "mean"
+
+
+def _as_text(result: FaithfulnessResult) -> str:
+    statistic = _statistic_of_tables(result)
+    clean = result.clean_corpus if statistic == "corpus" else result.clean
+    of = f"{'corpus ' * (statistic == 'corpus')}{result.settings['quantity']}"
+    parts = [f"{of} with nothing removed: {number(clean)} (texts: {len(result.records)})"]
+    for side, which in result.sides.items():
+        rates = [percent(rate) for rate in result.rates[which]]
+        table = in_text(rates, cells(result, side, result.methods[0], statistic))
+        parts.append(f"{TITLES[side]}: change of {of}\n{table}")
+    return "\n\n".join([*parts, _legend(result)])
+
+
+def _as_markdown(result: FaithfulnessResult, reference: str, statistic: Statistic) -> str:
+    sides = dict(reversed(result.sides.items()))  # what can go comes first
+    columns = [cells(result, side, reference, statistic) for side in sides]
+    rates = (f"{which} {percent(r)}" for which in sides.values() for r in result.rates[which])
+    rows = [
+        [name, *(cell.in_markdown for column in columns for cell in column[name])]
+        for name in result.methods
+    ]
+    return in_markdown(["method", *rates], rows)
+
+
+def _legend(result: FaithfulnessResult) -> str:
+    if len(result.records) < COMPARABLE:
+        return "One text does not give an interval, so methods are not compared."
+    return (
+        f"{MARKS['better']} better than {result.methods[0]}, {MARKS['worse']} worse, "
+        f"{MARKS['undecided']} undecided: the paired 95% interval\n"
+        "of the difference (bootstrap over texts) holds zero."
+    )
 
 
 def curve_styles(methods: Iterable[str], settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -49,7 +49,7 @@ from captum_cw.removal.clean_pass import (
 )
 from captum_cw.removal.options import Factors, RemovalOptions
 from captum_cw.removal.ranking import Which
-from captum_cw.removal.scoring import PairScorer, TokenMethod, space_of
+from captum_cw.removal.scoring import PairScorer, TokenMethod
 from captum_cw.removal.sinks import real_tokens
 from captum_cw.removal.target_scores import OwnText, TargetScorer
 from captum_cw.removal.virtual_tokens import padding_masks, text_mask, without_prefix
@@ -436,6 +436,7 @@ class RankedRemoval(Intervention):
             options,
             tokens.token_masks,
             tokens.text,
+            scorer.share_spaces if isinstance(scorer, TargetScorer) else (),
         )
         scores: Tensor | Sequence[Tensor] = clean.scores.get("", ())
         if not isinstance(scorer, PairScorer):
@@ -507,7 +508,7 @@ class RankedRemoval(Intervention):
             partial(self._remove, self._scorer, tokens.token_masks, made),
             real=padding_masks(self.model, tokens.token_masks),
             states=self._options.states if self._sinks is None else None,
-            space=space_of([self._scorer]),
+            space=self._scorer.space,
             text=tokens.text,
         ):
             yield

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from captum_cw.attr.effects import Share
 from captum_cw.capture import Execution, Observation, UnsupportedModelError, evaluating
 from captum_cw.capture.run import no_attention
 from captum_cw.capture.text_layers import TextLayers
-from captum_cw.functional import AttentionLayer, blocks
+from captum_cw.functional import AttentionLayer, Space, blocks
 from captum_cw.removal.options import Factors, RemovalOptions
 from captum_cw.removal.ranking import Which
-from captum_cw.removal.scoring import PairScorer, space_of
+from captum_cw.removal.scoring import PairScorer, widest
 from captum_cw.removal.sinks import real_tokens
 from captum_cw.removal.virtual_tokens import behind, padding_masks, text_mask, without_prefix
 
@@ -40,6 +41,7 @@ class CleanPass:
         ahead: ``(B, S)`` boolean, True at tokens that earlier tokens see in some layer, so earlier
             tokens do not predict them; None without such tokens.
         vanishing: The number of layer outputs that vanish. Their rows count as zeros.
+        shares: By space, what scores of a target need to know of each layer.
         output: The output of the model.
         all_registered: Whether all attention ran in kernels of transformers' registry.
     """
@@ -50,6 +52,7 @@ class CleanPass:
     sinks: list[Tensor] = field(default_factory=list)
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
     keys: list[int] = field(default_factory=list)
+    shares: dict[Space, list[tuple[Execution, Share]]] = field(default_factory=dict)
     output: Any = None
     all_registered: bool = False
 
@@ -62,6 +65,7 @@ class CleanPass:
         options: RemovalOptions,
         text_masks: Sequence[Tensor],
         text: TextLayers | None = None,
+        share_spaces: Collection[Space] = (),
     ) -> CleanPass:
         """Run ``forward``, a pass of ``model`` over a whole text.
 
@@ -73,13 +77,18 @@ class CleanPass:
             text_masks: For each sequence of tokens ``(B, T)`` boolean, False at padding.
             text: Chooses the layers over the text, in a model that also reads images or sounds;
                 None for all layers.
+            share_spaces: The spaces in which :attr:`shares` are wanted.
         """
-        clean = cls(scores={name: [] for name in scorers})
+        clean = cls(
+            scores={name: [] for name in scorers}, shares={space: [] for space in share_spaces}
+        )
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> None:
             check_kind(execution)
             number = len(clean.real)
             clean.keys.append(layer.S)
+            for space, shares in clean.shares.items():
+                shares.append((execution, Share.of(layer.seen_in(space))))
             layer = without_prefix(model, layer)
             # Layers may be on several devices, but "global" ranks them together.
             device = clean.real[0].device if clean.real else layer.value.device
@@ -99,7 +108,7 @@ class CleanPass:
             on_layer,
             real=padding_masks(model, text_masks),
             states=options.states,
-            space=space_of(scorers.values()),
+            space=widest((*clean.shares, *(scorer.space for scorer in scorers.values()))),
             text=text,
         )
         with torch.no_grad(), evaluating([model]), observation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ __all__ = [
     "model_of",
     "pair_scorer",
     "scorer_of",
-    "space_of",
+    "widest",
 ]
 
 
@@ -225,9 +225,9 @@ def _measured_pairs(scores: TokenScores) -> MeasuredPairs:
     return MeasuredPairs(method.measure, scores.reduction, scores.signed, method.space)
 
 
-def space_of(scorers: Iterable[PairScorer]) -> Space:
-    """Return the space in which layers must be observed for all of these scorers."""
-    return "residual" if any(scorer.space == "residual" for scorer in scorers) else "attention"
+def widest(spaces: Collection[Space]) -> Space:
+    """Return the space in which layers must be observed to be seen in all of these spaces."""
+    return "residual" if "residual" in spaces else "attention"
 
 
 def model_of(method: object) -> nn.Module | None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw import measures
-from captum_cw.attr import InputContributions, TokenScores
+from captum_cw.attr import EffectContributions, InputContributions, TokenScores
 from captum_cw.attr.measures import AttentionAttribution
 from captum_cw.capture import Execution, UnsupportedModelError
 from captum_cw.capture.outputs import predictions_of
 from captum_cw.capture.target_value import Target
-from captum_cw.functional import AnyLayer, Reduction, token_scores
+from captum_cw.functional import AnyLayer, Reduction, Space, token_scores
 from captum_cw.removal.clean_pass import CleanPass, check_finite, check_kind
 from captum_cw.removal.options import Granularity
 from captum_cw.removal.virtual_tokens import behind
@@ -90,6 +90,12 @@ class TargetScorer:
     value: TextValue = "logits"
     contrast: Target = None
 
+    @property
+    def share_spaces(self) -> tuple[Space, ...]:
+        """The spaces in which a clean pass has to keep shares for :meth:`of`."""
+        method = self.method
+        return (method.space,) if isinstance(method, EffectContributions) else ()
+
     def of(
         self, inputs: Mapping[str, Any], target: Target, clean: CleanPass
     ) -> Tensor | list[Tensor]:
@@ -98,7 +104,7 @@ class TargetScorer:
         Args:
             inputs: The arguments of the model.
             target: The target, as :class:`~captum_cw.TargetContributions` takes it.
-            clean: The clean pass over the same text.
+            clean: The clean pass over the same text, with the shares that the measure needs.
 
         Returns:
             For each layer the scores of pairs ``(B, H, S)``; or scores of whole tokens, ``(B, S)``.
@@ -118,8 +124,11 @@ class TargetScorer:
             check_finite(scores, execution.name)
             return behind(scores.to(real.device), S)
 
+        options: dict[str, Any] = {"text_only": True}
+        for space in self.share_spaces:
+            options["shares"] = clean.shares[space]
         results, _ = self.method.observe(
-            inputs, None, on_layer, target=target, contrast=self.contrast, text_only=True
+            inputs, None, on_layer, target=target, contrast=self.contrast, **options
         )
         if len(results) != len(clean.real):
             raise UnsupportedModelError(

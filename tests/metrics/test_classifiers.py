@@ -163,7 +163,7 @@ def test_results_without_likelihood_are_saved_shown_and_refused_by_name(tmp_path
     assert list(result.to_dataframe().columns) == ["method", "side", "rate", "delta"]
     (tmp_path / "out").mkdir()
     files = save_result(result, tmp_path / "out")
-    assert {file.name for file in files} == {"result.json", "result.csv", "curves.png"}
+    assert {file.name for file in files} == {"result.json", "result.csv", "result.md", "curves.png"}
     again = FaithfulnessResult.load(tmp_path / "out" / "result.json")
     assert again.records == result.records
     assert again.compare("c", "r").difference.isfinite().all()

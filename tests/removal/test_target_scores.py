@@ -207,7 +207,7 @@ def test_the_metric_explains_logits_or_the_likelihood_of_the_text() -> None:
 
 
 def test_passes_of_the_metric() -> None:
-    """One clean pass, three passes for the scores, and one for each rate."""
+    """One clean pass, one pass with a gradient, and one for each rate."""
     model, inputs = llama(), padded()
     EffectContributions(model).attribute(inputs, target=3)  # compares the outputs once a model
     metric = ComprehensivenessSufficiency(model, [0.2, 0.4, 0.6])
@@ -215,7 +215,7 @@ def test_passes_of_the_metric() -> None:
     handle = model.model.norm.register_forward_hook(lambda *_: calls.append(None))
     metric.evaluate({"joint": "joint"}, inputs, show_progress=False)
     handle.remove()
-    assert len(calls) == 1 + 2 + 6
+    assert len(calls) == 1 + 1 + 6
 
 
 def test_generated_text_keeps_what_the_prompt_lost() -> None:

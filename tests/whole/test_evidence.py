@@ -160,7 +160,9 @@ def test_one_command_writes_the_page_with_lxts_scores(
     data, page, work = tmp_path / "sets", tmp_path / "page.md", tmp_path / "work"
     data.mkdir()
     (data / "letters.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    page.write_text(f"Before {evidence.BEGIN_MARK} old {evidence.END_MARK} after")
+    page.write_text(
+        "Before <!-- first --><!-- end of first --><!-- tables --> old <!-- end of tables --> after"
+    )
     command = ["--model", f"tiny={tmp_path / 'model'}", "--data", str(data), "--rows", "2"]
     command += ["--limit", "letters=3,1", "--work", str(work), "--out", str(page)]
     command += ["--runner-up", "letters"]

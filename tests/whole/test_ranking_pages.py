@@ -84,45 +84,83 @@ def test_peers_by_their_formulas() -> None:
         torch.testing.assert_close(found, expected[name])
 
 
-def test_the_page_of_rankings(
-    ranking: ModuleType, tiny_model: Any, tiny_tokenizer: Any, texts: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def model_folder(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> Path:
     folder = tmp_path / "model"
+    tiny_tokenizer.eos_token = "?"
     tiny_model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    arguments = ["--model", str(folder), "--data", f"letters={texts}", "--length", "6"]
-    arguments += ["--samples", "3", "--batch-size", "2"]
-    arguments += ["--scores", "effect, frozen;random;target, plain;input, frozen"]
-    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    return folder
+
+
+def written(module: ModuleType, arguments: list[str], out: Path) -> None:
     threads = torch.get_num_threads()
+    folders = ["--work", str(out / "work"), "--out", str(out)]
     try:
-        assert ranking.main([*arguments, *folders]) == 0
+        assert module.main([*arguments, *folders]) == 0
     finally:
         torch.set_num_threads(threads)
-    (page,) = tmp_path.glob("ranking-*.md")
-    text = page.read_text(encoding="utf-8")
-    assert str(tmp_path) not in text
-    assert "3 documents" in text
-    cells = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
-    names = [cell for cell in cells if not cell.startswith("---")]
-    of_pairs = ["score", "contribution", "random", "effect, frozen", "target, plain"]
-    of_head = [name for name in of_pairs if name != "target, plain"]
-    leader = ["score", "contribution", "effect, frozen"]
-    of_tokens = [*of_pairs, "input, frozen"]
-    expected = [of_pairs, of_pairs, of_head, of_tokens, *[leader] * 5]
-    assert names == [name for table in expected for name in table * 2]
 
 
-def test_normalised_scores_by_hand(ranking: ModuleType) -> None:
+def first_columns(text: str, column: int) -> list[str]:
+    cells = [line.split("|")[column].strip() for line in text.splitlines() if line[:1] == "|"]
+    return [cell for cell in cells if not cell.startswith("---")]
+
+
+def test_the_pages_of_rankings(
+    ranking: ModuleType, model_folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", str(model_folder), "--data", f"letters={texts}", "--length", "6"]
+    arguments += ["--samples", "3", "--batch-size", "2", "--settings"]
+    out = tmp_path / "pages"
+    written(ranking, [*arguments, "layer,token,global"], out)
+    everything = (out / "rankings.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in everything
+    assert "3 documents" in everything
+    expected = []
+    for key in ("layer", "token", "global"):
+        methods = ["contribution", *ranking.REPORTED[key].names]
+        expected += ["method", *methods, "score", *methods]
+    assert first_columns(everything, 1) == expected
+    for question, key in (("pairs", "global"), ("tokens", "token")):
+        assert (out / f"{question}.png").stat().st_size > 1000
+        page = (out / f"{question}.md").read_text(encoding="utf-8")
+        first, _, marks = page.partition("<!-- end of first -->")
+        scores = ranking.QUESTIONS[question][2]
+        assert first_columns(first, 2) == ["score", "contribution", *scores]
+        assert set(first_columns(marks, 1)) - {"ranking"} <= {"global", "layer", "token"}
+        assert key in first_columns(marks, 1)
+
+    written(ranking, [*arguments, "expected", "--first"], out)
+    tried = (out / "rankings-tried.md").read_text(encoding="utf-8")
+    assert "The first 3 documents" in tried
+    assert set(first_columns(tried, 1)) == {"method", "score", "contribution", *ranking.LEADERS}
+
+
+def test_words_around_the_parts_of_a_page_stay(tmp_path: Path) -> None:
+    pages = importlib.import_module("pages")
+    page = tmp_path / "page.md"
+    pages.fill_page(page, "Why?", {"first": "1", "all": "2"})
+    page.write_text(page.read_text().replace("<!-- end of first -->", "<!-- end of first -->Words"))
+    pages.fill_page(page, "Why?", {"all": "3", "first": "4"})
+    text = page.read_text()
+    lines = [line for line in text.replace("<!-- end of first -->", "").splitlines() if line]
+    assert [line for line in lines if line[:2] != "<!"] == ["# Why?", "4", "Words", "3"]
+    with pytest.raises(ValueError, match="<!-- other -->"):
+        pages.fill_page(page, "Why?", {"other": "5"})
+
+
+def test_places_between_the_worst_and_the_best_by_hand(ranking: ModuleType) -> None:
     class Result:
+        methods = ("a", "b")
         records = (
             {"clean_nll": 1.0, "nll": {"a": _sides(2.0, 9.0), "b": _sides(4.0, 3.0)}},
             {"clean_nll": 0.0, "nll": {"a": _sides(1.0, 2.0), "b": _sides(3.0, 6.0)}},
         )
 
-    rows = ranking.normalised(Result, ["a", "b"]).splitlines()[2:]
-    assert [row.split(" | ")[1].partition(" ")[0] for row in rows] == ["1.00", "0.00"]
-    assert [row.split(" | ")[2].partition(" ")[0] for row in rows] == ["0.50", "0.50"]
+    found = ranking.places(Result)
+    assert {name: mean for name, (mean, *_) in found["bottom"].items()} == {"a": 1.0, "b": 0.0}
+    assert {name: mean for name, (mean, *_) in found["top"].items()} == {"a": 0.5, "b": 0.5}
 
 
 def _sides(bottom: float, top: float) -> dict[str, list[float]]:
@@ -189,45 +227,35 @@ def test_a_hidden_key_is_masked_and_a_mean_is_that_of_its_head() -> None:
     assert model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize("name", ["prediction", "replacements"])
+@pytest.mark.parametrize("name", ["prediction", "replacements", "datamodelling"])
 def test_other_pages(
-    name: str, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+    name: str, model_folder: Path, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    page = importlib.import_module(name)
-    folder, file = tmp_path / "model", tmp_path / "texts.jsonl"
-    tiny_tokenizer.eos_token = "?"
-    tiny_model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    module = importlib.import_module(name)
+    file = tmp_path / "texts.jsonl"
     rows = ("a b c d e f g h", "h g f e d c b a", "c d c d a b a b")
     if name == "prediction":  # with the word that the model predicts
         texts = []
         for row in rows:
             ids = tiny_tokenizer(row, return_tensors="pt").input_ids
-            begin = torch.tensor([[page.begin_token(tiny_tokenizer)]])
+            begin = torch.tensor([[module.begin_token(tiny_tokenizer)]])
             with torch.no_grad():
                 best = tiny_model(torch.cat([begin, ids], 1)).logits[0, -1].argmax()
             texts.append(f"{row} {tiny_tokenizer.decode(best).strip()}")
         rows = tuple(texts)
     file.write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
-    scores = "joint, attnlrp;target, plain;random"
-    if name == "prediction":
-        scores += ";ablation;input x gradient;input, attnlrp"
-    arguments = ["--model", str(folder), "--data", f"letters={file}", "--scores", scores]
-    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
-    threads = torch.get_num_threads()
-    try:
-        assert page.main([*arguments, "--samples", "2", *folders]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    (written,) = tmp_path.glob(f"{name}-*.md")
-    text = written.read_text(encoding="utf-8")
+    out = tmp_path / "pages"
+    arguments = ["--model", str(model_folder), "--data", f"letters={file}", "--samples", "2"]
+    written(module, arguments, out)
+    text = (out / f"{name}.md").read_text(encoding="utf-8")
     assert str(tmp_path) not in text
-    cells = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
-    names = [cell for cell in cells if not cell.startswith("---")]
-    shown = ["score", "contribution", *scores.split(";")]
-    tables = 3 if name == "replacements" else 2
-    assert set(names) == set(shown)
-    assert names.count("score") == tables
+    if name == "datamodelling":
+        expected = ["score", *module.SCORES]
+    else:
+        expected = ["method", *module.COMPARED] * (3 if name == "replacements" else 2)
+    if name == "prediction":  # the second table is of whole tokens
+        expected += [*module.OF_TOKENS, "input x gradient", "Integrated Gradients", "ablation"]
+    assert first_columns(text, 1) == expected
 
 
 def test_ablation_removes_one_token_after_another() -> None:
