@@ -44,7 +44,7 @@ from captum_cw import (
 )
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
-from captum_cw.metrics.tables import Cell, Verdict, in_markdown
+from captum_cw.metrics.tables import in_markdown
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
 from captum_cw.visualization import save_figure
 
@@ -604,17 +604,10 @@ def first_table(results: Mapping[str, Mapping[str, Any]]) -> str:
             of = figures[data]["methods"]
             gaps = {name: of[name]["minus"][ours] for name in of if name not in OURS}
             closest = min(gaps, key=lambda name: gaps[name][0])
-            mean, low, high = gaps[closest]
-            verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "undecided"
-            cell = Cell(mean, verdict).in_markdown
-            rows.append(
-                [
-                    f"{data}, {model}",
-                    _cell(of[ours]["mrr"]),
-                    closest,
-                    f"{cell} ({low:.2f} to {high:.2f})",
-                ]
-            )
+            _, low, high = gaps[closest]
+            mark = " -" if high < 0 else "" if low > 0 else " ~"
+            cell = _cell(gaps[closest], marked=low > 0) + mark
+            rows.append([f"{data}, {model}", _cell(of[ours]["mrr"]), closest, cell])
     return in_markdown(["set and model", ours, "closest from elsewhere", "difference"], rows)
 
 

@@ -208,6 +208,8 @@ def _gradient_lengths(
     lengths: list[Tensor] = []
 
     def on_output(module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():  # a pass that checks the model
+            return
         x = output if isinstance(output, Tensor) else output[0]
         length = x.new_zeros(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
         lengths.append(length)

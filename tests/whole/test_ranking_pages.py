@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 
 from captum_cw import EffectContributions, TokenScores, measures, remove_values
@@ -88,6 +90,9 @@ def test_peers_by_their_formulas() -> None:
 def model_folder(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     tiny_tokenizer.eos_token = "?"
+    # Line breaks are unknown words.
+    split = Split(Regex(r"\n|\w"), "removed", invert=True)
+    tiny_tokenizer.backend_tokenizer.pre_tokenizer = split
     tiny_model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
