@@ -40,8 +40,8 @@ SCORES: dict[str, Any] = {
     "vwon": VWONAttention,
     "vw": VWAttention,
     "attention": AttentionWeights,
-    "joint, frozen": lambda model: EffectContributions(model, form="joint"),
-    "effect, frozen": lambda model: EffectContributions(model, form="effect"),
+    "joint, frozen": lambda model: EffectContributions(model, form="joint", gradient="frozen"),
+    "effect, frozen": lambda model: EffectContributions(model, form="effect", gradient="frozen"),
     "sensitivity, plain": lambda model: EffectContributions(
         model, form="sensitivity", gradient="plain"
     ),

@@ -24,6 +24,8 @@ __all__ = ["EffectContributions", "Form", "Share"]
 
 Result = TypeVar("Result")
 Form = Literal["joint", "effect", "sensitivity"]
+#: The gradients with which the forms rank best (docs/results/ranking.md).
+BEST: dict[Form, Gradient] = {"joint": "attnlrp", "effect": "frozen", "sensitivity": "plain"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class EffectContributions(AttentionAttribution):
         form: The form.
         gradient: ``"frozen"`` and ``"attnlrp"`` are gradients of the model linearised at its
             inputs, as for :class:`~captum_cw.TargetContributions`; ``"plain"`` is the model's own.
+            None is the one with which the form ranks best: ``"attnlrp"`` for ``"joint"``,
+            ``"frozen"`` for ``"effect"``, and ``"plain"`` for ``"sensitivity"``.
         kind: The layers to use if ``layer`` is None: ``"self"``, ``"cross"`` or ``"all"``.
 
     Example:
@@ -86,16 +90,17 @@ class EffectContributions(AttentionAttribution):
         device_ids: list[int] | None = None,
         *,
         form: Form = "joint",
-        gradient: Gradient = "frozen",
+        gradient: Gradient | None = None,
         kind: Kinds = "self",
     ) -> None:
         check_choice("form", form, Form)
-        check_choice("gradient", gradient, Gradient)
+        chosen = BEST[form] if gradient is None else gradient
+        check_choice("gradient", chosen, Gradient)
         super().__init__(forward_func, layer, device_ids, kind=kind)
         self.form: Form = form
-        self.gradient: Gradient = gradient
+        self.gradient: Gradient = chosen
         self.space = "residual" if form == "joint" else "attention"
-        self.target_runner = TargetRunner(self.runner, gradient)
+        self.target_runner = TargetRunner(self.runner, chosen)
 
     @property
     def name(self) -> str:  # type: ignore[override]  # it depends on the form

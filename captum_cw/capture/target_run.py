@@ -135,11 +135,13 @@ class _Checks:
         one: Whether its output was compared with that of a plain pass.
         batch: Whether the sums of the examples of a batch were compared.
         functions: Whether each function was looked at alone, since half precision hides gaps.
+        closes: Whether the shares summed to a target once.
     """
 
     one: bool = False
     batch: bool = False
     functions: bool = False
+    closes: bool = False
 
 
 _checks: WeakKeyDictionary[nn.Module, _Checks] = WeakKeyDictionary()
@@ -151,7 +153,8 @@ class TargetRunner:
     Args:
         runner: The model, and the chosen attention layers.
         gradient: ``"frozen"`` to hold attention weights fixed, so that all shares sum to the
-            target; ``"attnlrp"`` for the gradient of the softmax (Achtibat et al. 2024);
+            target; ``"attnlrp"`` for the gradient of the softmax (Achtibat et al. 2024). Before its
+            first pass with a model there is a frozen one, which shows whether the sums close;
             ``"plain"`` for the model's own gradient, so that there are no shares.
 
     Example:
@@ -196,6 +199,11 @@ class TargetRunner:
             TypeError, ValueError, IndexError: If inputs or target are wrong.
         """
         runner = self.runner
+        if self.gradient == "attnlrp" and not self._checks.closes:
+            # Its shares do not sum to the target, but its rules for other functions are the same.
+            frozen = TargetRunner(runner)
+            frozen._checks = self._checks
+            frozen.run(inputs, additional_forward_args, target=target, contrast=contrast)
         forward = runner.forward_func
         called = forward.forward if isinstance(forward, nn.Module) else forward
         call = forward_call(runner.model, called, inputs, additional_forward_args)
@@ -215,6 +223,7 @@ class TargetRunner:
             if closes is False or unequal is not None:
                 raise self._not_closed(found, gap, unequal)
             self._checks.functions |= looks
+        self._checks.closes |= self.gradient == "frozen"
         self._checks.one = True
         self._checks.batch |= len(found.linear) > 1
         if on_layer is not None:

@@ -179,6 +179,13 @@ def test_language_models_take_them(tiny_tokenizer: Any) -> None:
     assert float(result.token_attr.abs().sum()) > 0
 
 
+def test_each_form_has_the_gradient_with_which_it_ranks_best() -> None:
+    model = llama()
+    for form, gradient in (("joint", "attnlrp"), ("effect", "frozen"), ("sensitivity", "plain")):
+        found = attribute(model, token_ids(), form=form)
+        check_maps(found, attribute(model, token_ids(), form=form, gradient=gradient))
+
+
 def test_bad_arguments_are_named() -> None:
     for options in ({"form": "product"}, {"gradient": "exact"}):
         with pytest.raises(ValueError, match=r"product|exact"):

@@ -466,7 +466,10 @@ def test_the_delta_takes_the_shares_of_several_inputs() -> None:
     assert float(delta.abs().max()) < 1e-5
 
 
-def test_a_model_whose_sum_does_not_close_is_refused_by_name(method: Method) -> None:
+@pytest.mark.parametrize("attention", ["frozen", "attnlrp"])
+def test_a_model_whose_sum_does_not_close_is_refused_by_name(
+    method: Method, attention: Any
+) -> None:
     class Curved(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.special.i0(x)
@@ -474,7 +477,7 @@ def test_a_model_whose_sum_does_not_close_is_refused_by_name(method: Method) -> 
     model: Any = llama()
     model.model.layers[1].mlp.act_fn = Curved()
     with pytest.raises(UnsupportedModelError, match=r"'i0', in module 'model.layers.1.mlp.act_fn'"):
-        method(model).attribute(token_ids(), 7)
+        method(model, attention=attention).attribute(token_ids(), 7)
 
 
 # ---------------------------------------------------------------------------------------------
