@@ -59,7 +59,7 @@ def verdict_table(verdicts: Verdicts) -> str:
             told = [] if row is None else [f"**{row['verdict']}**", row["figures"]]
             cells.append(": ".join(filter(None, told)))
         rows.append([statement, *cells])
-    return in_markdown(["claim", *names], rows)
+    return in_markdown(["claim", *names], rows, texts=1 + len(names))
 
 
 def figure(verdicts: Verdicts) -> Figure:

@@ -30,7 +30,7 @@ from captum_cw import (
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
 from captum_cw.data import load_texts, token_batches
-from captum_cw.metrics.identity import fingerprint
+from captum_cw.metrics.identity import checksum, fingerprint
 from captum_cw.metrics.tables import in_markdown
 from captum_cw.models.loading import origin
 from captum_cw.removal.target_scores import OwnText
@@ -126,9 +126,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 max_length=options.length,
                 batch_size=options.batch_size,
             )
+            ids = checksum(*(batch["input_ids"] for batch in batches))
             options.work.mkdir(parents=True, exist_ok=True)
             settings = {n: getattr(options, n) for n in ("length", "samples", "removals", "rate")}
-            run = {"model": name, "weights": fingerprint(model), "data": file, **settings}
+            run = {
+                "model": name,
+                "weights": fingerprint(model),
+                "data": file,
+                "ids": ids,
+                **settings,
+            }
             values: dict[str, list[float]] = {score: [] for score in SCORES}
             with (
                 Records(options.work / f"{name}-{data}.records", run) as records,
@@ -147,8 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             heads = ["score", "rank correlation", "95% interval"]
             parts.append(f"### {name}, {data}\n\n{in_markdown(heads, rows)}")
     top = (
-        f"{made_by('datamodelling', argv, weights)} The last {options.samples} documents of each "
-        f"set, cut to {options.length} tokens; {options.removals} removals of a "
+        f"{made_by('datamodelling', argv, options.commit, weights)} "
+        f"The last {options.samples} documents of each set, cut to {options.length} tokens; "
+        f"{options.removals} removals of a "
         f"random {100 * options.rate:g}% of all pairs, but those of the first token. The "
         "correlation is that of the sum of the scores of the removed pairs with the loss of "
         "log-likelihood (Spearman), averaged over documents."

@@ -597,22 +597,32 @@ def _differs(of: Mapping[str, Any]) -> str:
 
 
 def first_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return our main score beside the closest score from elsewhere, by set and model."""
+    """Return our main score beside the best score from elsewhere, by set and model."""
     ours, rows = MAIN[0], []
     for data in next(iter(results.values())):
         for model, figures in results.items():
             of = figures[data]["methods"]
             gaps = {name: of[name]["minus"][ours] for name in of if name not in OURS}
-            closest = min(gaps, key=lambda name: gaps[name][0])
-            _, low, high = gaps[closest]
+            best = min(gaps, key=lambda name: gaps[name][0])
+            _, low, high = gaps[best]
             mark = " -" if high < 0 else "" if low > 0 else " ~"
-            cell = _cell(gaps[closest], marked=low > 0) + mark
-            rows.append([f"{data}, {model}", _cell(of[ours]["mrr"]), closest, cell])
-    return in_markdown(["set and model", ours, "closest from elsewhere", "difference"], rows)
+            cell = _cell(gaps[best], marked=low > 0) + mark
+            rows.append([f"{data}, {model}", best, _cell(of[ours]["mrr"]), cell])
+    heads = ["set and model", "best from elsewhere", ours, "difference"]
+    return in_markdown(heads, rows, texts=2)
 
 
 def figure(results: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw the mean reciprocal rank of each method on each set, by model."""
+    """Draw the mean reciprocal rank of each method on each set, by model.
+
+    Signed scores from elsewhere are ranked by sign or by size, whichever is better.
+    """
+
+    def rank(of: Mapping[str, Any], name: str) -> float:
+        entry = of["methods"][name]
+        keys = ("mrr",) if name in OURS else ("mrr", "by_size")
+        return max(entry[key][0] for key in keys if key in entry)
+
     drawn = Figure(figsize=(9, 5), layout="constrained")
     panels = drawn.subplots(1, len(results), sharey=True, squeeze=False)[0]
     names = [
@@ -623,7 +633,7 @@ def figure(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     for panel, (model, figures) in zip(panels, results.items(), strict=True):
         for n, (data, of) in enumerate(figures.items()):
             places = [k for k, name in enumerate(names) if name in of["methods"]]
-            ranks = [of["methods"][names[k]]["mrr"][0] for k in places]
+            ranks = [rank(of, names[k]) for k in places]
             heights = [k + 0.1 * (n - len(figures) / 2) for k in places]
             panel.scatter(ranks, heights, s=16, label=data)
         panel.set(title=model, xlabel="mean reciprocal rank of the evidence", xlim=(0, 1.03))

@@ -113,7 +113,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the missing evaluations, and write the page."""
     argv = sys.argv[1:] if argv is None else argv
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if len(options.model or []) > 1:
+        parser.error("a page is of one model: give --model once")
     model, tokenizer, name = loaded((options.model or [None])[0], options.threads)
     pages = []
     chosen = options.settings.split(",")
@@ -142,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pages.append(f"### {data}: {setting.title}\n\n{tables(result)}")
                 bar.update()
     head = (
-        f"# Faithfulness: {name}\n\n{made_by('faithfulness', argv, [origin(model)])} "
+        f"# Faithfulness: {name}\n\n"
+        f"{made_by('faithfulness', argv, options.commit, [origin(model)])} "
         f"{options.samples} texts of {options.length} tokens, packed. The tables show the change "
         "of corpus perplexity. "
         "With the top removed, higher is better; with the bottom removed, lower is better. Unless "

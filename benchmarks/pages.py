@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def named(text: str) -> tuple[str, str]:
     return name, data or name
 
 
+def legend(reference: str, over: str) -> str:
+    """Return what the marks of a table say, whose intervals are over texts or documents."""
+    return (
+        f"**Bold** cells are ahead of `{reference}` in the same column by a paired 95% interval "
+        f"over {over}. A `-` marks a cell that is behind, and a `~` one whose interval holds zero."
+    )
+
+
 def without_folders(words: Sequence[str]) -> list[str]:
     """Return the words of a command without the folders of this machine."""
     kept, skips = [], False
@@ -66,6 +75,7 @@ def parser_of(script: str, description: str) -> argparse.ArgumentParser:
     add("--threads", type=int, default=2, help="number of threads of torch")
     add("--work", type=Path, default=Path(script), help="folder of unfinished runs")
     add("--out", type=Path, default=OUT, help="folder of the page")
+    parser.set_defaults(commit=commit())
     return parser
 
 
@@ -88,19 +98,25 @@ def loaded(source: str | None, threads: int) -> tuple[Any, Any, str]:
     return model, tokenizer, source.rstrip("/").rpartition("/")[2]
 
 
-def made_by(script: str, argv: Sequence[str], weights: Sequence[str]) -> str:
-    """Return the sentence that says how a page was made."""
+def made_by(script: str, argv: Sequence[str], commit: str, weights: Sequence[str]) -> str:
+    """Return the sentence that says how a page was made.
+
+    A run that was resumed has results of earlier commits too.
+    """
     return (
         f"Results of `python benchmarks/{script}.py {shlex.join(without_folders(argv))}` at commit "
-        f"{commit()} on Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{commit} on Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}; weights: {', '.join(weights)}."
     )
 
 
 def commit() -> str:
-    """Return the short hash of the commit that runs."""
-    command = ["git", "-C", str(OUT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    """Return the short hash of the commit that runs, and whether files differ from it."""
+    command = ["git", "-C", str(OUT), "describe", "--always", "--dirty", "--exclude=*"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+    return "unknown"
 
 
 def write_page(path: Path, parts: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from evidence import Question, begin_token, input_x_gradient, integrated_gradients
-from pages import fill_page, loaded, made_by, parser_of
+from pages import fill_page, legend, loaded, made_by, parser_of
 from peers_of_removal import register_peers
 from ranking import LEADERS, OF_TOKENS, PAPER, SCORES
 from torch import Tensor
@@ -145,12 +145,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     parts.append(f"{title}\n\n{result.to_markdown(PAPER)}\n\n{len(texts)} texts.")
                     bar.update()
     head = (
-        f"{made_by('prediction', argv, weights)} The last {options.samples} texts of each set "
-        "whose last word the model predicts; it reads them up to this word. Cells are changes of "
+        f"{made_by('prediction', argv, options.commit, weights)} "
+        f"The last {options.samples} texts of each set whose last word the model predicts; it "
+        "reads them up to this word. Cells are changes of "
         "the log-probability of the prediction, in nats. Positive is a loss: with the bottom "
-        "removed, lower is better; with the top removed, higher is better. **Bold** cells are "
-        f"ahead of `{PAPER}` in the same column by a paired 95% interval over texts; `-` marks a "
-        "cell that is behind, `~` a tie. Sizes are summed over queries in an unchanged pass, and "
+        "removed, lower is better; with the top removed, higher is better. "
+        f"{legend(PAPER, 'texts')} Sizes are summed over queries in an unchanged pass, and "
         "sinks stay. `ablation` removes each token alone and keeps the sign of what the "
         "prediction loses."
     )

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from pages import (
     add_documents,
     fill_page,
+    legend,
     loaded,
     made_by,
     mean_and_interval,
@@ -219,15 +220,16 @@ def places(result: FaithfulnessResult) -> dict[Which, dict[str, tuple[float, flo
         if which == "bottom":
             of_texts = -of_texts
         low, high = of_texts.amin(1, keepdim=True), of_texts.amax(1, keepdim=True)
-        of_scores = ((of_texts - low) / (high - low)).mean(-1).T
+        of_scores = ((of_texts - low) / (high - low).clamp(min=1e-12)).mean(-1).T
         found[which] = dict(zip(result.methods, map(mean_and_interval, of_scores), strict=True))
     return found
 
 
-def row_of(result: FaithfulnessResult, name: str) -> list[Cell]:
-    """Return the changes of corpus perplexity by one score, compared with contributions."""
+def rows_of(result: FaithfulnessResult) -> dict[str, list[Cell]]:
+    """Return the changes of corpus perplexity by score, compared with contributions."""
     sides = {which: side for side, which in REMOVED.items()}
-    return [c for which in RATES for c in cells(result, sides[which], PAPER, "corpus")[name]]
+    found = [cells(result, sides[which], PAPER, "corpus") for which in RATES]
+    return {name: [cell for side in found for cell in side[name]] for name in result.methods}
 
 
 def of_setting(result: FaithfulnessResult) -> str:
@@ -246,29 +248,37 @@ def of_setting(result: FaithfulnessResult) -> str:
 
 def first_table(results: Results, key: str, scores: Sequence[str]) -> str:
     """Return the changes by some scores in one setting, for all models and texts."""
-    rows = [
-        [f"{model}, {data}", name, *(cell.in_markdown for cell in row_of(result, name))]
-        for (model, data, setting), result in results.items()
-        if setting == key
-        for name in (PAPER, *scores)
-    ]
-    return in_markdown(["model and texts", "score", *COLUMNS], rows)
+    rows = []
+    for (model, data, setting), result in results.items():
+        if setting == key:
+            found = rows_of(result)
+            rows += [
+                [f"{model}, {data}", name, *(cell.in_markdown for cell in found[name])]
+                for name in (PAPER, *scores)
+            ]
+    return in_markdown(["model and texts", "score", *COLUMNS], rows, texts=2)
 
 
 def standings(results: Results, keys: Sequence[str]) -> str:
-    """Return in each cell a mark for each model and set of texts, in the order of ``results``."""
+    """Return a table with a mark for each model and set of texts in each cell."""
+    names = dict.fromkeys(f"{model}, {data}" for model, data, _ in results)
     marks: dict[tuple[str, str], list[str]] = {}
     for key in keys:
         for result in (of for (_, _, setting), of in results.items() if setting == key):
-            for name in (name for name in result.methods if name != PAPER):
+            for name, row in rows_of(result).items():
                 before = marks.get((key, name), [""] * len(COLUMNS))
-                verdicts = (cell.verdict for cell in row_of(result, name))
                 marks[key, name] = [
-                    before_it + ("" if verdict is None else MARKS[verdict])
-                    for before_it, verdict in zip(before, verdicts, strict=True)
+                    x + ("" if cell.verdict is None else MARKS[cell.verdict])
+                    for x, cell in zip(before, row, strict=True)
                 ]
-    rows = [[key, name, *(f"`{x}`" for x in row)] for (key, name), row in marks.items()]
-    return in_markdown(["ranking", "score", *COLUMNS], rows)
+    rows = [
+        [key, name, *(f"`{x}`" for x in row)] for (key, name), row in marks.items() if name != PAPER
+    ]
+    table = in_markdown(["ranking", "score", *COLUMNS], rows, texts=2)
+    return (
+        f"Each cell has a mark for {'; '.join(names)}, in this order. `+` is ahead of `{PAPER}`, "
+        f"`-` behind, and `~` undecided.\n\n{table}"
+    )
 
 
 def figure(results: Results, key: str) -> Figure:
@@ -352,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     result = evaluated(model, tokenizer, texts, setting, options, records)
                     results[name, data, key] = result
                     bar.update()
-    head = f"{made_by('ranking', argv, weights)} {_about(options)}"
+    head = f"{made_by('ranking', argv, options.commit, weights)} {_about(options)}"
     parts = [
         f"## {model}, {data}: {chosen[key].title.lower()}\n\n{of_setting(result)}"
         for (model, data, key), result in results.items()
@@ -376,9 +386,8 @@ def _about(options: argparse.Namespace) -> str:
     return (
         f"The {_part(options)} {options.samples} documents of each set, cut to {options.length} "
         "tokens. Cells are changes of corpus perplexity: with the bottom removed, lower is better; "
-        f"with the top removed, higher is better. **Bold** cells are ahead of `{PAPER}` in the "
-        "same column by a paired 95% interval over documents; `-` marks a cell that is behind, `~` "
-        "a tie. Sinks stay. Unless a title says otherwise, scores are taken in an unchanged pass, "
+        f"with the top removed, higher is better. {legend(PAPER, 'documents')} Sinks stay. Unless "
+        "a title says otherwise, scores are taken in an unchanged pass, "
         "are summed over queries, and explain the sum of the logits of the text's own tokens."
     )
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pages import add_documents, fill_page, loaded, made_by, parser_of
+from pages import add_documents, fill_page, legend, loaded, made_by, parser_of
 from peers_of_removal import register_peers
 from ranking import PAPER, RATES, SCORES
 from torch import Tensor
@@ -31,7 +31,7 @@ from captum_cw.data import load_texts, token_batches
 from captum_cw.functional import expand_heads
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.metrics.batch import BatchRun, Part
-from captum_cw.metrics.identity import fingerprint
+from captum_cw.metrics.identity import checksum, fingerprint
 from captum_cw.models.loading import origin
 from captum_cw.removal.changes import FixedChange
 from captum_cw.removal.options import Factors
@@ -188,8 +188,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 max_length=options.length,
                 batch_size=options.batch_size,
             )
+            ids = checksum(*(batch["input_ids"] for batch in batches))
             options.work.mkdir(parents=True, exist_ok=True)
-            run = {"weights": fingerprint(model), "data": file, "ranking": options.ranking}
+            run = {
+                "weights": fingerprint(model),
+                "data": file,
+                "ids": ids,
+                "ranking": options.ranking,
+            }
             run |= {"length": options.length, "samples": options.samples}
             steps, title = len(batches) * len(COMPARED), f"Replacements, {name}, {data}"
             with (
@@ -201,13 +207,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tables = result_of(found, how).to_markdown(PAPER, statistic="corpus")
                 parts.append(f"### {name}, {data}: {how}\n\n{tables}")
     head = (
-        f"{made_by('replacements', argv, weights)} The last {options.samples} documents of each "
-        f"set, cut to {options.length} tokens. `zero` sets a removed value to "
+        f"{made_by('replacements', argv, options.commit, weights)} "
+        f"The last {options.samples} documents of each set, cut to {options.length} tokens. "
+        "`zero` sets a removed value to "
         "zero, as the paper does; `mean` sets it to the mean value of its head over the text; "
         "`hidden` hides its key, so that attention is renormalised. Cells are changes of corpus "
         "perplexity: with the bottom removed, lower is better; with the top removed, higher is "
-        f"better. **Bold** cells are ahead of `{PAPER}` in the same column by a paired 95% "
-        "interval over documents; `-` marks a cell that is behind, `~` a tie."
+        f"better. {legend(PAPER, 'documents')}"
     )
     title = "Does it matter what stands in the place of a removed value?"
     shown = {"command": head, "tables": "\n\n".join(parts)}

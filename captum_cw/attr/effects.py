@@ -138,6 +138,8 @@ class EffectContributions(AttentionAttribution):
                 **common,
             )
         left = list(shares)
+        asked = options.get("target"), options.get("contrast")
+        self.target_runner.check_sums(inputs, additional_forward_args, *asked)
         projections = [execution.projection for execution, _ in shares]
         with _gradient_lengths(self.runner.roots, projections, self.form) as lengths:
 

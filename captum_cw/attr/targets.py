@@ -42,7 +42,8 @@ class TargetContributions(AttentionAttribution):
         attention: ``"frozen"`` holds attention weights fixed, so that the shares of all inputs and
             constants sum to the target, which is checked. ``"attnlrp"`` passes a part of the
             gradient through the softmax to queries and keys (Achtibat et al., arXiv 2402.05602);
-            its shares do not sum to the target, so the first call with a model checks ``"frozen"``.
+            its shares do not sum to the target. So the first call with a model also runs a frozen
+            pass, and checks the sum there.
         kind: The layers to use if ``layer`` is None: ``"self"``, ``"cross"`` or ``"all"``.
 
     Example:

@@ -153,8 +153,7 @@ class TargetRunner:
     Args:
         runner: The model, and the chosen attention layers.
         gradient: ``"frozen"`` to hold attention weights fixed, so that all shares sum to the
-            target; ``"attnlrp"`` for the gradient of the softmax (Achtibat et al. 2024). Before its
-            first pass with a model there is a frozen one, which shows whether the sums close;
+            target; ``"attnlrp"`` for the gradient of the softmax (Achtibat et al. 2024);
             ``"plain"`` for the model's own gradient, so that there are no shares.
 
     Example:
@@ -181,7 +180,7 @@ class TargetRunner:
         text_only: bool = False,
         by_example: bool = False,
     ) -> TargetPass:
-        """Run the model once forward and once backward.
+        """Run the model once forward and once backward, after :meth:`check_sums`.
 
         Args:
             inputs: The inputs, as for :meth:`captum_cw.ContributionWeights.attribute`.
@@ -199,11 +198,7 @@ class TargetRunner:
             TypeError, ValueError, IndexError: If inputs or target are wrong.
         """
         runner = self.runner
-        if self.gradient == "attnlrp" and not self._checks.closes:
-            # Its shares do not sum to the target, but its rules for other functions are the same.
-            frozen = TargetRunner(runner)
-            frozen._checks = self._checks
-            frozen.run(inputs, additional_forward_args, target=target, contrast=contrast)
+        self.check_sums(inputs, additional_forward_args, target, contrast)
         forward = runner.forward_func
         called = forward.forward if isinstance(forward, nn.Module) else forward
         call = forward_call(runner.model, called, inputs, additional_forward_args)
@@ -229,6 +224,23 @@ class TargetRunner:
         if on_layer is not None:
             runner.remember_names([execution for execution, _ in found.layers])
         return found
+
+    def check_sums(
+        self,
+        inputs: Inputs,
+        additional_forward_args: object = None,
+        target: Target = None,
+        contrast: Target = None,
+    ) -> None:
+        """Run a frozen pass before the first one with ``"attnlrp"``.
+
+        The shares of ``"attnlrp"`` do not sum to the target. Its rules for functions other than
+        attention are those of ``"frozen"``, whose sum shows whether they hold.
+        """
+        if self.gradient == "attnlrp" and not self._checks.closes:
+            frozen = TargetRunner(self.runner)
+            frozen._checks = self._checks
+            frozen.run(inputs, additional_forward_args, target=target, contrast=contrast)
 
     def _pass(
         self,

@@ -19,7 +19,7 @@ from captum_cw.cli.output import load
 from captum_cw.cli.run_folder import save_result
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
-from captum_cw.metrics.result import COMPARABLE, Side
+from captum_cw.metrics.result import COMPARABLE, Side, Statistic
 from captum_cw.metrics.tables import percent
 from captum_cw.metrics.tasks import TaskResult, check_task_model, evaluate_tasks
 from captum_cw.removal.options import RemovalKeywords
@@ -183,19 +183,32 @@ def _document_of_texts(result: FaithfulnessResult) -> dict[str, Any]:
                 "rates": list(result.rates[which]),
                 "delta": {name: result.deltas(name, side).mean(0).tolist() for name in aopc},
                 "aopc": {name: aopc[name][side] for name in aopc},
-                "better": _comparisons(result, side),
+                "better": _comparisons(result, side, "mean"),
+                **({"corpus": _of_corpus(result, side)} if result.has_likelihood else {}),
             }
             for side, which in result.sides.items()
         },
     }
 
 
-def _comparisons(result: FaithfulnessResult, side: Side) -> dict[str, list[str | None]]:
+def _of_corpus(result: FaithfulnessResult, side: Side) -> dict[str, Any]:
+    """Return the changes of the corpus perplexity, which the printed table shows."""
+    return {
+        "delta": {name: of[side].tolist() for name, of in result.corpus.items()},
+        "better": _comparisons(result, side, "corpus"),
+    }
+
+
+def _comparisons(
+    result: FaithfulnessResult, side: Side, statistic: Statistic
+) -> dict[str, list[str | None]]:
     """Compare each method with the first: the better one at each rate, None if undecided."""
     first, *others = result.methods
     if len(result.records) < COMPARABLE:
         return {name: [None] * len(result.rates[result.sides[side]]) for name in others}
-    return {name: list(result.compare(first, name, side).better) for name in others}
+    return {
+        name: list(result.compare(first, name, side, statistic=statistic).better) for name in others
+    }
 
 
 def _document_of_tasks(result: TaskResult) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -328,7 +329,8 @@ class FaithfulnessResult:
         """Return one table, with a row for each method and a column for each rate.
 
         A figure is bold where it is better than the reference's by a paired 95% interval, has a
-        ``-`` where it is worse, and a ``~`` where the interval holds zero.
+        ``-`` where it is worse, and a ``~`` where the interval holds zero. Positive figures are
+        what a removal costs, as for :meth:`deltas`.
 
         Args:
             reference: the method that the others are compared with; None for the first.
@@ -399,7 +401,10 @@ def cells(
                 "undecided" if better is None else "better" if better == name else "worse"
                 for better in result.compare(reference, name, side, statistic=statistic).better
             ]
-        found[name] = [Cell(x, verdict) for x, verdict in zip(deltas, verdicts, strict=True)]
+        found[name] = [
+            Cell(x, verdict if isfinite(x) else None)
+            for x, verdict in zip(deltas, verdicts, strict=True)
+        ]
     return found
 
 
@@ -413,11 +418,12 @@ def _as_text(result: FaithfulnessResult) -> str:
     statistic = _statistic_of_tables(result)
     clean = result.clean_corpus if statistic == "corpus" else result.clean
     of = f"{'corpus ' * (statistic == 'corpus')}{result.settings['quantity']}"
+    change = "loss" if result.settings["higher_is_better"] else "rise"
     parts = [f"{of} with nothing removed: {number(clean)} (texts: {len(result.records)})"]
     for side, which in result.sides.items():
         rates = [percent(rate) for rate in result.rates[which]]
         table = in_text(rates, cells(result, side, result.methods[0], statistic))
-        parts.append(f"{TITLES[side]}: change of {of}\n{table}")
+        parts.append(f"{TITLES[side]}: {change} of {of}\n{table}")
     return "\n\n".join([*parts, _legend(result)])
 
 
@@ -433,12 +439,15 @@ def _as_markdown(result: FaithfulnessResult, reference: str, statistic: Statisti
 
 
 def _legend(result: FaithfulnessResult) -> str:
+    first, *others = result.methods
+    if not others:
+        return "One method alone is not compared."
     if len(result.records) < COMPARABLE:
         return "One text does not give an interval, so methods are not compared."
     return (
-        f"{MARKS['better']} better than {result.methods[0]}, {MARKS['worse']} worse, "
-        f"{MARKS['undecided']} undecided: the paired 95% interval\n"
-        "of the difference (bootstrap over texts) holds zero."
+        f"{MARKS['better']} is better than {first}, and {MARKS['worse']} is worse. "
+        f"{MARKS['undecided']} is undecided: the paired\n95% bootstrap interval of the difference "
+        "contains zero."
     )
 
 

@@ -60,14 +60,23 @@ def percent(rate: float) -> str:
     return f"{100 * rate:g}%"
 
 
-def in_markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, whose first column is text, and the others numbers."""
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def in_markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Return a table in Markdown.
+
+    Args:
+        heads: The headings.
+        rows: The cells of each row.
+        texts: The number of columns of text, which come first. The others are numbers.
+    """
+    written = [[cell.replace("|", r"\|") for cell in row] for row in (heads, *rows)]
+    written.insert(1, ["---"] * texts + ["---:"] * (len(heads) - texts))
+    return "\n".join(f"| {' | '.join(row)} |" for row in written)
 
 
 def in_text(rows: Sequence[str], columns: Mapping[str, Sequence[Cell]]) -> str:
     """Return a table for a terminal, in as many parts as its width needs.
+
+    A column that is wider than the terminal is not broken.
 
     Args:
         rows: the names of the rows.
@@ -84,9 +93,11 @@ def in_text(rows: Sequence[str], columns: Mapping[str, Sequence[Cell]]) -> str:
             room = WIDTH - names
         parts[-1].append([text.rjust(width) for text in column])
         room -= width
-    lines = [
-        "".join([name.rjust(names), *cells]).rstrip()
+    tables = [
+        "\n".join(
+            "".join([name.rjust(names), *cells]).rstrip()
+            for name, *cells in zip(["", *rows], *part, strict=True)
+        )
         for part in parts
-        for name, *cells in zip(["", *rows], *part, strict=True)
     ]
-    return "\n".join(lines)
+    return "\n\n".join(tables)

@@ -441,6 +441,7 @@ class RankedRemoval(Intervention):
         scores: Tensor | Sequence[Tensor] = clean.scores.get("", ())
         if not isinstance(scorer, PairScorer):
             scores = self._own_scores(scorer, tokens, clean, inputs)
+            clean.shares.clear()  # they are large
         self._state.factors = clean.factors(self._rate, self._which, options, scores, clean.kept)
         with self._apply(tokens):
             yield

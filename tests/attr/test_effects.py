@@ -186,6 +186,14 @@ def test_each_form_has_the_gradient_with_which_it_ranks_best() -> None:
         check_maps(found, attribute(model, token_ids(), form=form, gradient=gradient))
 
 
+@pytest.mark.parametrize("form", ["joint", "effect", "sensitivity"])
+@pytest.mark.parametrize("gradient", ["frozen", "attnlrp", "plain"])
+def test_the_first_call_with_a_model_gives_what_later_calls_give(form: Any, gradient: Any) -> None:
+    model = llama()
+    first = attribute(model, token_ids(), form=form, gradient=gradient)
+    check_maps(first, attribute(model, token_ids(), form=form, gradient=gradient))
+
+
 def test_bad_arguments_are_named() -> None:
     for options in ({"form": "product"}, {"gradient": "exact"}):
         with pytest.raises(ValueError, match=r"product|exact"):

@@ -75,7 +75,7 @@ def test_a_run_leaves_numbers_tables_and_figures(
     printed = capsys.readouterr().out
     assert "Top removed (higher is better)" in printed
     assert all(name in printed for name in ("contribution", "attention", "random", "25%"))
-    assert "~ undecided" in printed
+    assert "~ is undecided" in printed
     assert {file.name for file in folder.iterdir()} == {
         "run.records",
         "result.json",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from captum_cw.metrics import FaithfulnessResult
-from captum_cw.metrics.tables import Cell, in_text
+from captum_cw.metrics.tables import Cell, in_markdown, in_text
 
 RATES = {"top": (0.1,), "bottom": (0.5, 0.9)}
 
@@ -31,7 +31,7 @@ def result(texts: int = 4, quantity: str = "nll") -> FaithfulnessResult:
 def test_a_printed_result_has_a_row_for_each_rate_and_a_mark_at_each_figure() -> None:
     first, top, bottom, legend = str(result()).split("\n\n")
     assert first == "nll with nothing removed: 1.5 (texts: 4)"
-    assert top.splitlines()[0] == "Top removed (higher is better): change of nll"
+    assert top.splitlines()[0] == "Top removed (higher is better): rise of nll"
     heads, row = (line.split() for line in top.splitlines()[1:])
     assert heads == ["a", "b", "c"]
     assert row == ["10%", "1", "3", "+", "0", "~"]
@@ -40,7 +40,7 @@ def test_a_printed_result_has_a_row_for_each_rate_and_a_mark_at_each_figure() ->
         ["50%", "1", "2", "-", "0.5", "+"],
         ["90%", "1", "2", "-", "1", "~"],
     ]
-    assert legend.startswith("+ better than a, - worse, ~ undecided")
+    assert legend.startswith("+ is better than a, and - is worse. ~ is undecided: ")
 
 
 def test_one_text_has_no_marks() -> None:
@@ -79,6 +79,33 @@ def test_a_wide_table_is_broken_for_a_terminal() -> None:
     columns = {f"method {n}": [Cell(1000.0 * n, "better"), Cell(0.5, None)] for n in range(12)}
     lines = in_text(["1%", "10%"], columns).splitlines()
     assert max(map(len, lines)) <= 80
-    assert len(lines) == 2 * 3
+    assert [n for n, line in enumerate(lines) if not line] == [3]
+    assert len(lines) == 3 + 1 + 3
     for n in range(12):
         assert sum(f"method {n} " in f"{line} " for line in lines) == 1
+
+
+def test_a_loss_of_what_should_be_high_is_called_so() -> None:
+    of = result(quantity="log_prob")
+    higher = FaithfulnessResult(of.rates, {**of.settings, "higher_is_better": True}, of.records)
+    assert "Top removed (higher is better): loss of log_prob" in str(higher)
+
+
+def test_one_method_is_not_compared() -> None:
+    of = result()
+    records = [
+        {**record, "values": {"a": record["values"]["a"]}, "nll": {"a": record["nll"]["a"]}}
+        for record in of.records
+    ]
+    printed = str(FaithfulnessResult(of.rates, of.settings, records))
+    assert printed.endswith("One method alone is not compared.")
+
+
+def test_infinite_figures_have_no_mark() -> None:
+    of = result()
+    of.records[0]["values"]["b"]["top"][0] = float("inf")
+    assert "| b | 2 - | 2 - | inf |" in of.to_markdown()
+
+
+def test_bars_in_names_do_not_break_a_table() -> None:
+    assert in_markdown(["method", "x"], [["a|b", "1"]]).splitlines()[-1] == r"| a\|b | 1 |"

@@ -29,7 +29,7 @@ def test_verdicts_are_shown_by_report_and_data(tmp_path: Path, monkeypatch: Any)
     lines = (tmp_path / "claims.md").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line[:1] == "|"] == [
         "| claim | One, gsm8k | One, wikitext2 | Other, gsm8k |",
-        "| --- | ---: | ---: | ---: |",
+        "| --- | --- | --- | --- |",
         "| A is so. | **holds**: R2 0.9, of 2 | **undecided**: R2 0.5 | **not run** |",
         "| B is so. | **does not hold**: r = 0 |  |  |",
     ]
