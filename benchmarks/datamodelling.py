@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pages import add_documents, fill_page, loaded, made_by, mean_and_interval, parser_of
+from pages import add_documents, documents, fill_page, loaded, made_by, mean_and_interval, parser_of
 from torch import Tensor
 
 from captum_cw import (
@@ -29,7 +29,6 @@ from captum_cw import (
 )
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
-from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics.identity import checksum, fingerprint
 from captum_cw.metrics.tables import in_markdown
 from captum_cw.models.loading import origin
@@ -120,12 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, tokenizer, name = loaded(source, options.threads)
         weights.append(origin(model))
         for data, file in options.data:
-            batches = token_batches(
-                load_texts(file)[-options.samples :],
-                tokenizer,
-                max_length=options.length,
-                batch_size=options.batch_size,
-            )
+            batches = documents(file, tokenizer, options)
             ids = checksum(*(batch["input_ids"] for batch in batches))
             options.work.mkdir(parents=True, exist_ok=True)
             settings = {n: getattr(options, n) for n in ("length", "samples", "removals", "rate")}

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from captum_cw.data import load_texts, token_batches
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
 
 #: The folder of the pages.
@@ -85,6 +86,17 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, default=128, help="the largest number of tokens of a text")
     add("--samples", type=int, default=32, help="number of documents, the last of each set")
     add("--batch-size", type=int, default=8, help="number of texts per pass")
+
+
+def documents(file: str, tokenizer: Any, options: argparse.Namespace) -> list[Any]:
+    """Return batches of the last documents of a set, or of the first with ``options.first``."""
+    texts, count = load_texts(file), options.samples
+    return token_batches(
+        texts[:count] if getattr(options, "first", False) else texts[-count:],
+        tokenizer,
+        max_length=options.length,
+        batch_size=options.batch_size,
+    )
 
 
 def loaded(source: str | None, threads: int) -> tuple[Any, Any, str]:

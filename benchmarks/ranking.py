@@ -21,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from pages import (
     add_documents,
+    documents,
     fill_page,
     legend,
     loaded,
@@ -42,7 +43,6 @@ from captum_cw import (
 from captum_cw._utils.progress import progress_bar
 from captum_cw.attr.effects import Form
 from captum_cw.capture.target_run import Gradient, TargetRunner
-from captum_cw.data import load_texts, token_batches
 from captum_cw.functional import Reduction, Space
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import REMOVED, cells
@@ -305,11 +305,6 @@ def _part(options: argparse.Namespace) -> str:
     return "first" if options.first else "last"
 
 
-def chosen_texts(texts: Sequence[str], options: argparse.Namespace) -> Sequence[str]:
-    """Return the first documents of a set, or the last."""
-    return texts[: options.samples] if options.first else texts[-options.samples :]
-
-
 def evaluated(
     model: Any,
     tokenizer: Any,
@@ -319,12 +314,7 @@ def evaluated(
     records: Path,
 ) -> FaithfulnessResult:
     """Run the missing part of one evaluation, and return its result."""
-    batches = token_batches(
-        chosen_texts(load_texts(source), options),
-        tokenizer,
-        max_length=options.length,
-        batch_size=options.batch_size,
-    )
+    batches = documents(source, tokenizer, options)
     methods = {name: make(model, setting.reduction) for name, make in setting.methods.items()}
     chosen = {"scoring": "clean", "reduction": setting.reduction, **setting.options}
     metric = ComprehensivenessSufficiency(model, RATES, **chosen)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pages import add_documents, fill_page, legend, loaded, made_by, parser_of
+from pages import add_documents, documents, fill_page, legend, loaded, made_by, parser_of
 from peers_of_removal import register_peers
 from ranking import PAPER, RATES, SCORES
 from torch import Tensor
@@ -27,7 +27,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from captum_cw import ComprehensivenessSufficiency, measures
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
-from captum_cw.data import load_texts, token_batches
 from captum_cw.functional import expand_heads
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.metrics.batch import BatchRun, Part
@@ -182,12 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, RATES, scoring="clean", reduction="sum", ranking=options.ranking
         )
         for data, file in options.data:
-            batches = token_batches(
-                load_texts(file)[-options.samples :],
-                tokenizer,
-                max_length=options.length,
-                batch_size=options.batch_size,
-            )
+            batches = documents(file, tokenizer, options)
             ids = checksum(*(batch["input_ids"] for batch in batches))
             options.work.mkdir(parents=True, exist_ok=True)
             run = {

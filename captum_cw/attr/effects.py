@@ -30,7 +30,7 @@ BEST: dict[Form, Gradient] = {"joint": "attnlrp", "effect": "frozen", "sensitivi
 
 @dataclass(frozen=True)
 class Share:
-    """What an observed pass knows of the output of a layer, and of how values share in it.
+    """The output of a layer, in the form from which contributions to it are computed.
 
     Args:
         direction: The output divided by its squared length, pulled back, ``(B, H, T, d_h)``.

@@ -117,7 +117,7 @@ class _Recipe:
         return self.func(*substitute(self.args, value), **substitute(self.kwargs, value))
 
     def has_numbers(self, source: _State) -> bool:
-        """Whether all constants between ``source`` and the result are single numbers."""
+        """Return True if each constant on the way from ``source`` is a single number."""
         return all(
             y is source or y.recipe is None or y.recipe.has_numbers(source)
             if isinstance(y, _State)

@@ -231,7 +231,10 @@ def query_mask(call: AttentionCall, real: Tensor | None) -> QueryMask:
 
 
 def hides_later(visible: Tensor, T: int, S: int) -> bool:
-    """Whether no query sees a later key. The queries are the last ``T`` of ``S`` tokens."""
+    """Return True if no query sees a later key.
+
+    The queries are the last ``T`` of ``S`` tokens.
+    """
     future = torch.ones(T, S, dtype=torch.bool, device=visible.device).triu(S - T + 1)
     return not bool((visible & future).any())
 

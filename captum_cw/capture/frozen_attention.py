@@ -66,7 +66,7 @@ class ValueGradient:
         return self._total
 
     def fits(self, gradient: Tensor, shape: torch.Size) -> bool:
-        """Whether the sum was made from this gradient, and for values of this shape.
+        """Return True if the sum was made from this gradient and for values of this shape.
 
         The model may also use the heads elsewhere or scale them, and a cache may have empty places.
         """
