@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 
 from captum_cw import measures
-from captum_cw.functional import AttentionLayer, Block, Measure, contribution, expand_heads, vwon
+from captum_cw.attr.measures import AttentionAttribution
+from captum_cw.functional import (
+    AttentionLayer,
+    Block,
+    Measure,
+    contribution,
+    expand_heads,
+    vw,
+    vwon,
+)
 
-__all__ = ["PEERS", "register_peers"]
+__all__ = ["PEERS", "KVzipPlus", "register_peers"]
 
 #: The number that CriticalKV adds to attention weights.
 EPSILON = 1e-4
@@ -65,6 +74,22 @@ def marginal_at(rate: float) -> Measure:
         return block
 
     return measure
+
+
+def kvzip_plus(layer: AttentionLayer) -> Block:
+    """``a |W_O v| / |h|``."""
+    assert layer.residual is not None
+    weighted, length = vw(layer), layer.residual.stream.norm(dim=-1)
+    return lambda a, rows: weighted(a, rows) / length[:, None, rows, None]
+
+
+class KVzipPlus(AttentionAttribution):
+    """The length of a term relative to the residual stream ``h`` (KVzip+, arXiv 2601.07891)."""
+
+    name = "KVzip+"
+    measure = staticmethod(kvzip_plus)
+    space = "residual"
+    needs_stream = True
 
 
 #: The scores by name, with what they are.

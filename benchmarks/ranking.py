@@ -30,7 +30,7 @@ from pages import (
     parser_of,
     write_page,
 )
-from peers_of_removal import PEERS, register_peers
+from peers_of_removal import PEERS, KVzipPlus, register_peers
 
 from captum_cw import (
     ContributionWeights,
@@ -75,13 +75,19 @@ def _effect(form: Form, gradient: Gradient) -> Make:
     return make
 
 
-def _target(gradient: Gradient) -> Make:
-    """Contributions to the target; of the model's own gradient they are gradient x value."""
+class GradientTimesValue(TargetContributions):
+    """Contributions to a target by the model's own gradient."""
 
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.target_runner = TargetRunner(self.runner, "plain")
+
+
+def _target(gradient: Gradient) -> Make:
     def make(model: Any, reduction: Reduction) -> TokenScores:
-        method = TargetContributions(model)
-        method.target_runner = TargetRunner(method.runner, gradient)
-        return TokenScores(method, reduction)
+        if gradient == "plain":
+            return TokenScores(GradientTimesValue(model), reduction)
+        return TokenScores(TargetContributions(model, attention=gradient), reduction)
 
     return make
 
@@ -102,6 +108,7 @@ LEADERS = ("joint, frozen", "joint, attnlrp", "effect, frozen", "sensitivity, pl
 OF_LAYERS: dict[str, Make] = {
     **{name: _named(name) for name in (PAPER, "vwon", "vw", "attention", "closeness", *PEERS)},
     "contribution, residual": _of_space("residual"),
+    "KVzip+": lambda model, reduction: TokenScores(KVzipPlus(model), reduction),
     measures.RANDOM: _named(measures.RANDOM),
 }
 
@@ -170,6 +177,11 @@ REPORTED = {
         (*LEADERS, "vwon", measures.RANDOM),
         options={"ranking": "head"},
     ),
+    "max": Setting(
+        "Pairs of each layer ranked together, by the largest over queries, as in KVzip+",
+        ("joint, attnlrp", "KVzip+", "attention"),
+        "max",
+    ),
     "paper": Setting(
         "As in the paper: online scoring, the mean over queries",
         ("vwon", "vw", "attention", measures.RANDOM),
@@ -197,7 +209,7 @@ Results = dict[tuple[str, str, str], FaithfulnessResult]
 
 #: The pages of questions, with their settings, the setting of the first table, and its scores.
 QUESTIONS: dict[str, tuple[Sequence[str], str, Sequence[str]]] = {
-    "pairs": (("global", "layer", "head"), "global", LEADERS),
+    "pairs": (("global", "layer", "head", "max"), "global", LEADERS),
     "tokens": (("token",), "token", (*LEADERS, "attention")),
 }
 

@@ -9,6 +9,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw import measures
-from captum_cw.attr import TokenScores
+from captum_cw.attr import InputContributions, TokenScores
 from captum_cw.attr.measures import AttentionAttribution
 
 __all__ = ["UNIDENTIFIED", "check_identified", "checksum", "described", "fingerprint"]
@@ -167,7 +168,7 @@ class _Description:
                 parts = [UNIDENTIFIED]
             text = f"{_name(x)}({', '.join(map(self.of, parts))})"
             self._open.pop()
-            if len(text) > LONG and not isinstance(x, (TokenScores, AttentionAttribution)):
+            if len(text) > LONG and not isinstance(x, _MEASURES):
                 text = f"{_name(x)} {_digest(text)}"
             self._done[id(x)] = text, x
         return self._done[id(x)][0]
@@ -192,13 +193,10 @@ class _Description:
             modules = () if self.model is None else self.model.named_modules()
             names = [f"module {name!r} of the model" for name, module in modules if module is x]
             return names or [fingerprint(x)]
-        if isinstance(x, TokenScores):
-            choices = (x.reduction, x.layers, x.heads, x.queries, x.signed)
-            return *_own_class(x), x.method, *choices
-        if isinstance(x, AttentionAttribution):
-            known = ("scope", "space", "kind", "attention", "layer")
-            options = {name: getattr(x, name) for name in known if hasattr(x, name)}
-            return *_own_class(x), options, x.forward_func if x.model is None else x.model
+        if isinstance(x, _MEASURES):
+            model = getattr(x, "model", None)
+            model = getattr(x, "forward_func", None) if model is None else model
+            return *_own_class(x), _options(x), model
         if isinstance(x, FunctionType):
             closure = map(_content, x.__closure__ or ())
             return x.__code__, x.__defaults__, x.__kwdefaults__, *closure, vars(x), _globals(x)
@@ -236,6 +234,8 @@ _NOTED = (
     *(FunctionType, MethodType, partial, type),
 )
 _OF_TORCH = vars(nn.Module()).keys()
+#: The classes that are described by their options.
+_MEASURES = (AttentionAttribution, InputContributions, TokenScores)
 #: The number of characters from which a description is replaced by its digest.
 LONG = 300
 
@@ -247,6 +247,16 @@ def _digest(text: str) -> str:
 def _name(x: Any) -> str:
     named = x if hasattr(x, "__qualname__") else type(x)
     return f"{getattr(named, '__module__', None)}.{named.__qualname__}"
+
+
+def _options(x: object) -> dict[str, object]:
+    """Return what the author of a measure lets its user choose, and its other plain attributes.
+
+    Runners are left out: they keep what they found in earlier passes.
+    """
+    arguments = signature(type(x)).parameters.keys() - {"forward_func", "device_ids"}
+    own = (name for name, value in vars(x).items() if type(value) in _PLAIN)
+    return {name: getattr(x, name) for name in sorted({*arguments, *own}) if hasattr(x, name)}
 
 
 def _own_class(x: object) -> list[type]:

@@ -502,6 +502,11 @@ class RankedRemoval(Intervention):
                 "Under online removal a layer changes while it is scored, so it cannot be "
                 "attributed at the same time: use scoring='clean', or remove_values."
             )
+        if self._scorer.needs_stream:
+            raise ValueError(
+                "The measure reads the residual stream, which is known only after the layer has "
+                "run, so it cannot score online: use scoring='clean'."
+            )
         made: Factors = []
         self._state.factors = made
         with Observation(

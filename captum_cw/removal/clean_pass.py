@@ -109,6 +109,7 @@ class CleanPass:
             real=padding_masks(model, text_masks),
             states=options.states,
             space=widest((*clean.shares, *(scorer.space for scorer in scorers.values()))),
+            stream=any(scorer.needs_stream for scorer in scorers.values()),
             text=text,
         )
         with torch.no_grad(), evaluating([model]), observation:

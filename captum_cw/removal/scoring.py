@@ -45,12 +45,14 @@ class MeasuredPairs:
         reduction: The reduction over queries.
         signed: Whether signs are kept.
         space: The space in which the measure is taken.
+        needs_stream: Whether the measure reads the residual stream.
     """
 
     measure: Measure
     reduction: Reduction
     signed: bool
     space: Space
+    needs_stream: bool = False
 
     def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
         layer = layer.seen_in(self.space)
@@ -73,6 +75,7 @@ class RandomPairs:
     seed: int = 0
     examples: tuple[str, ...] | None = None
     space: ClassVar[Space] = "attention"
+    needs_stream: ClassVar[bool] = False
 
     def __call__(self, layer: AttentionLayer, number: int) -> Tensor:
         """Return uniform random scores, ``(B, H, S)``."""
@@ -222,7 +225,8 @@ def _measured_pairs(scores: TokenScores) -> MeasuredPairs:
             f"{method.get_name()} is of some layers, but pairs are ranked and removed in all "
             "layers: make it without layer=."
         )
-    return MeasuredPairs(method.measure, scores.reduction, scores.signed, method.space)
+    choices = (scores.reduction, scores.signed, method.space, method.needs_stream)
+    return MeasuredPairs(method.measure, *choices)
 
 
 def widest(spaces: Collection[Space]) -> Space:

@@ -17,7 +17,14 @@ import pytest
 import torch
 from torch import nn
 
-from captum_cw import ComprehensivenessSufficiency, ContributionWeights
+from captum_cw import (
+    ComprehensivenessSufficiency,
+    ContributionWeights,
+    EffectContributions,
+    InputContributions,
+    TargetContributions,
+    TokenScores,
+)
 from captum_cw.metrics.identity import UNIDENTIFIED, described, fingerprint
 from support import callables
 from support.callables import PAIRS, Scorer, by_global, calls_another, scaled
@@ -173,6 +180,61 @@ def test_the_evaluated_model_has_no_name_of_its_own() -> None:
     layers = [ContributionWeights(model, model.get_submodule(f"model.layers.{n}")) for n in (0, 1)]
     first, second = (described(measure, model) for measure in layers)
     assert first != second
+
+
+OPTIONS: list[tuple[Callable[..., Any], dict[str, list[object]]]] = [
+    (ContributionWeights, {"scope": ["intra", "inter"], "space": ["attention", "residual"]}),
+    (
+        EffectContributions,
+        {
+            "form": ["joint", "effect", "sensitivity"],
+            "gradient": ["frozen", "attnlrp", "plain"],
+            "kind": ["self", "cross", "all"],
+        },
+    ),
+    (TargetContributions, {"attention": ["frozen", "attnlrp"]}),
+    (InputContributions, {"attention": ["frozen", "attnlrp"]}),
+    (
+        lambda model, **options: TokenScores(ContributionWeights(model), **options),
+        {
+            "reduction": ["sum", "mean", "max", "rms"],
+            "layers": ["sum", None, "rollout"],
+            "heads": ["sum", None],
+            "queries": ["all", -1, slice(0, 2)],
+            "signed": [True, False],
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "options"), OPTIONS)
+def test_each_option_of_a_measure_counts(
+    make: Callable[..., Any], options: dict[str, list[object]]
+) -> None:
+    model = llama()
+    for name, values in options.items():
+        found = [described(make(model, **{name: value}), model) for value in values]
+        assert len(set(found)) == len(values), (name, found)
+
+
+def test_a_measure_that_was_used_is_the_same() -> None:
+    model = llama()
+    methods = (EffectContributions(model), InputContributions(model), ContributionWeights(model))
+    for method in methods:
+        before = described(method, model)
+        options = {} if isinstance(method, ContributionWeights) else {"target": 3}
+        method.attribute(token_ids(), **options)
+        assert described(method, model) == before == described(type(method)(model), model)
+
+
+def test_options_of_own_measures_count() -> None:
+    class Scaled(ContributionWeights):
+        def __init__(self, model: nn.Module, scale: float) -> None:
+            super().__init__(model)
+            self._factor = scale
+
+    model = llama()
+    assert described(Scaled(model, 1.0), model) != described(Scaled(model, 2.0), model)
 
 
 def test_a_callable_that_cannot_be_identified_does_not_resume(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from captum_cw import (
     scale_values,
     sufficiency,
 )
+from captum_cw.attr.measures import AttentionAttribution
 from captum_cw.capture import UnsupportedModelError
+from captum_cw.functional import AttentionLayer, Block, Space
 from support import reference
 from support.inputs import padded_batch, position_ids, token_ids
 from support.models import IMPLEMENTATIONS, MODELS, SIZES, build, gpt2, llama
@@ -477,6 +479,48 @@ def test_senseless_choices_are_refused(options: dict[str, Any], message: str) ->
     with pytest.raises(ValueError, match=message), remove_tokens(model, **given):
         pass
     assert state_of(model) == before
+
+
+class OfStream(AttentionAttribution):
+    """Attention, divided by the length of the residual stream."""
+
+    name = "of_stream"
+    space: Space = "residual"
+    needs_stream = True
+
+    @staticmethod
+    def measure(layer: AttentionLayer) -> Block:
+        assert layer.residual is not None
+        length = layer.residual.stream.norm(dim=-1)[:, None, :, None]
+        return lambda a, rows: a / length[:, :, rows]
+
+
+def test_a_measure_may_read_the_residual_stream() -> None:
+    model = llama()
+    inputs, real = padded_batch("left")
+    with torch.no_grad():
+        streams = iter(model(**inputs, output_hidden_states=True).hidden_states)
+    scores: list[Tensor] = []
+    kept: list[Tensor] = []
+
+    def note(number: int, seen: dict[str, Tensor]) -> Tensor:
+        lengths = next(streams).double().norm(dim=-1)[:, None, :, None]
+        scores.append(reference.token_scores(seen["attention"] / lengths, seen["visible"], "sum"))
+        kept.append(reference.sinks(seen["hidden"], real))
+        return torch.zeros_like(scores[-1], dtype=torch.bool)
+
+    reference.llama_logits(model, inputs["input_ids"], real, note)
+    masks = sorted_pairs(scores, real, kept, "0.5", "bottom", "layer", "removable")
+    expected = reference.llama_logits(model, inputs["input_ids"], real, lambda n, _: masks[n])
+    method = TokenScores(OfStream(model), "sum")
+    with remove_tokens(model, method, 0.5, "bottom", scoring="clean"):
+        found = logits_of(model, inputs, real)
+    assert torch.allclose(found[real].double(), expected[real], atol=1e-4)
+    with (
+        remove_tokens(model, method, 0.5),
+        pytest.raises(ValueError, match="use scoring='clean'"),
+    ):
+        logits_of(model, inputs, real)
 
 
 def test_methods_that_do_not_score_pairs_are_refused() -> None:

@@ -13,7 +13,7 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 
-from captum_cw import EffectContributions, TokenScores, measures, remove_values
+from captum_cw import EffectContributions, TokenScores, VWAttention, measures, remove_values
 from captum_cw.functional import AttentionLayer, QueryMask, dense_map
 from support.inputs import token_ids
 from support.models import llama
@@ -86,6 +86,17 @@ def test_peers_by_their_formulas() -> None:
         torch.testing.assert_close(found, expected[name])
 
 
+def test_kvzip_plus_by_its_formula() -> None:
+    peers = importlib.import_module("peers_of_removal")
+    model = llama().double()
+    lengths = VWAttention(model).attribute(token_ids())
+    with torch.no_grad():
+        streams = model(token_ids(), output_hidden_states=True).hidden_states
+    found = peers.KVzipPlus(model).attribute(token_ids())
+    for x, length, stream in zip(found, lengths, streams[:-1], strict=True):
+        torch.testing.assert_close(x, length / stream.norm(dim=-1)[:, None, :, None].float())
+
+
 @pytest.fixture
 def model_folder(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> Path:
     folder = tmp_path / "model"
@@ -118,12 +129,12 @@ def test_the_pages_of_rankings(
     arguments = ["--model", str(model_folder), "--data", f"letters={texts}", "--length", "6"]
     arguments += ["--samples", "3", "--batch-size", "2", "--settings"]
     out = tmp_path / "pages"
-    written(ranking, [*arguments, "layer,token,global"], out)
+    written(ranking, [*arguments, "layer,token,global,max"], out)
     everything = (out / "rankings.md").read_text(encoding="utf-8")
     assert str(tmp_path) not in everything
     assert "3 documents" in everything
     expected = []
-    for key in ("layer", "token", "global"):
+    for key in ("layer", "token", "global", "max"):
         methods = ["contribution", *ranking.REPORTED[key].names]
         expected += ["method", *methods, "score", *methods]
     assert first_columns(everything, 1) == expected
@@ -133,7 +144,7 @@ def test_the_pages_of_rankings(
         first, _, marks = page.partition("<!-- end of first -->")
         scores = ranking.QUESTIONS[question][2]
         assert first_columns(first, 2) == ["score", "contribution", *scores]
-        assert set(first_columns(marks, 1)) - {"ranking"} <= {"global", "layer", "token"}
+        assert set(first_columns(marks, 1)) - {"ranking"} <= {"global", "layer", "max", "token"}
         assert key in first_columns(marks, 1)
 
     written(ranking, [*arguments, "expected", "--first"], out)
