@@ -323,15 +323,38 @@ def evaluated(
     source: str,
     setting: Setting,
     options: argparse.Namespace,
-    records: Path,
+    folder: Path,
 ) -> FaithfulnessResult:
-    """Run the missing part of one evaluation, and return its result."""
+    """Run the missing part of one evaluation, and return its result.
+
+    Each score has its own records, so that one can be added later.
+    """
     batches = documents(source, tokenizer, options)
-    methods = {name: make(model, setting.reduction) for name, make in setting.methods.items()}
     chosen = {"scoring": "clean", "reduction": setting.reduction, **setting.options}
     metric = ComprehensivenessSufficiency(model, RATES, **chosen)
-    records.parent.mkdir(parents=True, exist_ok=True)
-    return metric.evaluate(methods, batches, target=setting.target, resume_from=records)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for name, make in setting.methods.items():
+        method, records = make(model, setting.reduction), folder / f"{name}.records"
+        found.append(
+            metric.evaluate({name: method}, batches, target=setting.target, resume_from=records)
+        )
+    return joined(found)
+
+
+def joined(results: Sequence[FaithfulnessResult]) -> FaithfulnessResult:
+    """Return one result of evaluations of the same texts by different scores."""
+    records = []
+    for of_text in zip(*(result.records for result in results), strict=True):
+        clean = [record["clean_nll"] for record in of_text]
+        if max(clean) - min(clean) > 1e-4:
+            raise ValueError(f"The results are of different texts: their NLL is {clean}.")
+        both = {
+            key: {name: x for record in of_text for name, x in record[key].items()}
+            for key in ("values", "nll")
+        }
+        records.append({**of_text[0], **both})
+    return FaithfulnessResult(results[0].rates, results[0].settings, records)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -360,8 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for data, texts in options.data:
                 for key, setting in chosen.items():
                     bar.set_postfix_str(f"{name}, {data}, {key}")
-                    records = options.work / name / f"{data}, {_part(options)}" / f"{key}.records"
-                    result = evaluated(model, tokenizer, texts, setting, options, records)
+                    folder = options.work / name / f"{data}, {_part(options)}" / key
+                    result = evaluated(model, tokenizer, texts, setting, options, folder)
                     results[name, data, key] = result
                     bar.update()
     head = f"{made_by('ranking', argv, options.commit, weights)} {_about(options)}"
