@@ -68,9 +68,10 @@ def _of_space(space: Space) -> Make:
     return lambda model, reduction: TokenScores(ContributionWeights(model, space=space), reduction)
 
 
-def _effect(form: Form, gradient: Gradient) -> Make:
+def _effect(form: Form, gradient: Gradient | None = None, weight: float = 0.5) -> Make:
     def make(model: Any, reduction: Reduction) -> TokenScores:
-        return TokenScores(EffectContributions(model, form=form, gradient=gradient), reduction)
+        method = EffectContributions(model, form=form, gradient=gradient, weight=weight)
+        return TokenScores(method, reduction)
 
     return make
 
@@ -97,12 +98,13 @@ FORMS: tuple[Form, ...] = ("joint", "effect", "sensitivity")
 
 #: Scores that need one backward pass.
 OF_TARGET: dict[str, Make] = {
+    "joint": _effect("joint", weight=0.25),  # the default of the class
     **{f"{form}, {g}": _effect(form, g) for form in FORMS for g in GRADIENTS},
     **{f"target, {g}": _target(g) for g in GRADIENTS},
 }
 
 #: Those that are ahead somewhere.
-LEADERS = ("joint, frozen", "joint, attnlrp", "effect, frozen", "sensitivity, plain")
+LEADERS = ("joint", "joint, attnlrp", "effect, frozen", "sensitivity, plain")
 
 #: Scores of layers' outputs.
 OF_LAYERS: dict[str, Make] = {
@@ -169,7 +171,7 @@ REPORTED = {
     ),
     "global": Setting(
         "Pairs of all layers ranked together",
-        (*LEADERS, "target, attnlrp", "vwon", measures.RANDOM),
+        (*LEADERS, "vwon", measures.RANDOM),
         options=TOGETHER,
     ),
     "head": Setting(
@@ -179,7 +181,7 @@ REPORTED = {
     ),
     "max": Setting(
         "Pairs of each layer ranked together, by the largest over queries, as in KVzip+",
-        ("joint, attnlrp", "KVzip+", "attention"),
+        ("joint", "joint, attnlrp", "KVzip+", "attention"),
         "max",
     ),
     "paper": Setting(

@@ -853,14 +853,17 @@ def effect(layer: EffectLayer) -> Block:
     )
 
 
-def joint(layer: EffectLayer) -> Block:
-    """Return ``sqrt(|t_ij| |c_ij|)``, which joins a target contribution and a contribution."""
+def joint(weight: float) -> Measure:
+    """Contributions joined with target contributions, ``|t_ij|^weight |c_ij|^(1 - weight)``."""
+    return partial(_joint, weight)
 
+
+def _joint(weight: float, layer: EffectLayer) -> Block:
     def block(a: Tensor, rows: slice) -> Tensor:
         value = layer.value[:, :, : a.shape[-1]]
-        both = grouped_matmul(layer.head_gradient[:, :, rows], value)
-        both *= grouped_matmul(layer.share[:, :, rows], value)
-        return a.mul_(both.abs_().sqrt_())
+        both = grouped_matmul(layer.head_gradient[:, :, rows], value).abs_().pow_(weight)
+        both *= grouped_matmul(layer.share[:, :, rows], value).abs_().pow_(1 - weight)
+        return a.mul_(both)
 
     return block
 

@@ -139,7 +139,7 @@ class BatchRun:
         self.target = self.unchanged.target
         self._check_removable()
         self._scores = self._scores_before(call.token_masks, call.text)
-        self.clean.shares.clear()  # they are large
+        self.clean.shares = None  # they are large
 
     def removal(self, name: str, rate: float, which: Which) -> FixedChange | RankedRemoval:
         """Return the change of a pass that removes what a method ranks at the top or bottom."""
@@ -194,8 +194,8 @@ class BatchRun:
         }
         forward = partial(run_on_copies, model, self.inputs)
         of_target = (x for x in self.methods.values() if isinstance(x, TargetScorer))
-        spaces = {space for method in of_target for space in method.share_spaces}
-        clean = CleanPass.run(model, forward, scorers, options, masks, text, spaces)
+        shares = any(method.needs_shares for method in of_target)
+        clean = CleanPass.run(model, forward, scorers, options, masks, text, shares)
         if clean.vanishing:
             warnings.warn(
                 f"{clean.vanishing} attention outputs of a batch vanish. Measures that are "

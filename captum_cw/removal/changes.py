@@ -436,12 +436,12 @@ class RankedRemoval(Intervention):
             options,
             tokens.token_masks,
             tokens.text,
-            scorer.share_spaces if isinstance(scorer, TargetScorer) else (),
+            isinstance(scorer, TargetScorer) and scorer.needs_shares,
         )
         scores: Tensor | Sequence[Tensor] = clean.scores.get("", ())
         if not isinstance(scorer, PairScorer):
             scores = self._own_scores(scorer, tokens, clean, inputs)
-            clean.shares.clear()  # they are large
+            clean.shares = None  # they are large
         self._state.factors = clean.factors(self._rate, self._which, options, scores, clean.kept)
         with self._apply(tokens):
             yield

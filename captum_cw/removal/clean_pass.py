@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,10 @@ from captum_cw.attr.effects import Share
 from captum_cw.capture import Execution, Observation, UnsupportedModelError, evaluating
 from captum_cw.capture.run import no_attention
 from captum_cw.capture.text_layers import TextLayers
-from captum_cw.functional import AttentionLayer, Space, blocks
+from captum_cw.functional import AttentionLayer, blocks
 from captum_cw.removal.options import Factors, RemovalOptions
 from captum_cw.removal.ranking import Which
-from captum_cw.removal.scoring import PairScorer, widest
+from captum_cw.removal.scoring import PairScorer
 from captum_cw.removal.sinks import real_tokens
 from captum_cw.removal.virtual_tokens import behind, padding_masks, text_mask, without_prefix
 
@@ -41,7 +41,7 @@ class CleanPass:
         ahead: ``(B, S)`` boolean, True at tokens that earlier tokens see in some layer, so earlier
             tokens do not predict them; None without such tokens.
         vanishing: The number of layer outputs that vanish. Their rows count as zeros.
-        shares: By space, what scores of a target need to know of each layer.
+        shares: What scores of a target need to know of each layer; None if it is not wanted.
         output: The output of the model.
         all_registered: Whether all attention ran in kernels of transformers' registry.
     """
@@ -52,7 +52,7 @@ class CleanPass:
     sinks: list[Tensor] = field(default_factory=list)
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
     keys: list[int] = field(default_factory=list)
-    shares: dict[Space, list[tuple[Execution, Share]]] = field(default_factory=dict)
+    shares: list[tuple[Execution, Share]] | None = None
     output: Any = None
     all_registered: bool = False
 
@@ -65,7 +65,7 @@ class CleanPass:
         options: RemovalOptions,
         text_masks: Sequence[Tensor],
         text: TextLayers | None = None,
-        share_spaces: Collection[Space] = (),
+        with_shares: bool = False,
     ) -> CleanPass:
         """Run ``forward``, a pass of ``model`` over a whole text.
 
@@ -77,18 +77,16 @@ class CleanPass:
             text_masks: For each sequence of tokens ``(B, T)`` boolean, False at padding.
             text: Chooses the layers over the text, in a model that also reads images or sounds;
                 None for all layers.
-            share_spaces: The spaces in which :attr:`shares` are wanted.
+            with_shares: Whether :attr:`shares` are wanted.
         """
-        clean = cls(
-            scores={name: [] for name in scorers}, shares={space: [] for space in share_spaces}
-        )
+        clean = cls(scores={name: [] for name in scorers}, shares=[] if with_shares else None)
 
         def on_layer(execution: Execution, layer: AttentionLayer) -> None:
             check_kind(execution)
             number = len(clean.real)
             clean.keys.append(layer.S)
-            for space, shares in clean.shares.items():
-                shares.append((execution, Share.of(layer.seen_in(space))))
+            if clean.shares is not None:
+                clean.shares.append((execution, Share.of(layer)))
             layer = without_prefix(model, layer)
             # Layers may be on several devices, but "global" ranks them together.
             device = clean.real[0].device if clean.real else layer.value.device
@@ -103,12 +101,13 @@ class CleanPass:
                 clean.scores[name].append(scores.to(device))
             clean.vanishing += layer.vanishing("inter")
 
+        spaces = {scorer.space for scorer in scorers.values()}
         observation = Observation(
             [model],
             on_layer,
             real=padding_masks(model, text_masks),
             states=options.states,
-            space=widest((*clean.shares, *(scorer.space for scorer in scorers.values()))),
+            space="residual" if "residual" in spaces else "attention",
             stream=any(scorer.needs_stream for scorer in scorers.values()),
             text=text,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +32,6 @@ __all__ = [
     "model_of",
     "pair_scorer",
     "scorer_of",
-    "widest",
 ]
 
 
@@ -227,11 +226,6 @@ def _measured_pairs(scores: TokenScores) -> MeasuredPairs:
         )
     choices = (scores.reduction, scores.signed, method.space, method.needs_stream)
     return MeasuredPairs(method.measure, *choices)
-
-
-def widest(spaces: Collection[Space]) -> Space:
-    """Return the space in which layers must be observed to be seen in all of these spaces."""
-    return "residual" if "residual" in spaces else "attention"
 
 
 def model_of(method: object) -> nn.Module | None:

@@ -15,7 +15,7 @@ from captum_cw.attr.measures import AttentionAttribution
 from captum_cw.capture import Execution, UnsupportedModelError
 from captum_cw.capture.outputs import predictions_of
 from captum_cw.capture.target_value import Target
-from captum_cw.functional import AnyLayer, Reduction, Space, token_scores
+from captum_cw.functional import AnyLayer, Reduction, token_scores
 from captum_cw.removal.clean_pass import CleanPass, check_finite, check_kind
 from captum_cw.removal.options import Granularity
 from captum_cw.removal.virtual_tokens import behind
@@ -91,10 +91,9 @@ class TargetScorer:
     contrast: Target = None
 
     @property
-    def share_spaces(self) -> tuple[Space, ...]:
-        """The spaces in which a clean pass has to keep shares for :meth:`of`."""
-        method = self.method
-        return (method.space,) if isinstance(method, EffectContributions) else ()
+    def needs_shares(self) -> bool:
+        """Whether a clean pass has to keep shares for :meth:`of`."""
+        return isinstance(self.method, EffectContributions)
 
     def of(
         self, inputs: Mapping[str, Any], target: Target, clean: CleanPass
@@ -125,8 +124,8 @@ class TargetScorer:
             return behind(scores.to(real.device), S)
 
         options: dict[str, Any] = {"text_only": True}
-        for space in self.share_spaces:
-            options["shares"] = clean.shares[space]
+        if self.needs_shares:
+            options["shares"] = clean.shares
         results, _ = self.method.observe(
             inputs, None, on_layer, target=target, contrast=self.contrast, **options
         )

@@ -119,9 +119,15 @@ def test_effects_may_be_those_of_the_linearised_model(model: Any, gradient: Any)
     )
     effects = [t.sum((1, 3))[:, None, :, None] * c for t, c in zip(targets, shares, strict=True)]
     check_maps(attribute(model, inputs, form="effect", gradient=gradient), effects)
-    in_stream = ContributionWeights(model, space="residual").attribute(inputs)
-    joint = [(t * c).abs().sqrt() for t, c in zip(targets, in_stream, strict=True)]
-    check_maps(attribute(model, inputs, gradient=gradient), joint)
+    for options, w in (({}, 0.25), ({"weight": 0.5}, 0.5), ({"weight": 1}, 1)):
+        joint = [t.abs() ** w * c.abs() ** (1 - w) for t, c in zip(targets, shares, strict=True)]
+        check_maps(attribute(model, inputs, gradient=gradient, **options), joint)
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
+def test_a_weight_beyond_its_bounds_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"weight=.* is not between 0 and 1"):
+        EffectContributions(llama(), weight=weight)
 
 
 @pytest.mark.parametrize("form", ["joint", "effect", "sensitivity"])

@@ -189,6 +189,7 @@ OPTIONS: list[tuple[Callable[..., Any], dict[str, list[object]]]] = [
         {
             "form": ["joint", "effect", "sensitivity"],
             "gradient": ["frozen", "attnlrp", "plain"],
+            "weight": [0.25, 0.5],
             "kind": ["self", "cross", "all"],
         },
     ),
