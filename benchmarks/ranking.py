@@ -99,6 +99,8 @@ FORMS: tuple[Form, ...] = ("joint", "effect", "sensitivity")
 #: Scores that need one backward pass.
 OF_TARGET: dict[str, Make] = {
     "joint": _effect("joint", weight=0.25),  # the default of the class
+    "joint, 0.1": _effect("joint", weight=0.1),
+    "joint, 0.75": _effect("joint", weight=0.75),
     **{f"{form}, {g}": _effect(form, g) for form in FORMS for g in GRADIENTS},
     **{f"target, {g}": _target(g) for g in GRADIENTS},
 }
@@ -153,7 +155,7 @@ class Setting:
 OTHERS = ("target, plain", "vwon", "attention", "VATP", "CriticalKV", "OBCache", "CAOTE")
 #: Scores that :data:`LEADERS` were chosen from.
 FORMULAS = (
-    *OF_TARGET,
+    *(name for name in OF_TARGET if name not in ("joint, 0.1", "joint, 0.75")),
     *("closeness", "marginal-30", "marginal-70", "contribution, residual"),
 )
 
@@ -194,6 +196,11 @@ REPORTED = {
 #: Settings that scores were chosen by, on the first documents.
 TRIED = {
     "formulas": Setting("All formulas and gradients", FORMULAS, options=TOGETHER),
+    "weights": Setting(
+        "Weights of the joint form",
+        ("joint, 0.1", "joint", "joint, attnlrp", "joint, 0.75"),
+        options=TOGETHER,
+    ),
     "expected": Setting(
         "Expected logits as the target", LEADERS, target="expected_logits", options=TOGETHER
     ),
@@ -415,7 +422,9 @@ def _about(options: argparse.Namespace) -> str:
         "tokens. Cells are changes of corpus perplexity: with the bottom removed, lower is better; "
         f"with the top removed, higher is better. {legend(PAPER, 'documents')} Sinks stay. Unless "
         "a title says otherwise, scores are taken in an unchanged pass, "
-        "are summed over queries, and explain the sum of the logits of the text's own tokens."
+        "are summed over queries, and explain the sum of the logits of the text's own tokens. "
+        "`joint` is the default of `EffectContributions`. Other scores of a target have the name "
+        "of the form and of the gradient, and in their joint forms both sides weigh the same."
     )
 
 
