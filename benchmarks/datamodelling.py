@@ -39,7 +39,7 @@ SCORES: dict[str, Any] = {
     "vwon": VWONAttention,
     "vw": VWAttention,
     "attention": AttentionWeights,
-    "joint, frozen": lambda model: EffectContributions(model, form="joint", gradient="frozen"),
+    "joint": EffectContributions,
     "effect, frozen": lambda model: EffectContributions(model, form="effect", gradient="frozen"),
     "sensitivity, plain": lambda model: EffectContributions(
         model, form="sensitivity", gradient="plain"

@@ -42,7 +42,7 @@ COMPARED = {
     name: SCORES[name]
     for name in (
         *(PAPER, "vwon", "attention", "VATP", "CriticalKV", "OBCache", "CAOTE"),
-        *("joint, attnlrp", "effect, frozen", "sensitivity, plain", "target, plain"),
+        *("joint", "effect, frozen", "sensitivity, plain", "target, plain"),
         measures.RANDOM,
     )
 }

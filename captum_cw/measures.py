@@ -247,8 +247,8 @@ for _entry in (
     ),
     _effect(
         "joint",
-        "What a token adds to the target and its share of the output, as their geometric mean.",
-        "root of the target's unit",
+        "What a token adds to a target and its share of the output, as a weighted geometric mean.",
+        "fourth root of the target's unit",
     ),
     _effect(
         "effect",
