@@ -85,17 +85,23 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--length", type=int, default=128, help="the largest number of tokens of a text")
     add("--samples", type=int, default=32, help="number of documents, the last of each set")
-    add("--batch-size", type=int, default=8, help="number of texts per pass")
+    add(
+        "--batch-size",
+        type=int,
+        help="number of texts per pass; without it, 8, or 4 if the "
+        "model knows more than 100,000 tokens",
+    )
 
 
 def documents(file: str, tokenizer: Any, options: argparse.Namespace) -> list[Any]:
     """Return batches of the last documents of a set, or of the first with ``options.first``."""
     texts, count = load_texts(file), options.samples
+    size = options.batch_size or (4 if len(tokenizer) > 100_000 else 8)
     return token_batches(
         texts[:count] if getattr(options, "first", False) else texts[-count:],
         tokenizer,
         max_length=options.length,
-        batch_size=options.batch_size,
+        batch_size=size,
     )
 
 
