@@ -196,7 +196,7 @@ class _Description:
         if isinstance(x, _MEASURES):
             model = getattr(x, "model", None)
             model = getattr(x, "forward_func", None) if model is None else model
-            return *_own_class(x), _options(x), model
+            return *_own_class(x), *chain.from_iterable(_options(x).items()), model
         if isinstance(x, FunctionType):
             closure = map(_content, x.__closure__ or ())
             return x.__code__, x.__defaults__, x.__kwdefaults__, *closure, vars(x), _globals(x)
@@ -254,9 +254,9 @@ def _options(x: object) -> dict[str, object]:
 
     Runners are left out: they keep what they found in earlier passes.
     """
-    arguments = signature(type(x)).parameters.keys() - {"forward_func", "device_ids"}
-    own = (name for name, value in vars(x).items() if type(value) in _PLAIN)
-    return {name: getattr(x, name) for name in sorted({*arguments, *own}) if hasattr(x, name)}
+    own = {name for name, value in vars(x).items() if type(value) in _PLAIN}
+    names = (own | signature(type(x)).parameters.keys()) - {"forward_func", "device_ids"}
+    return {name: getattr(x, name) for name in sorted(names) if hasattr(x, name)}
 
 
 def _own_class(x: object) -> list[type]:

@@ -226,7 +226,8 @@ def test_a_pipe_that_closes_ends_a_command_quietly(
 @pytest.mark.parametrize("arguments", [["--help"], ["models"], ["models", "--json"]])
 def test_a_pipe_that_closes_ends_what_needs_no_model(arguments: list[str]) -> None:
     code, told = closed_after(0, arguments)
-    assert code == (0 if "--help" in arguments else 141)  # argparse ignores the closed pipe
+    # argparse ignores a pipe that is closed when it writes, but it may also close a moment later.
+    assert code in ((0, 141) if "--help" in arguments else (141,))
     assert not told
 
 
