@@ -182,7 +182,7 @@ REPORTED = {
         options={"ranking": "head"},
     ),
     "max": Setting(
-        "Pairs of each layer ranked together, by the largest over queries, as in KVzip+",
+        "Pairs of each layer ranked together, by the largest over queries",
         ("joint", "joint, attnlrp", "KVzip+", "attention"),
         "max",
     ),
