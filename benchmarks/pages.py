@@ -88,8 +88,7 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
     add(
         "--batch-size",
         type=int,
-        help="number of texts per pass; without it, 8, or 4 if the "
-        "model knows more than 100,000 tokens",
+        help="number of texts per pass; without it, 8, or 4 with more than 100,000 known tokens",
     )
 
 

@@ -92,7 +92,7 @@ class TargetScorer:
 
     @property
     def needs_shares(self) -> bool:
-        """Whether a clean pass has to keep shares for :meth:`of`."""
+        """Whether :meth:`of` needs the shares of a clean pass."""
         return isinstance(self.method, EffectContributions)
 
     def of(

@@ -13,7 +13,14 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 
-from captum_cw import EffectContributions, TokenScores, VWAttention, measures, remove_values
+from captum_cw import (
+    ComprehensivenessSufficiency,
+    EffectContributions,
+    TokenScores,
+    VWAttention,
+    measures,
+    remove_values,
+)
 from captum_cw.functional import AttentionLayer, QueryMask, dense_map
 from support.inputs import token_ids
 from support.models import llama
@@ -84,6 +91,17 @@ def test_peers_by_their_formulas() -> None:
         if name == "CAOTE":  # the first query sees one key, and 0 / 0 is any number
             found, expected[name] = found[:, :, 1:], expected[name][:, :, 1:]
         torch.testing.assert_close(found, expected[name])
+
+
+def test_scores_that_were_evaluated_apart_are_joined(ranking: ModuleType) -> None:
+    metric = ComprehensivenessSufficiency(llama(), ranking.RATES, scoring="clean")
+    methods, ids = {"vw": "vw", "attention": "attention"}, token_ids()
+    apart = [metric.evaluate({x: x}, ids, show_progress=False) for x in methods]
+    together = metric.evaluate(methods, ids, show_progress=False)
+    assert ranking.joined(apart).records == together.records
+    other = metric.evaluate({"vw": "vw"}, ids.flip(1), show_progress=False)
+    with pytest.raises(ValueError, match="of different texts"):
+        ranking.joined([apart[1], other])
 
 
 def test_kvzip_plus_by_its_formula() -> None:
