@@ -533,7 +533,7 @@ def test_a_space_before_the_target_is_suggested(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hint = "' e', with a space before the word, has probability 0.5: did you mean ' e'?"
-    monkeypatch.setattr(target._Names, "hint", lambda *_: hint)
+    monkeypatch.setattr(target.Names, "hint", lambda *_: hint)
     assert main(["attribute", "--model", folder, "--text", "a b", "--target", "e"]) == 0
     printed = capsys.readouterr().out
     assert "with a space before the word" in printed
