@@ -35,7 +35,8 @@ exit codes:
   0    success
   1    failure, reported in one line (--debug shows the stack trace)
   2    wrong usage
-  130  interrupted; evaluate and reproduce resume when you run them again
+  130  interrupted; attribute --data, evaluate and reproduce resume when you run
+       them again
 
 completion, for bash, zsh, fish, tcsh or powershell:
   eval "$(captum-cw --print-completion bash)"      in ~/.bashrc
