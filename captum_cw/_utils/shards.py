@@ -34,7 +34,7 @@ class Shards:
         ImportError: If `pyarrow` is not installed.
 
     Example:
-        >>> pyarrow = pytest.importorskip("pyarrow")
+        >>> import pyarrow
         >>> shards = Shards(getfixture("tmp_path"), rows=[2, 1], run={"seed": 0})
         >>> shards.write(1, [{"score": 0.5}], pyarrow.schema({"score": pyarrow.float32()}))
         >>> shards.unfinished()
@@ -66,6 +66,12 @@ class Shards:
         Raises:
             RecordsError: If a file is damaged, or belongs to another run.
         """
+        own = {self.path(number) for number in range(len(self.rows))}
+        for other in sorted(set(self.folder.glob("*.parquet")) - own):
+            raise RecordsError(
+                f"{other} does not belong to this run, and its rows would mix with those of the "
+                "run: choose another folder."
+            )
         return [number for number in range(len(self.rows)) if not self._is_finished(number)]
 
     def write(self, number: int, rows: Sequence[Mapping[str, Any]], schema: Any) -> None:

@@ -196,9 +196,14 @@ def _check_usage(options: Namespace) -> None:
         usage_error("--contrast is subtracted from a target: give --target too")
     entry = None if options.method is None else measures.find(options.method)
     explains_target = entry is None or entry.explains_target
+    of_target = ", ".join(x.name for x in measures.entries(targets=True) if x.explains_target)
     if options.contrast is not None and not explains_target:
-        of_target = [x.name for x in measures.entries(targets=True) if x.explains_target]
-        usage_error(f"--contrast needs --method {', '.join(of_target)}, or none")
+        usage_error(f"--contrast needs --method {of_target}, or none")
+    if options.data is not None and options.target is not None and not explains_target:
+        usage_error(
+            f"--method {options.method} has no target in a set of texts: leave --target out, or "
+            f"give --method {of_target}"
+        )
     if entry is not None and explains_target and options.reduction is not None:
         usage_error(f"--reduction does not apply to --method {options.method}: leave it out")
     if options.chat_template_kwargs is not None and not options.chat:

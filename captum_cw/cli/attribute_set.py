@@ -28,14 +28,14 @@ from captum_cw._utils.processes import Processes
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, differences
 from captum_cw._utils.shards import Shards
-from captum_cw.capture import Execution
+from captum_cw.capture import Execution, UnsupportedModelError
 from captum_cw.capture.model import device_of
 from captum_cw.cli import choices
 from captum_cw.cli.answer import Answer
 from captum_cw.cli.output import load, observe_longest
 from captum_cw.data import groups_by_length, numbered_texts, padded_batch
 from captum_cw.explanation.batches import BatchScorer, ScoredText
-from captum_cw.explanation.target import Question, predicts
+from captum_cw.explanation.target import Question, masked_position, predicts
 from captum_cw.functional import AttentionLayer, Reduction
 from captum_cw.measures import Entry
 from captum_cw.metrics.identity import described, fingerprint
@@ -110,14 +110,6 @@ def _check_usage(options: Namespace) -> None:
         )
     if options.out.exists() and not options.out.is_dir():
         usage_error(f"--out {options.out} is a file: give a folder")
-    if options.target is not None and options.method is not None:
-        entry = measures.find(options.method)
-        if entry is not None and not entry.explains_target:
-            of_target = [x.name for x in measures.entries(targets=True) if x.explains_target]
-            usage_error(
-                f"--method {options.method} has no target in a set of texts: leave --target out, "
-                f"or give --method {', '.join(of_target)}"
-            )
 
 
 def _check_writable(folder: Path) -> None:
@@ -242,7 +234,16 @@ def _scorer(
         )
     question = Question(options.target, options.contrast)
     reduction: Reduction = options.reduction or "mean"
-    return entry, BatchScorer(model, tokenizer, entry, reduction, question, output, causal=causal)
+    scorer = BatchScorer(model, tokenizer, entry, reduction, question, output, causal=causal)
+    if scorer.needs_mask:
+        for number in texts.numbers:
+            if masked_position(tokenizer, texts.ids(number)[0][None]) is None:
+                raise ValueError(
+                    f"{type(model).__name__} predicts masked tokens, but text {number} does not "
+                    f"have exactly one {tokenizer.mask_token!r}: put one into each text, or score "
+                    "layers with --method contribution."
+                )
+    return entry, scorer
 
 
 def _identity(options: Namespace, model: Any, entry: Entry, texts: _Texts) -> dict[str, Any]:
@@ -314,7 +315,14 @@ def _rows(
     rows: list[dict[str, Any]] = [{} for _ in numbers]
     for group in groups_by_length([len(ids) for ids, _ in read], max_tokens):
         batch = padded_batch([read[place][0] for place in group], scorer.tokenizer)
-        scored = scorer.score({name: x.to(device) for name, x in batch.items()})
+        try:
+            scored = scorer.score({name: x.to(device) for name, x in batch.items()})
+        except (ValueError, UnsupportedModelError, MemoryError, torch.OutOfMemoryError) as error:
+            B, T = batch["input_ids"].shape
+            raise type(error)(
+                f"A batch of {B} texts of up to {T} tokens could not be scored; the first is text "
+                f"{numbers[group[0]]}. {error} If memory is short, choose a smaller --batch-tokens."
+            ) from error
         for place, text in zip(group, scored, strict=True):
             ids, cut = read[place]
             rows[place] = {
@@ -360,17 +368,17 @@ def _schema() -> Any:
 
 
 def _show(document: dict[str, Any]) -> None:
-    rate = (document["texts"] - document["finished_before"]) / document["seconds"]
-    print(
-        f"{document['method']}: {document['texts']:,} texts, {document['tokens']:,} tokens, in "
-        f"{document['seconds']:.1f} s ({rate:.1f} texts a second, loading included)."
-    )
-    notes = {
-        "cut": "texts were longer than --length, and were cut",
-        "without_tokens": "texts have no tokens, and were left out",
-        "finished_before": "texts were finished by an earlier run",
+    """Print the summary of a run."""
+    lines = {
+        "measure": document["method"],
+        "texts": f"{document['texts']:,}",
+        "finished by an earlier run": f"{document['finished_before']:,}",
+        "cut at --length": f"{document['cut']:,}",
+        "left out, without tokens": f"{document['without_tokens']:,}",
+        "tokens": f"{document['tokens']:,}",
+        "seconds": f"{document['seconds']:.1f}, loading included",
+        "folder": f"{document['folder']} ({len(document['files']):,} Parquet files)",
     }
-    for name, note in notes.items():
-        if document[name]:
-            print(f"{document[name]:,} {note}.")
-    print(f"Saved in {document['folder']}: {len(document['files']):,} Parquet files.")
+    for name, value in lines.items():
+        if value != "0":
+            print(f"{name}: {value}")

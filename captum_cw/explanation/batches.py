@@ -49,6 +49,9 @@ class BatchScorer:
         output: The output of the model for any text; it shows what the model predicts.
         causal: Whether tokens do not see later ones.
 
+    Attributes:
+        needs_mask: Whether each text needs exactly one masked token, which is explained.
+
     Raises:
         ValueError: If the target or its contrast is not one token or class of the model.
 
@@ -77,11 +80,12 @@ class BatchScorer:
         self.model, self.tokenizer, self.question = model, tokenizer, question
         self._measure: Any = entry.of_model(model)
         self._explains_target = entry.explains_target
+        self.needs_mask = False
         if not entry.explains_target:
             self._scorer = TokenScores(self._measure, reduction)
             return
         names = Names(model, tokenizer, predictions_of(output))
-        self._is_masked = names.predicts_tokens and not causal
+        self.needs_mask = names.predicts_tokens and not causal
         self._target = self._number(names, question.target)
         self._contrast = self._number(names, question.contrast)
         if isinstance(self._measure, InputContributions):
@@ -124,7 +128,7 @@ class BatchScorer:
     ) -> tuple[Tensor, list[Mapping[str, str]]]:
         """Return the scores ``(B, T)``, and the target of each text."""
         positions = [length - 1 for length in lengths]
-        if self._is_masked:
+        if self.needs_mask:
             positions = [self._masked(ids) for ids in batch["input_ids"]]
         target, contrast = (self._placed(x, positions) for x in (self._target, self._contrast))
         contrast = None if self.question.contrast is None else contrast
@@ -138,15 +142,14 @@ class BatchScorer:
 
     def _placed(self, number: int | None, positions: Sequence[int]) -> Any:
         """Return a target of a batch; that of a masked language model has positions."""
-        return [(position, number) for position in positions] if self._is_masked else number
+        return [(position, number) for position in positions] if self.needs_mask else number
 
     def _masked(self, ids: Tensor) -> int:
         position = masked_position(self.tokenizer, ids[None])
         if position is None:
             raise ValueError(
-                f"{type(self.model).__name__} predicts masked tokens, but a text does not have "
-                f"exactly one {self.tokenizer.mask_token!r}: put one into each text, or score "
-                "layers with --method contribution."
+                f"{type(self.model).__name__} predicts masked tokens, but a text of the batch does "
+                f"not have exactly one {self.tokenizer.mask_token!r}: put one into each text."
             )
         return position
 

@@ -203,7 +203,7 @@ def test_masked_tokens_are_explained(
         check_equal([*command, *given], texts, tmp_path / str(number), capsys)
     (tmp_path / "texts.jsonl").write_text(lines + json.dumps({"text": "a b"}))
     assert main([*command, "--out", str(tmp_path / "none")]) == 1
-    assert "a text does not have exactly one 'M'" in capsys.readouterr().err
+    assert "text 12 does not have exactly one 'M'" in capsys.readouterr().err
 
 
 def test_rows_identify_their_texts(command: list[str], texts: list[str], tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_texts_without_tokens_are_left_out(
     (tmp_path / "texts.jsonl").write_text('{"text": "_"}\n{"text": "a b"}\n')
     rows = scored(command, tmp_path / "out")
     assert [row["number"] for row in rows] == [1]
-    assert "1 texts have no tokens, and were left out" in capsys.readouterr().out
+    assert "left out, without tokens: 1\n" in capsys.readouterr().out
     (tmp_path / "texts.jsonl").write_text('{"text": "_"}\n')
     assert main([*command, "--out", str(tmp_path / "none")]) == 1
     assert "No text of the set has a token" in capsys.readouterr().err
@@ -379,6 +379,10 @@ def test_files_of_other_runs_and_damaged_files_are_refused(
         assert file.name in told
         assert message in told
     file.unlink()
+    (one / "texts-00000-of-00009.parquet").write_bytes(whole)
+    assert main([*command, "--out", str(one)]) == 1
+    assert "texts-00000-of-00009.parquet does not belong to this run" in capsys.readouterr().err
+    (one / "texts-00000-of-00009.parquet").unlink()
     scored(command, one)
     assert file.read_bytes() == whole
 
@@ -485,7 +489,7 @@ def test_two_processes_give_the_rows_of_one(command: list[str], tmp_path: Path) 
         file.unlink()
     finished = started([*command, "--out", str(tmp_path / "two")], processes=2)
     assert finished.returncode == 0, finished.stderr
-    assert "3 texts were finished by an earlier run" in finished.stdout
+    assert "finished by an earlier run: 3\n" in finished.stdout
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -584,7 +588,7 @@ def test_a_folder_that_cannot_be_written_is_reported_before_anything_is_loaded(
     [
         (["--target", "d e"], "'d e' has 2 tokens"),
         (["--target", "d", "--contrast", "e f g"], "'e f g' has 3 tokens"),
-        (["--target", "d", "--contrast", "d"], "same as the target"),
+        (["--target", "d", "--contrast", "d"], "the first is text 2. contrast="),
         (["--data", "no/such/file.txt"], "no/such/file.txt"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -616,7 +620,9 @@ def test_a_text_that_is_too_long_is_reported_before_the_run(
     assert "Use --length to cut texts" in told
     assert not list(out.iterdir())
     assert main([*command, "--length", "64", "--out", str(out)]) == 0
-    assert "1 texts were longer than --length, and were cut" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "texts: 2\ncut at --length: 1\ntokens: 65\n" in printed
+    assert f"folder: {out} (1 Parquet files)" in printed
 
 
 def test_a_model_that_predicts_nothing_is_scored_by_its_layers(
