@@ -184,7 +184,8 @@ torchrun, processes share the files (docs/howto/many_texts.md).""",
     _add(command, "--method", method, choices=measures.names(targets=True))
     reduction = "reduction over query positions, without --target (default: mean)"
     _add(command, "--reduction", reduction, choices=choices.REDUCTIONS)
-    page = "save an interactive page (PAGE.html); with --data, the output folder (DIR)"
+    page = "save an interactive page (PAGE.html), which without --target shows all measures and "
+    page += "heads; with --data, the output folder (DIR)"
     _add(command, "--out PATH", page, shtab.FILE, type=Path)
     _add_set(command.add_argument_group("a set of texts (with --data)"))
 
