@@ -172,26 +172,35 @@ class _Kernel:
             given.module, given.query, given.key, given.value, given.mask, **given.options
         )
 
-    def _run_in_functions(
-        self, module: nn.Module, given: _Arguments
-    ) -> tuple[Any, AttentionCall]:
+    def _run_followed(self, given: _Arguments) -> Any:
+        """Run the kernel; None if it does not compute attention by torch functions."""
+        names: set[str] = set()
+
+        def follow(func: Any, args: Any, kwargs: Any, proceed: Proceed) -> Any:
+            names.add(name_of(func))
+            return proceed(func, args, kwargs)
+
+        try:
+            with following(follow):
+                result = self._run(given)
+        except NotImplementedError:  # it does not have a gradient on this device
+            return None
+        return result if names & ATTENTION else None
+
+    def _run_in_functions(self, module: nn.Module, given: _Arguments) -> tuple[Any, AttentionCall]:
         """Run the kernel if it computes attention by torch functions, else the eager kernel.
 
         Raises:
             UnsupportedModelError: If the two kernels return other head outputs.
         """
         eager = _find_eager(module)
-        if eager is None or not is_block_mask(given.mask):
-            names: set[str] = set()
-
-            def follow(func: Any, args: Any, kwargs: Any, proceed: Proceed) -> Any:
-                names.add(name_of(func))
-                return proceed(func, args, kwargs)
-
-            with following(follow):
-                result = self._run(given)
-            if eager is None or names & ATTENTION:
-                return result, self._describe_call(module, given, result)
+        result = None
+        if eager is None:
+            result = self._run(given)
+        elif not is_block_mask(given.mask):
+            result = self._run_followed(given)
+        if result is not None or eager is None:
+            return result, self._describe_call(module, given, result)
         with torch.no_grad(), torch._C.DisableTorchFunction():
             without = replace(
                 given, query=fixed(given.query), key=fixed(given.key), value=fixed(given.value)
@@ -218,12 +227,11 @@ class _Kernel:
         return (heads, weights), call
 
     def _describe_call(self, module: nn.Module, given: _Arguments, result: Any) -> AttentionCall:
-        B, H, T, _ = given.query.shape
+        B, T, S = given.query.shape[0], given.query.shape[2], given.value.shape[2]
         causal = given.options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         causal = bool(causal) and not self.eager
-        S, device = given.value.shape[2], given.query.device
-        mask = KernelMask(given.mask, causal, B, T, S, device, given.options)
+        mask = KernelMask(given.mask, causal, B, T, S, given.query.device, given.options)
         if not mask.is_known:
             raise UnsupportedModelError(
                 f"The attention implementation of {type(module).__name__} uses a mask of type "
@@ -250,7 +258,7 @@ class _Kernel:
             causal=causal,
             scaling=given.options.get("scaling"),
             returned=result[0],
-            by_token=lambda y: y if y.dim() == 4 else y.unflatten(-1, (H, -1)),
+            by_token=lambda y: y if y.dim() == 4 else y.reshape(*y.shape[:2], H, -1),
             dense_kernel=_dense_kernel(module, given),
             registered=True,
             scaled=lambda factors: self._run(self._scale_values(given, factors))[0],

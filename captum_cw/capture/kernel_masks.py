@@ -168,13 +168,12 @@ class KernelMask:
         return torch.nn.functional.pad((texts.diff() != 1).cumsum(-1), (1, 0))
 
 
-def evaluated(function: Callable[..., Tensor], *places: Tensor, of: tuple[Tensor, ...] = ()) -> Any:
-    """Evaluate a function of flex attention, which is written for single places, at many places.
+def evaluated(function: Callable[..., Tensor], *places: Tensor) -> Tensor:
+    """Evaluate the ``mask_mod`` of a ``BlockMask``, which is written for single places, at many.
 
     Args:
-        function: A ``mask_mod``; or a ``score_mod``, whose first argument is a logit.
+        function: The function.
         places: The places of examples ``(B,)``, heads ``(H,)``, queries ``(t,)`` and keys ``(S,)``.
-        of: The logits ``(B, H, t, S)`` of a ``score_mod``.
 
     Returns:
         ``(B, H, t, S)``.
@@ -185,9 +184,8 @@ def evaluated(function: Callable[..., Tensor], *places: Tensor, of: tuple[Tensor
         [[[[True, False], [True, True]]]]
     """
     for n in reversed(range(len(places))):
-        by_place = (0 if m == n else None for m in range(len(places)))
-        function = torch.vmap(function, in_dims=(*[0] * len(of), *by_place))
-    return function(*of, *places)
+        function = torch.vmap(function, in_dims=tuple(0 if m == n else None for m in range(4)))
+    return function(*places)
 
 
 def _of_blocks(mask: Any, T: int, S: int) -> Reading:
