@@ -248,7 +248,7 @@ def test_a_chat_is_explained_by_word_and_by_message(
 
 
 def test_flex_attention_gives_the_results_of_sdpa(model: nn.Module, texts: list[Tensor]) -> None:
-    inputs, found = texts[0], []
+    inputs, found = texts[0][:, :8], []
     for implementation in ("sdpa", "flex_attention"):
         model.set_attn_implementation(implementation)
         scores = TokenScores(ContributionWeights(model)).attribute(inputs)
