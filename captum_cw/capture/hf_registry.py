@@ -38,7 +38,7 @@ from captum_cw.capture.attention_call import (
 from captum_cw.capture.listeners import suspended
 from captum_cw.capture.patching import shared
 from captum_cw.capture.rounding import are_near
-from captum_cw.functional import expand_heads
+from captum_cw.weights import expand_heads
 
 __all__ = ["registered_kernels"]
 
@@ -167,6 +167,8 @@ class _Kernel:
             mask=mask,
             causal=bool(causal) and not self.eager and mask is None and T > 1,
             scaling=given.options.get("scaling"),
+            softcap=given.options.get("softcap"),
+            sink=_sink(given),
             returned=result[0],
             by_token=lambda y: y,
             dense_kernel=_dense_kernel(module, given),
@@ -200,6 +202,14 @@ class _Kernel:
                 _checked[module] = self.kernel
             given = repeated
         return replace(given, value=times(given.value, factors))
+
+
+def _sink(given: _Arguments) -> Tensor | None:
+    """Return the learned sinks ``(H,)`` that a kernel was given; None for none."""
+    sink = given.options.get("s_aux")
+    if not isinstance(sink, Tensor) or sink.numel() != given.query.shape[1]:
+        return None
+    return sink.detach().flatten()
 
 
 def _dense_kernel(module: nn.Module, given: _Arguments) -> DenseKernel | None:
