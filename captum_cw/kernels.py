@@ -143,7 +143,9 @@ def _along(
         rest = _vectors(DIRECTION + next_part, rows, T, D_V, D_V_PADDED)
         along += tl.dot(rest, tl.trans(value), input_precision="ieee")
     if POWER is not None:
-        along = tl.exp2(POWER * tl.log2(tl.abs(along)))
+        size = tl.abs(along)
+        known = tl.exp2(POWER * tl.log2(tl.where(size == 0.0, 1.0, size)))
+        along = tl.where(size == 0.0, 0.0, known)
     return along
 
 

@@ -296,7 +296,8 @@ class SoftmaxWeights:
         query: ``(B, H, T, d_k)``, in single precision at least.
         key: ``(B, H_kv, S, d_k)``.
         mask: Which keys the queries can see.
-        bias: What is added to the logits, broadcastable to ``(B, H, T, S)``; None for nothing.
+        bias: What is added to the logits, broadcastable to ``(B, H, T, S)``; None for nothing. It
+            also hides the keys that ``mask`` hides, by numbers that are low enough.
         scaling: The factor of the inner products; None is ``1 / sqrt(d_k)``.
         softcap, sink: As for :func:`attention_weights`.
         dtype: The dtype that queries, keys and values were rounded to before they were converted;
