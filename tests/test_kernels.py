@@ -29,6 +29,7 @@ from support.kernel_cases import (
     core_cases,
     engine,
     error_of,
+    gpu_cases,
     make,
 )
 
@@ -354,11 +355,22 @@ def test_blocks_of_a_gpu_are_as_large_as_its_memory_allows(
     assert block_elements(torch.device("cpu")) == 2**20
 
 
+def test_the_checks_of_the_benchmark_meet_everything_once() -> None:
+    cases = list(core_cases("cpu"))
+    assert {case.measure for case, _, _ in cases} == set(MEASURES)
+    assert {case.mask for case, _, _ in cases} == set(MASKS)
+    assert {reduction for _, reduction, _ in cases} == set(REDUCTIONS)
+    assert {case.dtype for case, _, _ in cases} == set(TOLERANCES)
+    for extra in ("softcap", "sink", "bias", "chosen"):
+        assert any(getattr(case, extra) for case, _, _ in cases), extra
+    assert len(cases) < 40
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_equal_the_definition_on_a_gpu() -> None:
     wrong = {}
-    for case, reduction, signed in core_cases("cuda"):
+    for case, reduction, signed in gpu_cases("cuda"):
         made = make(case)
         error = error_of(case, made, reduction, signed=signed, by=KERNEL)
         if not error < TOLERANCES[case.dtype]:
