@@ -428,7 +428,9 @@ def _mask(weights: SoftmaxWeights, *, weighted: bool) -> tuple[str, Tensor | Non
 def _bounds(chosen: Tensor | None, B: int, T: int, device: torch.device) -> Tensor:
     """Return the first query that counts and the end of the last, ``(B, 2)``, without waiting."""
     if chosen is None:
-        return torch.tensor([0, T], dtype=torch.int32, device=device).repeat(B, 1)
+        bounds = torch.zeros(B, 2, dtype=torch.int32, device=device)
+        bounds[:, 1] = T
+        return bounds
     counted = chosen.to(device=device, dtype=torch.int32)
     some = counted.amax(1)
     first, last = counted.argmax(1), T - counted.flip(1).argmax(1)

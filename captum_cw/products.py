@@ -2,7 +2,7 @@
 
 A :class:`Product` says as data what a measure is made of. Two engines read it. The blockwise engine
 of :mod:`captum_cw.functional` calls it on blocks of attention weights, on every device, and is the
-reference. :mod:`captum_cw.kernels` computes all token scores of a layer in two kernels of Triton.
+reference. ``captum_cw/kernels.py`` computes all token scores of a layer in two kernels of Triton.
 
 The kernels are used on CUDA devices, where Triton is installed and the attention weights come from
 a softmax of known logits. The environment variable ``CAPTUM_CW_KERNEL`` changes the choice:

@@ -100,7 +100,7 @@ class AttentionCall:
         causal: Whether the kernel hides later keys if there is no mask.
         scaling: The factor of the inner products; None is ``1 / sqrt(d_k)``.
         softcap, sink: The soft-cap of the logits and the learned sinks ``(H,)`` that the kernel was
-            given, as for :func:`~captum_cw.weights.attention_weights`; it may ignore them.
+            given, as for :func:`~captum_cw.functional.attention_weights`; it may ignore them.
         weights: ``(B, H, T, S)`` if the kernel returned them; else None.
         dense_kernel: The model's own kernel that returns weights, with all of its peculiarities;
             None if the model does not have one.
