@@ -58,6 +58,11 @@ SAMPLED_EVERY = 0.005
 FAILED = "failed"
 REMOVED = 0.5
 
+ON_A_GPU = """## On a GPU
+
+Not measured. `python benchmarks/gpu.py` measures it on a machine with an NVIDIA GPU, after it has \
+checked the kernels there. All figures on this page are of a CPU."""
+
 #: The option of glibc's ``mallopt`` by which memory of this size or more has pages of its own. They
 #: are given back when it is freed.
 M_MMAP_THRESHOLD, OWN_PAGES = -3, 2**16
@@ -420,6 +425,7 @@ def run(
             f'Megabytes are measured as above. The last column is "{SCORES}" minus "{LAST}". '
             "It is the memory that attribution needs beyond a plain forward pass over the same "
             "unpadded input, without the cache and all logits.",
+            ON_A_GPU,
             "## Other libraries",
             "`python benchmarks/peers.py` measures what one explanation costs in other libraries, "
             "in passes and time. The README has a summary.",

@@ -24,11 +24,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property, partial, wraps
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
+from functools import cached_property, partial
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
+
+from captum_cw.products import Block, Direction, Product, Reduction, reduce_by_kernel
+from captum_cw.weights import (
+    QueryMask,
+    Weights,
+    at_least_float32,
+    attention_weights,
+    block_elements,
+    blocks,
+    expand_heads,
+    without_autocast,
+)
 
 __all__ = [
     "AttentionLayer",
@@ -66,7 +78,6 @@ __all__ = [
 ]
 
 Scope = Literal["inter", "intra"]
-Reduction = Literal["mean", "sum", "max", "rms"]
 Aggregation = Literal["mean", "sum", "max"]
 Space = Literal["attention", "residual"]
 """Where projections and norms are measured: at the attention layer's output (``"attention"``), or
@@ -77,10 +88,6 @@ the output before it adds it."""
 #: could reach. Its direction is then only rounding noise.
 VANISHING = 1e-6
 
-#: The number of elements of one block of attention weights. Several operations (logits, softmax,
-#: product, sum) pass over a block, so it should fit into the CPU cache; 2^20 floats were fastest.
-BLOCK_ELEMENTS = 2**20
-
 
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raise a ValueError with the known choices if ``value`` is not one of the Literal's."""
@@ -89,39 +96,8 @@ def check_choice(name: str, value: object, choices: object) -> None:
         raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, allowed))}.")
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function run in the dtype of its tensors or its layer, also under ``torch.autocast``.
-
-    Autocast would run matrix products in half precision, which loses the small terms.
-    """
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = (*args, *kwargs.values())
-        x = next(x for x in given if isinstance(x, (Tensor, AttentionLayer, TargetLayer)))
-        kind = (x.value if isinstance(x, AnyLayer) else x).device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return function(*args, **kwargs)
-        with torch.autocast(kind, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
 # ---------------------------------------------------------------------------------------------
 # Building blocks
-
-
-def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Convert all tensors to their widest dtype, or to float32 if that is wider."""
-    dtype = torch.float32
-    for x in tensors:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return tuple(x.to(dtype) for x in tensors)
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -138,83 +114,7 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float64
 
 
-def expand_heads(x: Tensor, heads: int) -> Tensor:
-    """Repeat key-value heads for the query heads: ``(B, H_kv, ...)`` becomes ``(B, H, ...)``."""
-    if heads % x.shape[1]:
-        raise ValueError(
-            f"{heads} query heads cannot share {x.shape[1]} key-value heads: the number of query "
-            "heads must be a multiple of the number of key-value heads."
-        )
-    return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def grouped_matmul(rows: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``<rows_i^h, keys_j^g(h)> + bias_ij`` without a copy of the shared key-value heads.
-
-    Args:
-        rows: ``(B, H, t, d_h)``.
-        keys: ``(B, H_kv, S, d_h)``.
-        bias: ``(t, S)``; None for zero.
-
-    Returns:
-        ``(B, H, t, S)``.
-    """
-    B, H, t, d_h = rows.shape
-    shared, S = keys.shape[1:3]
-    grouped = rows.reshape(B, shared, H // shared * t, d_h)
-    if bias is None:
-        product = grouped @ keys.transpose(-1, -2)
-    else:
-        bias = bias.repeat(H // shared, 1)
-        product = torch.baddbmm(bias, grouped.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
-    return product.view(B, H, t, S)
-
-
-@_without_autocast
-def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    *,
-    scaling: float | None = None,
-    mask: Tensor | None = None,
-    causal: bool = False,
-) -> Tensor:
-    """Compute softmax attention (Eq. 1).
-
-    Args:
-        query: ``(B, H, T, d_k)``.
-        key: ``(B, H_kv, S, d_k)``.
-        scaling: The factor of the inner products; ``1 / sqrt(d_k)`` by default.
-        mask: The attention mask, broadcastable to ``(B, H, T, S)``: boolean (True = visible) or
-            additive.
-        causal: Whether the queries are the last ``T`` of the ``S`` tokens, and do not see later
-            tokens. It applies only without ``mask``.
-
-    Returns:
-        ``(B, H, T, S)`` in float32 or wider. If a boolean mask hides all keys from a query, the
-        query's row is zero.
-
-    Example:
-        >>> a = attention_weights(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
-        >>> a.tolist()
-        [[[[0.5, 0.5], [0.5, 0.5]]]]
-    """
-    query, key = _at_least_float32(query, key)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.shape[1] % key.shape[1]:
-        expand_heads(key, query.shape[1])  # raises an error with the reason
-    lowest = torch.finfo(query.dtype).min
-    if mask is None:
-        T, S = query.shape[2], key.shape[2]
-        hidden = query.new_full((T, S), lowest).triu_(S - T + 1) if causal and T > 1 else None
-        return grouped_matmul(query * scaling, key, hidden).softmax(-1)
-    logits = grouped_matmul(query * scaling, key)
-    if mask.dtype == torch.bool:
-        return logits.masked_fill_(~mask, lowest).softmax(-1).mul_(mask.any(-1, keepdim=True))
-    return (logits + mask).softmax(-1)
-
-
-@_without_autocast
+@without_autocast
 def output_gram(output_weight: Tensor) -> Tensor:
     """Compute ``G_h = W_O^h W_O^h^T``, so that ``||v~_j^h||^2 = v_j^h G_h v_j^h``.
 
@@ -266,7 +166,7 @@ class _OutputForm:
         return u @ self.matrix.mT, u.square().sum(-1)
 
 
-@_without_autocast
+@without_autocast
 def pull_back(direction: Tensor, output_weight: Tensor) -> Tensor:
     """Compute ``u_i^h = W_O^h direction_i``, so that ``<direction_i, v~_j^h> = <u_i^h, v_j^h>``.
 
@@ -288,112 +188,6 @@ def pull_back(direction: Tensor, output_weight: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------
 # One attention layer, in blocks of queries
-
-
-@dataclass(frozen=True)
-class QueryMask:
-    """The attention mask of a layer: which keys each query can see.
-
-    Args:
-        T: The number of queries.
-        S: The number of keys.
-        visible: Boolean, broadcastable to ``(B, H, T, S)``; None if only ``causal`` and ``real``
-            hide keys.
-        causal: Whether the query ``i`` sees no key after ``i + S - T``. If ``visible`` is given,
-            it must agree; blocks then skip the keys that none of their queries sees.
-        real: ``(B, T)``, False where a query is padding; None without padding. Padded keys must be
-            hidden by ``visible``.
-
-    Example:
-        >>> QueryMask(2, 2, causal=True).block(slice(0, 2), torch.device("cpu")).tolist()
-        [[[[True, False], [True, True]]]]
-    """
-
-    T: int
-    S: int
-    visible: Tensor | None = None
-    causal: bool = False
-    real: Tensor | None = None
-
-    def keys(self, rows: slice) -> int:
-        """Return the number of leading keys that at least one of the queries ``rows`` can see."""
-        return min(self.S, rows.stop + self.S - self.T) if self.causal else self.S
-
-    def block(self, rows: slice, device: torch.device) -> Tensor:
-        """Return which leading keys ``rows`` see, ``(B|1, H|1, t, keys)`` boolean."""
-        t, n = rows.stop - rows.start, self.keys(rows)
-        seen = self.visible_block(rows)
-        if seen is None:
-            seen = torch.ones(t, n, dtype=torch.bool, device=device)
-            seen = (seen.tril(n - t) if self.causal else seen)[None, None]
-        return seen.to(device).expand(-1, -1, t, n)
-
-    def visible_block(self, rows: slice) -> Tensor | None:
-        """Return the part of ``visible`` for the leading keys; None if ``visible`` is None."""
-        v = self.visible
-        if v is None:
-            return None
-        n = self.keys(rows) if v.shape[3] > 1 else None
-        return v[:, :, rows if v.shape[2] > 1 else slice(None), :n]
-
-    def of_any_head(self) -> QueryMask:
-        """Return the mask that shows a key if any head sees it."""
-        v = self.visible
-        return self if v is None or v.shape[1] == 1 else replace(self, visible=v.any(1, True))
-
-    def counts(self, chosen: Tensor | None, device: torch.device) -> Tensor:
-        """Count the chosen queries that see each key.
-
-        Args:
-            chosen: ``(B, T)`` boolean; None for every query. Padded queries never count.
-            device: The device of the result.
-
-        Returns:
-            ``(B|1, H|1, S)``, float32.
-        """
-        if chosen is None:
-            return self._all_counts.to(device)
-        return self._counts(chosen, device)
-
-    @cached_property
-    def _all_counts(self) -> Tensor:
-        known = self.real if self.visible is None else self.visible
-        return self._counts(None, torch.device("cpu") if known is None else known.device)
-
-    def _counts(self, chosen: Tensor | None, device: torch.device) -> Tensor:
-        chosen = self.chosen(chosen)
-        if self.visible is None:
-            counted = torch.ones(1, self.T, dtype=torch.bool, device=device)
-            counted = counted if chosen is None else chosen.to(device)
-            # From the first query that sees a key, all queries see it.
-            later = counted.float().flip(1).cumsum(1).flip(1)
-            first = torch.arange(self.S, device=device) - (self.S - self.T)
-            return later[:, None, first.clamp(min=0) * self.causal]
-        counts = torch.zeros(1, 1, self.S, dtype=torch.float32, device=device)
-        for rows in blocks(self.T, max(1, BLOCK_ELEMENTS // self.S)):
-            seen = self.block(rows, device)
-            if chosen is not None:
-                seen = seen & chosen[:, None, rows, None].to(device)
-            part = seen.sum(-2)
-            counts = counts + torch.nn.functional.pad(part, (0, self.S - part.shape[-1]))
-        return counts
-
-    def chosen(self, chosen: Tensor | None) -> Tensor | None:
-        """Return ``chosen`` without the padded queries."""
-        if chosen is None or self.real is None:
-            return self.real if chosen is None else chosen
-        return chosen & self.real
-
-
-def blocks(T: int, size: int) -> Iterator[slice]:
-    """Yield slices of at most ``size`` queries that together cover ``range(T)``."""
-    for start in range(0, T, size):
-        yield slice(start, min(start + size, T))
-
-
-Weights = Callable[[slice], Tensor]
-"""Takes the rows of a block of queries, and returns their weights on the first ``n`` keys,
-``(B, H, t, n)``. The weights on all other keys are zero. The caller may overwrite the result."""
 
 
 @dataclass(frozen=True)
@@ -485,7 +279,7 @@ class AttentionLayer:
     residual: ResidualSum | None = None
 
     @classmethod
-    @_without_autocast
+    @without_autocast
     def from_tensors(
         cls, attention: Tensor, value: Tensor, output_weight: Tensor, mask: QueryMask | None = None
     ) -> AttentionLayer:
@@ -508,7 +302,7 @@ class AttentionLayer:
                 f"{tuple(output_weight.shape)} do not fit: expected (B, H, T, S), "
                 "(B, H_kv, S, d_h) and (H, d_h, d)."
             )
-        attention, value, output_weight = _at_least_float32(attention, value, output_weight)
+        attention, value, output_weight = at_least_float32(attention, value, output_weight)
         y = attention @ expand_heads(value, H)
         o = torch.einsum("bhte,hed->btd", y, output_weight)
         mask = mask or QueryMask(T, S)
@@ -581,7 +375,7 @@ class AttentionLayer:
         v = expand_heads(self.value[:, :, :n], self.H)[:, :, None].to(form.dtype)
         out = self.value.new_empty(*gate.shape[:3], n)
         per_query = v.numel()
-        for some in blocks(gate.shape[2], max(1, BLOCK_ELEMENTS // per_query)):
+        for some in blocks(gate.shape[2], max(1, block_elements(v.device) // per_query)):
             gated = v * gate[:, :, some, None].to(form.dtype)
             out[:, :, some] = form.norms(gated.flatten(2, 3)).view_as(out[:, :, some]).to(out.dtype)
         return out
@@ -705,10 +499,6 @@ def _reciprocal(x: Tensor) -> Tensor:
 # Measures
 
 
-Block = Callable[[Tensor, slice], Tensor]
-"""Takes ``a`` ``(B, H, t, n)`` and its rows, and returns the measure there. It may overwrite
-``a``."""
-
 Measure = Callable[[Any], Block]
 """Takes a layer, computes what all blocks need, and returns the function for one block."""
 
@@ -733,31 +523,37 @@ def heads_of(measure: Measure, heads: int) -> int:
 
 def attention(layer: AttentionLayer) -> Block:
     """Attention weights, ``a_ij``."""
-    return lambda a, rows: a
+    return Product(layer.value)
 
 
 def vw(layer: AttentionLayer) -> Block:
     """Value-weighted attention, ``|a_ij| ||v~_j||``."""
-    return _times_scale(layer, _value_weighted(layer))
-
-
-def _value_weighted(layer: AttentionLayer) -> Block:
-    return lambda a, rows: a.abs_().mul_(layer.norms(rows, a.shape[-1]))
-
-
-def _times_scale(layer: AttentionLayer, block: Block) -> Block:
-    """Multiply a measure that has the unit of the output by the layer's scale."""
-    if layer.scale is None:
-        return block
-    scale = layer.scale.abs()[:, None, :, None]
-    return lambda a, rows: block(a, rows).mul_(scale[:, :, rows])
+    return _times_norms(layer, Product(layer.value, per_query=_scale(layer), absolute=True))
 
 
 def vwon(layer: AttentionLayer) -> Block:
     """Value-weighted attention relative to the output, ``|a_ij| ||v~_j|| / ||o_i||``."""
-    scale = _reciprocal(layer.direction("inter")[1].sqrt())[..., None]
-    weighted = _value_weighted(layer)
-    return lambda a, rows: weighted(a, rows).mul_(scale[:, :, rows])
+    shorter = _reciprocal(layer.direction("inter")[1].sqrt())
+    return _times_norms(layer, Product(layer.value, per_query=shorter, absolute=True))
+
+
+def _scale(layer: AttentionLayer) -> Tensor | None:
+    """Return the factor ``(B, 1, T)`` of a measure that has the unit of the output."""
+    return None if layer.scale is None else layer.scale.abs()[:, None]
+
+
+def _times_norms(layer: AttentionLayer, product: Product) -> Block:
+    """Multiply by ``||v~_j||``. With a gate, the norms are different for each query."""
+    if layer.gate is None:
+        return replace(product, per_key=layer.value_norms)
+    return lambda a, rows: product(a, rows).mul_(layer.norms(rows, a.shape[-1]))
+
+
+def _over_norms(layer: AttentionLayer, product: Product) -> Block:
+    """Divide by ``||v~_j||``, as :func:`_times_norms` multiplies."""
+    if layer.gate is None:
+        return replace(product, per_key=_reciprocal(layer.value_norms))
+    return lambda a, rows: product(a, rows).mul_(_reciprocal(layer.norms(rows, a.shape[-1])))
 
 
 def contribution(scope: Scope = "inter") -> Measure:
@@ -766,20 +562,15 @@ def contribution(scope: Scope = "inter") -> Measure:
     return partial(_contribution, scope)  # not a closure, so that measures can be pickled
 
 
-def _contribution(scope: Scope, layer: AttentionLayer) -> Block:
+def _contribution(scope: Scope, layer: AttentionLayer) -> Product:
     u, norm2 = layer.direction(scope)
-    u = u * _reciprocal(norm2)[..., None]
-    return lambda a, rows: a.mul_(grouped_matmul(u[:, :, rows], layer.value[:, :, : a.shape[-1]]))
+    return Product(layer.value, (Direction(u * _reciprocal(norm2)[..., None]),))
 
 
 def relative_norm(layer: AttentionLayer) -> Block:
     """``||v~_j|| / ||o_i||`` where the query sees the key, and zero elsewhere (Eq. 14)."""
-    scale = _reciprocal(layer.direction("inter")[1].sqrt())[..., None]
-
-    def block(a: Tensor, rows: slice) -> Tensor:
-        return _zero_where_hidden(layer, rows, scale[:, :, rows] * layer.norms(rows, a.shape[-1]))
-
-    return block
+    shorter = _reciprocal(layer.direction("inter")[1].sqrt())
+    return _times_norms(layer, Product(layer.value, per_query=shorter, instead=layer.mask))
 
 
 def cosine_with(scope: Scope) -> Measure:
@@ -789,15 +580,13 @@ def cosine_with(scope: Scope) -> Measure:
 
 
 def _cosine_with(scope: Scope, layer: AttentionLayer) -> Block:
+    seen = Product(layer.value, (_unit_direction(layer, scope),), instead=layer.mask)
+    return _over_norms(layer, seen)
+
+
+def _unit_direction(layer: AttentionLayer, scope: Scope) -> Direction:
     u, norm2 = layer.direction(scope)
-    u = u * _reciprocal(norm2.sqrt())[..., None]
-
-    def block(a: Tensor, rows: slice) -> Tensor:
-        n = a.shape[-1]
-        along = grouped_matmul(u[:, :, rows], layer.value[:, :, :n])
-        return _zero_where_hidden(layer, rows, along.mul_(_reciprocal(layer.norms(rows, n))))
-
-    return block
+    return Direction(u * _reciprocal(norm2.sqrt())[..., None])
 
 
 def geometry(scope: Scope) -> Measure:
@@ -807,21 +596,18 @@ def geometry(scope: Scope) -> Measure:
 
 
 def _geometry(scope: Scope, layer: AttentionLayer) -> Block:
-    share = contribution(scope)(layer)
-    return lambda a, rows: _zero_where_hidden(layer, rows, share(torch.ones_like(a), rows))
+    return replace(_contribution(scope, layer), instead=layer.mask)
 
 
 def attention_cosine(layer: AttentionLayer) -> Block:
     """``a_ij cos(o_i, v~_j)``: a contribution without the relative norm (Eq. 14)."""
-    factor = cosine_with("inter")(layer)
-    return lambda a, rows: a.mul_(factor(a, rows))
+    along = Product(layer.value, (_unit_direction(layer, "inter"),))
+    return _over_norms(layer, along)
 
 
 def projection(layer: AttentionLayer) -> Block:
     """``a_ij <o_i, v~_j> / ||o_i||``: the length of a term along the output."""
-    share = contribution()(layer)
-    norm = layer.direction("inter")[1].sqrt()[..., None]
-    return _times_scale(layer, lambda a, rows: share(a, rows).mul_(norm[:, :, rows]))
+    return Product(layer.value, (_unit_direction(layer, "inter"),), per_query=_scale(layer))
 
 
 def closeness(layer: AttentionLayer) -> Block:
@@ -840,17 +626,12 @@ def closeness(layer: AttentionLayer) -> Block:
 
 def target(layer: TargetLayer) -> Block:
     """Return ``a_ij <g_i, v~_j>``, what each term adds to a target with the gradient ``g_i``."""
-    return lambda a, rows: a.mul_(
-        grouped_matmul(layer.head_gradient[:, :, rows], layer.value[:, :, : a.shape[-1]])
-    )
+    return Product(layer.value, (Direction(layer.head_gradient),))
 
 
 def effect(layer: EffectLayer) -> Block:
     """Return ``R_i c_ij``, the effect ``R_i`` of an output, shared out by contributions."""
-    share = layer.share * layer.effect[:, None, :, None]
-    return lambda a, rows: a.mul_(
-        grouped_matmul(share[:, :, rows], layer.value[:, :, : a.shape[-1]])
-    )
+    return Product(layer.value, (Direction(layer.share),), per_query=layer.effect[:, None])
 
 
 def joint(weight: float) -> Measure:
@@ -859,17 +640,8 @@ def joint(weight: float) -> Measure:
 
 
 def _joint(weight: float, layer: EffectLayer) -> Block:
-    def block(a: Tensor, rows: slice) -> Tensor:
-        value = layer.value[:, :, : a.shape[-1]]
-        both = grouped_matmul(layer.head_gradient[:, :, rows], value).abs_().pow_(weight)
-        both *= grouped_matmul(layer.share[:, :, rows], value).abs_().pow_(1 - weight)
-        return a.mul_(both)
-
-    return block
-
-
-def _zero_where_hidden(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:
-    return x * layer.mask.block(rows, x.device)
+    both = Direction(layer.head_gradient, weight), Direction(layer.share, 1 - weight)
+    return Product(layer.value, both)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -899,21 +671,21 @@ def map_blocks(
     """
     *first, last = (measure(layer) for measure in measures)
     chosen = layer.mask.chosen(chosen)
-    wanted = None if chosen is None else chosen.any(0).cpu()
+    host = None if chosen is None else chosen.cpu()  # waits for the device once, not in each block
     per_query = layer.value.shape[0] * layer.H * layer.S
-    for rows in blocks(layer.T, max(1, BLOCK_ELEMENTS // per_query)):
-        if wanted is not None and not wanted[rows].any():
+    for rows in blocks(layer.T, max(1, block_elements(layer.value.device) // per_query)):
+        if host is not None and not host[:, rows].any():
             continue
         a = layer.weights(rows)
         found = (*(apply(a.clone(), rows) for apply in first), last(a, rows))
-        if chosen is not None and not chosen[:, rows].all():
+        if chosen is not None and host is not None and not host[:, rows].all():
             for g in found:
                 # A product would keep NaN, which padded queries may have.
                 g.masked_fill_(~chosen[:, None, rows, None], 0)
         yield rows, found
 
 
-@_without_autocast
+@without_autocast
 def dense_map(layer: AnyLayer, measure: Measure) -> Tensor:
     """Compute the full map of a measure, ``(B, H, T, S)``.
 
@@ -930,7 +702,7 @@ def dense_map(layer: AnyLayer, measure: Measure) -> Tensor:
     return out
 
 
-@_without_autocast
+@without_autocast
 def token_scores(
     layer: AnyLayer,
     measure: Measure,
@@ -941,7 +713,9 @@ def token_scores(
 ) -> Tensor:
     """Reduce a measure over the queries that can see each key (Eq. 15).
 
-    Only one block of queries is in memory at a time, so memory grows linearly with the text.
+    Only one block of queries is in memory at a time, so memory grows linearly with the text. On a
+    GPU, one kernel computes the scores of a measure that is a :class:`~captum_cw.products.Product`,
+    and holds no block in memory (see :mod:`captum_cw.products`).
 
     Args:
         layer: The layer.
@@ -965,11 +739,34 @@ def token_scores(
         [[[0.75, 0.5]]]
     """
     check_choice("reduction", reduction, Reduction)
-    B, H = layer.value.shape[0], heads_of(measure, layer.H)
-    total = layer.value.new_full((B, H, layer.S), -math.inf if reduction == "max" else 0.0)
+    H, block = heads_of(measure, layer.H), measure(layer)
     mask = layer.mask if H == layer.H else layer.mask.of_any_head()
     chosen = mask.chosen(queries)
-    for rows, (g,) in map_blocks(layer, measure, chosen=queries):
+    total = reduce_by_kernel(layer.weights, block, mask, chosen, reduction, signed=signed)
+    if total is None:
+        total = _reduce_by_blocks(layer, block, mask, H, queries, reduction, signed=signed)
+    counts = mask.counts(queries, total.device).to(total.dtype)
+    if reduction in ("mean", "rms"):
+        total /= counts.clamp(min=1)
+    if reduction == "rms":
+        total.sqrt_()
+    return total.masked_fill_(counts == 0, 0)
+
+
+def _reduce_by_blocks(
+    layer: AnyLayer,
+    block: Block,
+    mask: QueryMask,
+    H: int,
+    queries: Tensor | None,
+    reduction: Reduction,
+    *,
+    signed: bool,
+) -> Tensor:
+    """Return the sums, sums of squares or maxima over queries, ``(B, H, S)``."""
+    B, chosen = layer.value.shape[0], mask.chosen(queries)
+    total = layer.value.new_full((B, H, layer.S), -math.inf if reduction == "max" else 0.0)
+    for rows, (g,) in map_blocks(layer, lambda _: block, chosen=queries):
         if not signed:
             g.abs_()
         part = total[..., : g.shape[-1]]
@@ -983,15 +780,10 @@ def token_scores(
             # A product with ones is faster than a sum over rows, which reads memory out of order.
             terms = g.square_() if reduction == "rms" else g
             part += (g.new_ones(1, g.shape[-2]) @ terms)[..., 0, :]
-    counts = mask.counts(queries, total.device).to(total.dtype)
-    if reduction in ("mean", "rms"):
-        total /= counts.clamp(min=1)
-    if reduction == "rms":
-        total.sqrt_()
-    return total.masked_fill_(counts == 0, 0)
+    return total
 
 
-@_without_autocast
+@without_autocast
 def query_scores(
     layer: AnyLayer,
     measure: Measure,
@@ -1033,7 +825,7 @@ def query_scores(
     return out
 
 
-@_without_autocast
+@without_autocast
 def head_share(layer: AttentionLayer) -> Tensor:
     """Compute ``sum_j c_ij^h``, each head's share of the layer's output, without a map.
 

@@ -37,22 +37,20 @@ import torch
 from torch import Tensor
 
 from captum_cw.functional import (
-    BLOCK_ELEMENTS,
     Aggregation,
     AttentionLayer,
-    Block,
     Measure,
     QueryMask,
     Reduction,
     aggregate,
-    blocks,
     check_choice,
     contribution,
     dense_map,
-    expand_heads,
     of_whole_tokens,
     vw,
 )
+from captum_cw.products import Block
+from captum_cw.weights import block_elements, blocks, expand_heads
 
 __all__ = [
     "Rollout",
@@ -134,7 +132,7 @@ def alti(layer: AttentionLayer) -> Block:
         B, _, t, n = a.shape
         out = a.new_zeros(B, t, n)
         along, reach = sign[:, :, rows], 2 * size[:, :, rows]
-        for keys in blocks(n, max(1, BLOCK_ELEMENTS // (B * t * y.shape[-1]))):
+        for keys in blocks(n, max(1, block_elements(y.device) // (B * t * y.shape[-1]))):
             terms = terms_of(a[..., keys], rows, keys)  # (B, m, t, d)
             first, end = max(rows.start, keys.start), min(rows.stop, keys.stop)
             own = torch.arange(first, max(first, end), device=a.device)

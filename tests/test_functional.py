@@ -11,6 +11,7 @@ from torch import Tensor
 from captum_cw import functional
 from captum_cw.functional import AttentionLayer, QueryMask, contribution, dense_map, vw
 from support import reference
+from support.masks import MASKS, make_mask
 
 MEASURES = {
     "attention": functional.attention,
@@ -21,39 +22,6 @@ MEASURES = {
     "relative_norm": functional.relative_norm,
     "cosine": functional.cosine_with("inter"),
 }
-MASKS = (
-    "none",
-    "causal",
-    "sliding",
-    "padded",
-    "bidirectional-padded",
-    "padded-keys-only",
-    "per-head",
-)
-
-
-def make_mask(kind: str, B: int, H: int, T: int) -> tuple[QueryMask, Tensor]:
-    """A mask as the package sees it, and as one dense tensor with padded queries seeing nothing."""
-    i, j = torch.arange(T)[:, None], torch.arange(T)
-    real = torch.ones(B, T, dtype=torch.bool)
-    if kind == "none":
-        return QueryMask(T, T), torch.ones(B, H, T, T, dtype=torch.bool)
-    if kind == "causal":
-        return QueryMask(T, T, causal=True), (j <= i).expand(B, H, T, T)
-    if kind == "sliding":
-        visible = (j <= i) & (j > i - 2)
-        return QueryMask(T, T, visible[None, None], causal=True), visible.expand(B, H, T, T)
-    if kind == "per-head":
-        visible = torch.rand(B, H, T, T, generator=torch.Generator().manual_seed(3)) < 0.6
-        visible |= torch.eye(T, dtype=torch.bool)
-        return QueryMask(T, T, visible), visible
-    real[0, : T // 2] = False
-    visible = real[:, None, None, :] & ((j <= i) | (kind != "padded"))
-    if kind == "padded-keys-only":  # one row for all queries, as models without causality have it
-        mask = QueryMask(T, T, real[:, None, None, :], real=real)
-        return mask, (visible & real[:, None, :, None]).expand(B, H, T, T)
-    mask = QueryMask(T, T, visible, causal=kind == "padded", real=real)
-    return mask, (visible & real[:, None, :, None]).expand(B, H, T, T)
 
 
 def make_layer(
@@ -78,7 +46,7 @@ def make_layer(
 
 @pytest.fixture(params=[1, 7, 10**6], ids=["tiny-blocks", "odd-blocks", "one-block"])
 def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(functional, "BLOCK_ELEMENTS", request.param * 48)
+    monkeypatch.setattr("captum_cw.weights.BLOCK_ELEMENTS", request.param * 48)
     return int(request.param)
 
 

@@ -25,7 +25,6 @@ from captum_cw import (
     comprehensiveness,
     functional,
     remove_tokens,
-    rollout,
 )
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.capture.model import parameters_of
@@ -418,8 +417,7 @@ def test_maps_of_a_layer_with_gates_and_norms(
         residual = replace(layer.residual, norm=norm, result=result)
         layer = replace(layer, update=update, residual=residual)
     if block is not None:
-        for module in (functional, rollout):
-            monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
+        monkeypatch.setattr("captum_cw.weights.BLOCK_ELEMENTS", block)
     found = dense_map(layer, MIXINGS[name])
     assert found.shape == (B, 1, T, T)
     expected = mixing(terms_of(layer), name)

@@ -28,13 +28,13 @@ from captum_cw.analysis.streaming import (
 )
 from captum_cw.functional import (
     AttentionLayer,
-    Block,
     attention,
     contribution,
     cosine_with,
     geometry,
     relative_norm,
 )
+from captum_cw.products import Block
 
 FACTORS = ("attention", "relative norm", "cosine")
 #: The products of factors in Table 1, one for each row, and their factors.

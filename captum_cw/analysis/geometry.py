@@ -6,7 +6,8 @@ from torch import Tensor
 
 from captum_cw.analysis.streaming import SeenLayer
 from captum_cw.capture import UnsupportedModelError
-from captum_cw.functional import expand_heads, output_gram
+from captum_cw.functional import output_gram
+from captum_cw.weights import expand_heads
 
 
 def values_and_gram(seen: SeenLayer) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from captum_cw.analysis.streaming import visible_blocks
-from captum_cw.functional import AttentionLayer, attention, expand_heads
+from captum_cw.functional import AttentionLayer, attention
+from captum_cw.weights import expand_heads
 
 Distance = Literal["euclidean", "cosine"]
 """The distance of a term from the sum of a set: ``||z_j - s||``, or ``1 - cos(z_j, s)``."""

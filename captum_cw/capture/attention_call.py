@@ -15,13 +15,7 @@ from torch import Tensor, nn
 from captum_cw.capture import module_stack
 from captum_cw.capture.module_stack import Run
 from captum_cw.capture.rounding import product_rounding, rounding
-from captum_cw.functional import (
-    QueryMask,
-    Weights,
-    attention_weights,
-    expand_heads,
-    grouped_matmul,
-)
+from captum_cw.weights import QueryMask, SoftmaxWeights, Weights, expand_heads, grouped_matmul
 
 __all__ = [
     "AttentionCall",
@@ -105,6 +99,8 @@ class AttentionCall:
         mask: Boolean (True = visible) or additive, broadcastable to ``(B, H, T, S)``, or None.
         causal: Whether the kernel hides later keys if there is no mask.
         scaling: The factor of the inner products; None is ``1 / sqrt(d_k)``.
+        softcap, sink: The soft-cap of the logits and the learned sinks ``(H,)`` that the kernel was
+            given, as for :func:`~captum_cw.functional.attention_weights`; it may ignore them.
         weights: ``(B, H, T, S)`` if the kernel returned them; else None.
         dense_kernel: The model's own kernel that returns weights, with all of its peculiarities;
             None if the model does not have one.
@@ -122,6 +118,8 @@ class AttentionCall:
     mask: Tensor | None = None
     causal: bool = False
     scaling: float | None = None
+    softcap: float | None = None
+    sink: Tensor | None = None
     weights: Tensor | None = None
     dense_kernel: DenseKernel | None = None
     registered: bool = False
@@ -289,45 +287,15 @@ def _hides(call: AttentionCall, real: Tensor) -> bool:
     return not (seen & rows[:, :, None] & ~real[:, None]).any()
 
 
-@dataclass(frozen=True)
-class SoftmaxWeights:
-    """Weights by the plain softmax of Eq. 1, in blocks of queries.
-
-    Args:
-        query: ``(B, H, T, d_k)``, in single precision at least.
-        key: ``(B, H_kv, S, d_k)``.
-        mask: Which keys the queries can see.
-        bias: What is added to the logits, broadcastable to ``(B, H, T, S)``; None for nothing.
-        scaling: The factor of the inner products; None is ``1 / sqrt(d_k)``.
-    """
-
-    query: Tensor
-    key: Tensor
-    mask: QueryMask
-    bias: Tensor | None = None
-    scaling: float | None = None
-
-    def __call__(self, rows: slice) -> Tensor:
-        """Return ``(B, H, t, n)``, for the leading keys that ``rows`` see."""
-        n, bias = self.mask.keys(rows), self.bias
-        seen = self.mask.visible_block(rows) if bias is None else _block(bias, rows)[..., :n]
-        return attention_weights(
-            self.query[:, :, rows],
-            self.key[:, :, :n],
-            scaling=self.scaling,
-            mask=seen,
-            causal=seen is None and self.mask.causal,
-        )
-
-
 def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
     """Return the attention weights that the call used, in blocks of queries.
 
     There are three sources, from the cheapest to the most expensive: the weights that the kernel
-    returned, a plain softmax, and the model's own dense kernel, which runs block by block. The
-    first source that gives the head outputs at a few queries is used. If the softmax and the dense
-    kernel differ, the dense kernel comes first, since head outputs in half precision cannot tell
-    soft-capped weights from plain ones.
+    returned, a softmax, and the model's own dense kernel, which runs block by block. The first
+    source that gives the head outputs at a few queries is used. If the softmax and the dense kernel
+    differ, the dense kernel comes first, since head outputs in half precision cannot tell
+    soft-capped weights from plain ones. If the kernel was given a soft-cap or sinks, the softmax
+    has them, and a plain softmax comes last, because some kernels ignore them.
 
     Args:
         call: The call.
@@ -371,12 +339,13 @@ def _sources(call: AttentionCall, mask: QueryMask) -> tuple[str, ...]:
     """Return the names of the sources of weights, the likeliest first."""
     if call.weights is not None:
         return ("returned",)
+    plain = () if call.softcap is None and call.sink is None else ("plain",)
     if call.dense_kernel is None:
-        return ("softmax",)
+        return ("softmax", *plain)
     softmax, dense = (_weights(source, call, mask) for source in ("softmax", "dense"))
     late = _probed(mask)[-2:]  # they see most keys
     agree = all(_agree(softmax(rows), dense(rows)) for rows in late)
-    return ("softmax", "dense") if agree else ("dense", "softmax")
+    return (*(("softmax", "dense") if agree else ("dense", "softmax")), *plain)
 
 
 def _weights(source: str, call: AttentionCall, mask: QueryMask) -> Weights:
@@ -384,12 +353,22 @@ def _weights(source: str, call: AttentionCall, mask: QueryMask) -> Weights:
     scaled, _, base = source.rpartition(" ")
     if scaled:
         return _rescaled(_weights(base, call, mask), call)
-    if source == "softmax":
+    if source in ("softmax", "plain"):
         assert call.query is not None
         assert call.key is not None
         query, key = call.read(call.query), call.read(call.key)
         bias = None if call.mask is None or call.mask.dtype == torch.bool else call.mask
-        return SoftmaxWeights(query, key, mask, bias, call.scaling)
+        plain = source == "plain"
+        return SoftmaxWeights(
+            query,
+            key,
+            mask,
+            bias,
+            call.scaling,
+            softcap=None if plain else call.softcap,
+            sink=None if plain else call.sink,
+            dtype=call.returned.dtype,
+        )
     if source == "dense":
         assert call.dense_kernel is not None
         return _dense(call, mask, call.dense_kernel)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from captum_cw.capture.attention_call import SoftmaxWeights, hides_later
+from captum_cw.capture.attention_call import hides_later
 from captum_cw.capture.function_call import FunctionCall
-from captum_cw.functional import BLOCK_ELEMENTS, QueryMask
+from captum_cw.functional import QueryMask
+from captum_cw.weights import SoftmaxWeights, block_elements
 
 __all__ = ["ValueGradient", "frozen_attention", "node_of", "run_frozen"]
 
@@ -60,7 +61,7 @@ class ValueGradient:
     def whole(self) -> Tensor:
         """Return the gradient, ``(B, H_kv, S, d_h)``, after all queries that nobody read."""
         B, H, T, _ = self.gradient.shape
-        size = max(1, BLOCK_ELEMENTS // (B * H * self._total.shape[2]))
+        size = max(1, block_elements(self.gradient.device) // (B * H * self._total.shape[2]))
         while self._done < T:
             self(slice(self._done, min(self._done + size, T)))
         return self._total

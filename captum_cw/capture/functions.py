@@ -21,7 +21,7 @@ from captum_cw.capture.dispatch import Proceed
 from captum_cw.capture.listeners import ValueChange, is_active, replaced, suspended
 from captum_cw.capture.module_stack import innermost, running
 from captum_cw.capture.positions import LOOKUPS, check_positions
-from captum_cw.functional import expand_heads
+from captum_cw.weights import expand_heads
 
 __all__ = ["DirectAttention"]
 

@@ -45,7 +45,7 @@ from captum_cw.capture.kernel_masks import KernelMask, Reading, is_block_mask, r
 from captum_cw.capture.listeners import suspended
 from captum_cw.capture.patching import set_to, shared
 from captum_cw.capture.rounding import are_near
-from captum_cw.functional import expand_heads
+from captum_cw.weights import expand_heads
 
 __all__ = ["kernels_in_functions", "registered_kernels"]
 
@@ -257,6 +257,8 @@ class _Kernel:
             mask=mask,
             causal=causal,
             scaling=given.options.get("scaling"),
+            softcap=given.options.get("softcap"),
+            sink=_sink(given),
             returned=result[0],
             by_token=lambda y: y if y.dim() == 4 else y.reshape(*y.shape[:2], H, -1),
             dense_kernel=_dense_kernel(module, given),
@@ -318,6 +320,14 @@ def _additive(mask: Tensor | None, seen: Tensor, dtype: torch.dtype) -> Tensor:
         return mask
     hidden = torch.finfo(dtype).min
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, hidden)
+
+
+def _sink(given: _Arguments) -> Tensor | None:
+    """Return the learned sinks ``(H,)`` that a kernel was given; None for none."""
+    sink = given.options.get("s_aux")
+    if not isinstance(sink, Tensor) or sink.numel() != given.query.shape[1]:
+        return None
+    return sink.detach().flatten()
 
 
 def _dense_kernel(module: nn.Module, given: _Arguments) -> DenseKernel | None:

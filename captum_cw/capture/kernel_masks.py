@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdRef
 
-from captum_cw.functional import BLOCK_ELEMENTS, blocks
+from captum_cw.weights import block_elements, blocks
 
 __all__ = ["KernelMask", "Reading", "evaluated", "is_block_mask", "reads_pages"]
 
@@ -191,8 +191,8 @@ def evaluated(function: Callable[..., Tensor], *places: Tensor) -> Tensor:
 def _of_blocks(mask: Any, T: int, S: int) -> Reading:
     """Return what a ``BlockMask`` shows: a tensor only if it hides other keys than later ones."""
     B, H = mask.kv_num_blocks.shape[:2]
-    size = max(1, BLOCK_ELEMENTS // (B * H * S))
     keys = torch.arange(S, device=mask.kv_num_blocks.device)
+    size = max(1, block_elements(keys.device) // (B * H * S))
     shows_all, hides_later = True, T == S
     for rows in blocks(T, size):
         seen = _block_rows(mask, rows, keys)

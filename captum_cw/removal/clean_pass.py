@@ -13,12 +13,13 @@ from captum_cw.attr.effects import Share
 from captum_cw.capture import Execution, Observation, UnsupportedModelError, evaluating
 from captum_cw.capture.run import no_attention
 from captum_cw.capture.text_layers import TextLayers
-from captum_cw.functional import AttentionLayer, blocks
+from captum_cw.functional import AttentionLayer
 from captum_cw.removal.options import Factors, RemovalOptions
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.scoring import PairScorer
 from captum_cw.removal.sinks import real_tokens
 from captum_cw.removal.virtual_tokens import behind, padding_masks, text_mask, without_prefix
+from captum_cw.weights import blocks
 
 __all__ = [
     "CleanPass",

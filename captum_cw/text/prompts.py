@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from captum_cw.capture import Execution, UnsupportedModelError
 from captum_cw.capture.caches import find_cache
 from captum_cw.capture.model import device_of, parameters_of
-from captum_cw.functional import AnyLayer, blocks
+from captum_cw.functional import AnyLayer
 from captum_cw.text.templates import Encoded, Messages, encode, render_chat
 from captum_cw.text.tokens import Span, warn_of_two_begin_tokens
+from captum_cw.weights import blocks
 
 __all__ = [
     "Text",

@@ -182,7 +182,7 @@ def test_measures_in_blocks_are_those_of_one_block(monkeypatch: pytest.MonkeyPat
     layer = planted_layer()
     measures = attention, vw, contribution("intra"), geometry("inter"), vw, attention
     whole = [dense_map(layer, measure) for measure in measures]
-    monkeypatch.setattr("captum_cw.functional.BLOCK_ELEMENTS", 2 * 2 * 4 * 7)
+    monkeypatch.setattr("captum_cw.weights.BLOCK_ELEMENTS", 2 * 2 * 4 * 7)
     rows = []
     for block, found in map_blocks(layer, *measures):
         rows.append((block.start, block.stop))
@@ -451,7 +451,7 @@ def test_entropy_in_blocks_is_that_of_whole_maps(monkeypatch: pytest.MonkeyPatch
     model = llama()
     whole = weight_entropy(model, batches()), first_token_weight(model, batches())
     for elements in (1, 100):
-        monkeypatch.setattr("captum_cw.functional.BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr("captum_cw.weights.BLOCK_ELEMENTS", elements)
         parts = weight_entropy(model, batches()), first_token_weight(model, batches())
         for one, other in zip(whole, parts, strict=True):
             assert other.numbers == pytest.approx(one.numbers, rel=1e-5)

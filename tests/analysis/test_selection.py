@@ -198,7 +198,7 @@ def test_queries_are_drawn_once_each_and_as_the_seed_says() -> None:
 
 
 def test_blocks_give_the_rows_of_the_chosen_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captum_cw.functional.BLOCK_ELEMENTS", 4 * 12 * 5)
+    monkeypatch.setattr("captum_cw.weights.BLOCK_ELEMENTS", 4 * 12 * 5)
     a, v = planted(4)
     layer = AttentionLayer.from_tensors(
         a[None], v[None, :2], torch.randn(4, 5, 6).double(), QueryMask(12, 12, causal=True)

@@ -213,7 +213,7 @@ def test_what_is_held_of_a_layer_is_the_asked_rows(monkeypatch: pytest.MonkeyPat
 def test_the_largest_tensor_grows_linearly_with_a_text(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "BLOCK_ELEMENTS", 2**10)
+    monkeypatch.setattr("captum_cw.weights.BLOCK_ELEMENTS", 2**10)
     model = long(2048)
     llm = LLMTokenAttribution(ContributionWeights(model), tiny_tokenizer)
     sizes = []
@@ -230,7 +230,7 @@ def test_the_largest_tensor_grows_linearly_with_a_text(
 def test_asked_rows_are_those_of_the_map(
     queries: slice, signed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "BLOCK_ELEMENTS", 4 * 9 * 2)  # two queries in a block
+    monkeypatch.setattr("captum_cw.weights.BLOCK_ELEMENTS", 4 * 9 * 2)  # two queries in a block
     model = llama()
     maps = torch.stack(ContributionWeights(model).attribute(IDS))
     expected = (maps if signed else maps.abs()).mean((0, 2))[:, queries]

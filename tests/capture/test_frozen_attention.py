@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from captum_cw import InputContributions, TargetContributions, TokenScores
 from captum_cw.capture import frozen_attention as module
 from captum_cw.capture import linear_rules
-from captum_cw.capture.attention_call import SoftmaxWeights
 from captum_cw.capture.frozen_attention import ValueGradient, frozen_attention, node_of
 from captum_cw.capture.function_call import FunctionCall
+from captum_cw.weights import SoftmaxWeights
 from support.inputs import padded_batch, token_ids
 from support.models import llama
 

@@ -18,8 +18,9 @@ from captum_cw import (
     functional,
 )
 from captum_cw.capture import UnsupportedModelError, attention_call, hf_registry
-from captum_cw.capture.attention_call import AttentionCall, SoftmaxWeights, query_mask
+from captum_cw.capture.attention_call import AttentionCall, query_mask
 from captum_cw.functional import AttentionLayer
+from captum_cw.weights import SoftmaxWeights
 from support import reference
 from support.inputs import last_tokens_and_cache, padded_batch, position_ids, token_ids
 from support.measures import MEASURES_AND_INTRA
@@ -396,7 +397,7 @@ def test_a_kernel_of_its_own_kind_is_replayed_block_by_block(
     monkeypatch.setattr(file, "eager_attention_forward", fused)
     monkeypatch.setattr(hf_registry, "_find_eager", lambda module: eager)
     for elements in (1, 2**20):
-        monkeypatch.setattr(functional, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr("captum_cw.weights.BLOCK_ELEMENTS", elements)
         for x, y in zip(AttentionWeights(model).attribute(token_ids()), expected, strict=True):
             assert torch.allclose(x, y, atol=1e-6)
 

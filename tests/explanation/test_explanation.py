@@ -125,7 +125,7 @@ def test_blocks_of_queries_change_nothing(
 ) -> None:
     model = llama()
     whole = explain(model, tiny_tokenizer, IDS, top_k=4)
-    monkeypatch.setattr("captum_cw.functional.BLOCK_ELEMENTS", 60)  # two queries
+    monkeypatch.setattr("captum_cw.weights.BLOCK_ELEMENTS", 60)  # two queries
     blocks = explain(model, tiny_tokenizer, IDS, top_k=4)
     for name, x in whole.maps.items():
         close(blocks.maps[name], x)

@@ -102,7 +102,7 @@ def test_blocks_of_queries_change_nothing(
 ) -> None:
     model = with_virtual_tokens("prompt")
     whole = explain(model, tiny_tokenizer, IDS)
-    monkeypatch.setattr("captum_cw.functional.BLOCK_ELEMENTS", 4 * 12 * 5)
+    monkeypatch.setattr("captum_cw.weights.BLOCK_ELEMENTS", 4 * 12 * 5)
     blocks = explain(model, tiny_tokenizer, IDS)
     for name, x in whole.maps.items():
         assert torch.allclose(blocks.maps[name], x, atol=1e-6)

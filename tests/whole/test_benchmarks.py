@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from support.paths import ROOT
 from support.running import process_environment
@@ -79,6 +80,49 @@ def test_one_command_writes_all_tables_and_goes_on_after_a_kill(
 @pytest.mark.slow
 def test_a_process_that_dies_is_reported(benchmark: ModuleType) -> None:
     assert benchmark.in_own_process(os._exit, 3) == "failed: exit code 3"
+
+
+@pytest.fixture
+def gpu(benchmark: ModuleType) -> ModuleType:
+    return importlib.import_module("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_its_benchmark_ends_with_a_sentence(
+    gpu: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main([]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "This benchmark needs a CUDA device, and torch finds none.\n")
+
+
+def test_the_table_of_a_gpu_has_each_call_and_says_what_is_missing(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a small model, on the CPU."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, **heads}
+    monkeypatch.setitem(gpu.MODELS, "small", small)
+    table = gpu.table(["small"], [8, 16], "cpu", gpu.Budget(60))
+    rows = [line.split(" | ") for line in table.splitlines()]
+    assert [len(row) for row in rows] == [5] * (2 + len(gpu.MEASUREMENTS))
+    assert all(float(row[1]) > 0 for row in rows[2:])
+    late = gpu.table(["small"], [8], "cpu", gpu.Budget(-1))
+    assert late.count("out of time") == len(gpu.MEASUREMENTS)
+
+    def full() -> object:
+        raise torch.cuda.OutOfMemoryError
+
+    assert gpu.measured(full, "cpu", gpu.Budget(60)) == ("out of memory", "")
+
+
+def test_a_wrong_kernel_is_found_before_anything_is_measured(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "error_of", lambda case, made, reduction, signed: float("nan"))
+    cases = iter(list(gpu.core_cases("cpu"))[:2])
+    monkeypatch.setattr(gpu, "core_cases", lambda device: cases)
+    assert len(list(gpu.failed_checks("cpu", gpu.Budget(60)))) == 2
 
 
 @pytest.mark.parametrize("options", [["--lengths", "0"], ["--gradient-steps", "1"]])

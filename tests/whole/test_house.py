@@ -14,21 +14,24 @@ NAME = PACKAGE.name
 
 #: For each room, the rooms that it may import.
 ALLOWED = {
-    "functional": set(),
     "_utils": set(),
+    "kernels": set(),
     "measures": set(),
-    "rollout": {"functional"},
-    "capture": {"functional", "_utils"},
-    "text": {"capture", "functional"},
+    "weights": {"_utils"},
+    "products": {"kernels", "weights"},
+    "functional": {"products", "weights"},
+    "rollout": {"functional", "products", "weights"},
+    "capture": {"functional", "weights", "_utils"},
+    "text": {"capture", "functional", "weights"},
     "attr": {"capture", "text", "rollout", "functional", "_utils"},
-    "removal": {"attr", "capture", "measures", "functional"},
+    "removal": {"attr", "capture", "measures", "functional", "weights"},
     "visualization": {"text"},
     "explanation": {"attr", "capture", "text", "measures", "functional", "_utils"},
     "metrics": {"removal", "attr", "capture", "measures", "functional", "_utils"},
     "models": {"capture", "functional", "_utils"},
     "data": {"text", "functional", "_utils"},
     "analysis": {
-        *("metrics", "removal", "attr", "capture", "functional", "_utils"),
+        *("metrics", "removal", "attr", "capture", "functional", "products", "weights", "_utils"),
         "visualization",
     },
     "reproduce": {
@@ -38,6 +41,8 @@ ALLOWED = {
 }
 #: The modules that a result may import inside a function, to draw itself.
 FIGURES = {"visualization", "explanation.page", "analysis.figures"}
+#: The module that needs Triton, which not every machine has.
+OPTIONAL = {"kernels"}
 
 
 def modules() -> dict[str, Path]:
@@ -97,13 +102,13 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_figures_alone_are_imported_inside_functions() -> None:
+def test_figures_and_kernels_alone_are_imported_inside_functions() -> None:
     hidden = {
         f"{module} imports {name}"
         for module, path in modules().items()
         if room(module) != "cli"  # its help must not wait for torch
         for name, inside in imports(path)
-        if inside and not any(name.startswith(figure) for figure in FIGURES)
+        if inside and not any(name.startswith(later) for later in FIGURES | OPTIONAL)
     }
     assert hidden == set()
 
