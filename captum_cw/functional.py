@@ -22,7 +22,7 @@ is never in memory. :meth:`AttentionLayer.from_tensors` builds a layer from plai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial, wraps
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
@@ -148,13 +148,12 @@ def expand_heads(x: Tensor, heads: int) -> Tensor:
     return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def grouped_matmul(rows: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``<rows_i^h, keys_j^g(h)> + bias_ij`` without a copy of the shared key-value heads.
+def grouped_matmul(rows: Tensor, keys: Tensor) -> Tensor:
+    """Compute ``<rows_i^h, keys_j^g(h)>`` without a copy of the shared key-value heads.
 
     Args:
         rows: ``(B, H, t, d_h)``.
         keys: ``(B, H_kv, S, d_h)``.
-        bias: ``(t, S)``; None for zero.
 
     Returns:
         ``(B, H, t, S)``.
@@ -162,12 +161,7 @@ def grouped_matmul(rows: Tensor, keys: Tensor, bias: Tensor | None = None) -> Te
     B, H, t, d_h = rows.shape
     shared, S = keys.shape[1:3]
     grouped = rows.reshape(B, shared, H // shared * t, d_h)
-    if bias is None:
-        product = grouped @ keys.transpose(-1, -2)
-    else:
-        bias = bias.repeat(H // shared, 1)
-        product = torch.baddbmm(bias, grouped.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
-    return product.view(B, H, t, S)
+    return (grouped @ keys.transpose(-1, -2)).view(B, H, t, S)
 
 
 @_without_autocast
@@ -204,11 +198,14 @@ def attention_weights(
     if query.shape[1] % key.shape[1]:
         expand_heads(key, query.shape[1])  # raises an error with the reason
     lowest = torch.finfo(query.dtype).min
+    logits = grouped_matmul(query * scaling, key)
     if mask is None:
         T, S = query.shape[2], key.shape[2]
-        hidden = query.new_full((T, S), lowest).triu_(S - T + 1) if causal and T > 1 else None
-        return grouped_matmul(query * scaling, key, hidden).softmax(-1)
-    logits = grouped_matmul(query * scaling, key)
+        if causal and T > 1:
+            first = max(0, S - T + 1)  # of the keys that are later than some query
+            later = torch.ones(T, S - first, dtype=torch.bool, device=query.device)
+            logits[..., first:].masked_fill_(later.triu_(S - T + 1 - first), lowest)
+        return logits.softmax(-1)
     if mask.dtype == torch.bool:
         return logits.masked_fill_(~mask, lowest).softmax(-1).mul_(mask.any(-1, keepdim=True))
     return (logits + mask).softmax(-1)
@@ -336,6 +333,27 @@ class QueryMask:
         n = self.keys(rows) if v.shape[3] > 1 else None
         return v[:, :, rows if v.shape[2] > 1 else slice(None), :n]
 
+    def at(self, rows: Sequence[int], chosen: Tensor) -> QueryMask:
+        """Return the mask of a few queries; all others count as padding.
+
+        Args:
+            rows: The queries, in order.
+            chosen: ``(B, T)`` boolean, the queries that count.
+
+        Example:
+            >>> mask = QueryMask(3, 3, causal=True).at([1], torch.tensor([[False, True, False]]))
+            >>> mask.visible.tolist(), mask.real.tolist()
+            ([[[[True, True, False]]]], [[True]])
+        """
+        real, device = chosen[:, rows], chosen.device
+        visible = self.visible
+        if visible is None and self.causal:
+            last = torch.tensor(rows, device=device) + self.S - self.T
+            visible = (torch.arange(self.S, device=device) <= last[:, None])[None, None]
+        elif visible is not None and visible.shape[2] > 1:
+            visible = visible[:, :, rows]
+        return QueryMask(len(rows), self.S, visible, real=real)
+
     def of_any_head(self) -> QueryMask:
         """Return the mask that shows a key if any head sees it."""
         v = self.visible
@@ -378,11 +396,30 @@ class QueryMask:
             counts = counts + torch.nn.functional.pad(part, (0, self.S - part.shape[-1]))
         return counts
 
+    @cached_property
+    def known_rows(self) -> _Rows:
+        """The queries that are real in some example, and in every one."""
+        return _known_rows(self.real)
+
     def chosen(self, chosen: Tensor | None) -> Tensor | None:
         """Return ``chosen`` without the padded queries."""
         if chosen is None or self.real is None:
             return self.real if chosen is None else chosen
         return chosen & self.real
+
+
+_Rows = tuple[list[bool], list[bool]] | None
+
+
+def _known_rows(chosen: Tensor | None) -> _Rows:
+    """Return which queries are chosen in some example, and in every one; None if all are.
+
+    They are read from the device at once, since each read waits for it.
+    """
+    if chosen is None:
+        return None
+    some, every = torch.stack([chosen.any(0), chosen.all(0)]).tolist()
+    return some, every
 
 
 def blocks(T: int, size: int) -> Iterator[slice]:
@@ -418,6 +455,10 @@ class FrozenUpdate:
     gain: Tensor
     scale: Tensor
     centred: bool
+
+    def at(self, rows: list[int]) -> FrozenUpdate:
+        """Return the map of a few queries."""
+        return replace(self, scale=self.scale[:, rows])
 
     def without_scale(self, x: Tensor) -> Tensor:
         """Return ``gain * x`` for ``x`` ``(..., d)``, centred first if ``centred``."""
@@ -541,6 +582,41 @@ class AttentionLayer:
         layer: AttentionLayer = _on_cpu(self)
         return replace(layer, weights=lambda rows: self.weights(rows).cpu())
 
+    def at(self, rows: Sequence[int], chosen: Tensor) -> AttentionLayer:
+        """Return the layer with a few queries only; all others count as padding.
+
+        What measures compute for each query is then computed for these queries alone.
+
+        Args:
+            rows: The queries that count in some example, in order.
+            chosen: ``(B, T)`` boolean, the queries that count. Padded queries must not.
+
+        Example:
+            >>> layer = AttentionLayer.from_tensors(
+            ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
+            >>> last = layer.at([2], torch.tensor([[False, False, True]]))
+            >>> torch.allclose(dense_map(last, vwon), dense_map(layer, vwon)[:, :, 2:])
+            True
+        """
+        rows, update, residual = list(rows), self.update, self.residual
+        if residual is not None:
+            residual = ResidualSum(
+                residual.stream[:, rows],
+                residual.result[:, rows],
+                None if residual.norm is None else residual.norm.at(rows),
+            )
+        return replace(
+            self,
+            weights=partial(_weights_at, self.weights, rows, self.S),
+            head_output=self.head_output[:, :, rows],
+            output=self.output[:, rows],
+            mask=self.mask.at(rows, chosen),
+            scale=None if self.scale is None else self.scale[:, rows],
+            gate=None if self.gate is None else self.gate[:, :, rows],
+            update=None if update is None else update.at(rows),
+            residual=residual,
+        )
+
     def seen_in(self, space: Space) -> AttentionLayer:
         """Return the layer with its output and values measured in ``space``."""
         check_choice("space", space, Space)
@@ -617,9 +693,10 @@ class AttentionLayer:
     def _direction(self, scope: Scope) -> tuple[Tensor, Tensor]:
         if scope == "inter":
             u = pull_back(self.output, self.output_weight)
-            norm2 = self.output.square().sum(-1)[:, None]
-            y2 = self._gated_output.square().sum((1, 3))[:, None]
-            w2 = self.output_weight.square().sum()
+            norm2 = torch.linalg.vector_norm(self.output, dim=-1).square()[:, None]
+            y = self._gated_output.transpose(1, 2).flatten(2)
+            y2 = torch.linalg.vector_norm(y, dim=-1).square()[:, None]
+            w2 = torch.linalg.vector_norm(self.output_weight).square()
         else:
             # o_i^h itself is not needed, since W_O^h o_i^h = G_h y_i^h.
             found = self._output_form.pulled_back(self._gated_output)
@@ -635,6 +712,24 @@ class AttentionLayer:
         norm2 = self.direction(scope)[1]
         gone = norm2 == 0
         return int((gone if self.mask.real is None else gone & self.mask.real[:, None]).sum())
+
+
+def _weights_at(weights: Weights, rows: list[int], S: int, block: slice) -> Tensor:
+    """Return the weights of a few queries on all keys, ``(B, H, t, S)``."""
+    found = []
+    for run in _runs(rows[block]):
+        a = weights(run)
+        found.append(torch.nn.functional.pad(a, (0, S - a.shape[-1])))
+    return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+
+def _runs(rows: Sequence[int]) -> Iterator[slice]:
+    """Yield the runs of successive numbers among sorted ones."""
+    start = 0
+    for n in range(1, len(rows) + 1):
+        if n == len(rows) or rows[n] != rows[n - 1] + 1:
+            yield slice(rows[start], rows[n - 1] + 1)
+            start = n
 
 
 def _on_cpu(x: Any) -> Any:
@@ -876,6 +971,11 @@ def _zero_where_hidden(layer: AttentionLayer, rows: slice, x: Tensor) -> Tensor:
 # The engine: one pass over a layer, in blocks of queries
 
 
+def block_size(layer: AnyLayer) -> int:
+    """Return the number of queries of a block."""
+    return max(1, BLOCK_ELEMENTS // (layer.value.shape[0] * layer.H * layer.S))
+
+
 def map_blocks(
     layer: AnyLayer, *measures: Measure, chosen: Tensor | None = None
 ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
@@ -898,15 +998,14 @@ def map_blocks(
         [(slice(0, 3, None), torch.Size([1, 2, 3, 3]), torch.Size([1, 2, 3, 3]))]
     """
     *first, last = (measure(layer) for measure in measures)
+    known = layer.mask.known_rows if chosen is None else _known_rows(layer.mask.chosen(chosen))
     chosen = layer.mask.chosen(chosen)
-    wanted = None if chosen is None else chosen.any(0).cpu()
-    per_query = layer.value.shape[0] * layer.H * layer.S
-    for rows in blocks(layer.T, max(1, BLOCK_ELEMENTS // per_query)):
-        if wanted is not None and not wanted[rows].any():
+    for rows in blocks(layer.T, block_size(layer)):
+        if known is not None and not any(known[0][rows]):
             continue
         a = layer.weights(rows)
         found = (*(apply(a.clone(), rows) for apply in first), last(a, rows))
-        if chosen is not None and not chosen[:, rows].all():
+        if known is not None and chosen is not None and not all(known[1][rows]):
             for g in found:
                 # A product would keep NaN, which padded queries may have.
                 g.masked_fill_(~chosen[:, None, rows, None], 0)
