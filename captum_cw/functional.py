@@ -707,11 +707,14 @@ class AttentionLayer:
             u = u * self.gate
         return u, norm2.masked_fill(norm2 <= VANISHING**2 * y2 * w2, 0)
 
-    def vanishing(self, scope: Scope) -> int:
-        """Count the outputs of real queries that vanish. Their rows are returned as zeros."""
+    def vanishing(self, scope: Scope) -> Tensor:
+        """Count the outputs of real queries that vanish. Their rows are returned as zeros.
+
+        The count is a tensor, because reading it waits for the device.
+        """
         norm2 = self.direction(scope)[1]
         gone = norm2 == 0
-        return int((gone if self.mask.real is None else gone & self.mask.real[:, None]).sum())
+        return (gone if self.mask.real is None else gone & self.mask.real[:, None]).sum()
 
 
 def _weights_at(weights: Weights, rows: list[int], S: int, block: slice) -> Tensor:
