@@ -421,8 +421,8 @@ def run(
             _ratio_table(results, ratio_lengths),
             "The calls alternate in one process, and each round gives one ratio. The table shows "
             f"the median, and in brackets the quartiles, of {rounds}. The last column is of "
-            "`queries=-1`, which explains one prediction. Each call has run on the text before: the "
-            "first pass of a model over a text of some length is observed with more checks.",
+            "`queries=-1`, which explains one prediction. Each call has run on the text before, "
+            "because the first pass over a text of some length is observed with more checks.",
             "## Contributions to a target against a forward and backward pass",
             _target_table(results, lengths),
             "Ratios are taken as above. The first call with a model also runs it once more, to "
