@@ -23,12 +23,20 @@ from captum_cw.capture.attention_call import AttentionCall, CheckedWeights, Kind
 from captum_cw.capture.forward_call import ForwardCall
 from captum_cw.capture.hf_registry import registered_kernels
 from captum_cw.capture.listeners import is_listening, listening
-from captum_cw.capture.module_stack import Run, tracking
-from captum_cw.capture.observation import Execution, Observation, names_of, not_finite
+from captum_cw.capture.module_stack import tracking
+from captum_cw.capture.observation import Execution, Observation, names_of
 from captum_cw.capture.output_projection import LinearProduct, Reading, is_unchanged
 from captum_cw.functional import AttentionLayer, QueryMask, Weights
 
-__all__ = ["KnownObservation", "KnownPass", "Signature", "UnknownPassError", "recall", "remember"]
+__all__ = [
+    "KnownObservation",
+    "KnownPass",
+    "Signature",
+    "UnknownPassError",
+    "by_device",
+    "recall",
+    "remember",
+]
 
 #: The number of shapes of inputs that are remembered for a model.
 REMEMBERED = 256
@@ -141,6 +149,14 @@ def recall(root: nn.Module, signature: Signature) -> KnownPass | None:
     return known
 
 
+def by_device(numbers: list[Tensor]) -> list[Tensor]:
+    """Stack numbers that are on the same device, so that they can be read at once."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for x in numbers:
+        found.setdefault(x.device, []).append(x)
+    return [torch.stack(on_device) for on_device in found.values()]
+
+
 def _global_hooks() -> list[Any]:
     return [getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]
 
@@ -182,32 +198,27 @@ class KnownObservation(Observation):
         self._projection_of = {
             modules[name]: modules[projection] for name, projection in known.projections.items()
         }
+        self._attending = {modules[name] for name, _ in known.calls}
         self._version = 0
-        # The weights of the current layer, and the failed checks of all.
+        # The weights of the current layer; the failed checks, and the sums of outputs, of all.
         self._weights: CheckedWeights | None = None
         self._failures: list[Tensor] = []
+        self._sums: list[Tensor] = []
 
     @contextmanager
     def _calls(self) -> Iterator[Callable[[], list[nn.Module]]]:
-        attention = {module for module in self._names if self._names[module] in self._attending}
-        watched = attention | set(self._projection_of.values())
-        with tracking(watched), registered_kernels(self._names), listening(self._on_call):
+        with tracking(self._attending), registered_kernels(self._names), listening(self._on_call):
             yield list
 
-    @property
-    def _attending(self) -> set[str]:
-        return {name for name, _ in self._known.calls}
-
     def _start(self, stack: ExitStack) -> None:
-        """Follow no functions."""
+        for module in set(self._projection_of.values()):
+            stack.callback(module.register_forward_hook(self._on_product).remove)
 
     def _check_finished(self) -> None:
         if self._pending is not None or len(self.executions) != len(self._known.calls):
             raise UnknownPassError
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for failure in self._failures:
-            by_device.setdefault(failure.device, []).append(failure)
-        if any(torch.stack(failures).any() for failures in by_device.values()):
+        failed = any(found.any() for found in by_device(self._failures))
+        if failed or not all(found.isfinite().all() for found in by_device(self._sums)):
             raise UnknownPassError
 
     def _on_call(self, call: AttentionCall) -> None:
@@ -220,30 +231,23 @@ class KnownObservation(Observation):
         if tuple(now) != self._known.calls[place : place + 1] or not call.registered:
             raise UnknownPassError
 
-    def _on_enter(self, run: Run) -> None:
+    def _on_product(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         pending = self._pending
         if pending is None or not is_listening(self._on_call):
+            return  # another thread runs the module
+        if module is not self._projection_of.get(pending.call.module):
             return
-        if run.module is not self._projection_of.get(pending.call.module):
-            return
-        x = next(run.tensors(), None)
-        if x is None or not is_unchanged(x, pending.call.head_output, self._version):
+        x = args[0] if args else None
+        y = pending.call.head_output
+        if not isinstance(x, Tensor) or not is_unchanged(x, y, self._version):
             raise UnknownPassError
-
-        def on_leave(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-            if self._pending is not pending or not is_listening(self._on_call):
-                return  # another thread runs the module
-            handle.remove()
-            assert isinstance(module, nn.Linear)
-            weight = module.weight.detach().T
-            product = LinearProduct(x, weight, module.bias, result, module.forward)
-            self._on_projection(pending, product, module, Reading(x, None), module.forward)
-
-        handle = run.module.register_forward_hook(on_leave)
-        self._stack.callback(handle.remove)
+        assert isinstance(module, nn.Linear)
+        product = LinearProduct(x, module.weight.detach().T, module.bias, result, module.forward)
+        self._on_projection(pending, product, module, Reading(x, None), module.forward)
 
     def _check_output(self, output: Tensor, mask: QueryMask, name: str) -> None:
-        self._failures.append(not_finite(output, mask.real).any())
+        sums = output.sum(-1)
+        self._sums.append((sums if mask.real is None else sums.masked_fill(~mask.real, 0)).sum())
 
     def _find_weights(self, call: AttentionCall, mask: QueryMask, name: str) -> Weights:
         self._weights = known_weights(call, mask)

@@ -493,7 +493,9 @@ class Observation(HeadObservation):
         return layer if pending.group is None else pending.group.whole(layer)
 
     def _check_output(self, output: Tensor, mask: QueryMask, name: str) -> None:
-        broken = not_finite(output, mask.real)
+        broken = ~output.sum(-1).isfinite()
+        if mask.real is not None:
+            broken &= mask.real
         if broken.any():
             b, t = broken.nonzero()[0].tolist()
             raise ValueError(
@@ -562,9 +564,3 @@ def _check_whole(pending: _Pending, product: LinearProduct) -> None:
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
-
-
-def not_finite(output: Tensor, real: Tensor | None) -> Tensor:
-    """Return which outputs of real tokens are NaN or infinite, ``(B, T)`` boolean."""
-    broken = ~output.sum(-1).isfinite()
-    return broken if real is None else broken & real

@@ -20,6 +20,7 @@ from captum_cw.capture.known_passes import (
     KnownPass,
     Signature,
     UnknownPassError,
+    by_device,
     recall,
     remember,
 )
@@ -300,7 +301,7 @@ class Runner:
                 if call.last_only and longest > layer.T:
                     raise _ShortenedError
                 layer = layer.seen_in(space)
-                if bar.total is None:
+                if show_progress and bar.total is None:
                     bar.total = expected_layers(self.roots, [execution])
                 chosen = None if queries is None else queries(layer)
                 if chosen is not None:
@@ -325,7 +326,7 @@ class Runner:
             executions, chosen = observation.executions, self.chosen
             places = [n for n, e in enumerate(executions) if not chosen or e.module in chosen]
             _refuse_cross_attention(executions[places[0] : places[-1] + 1])
-        return results, output, _sum(vanishing), observation
+        return results, output, sum(int(found.sum()) for found in by_device(vanishing)), observation
 
     def check_executions(self, executions: list[Execution]) -> None:
         """Check that the chosen layers have run."""
@@ -360,14 +361,6 @@ def run_or_explain(
         if explanation is None:
             raise
         raise ValueError(explanation) from error
-
-
-def _sum(counts: list[Tensor]) -> int:
-    """Return the sum of counts, which are read from each device at once."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for count in counts:
-        by_device.setdefault(count.device, []).append(count)
-    return sum(int(torch.stack(found).sum()) for found in by_device.values())
 
 
 def _check_layers(layers: list[Any] | None, model: nn.Module | None) -> None:
