@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from captum_cw.functional import BLOCK_ELEMENTS
+from captum_cw.weights import BLOCK_ELEMENTS
 
 #: The number of blocks of attention weights that a measure holds at once.
 BLOCKS = 3

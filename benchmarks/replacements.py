@@ -27,13 +27,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from captum_cw import ComprehensivenessSufficiency, measures
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
-from captum_cw.functional import expand_heads
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.metrics.batch import BatchRun, Part
 from captum_cw.metrics.identity import checksum, fingerprint
 from captum_cw.models.loading import origin
 from captum_cw.removal.changes import FixedChange
 from captum_cw.removal.options import Factors
+from captum_cw.weights import expand_heads
 
 NAME = "captum_cw_replaced"
 How = Literal["zero", "mean", "hidden"]

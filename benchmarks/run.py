@@ -127,6 +127,7 @@ def _target_scores(model: Any, ids: Tensor) -> object:
 
 
 PLAIN, LAST, SCORES = "forward", "forward, last logits only", "token scores"
+ONE_QUERY = "scores of the last query"
 CLEAN_REMOVAL, ONLINE_REMOVAL = "clean scoring", "online scoring"
 DENSE, EAGER, GRADIENTS = "dense maps", "eager forward", "Integrated Gradients"
 GRADIENT, INPUTS, TARGETS = "forward and backward", "input contributions", "target scores"
@@ -147,6 +148,11 @@ CALLS: dict[str, Call] = {
     GRADIENT: _gradient,
     INPUTS: lambda model, ids: InputContributions(model).attribute(ids, target=0, contrast=1),
     TARGETS: _target_scores,
+}
+
+#: Calls of which only the ratio to another call is taken.
+ONLY_RATIOS: dict[str, Call] = {
+    ONE_QUERY: lambda model, ids: TokenScores(ContributionWeights(model), queries=-1).attribute(ids)
 }
 
 EXPLAINED = {
@@ -293,13 +299,17 @@ def gradients_seconds(settings: Settings, length: int) -> float:
 
 
 def alternating(settings: Settings, length: int, names: Sequence[str]) -> list[dict[str, float]]:
-    """Return the seconds of some of ``CALLS``, for each round."""
+    """Return the seconds of some calls, for each round.
+
+    Each call has run on a text of this length before, as in a run over many texts.
+    """
     model = _load(settings)
     ids = _ids(model, length)
-    for name in names:
-        CALLS[name](model, _ids(model, WARM_UP_TOKENS))
+    calls = {name: {**CALLS, **ONLY_RATIOS}[name] for name in names}
+    for call in calls.values():
+        call(model, ids)
     return [
-        {name: _seconds_of(partial(CALLS[name], model, ids)) for name in names}
+        {name: _seconds_of(partial(call, model, ids)) for name, call in calls.items()}
         for _ in settings.rounds(length)
     ]
 
@@ -372,7 +382,11 @@ def _send(sender: Any, job: Callable[..., object], *args: object) -> None:
 
 
 def run(
-    settings: Settings, lengths: Sequence[int], memory_lengths: Sequence[int], records: Records
+    settings: Settings,
+    lengths: Sequence[int],
+    ratio_lengths: Sequence[int],
+    memory_lengths: Sequence[int],
+    records: Records,
 ) -> str:
     """Run the measurements that are not in ``records``, and return all tables as Markdown."""
     jobs: dict[tuple[str, int], Callable[[], Any]] = {}
@@ -384,9 +398,11 @@ def run(
         if settings.gradient_steps:
             jobs[GRADIENTS, length] = own(gradients_seconds, settings, length)
             jobs[MEMORY + GRADIENTS, length] = own(memory, settings, GRADIENTS, length)
-        for kind, names in (("ratio", (PLAIN, LAST, SCORES)), ("target ratio", OF_TARGET)):
-            jobs[kind, length] = own(alternating, settings, length, names)
+        jobs["target ratio", length] = own(alternating, settings, length, OF_TARGET)
         jobs["removal", length] = own(alternating_removals, settings, length)
+    for length in ratio_lengths:
+        names = (PLAIN, LAST, SCORES, ONE_QUERY)
+        jobs["ratio", length] = own(alternating, settings, length, names)
     for length in memory_lengths:
         for name in (PLAIN, LAST, SCORES, INPUTS):
             jobs[MEMORY + name, length] = own(memory, settings, name, length)
@@ -400,16 +416,18 @@ def run(
             if key not in records and not _failed(result):
                 records[key] = result
             bar.update()
-    rounds = ", ".join(f"{len(settings.rounds(n))} rounds at {n} tokens" for n in lengths)
+    rounds = ", ".join(f"{len(settings.rounds(n))} rounds at {n} tokens" for n in ratio_lengths)
     return "\n\n".join(
         [
             "## Time and memory",
             _cost_table(results, lengths),
             _legend(settings),
             "## Token scores against a forward pass",
-            _ratio_table(results, lengths),
+            _ratio_table(results, ratio_lengths),
             "The calls alternate in one process, and each round gives one ratio. The table shows "
-            f"the median, and in brackets the quartiles, of {rounds}.",
+            f"the median, and in brackets the quartiles, of {rounds}. The last column is of "
+            "`queries=-1`, which explains one prediction. Each call has run on the text before, "
+            "because the first pass over a text of some length is observed with more checks.",
             "## Contributions to a target against a forward and backward pass",
             _target_table(results, lengths),
             "Ratios are taken as above. The first call with a model also runs it once more, to "
@@ -477,11 +495,12 @@ def _ratio(rounds: list[dict[str, float]] | str, name: str, over: str) -> str:
 
 
 def _ratio_table(results: Results, lengths: Sequence[int]) -> str:
-    names = (PLAIN, LAST)
+    pairs = ((SCORES, PLAIN), (SCORES, LAST), (ONE_QUERY, LAST))
     rows = [
-        [str(n), *(_ratio(results["ratio", n], SCORES, over) for over in names)] for n in lengths
+        [str(n), *(_ratio(results["ratio", n], name, over) for name, over in pairs)]
+        for n in lengths
     ]
-    return in_markdown(["tokens", *(f"over {name}" for name in names)], rows)
+    return in_markdown(["tokens", *(f"{name} over {over}" for name, over in pairs)], rows)
 
 
 def _target_table(results: Results, lengths: Sequence[int]) -> str:
@@ -557,6 +576,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--lengths", type=_lengths, default="128,512,2048", help="lengths of texts, in tokens")
     add(
+        "--ratio-lengths",
+        type=_lengths,
+        default="17,128,512,2048",
+        help="lengths of texts for which token scores are compared with a forward pass",
+    )
+    add(
         "--memory-lengths",
         type=_lengths,
         default="2048,4096,8192",
@@ -592,12 +617,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     settings = Settings(options.model, options.threads, options.repeats, options.gradient_steps)
     unfinished = options.out.with_suffix(".records")
-    lengths = {"lengths": options.lengths, "memory_lengths": options.memory_lengths}
+    kinds = ("lengths", "ratio_lengths", "memory_lengths")
+    lengths = {kind: getattr(options, kind) for kind in kinds}
     try:
         with Records(
             unfinished, {**asdict(settings), **lengths, "machine": _machine(settings)}
         ) as records:
-            tables = run(settings, options.lengths, options.memory_lengths, records)
+            tables = run(settings, *lengths.values(), records)
     except RecordsError as error:
         print(error, file=sys.stderr)
         return 1

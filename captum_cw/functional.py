@@ -22,7 +22,7 @@ is never in memory. :meth:`AttentionLayer.from_tensors` builds a layer from plai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -39,6 +39,7 @@ from captum_cw.weights import (
     block_elements,
     blocks,
     expand_heads,
+    known_rows,
     without_autocast,
 )
 
@@ -213,6 +214,10 @@ class FrozenUpdate:
     scale: Tensor
     centred: bool
 
+    def at(self, rows: list[int]) -> FrozenUpdate:
+        """Return the map of a few queries."""
+        return replace(self, scale=self.scale[:, rows])
+
     def without_scale(self, x: Tensor) -> Tensor:
         """Return ``gain * x`` for ``x`` ``(..., d)``, centred first if ``centred``."""
         return (x - x.mean(-1, keepdim=True) if self.centred else x) * self.gain
@@ -335,6 +340,41 @@ class AttentionLayer:
         layer: AttentionLayer = _on_cpu(self)
         return replace(layer, weights=lambda rows: self.weights(rows).cpu())
 
+    def at(self, rows: Sequence[int], chosen: Tensor) -> AttentionLayer:
+        """Return the layer with a few queries only; all others count as padding.
+
+        What measures compute for each query is then computed for these queries alone.
+
+        Args:
+            rows: The queries that count in some example, in order.
+            chosen: ``(B, T)`` boolean, the queries that count. Padded queries must not.
+
+        Example:
+            >>> layer = AttentionLayer.from_tensors(
+            ...     torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4), torch.randn(2, 4, 8))
+            >>> last = layer.at([2], torch.tensor([[False, False, True]]))
+            >>> torch.allclose(dense_map(last, vwon), dense_map(layer, vwon)[:, :, 2:])
+            True
+        """
+        rows, update, residual = list(rows), self.update, self.residual
+        if residual is not None:
+            residual = ResidualSum(
+                residual.stream[:, rows],
+                residual.result[:, rows],
+                None if residual.norm is None else residual.norm.at(rows),
+            )
+        return replace(
+            self,
+            weights=partial(_weights_at, self.weights, rows, self.S),
+            head_output=self.head_output[:, :, rows],
+            output=self.output[:, rows],
+            mask=self.mask.at(rows, chosen),
+            scale=None if self.scale is None else self.scale[:, rows],
+            gate=None if self.gate is None else self.gate[:, :, rows],
+            update=None if update is None else update.at(rows),
+            residual=residual,
+        )
+
     def seen_in(self, space: Space) -> AttentionLayer:
         """Return the layer with its output and values measured in ``space``."""
         check_choice("space", space, Space)
@@ -411,9 +451,10 @@ class AttentionLayer:
     def _direction(self, scope: Scope) -> tuple[Tensor, Tensor]:
         if scope == "inter":
             u = pull_back(self.output, self.output_weight)
-            norm2 = self.output.square().sum(-1)[:, None]
-            y2 = self._gated_output.square().sum((1, 3))[:, None]
-            w2 = self.output_weight.square().sum()
+            norm2 = torch.linalg.vector_norm(self.output, dim=-1).square()[:, None]
+            y = self._gated_output.transpose(1, 2).flatten(2)
+            y2 = torch.linalg.vector_norm(y, dim=-1).square()[:, None]
+            w2 = torch.linalg.vector_norm(self.output_weight).square()
         else:
             # o_i^h itself is not needed, since W_O^h o_i^h = G_h y_i^h.
             found = self._output_form.pulled_back(self._gated_output)
@@ -424,11 +465,32 @@ class AttentionLayer:
             u = u * self.gate
         return u, norm2.masked_fill(norm2 <= VANISHING**2 * y2 * w2, 0)
 
-    def vanishing(self, scope: Scope) -> int:
-        """Count the outputs of real queries that vanish. Their rows are returned as zeros."""
+    def vanishing(self, scope: Scope) -> Tensor:
+        """Count the outputs of real queries that vanish. Their rows are returned as zeros.
+
+        The count is a tensor, because reading it waits for the device.
+        """
         norm2 = self.direction(scope)[1]
         gone = norm2 == 0
-        return int((gone if self.mask.real is None else gone & self.mask.real[:, None]).sum())
+        return (gone if self.mask.real is None else gone & self.mask.real[:, None]).sum()
+
+
+def _weights_at(weights: Weights, rows: list[int], S: int, block: slice) -> Tensor:
+    """Return the weights of a few queries on all keys, ``(B, H, t, S)``."""
+    found = []
+    for run in _runs(rows[block]):
+        a = weights(run)
+        found.append(torch.nn.functional.pad(a, (0, S - a.shape[-1])))
+    return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+
+def _runs(rows: Sequence[int]) -> Iterator[slice]:
+    """Yield the runs of successive numbers among sorted ones."""
+    start = 0
+    for n in range(1, len(rows) + 1):
+        if n == len(rows) or rows[n] != rows[n - 1] + 1:
+            yield slice(rows[start], rows[n - 1] + 1)
+            start = n
 
 
 def _on_cpu(x: Any) -> Any:
@@ -648,6 +710,12 @@ def _joint(weight: float, layer: EffectLayer) -> Block:
 # The engine: one pass over a layer, in blocks of queries
 
 
+def block_size(layer: AnyLayer) -> int:
+    """Return the number of queries of a block."""
+    per_query = layer.value.shape[0] * layer.H * layer.S
+    return max(1, block_elements(layer.value.device) // per_query)
+
+
 def map_blocks(
     layer: AnyLayer, *measures: Measure, chosen: Tensor | None = None
 ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
@@ -670,15 +738,14 @@ def map_blocks(
         [(slice(0, 3, None), torch.Size([1, 2, 3, 3]), torch.Size([1, 2, 3, 3]))]
     """
     *first, last = (measure(layer) for measure in measures)
+    known = layer.mask.known_rows if chosen is None else known_rows(layer.mask.chosen(chosen))
     chosen = layer.mask.chosen(chosen)
-    host = None if chosen is None else chosen.cpu()  # waits for the device once, not in each block
-    per_query = layer.value.shape[0] * layer.H * layer.S
-    for rows in blocks(layer.T, max(1, block_elements(layer.value.device) // per_query)):
-        if host is not None and not host[:, rows].any():
+    for rows in blocks(layer.T, block_size(layer)):
+        if known is not None and not any(known[0][rows]):
             continue
         a = layer.weights(rows)
         found = (*(apply(a.clone(), rows) for apply in first), last(a, rows))
-        if chosen is not None and host is not None and not host[:, rows].all():
+        if known is not None and chosen is not None and not all(known[1][rows]):
             for g in found:
                 # A product would keep NaN, which padded queries may have.
                 g.masked_fill_(~chosen[:, None, rows, None], 0)

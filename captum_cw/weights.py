@@ -7,7 +7,7 @@ keys. :mod:`captum_cw.functional` explains the shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import ParamSpec, TypeVar
@@ -27,6 +27,7 @@ __all__ = [
     "blocks",
     "expand_heads",
     "grouped_matmul",
+    "known_rows",
     "without_autocast",
 ]
 
@@ -81,13 +82,12 @@ def expand_heads(x: Tensor, heads: int) -> Tensor:
     return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def grouped_matmul(rows: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``<rows_i^h, keys_j^g(h)> + bias_ij`` without a copy of the shared key-value heads.
+def grouped_matmul(rows: Tensor, keys: Tensor) -> Tensor:
+    """Compute ``<rows_i^h, keys_j^g(h)>`` without a copy of the shared key-value heads.
 
     Args:
         rows: ``(B, H, t, d_h)``.
         keys: ``(B, H_kv, S, d_h)``.
-        bias: ``(t, S)``; None for zero.
 
     Returns:
         ``(B, H, t, S)``.
@@ -95,12 +95,7 @@ def grouped_matmul(rows: Tensor, keys: Tensor, bias: Tensor | None = None) -> Te
     B, H, t, d_h = rows.shape
     shared, S = keys.shape[1:3]
     grouped = rows.reshape(B, shared, H // shared * t, d_h)
-    if bias is None:
-        product = grouped @ keys.transpose(-1, -2)
-    else:
-        bias = bias.repeat(H // shared, 1)
-        product = torch.baddbmm(bias, grouped.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
-    return product.view(B, H, t, S)
+    return (grouped @ keys.transpose(-1, -2)).view(B, H, t, S)
 
 
 @without_autocast
@@ -143,16 +138,16 @@ def attention_weights(
     if query.shape[1] % key.shape[1]:
         expand_heads(key, query.shape[1])  # raises an error with the reason
     lowest = torch.finfo(query.dtype).min
-    T, S = query.shape[2], key.shape[2]
-    if mask is None and softcap is None:
-        hidden = query.new_full((T, S), lowest).triu_(S - T + 1) if causal and T > 1 else None
-        return _softmax(grouped_matmul(query * scaling, key, hidden), sink)
     logits = grouped_matmul(query * scaling, key)
     if softcap is not None:
         logits = (logits / softcap).tanh_().mul_(softcap)
     if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=query.device)
-        mask = mask.tril_(S - T) if causal else mask
+        T, S = query.shape[2], key.shape[2]
+        if causal and T > 1:
+            first = max(0, S - T + 1)  # of the keys that are later than some query
+            later = torch.ones(T, S - first, dtype=torch.bool, device=query.device)
+            logits[..., first:].masked_fill_(later.triu_(S - T + 1 - first), lowest)
+        return _softmax(logits, sink)
     if mask.dtype == torch.bool:
         weights = _softmax(logits.masked_fill_(~mask, lowest), sink)
         return weights.mul_(mask.any(-1, keepdim=True))
@@ -213,6 +208,27 @@ class QueryMask:
         n = self.keys(rows) if v.shape[3] > 1 else None
         return v[:, :, rows if v.shape[2] > 1 else slice(None), :n]
 
+    def at(self, rows: Sequence[int], chosen: Tensor) -> QueryMask:
+        """Return the mask of a few queries; all others count as padding.
+
+        Args:
+            rows: The queries, in order.
+            chosen: ``(B, T)`` boolean, the queries that count.
+
+        Example:
+            >>> mask = QueryMask(3, 3, causal=True).at([1], torch.tensor([[False, True, False]]))
+            >>> mask.visible.tolist(), mask.real.tolist()
+            ([[[[True, True, False]]]], [[True]])
+        """
+        real, device = chosen[:, rows], chosen.device
+        visible = self.visible
+        if visible is None and self.causal:
+            last = torch.tensor(rows, device=device) + self.S - self.T
+            visible = (torch.arange(self.S, device=device) <= last[:, None])[None, None]
+        elif visible is not None and visible.shape[2] > 1:
+            visible = visible[:, :, rows]
+        return QueryMask(len(rows), self.S, visible, real=real)
+
     def of_any_head(self) -> QueryMask:
         """Return the mask that shows a key if any head sees it."""
         v = self.visible
@@ -255,11 +271,31 @@ class QueryMask:
             counts = counts + torch.nn.functional.pad(part, (0, self.S - part.shape[-1]))
         return counts
 
+    @cached_property
+    def known_rows(self) -> Rows:
+        """The queries that are real in some example, and in every one."""
+        return known_rows(self.real)
+
     def chosen(self, chosen: Tensor | None) -> Tensor | None:
         """Return ``chosen`` without the padded queries."""
         if chosen is None or self.real is None:
             return self.real if chosen is None else chosen
         return chosen & self.real
+
+
+Rows = tuple[list[bool], list[bool]] | None
+"""Which queries count in some example, and in every one; None if all count."""
+
+
+def known_rows(chosen: Tensor | None) -> Rows:
+    """Return which queries are chosen in some example, and in every one; None if all are.
+
+    They are read from the device at once, since each read waits for it.
+    """
+    if chosen is None:
+        return None
+    some, every = torch.stack([chosen.any(0), chosen.all(0)]).tolist()
+    return some, every
 
 
 def block_elements(device: torch.device) -> int:

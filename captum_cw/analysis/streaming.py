@@ -133,7 +133,7 @@ def run_texts(
         nonlocal zero_outputs
         if causal:
             check_causal(execution.name, layer)
-        zero_outputs += layer.vanishing("inter")
+        zero_outputs += int(layer.vanishing("inter"))
         if widest(layer.value.device) != torch.float64:
             layer = layer.on_cpu()  # analyses sum in float64
         on_layer(SeenLayer(text, next(numbers), execution.name, layer))

@@ -16,7 +16,7 @@ from captum_cw.capture import Execution
 from captum_cw.capture.arguments import read_arguments
 from captum_cw.capture.call_tokens import tokens_of
 from captum_cw.capture.model import LOGITS
-from captum_cw.capture.run import Inputs
+from captum_cw.capture.run import Inputs, Queries
 from captum_cw.capture.target_value import Target
 from captum_cw.functional import Aggregation, AnyLayer, AttentionLayer, Reduction, check_choice
 from captum_cw.rollout import Rollout
@@ -155,6 +155,8 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         if self.layers == "rollout":
             path, chosen, _ = self._path(inputs, additional_forward_args, self._chosen, **options)
             return as_given(inputs, path.scores(self.reduction, chosen).float())
+        if not self.method.explains_target:
+            options |= {"queries": _Chosen(self.queries), "repeatable": True}
 
         def on_layer(execution: Execution, layer: AnyLayer) -> Tensor:
             scores = functional.token_scores(
@@ -162,7 +164,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 self.method.measure,
                 self.reduction,
                 signed=self.signed,
-                queries=self._chosen(execution, layer),
+                queries=self._chosen(execution, layer) if self.method.explains_target else None,
             )
             return functional.aggregate(scores, self.heads, dim=1).float()
 
@@ -200,22 +202,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
 
     def _chosen(self, execution: Execution, layer: AnyLayer) -> Tensor | None:
         """Return the queries that count, ``(B, T)`` boolean; None for all."""
-        if self.queries == "all":
-            return None
-        chosen = layer.value.new_zeros(len(layer.value), layer.T, dtype=torch.bool)
-        real = layer.mask.real
-        token_masks = torch.ones_like(chosen) if real is None else real.to(chosen.device)
-        for b, token_mask in enumerate(token_masks):
-            places = token_mask.nonzero()[:, 0]
-            try:
-                chosen[b, places[self.queries]] = True
-            except IndexError:
-                raise IndexError(
-                    f"queries={self.queries!r}, but example {b} has {len(places)} tokens."
-                ) from None
-            if not chosen[b].any():
-                raise IndexError(f"queries={self.queries!r} holds no token of example {b}.")
-        return chosen
+        return None if self.queries == "all" else _chosen(self.queries, layer)
 
     def of_target(
         self,
@@ -346,6 +333,47 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
             inputs, None, choose, text_only=True, show_progress=show_progress
         )
         return path.rows(chosen)[:, queries, keys].float(), output
+
+
+class _Chosen:
+    """The queries of each layer of a pass that count.
+
+    Args:
+        queries: The queries, as for :class:`TokenScores`.
+    """
+
+    def __init__(self, queries: Literal["all"] | int | slice) -> None:
+        self._queries = queries
+        # For the last token mask, since layers share it.
+        self._last: tuple[Tensor | None, torch.Size, Queries] | None = None
+
+    def __call__(self, layer: AttentionLayer) -> Queries | None:
+        if self._queries == "all":
+            return None
+        real, shape = layer.mask.real, layer.output.shape[:2]
+        if self._last is None or self._last[0] is not real or self._last[1] != shape:
+            chosen = _chosen(self._queries, layer)
+            rows: list[int] = chosen.any(0).nonzero()[:, 0].tolist()
+            self._last = real, shape, (rows, chosen)
+        return self._last[2]
+
+
+def _chosen(queries: int | slice, layer: AnyLayer) -> Tensor:
+    """Return the queries of a layer that count, ``(B, T)`` boolean."""
+    chosen = layer.value.new_zeros(len(layer.value), layer.T, dtype=torch.bool)
+    real = layer.mask.real
+    token_masks = torch.ones_like(chosen) if real is None else real.to(chosen.device)
+    for b, token_mask in enumerate(token_masks):
+        places = token_mask.nonzero()[:, 0]
+        try:
+            chosen[b, places[queries]] = True
+        except IndexError:
+            raise IndexError(
+                f"queries={queries!r}, but example {b} has {len(places)} tokens."
+            ) from None
+        if not chosen[b].any():
+            raise IndexError(f"queries={queries!r} holds no token of example {b}.")
+    return chosen
 
 
 def _check_queries(queries: Any) -> Literal["all"] | int | slice:

@@ -26,6 +26,7 @@ __all__ = [
     "find_weights",
     "hides_later",
     "kind_of",
+    "known_weights",
     "padding_of",
     "query_mask",
     "same_numbers",
@@ -305,22 +306,17 @@ def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
     Raises:
         UnsupportedModelError: If no source gives the head outputs.
     """
+    found = known_weights(call, mask)
+    if found is not None and not found.are_wrong():
+        return found.weights
     known = _found.setdefault(call.module, {})
-    given = call.weights, call.mask, call.dense_kernel
-    key = (call.T, call.S, call.dtype, *(x is None for x in given))
-    if key in known:
-        weights = _weights(known[key], call, mask)
-        ends_in_padding = mask.real is not None and not mask.real[:, -1].all()
-        probed = _probed(mask) if ends_in_padding else _probed(mask)[-1:]
-        if _reproduces(weights, call, mask, probed):
-            return weights
     sources = _sources(call, mask)
     for source in (*sources, *(f"rescaled {source}" for source in sources)):
         weights = _weights(source, call, mask)
-        if _reproduces(weights, call, mask, _probed(mask)):
+        if not _is_wrong(weights, call, mask, _probed(mask)):
             if len(known) >= REMEMBERED:
                 known.clear()
-            known[key] = source
+            known[_shape(call)] = source
             return weights
     raise UnsupportedModelError(
         f"The attention weights recomputed for layer {name!r} ({type(call.module).__name__}) do "
@@ -328,6 +324,57 @@ def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
         "model.set_attn_implementation('eager'), or a kernel that returns its weights "
         "(B, H, T, S) as its second result."
     )
+
+
+class CheckedWeights:
+    """Weights that are compared with the head outputs of the last query when they are computed.
+
+    If the last query may be padding, a few queries are compared.
+
+    Args:
+        weights: The weights.
+        call: The call.
+        mask: Which keys its queries can see.
+    """
+
+    def __init__(self, weights: Weights, call: AttentionCall, mask: QueryMask) -> None:
+        self.weights, self._call, self._mask = weights, call, mask
+        known = mask.known_rows
+        ends_in_padding = known is not None and not known[1][-1]
+        self._probed = _probed(mask) if ends_in_padding else _probed(mask)[-1:]
+        self._wrong: Tensor | None = None
+
+    def __call__(self, rows: slice) -> Tensor:
+        """Return the weights of a block of queries."""
+        a = self.weights(rows)
+        if self._wrong is None and len(self._probed) == 1 and rows.stop == self._mask.T:
+            self._wrong = _is_wrong(lambda rows: a[:, :, -1:], self._call, self._mask, self._probed)
+        return a
+
+    def are_wrong(self) -> Tensor:
+        """Return a boolean tensor, True if the weights do not give the head outputs.
+
+        It is not a number, because reading it waits for the device.
+        """
+        if self._wrong is None:
+            self._wrong = _is_wrong(self.weights, self._call, self._mask, self._probed)
+        return self._wrong
+
+
+def known_weights(call: AttentionCall, mask: QueryMask) -> CheckedWeights | None:
+    """Return the weights by the source that an earlier call of this shape used; None without one.
+
+    Args:
+        call: The call.
+        mask: Which keys its queries can see.
+    """
+    source = _found.get(call.module, {}).get(_shape(call))
+    return None if source is None else CheckedWeights(_weights(source, call, mask), call, mask)
+
+
+def _shape(call: AttentionCall) -> tuple[Any, ...]:
+    given = call.weights, call.mask, call.dense_kernel
+    return (call.T, call.S, call.dtype, *(x is None for x in given))
 
 
 #: The source that was found for a module, by the shape and the kind of its call. Later calls check
@@ -388,26 +435,29 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs().sum(-1) < max(1e-4, 4 * product_rounding(a, b))).all())
 
 
-def _reproduces(
+def _is_wrong(
     weights: Weights, call: AttentionCall, mask: QueryMask, probed: list[slice]
-) -> bool:
-    """Whether ``sum_j a_ij v_j`` equals the head outputs at a few real queries."""
+) -> Tensor:
+    """Whether ``sum_j a_ij v_j`` differs from the head outputs at one of a few real queries.
+
+    The result is a boolean tensor, because reading it waits for the device.
+    """
     tolerance = max(1e-4, 4 * product_rounding(call.value, call.returned))
     values = call.read(call.value).transpose(-1, -2)
+    sizes = values.abs()
     output = call.head_output.transpose(1, 2)
+    found = []
     for rows in probed:
         a = weights(rows)
         n = a.shape[-1]
-        v = values[..., :n]
         error = a.abs() * (tolerance + _logit_rounding(call, rows, n))
         # NaN does not count here: it is reported later, with its place.
-        gap = (grouped_matmul(a, v) - output[:, :, rows]).abs()
-        wrong = gap > grouped_matmul(error, v.abs()) + TINY
+        gap = (grouped_matmul(a, values[..., :n]) - output[:, :, rows]).abs()
+        wrong = gap > grouped_matmul(error, sizes[..., :n]) + TINY
         if mask.real is not None:
             wrong &= mask.real[:, None, rows, None]
-        if wrong.any():
-            return False
-    return True
+        found.append(wrong.any())
+    return found[0] if len(found) == 1 else torch.stack(found).any()
 
 
 def _logit_rounding(call: AttentionCall, rows: slice, n: int) -> Tensor | float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ from captum_cw.capture.output_projection import (
     HeadFlow,
     LinearProduct,
     Reading,
+    is_plain_product,
     products_observed,
     projection,
     reads,
@@ -36,7 +37,8 @@ from captum_cw.capture.output_projection import (
 from captum_cw.capture.residual import ResidualUpdates
 from captum_cw.capture.tensor_parallel import HeadGroup, head_group
 from captum_cw.capture.text_layers import TextLayers
-from captum_cw.functional import AttentionLayer, FrozenUpdate, QueryMask, ResidualSum, Space
+from captum_cw.functional import AttentionLayer, FrozenUpdate, ResidualSum, Space
+from captum_cw.weights import QueryMask, Weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -128,6 +130,7 @@ class HeadObservation:
     Attributes:
         executions: The attention calls so far, including those of layers that are not wanted.
         all_registered: Whether kernels of transformers' registry made all of them.
+        missed_some: Whether some modules compute attention that could not be observed.
     """
 
     def __init__(
@@ -143,7 +146,7 @@ class HeadObservation:
     ) -> None:
         self._layers = layers
         self.executions: list[Execution] = []
-        self.all_registered = True
+        self.all_registered, self.missed_some = True, False
         self._names = names_of(roots)
         self._on_heads, self._wanted, self._kind = on_heads, wanted, kind
         self._padding_masks = real
@@ -162,8 +165,7 @@ class HeadObservation:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            calls = attention_calls(self._names, self._on_call, layers=self._layers)
-            self._missed = stack.enter_context(calls)
+            self._missed = stack.enter_context(self._calls())
             stack.enter_context(notifying(self._on_enter))
             self._start(stack)
             self._stack = stack.pop_all()
@@ -178,6 +180,10 @@ class HeadObservation:
             self._masks.clear()
             self._before, self._running, self._real = (), (), None
 
+    def _calls(self) -> AbstractContextManager[Callable[[], list[nn.Module]]]:
+        """Report attention calls to this observation, and yield a list of the missed modules."""
+        return attention_calls(self._names, self._on_call, layers=self._layers)
+
     def _start(self, stack: ExitStack) -> None:
         """Enter further contexts."""
 
@@ -187,6 +193,7 @@ class HeadObservation:
 
     def _warn_of_missed(self) -> None:
         modules = [module for module in self._missed() if module in self._names]
+        self.missed_some = bool(modules)
         wanted = set(self._names if self._wanted is None else self._wanted)
         wanted -= {part for module in self._foreign for part in module.modules()}
         missed = [self._names[module] for module in modules if module in wanted]
@@ -264,6 +271,10 @@ class Observation(HeadObservation):
         stream: Whether layers have the residual stream. It needs the residual space. Layers may be
             handed over later, and ``on_layer`` must not return factors.
 
+    Attributes:
+        projections: For each layer so far, the ``nn.Linear`` that read the head outputs as they
+            are; None if something else did.
+
     Raises:
         UnsupportedModelError: In the ``with`` block, if a layer cannot be measured.
     """
@@ -285,6 +296,7 @@ class Observation(HeadObservation):
         self._on_layer = on_layer
         # The layer whose projection has not run yet, and what the last projection has read.
         self._pending: _Pending | None = None
+        self.projections: list[nn.Module | None] = []
         self._projected: tuple[Execution, Tensor] | None = None
         self._states = states
         self._updates = ResidualUpdates(roots) if space == "residual" else None
@@ -420,6 +432,9 @@ class Observation(HeadObservation):
         execution, call = pending.execution, pending.call
         if module is not None:
             execution = replace(execution, projection=self._names.get(module))
+        plain = reading.factors is None and given is None
+        plain = plain and is_plain_product(module, product, call.head_output)
+        self.projections.append(module if plain else None)
         read = product.input.detach().reshape(call.head_output.shape)
         self._pending, self._projected = None, (execution, read)
 
@@ -457,9 +472,9 @@ class Observation(HeadObservation):
     ) -> AttentionLayer:
         call, mask, name = pending.call, pending.mask, pending.execution.name
         o, w = projection(product, call.head_output, gate, call.dtype, name)
-        _check_finite(o, mask.real, name)
+        self._check_output(o, mask, name)
         with torch._C.DisableTorchFunction():
-            weights = find_weights(call, mask, name)
+            weights = self._find_weights(call, mask, name)
         layer = AttentionLayer(
             weights=weights,
             value=call.read(call.value),
@@ -470,6 +485,21 @@ class Observation(HeadObservation):
             gate=None if gate is None else gate.transpose(1, 2).to(call.dtype),
         )
         return layer if pending.group is None else pending.group.whole(layer)
+
+    def _check_output(self, output: Tensor, mask: QueryMask, name: str) -> None:
+        broken = ~output.sum(-1).isfinite()
+        if mask.real is not None:
+            broken &= mask.real
+        if broken.any():
+            b, t = broken.nonzero()[0].tolist()
+            raise ValueError(
+                f"The output of attention layer {name!r} is NaN or infinite at example {b}, token "
+                f"{t}: check the inputs and weights; in float16, load the model in bfloat16 or "
+                "float32."
+            )
+
+    def _find_weights(self, call: AttentionCall, mask: QueryMask, name: str) -> Weights:
+        return find_weights(call, mask, name)
 
 
 def names_of(roots: Collection[nn.Module]) -> dict[nn.Module, str]:
@@ -528,15 +558,3 @@ def _check_whole(pending: _Pending, product: LinearProduct) -> None:
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
-
-
-def _check_finite(output: Tensor, real: Tensor | None, name: str) -> None:
-    finite = output.sum(-1).isfinite()
-    if real is not None:
-        finite |= ~real
-    if not finite.all():
-        b, t = (~finite).nonzero()[0].tolist()
-        raise ValueError(
-            f"The output of attention layer {name!r} is NaN or infinite at example {b}, token {t}: "
-            "check the inputs and weights; in float16, load the model in bfloat16 or float32."
-        )

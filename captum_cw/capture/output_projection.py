@@ -30,6 +30,8 @@ __all__ = [
     "LinearProduct",
     "Reading",
     "in_place",
+    "is_plain_product",
+    "is_unchanged",
     "products_observed",
     "projection",
     "reads",
@@ -103,9 +105,39 @@ def reads(x: Tensor, head_output: Tensor) -> bool:
     y = head_output
     if not _fits(x, y) or x.dtype != y.dtype:
         return False
+    return _is_same(x, y) or torch.equal(x.reshape(y.shape), y)
+
+
+def _is_same(x: Tensor, head_output: Tensor) -> bool:
+    """Whether a product's input is the memory of the head outputs, in the same order."""
+    y = head_output
     x = x.reshape(y.shape)
-    # The strides show whether the same memory has another order, such as tokens before examples.
-    return (x.data_ptr() == y.data_ptr() and x.stride() == y.stride()) or torch.equal(x, y)
+    # The strides show whether the same memory has another order, such as tokens before examples. A
+    # dimension of size one has any stride.
+    strides = zip(y.shape, x.stride(), y.stride(), strict=True)
+    return x.data_ptr() == y.data_ptr() and all(a == b for n, a, b in strides if n > 1)
+
+
+def is_unchanged(x: Tensor, head_output: Tensor, version: int) -> bool:
+    """Whether a product's input is the memory of the head outputs, and was not written to.
+
+    Args:
+        x: The input.
+        head_output: ``(B, T, H, d_h)``.
+        version: The version of the head outputs when the kernel returned them.
+    """
+    y = head_output
+    if not _fits(x, y) or x.dtype != y.dtype or x.is_inference():
+        return False
+    return _is_same(x, y) and x._version == version
+
+
+def is_plain_product(module: nn.Module | None, product: LinearProduct, head_output: Tensor) -> bool:
+    """Whether a module is an ``nn.Linear`` that multiplies the head outputs by its own weight."""
+    x, y, weight = product.input, head_output, product.weight
+    if type(module) is not nn.Linear or type(weight) is not Tensor or x.is_inference():
+        return False
+    return weight.data_ptr() == module.weight.data_ptr() and _is_same(x, y)
 
 
 @dataclass(frozen=True)

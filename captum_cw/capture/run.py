@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -14,6 +15,15 @@ from torch import Tensor, nn
 from captum_cw._utils.progress import progress_bar
 from captum_cw.capture.forward_call import ForwardCall, forward_call, run_on_copies
 from captum_cw.capture.hidden_states import StateSpace
+from captum_cw.capture.known_passes import (
+    KnownObservation,
+    KnownPass,
+    Signature,
+    UnknownPassError,
+    by_device,
+    recall,
+    remember,
+)
 from captum_cw.capture.model import (
     evaluation_mode,
     model_of,
@@ -34,6 +44,7 @@ from captum_cw.functional import AttentionLayer, Scope, Space
 __all__ = [
     "Inputs",
     "Kinds",
+    "Queries",
     "Runner",
     "expected_layers",
     "ignore_layer",
@@ -43,6 +54,9 @@ __all__ = [
 
 Result = TypeVar("Result")
 Kinds = Literal["self", "cross", "all"]
+Queries = tuple[Sequence[int], Tensor]
+"""The queries that count in some example, and ``(B, T)``, True at those that count."""
+
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 
 
@@ -139,6 +153,8 @@ class Runner:
         one_text: bool = False,
         text_only: bool = False,
         normaliser: Scope | None = None,
+        queries: Callable[[AttentionLayer], Queries | None] | None = None,
+        repeatable: bool = False,
         show_progress: bool = False,
     ) -> tuple[list[tuple[Execution, Result]], Any]:
         """Run the model once and apply ``on_layer`` to each chosen layer, in order.
@@ -158,6 +174,10 @@ class Runner:
             text_only: Whether to skip the layers of a vision tower if no layers were chosen.
             normaliser: The scope of the outputs that a measure divides by. A warning counts those
                 that vanish. None if the measure does not divide.
+            queries: Returns the queries of a layer that count, so that ``on_layer`` receives a
+                layer with these only. None for all.
+            repeatable: Whether results do not depend on earlier calls of ``on_layer``. Then a pass
+                like an earlier one is observed with fewer checks, and again in full if it differs.
             show_progress: Whether to show a progress bar over the layers, after two seconds.
 
         Returns:
@@ -182,6 +202,8 @@ class Runner:
             one_text=one_text,
             text=call.text if text_only and self.chosen is None else None,
             normaliser=None if stream else normaliser,
+            queries=queries,
+            repeatable=repeatable,
             show_progress=show_progress,
         )
         try:
@@ -212,49 +234,85 @@ class Runner:
         space: Space,
         states: StateSpace | None,
         stream: bool,
-        one_text: bool,
         text: TextLayers | None,
-        normaliser: Scope | None,
-        show_progress: bool,
+        repeatable: bool,
+        **options: Any,
     ) -> tuple[list[tuple[Execution, Result]], Any, int]:
         """Return the results of the layers, the model's output, and the number of vanishing rows.
 
         Raises:
             _ShortenedError: If later layers have fewer queries, because of ``call.last_only``.
         """
+        asked: dict[str, Any] = {
+            "wanted": self.chosen,
+            "kind": self.kind if self.chosen is None else "all",
+            "real": call.token_masks,
+        }
+        full = partial(
+            Observation, self.roots, states=states, space=space, stream=stream, text=text, **asked
+        )
+
+        def run(
+            observe: Callable[..., Observation],
+        ) -> tuple[list[tuple[Execution, Result]], Any, int, Observation]:
+            return self._run(call, observe, on_layer=on_layer, space=space, **options)
+
+        signature, model = None, self.model
+        if repeatable and model is not None and space == "attention" and states is None:
+            signature = Signature.of(model, self.forward_func, call, self.chosen, asked["kind"])
+        if signature is None or model is None:
+            return run(full)[:-1]
+        known = recall(model, signature)
+        if known is not None:
+            with suppress(UnknownPassError):
+                return run(partial(KnownObservation, known, model, **asked))[:-1]
+        results, output, vanishing, observation = run(full)
+        # A pass that differs from the known one would do so again.
+        executions = [execution for execution, _ in results]
+        found = KnownPass.of(observation, executions) if known is None else None
+        remember(model, signature, found)
+        return results, output, vanishing
+
+    def _run(
+        self,
+        call: ForwardCall,
+        observe: Callable[..., Observation],
+        *,
+        space: Space,
+        on_layer: Callable[[Execution, AttentionLayer], Result],
+        one_text: bool,
+        normaliser: Scope | None,
+        queries: Callable[[AttentionLayer], Queries | None] | None,
+        show_progress: bool,
+    ) -> tuple[list[tuple[Execution, Result]], Any, int, Observation]:
+        """Run the model in an observation, which ``observe`` makes from ``on_layer``."""
         results: list[tuple[Execution, Result]] = []
-        vanishing = longest = 0
+        vanishing: list[Tensor] = []
+        longest = 0
         expected = None if self.chosen is None else len(self.chosen)
 
         with progress_bar(expected, "layers", show=show_progress) as bar:
 
             def collect(execution: Execution, layer: AttentionLayer) -> None:
-                nonlocal vanishing, longest
+                nonlocal longest
                 if one_text:
                     _refuse_cross_attention([execution])
                 longest = max(longest, layer.T)
                 if call.last_only and longest > layer.T:
                     raise _ShortenedError
                 layer = layer.seen_in(space)
-                if bar.total is None:
+                if show_progress and bar.total is None:
                     bar.total = expected_layers(self.roots, [execution])
+                chosen = None if queries is None else queries(layer)
+                if chosen is not None:
+                    layer = layer.at(*chosen)
                 result = on_layer(execution, layer)
                 results.append((replace(execution, states=None), result))
                 if normaliser is not None:
-                    vanishing += layer.vanishing(normaliser)
+                    vanishing.append(layer.vanishing(normaliser))
                 bar.update()
 
-            observation = Observation(
-                self.roots,
-                collect,
-                self.chosen,
-                kind=self.kind if self.chosen is None else "all",
-                real=call.token_masks,
-                states=states,
-                space=space,
-                stream=stream,
-                text=text,
-            )
+            observation = observe(on_layer=collect)
             with (
                 torch.no_grad(),
                 evaluation_mode(self.roots, self.model),
@@ -268,7 +326,7 @@ class Runner:
             executions, chosen = observation.executions, self.chosen
             places = [n for n, e in enumerate(executions) if not chosen or e.module in chosen]
             _refuse_cross_attention(executions[places[0] : places[-1] + 1])
-        return results, output, vanishing
+        return results, output, sum(int(found.sum()) for found in by_device(vanishing)), observation
 
     def check_executions(self, executions: list[Execution]) -> None:
         """Check that the chosen layers have run."""

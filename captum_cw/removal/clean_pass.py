@@ -100,7 +100,7 @@ class CleanPass:
                 scores = scorer(layer, number)
                 check_finite(scores, execution.name)
                 clean.scores[name].append(scores.to(device))
-            clean.vanishing += layer.vanishing("inter")
+            clean.vanishing += int(layer.vanishing("inter"))
 
         spaces = {scorer.space for scorer in scorers.values()}
         observation = Observation(

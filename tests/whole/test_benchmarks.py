@@ -28,8 +28,9 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def command(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> list[str]:
     tiny_model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    sizes = ["--lengths", "16", "--memory-lengths", "16,32", "--repeats", "2"]
+    sizes = ["--lengths", "16", "--ratio-lengths", "16", "--memory-lengths", "16,32"]
     options = ["--model", str(tmp_path / "model"), "--threads", "1", "--gradient-steps", "2"]
+    options += ["--repeats", "2"]
     return [
         *(sys.executable, "benchmarks/run.py"),
         *(*sizes, *options),
@@ -72,7 +73,7 @@ def test_one_command_writes_all_tables_and_goes_on_after_a_kill(
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert text.strip() == out.strip()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert [len(row) for row in rows] == [3] * 11 + [3] * 3 + [5] * 3 + [3] * 3 + [6] * 4
+    assert [len(row) for row in rows] == [3] * 11 + [4] * 3 + [5] * 3 + [3] * 3 + [6] * 4
     assert "extrapolated" in text
     assert "failed" not in text
 
