@@ -42,6 +42,9 @@ __all__ = [
 #: The number of shapes of inputs that are remembered for a model.
 REMEMBERED = 256
 
+#: After this number of passes that differ from the known one, passes are observed in full at once.
+FAILURES = 8
+
 #: The hooks that may change what a module reads or returns.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -133,15 +136,26 @@ class KnownPass:
         return cls(tuple((e.name, e.kind) for e in observation.executions), projections)
 
 
-#: The known passes of a model. None stands for one that could not be repeated.
-_known: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], tuple[Signature, KnownPass | None]]]
-_known = WeakKeyDictionary()
+@dataclass
+class _Memory:
+    """What is kept of passes with one signature, and how many of them were not as known."""
+
+    signature: Signature
+    known: KnownPass | None
+    failures: int = 0
+
+
+#: The known passes of a model, by their inputs and what was asked.
+_memory: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], _Memory]] = WeakKeyDictionary()
 
 
 def recall(root: nn.Module, signature: Signature) -> KnownPass | None:
     """Return what is known of a pass with this signature; None if it must be observed in full."""
-    before, known = _known.get(root, {}).get((signature.inputs, signature.asked), (None, None))
-    if known is None or before != signature or any(_global_hooks()):
+    memory = _memory.get(root, {}).get((signature.inputs, signature.asked))
+    if memory is None or memory.signature != signature or memory.failures > FAILURES:
+        return None
+    known = memory.known
+    if known is None or any(_global_hooks()):
         return None
     for name in set(known.projections.values()):
         # A hook may change what the linear layer reads or returns.
@@ -162,12 +176,24 @@ def _global_hooks() -> list[Any]:
     return [getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]
 
 
-def remember(root: nn.Module, signature: Signature, known: KnownPass | None) -> None:
-    """Keep what is known of a pass."""
-    passes = _known.setdefault(root, {})
+def remember(
+    root: nn.Module, signature: Signature, known: KnownPass | None, *, failed: bool
+) -> None:
+    """Keep what the full observation of a pass has found.
+
+    Args:
+        root: The model.
+        signature: The signature of the pass.
+        known: What was found; None if such passes cannot be known.
+        failed: Whether the pass differed from the one that was known before.
+    """
+    passes = _memory.setdefault(root, {})
+    key = signature.inputs, signature.asked
+    before = passes.get(key)
+    failures = (0 if before is None else before.failures) + failed
     if len(passes) >= REMEMBERED:
         passes.clear()
-    passes[signature.inputs, signature.asked] = signature, known
+    passes[key] = _Memory(signature, known, failures)
 
 
 class KnownObservation(Observation):

@@ -267,10 +267,8 @@ class Runner:
             with suppress(UnknownPassError):
                 return run(partial(KnownObservation, known, model, **asked))[:-1]
         results, output, vanishing, observation = run(full)
-        # A pass that differs from the known one would do so again.
-        executions = [execution for execution, _ in results]
-        found = KnownPass.of(observation, executions) if known is None else None
-        remember(model, signature, found)
+        found = KnownPass.of(observation, [execution for execution, _ in results])
+        remember(model, signature, found, failed=known is not None)
         return results, output, vanishing
 
     def _run(

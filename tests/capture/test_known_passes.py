@@ -55,7 +55,7 @@ def scores(model: nn.Module, inputs: Any, **options: Any) -> Tensor:
 
 
 def observed_in_full(model: nn.Module, inputs: Any, **options: Any) -> Tensor:
-    known_passes._known.pop(model, None)
+    known_passes._memory.pop(model, None)
     return scores(model, inputs, **options)
 
 
@@ -78,6 +78,35 @@ def test_a_simple_model_is_known_after_one_pass(finished: list[KnownObservation]
     scores(model, ids[:, :-1])  # another shape
     assert len(finished) == 2
     assert not model.model.layers[0].self_attn.o_proj._forward_hooks
+
+
+def test_batches_with_and_without_padding_are_known_in_turn(
+    finished: list[KnownObservation],
+) -> None:
+    model, (padded, _) = llama(), padded_batch("right")
+    whole = {**padded, "attention_mask": torch.ones_like(padded["attention_mask"])}
+    for inputs in (whole, padded):
+        scores(model, inputs)
+    for inputs in (whole, padded, whole):
+        found = scores(model, inputs)
+    assert len(finished) == 3
+    assert torch.equal(found, observed_in_full(model, whole))
+
+
+def test_a_model_that_always_differs_is_observed_in_full_at_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids, tried = llama(), token_ids(), []
+
+    def fail(self: KnownObservation) -> None:
+        tried.append(self)
+        raise known_passes.UnknownPassError
+
+    monkeypatch.setattr(KnownObservation, "_check_finished", fail)
+    monkeypatch.setattr(known_passes, "FAILURES", 2)
+    for _ in range(6):
+        scores(model, ids)
+    assert len(tried) == 3
 
 
 def test_a_model_with_another_kind_of_projection_is_not_known(
