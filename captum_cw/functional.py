@@ -66,6 +66,7 @@ __all__ = [
     "geometry",
     "head_share",
     "heads_of",
+    "is_of_each_query",
     "map_blocks",
     "output_gram",
     "projection",
@@ -708,6 +709,27 @@ def _joint(weight: float, layer: EffectLayer) -> Block:
 
 # ---------------------------------------------------------------------------------------------
 # The engine: one pass over a layer, in blocks of queries
+
+
+#: The measures of a query that use neither its place in the text nor other queries.
+_OF_EACH_QUERY: frozenset[Any] = frozenset(
+    {
+        *(attention, vw, vwon, _contribution, relative_norm, _cosine_with, _geometry),
+        *(attention_cosine, projection, closeness),
+    }
+)
+
+
+def is_of_each_query(measure: Measure) -> bool:
+    """Whether a measure of a few queries is the same if a layer has no other queries.
+
+    See :meth:`AttentionLayer.at`. It is unknown of measures of users, and False for them.
+
+    Example:
+        >>> is_of_each_query(contribution()), is_of_each_query(lambda layer: attention(layer))
+        (True, False)
+    """
+    return (measure.func if isinstance(measure, partial) else measure) in _OF_EACH_QUERY
 
 
 def block_size(layer: AnyLayer) -> int:

@@ -21,7 +21,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from captum_cw.weights import QueryMask, SoftmaxWeights, Weights, grouped_matmul
+from captum_cw.weights import (
+    QueryMask,
+    SoftmaxWeights,
+    Weights,
+    grouped_matmul,
+    inner_weights,
+)
 
 __all__ = ["Block", "Direction", "Product", "Reduction", "reduce_by_kernel"]
 
@@ -123,6 +129,7 @@ def reduce_by_kernel(
         ValueError: If ``CAPTUM_CW_KERNEL`` has an unknown value.
         ImportError: If it asks for Triton, which is not installed.
     """
+    weights = inner_weights(weights)
     engine = os.environ.get(VARIABLE) or None
     if engine not in (None, BLOCKWISE, KERNEL):
         raise ValueError(

@@ -27,6 +27,7 @@ __all__ = [
     "blocks",
     "expand_heads",
     "grouped_matmul",
+    "inner_weights",
     "known_rows",
     "without_autocast",
 ]
@@ -322,6 +323,17 @@ def blocks(T: int, size: int) -> Iterator[slice]:
 Weights = Callable[[slice], Tensor]
 """Takes the rows of a block of queries, and returns their weights on the first ``n`` keys,
 ``(B, H, t, n)``. The weights on all other keys are zero. The caller may overwrite the result."""
+
+
+def inner_weights(weights: Weights) -> Weights:
+    """Return the weights inside of an object that hands them on, and has them as ``weights``.
+
+    Example:
+        >>> weights = SoftmaxWeights(*torch.zeros(2, 1, 1, 2, 4), QueryMask(2, 2))
+        >>> inner_weights(weights) is weights
+        True
+    """
+    return getattr(weights, "weights", weights)
 
 
 @dataclass(frozen=True)

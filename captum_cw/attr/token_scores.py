@@ -155,8 +155,12 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         if self.layers == "rollout":
             path, chosen, _ = self._path(inputs, additional_forward_args, self._chosen, **options)
             return as_given(inputs, path.scores(self.reduction, chosen).float())
+        apart = not self.method.explains_target
+        apart = apart and functional.is_of_each_query(self.method.measure)
         if not self.method.explains_target:
-            options |= {"queries": _Chosen(self.queries), "repeatable": True}
+            options["repeatable"] = True
+        if apart:
+            options["queries"] = _Chosen(self.queries)
 
         def on_layer(execution: Execution, layer: AnyLayer) -> Tensor:
             scores = functional.token_scores(
@@ -164,7 +168,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
                 self.method.measure,
                 self.reduction,
                 signed=self.signed,
-                queries=self._chosen(execution, layer) if self.method.explains_target else None,
+                queries=None if apart else self._chosen(execution, layer),
             )
             return functional.aggregate(scores, self.heads, dim=1).float()
 

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_cw import ContributionWeights, TokenScores, VWAttention
+from captum_cw import AttentionWeights, ContributionWeights, TokenScores, VWAttention
 from captum_cw.capture import known_passes, run
 from captum_cw.capture.known_passes import KnownObservation
 from support.inputs import padded_batch, token_ids
@@ -258,3 +258,28 @@ def test_measures_of_other_queries_are_those_of_the_whole_layer() -> None:
     for b, mask in enumerate(real):
         last = int(mask.nonzero().max())
         torch.testing.assert_close(found[b], maps[b, :, :, last], atol=1e-6, rtol=1e-6)
+
+
+class Placed(AttentionWeights):
+    """A measure that depends on the places of queries: it counts from each query back."""
+
+    @staticmethod
+    def measure(layer: Any) -> Any:
+        keys = torch.arange(layer.S)
+
+        def block(a: Tensor, rows: slice) -> Tensor:
+            places = torch.arange(rows.start, rows.stop)[:, None] + layer.S - layer.T
+            return a.mul_((places - keys[: a.shape[-1]]).clamp(min=0))
+
+        return block
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_measures_of_users_see_the_places_of_queries(side: str) -> None:
+    model, (inputs, real) = llama(), padded_batch(side)
+    found = TokenScores(Placed(model), "sum", layers=None, heads=None, queries=-1).attribute(inputs)
+    maps = Placed(model).attribute(inputs)
+    for b in range(2):
+        last = int(real[b].nonzero()[-1])
+        for layer, x in enumerate(maps):
+            torch.testing.assert_close(found[b, layer], x[b, :, last])
