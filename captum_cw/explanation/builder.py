@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,17 +133,19 @@ def explain(
     maps = {name: x / len(layers.heads) for name, x in layers.maps.items()}
     settings = {"model": _name(model), "space": space, "top_k": top_k, **versions()}
     question = Question(target, contrast)
-    parts = None
+    parts, heads = None, layers.heads
     if question.is_asked or predicts(tokenizer, ids, output, causal=layers.causal):
         parts = _target_parts(model, tokenizer, inputs, output, question, causal=layers.causal)
     if parts is not None:
         scores, maps = {**parts.scores, **scores}, {TARGET: parts.map, **maps}
         settings = {**parts.settings, **settings}
+        if [len(x) for x in parts.effects] == [len(x.share) for x in heads]:
+            heads = [replace(x, effect=y) for x, y in zip(heads, parts.effects, strict=True)]
     return Explanation(
         tokens=readable_tokens(tokenizer, ids[0]),
         scores=scores,
         maps=maps,
-        heads=layers.heads if top_k else (),
+        heads=heads if top_k else (),
         predicted=predicted,
         probability=probability,
         words=word_numbers(tokenizer, ids[0]),
@@ -248,7 +251,10 @@ class _Layers:
         if layer.scale is not None:
             norm = norm * layer.scale[0].abs()
         norm = norm[skipped:].cpu().float()
-        self.heads.append(HeadMaps(execution.name, keys, **kept, output_norm=norm, share=share))
+        effect = torch.full((H,), torch.nan, device="cpu")
+        self.heads.append(
+            HeadMaps(execution.name, keys, **kept, output_norm=norm, share=share, effect=effect)
+        )
 
     def _check_memory(self, H: int, layers: int) -> None:
         T, K, count = self.T, self.top_k, len(self.measures)

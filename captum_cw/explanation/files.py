@@ -91,14 +91,23 @@ def load(path: str | Path, kind: type[Explanation]) -> Explanation:
             names = enumerate(content[group])
             values[group] = {name: tensors[f"{group}/{n}"] for n, name in names}
         values["heads"] = [
-            HeadMaps(name, *(tensors[f"heads/{n}/{part}"] for part in OF_LAYER))
-            for n, name in enumerate(content["heads"])
+            HeadMaps(name, **_layer(tensors, n)) for n, name in enumerate(content["heads"])
         ]
         return kind(**values, probability=tensors.get("probability"))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: it lacks {error}.") from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _layer(tensors: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+    found = {part: tensors.get(f"heads/{n}/{part}") for part in OF_LAYER}
+    if found["effect"] is None:  # files of the first release do not have it
+        found["effect"] = torch.full_like(tensors[f"heads/{n}/share"][:, 0], torch.nan)
+    missing = [part for part, x in found.items() if x is None]
+    if missing:
+        raise KeyError(f"heads/{n}/{missing[0]}")
+    return {part: x for part, x in found.items() if x is not None}
 
 
 def _read_content(path: str | Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -192,11 +201,16 @@ def _head_variables(heads: Sequence[HeadMaps]) -> dict[str, Any]:
         return _array(torch.stack(full))
 
     by_rank = ("layer", "head", "query", "rank")
+    missing = [H - len(layer.effect) for layer in heads]
+    effects = zip(heads, missing, strict=True)
+    padded = [torch.nn.functional.pad(x.effect, (0, n), value=torch.nan) for x, n in effects]
+    effect = _array(torch.stack(padded))
     output_norm = torch.stack([layer.output_norm for layer in heads])
     return {
         "head_key": (by_rank, filled("keys", -1)),
         **{part: (by_rank, filled(part, torch.nan)) for part in FACTORS},
         "share": (by_rank[:3], filled("share", torch.nan)),
+        "effect": (by_rank[:2], effect),
         "output_norm": (("layer", "query"), _array(output_norm)),
     }
 

@@ -17,7 +17,7 @@ from captum_cw.text.tokens import Grouping, Span, check_spans, group_scores, joi
 if TYPE_CHECKING:
     from captum_cw.explanation.explanation import Explanation
 
-__all__ = ["SpanUnit", "by_message", "by_span", "by_word"]
+__all__ = ["SpanUnit", "by_message", "by_span", "by_word", "spans_of_words"]
 
 SpanUnit = Literal["tokens", "characters"]
 
@@ -28,8 +28,8 @@ def by_word(explanation: Explanation, how: Grouping) -> Explanation:
         raise ValueError(
             "The words of the tokens are unknown: give words=..., or spans to by_span."
         )
-    outputs = None if explanation.query_words is None else _word_spans(explanation.query_words)
-    return _group(explanation, _word_spans(explanation.words), how, "word", outputs)
+    outputs = None if explanation.query_words is None else spans_of_words(explanation.query_words)
+    return _group(explanation, spans_of_words(explanation.words), how, "word", outputs)
 
 
 def by_span(
@@ -97,7 +97,7 @@ def _group_queries(name: str, x: Tensor, spans: Sequence[Span]) -> Tensor:
     return group_scores(x.T, spans, "sum" if is_sum else "mean").T
 
 
-def _word_spans(words: Sequence[int | None]) -> list[Span]:
+def spans_of_words(words: Sequence[int | None]) -> list[Span]:
     """Return the tokens of each word; a token without a word is a span of its own."""
     spans: list[Span] = []
     for place, word in enumerate(words):

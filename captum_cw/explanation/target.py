@@ -53,12 +53,15 @@ class TargetParts:
     Args:
         scores: ``(T,)`` by values and by inputs, by the name of the measure.
         map: What each key adds at each query, summed over heads and layers, ``(T, T)``.
+        effects: What each head of a layer adds over all queries and keys of the text, ``(H,)`` for
+            each layer.
         settings: The target and its contrast, their probabilities, and their difference in logits,
             for readers.
     """
 
     scores: dict[str, Tensor]
     map: Tensor
+    effects: list[Tensor]
     settings: dict[str, Any]
 
 
@@ -100,14 +103,19 @@ def target_parts(
         )
     check_fits(8 * T * T, torch.device("cpu"), f"a map of {T} x {T}", "Explain a shorter text.")
     total = torch.zeros(T, T, dtype=torch.float32, device="cpu")
+    effects: list[Tensor] = []
 
     def add(execution: Execution, layer: TargetLayer) -> None:
         skipped, hidden = leading(execution, layer, T, None)
+        effect = layer.value.new_zeros(layer.H)
         for rows, (t,) in map_blocks(layer, functional.target):
             first = max(rows.start, skipped)
-            block = t[0, :, first - rows.start :, hidden:].sum(0)
+            of_heads = t[0, :, first - rows.start :, hidden:]
+            effect += of_heads.sum((-2, -1))
+            block = of_heads.sum(0)
             queries = slice(first - skipped, first - skipped + len(block))
             total[queries, : block.shape[-1]] += block.cpu().float()
+        effects.append(effect.cpu().float())
 
     found = TargetContributions(model).run(
         {name: x for name, x in inputs.items() if name != LOGITS},
@@ -120,6 +128,9 @@ def target_parts(
     settings = names.described("target", question.target, position)
     if question.contrast is not None:
         settings |= names.described("contrast", question.contrast, position)
+    asked = names.position(question.target, position, T)
+    if asked is not None:
+        settings["target position"] = asked
     settings["target value"] = f"{found.values.item():.4g}"
     hint = names.hint(question.target, position)
     if hint is not None:
@@ -128,7 +139,7 @@ def target_parts(
     share = found.shares.get("input_ids")
     if share is not None:
         scores[INPUT] = share[0].cpu()
-    return TargetParts(scores, total, settings)
+    return TargetParts(scores, total, effects, settings)
 
 
 def predicts(tokenizer: PreTrainedTokenizerBase, ids: Tensor, output: Any, *, causal: bool) -> bool:
@@ -183,6 +194,15 @@ class _Names:
         if position is None or isinstance(wanted, tuple):
             return wanted
         return position, wanted
+
+    def position(self, wanted: Wanted, position: int | None, T: int) -> int | None:
+        """Return the position of a target in a text of ``T`` tokens; None if it has none."""
+        if self.logits.dim() == 2:
+            return None
+        number = self.number(wanted, position)
+        found = number[0] if isinstance(number, tuple) else self.logits.shape[1] - 1
+        found = int(found) % self.logits.shape[1] - (self.logits.shape[1] - T)
+        return found if found >= 0 else None
 
     def described(self, role: str, wanted: Wanted, position: int | None) -> dict[str, str]:
         """Return a target for readers, and its probability if there is only one right class.
