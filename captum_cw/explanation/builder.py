@@ -251,10 +251,7 @@ class _Layers:
         if layer.scale is not None:
             norm = norm * layer.scale[0].abs()
         norm = norm[skipped:].cpu().float()
-        effect = torch.full((H,), torch.nan, device="cpu")
-        self.heads.append(
-            HeadMaps(execution.name, keys, **kept, output_norm=norm, share=share, effect=effect)
-        )
+        self.heads.append(HeadMaps(execution.name, keys, **kept, output_norm=norm, share=share))
 
     def _check_memory(self, H: int, layers: int) -> None:
         T, K, count = self.T, self.top_k, len(self.measures)

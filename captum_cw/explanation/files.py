@@ -49,7 +49,8 @@ def save(path: str | Path, explanation: Explanation) -> None:
         for n, x in enumerate(group.values())
     }
     for n, layer in enumerate(explanation.heads):
-        tensors.update({f"heads/{n}/{part}": getattr(layer, part) for part in OF_LAYER})
+        parts = {part: getattr(layer, part) for part in OF_LAYER}
+        tensors |= {f"heads/{n}/{part}": x for part, x in parts.items() if x is not None}
     if explanation.probability is not None:
         tensors["probability"] = explanation.probability
     content = {
@@ -91,23 +92,18 @@ def load(path: str | Path, kind: type[Explanation]) -> Explanation:
             names = enumerate(content[group])
             values[group] = {name: tensors[f"{group}/{n}"] for n, name in names}
         values["heads"] = [
-            HeadMaps(name, **_layer(tensors, n)) for n, name in enumerate(content["heads"])
+            HeadMaps(
+                name,
+                *(tensors[f"heads/{n}/{part}"] for part in OF_LAYER if part != "effect"),
+                effect=tensors.get(f"heads/{n}/effect"),
+            )
+            for n, name in enumerate(content["heads"])
         ]
         return kind(**values, probability=tensors.get("probability"))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: it lacks {error}.") from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _layer(tensors: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
-    found = {part: tensors.get(f"heads/{n}/{part}") for part in OF_LAYER}
-    if found["effect"] is None:  # files of the first release do not have it
-        found["effect"] = torch.full_like(tensors[f"heads/{n}/share"][:, 0], torch.nan)
-    missing = [part for part, x in found.items() if x is None]
-    if missing:
-        raise KeyError(f"heads/{n}/{missing[0]}")
-    return {part: x for part, x in found.items() if x is not None}
 
 
 def _read_content(path: str | Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -200,17 +196,19 @@ def _head_variables(heads: Sequence[HeadMaps]) -> dict[str, Any]:
             full.append(torch.nn.functional.pad(x, (*ranks, 0, 0, 0, H - len(x)), value=fill))
         return _array(torch.stack(full))
 
+    def effect(layer: HeadMaps) -> Tensor:
+        full = torch.full((H,), torch.nan, device="cpu")
+        if layer.effect is not None:
+            full[: len(layer.effect)] = layer.effect
+        return full
+
     by_rank = ("layer", "head", "query", "rank")
-    missing = [H - len(layer.effect) for layer in heads]
-    effects = zip(heads, missing, strict=True)
-    padded = [torch.nn.functional.pad(x.effect, (0, n), value=torch.nan) for x, n in effects]
-    effect = _array(torch.stack(padded))
     output_norm = torch.stack([layer.output_norm for layer in heads])
     return {
         "head_key": (by_rank, filled("keys", -1)),
         **{part: (by_rank, filled(part, torch.nan)) for part in FACTORS},
         "share": (by_rank[:3], filled("share", torch.nan)),
-        "effect": (by_rank[:2], effect),
+        "effect": (by_rank[:2], _array(torch.stack([effect(layer) for layer in heads]))),
         "output_norm": (("layer", "query"), _array(output_norm)),
     }
 

@@ -42,7 +42,7 @@ class HeadMaps:
             if it is unknown.
         share: The sum of each head's contributions over all keys, ``(H, T)``.
         effect: What each head adds to the target of the explanation, over all of its queries and
-            keys, ``(H,)``, in the unit of the target; NaN without a target.
+            keys, ``(H,)``, in the unit of the target; None without a target.
     """
 
     name: str
@@ -52,7 +52,7 @@ class HeadMaps:
     cosine: Tensor
     output_norm: Tensor
     share: Tensor
-    effect: Tensor
+    effect: Tensor | None = None
 
     @classmethod
     def from_decomposition(cls, name: str, factors: Decomposition, top_k: int) -> HeadMaps:
@@ -76,7 +76,6 @@ class HeadMaps:
             cosine=cosine.gather(-1, keys),
             output_norm=attention.new_full((attention.shape[1],), torch.nan),
             share=contribution.sum(-1),
-            effect=attention.new_full((len(attention),), torch.nan),
         )
 
     def measure(self, name: str) -> Tensor:

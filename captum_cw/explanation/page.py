@@ -143,7 +143,7 @@ def _check(explanation: Explanation, layers: Sequence[HeadMaps], sinks: Collecti
     numbers |= {f"maps[{name!r}]": x for name, x in explanation.maps.items()}
     if explanation.probability is not None:
         numbers["probability"] = explanation.probability
-    for layer in layers:  # an unknown output_norm or effect is NaN
+    for layer in layers:  # an unknown output_norm is NaN
         for part in (*FACTORS, "share"):
             numbers[f"{part} of layer {layer.name!r}"] = getattr(layer, part)
     for name, x in numbers.items():
@@ -189,7 +189,7 @@ def _description(
                 "heads": layer.keys.shape[0],
                 "kept": layer.keys.shape[2],
                 "negative": bool((layer.attention < 0).any()),
-                "effects": None if bool(layer.effect.isnan().any()) else _rounded(layer.effect),
+                "effects": None if layer.effect is None else _rounded(layer.effect),
             }
             for layer in layers
         ],

@@ -87,7 +87,7 @@ def shares_of(
     sinks = explanation.sinks if sinks is None else sinks
     spans = spans_of_words(explanation.words or range(len(explanation.tokens)))
     words = explanation if explanation.words is None else explanation.by_word()
-    scores = words.scores[method].double().cpu()
+    scores = words.scores[method].detach().cpu().double()
     total = float(scores.abs().sum()) or 1.0
     return [
         Share(text, start, score, score / total, any(start <= place < stop for place in sinks))
