@@ -17,8 +17,9 @@ from captum.attr import LLMAttributionResult
 from torch import Tensor
 
 from captum_cw._utils.files import whole_file
-from captum_cw.explanation import conversion, files, grouping
+from captum_cw.explanation import conversion, files, grouping, shares
 from captum_cw.explanation.heads import HeadMaps
+from captum_cw.explanation.shares import Share
 from captum_cw.functional import Decomposition
 from captum_cw.text.templates import Message
 from captum_cw.text.tokens import Grouping, Span, sink
@@ -123,6 +124,10 @@ class Explanation:
             parts.append(f"heads of {len(self.heads)} layers")
         return f"<Explanation: {'; '.join(parts)}>"
 
+    def __str__(self) -> str:
+        """Return :meth:`summary`."""
+        return self.summary()
+
     @classmethod
     def from_llm(cls, result: LLMAttributionResult, name: str = "attribution") -> Explanation:
         """Convert an ``LLMAttributionResult`` of this package, or of Captum's own classes.
@@ -184,15 +189,18 @@ class Explanation:
         return cls(tokens, queries=queries, **conversion.fields_of_maps(maps, layers, top_k))
 
     def save(self, path: str | Path) -> None:
-        """Save one safetensors file, with everything that is not a tensor in its metadata.
+        """Save a file of the kind that its ending names.
 
-        The same explanation gives the same bytes.
+        ``.safetensors`` (or no ending) holds everything, and :meth:`load` reads it again.
+        ``.html`` is :meth:`page`, and ``.json`` is :meth:`to_json`. The same explanation gives the
+        same bytes.
 
         Args:
             path: The file, such as ``"text.safetensors"``.
 
         Raises:
             TypeError: If ``settings`` hold something that JSON cannot.
+            ValueError: If the file has another ending.
 
         Example:
             >>> path = getfixture("tmp_path") / "text.safetensors"
@@ -200,11 +208,23 @@ class Explanation:
             >>> Explanation.load(path).tokens
             [' Ice', ' is', ' cold']
         """
-        files.save(path, self)
+        match Path(path).suffix.lower():
+            case ".safetensors" | "":
+                files.save(path, self)
+            case ".html" | ".htm":
+                self.save_page(path)
+            case ".json":
+                with whole_file(path) as whole:
+                    whole.write_text(self.to_json() + "\n", encoding="utf-8")
+            case suffix:
+                raise ValueError(
+                    f"path={str(path)!r} ends in {suffix!r}: an explanation is saved as "
+                    ".safetensors, .html or .json."
+                )
 
     @classmethod
     def load(cls, path: str | Path) -> Explanation:
-        """Load a file of :meth:`save`, bit for bit. Files cannot run code.
+        """Load a safetensors file of :meth:`save`, bit for bit. Files cannot run code.
 
         Args:
             path: The file.
@@ -225,7 +245,50 @@ class Explanation:
             >>> explanation.sinks, explanation.by_span(["Ice is", "cold"]).sinks
             ((0,), ())
         """
-        return () if self.settings.get("by") in ("span", "message") else sink(self.tokens)
+        grouped = self.settings.get("by") in ("span", "message")
+        return () if grouped or self.settings.get("part of") else sink(self.tokens)
+
+    def summary(self, count: int = 10, *, raw: bool = False) -> str:
+        """Return the question, its answer, and the words with the largest scores, for a terminal.
+
+        Scores are shares of all scores of the method, in percent: their sizes sum to 100%. The
+        attention sink has a line of its own.
+
+        Args:
+            count: The number of words, besides sinks.
+            raw: Whether to show scores in the unit of the method instead of percent.
+
+        Example:
+            >>> words = ["The", " capital", " of", " France"]
+            >>> scores = {"contribution": torch.tensor([0.6, 0.1, 0.0, 0.3])}
+            >>> print(Explanation(words, scores).summary(2))
+            By contribution, size, the largest shares are those of “France” (30%) and “capital” \
+(10%). 60% came by way of the first token “The”, an attention sink.
+            <BLANKLINE>
+            The         60% ████████████████████████  (attention sink)
+            France      30% ████████████
+            capital     10% ████
+            1 more word: 0% together
+            Scores: contribution, size.
+        """
+        return shares.summary(self, count, raw=raw)
+
+    def shares(self, method: str | None = None) -> list[Share]:
+        """Return the share of each word in all scores of a method, in the order of the text.
+
+        Args:
+            method: The method; None for the one that answers the question: the prediction's if
+                there is one.
+
+        Raises:
+            ValueError: If the explanation does not have scores of the method.
+
+        Example:
+            >>> words = Explanation(["Ice", " is"], {"contribution": torch.tensor([3.0, -1.0])})
+            >>> [(x.text, x.share, x.percent) for x in words.shares()]
+            [('Ice', 0.75, '75%'), (' is', -0.25, '-25%')]
+        """
+        return shares.shares_of(self, method)
 
     def page(self, *, sinks: Collection[int] | None = None) -> str:
         """Return a self-contained, interactive HTML page.
@@ -267,13 +330,39 @@ class Explanation:
 
         return framed(self.page(), f"{self!r} Trust this notebook, or run it, to see the page.")
 
+    def to_dict(self, *, maps: bool = False) -> dict[str, Any]:
+        """Return tokens, scores, predictions and settings as lists, numbers and strings.
+
+        Args:
+            maps: Whether to include the maps, whose size grows with the square of the text.
+
+        Example:
+            >>> explain(model, tokenizer, "Ice is cold").to_dict()["tokens"]
+            [' Ice', ' is', ' cold']
+        """
+        return files.to_dict(self, maps=maps)
+
+    def to_json(self, *, maps: bool = False) -> str:
+        """Return :meth:`to_dict` as JSON.
+
+        Raises:
+            TypeError: If ``settings`` hold something that JSON cannot.
+
+        Example:
+            >>> Explanation(["Ice"], {"contribution": torch.ones(1)}).to_json()
+            '{"tokens": ["Ice"], "scores": {"contribution": [1.0]}, "settings": {}}'
+        """
+        return files.to_json(self, maps=maps)
+
     def to_dataframe(self, of: Literal["scores", "maps"] = "scores") -> DataFrame:
         """Return a pandas table with one column per method.
 
         Args:
-            of: ``"scores"`` for one row per token, with its ``place``, ``token`` and ``word``.
-                ``"maps"`` for one row per pair of query and token, with the positions (``query``,
-                ``place``) and texts (``query_token``, ``token``) of both.
+            of: ``"scores"`` for one row per token, with its ``place``, its text (``token``), and
+                its ``word`` with the ``word_number`` if words are known. ``"maps"`` for one row per
+                pair of query and token, with the positions (``query``, ``place``) and texts
+                (``query_token``, ``token``) of both. In an explanation by word, span or message,
+                the columns of texts are called ``word``, ``span`` or ``message``.
 
         Raises:
             ImportError: If pandas is not installed.
@@ -281,7 +370,7 @@ class Explanation:
 
         Example:
             >>> explain(model, tokenizer, "Ice is cold").to_dataframe().columns[:5].tolist()
-            ['place', 'token', 'word', 'target', 'input']
+            ['place', 'token', 'word', 'word_number', 'target']
         """
         return files.to_dataframe(self, of)
 
@@ -307,20 +396,20 @@ class Explanation:
     def by_word(self, how: Grouping = "sum") -> Explanation:
         """Group tokens by word; a token without a word stays single.
 
-        Output tokens are grouped by word too. The probability of a word is the product of its
-        tokens' probabilities. The prediction for a word is that after its last token. Heads are
-        left out.
+        If the words are unknown, they are read from the tokens, where spaces begin them. Output
+        tokens are grouped by word too. The probability of a word is the product of its tokens'
+        probabilities. The prediction for a word is that after its last token. Heads are left out.
 
         Args:
             how: Combine scores and the keys of maps by ``"sum"``, ``"mean"`` or ``"max"``. Queries
                 are always averaged; those of contributions to a target are summed.
 
         Raises:
-            ValueError: If the words are unknown.
+            ValueError: If the words are unknown, and no token begins with a space.
 
         Example:
             >>> scores = {"ig": torch.ones(3)}
-            >>> words = Explanation(["The", " cap", "ital"], scores, words=[0, 1, 1]).by_word()
+            >>> words = Explanation(["The", " cap", "ital"], scores).by_word()
             >>> words.tokens, words.scores["ig"]
             (['The', ' capital'], tensor([1., 2.]))
         """
@@ -352,6 +441,26 @@ class Explanation:
             ([' The capital', ' France'], torch.Size([2, 2]))
         """
         return grouping.by_span(self, spans, how, unit)
+
+    def part(self, start: int, stop: int) -> Explanation:
+        """Return the explanation of the tokens from ``start`` to ``stop``, such as for its page.
+
+        Scores and maps are those of the whole text. Of heads, keys outside of the part are left
+        out. Queries that are not the tokens themselves are all kept.
+
+        Args:
+            start: The first token.
+            stop: The token after the last.
+
+        Raises:
+            ValueError: If the part is empty, or is not in the text.
+
+        Example:
+            >>> explanation = explain(model, tokenizer, "The capital of France is")
+            >>> explanation.part(1, 4).tokens
+            [' capital', ' of', ' France']
+        """
+        return grouping.part(self, start, stop)
 
     def by_message(self, how: Grouping = "sum") -> Explanation:
         """Group the tokens of a chat by message, named by role; the template is left out.

@@ -174,7 +174,9 @@ def _description(
         "predicted": explanation.predicted,
         "probability": None if probability is None else _rounded(probability),
         "methods": [{**_method(name, explained), "ofHeads": name in of_heads} for name in names],
-        "initial": first_method(explanation) if explanation.scores or explanation.maps else names[0],
+        "initial": first_method(explanation)
+        if explanation.scores or explanation.maps
+        else names[0],
         "sentence": sentence(explanation, sinks=sinks) if explanation.scores else None,
         "words": _words(explanation.tokens, explanation.words),
         "queryWords": _words(explanation.queries or (), explanation.query_words),

@@ -85,8 +85,9 @@ def shares_of(
         known = ", ".join(map(repr, explanation.scores)) or "none"
         raise ValueError(f"method={method!r} has no scores here; the known ones: {known}.")
     sinks = explanation.sinks if sinks is None else sinks
-    spans = spans_of_words(explanation.words or range(len(explanation.tokens)))
-    words = explanation if explanation.words is None else explanation.by_word()
+    known = explanation.words
+    spans = spans_of_words(range(len(explanation.tokens)) if known is None else known)
+    words = explanation if known is None else explanation.by_word()
     scores = words.scores[method].detach().cpu().double()
     total = float(scores.abs().sum()) or 1.0
     return [
@@ -159,7 +160,7 @@ def summary(explanation: Explanation, count: int = 10, *, raw: bool = False) -> 
     """
     method = first_method(explanation)
     asked = question(explanation)
-    lines = [] if asked is None else [asked]
+    lines = [] if asked is None else [f"{asked}{_probabilities(explanation)}"]
     if method not in explanation.scores:
         return "\n".join([*lines, repr(explanation)])
     found = shares_of(explanation, method)
@@ -175,7 +176,8 @@ def summary(explanation: Explanation, count: int = 10, *, raw: bool = False) -> 
     rest = len(found) - len(top)
     if rest:
         left = 1 - sum(abs(x.share) for x in top)
-        lines.append(f"{rest} more words: {100 * left:.0f}% together")
+        words = "word" if rest == 1 else "words"
+        lines.append(f"{rest} more {words}: {100 * abs(left):.0f}% together")
     entry = measures.find(method)
     label = method if entry is None else entry.label
     unit = f", in the {entry.unit}" if raw and entry is not None and entry.unit else ""
@@ -192,6 +194,14 @@ def largest(shares: Sequence[Share], count: int) -> list[Share]:
 def quoted(text: str) -> str:
     """Return a token in quotation marks, without the space before it."""
     return f"“{text.strip() or text}”"
+
+
+def _probabilities(explanation: Explanation) -> str:
+    """Return the probabilities of the target and its contrast, as the end of a line."""
+    settings = explanation.settings
+    found = [settings.get(f"{role} probability") for role in ("target", "contrast")]
+    known = [f"{100 * float(x):.2g}%" for x in found if x is not None]
+    return f" (probability {' against '.join(known)})" if known else ""
 
 
 def _size(x: Share) -> str:
