@@ -39,7 +39,7 @@ ENTRY = "captum_cw"
 KIND = "explanation"
 #: The fields of an explanation that hold tensors. The others are saved as JSON.
 TENSORS = {"scores", "maps", "heads", "probability"}
-#: The tensors of a layer.
+#: The tensors of a layer. The last is optional.
 OF_LAYER = [part.name for part in fields(HeadMaps) if part.name != "name"]
 
 
@@ -90,8 +90,8 @@ def load(path: str | Path, kind: type[Explanation]) -> Explanation:
         values["heads"] = [
             HeadMaps(
                 name,
-                *(tensors[f"heads/{n}/{part}"] for part in OF_LAYER if part != "effect"),
-                effect=tensors.get(f"heads/{n}/effect"),
+                *(tensors[f"heads/{n}/{part}"] for part in OF_LAYER[:-1]),
+                tensors.get(f"heads/{n}/{OF_LAYER[-1]}"),
             )
             for n, name in enumerate(content["heads"])
         ]
@@ -117,14 +117,10 @@ def _read_content(path: str | Path, metadata: Mapping[str, str] | None) -> dict[
 
 def to_dict(explanation: Explanation, *, maps: bool) -> dict[str, Any]:
     """Return lists, numbers and strings; see :meth:`captum_cw.Explanation.to_dict`."""
-    groups = {"scores": explanation.scores, **({"maps": explanation.maps} if maps else {})}
-    known: dict[str, Any] = {
-        "tokens": list(explanation.tokens),
-        **{
-            kind: {name: _array(x).tolist() for name, x in of.items()}
-            for kind, of in groups.items()
-        },
-    }
+    known: dict[str, Any] = {"tokens": list(explanation.tokens)}
+    for kind in ("scores", "maps") if maps else ("scores",):
+        group = getattr(explanation, kind)
+        known[kind] = {name: _array(x).tolist() for name, x in group.items()}
     for name in ("queries", "predicted", "words", "text"):
         value = getattr(explanation, name)
         if value is not None:

@@ -88,9 +88,9 @@ def explanation_page(explanation: Explanation, *, sinks: Collection[int] | None 
     note = None
     if len(explanation.tokens) > MAPPED and (explanation.maps or explanation.heads):
         note = (
-            f"The text has {len(explanation.tokens):,} tokens, so the page leaves out its maps, which "
-            "would be too large for a browser. For the maps of a part of the text, save the page "
-            "of explanation.part(start, stop)."
+            f"The text has {len(explanation.tokens):,} tokens, so the page leaves out its maps, "
+            "which would be too large for a browser. For the maps of a part of the text, save the "
+            "page of explanation.part(start, stop)."
         )
         explanation = replace(explanation, maps={}, heads=())
     layers = [layer for layer in explanation.heads if layer.keys.numel()]
@@ -124,7 +124,8 @@ def framed(page: str, alternative: str) -> str:
     and shows the text ``alternative``.
     """
     return (
-        f'<iframe srcdoc="{escape(page)}" sandbox="allow-scripts allow-downloads" title="Explanation" '
+        f'<iframe srcdoc="{escape(page)}" title="Explanation" '
+        'sandbox="allow-scripts allow-downloads" '
         "onload=\"this.contentWindow.postMessage(getComputedStyle(this).colorScheme, '*')\" "
         f'style="width: 100%; height: 800px; border: 0">{escape(alternative)}</iframe>'
     )
@@ -166,6 +167,7 @@ def _description(
     unknown = {"vw"} if all(bool(x.output_norm.isnan().all()) for x in layers) else set()
     of_heads = [name for name in OF_HEADS if name not in unknown] if layers else []
     names = list(dict.fromkeys([*explanation.scores, *explanation.maps, *of_heads]))
+    of_all = explanation.scores or explanation.maps
     explained = set(OF_HEADS) <= explanation.maps.keys()  # by explain()
     probability = explanation.probability
     return {
@@ -174,9 +176,7 @@ def _description(
         "predicted": explanation.predicted,
         "probability": None if probability is None else _rounded(probability),
         "methods": [{**_method(name, explained), "ofHeads": name in of_heads} for name in names],
-        "initial": first_method(explanation)
-        if explanation.scores or explanation.maps
-        else names[0],
+        "initial": first_method(explanation) if of_all else names[0],
         "sentence": sentence(explanation, sinks=sinks) if explanation.scores else None,
         "words": _words(explanation.tokens, explanation.words),
         "queryWords": _words(explanation.queries or (), explanation.query_words),

@@ -85,9 +85,9 @@ def shares_of(
         known = ", ".join(map(repr, explanation.scores)) or "none"
         raise ValueError(f"method={method!r} has no scores here; the known ones: {known}.")
     sinks = explanation.sinks if sinks is None else sinks
-    known = explanation.words
-    spans = spans_of_words(range(len(explanation.tokens)) if known is None else known)
-    words = explanation if known is None else explanation.by_word()
+    words, spans = explanation, [(n, n + 1) for n in range(len(explanation.tokens))]
+    if explanation.words is not None:
+        words, spans = explanation.by_word(), spans_of_words(explanation.words)
     scores = words.scores[method].detach().cpu().double()
     total = float(scores.abs().sum()) or 1.0
     return [

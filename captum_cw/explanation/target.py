@@ -125,7 +125,7 @@ def target_parts(
         contrast=None if question.contrast is None else names.number(question.contrast, position),
         text_only=True,
     )
-    settings = names.described("target", question.target, position)
+    settings: dict[str, Any] = {**names.described("target", question.target, position)}
     if question.contrast is not None:
         settings |= names.described("contrast", question.contrast, position)
     asked = names.position(question.target, position, T)
