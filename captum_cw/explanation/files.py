@@ -39,7 +39,7 @@ ENTRY = "captum_cw"
 KIND = "explanation"
 #: The fields of an explanation that hold tensors. The others are saved as JSON.
 TENSORS = {"scores", "maps", "heads", "probability"}
-#: The tensors of a layer. The last is optional.
+#: The tensors of a layer.
 OF_LAYER = [part.name for part in fields(HeadMaps) if part.name != "name"]
 
 
@@ -90,8 +90,8 @@ def load(path: str | Path, kind: type[Explanation]) -> Explanation:
         values["heads"] = [
             HeadMaps(
                 name,
-                *(tensors[f"heads/{n}/{part}"] for part in OF_LAYER[:-1]),
-                tensors.get(f"heads/{n}/{OF_LAYER[-1]}"),
+                **{part: tensors[f"heads/{n}/{part}"] for part in OF_LAYER if part != "effect"},
+                effect=tensors.get(f"heads/{n}/effect"),
             )
             for n, name in enumerate(content["heads"])
         ]
