@@ -108,6 +108,13 @@ def explain(
     if top_k < 0:
         raise ValueError(f"top_k must be 0 or more, got {top_k}.")
     model = unwrapped(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}: give a torch.nn.Module.")
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise TypeError(
+            f"tokenizer is of type {type(tokenizer).__name__}: give the model's tokenizer, such as "
+            "AutoTokenizer.from_pretrained(name)."
+        )
     if "decoder_input_ids" in parameters_of(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has an encoder and a decoder, which read two texts: use "

@@ -222,8 +222,8 @@ def plot_decomposition(
 
 
 def plot_token_scores(
-    scores: Mapping[str, Tensor],
-    tokens: Sequence[str],
+    scores: Mapping[str, Tensor] | Tensor,
+    tokens: Sequence[str] | None = None,
     *,
     skip: Collection[int] = (),
     use_pyplot: bool = True,
@@ -235,7 +235,8 @@ def plot_token_scores(
 
     Args:
         scores: Scores by method, ``(T,)`` each, in any unit: token scores, Integrated Gradients.
-        tokens: ``T`` tokens.
+            Scores of one method can be given alone.
+        tokens: ``T`` tokens; by default, positions.
         skip: Positions that do not set the scale of a row, such as an attention sink. They are
             clipped to the scale.
         use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure, which
@@ -255,6 +256,10 @@ def plot_token_scores(
         >>> ax.images[0].get_array().tolist()
         [[0.5, 1.0], [-1.0, 0.25]]
     """
+    if isinstance(scores, Tensor):
+        scores = {"score": scores}
+    if tokens is None:
+        tokens = [str(n) for n in range(max(map(len, scores.values()), default=0))]
     rows = normalized_scores(scores, tokens, skip)
     values = np.stack([row.numpy() for row in rows.values()])
     width = min(2.5 + 0.3 * max(len(tokens), 8), 14)
