@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "layer is None.*name the layers",
     ),
-    "no model": (lambda: ContributionWeights("gpt2"), TypeError, "of type str.*the model"),
+    "no model": (lambda: ContributionWeights("gpt2"), TypeError, "'gpt2' is a name: load"),
     "id above the vocabulary": (
         lambda: attribute(torch.tensor([[1, 64]])),
         ValueError,
