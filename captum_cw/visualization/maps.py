@@ -1,8 +1,8 @@
 """Maps of heads (Figs. 1, 2 and 12 of arXiv 2606.07604), and rows of token scores.
 
 Colours have the same meaning in all maps. Magnitudes go from dark to bright. Signed values go from
-blue (negative) through white (zero) to red (positive). Grey cells have no attention, such as future
-keys.
+orange (negative) through white (zero) to blue (positive). Grey cells have no attention, such as
+future keys.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.colors import Colormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from captum_cw.visualization._output import new_figure
+from captum_cw.visualization._output import new_figure, signed_colours
 from captum_cw.visualization.text import normalized_scores
 
 Array = npt.NDArray[Any]
 
 _SEQUENTIAL = "viridis"
-_DIVERGING = "RdBu_r"
+_DIVERGING = signed_colours()
 _BLANK = "0.85"
 _COLUMNS = 4
 # With more tokens than this, at most half as many get labels, evenly spaced.
@@ -202,7 +202,7 @@ def plot_decomposition(
     blank = (attention == 0) & (contribution == 0)
     queries, keys = _labels(tokens, query_tokens, attention.shape)
     shown = [values[~blank] for values in maps]
-    styles = (
+    styles: tuple[tuple[str | Colormap, Normalize, str], ...] = (
         (_SEQUENTIAL, _norm(shown[0], quantile), "attention weight"),
         (_SEQUENTIAL, _norm(shown[1], quantile), "value norm / output norm"),
         (_DIVERGING, Normalize(-1, 1), "cosine of value and output"),
@@ -339,7 +339,9 @@ def _panel_size(shape: tuple[int, ...]) -> tuple[float, float]:
     return width, height
 
 
-def _draw_map(ax: Axes, values: Array, blank: Array, cmap: str, norm: Normalize) -> AxesImage:
+def _draw_map(
+    ax: Axes, values: Array, blank: Array, cmap: str | Colormap, norm: Normalize
+) -> AxesImage:
     """Draw a map with blank cells in grey."""
     square = values.shape[0] == values.shape[1]
     ax.set_facecolor(_BLANK)

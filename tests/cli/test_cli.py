@@ -22,6 +22,7 @@ import transformers
 
 import captum_cw
 from captum_cw import measures
+from captum_cw._utils import colours
 from captum_cw.capture import StateSpace
 from captum_cw.cli import attribute, choices, main, output, parser
 from captum_cw.cli import demo as demo_command
@@ -116,7 +117,7 @@ def test_attribute_colours_the_text_where_colours_are_shown(
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLORTERM", "truecolor")
     assert main(["attribute", "--model", folder, "--text", "a [bold] c"]) == 0
-    strongest = "48;2;{};{};{}m".format(*output.POSITIVE)
+    strongest = "48;2;{};{};{}m".format(*colours.TOWARDS)
     assert strongest in capsys.readouterr().out
 
 
