@@ -20,6 +20,9 @@ function showControls() {
   element("layer").value = state.layer;
   element("head").disabled = view.layer === null;
   element("map-part").hidden = !view.grid;
+  element("export-map").disabled = !view.grid;
+  element("export-scores").disabled = !Object.keys(data.scores).length;
+  document.querySelectorAll(".export-answer").forEach((option) => (option.disabled = !view.scores));
   element("scale").disabled = !view.grid;
   element("numbers").value = state.numbers;
   element("unit").value = state.unit;
@@ -61,11 +64,15 @@ function showHeads() {
 
 function paint() {
   paintBars();
-  paintText();
   paintMinimap();
+  paintHeads();
+  paintCurrent();
+}
+/** Paints what depends on the token or cell that is selected or under the mouse. */
+function paintCurrent() {
+  paintText();
   paintLegend();
   paintMap();
-  paintHeads();
   paintDetails();
   paintComparison();
 }
@@ -84,8 +91,9 @@ onChange("method", ({ value }) => {
   load();
 });
 /** The rows of contributions to a target are in one unit, so that their colours can be compared. */
+const usualScale = () => (state.method.ofTarget ? "map" : "row");
 function resetScale() {
-  state.scale = state.method.ofTarget ? "map" : "row";
+  state.scale = usualScale();
 }
 onChange("layer", ({ value }) => { state.layer = numberOrAll(value); load(); });
 onChange("head", ({ value }) => { state.head = numberOrAll(value); load(); });
@@ -105,8 +113,9 @@ function changeUnit(unit) {
     query: query === null ? null : shown.queryOf[ofQuery], key: key === null ? null : shown.keyOf[ofKey], cell,
   };
   state.hovered = null;
-  openAtPrediction();
   writeText();
+  openAtPrediction();
+  scrollToSelected();
   showView();
 }
 
@@ -137,17 +146,17 @@ const linked = {
   }],
   unit: [() => state.unit, (x) => { if (x === "token" || data.words) state.unit = x === "word" ? "word" : "token"; }],
   numbers: [() => state.numbers, (x) => { state.numbers = x === "raw" ? "raw" : "percent"; }],
-  layer: [() => state.layer, (x) => { if (data.layers[x]) state.layer = Number(x); }],
-  head: [() => state.head, (x) => { if (data.layers[state.layer]?.heads > x) state.head = Number(x); }],
-  scale: [() => state.scale, (x) => { state.scale = x === "row" ? "row" : "map"; }],
+  layer: [() => state.layer, (x) => { if (isPlace(x, data.layers.length)) state.layer = Number(x); }],
+  head: [() => state.head, (x) => { if (isPlace(x, data.layers[state.layer]?.heads)) state.head = Number(x); }],
+  scale: [() => (state.scale === usualScale() ? "" : state.scale), (x) => { if (["row", "map"].includes(x)) state.scale = x; }],
   sinks: [() => state.ignoreSinks, (x) => { state.ignoreSinks = x === "true"; }],
   query: [() => state.selected.query, (x) => choosePlace("query", x)],
   key: [() => state.selected.key, (x) => choosePlace("key", x)],
   cell: [() => state.selected.cell, (x) => { state.selected = { ...state.selected, cell: x === "true" }; }],
 };
+const isPlace = (x, count) => /^\d+$/.test(x) && Number(x) < count;
 function choosePlace(axis, x) {
-  const count = axis === "query" ? shown.T : shown.S;
-  if (/^\d+$/.test(x) && Number(x) < count) state.selected = { ...state.selected, [axis]: Number(x) };
+  if (isPlace(x, axis === "query" ? shown.T : shown.S)) state.selected = { ...state.selected, [axis]: Number(x) };
 }
 const stateOf = () => Object.entries(linked).map(([name, [get]]) => [name, String(get() ?? "")]);
 let opened = null; // the state as the page opens
@@ -165,8 +174,12 @@ function readLink() {
   }
   if (state.selected.query === null || state.selected.key === null) state.selected.cell = false;
 }
-/** Keeps the address of the page that of its state, where the page has an address. */
-function writeLink() {
-  if (hasAddress && opened) history.replaceState(null, "", linkOfState() || location.pathname);
-}
 const hasAddress = ["file:", "http:", "https:"].includes(location.protocol);
+let linkTimer = 0;
+/** Keeps the address of the page that of its state. Browsers limit how often it may change. */
+function writeLink() {
+  if (!hasAddress) return;
+  clearTimeout(linkTimer);
+  linkTimer = setTimeout(() => history.replaceState(null, "", linkOfState() || location.pathname + location.search), 300);
+}
+addEventListener("hashchange", () => location.reload()); // a link that is opened in the same window

@@ -37,32 +37,42 @@ function mapAsCsv() {
   return csv([["place", "query", ...shown.keys.texts], ...rows]);
 }
 
-const escaped = (text) => text.replace(/[&<>"]/g, (x) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[x])
-  .replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\ud800-\udfff](?![\udc00-\udfff])|[\u0000-\u0008\u000b\u000c\u000e-\u001f]/g, "�");
+/** Text for XML, which allows neither control characters nor single surrogates. */
+const escaped = (text) => text
+  .replace(/[&<>"]/g, (x) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[x])
+  .replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\ud800-\udfff\ufffe\uffff]/gu, "�");
 
-/** The answer as a picture: question, sentence, bars. */
+/** Breaks a text into lines of a width in pixels. */
+function linesOf(context, text, width) {
+  const lines = [""];
+  for (const word of text.split(" ").filter(Boolean)) {
+    const longer = lines.at(-1) ? `${lines.at(-1)} ${word}` : word;
+    if (lines.at(-1) && context.measureText(longer).width > width) lines.push(word);
+    else lines[lines.length - 1] = longer;
+  }
+  return lines.filter(Boolean);
+}
+
+/** The answer as a picture: question, sentence, bars, and what their numbers are. */
 function answerAsSvg() {
   const [width, left, line] = [720, 190, 26];
   const measure = document.createElement("canvas").getContext("2d");
   const font = "system-ui, 'Segoe UI', Roboto, sans-serif";
   const parts = [];
-  let y = 34;
+  let y = 10;
   const write = (text, x, size, { weight = 400, anchor = "start", fill = ramps.ink } = {}) =>
     parts.push(`<text x="${x}" y="${y}" font-size="${size}" font-weight="${weight}" text-anchor="${anchor}" ` +
       `fill="${fill}">${escaped(text)}</text>`);
-  write(element("title").textContent, 20, 20, { weight: 700 });
-  measure.font = `14px ${font}`;
-  for (const text of [element("answer").textContent, element("sentence").textContent]) {
-    let row = "";
-    for (const word of [...text.split(" "), null]) {
-      if (word !== null && measure.measureText(`${row} ${word}`).width < width - 40) row += `${row && " "}${word}`;
-      else {
-        y += 22;
-        if (row) write(row, 20, 14);
-        row = word;
-      }
+  const paragraph = (text, size, style = {}) => {
+    measure.font = `${style.weight ?? 400} ${size}px ${font}`;
+    for (const row of linesOf(measure, text, width - 40)) {
+      y += 8 + size;
+      write(row, 20, size, style);
     }
-  }
+  };
+  paragraph(element("title").textContent, 20, { weight: 700 });
+  paragraph(element("answer").textContent, 14);
+  paragraph(element("sentence").textContent, 14);
   const rows = barRows();
   const longest = Math.max(...rows.map(([, score]) => Math.abs(score)), 0) || 1;
   const signed = rows.some(([, score]) => score < 0);
@@ -70,12 +80,18 @@ function answerAsSvg() {
   y += 14;
   for (const [key, score, isSink] of rows) {
     y += line;
-    write(`${trim(shown.keys.texts[key]).slice(0, 20)}${isSink ? " (sink)" : ""}`, left - 10, 14, { anchor: "end" });
+    const note = isSink ? " (sink)" : "";
+    measure.font = `14px ${font}`;
+    const word = fitting(measure, shown.keys.texts[key], left - 30 - measure.measureText(note).width);
+    write(word + note, left - 10, 14, { anchor: "end" });
     const length = (room * Math.abs(score)) / longest;
     const colour = (score < 0 ? ramps.against : ramps.towards)[200].css;
     parts.push(`<rect x="${score < 0 ? zero - length : zero}" y="${y - 14}" width="${length}" height="18" fill="${colour}"/>`);
     write(formatScore(score), width - 20, 14, { anchor: "end" });
   }
+  y += 10;
+  const ends = [...element("bars-ends").children].map((end) => end.textContent).filter(Boolean).join(", ");
+  paragraph(`${view.method.label}. ${ends && `${ends}. `}${element("bars-note").textContent}`, 12, { fill: ramps.faint });
   const height = y + 24;
   return { width, height, text: `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" ` +
     `viewBox="0 0 ${width} ${height}" font-family="${font}"><rect width="100%" height="100%" fill="${ramps.paper}"/>` +

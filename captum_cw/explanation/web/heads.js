@@ -59,6 +59,8 @@ function showHead({ layer, head }) {
   }
   Object.assign(state, { layer, head });
   load();
+  writeLink();
+  element("status").textContent = `Map of ${describeHead({ layer, head })}.`;
 }
 
 headMap.addEventListener("pointermove", (event) => {

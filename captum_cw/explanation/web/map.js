@@ -113,13 +113,19 @@ function paintSelection(context) {
   }
 }
 
-/** Writes a token beside the map, shortened to the room that it has. */
-function drawLabel(context, token, { x, y, room }, { slanted = false, bold, struck = false }) {
-  const letters = Array.from(token.slice(0, 60).trim() || token);
+/** A token without the space around it, shortened to a width in pixels. */
+function fitting(context, token, room) {
+  const letters = Array.from(token.trim() || token).slice(0, 60);
   let text = letters.join("");
   for (let n = letters.length - 1; n > 0 && context.measureText(text).width > room; n--) {
     text = `${letters.slice(0, n).join("")}…`;
   }
+  return text;
+}
+
+/** Writes a token beside the map. */
+function drawLabel(context, token, { x, y, room }, { slanted = false, bold, struck = false }) {
+  const text = fitting(context, token, room);
   context.save();
   context.translate(x, y);
   if (slanted) context.rotate(-Math.PI / 3);
@@ -193,11 +199,11 @@ map.addEventListener("pointermove", (event) => {
   const { query, key } = state.hovered ?? NO_SELECTION;
   if (cell?.query === query && cell?.key === key) return;
   state.hovered = cell;
-  paint();
+  paintCurrent();
 });
 map.addEventListener("pointerleave", () => {
   state.hovered = null;
-  paint();
+  paintCurrent();
 });
 map.addEventListener("click", (event) => cellAt(event) && select(cellAt(event)));
 

@@ -2,9 +2,14 @@
 
 const allTokens = { T: (data.queries ?? data.tokens).length, S: data.tokens.length };
 
+/** Blobs stand behind the script, so that the page can show the answer before they have arrived. */
+const parsed = new Promise((resolve) =>
+  document.readyState === "loading" ? addEventListener("DOMContentLoaded", resolve) : resolve());
+
 /** Unpacks a blob, and returns a function that reads its arrays one after another. */
 async function unpack(number) {
-  const text = atob(blobs[number].textContent);
+  await parsed;
+  const text = atob(document.querySelectorAll(".blob")[number].textContent);
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -102,10 +107,19 @@ function keptIndex(query, key) {
   return null;
 }
 
-/** A grid by the shown unit: keys of a word are summed; its queries are averaged, or summed for a target. */
+const groupedGrids = new WeakMap(); // for each grid, what it is by unit
+
+/** A grid by the shown unit. */
 function grouped(grid, method) {
+  if (shown.T === allTokens.T && shown.S === allTokens.S) return grid;
+  const byUnit = groupedGrids.get(grid) ?? {};
+  groupedGrids.set(grid, byUnit);
+  return (byUnit[state.unit] ??= sumGroups(grid, method));
+}
+
+/** Sums the keys of a word. Its queries are averaged, or summed for a target. */
+function sumGroups(grid, method) {
   const { T, S, keyOf, queryOf } = shown;
-  if (T === allTokens.T && S === allTokens.S) return grid;
   const result = new Float32Array(T * S).fill(NaN);
   for (let query = 0, i = 0; query < allTokens.T; query++) {
     const [start, stop] = shown.queries.groups[queryOf[query]];
@@ -120,7 +134,8 @@ function grouped(grid, method) {
 }
 
 /** The scores of a measure by the shown unit, or null. */
-function scoresOf(name) {
+const scoresOf = (name) => scoresByUnit[state.unit](name);
+function sumScores(name) {
   const scores = data.scores[name];
   if (!scores) return null;
   return shown.keys.groups.map(([start, stop]) => {
@@ -129,6 +144,7 @@ function scoresOf(name) {
     return sum;
   });
 }
+const scoresByUnit = { token: memoize(sumScores), word: memoize(sumScores) };
 const sizeOf = (scores) => scores.reduce((sum, score) => sum + Math.abs(score), 0) || 1;
 
 let latestRequest = 0;
@@ -151,6 +167,7 @@ async function unpackAndShow() {
   // Everything is painted from the view, since the state may already ask for something else.
   view = { tokens: grid, layer, method: state.method, number: state.layer, head: state.head };
   showView();
+  document.querySelector("main").removeAttribute("aria-busy");
 }
 
 /** Shows the view by the current unit. */

@@ -53,6 +53,8 @@ element("export-map").hidden = !hasMaps;
 element("title").textContent = hasMaps ? "Which tokens each token draws from" : "Token scores";
 if (settings.target) showQuestion();
 element("sentence").textContent = data.sentence ?? "";
+element("heads-hint").textContent = `Each column is a layer, and each row is a head. Blue heads worked ${towards}, ` +
+  `orange ones ${against}. Choose a head to see its map.`;
 element("note").textContent = data.note ?? "";
 document.querySelectorAll("label.of-maps").forEach((label) => (label.hidden = !hasMaps));
 element("controls-box").open = innerWidth > 700;
@@ -62,5 +64,7 @@ opened = Object.fromEntries(stateOf());
 readLink();
 writeText();
 openAtPrediction();
+scrollToSelected();
 findRamps();
+if (data.scores[state.method.name]) showView(); // the answer, before maps are unpacked
 load();

@@ -4,7 +4,6 @@
 
 const element = (id) => document.getElementById(id);
 const data = JSON.parse(element("data").textContent);
-const blobs = document.querySelectorAll(".blob");
 const separateQueries = data.queries !== null; // the queries are not the tokens (keys) themselves
 const ALL = ""; // instead of the number of a layer or head: all of them
 const NO_SELECTION = { query: null, key: null, cell: false };
@@ -24,7 +23,7 @@ const state = {
 };
 
 // The numbers that the state asks for, unpacked; see unpackAndShow and updateScale.
-let view = { method: state.method, grid: null, layer: null, rowMaxima: [], maximum: 0, negative: false };
+let view = { method: state.method, tokens: null, grid: null, layer: null, rowMaxima: [], maximum: 0, negative: false };
 
 /** What is shown of the text: tokens, or words. `groups` has the first token and the end of each. */
 let shown = null;

@@ -9,7 +9,7 @@ function spansOf(box, texts, create) {
   return texts.map((text, place) => {
     const space = text.trim() ? text.slice(0, text.length - text.trimStart().length) : "";
     const span = create(text.slice(space.length), place);
-    if (space) box.append(space);
+    if (space && place) box.append(space);
     box.append(span);
     if (text.endsWith("⏎")) box.append(createElement("br"));
     return span;
@@ -43,7 +43,7 @@ function listen(list) {
   let lastHovered = null;
   const hover = (token) => {
     state.hovered = token && selectionOf(list, Number(token.dataset.place));
-    paint();
+    paintCurrent();
   };
   // pointerover would also fire when the page moves under a mouse that rests.
   box.addEventListener("pointermove", (event) => {
@@ -110,13 +110,18 @@ function toggleToken(list, token) {
 function select(selection) {
   state.selected = selection;
   state.hovered = null;
-  for (const { box, axis, elements } of lists) {
-    if (selection[axis] === null) continue;
-    scrollToToken(box, elements[separateQueries || !selection.cell ? selection[axis] : selection.query]);
-  }
+  scrollToSelected();
   showHeads();
-  paint();
+  paintCurrent();
   announce();
+  writeLink();
+}
+
+function scrollToSelected() {
+  for (const { box, axis, elements } of lists) {
+    const place = separateQueries || !state.selected.cell ? state.selected[axis] : state.selected.query;
+    if (place !== null) scrollToToken(box, elements[place]);
+  }
 }
 
 /** Selects a key, and moves the focus to it: the way from a bar to its word. */
@@ -124,6 +129,7 @@ function goTo(key) {
   lists[0].elements[key].focus({ preventScroll: true });
   select(selectionOf(lists[0], key));
   element("text").scrollIntoView({ block: "nearest" });
+  lists[0].elements[key].scrollIntoView({ block: "nearest" }); // if the text is larger than the window
 }
 
 /** Scrolls the box of the text, but not the page. */

@@ -10,6 +10,9 @@ function formatPercent(x) {
   const percent = 100 * x;
   return `${Math.abs(percent) >= 9.5 ? formatNumber(Math.round(percent), 3) : formatNumber(percent, 2)}%`;
 }
+/** A number and a plural noun, such as "1,200 words" or "1 word". */
+const countOf = (count, plural) =>
+  `${count.toLocaleString("en")} ${count === 1 ? plural.slice(0, -1) : plural}`;
 const isPercent = () => state.numbers === "percent";
 
 /** A score: its share of all scores of the measure, or the number itself. */
