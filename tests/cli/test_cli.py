@@ -24,7 +24,7 @@ import captum_cw
 from captum_cw import measures
 from captum_cw._utils import colours
 from captum_cw.capture import StateSpace
-from captum_cw.cli import attribute, choices, main, output, parser
+from captum_cw.cli import attribute, choices, main, models, output, parser
 from captum_cw.cli import demo as demo_command
 from captum_cw.cli import reproduce as reproduce_command
 from captum_cw.data import _HUB_SETS, Bos
@@ -403,7 +403,7 @@ def test_models_shows_the_layers_of_a_model(
 ) -> None:
     assert main(["models", folder]) == 0
     printed = capsys.readouterr().out
-    assert all(f"model.layers.{n}.self_attn" in printed for n in range(2))
+    assert "model.layers.[0-1].self_attn  " in printed
     assert all(word in printed for word in ("LlamaAttention", "4/2", "causal", "o_proj", "8.4 MB"))
     assert main(["models", folder, "--json", "--length", "64"]) == 0
     document = printed_json(capsys)
@@ -411,6 +411,35 @@ def test_models_shows_the_layers_of_a_model(
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     assert all(f"`{key}`" in page for key in document["layers"][0])
     assert document["maps_bytes"] == 2 * 4 * 64**2 * 4
+
+
+def test_layers_that_are_alike_share_a_line(folder: str) -> None:
+    layers = inspection.attention_layers(loading.load_model(folder)[0])
+    first = layers[0]
+
+    def named(*names: str, **changes: Any) -> list[inspection.LayerOverview]:
+        return [replace(first, name=name, projection=f"{name}.o", **changes) for name in names]
+
+    sliding = named("h.0.attn", "h.1.attn", window=16)
+    full = named("h.2.attn")
+    nested = named("b.0.1.attn", "b.1.1.attn", "b.1.2.attn", "a.attn", "a.attn")
+    names = [name for name, _ in models._alike([*sliding, *full, *nested])]
+    assert names == [
+        *("h.[0-1].attn", "h.2.attn", "b.[0-1].1.attn", "b.1.2.attn", "a.attn", "a.attn"),
+    ]
+
+
+def test_names_are_not_wrapped_on_a_narrow_terminal(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (layer, _) = inspection.attention_layers(loading.load_model(folder)[0])
+    name = "decoder.with.a.very.long.name.of.its.own.that.fills.more.than.half.a.terminal.attn"
+    monkeypatch.setattr(inspection, "attention_layers", lambda model: [replace(layer, name=name)])
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["models", folder]) == 0
+    printed = capsys.readouterr().out
+    assert name in printed
+    assert "LlamaAttention" in printed
 
 
 def test_models_tells_gates_rows_windows_and_notes(
