@@ -169,14 +169,14 @@ def _numbered(run: Sequence[LayerOverview], layer: LayerOverview) -> str | None:
     place = differing[0]
     start = re.split(r"(\d+)", first.name)
     others = [n for n, (x, y) in enumerate(zip(start, here, strict=True)) if x != y and n != place]
-    if others or _without_number(last, before[place]) != _without_number(layer, here[place]):
+    ends = ("".join(parts[: place + 1]) for parts in (before, here))
+    if others or _without(last, next(ends)) != _without(layer, next(ends)):
         return None
     return "".join([*here[:place], f"[{start[place]}-{here[place]}]", *here[place + 1 :]])
 
 
-def _without_number(layer: LayerOverview, number: str) -> dict[str, object]:
-    """Return what is known of a layer, with a mark for its number."""
+def _without(layer: LayerOverview, start: str) -> dict[str, object]:
+    """Return what is known of a layer, without the start of names, which ends in its number."""
     return {
-        name: x.replace(f".{number}", ".#") if isinstance(x, str) else x
-        for name, x in vars(layer).items()
+        name: x.removeprefix(start) if isinstance(x, str) else x for name, x in vars(layer).items()
     }
