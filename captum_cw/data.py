@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from string import ascii_uppercase
@@ -85,6 +85,23 @@ def load_texts(data: str | Path, *, samples: int | None = None) -> list[str]:
         >>> load_texts(path)
         ['Question: 1 + 1?\nAnswer: 2']
     """
+    return [text for _, text in numbered_texts(data, samples=samples)]
+
+
+def numbered_texts(data: str | Path, *, samples: int | None = None) -> list[tuple[int, str]]:
+    r"""Load the texts of a data set, each with the number of its row.
+
+    Arguments and errors are those of :func:`load_texts`.
+
+    Returns:
+        The texts in their order. Rows are counted from 0; rows with an empty text are left out.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "sums.jsonl"
+        >>> _ = path.write_text('{"text": "Ice is cold"}\n{"text": ""}\n{"text": "Ice"}')
+        >>> numbered_texts(path)
+        [(0, 'Ice is cold'), (2, 'Ice')]
+    """
     _check_count("samples", samples)
     if isinstance(data, str) and data in _HUB_SETS:
         if samples is None and data in _STREAMED:
@@ -92,7 +109,8 @@ def load_texts(data: str | Path, *, samples: int | None = None) -> list[str]:
         rows = _hub_rows(data)
     else:
         rows = _file_rows(Path(data))
-    texts = list(islice((text for row in rows if (text := _as_text(row)).strip()), samples))
+    numbered = ((n, text) for n, row in enumerate(rows) if (text := _as_text(row)).strip())
+    texts = list(islice(numbered, samples))
     if not texts:
         raise ValueError(f"{str(data)!r} does not contain a text: choose another set or file.")
     return texts
@@ -164,9 +182,50 @@ def token_batches(
     ]
     if not rows:
         raise ValueError("All texts are shorter than two tokens: give longer texts.")
+    return [
+        padded_batch(rows[i : i + batch_size], tokenizer) for i in range(0, len(rows), batch_size)
+    ]
+
+
+def padded_batch(rows: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """Make a batch as :func:`token_batches` does, from token ids, each ``(T,)``.
+
+    Example:
+        >>> padded_batch([torch.tensor([69, 67, 70]), torch.tensor([69])], tokenizer)["input_ids"]
+        tensor([[69, 67, 70],
+                [69,  0,  0]])
+    """
     known_pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad = next(token for token in known_pads if token is not None)
-    return [_padded(rows[i : i + batch_size], pad) for i in range(0, len(rows), batch_size)]
+    return {
+        "input_ids": pad_sequence(list(rows), batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+    }
+
+
+def groups_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group texts of similar lengths, so that their batches have little padding.
+
+    Args:
+        lengths: The number of tokens of each text.
+        max_tokens: The maximum number of tokens in a batch, padding included. A longer text is a
+            batch of its own.
+
+    Returns:
+        The places of the texts of each batch, the longest texts first.
+
+    Example:
+        >>> groups_by_length([3, 9, 2, 3], max_tokens=6)
+        [[1], [0, 3], [2]]
+    """
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        # The first text of a group is its longest.
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 def _check_count(name: str, count: int | None) -> None:
@@ -243,7 +302,8 @@ _BLANK = re.compile(r"\n[ \t]*(?=\n)")
 def _passages(document: str) -> list[dict[str, str]]:
     """Split a document into articles if it has titles, and into paragraphs otherwise."""
     split_at = _TITLE if _TITLE.search(document) else _BLANK
-    return [{"text": passage.strip()} for passage in split_at.split(document)]
+    passages = map(str.strip, split_at.split(document))
+    return [{"text": passage} for passage in passages if passage]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -349,10 +409,3 @@ def _pieces(tokens: Iterator[int], length: int) -> Iterator[list[int]]:
     while len(piece) == length:
         yield piece
         piece = list(islice(tokens, length))
-
-
-def _padded(rows: list[Tensor], pad: int) -> dict[str, Tensor]:
-    return {
-        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,17 @@ __all__ = ["read_json", "whole_file", "write_json"]
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` at the end.
 
-    If the process is killed, ``path`` is either the whole new file or the old one.
+    If the process is killed or the machine fails, ``path`` is either the whole new file or the old
+    one. The temporary name starts with a dot, so that programs that read all files of a folder
+    skip it.
     """
-    whole = Path(f"{path}.part")
+    whole = Path(path).with_name(f".{Path(path).name}.part")
     if not whole.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {whole.parent}.")
     try:
         yield whole
+        with whole.open("ab") as written:
+            os.fsync(written.fileno())
         whole.replace(path)
     except BaseException:
         whole.unlink(missing_ok=True)

@@ -17,7 +17,21 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["Records", "RecordsError"]
+__all__ = ["Records", "RecordsError", "differences"]
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Return which settings of two runs differ, for error messages; "" if none does.
+
+    Example:
+        >>> differences({"seed": 0, "rates": [0.5]}, {"seed": 1, "rates": [0.5]})
+        'seed: 0 there, 1 here'
+    """
+    return ", ".join(
+        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    )
 
 
 class RecordsError(ValueError):
@@ -105,14 +119,9 @@ class Records(dict[str, Any], AbstractContextManager["Records"]):
             raise self._damaged(1)
         there = first["run"]
         if there != here:
-            differences = ", ".join(
-                f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
-                for name in sorted({*there, *here})
-                if there.get(name) != here.get(name)
-            )
             raise RecordsError(
-                f"{self.path} is of another run ({differences}): use the same settings, or choose "
-                "another file."
+                f"{self.path} is of another run ({differences(there, here)}): use the same "
+                "settings, or choose another file."
             )
 
     def _damaged(self, n: int) -> RecordsError:

@@ -70,7 +70,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
 
     def __init__(self, attr_method: TokenScores | AttentionAttribution, tokenizer: Any) -> None:
         if isinstance(attr_method, AttentionAttribution):
-            attr_method = _token_scores(attr_method)
+            attr_method = output_scores(attr_method)
         if not isinstance(attr_method, TokenScores):
             raise TypeError(
                 f"attr_method is {kind(attr_method)}: give a measure, such as "
@@ -281,8 +281,13 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         return sequences[0, prompt["input_ids"].shape[1] :]
 
 
-def _token_scores(method: AttentionAttribution) -> TokenScores:
-    """Return the scores of a bare measure. Contributions to a target are summed with signs."""
+def output_scores(method: AttentionAttribution) -> TokenScores:
+    """Return the scores of a bare measure. Contributions to a target are summed with signs.
+
+    Example:
+        >>> output_scores(ContributionWeights(model)).signed
+        False
+    """
     if not method.explains_target:
         return TokenScores(method)
     return TokenScores(method, reduction="sum", layers="sum", heads="sum", signed=True)

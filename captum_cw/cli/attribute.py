@@ -1,4 +1,4 @@
-"""``captum-cw attribute``: score the tokens of a text."""
+"""``captum-cw attribute``: score the tokens of a text. :mod:`.attribute_set` scores sets."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from captum_cw import measures
 from captum_cw.attr import LLMTokenAttribution, TokenScores
 from captum_cw.capture.model import device_of
+from captum_cw.cli import attribute_set
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import (
@@ -40,9 +41,12 @@ OF_TARGET = (measures.TARGET, measures.INPUT)
 TOP = 10
 
 
-def run(options: Namespace) -> Answer:
-    """Score the tokens of a text, or the tokens of a prompt for a given output."""
+def run(options: Namespace) -> Answer | None:
+    """Score the tokens of a text, or of each text of a set. Only one process returns an answer."""
     _check_usage(options)
+    if options.data is not None:
+        return attribute_set.run(options)
+    _check_single(options)
     text = options.text if options.file is None else _read(options.file)
     if not text:
         options.parser.error("the text is empty: give at least one token")
@@ -192,13 +196,25 @@ def _check_usage(options: Namespace) -> None:
         usage_error("--contrast is subtracted from a target: give --target too")
     entry = None if options.method is None else measures.find(options.method)
     explains_target = entry is None or entry.explains_target
+    of_target = ", ".join(x.name for x in measures.entries(targets=True) if x.explains_target)
     if options.contrast is not None and not explains_target:
-        of_target = [x.name for x in measures.entries(targets=True) if x.explains_target]
-        usage_error(f"--contrast needs --method {', '.join(of_target)}, or none")
+        usage_error(f"--contrast needs --method {of_target}, or none")
+    if options.data is not None and options.target is not None and not explains_target:
+        usage_error(
+            f"--method {options.method} has no target in a set of texts: leave --target out, or "
+            f"give --method {of_target}"
+        )
     if entry is not None and explains_target and options.reduction is not None:
         usage_error(f"--reduction does not apply to --method {options.method}: leave it out")
     if options.chat_template_kwargs is not None and not options.chat:
         usage_error("--chat-template-kwargs applies to a chat: give --chat too")
+
+
+def _check_single(options: Namespace) -> None:
+    usage_error = options.parser.error
+    for name in ("samples", "length", "batch_tokens", "shard_size"):
+        if getattr(options, name) is not None:
+            usage_error(f"--{name.replace('_', '-')} applies to a set of texts: give --data")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         usage_error(f"--out {options.out}: there is no folder {options.out.parent}")
     if options.out is not None and options.out.is_dir():

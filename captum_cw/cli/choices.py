@@ -14,6 +14,8 @@ QUANTITIES = ("perplexity", "nll", "log_prob", "prob", "kl")
 GRANULARITIES = ("pair", "token")
 STATES = ("normed", "residual", "key", "value")
 STARTS = ("auto", "always", "never")
+#: Of ``attribute --data``: tokens of a text, tokens of a batch, and texts of a file.
+LENGTH, BATCH_TOKENS, SHARD_SIZE = 512, 4096, 512
 PRESETS = ("quick", "full", "paper")
 ITEMS = (
     *("F1", "F2", "F3", "F4", "F9a", "F9", "F10", "across", "T1", "T3", "T2", "F7", "T4", "T5"),

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Column, Table
-from torch import Tensor
 
 from captum_cw._utils.extras import imported
 from captum_cw._utils.processes import Processes
-from captum_cw.capture.run import Runner, ignore_layer
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
-from captum_cw.cli.output import load
+from captum_cw.cli.output import load, observe_longest
 from captum_cw.cli.run_folder import save_result
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
@@ -101,7 +99,7 @@ def _evaluate_texts(
         **_masking(options, model, tokenizer),
         **_removal(options),
     )
-    _check_longest(model, batches)
+    observe_longest(model, max(batches, key=lambda batch: batch["input_ids"].shape[1]))
     result = metric.evaluate(
         {name: name for name in options.methods},
         batches,
@@ -131,22 +129,6 @@ def _masking(options: Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     if not masked or options.quantity not in ("perplexity", "nll"):
         return {}
     return {"mask_token_id": tokenizer.mask_token_id, "protected_ids": tokenizer.all_special_ids}
-
-
-def _check_longest(model: Any, batches: list[dict[str, Tensor]]) -> None:
-    """Observe the longest text, so that a text that is too long fails before the run.
-
-    Raises:
-        ValueError: If the model cannot read the text.
-    """
-    batch = max(batches, key=lambda batch: batch["input_ids"].shape[1])
-    try:
-        Runner(model).observe(batch, ignore_layer)
-    except (IndexError, ValueError) as error:
-        raise ValueError(
-            f"The longest text has {batch['input_ids'].shape[1]} tokens, and the model cannot run "
-            f"it: {error} Use --length to cut texts."
-        ) from error
 
 
 def _evaluate_tasks(options: Namespace, model: Any, tokenizer: Any) -> TaskResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from captum_cw._utils.colours import AGAINST, TOWARDS
 from captum_cw._utils.processes import Processes
+from captum_cw.capture import Execution
+from captum_cw.capture.run import Runner, ignore_layer
+from captum_cw.functional import AttentionLayer
 from captum_cw.models.loading import DEMO_MODEL, load_as_saved, load_demo_model, load_model
 
 #: From this size of a score on, white letters stand out more than black ones.
@@ -42,6 +45,33 @@ def load_any(options: Namespace, name: str) -> Any:
     announce(name)
     place = _place(options)
     return load_demo_model(**place)[0] if name == DEMO_MODEL else load_as_saved(name, **place)
+
+
+def observe_longest(
+    model: Any,
+    batch: Mapping[str, Tensor],
+    on_layer: Callable[[Execution, AttentionLayer], object] = ignore_layer,
+) -> Any:
+    """Observe the longest text of a set, so that a text that is too long fails before the run.
+
+    Args:
+        model: The model.
+        batch: The text, alone or in its batch.
+        on_layer: Receives each layer.
+
+    Returns:
+        The output of the model.
+
+    Raises:
+        ValueError: If the model cannot read the text.
+    """
+    try:
+        return Runner(model).observe(batch, on_layer)[1]
+    except (IndexError, ValueError) as error:
+        raise ValueError(
+            f"The longest text has {batch['input_ids'].shape[1]} tokens, and the model cannot run "
+            f"it: {error} Use --length to cut texts."
+        ) from error
 
 
 def check_generates_text(model: Any, advice: str) -> None:

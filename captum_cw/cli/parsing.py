@@ -35,7 +35,8 @@ exit codes:
   0    success
   1    failure, reported in one line (--debug shows the stack trace)
   2    wrong usage
-  130  interrupted; evaluate and reproduce resume when you run them again
+  130  interrupted; attribute --data, evaluate and reproduce resume when you run
+       them again
 
 completion, for bash, zsh, fish, tcsh or powershell:
   eval "$(captum-cw --print-completion bash)"      in ~/.bashrc
@@ -152,21 +153,26 @@ def _add_attribute(commands: Any) -> None:
     command = _command(
         commands,
         "attribute",
-        "score the tokens of a text",
-        "Score the tokens of a text, or the tokens of a prompt for a given output.",
+        "score the tokens of a text, or of a set of texts",
+        """\
+Score the tokens of a text, or the tokens of a prompt for a given output.
+With --data, score each text of a set, and save the scores as Parquet files. A run
+resumes if its folder contains an unfinished run with the same settings. With
+torchrun, processes share the files (docs/howto/many_texts.md).""",
         """\
   captum-cw attribute --model M --file story.txt --out page.html
   captum-cw attribute --model M --text "The capital of France is" --target " Paris" \\
       --contrast " Rome"
-  captum-cw attribute --model M --chat --text "Name a city" --target "Paris"
   captum-cw attribute --model M --chat --text "Hi" --chat-template-kwargs '{"x": 1}'
-  captum-cw attribute --model M --text "Ice is cold" --json > scores.json""",
+  captum-cw attribute --model M --text "Ice is cold" --json > scores.json
+  captum-cw attribute --model M --data texts.jsonl --out scores""",
     )
     _add(command, "--model M", MODEL, shtab.FILE, required=True)
     _add_loading(command)
     text = command.add_mutually_exclusive_group(required=True)
     _add(text, "--text T", "the text", type=utf8_text)
     _add(text, "--file F", "a UTF-8 file that contains the text", shtab.FILE, type=Path)
+    _add(text, "--data D", f"a set of texts: {DATA}", shtab.FILE)
     target = "the word or class to explain (default: what the model predicts)"
     _add(command, "--target T", target, type=utf8_text)
     contrast = "explain why --target, and not this"
@@ -178,8 +184,21 @@ def _add_attribute(commands: Any) -> None:
     _add(command, "--method", method, choices=measures.names(targets=True))
     reduction = "reduction over query positions, without --target (default: mean)"
     _add(command, "--reduction", reduction, choices=choices.REDUCTIONS)
-    page = "save an interactive page; without --target it shows all measures and heads"
-    _add(command, "--out PAGE.html", page, shtab.FILE, type=Path)
+    page = "save an interactive page (PAGE.html); with --data, the output folder (DIR)"
+    _add(command, "--out PATH", page, shtab.FILE, type=Path)
+    _add_set(command.add_argument_group("a set of texts (with --data)"))
+
+
+def _add_set(group: Any) -> None:
+    # Without --data these options are refused, so their defaults are not those of the parser.
+    _add(group, "--samples N", "number of texts (default: all)", type=_count)
+    length = f"maximum number of tokens per text (default: {choices.LENGTH})"
+    _add(group, "--length T", length, type=_count)
+    tokens = f"maximum number of tokens per batch, with padding (default: {choices.BATCH_TOKENS})"
+    _add(group, "--batch-tokens N", tokens, type=_count)
+    shard = f"number of texts per file (default: {choices.SHARD_SIZE}); a killed run repeats "
+    shard += "unfinished files"
+    _add(group, "--shard-size N", shard, type=_count)
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -22,7 +22,15 @@ from captum_cw.text.tokens import readable_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Question", "TargetParts", "Wanted", "predicts", "target_parts"]
+__all__ = [
+    "Names",
+    "Question",
+    "TargetParts",
+    "Wanted",
+    "masked_position",
+    "predicts",
+    "target_parts",
+]
 
 Wanted = str | int | tuple[int, int] | None
 
@@ -92,8 +100,8 @@ def target_parts(
     ids = inputs["input_ids"]
     T = ids.shape[1]
     logits = predictions_of(output)
-    names = _Names(model, tokenizer, logits)
-    position = _masked_position(tokenizer, ids) if logits.dim() == 3 else None
+    names = Names(model, tokenizer, logits)
+    position = masked_position(tokenizer, ids) if logits.dim() == 3 else None
     placed = causal or position is not None or isinstance(question.target, tuple)
     if names.predicts_tokens and not placed:
         raise ValueError(
@@ -158,17 +166,17 @@ def predicts(tokenizer: PreTrainedTokenizerBase, ids: Tensor, output: Any, *, ca
     if logits.dim() == 2:
         return True
     of_tokens = logits.shape[-1] >= len(tokenizer)
-    return of_tokens and (causal or _masked_position(tokenizer, ids) is not None)
+    return of_tokens and (causal or masked_position(tokenizer, ids) is not None)
 
 
-def _masked_position(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> int | None:
+def masked_position(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> int | None:
     """Return the position of the one masked token of a text; None without one."""
     mask = getattr(tokenizer, "mask_token_id", None)
     places = [] if mask is None else (ids[0] == mask).nonzero()[:, 0].tolist()
     return places[0] if len(places) == 1 else None
 
 
-class _Names:
+class Names:
     """The names of a model's classes or tokens.
 
     Args:

@@ -232,7 +232,7 @@ def test_the_page_of_a_long_text_holds_scores_alone(
     [
         (["--text", ""], "the text is empty"),
         (["--text", "Ice is cold", "--file", "b"], "not allowed with argument"),
-        ([], "one of the arguments --text --file is required"),
+        ([], "one of the arguments --text --file --data is required"),
         (["--text", "Ice is cold", "--target", "b", "--reduction", "sum"], "give one of them"),
         (["--text", "Ice is cold", "--contrast", "b"], "give --target too"),
         (
@@ -326,6 +326,19 @@ def test_evaluate_as_json_holds_what_it_measured(
         assert texts[side]["better"].keys() == {"random"}
     for key in texts:  # the keys of the parts are documented too
         assert f"`{key}`" in (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+
+
+def test_a_set_as_json_holds_what_was_scored(
+    folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["attribute", "--model", folder, "--data", data, "--out", str(tmp_path / "out")]
+    for finished_before in (0, 3):
+        assert main([*arguments, "--json"]) == 0
+        printed = printed_json(capsys)
+        assert printed.keys() == documented("attribute --data")
+        assert (printed["texts"], printed["tokens"], printed["cut"]) == (3, 30, 0)
+        assert printed["finished_before"] == finished_before
+        assert all(Path(file).exists() for file in printed["files"])
 
 
 def test_reproduce_as_json_holds_the_verdicts(
@@ -563,7 +576,7 @@ def test_a_space_before_the_target_is_suggested(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hint = "' e', with a space before the word, has probability 0.5: did you mean ' e'?"
-    monkeypatch.setattr(target._Names, "hint", lambda *_: hint)
+    monkeypatch.setattr(target.Names, "hint", lambda *_: hint)
     assert main(["attribute", "--model", folder, "--text", "a b", "--target", "e"]) == 0
     printed = capsys.readouterr().out
     assert "with a space before the word" in printed

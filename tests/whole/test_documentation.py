@@ -28,6 +28,7 @@ from tokenizers.pre_tokenizers import Split
 
 import captum_cw
 from captum_cw import analysis, capture, cli, data, metrics, reproduce, visualization
+from captum_cw.cli import output
 from captum_cw.cli.parsing import UsageError
 from captum_cw.models import loading
 from captum_cw.removal import sinks
@@ -45,14 +46,18 @@ WORDS = r"\n|\w+|[^\w\s]"
 
 
 def parsed_command(example: Example) -> None:
-    """Check that a command accepts its arguments, without running it."""
+    """Check that a command accepts its arguments, and run it if a page has made its data."""
     for command in re.split(r"&&|\n", str(example.parsed).replace("\\\n", " ")):
         if ours := re.match(r"\s*(?:captum-cw|torchrun .*-m captum_cw) ([^>]*)", command):
+            arguments = shlex.split(ours[1], comments=True)
             try:
-                cli.parser().parse_args(shlex.split(ours[1], comments=True))
+                options = cli.parser().parse_args(arguments)
             except SystemExit as end:
                 if end.code:  # otherwise it printed something, such as help, and ended
                     raise
+                continue
+            if options.command == "attribute" and Path(options.data or "").is_file():
+                assert cli.main([*arguments, "--debug"]) == 0
         if script := re.match(r"\s*python (\S+\.py)", command):
             assert (ROOT / script[1]).is_file(), script[1]
 
@@ -152,6 +157,7 @@ def test_the_code_of_a_page_runs(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("load_model", "load_demo_model"):
         small = create_autospec(getattr(loading, name), return_value=(model, tokenizer))
         monkeypatch.setattr(loading, name, small)
+        monkeypatch.setattr(output, name, small)
     texts = ["a share of the output", "what a head adds, and what it takes", "more than the mean"]
     monkeypatch.setattr(data, "load_texts", create_autospec(data.load_texts, return_value=texts))
     document.namespace.update(

@@ -1,0 +1,106 @@
+"""Parquet files of a long run, each written as a whole, so that a killed run can be resumed.
+
+The rows of a run are cut into a fixed number of files. A file that has its final name is finished,
+so processes need no list of what is done, and never write to the same file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from captum_cw._utils.extras import imported
+from captum_cw._utils.files import whole_file
+from captum_cw._utils.records import RecordsError, differences
+
+__all__ = ["Shards"]
+
+#: The key of the settings in the metadata of a file.
+KEY = b"captum_cw"
+
+
+class Shards:
+    """The Parquet files of a run.
+
+    Args:
+        folder: The folder of the files.
+        rows: The number of rows in each file.
+        run: The settings and versions that all files must share (JSON).
+        notes: Further entries of the metadata, which may differ between files (JSON).
+
+    Raises:
+        ImportError: If `pyarrow` is not installed.
+
+    Example:
+        >>> import pyarrow
+        >>> shards = Shards(getfixture("tmp_path"), rows=[2, 1], run={"seed": 0})
+        >>> shards.write(1, [{"score": 0.5}], pyarrow.schema({"score": pyarrow.float32()}))
+        >>> shards.unfinished()
+        [0]
+        >>> shards.path(1).name
+        'texts-00001-of-00002.parquet'
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: Sequence[int],
+        run: Mapping[str, Any],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._parquet = imported("pyarrow.parquet", "evaluate")
+        self._arrow = imported("pyarrow", "evaluate")
+        self.folder, self.rows = folder, list(rows)
+        self._run = json.loads(json.dumps(run))
+        self._settings = {**(notes or {}), **self._run}
+
+    def path(self, number: int) -> Path:
+        """Return the file of a number, counted from 0."""
+        return self.folder / f"texts-{number:05d}-of-{len(self.rows):05d}.parquet"
+
+    def unfinished(self) -> list[int]:
+        """Return the numbers of the files that do not exist yet.
+
+        Raises:
+            RecordsError: If a file is damaged, or belongs to another run.
+        """
+        own = {self.path(number) for number in range(len(self.rows))}
+        for other in sorted(set(self.folder.glob("*.parquet")) - own):
+            raise RecordsError(
+                f"{other} does not belong to this run, and its rows would mix with those of the "
+                "run: choose another folder."
+            )
+        return [number for number in range(len(self.rows)) if not self._is_finished(number)]
+
+    def write(self, number: int, rows: Sequence[Mapping[str, Any]], schema: Any) -> None:
+        """Write a file. It is on disk when this returns.
+
+        Args:
+            number: The number of the file.
+            rows: Its rows.
+            schema: The columns, as a ``pyarrow.Schema``.
+        """
+        described = schema.with_metadata({KEY: json.dumps(self._settings)})
+        table = self._arrow.Table.from_pylist(list(rows), schema=described)
+        with whole_file(self.path(number)) as whole:
+            self._parquet.write_table(table, whole)
+
+    def _is_finished(self, number: int) -> bool:
+        path = self.path(number)
+        if not path.exists():
+            return False
+        try:
+            found = self._parquet.read_metadata(path)
+            settings = json.loads((found.metadata or {})[KEY])
+        except (self._arrow.ArrowException, KeyError, ValueError) as error:
+            raise RecordsError(
+                f"{path} is damaged, or was not written by this command ({error}): move it away, "
+                "and run the command again."
+            ) from error
+        there = {name: settings.get(name) for name in self._run}
+        if there != self._run or found.num_rows != self.rows[number]:
+            what = differences(there, self._run) or f"it has {found.num_rows} rows"
+            raise RecordsError(f"{path} is of another run ({what}): choose another folder.")
+        return True
