@@ -85,6 +85,12 @@ def check_generates_text(model: Any, advice: str) -> None:
 
 
 def _place(options: Namespace) -> dict[str, Any]:
+    kind = options.device.partition(":")[0]
+    if kind in ("cuda", "mps", "xpu") and not getattr(torch, kind).is_available():
+        raise ValueError(
+            f"--device {options.device}: PyTorch finds no such device here. Leave --device out to "
+            "use the CPU, or install a build of PyTorch for the device."
+        )
     return {"dtype": getattr(torch, options.dtype), "device": options.device}
 
 

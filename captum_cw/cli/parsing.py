@@ -184,7 +184,10 @@ torchrun, processes share the files (docs/howto/many_texts.md).""",
     _add(command, "--method", method, choices=measures.names(targets=True))
     reduction = "reduction over query positions, without --target (default: mean)"
     _add(command, "--reduction", reduction, choices=choices.REDUCTIONS)
-    page = "save an interactive page (PAGE.html); with --data, the output folder (DIR)"
+    raw = "print scores in the unit of the measure instead of percent"
+    _add(command, "--raw", raw, action="store_true")
+    page = "save an interactive page (.html), or the numbers (.json, .safetensors); with "
+    page += "--data, the output folder"
     _add(command, "--out PATH", page, shtab.FILE, type=Path)
     _add_set(command.add_argument_group("a set of texts (with --data)"))
 

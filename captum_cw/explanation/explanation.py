@@ -248,7 +248,7 @@ class Explanation:
         grouped = self.settings.get("by") in ("span", "message")
         return () if grouped or self.settings.get("part of") else sink(self.tokens)
 
-    def summary(self, count: int = 10, *, raw: bool = False) -> str:
+    def summary(self, count: int = 10, *, method: str | None = None, raw: bool = False) -> str:
         """Return the question, its answer, and the words with the largest scores, for a terminal.
 
         Scores are shares of all scores of the method, in percent: their sizes sum to 100%. The
@@ -256,6 +256,8 @@ class Explanation:
 
         Args:
             count: The number of words, besides sinks.
+            method: The method of the scores; None for the one that answers the question: the
+                prediction's if there is one.
             raw: Whether to show scores in the unit of the method instead of percent.
 
         Example:
@@ -271,7 +273,7 @@ class Explanation:
             1 more word: 0% together
             Scores: contribution, size.
         """
-        return shares.summary(self, count, raw=raw)
+        return shares.summary(self, count, method=method, raw=raw)
 
     def shares(self, method: str | None = None) -> list[Share]:
         """Return the share of each word in all scores of a method, in the order of the text.

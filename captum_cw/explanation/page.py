@@ -86,11 +86,10 @@ def explanation_page(explanation: Explanation, *, sinks: Collection[int] | None 
 
     sinks = explanation.sinks if sinks is None else sinks
     note = None
-    if len(explanation.tokens) > MAPPED and (explanation.maps or explanation.heads):
+    if len(explanation.tokens) > MAPPED:
         note = (
-            f"The text has {len(explanation.tokens):,} tokens, so the page leaves out its maps, "
-            "which would be too large for a browser. For the maps of a part of the text, save the "
-            "page of explanation.part(start, stop)."
+            f"The text has {len(explanation.tokens):,} tokens, so the page shows scores alone. For "
+            "the maps of a part of the text, save the page of explanation.part(start, stop)."
         )
         explanation = replace(explanation, maps={}, heads=())
     layers = [layer for layer in explanation.heads if layer.keys.numel()]

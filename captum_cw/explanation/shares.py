@@ -150,15 +150,18 @@ def sentence(
     return " ".join(said)
 
 
-def summary(explanation: Explanation, count: int = 10, *, raw: bool = False) -> str:
+def summary(
+    explanation: Explanation, count: int = 10, *, method: str | None = None, raw: bool = False
+) -> str:
     """Return a text of the question, its answer, and the words with the largest shares.
 
     Args:
         explanation: The explanation.
         count: The number of words, besides sinks.
+        method: The method of the scores; None for the one that answers the question.
         raw: Whether to show scores in the unit of the method instead of percent.
     """
-    method = first_method(explanation)
+    method = first_method(explanation) if method is None else method
     asked = question(explanation)
     lines = [] if asked is None else [f"{asked}{_probabilities(explanation)}"]
     if method not in explanation.scores:

@@ -117,8 +117,11 @@ def test_attribute_colours_the_text_where_colours_are_shown(
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLORTERM", "truecolor")
     assert main(["attribute", "--model", folder, "--text", "a [bold] c"]) == 0
-    strongest = "48;2;{};{};{}m".format(*colours.TOWARDS)
-    assert strongest in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    explanation = captum_cw.explain(*loading.load_model(folder), "a [bold] c").by_word()
+    strongest = float(explanation.scores["target"][1:].abs().max())
+    colour = colours.TOWARDS if strongest in explanation.scores["target"] else colours.AGAINST
+    assert "48;2;{};{};{}m".format(*colour) in printed
 
 
 def test_json_holds_the_scores_of_the_library(
@@ -137,7 +140,61 @@ def test_json_holds_the_scores_of_the_library(
     assert [token.strip() for token in printed.pop("tokens")] == ["a", "b", "c", "d"]
     settings = {"method": "contribution", "reduction": "mean"}
     asked = ("target", "contrast", "probability", "contrast_probability")
+    shares = printed.pop("shares")
+    assert [x["word"].strip() for x in shares] == ["a", "b", "c", "d"]
+    torch.testing.assert_close(
+        torch.tensor([x["share"] for x in shares]), expected[0] / expected.sum()
+    )
+    assert [x["sink"] for x in shares] == [True, False, False, False]
     assert printed == {"model": folder, **settings, **dict.fromkeys(asked), "files": []}
+
+
+@pytest.mark.parametrize("ending", ["html", "json", "safetensors"])
+def test_the_ending_of_the_file_names_its_kind(folder: str, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    assert main(["attribute", "--model", folder, "--text", "a b c", "--out", str(path)]) == 0
+    if ending == "safetensors":
+        assert captum_cw.Explanation.load(path).tokens == [" a", " b", " c"]
+    elif ending == "json":
+        assert json.loads(path.read_text("utf-8"))["tokens"] == [" a", " b", " c"]
+    else:
+        assert path.read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "page.pdf"], "the file must end in .html, .json, .safetensors"),
+        (["--target", ""], "--target is empty: give a word or a class, or leave it out"),
+        (["--target", "a", "--contrast", ""], "--contrast is empty"),
+    ],
+)
+def test_mistakes_are_named_before_the_model_is_loaded(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["attribute", "--model", "no/such/model", "--text", "a b c", *options])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_a_device_that_is_missing_is_named(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attribute", "--model", folder, "--text", "a b", "--device", "cuda:1"]) == 1
+    assert "--device cuda:1: PyTorch finds no such device here" in capsys.readouterr().err
+
+
+def test_raw_scores_are_in_the_unit_of_the_measure(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["attribute", "--model", folder, "--text", "a b c"]
+    assert main(arguments) == 0
+    assert "%" in capsys.readouterr().out.splitlines()[-3]
+    assert main([*arguments, "--raw"]) == 0
+    printed = capsys.readouterr().out
+    assert "in the unit of the target." in printed
+    score = captum_cw.explain(*loading.load_model(folder), "a b c").scores["target"][0]
+    assert f" {score:.3g} " in printed
 
 
 def test_json_holds_the_prediction_and_what_it_is_made_of(
