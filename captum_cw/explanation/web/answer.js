@@ -71,13 +71,12 @@ function comparedValues(name, grid, query) {
 let latestComparison = 0;
 
 async function paintComparison() {
-  const known = COMPARED.filter(([name]) => data.scores[name] || data.maps.includes(name));
-  element("compare-part").hidden = known.length < COMPARED.length;
-  if (element("compare-part").hidden) return;
   const request = ++latestComparison;
   const hasMaps = COMPARED.every(([name]) => data.maps.includes(name));
   const { query } = current();
   const at = !hasMaps ? null : query ?? shown.asked;
+  element("compare-part").hidden = at === null && !COMPARED.every(([name]) => data.scores[name]);
+  if (element("compare-part").hidden) return;
   const grids = await Promise.all(COMPARED.map(([name]) => (at === null ? null : loadMap(name))));
   if (request !== latestComparison) return;
   element("compare-at").replaceChildren(...(at === null

@@ -40,7 +40,7 @@ function useUnit() {
     keys, queries, S: keys.texts.length, T: queries.texts.length,
     keyOf: places(keys.groups), queryOf: places(queries.groups), // by token
     sinks: new Set(data.sinks.map((token) => places(keys.groups)[token])),
-    asked: data.asked === null ? null : places(queries.groups)[data.asked],
+    asked: places(queries.groups)[data.asked] ?? null,
   };
 }
 useUnit();
