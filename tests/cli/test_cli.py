@@ -172,9 +172,9 @@ def test_the_ending_of_the_file_names_its_kind(folder: str, tmp_path: Path, endi
 def test_mistakes_are_named_before_the_model_is_loaded(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as stopped:
         main(["attribute", "--model", "no/such/model", "--text", "a b c", *options])
-    assert exit.value.code == 2
+    assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
