@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -31,8 +32,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def exported(page: Page, what: str) -> bytes:
     with page.expect_download() as waiting:
         page.select_option("#export", what)
-    with open(waiting.value.path(), "rb") as file:
-        return file.read()
+    return Path(waiting.value.path()).read_bytes()
 
 
 def state_of(page: Page) -> dict[str, Any]:

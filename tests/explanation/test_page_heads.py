@@ -144,7 +144,7 @@ def test_the_map_of_heads_leads_to_a_head(show: Show, asked: Explanation, way: s
     page.locator("#controls-summary", has_text="layer 1").wait_for()
     assert (page.input_value("#layer"), page.input_value("#head")) == ("1", "2")
     assert page.locator("#method option:checked").text_content() == SIGNED
-    assert page.inner_text("#heads-note").startswith("layer 1, head 2, ")
+    assert page.inner_text("#heads-at").startswith("Shown: layer 1, head 2, ")
 
 
 def test_no_map_of_heads_without_effects(show: Show, asked: Explanation) -> None:

@@ -33,8 +33,8 @@ function paintHeads() {
   const strongest = data.layers.flatMap(({ effects }, layer) =>
     effects.map((effect, head) => ({ layer, head, effect }))).sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
   const named = headCursor ?? (view.layer && view.head !== ALL ? { layer: view.number, head: view.head } : null);
-  element("heads-note").textContent = named ? describeHead(named)
-    : `The strongest: ${strongest.slice(0, 3).map(describeHead).join("; ")}.`;
+  element("heads-note").textContent = `The strongest: ${strongest.slice(0, 3).map(describeHead).join("; ")}.`;
+  element("heads-at").textContent = named ? `Shown: ${describeHead(named)}.` : "";
 }
 
 function describeHead({ layer, head }) {
