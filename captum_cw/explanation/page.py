@@ -51,6 +51,23 @@ SUMMED = (
 )
 #: The registered names of the factors of a contribution, and of their product.
 PRODUCT = ("attention", "relative-norm", "cosine", measures.SIGNED)
+#: The height of a frame in pixels until its page says how high it is, and the largest.
+HEIGHT, HIGHEST = 800, 1600
+#: What a notebook runs when a frame has loaded. Themes change by attributes, and by style sheets
+#: that arrive a little later.
+FRAME = f"""\
+const send = () => this.contentWindow?.postMessage(getComputedStyle(this).colorScheme, '*');
+const seen = new MutationObserver(() => {{
+  if (!this.isConnected) return seen.disconnect();
+  send();
+  setTimeout(send, 500);
+}});
+for (const x of [document.documentElement, document.body]) seen.observe(x, {{ attributes: true }});
+addEventListener('message', ({{ source, data }}) => {{
+  if (source !== this.contentWindow || !(data?.height > 0)) return;
+  this.style.height = Math.min(Math.ceil(data.height), {HIGHEST}) + 'px';
+}});
+send();"""
 #: The parts of the script, in the order in which they run.
 SCRIPTS = (
     *("state", "numbers", "colours", "words", "answer", "map", "text", "heads", "details"),
@@ -119,14 +136,13 @@ def _script() -> str:
 def framed(page: str, alternative: str) -> str:
     """Return a page in a frame that cannot access the page around it, for notebooks.
 
-    The frame receives the theme of the notebook. A notebook that is not trusted removes the frame
-    and shows the text ``alternative``.
+    The frame receives the theme of the notebook, also when it changes, and has the height of its
+    page. A notebook that is not trusted removes the frame and shows the text ``alternative``.
     """
     return (
         f'<iframe srcdoc="{escape(page)}" title="Explanation" '
-        'sandbox="allow-scripts allow-downloads" '
-        "onload=\"this.contentWindow.postMessage(getComputedStyle(this).colorScheme, '*')\" "
-        f'style="width: 100%; height: 800px; border: 0">{escape(alternative)}</iframe>'
+        f'sandbox="allow-scripts allow-downloads" onload="{escape(FRAME)}" '
+        f'style="width: 100%; height: {HEIGHT}px; border: 0">{escape(alternative)}</iframe>'
     )
 
 
