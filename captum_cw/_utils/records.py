@@ -2,8 +2,8 @@
 
 The first line of a file identifies the run. Each further line is one record with its key. Lines are
 appended and synced one at a time, each with a checksum. If the process is killed, only the last
-line can be incomplete; it is dropped. Any other damage raises an error, and the file is not
-changed.
+line can be incomplete; it is dropped. A file without a record, which a run leaves that fails at
+once, is begun again. Any other damage raises an error, and the file is not changed.
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ class Records(dict[str, Any], AbstractContextManager["Records"]):
         lines = [self._read(line, n) for n, line in enumerate(whole, 1)]
         if not lines and torn and not _line({"run": run}).startswith(torn):
             raise RecordsError(f"{self.path} is not a file of records: choose another name.")
+        if len(lines) == 1 and set(lines[0]) == {"run"} and lines[0]["run"] != run:
+            lines, torn = [], b""  # another run has left no record that could be lost
+            os.truncate(self.path, 0)
         if lines:
             self._check_run(lines[0], run)
             for n, line in enumerate(lines[1:], 2):

@@ -1,7 +1,8 @@
 """Parquet files of a long run, each written as a whole, so that a killed run can be resumed.
 
 The rows of a run are cut into a fixed number of files. A file that has its final name is finished,
-so processes need no list of what is done, and never write to the same file.
+so processes need no list of what is done, and never write to the same file. Each file has the
+settings of the run in its metadata, so the rows of different runs do not mix.
 """
 
 from __future__ import annotations
@@ -64,15 +65,16 @@ class Shards:
         """Return the numbers of the files that do not exist yet.
 
         Raises:
-            RecordsError: If a file is damaged, or belongs to another run.
+            RecordsError: If a Parquet file of the folder is damaged, or belongs to another run.
         """
-        own = {self.path(number) for number in range(len(self.rows))}
-        for other in sorted(set(self.folder.glob("*.parquet")) - own):
-            raise RecordsError(
-                f"{other} does not belong to this run, and its rows would mix with those of the "
-                "run: choose another folder."
-            )
-        return [number for number in range(len(self.rows)) if not self._is_finished(number)]
+        expected = {self.path(number): rows for number, rows in enumerate(self.rows)}
+        for path in sorted(self.folder.glob("*.parquet")):
+            if self._rows_in(path) != expected.get(path):
+                raise RecordsError(
+                    f"{path} does not belong to this run, so its rows would mix with those of the "
+                    "run: choose another folder."
+                )
+        return [number for number, path in enumerate(expected) if not path.exists()]
 
     def write(self, number: int, rows: Sequence[Mapping[str, Any]], schema: Any) -> None:
         """Write a file. It is on disk when this returns.
@@ -87,10 +89,8 @@ class Shards:
         with whole_file(self.path(number)) as whole:
             self._parquet.write_table(table, whole)
 
-    def _is_finished(self, number: int) -> bool:
-        path = self.path(number)
-        if not path.exists():
-            return False
+    def _rows_in(self, path: Path) -> int:
+        """Return the number of rows of a file of this run."""
         try:
             found = self._parquet.read_metadata(path)
             settings = json.loads((found.metadata or {})[KEY])
@@ -100,7 +100,10 @@ class Shards:
                 "and run the command again."
             ) from error
         there = {name: settings.get(name) for name in self._run}
-        if there != self._run or found.num_rows != self.rows[number]:
-            what = differences(there, self._run) or f"it has {found.num_rows} rows"
-            raise RecordsError(f"{path} is of another run ({what}): choose another folder.")
-        return True
+        if there != self._run:
+            raise RecordsError(
+                f"{path} is of another run ({differences(there, self._run)}): use the same "
+                "settings, or choose another folder."
+            )
+        count: int = found.num_rows
+        return count

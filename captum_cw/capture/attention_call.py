@@ -357,7 +357,8 @@ def find_weights(call: AttentionCall, mask: QueryMask, name: str) -> Weights:
     raise UnsupportedModelError(
         f"The attention weights recomputed for layer {name!r} ({type(call.module).__name__}) do "
         "not give the head outputs of the model, so every measure would be wrong. Try "
-        "model.set_attn_implementation('eager'), which returns the weights themselves."
+        "model.set_attn_implementation('eager'), or a kernel that returns its weights "
+        "(B, H, T, S) as its second result."
     )
 
 

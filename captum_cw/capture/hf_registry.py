@@ -20,30 +20,42 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.attention_call import (
     AttentionCall,
     DenseKernel,
     UnsupportedModelError,
+    find_weights,
+    query_mask,
     times,
     visible_keys,
 )
+from captum_cw.capture.dispatch import Proceed, following
+from captum_cw.capture.function_call import fixed, name_of
+from captum_cw.capture.kernel_masks import KernelMask, Reading, is_block_mask, reads_pages
 from captum_cw.capture.listeners import suspended
-from captum_cw.capture.patching import shared
+from captum_cw.capture.patching import set_to, shared
 from captum_cw.capture.rounding import are_near
 from captum_cw.functional import expand_heads
 
-__all__ = ["registered_kernels"]
+__all__ = ["kernels_in_functions", "registered_kernels"]
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 EAGER = "eager_attention_forward"
+
+#: The functions that compute attention, whose gradients are understood.
+ATTENTION = {"softmax", "scaled_dot_product_attention"}
+
+_in_functions: ContextVar[bool] = ContextVar("captum_cw_in_functions", default=False)
 
 
 @contextmanager
@@ -135,13 +147,24 @@ class _Kernel:
             )
         given = _Arguments(module, query, key, value, attention_mask, kwargs)
         with suspended() as (listener, changes):
+            if (changes or listener is not None) and reads_pages(kwargs):
+                raise UnsupportedModelError(
+                    f"The attention kernel of {type(module).__name__} reads keys and values from "
+                    "pages of a cache, so it cannot be observed: call the model or its generate "
+                    "without continuous batching."
+                )
             for change in changes:
                 factors = change(module, query.shape[1], given.value)
                 if factors is not None:
                     given = self._scale_values(given, factors)
-            result = self._run(given)
-        if listener is not None:
-            listener(self._describe_call(module, given, result))
+            if listener is None:
+                return self._run(given)
+            if _in_functions.get():
+                result, call = self._run_in_functions(module, given)
+            else:
+                result = self._run(given)
+                call = self._describe_call(module, given, result)
+        listener(call)
         return result
 
     def _run(self, given: _Arguments) -> Any:
@@ -149,26 +172,93 @@ class _Kernel:
             given.module, given.query, given.key, given.value, given.mask, **given.options
         )
 
-    def _describe_call(self, module: nn.Module, given: _Arguments, result: Any) -> AttentionCall:
-        mask, T = given.mask, given.query.shape[2]
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
-            raise UnsupportedModelError(
-                f"The attention implementation of {type(module).__name__} uses a mask of type "
-                f"{type(mask).__name__}, which is not supported: call "
-                "model.set_attn_implementation('sdpa') or ('eager') first."
+    def _run_followed(self, given: _Arguments) -> Any:
+        """Run the kernel; None if it does not compute attention by torch functions."""
+        names: set[str] = set()
+
+        def follow(func: Any, args: Any, kwargs: Any, proceed: Proceed) -> Any:
+            names.add(name_of(func))
+            return proceed(func, args, kwargs)
+
+        try:
+            with following(follow):
+                result = self._run(given)
+        except NotImplementedError:  # it does not have a gradient on this device
+            return None
+        return result if names & ATTENTION else None
+
+    def _run_in_functions(self, module: nn.Module, given: _Arguments) -> tuple[Any, AttentionCall]:
+        """Run the kernel if it computes attention by torch functions, else the eager kernel.
+
+        Raises:
+            UnsupportedModelError: If the two kernels return other head outputs.
+        """
+        eager = _find_eager(module)
+        result = None
+        if eager is None:
+            result = self._run(given)
+        elif not is_block_mask(given.mask):
+            result = self._run_followed(given)
+        if result is not None or eager is None:
+            return result, self._describe_call(module, given, result)
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            without = replace(
+                given, query=fixed(given.query), key=fixed(given.key), value=fixed(given.value)
             )
+            own = self._run(without)
+            call = self._describe_call(module, without, own)
+            mask = query_mask(call, None)
+            seen = mask.block(slice(0, mask.T), call.value.device)
+            bias = _additive(call.mask, seen, given.query.dtype)
+        key, value = given.key[:, :, : call.S], given.value[:, :, : call.S]
+        heads, weights = eager(given.module, given.query, key, value, bias, **given.options)
+        if mask.real is not None:  # kernels return different numbers for padding
+            heads = torch.where(mask.real[:, :, None, None], heads, call.head_output)
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            if not are_near(heads, call.head_output):
+                raise UnsupportedModelError(
+                    f"The attention kernel of {type(module).__name__} hides its functions from "
+                    "autograd, and the model's eager kernel returns other head outputs: call "
+                    "model.set_attn_implementation('sdpa') or ('eager') first."
+                )
+        call = replace(
+            call, query=given.query, key=key, value=value, returned=heads, weights=weights
+        )
+        return (heads, weights), call
+
+    def _describe_call(self, module: nn.Module, given: _Arguments, result: Any) -> AttentionCall:
+        B, T, S = given.query.shape[0], given.query.shape[2], given.value.shape[2]
         causal = given.options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
+        causal = bool(causal) and not self.eager
+        mask = KernelMask(given.mask, causal, B, T, S, given.query.device, given.options)
+        if not mask.is_known:
+            raise UnsupportedModelError(
+                f"The attention implementation of {type(module).__name__} uses a mask of type "
+                f"{type(given.mask).__name__}, which is not supported: call "
+                "model.set_attn_implementation('sdpa') or ('eager') first."
+            )
+        calls = (self._read(module, given, result, reading) for reading in mask.readings())
+        call = next(calls)
+        others = list(calls)
+        return next(filter(_is_reproduced, (call, *others)), call) if others else call
+
+    def _read(
+        self, module: nn.Module, given: _Arguments, result: Any, reading: Reading
+    ) -> AttentionCall:
+        """Describe a call whose mask has been read."""
+        H = given.query.shape[1]
+        mask, causal = reading
         call = AttentionCall(
             module=module,
             query=given.query,
             key=given.key,
             value=given.value,
             mask=mask,
-            causal=bool(causal) and not self.eager and mask is None and T > 1,
+            causal=causal,
             scaling=given.options.get("scaling"),
             returned=result[0],
-            by_token=lambda y: y,
+            by_token=lambda y: y if y.dim() == 4 else y.reshape(*y.shape[:2], H, -1),
             dense_kernel=_dense_kernel(module, given),
             registered=True,
             scaled=lambda factors: self._run(self._scale_values(given, factors))[0],
@@ -200,6 +290,34 @@ class _Kernel:
                 _checked[module] = self.kernel
             given = repeated
         return replace(given, value=times(given.value, factors))
+
+
+def kernels_in_functions() -> AbstractContextManager[None]:
+    """Compute the observed attention of this context by torch functions, whose gradients are known.
+
+    If a kernel hides them, such as one that is compiled, the model's eager kernel runs instead.
+    """
+    return set_to(_in_functions, True)
+
+
+def _is_reproduced(call: AttentionCall) -> bool:
+    """Whether weights that obey the mask of a call give its head outputs."""
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        parts = {"value", "returned", "query", "key", "mask", "weights"}
+        call = replace(call, **{name: fixed(getattr(call, name)) for name in parts})
+        try:
+            find_weights(call, query_mask(call, None), type(call.module).__name__)
+        except UnsupportedModelError:
+            return False
+    return True
+
+
+def _additive(mask: Tensor | None, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask that is added to logits, from the mask of a call or what its queries see."""
+    if mask is not None and mask.dtype != torch.bool:
+        return mask
+    hidden = torch.finfo(dtype).min
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, hidden)
 
 
 def _dense_kernel(module: nn.Module, given: _Arguments) -> DenseKernel | None:

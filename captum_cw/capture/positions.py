@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw.capture.listeners import suspended
-from captum_cw.capture.model import special_ids, two_tokens
+from captum_cw.capture.model import special_ids, two_tokens, uncompiled
 from captum_cw.capture.restoring import evaluating
 from captum_cw.capture.rounding import are_near
 
@@ -127,7 +127,7 @@ def _find_counting(model: nn.Module) -> tuple[bool, bool]:
     mask = nn.functional.pad(torch.ones_like(ids), (1, 0))
     positions = torch.arange(3, device=ids.device)[None]
     try:
-        with torch.no_grad(), evaluating([model]), suspended():
+        with torch.no_grad(), evaluating([model]), suspended(), uncompiled():
             plain = _first_states(model(**text), 3)
             counted = _first_states(model(**text, position_ids=positions), 3)
             behind = model(**{**text, "input_ids": padded, "attention_mask": mask})

@@ -19,6 +19,7 @@ from captum_cw.capture.attention_call import AttentionCall, UnsupportedModelErro
 from captum_cw.capture.dispatch import following
 from captum_cw.capture.embedded_tokens import NOWHERE, Leaf
 from captum_cw.capture.forward_call import ForwardCall, forward_call, run_on_copies
+from captum_cw.capture.hf_registry import kernels_in_functions
 from captum_cw.capture.linearised import Linearised
 from captum_cw.capture.model import device_of, evaluation_mode, uncompiled
 from captum_cw.capture.observation import Execution, HeadObservation, names_of
@@ -339,6 +340,7 @@ class TargetRunner:
         with (
             following(linearised),
             own_functions_as_one(),
+            kernels_in_functions(),
             keeping(),
             recomputing(runner.roots, functools.partial(_again, linearised, modules)),
             observation,
@@ -460,6 +462,7 @@ def _again(linearised: Linearised, modules: list[nn.Module]) -> Iterator[None]:
         torch.enable_grad(),
         following(linearised.again()),
         own_functions_as_one(),
+        kernels_in_functions(),
         attention_calls(modules, lambda call: None),
     ):
         yield

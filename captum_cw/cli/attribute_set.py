@@ -285,8 +285,9 @@ def _begin(
             )
 
     def claim() -> list[int]:
-        stack.enter_context(Records(shards.folder / RECORDS, identity))
         left = shards.unfinished()
+        # No other run writes to the folder as long as the file is open.
+        stack.enter_context(Records(shards.folder / RECORDS, identity))
         write_json(shards.folder / SETTINGS, settings)
         return left
 
@@ -319,9 +320,11 @@ def _rows(
             scored = scorer.score({name: x.to(device) for name, x in batch.items()})
         except (ValueError, UnsupportedModelError, MemoryError, torch.OutOfMemoryError) as error:
             B, T = batch["input_ids"].shape
+            is_short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            hint = " Choose a smaller --batch-tokens." if is_short else ""
             raise type(error)(
                 f"A batch of {B} texts of up to {T} tokens could not be scored; the first is text "
-                f"{numbers[group[0]]}. {error} If memory is short, choose a smaller --batch-tokens."
+                f"{numbers[group[0]]}. {error}{hint}"
             ) from error
         for place, text in zip(group, scored, strict=True):
             ids, cut = read[place]

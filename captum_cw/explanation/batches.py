@@ -56,14 +56,15 @@ class BatchScorer:
         ValueError: If the target or its contrast is not one token or class of the model.
 
     Example:
+        >>> from captum_cw.measures import find
         >>> ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
         >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        >>> entry = captum_cw.measures.find("target")
-        >>> question = Question(target="Paris", contrast="Rome")
+        >>> entry = find("target")
+        >>> question = Question(target="Paris", contrast="cold")
         >>> scorer = BatchScorer(model, tokenizer, entry, "mean", question, model(ids), causal=True)
         >>> (text,) = scorer.score(batch)
         >>> text.scores.shape, text.target["contrast"]
-        (torch.Size([5]), ' Rome')
+        (torch.Size([5]), ' cold')
     """
 
     def __init__(

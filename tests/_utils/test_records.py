@@ -102,6 +102,20 @@ def test_another_run_is_refused_with_what_differs(file: Path) -> None:
     assert file.read_bytes() == before
 
 
+def test_a_file_without_a_record_is_begun_again_by_another_run(tmp_path: Path) -> None:
+    path, other = tmp_path / "run.records", {**RUN, "model": "n"}
+    for torn in (b"", b"0"):
+        with Records(path, RUN):
+            pass
+        with path.open("ab") as file:
+            file.write(torn)
+        with Records(path, other) as records:
+            records["a"] = 1
+        with Records(path, other) as records:
+            assert records == {"a": 1}
+        path.unlink()
+
+
 def test_a_line_that_is_no_record_is_refused(file: Path) -> None:
     first, *_ = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(first + first)

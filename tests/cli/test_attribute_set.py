@@ -20,6 +20,7 @@ import transformers
 from datasets import load_dataset
 
 from captum_cw import measures
+from captum_cw._utils.records import Records
 from captum_cw._utils.shards import Shards
 from captum_cw.cli import attribute_set, main
 from captum_cw.explanation.batches import BatchScorer
@@ -338,6 +339,35 @@ def test_another_run_does_not_mix_with_the_rows_of_a_folder(
         assert contents(out) == before
 
 
+def test_a_run_that_fails_at_once_leaves_the_folder_to_others(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(self: BatchScorer, batch: Any) -> None:
+        raise torch.OutOfMemoryError("There is not enough memory.")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchScorer, "score", fail)
+        assert main([*command, "--out", str(out)]) == 1
+    told = capsys.readouterr().err
+    assert "A batch of 1 texts of up to 60 tokens could not be scored; the first is text 2" in told
+    assert "There is not enough memory. Choose a smaller --batch-tokens." in told
+    scored([*command, "--batch-tokens", "40"], out)
+    assert json.loads((out / attribute_set.SETTINGS).read_text())["batch_tokens"] == 40
+
+
+def test_two_runs_do_not_write_to_one_folder(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with Records(out / attribute_set.RECORDS, {}):
+        assert main([*command, "--out", str(out)]) == 1
+    assert "is being written by another run" in capsys.readouterr().err
+
+
 def test_another_model_or_other_data_are_refused(
     command: list[str],
     tiny_model: Any,
@@ -379,6 +409,7 @@ def test_files_of_other_runs_and_damaged_files_are_refused(
         assert file.name in told
         assert message in told
     file.unlink()
+    # The settings are the same, but the file is not one of those of the run.
     (one / "texts-00000-of-00009.parquet").write_bytes(whole)
     assert main([*command, "--out", str(one)]) == 1
     assert "texts-00000-of-00009.parquet does not belong to this run" in capsys.readouterr().err

@@ -15,9 +15,11 @@ from captum_cw import (
     ContributionWeights,
     Explanation,
     LLMTokenAttribution,
+    TargetContributions,
     TokenScores,
     explain,
     measures,
+    remove_tokens,
 )
 from captum_cw.data import load_texts, token_batches
 from captum_cw.metrics import with_shuffled_weights
@@ -243,3 +245,16 @@ def test_a_chat_is_explained_by_word_and_by_message(
     assert torch.equal(
         loaded.by_word().maps["contribution-signed"], words.maps["contribution-signed"]
     )
+
+
+def test_flex_attention_gives_the_results_of_sdpa(model: nn.Module, texts: list[Tensor]) -> None:
+    inputs, found = texts[0][:, :8], []
+    for implementation in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(implementation)
+        scores = TokenScores(ContributionWeights(model)).attribute(inputs)
+        target = TokenScores(TargetContributions(model)).attribute(inputs, target=3)
+        with torch.no_grad(), remove_tokens(model, "contribution", 0.3):
+            logits = model(inputs).logits[:, -1]
+        found.append((scores, target, logits / logits.abs().max()))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
