@@ -22,13 +22,15 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 FIREFOX = os.environ.get("FIREFOX") or shutil.which("firefox") or shutil.which("firefox-esr")
 # The policy of the page forbids eval, by which the driver of Firefox reads the page.
 POLICY = "script-src 'unsafe-inline'"
+# Why a browser cannot be used, so that each is tried once.
+MISSING: dict[str, str] = {}
 
 
 @pytest.fixture(scope="module")
 def browsers() -> Iterator[Callable[[str], Any]]:
     """Launch a browser when a test first needs it, and skip the test if there is none."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    launched: dict[str, Any] = {}
+    launched: dict[str, Any] = dict(MISSING)
 
     def launch(driver: Any, name: str) -> Any:
         if name == "chromium":
@@ -53,6 +55,7 @@ def browsers() -> Iterator[Callable[[str], Any]]:
                 if not isinstance(launched[name], str):
                     stack.callback(launched[name].close)
             if isinstance(launched[name], str):
+                MISSING[name] = launched[name]
                 pytest.skip(launched[name])
             return launched[name]
 

@@ -384,6 +384,27 @@ def test_a_notebook_shows_it_in_a_frame(show: Show, explanation: Explanation) ->
     frame.locator("#details h2", has_text="(3)").wait_for()
 
 
+@pytest.mark.xfail(strict=True, reason="addEventListener in an inline handler is that of the frame")
+def test_a_frame_is_as_high_as_its_page(show: Show, explanation: Explanation) -> None:
+    one = Explanation(["a"], {"m": torch.ones(1)})
+    for given, lowest, highest in ((explanation, 900, 1600), (one, 200, 799)):
+        page = show(f"<!DOCTYPE html><body>{given._repr_html_()}</body>")
+        frame = page.frame_locator("iframe")
+        frame.locator("main:not([aria-busy])").wait_for()
+        page.wait_for_function("() => document.querySelector('iframe').offsetHeight !== 800")
+        assert lowest < page.locator("iframe").bounding_box()["height"] <= highest
+
+
+def test_a_frame_follows_its_notebook_to_another_theme(
+    show: Show, explanation: Explanation
+) -> None:
+    page = show(f'<!DOCTYPE html><body style="color-scheme: light">{explanation._repr_html_()}')
+    frame = page.frame_locator("iframe")
+    frame.locator("html[data-theme=light]").wait_for()
+    page.evaluate("() => { document.body.style.colorScheme = 'dark'; }")
+    frame.locator("html[data-theme=dark]").wait_for()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_frame_has_the_theme_of_its_notebook(
     show: Show, explanation: Explanation, scheme: str

@@ -36,7 +36,7 @@ def test_a_cell_of_a_head_shows_its_factors(show: Show, of_layers: Explanation) 
     choose_layer(page, 1)
     page.select_option("#head", "2")
     layer = of_layers.heads[1]
-    shown = re.search(r"2: (\S+) of the layer", page.locator("#head").inner_text())[1]
+    shown = re.search(r"2: (\S+) of the layer", page.locator("#head").text_content())[1]
     assert number(shown) == percent(layer.share[2, 8])
     for query, key in ((8, int(layer.keys[2, 8, 0])), (8, int(layer.keys[2, 8, 3]))):
         choose_cell(page, query, key)

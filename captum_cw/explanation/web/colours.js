@@ -35,7 +35,7 @@ function findRamps() {
     towards: ramp(255),
     against: ramp(60),
     readBy: ramp(160),
-    ink: styleOf("about", "color"),
+    ink: getComputedStyle(document.body).color,
     faint: styleOf("settings", "color"),
     line: styleOf("settings", "borderTopColor"),
     panel: styleOf("controls", "backgroundColor"),

@@ -129,8 +129,13 @@ function showTheme() {
 }
 element("theme").addEventListener("change", showTheme);
 prefersDark.addEventListener("change", showTheme);
+/** Lets a notebook give its frame the height of the page. */
+function tellHeight() {
+  if (parent !== window) parent.postMessage({ height: document.body.offsetHeight }, "*");
+}
 addEventListener("message", (event) => {
-  if (!["light", "dark"].includes(event.data)) return;
+  tellHeight(); // the notebook may have missed what was sent before
+  if (!["light", "dark"].includes(event.data) || event.data === hostTheme) return;
   hostTheme = event.data;
   showTheme();
 });

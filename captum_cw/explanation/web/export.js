@@ -90,8 +90,9 @@ function answerAsSvg() {
     write(formatScore(score), width - 20, 14, { anchor: "end" });
   }
   y += 10;
-  const ends = [...element("bars-ends").children].map((end) => end.textContent).filter(Boolean).join(", ");
-  paragraph(`${view.method.label}. ${ends && `${ends}. `}${element("bars-note").textContent}`, 12, { fill: ramps.faint });
+  const [positive, negative] = directions(view.method);
+  const colours = signed ? ` Blue is ${positive}, orange is ${negative}.` : "";
+  paragraph(`Scores: ${view.method.label}.${colours} ${element("bars-note").textContent}`, 12, { fill: ramps.faint });
   const height = y + 24;
   return { width, height, text: `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" ` +
     `viewBox="0 0 ${width} ${height}" font-family="${font}"><rect width="100%" height="100%" fill="${ramps.paper}"/>` +

@@ -68,3 +68,5 @@ scrollToSelected();
 findRamps();
 if (data.scores[state.method.name]) showView(); // the answer, before maps are unpacked
 load();
+
+new ResizeObserver(tellHeight).observe(document.body);
