@@ -134,6 +134,11 @@ def _group(
         elif probability is not None:
             parts = [probability[start:stop].prod() for start, stop in query_spans]
             probability = torch.stack(parts)
+    settings = {**explanation.settings, "by": by, "how": how}
+    position = settings.pop("target position", None)
+    for n, (start, stop) in enumerate(query_spans or ()):
+        if position is not None and start <= position < stop:
+            settings["target position"] = n
     return type(explanation)(
         tokens=[joined(explanation.tokens[start:stop]) for start, stop in spans],
         scores={name: group_scores(x, spans, how) for name, x in explanation.scores.items()},
@@ -141,7 +146,7 @@ def _group(
         queries=queries,
         predicted=predicted,
         probability=probability,
-        settings={**explanation.settings, "by": by, "how": how},
+        settings=settings,
     )
 
 

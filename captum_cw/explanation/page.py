@@ -63,7 +63,7 @@ const seen = new MutationObserver(() => {{
   setTimeout(send, 500);
 }});
 for (const x of [document.documentElement, document.body]) seen.observe(x, {{ attributes: true }});
-addEventListener('message', ({{ source, data }}) => {{
+window.addEventListener('message', ({{ source, data }}) => {{
   if (source !== this.contentWindow || !(data?.height > 0)) return;
   this.style.height = Math.min(Math.ceil(data.height), {HIGHEST}) + 'px';
 }});

@@ -133,7 +133,7 @@ def sentence(
     target, contrast = (explanation.settings.get(role) for role in ("target", "contrast"))
     if target is None or entry is None or not entry.explains_target:
         label = method if entry is None else entry.label
-        said = [f"By {label}, the largest shares are those of {towards or 'no word'}."]
+        said = [f"By “{label}”, the largest shares are those of {towards or 'no word'}."]
         contrast = None
     else:
         rather = "" if contrast is None else f" rather than {quoted(contrast)}"

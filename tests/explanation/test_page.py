@@ -384,7 +384,6 @@ def test_a_notebook_shows_it_in_a_frame(show: Show, explanation: Explanation) ->
     frame.locator("#details h2", has_text="(3)").wait_for()
 
 
-@pytest.mark.xfail(strict=True, reason="addEventListener in an inline handler is that of the frame")
 def test_a_frame_is_as_high_as_its_page(show: Show, explanation: Explanation) -> None:
     one = Explanation(["a"], {"m": torch.ones(1)})
     for given, lowest, highest in ((explanation, 900, 1600), (one, 200, 799)):

@@ -136,3 +136,11 @@ def test_a_part_keeps_the_queries_of_an_output() -> None:
     assert whole.part(1, 3).maps["m"].tolist() == [[1, 2], [4, 5]]
     with pytest.raises(ValueError, match=r"Span \(2, 4\) is empty or not within the 3 tokens"):
         whole.part(2, 4)
+
+
+def test_words_keep_the_place_of_the_prediction(tiny_model, tiny_tokenizer) -> None:
+    whole = explain(tiny_model, tiny_tokenizer, "a b c d")
+    assert whole.settings["target position"] == 3
+    assert whole.by_word().settings["target position"] == 3
+    assert whole.by_span([(0, 2), (2, 4)]).settings["target position"] == 1
+    assert "target position" not in whole.by_span([(0, 2)]).settings
