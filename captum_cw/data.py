@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -55,13 +56,16 @@ _BUILDERS = {
 }
 
 
-def load_texts(data: str | Path, *, samples: int | None = None) -> list[str]:
+def load_texts(
+    data: str | Path, *, samples: int | None = None, lines: bool | None = None
+) -> list[str]:
     r"""Load the texts of a data set, in its order.
 
     A row's columns decide how it becomes a text, for example ``text``, or ``question`` and
     ``answer``. If a row's columns are unknown, the error lists the known ones. A ``.txt`` file is
     split into articles if it has headings ``= Title =`` (WikiText), and otherwise into paragraphs
-    at blank lines. Empty texts are skipped.
+    at blank lines. If it has several lines and no blank one, each line is a text, and a warning
+    says so. Empty texts are skipped.
 
     Args:
         data: The name of a set on the hub (``"boolq"``, ``"fineweb-edu"``, ``"gsm8k"``,
@@ -69,6 +73,7 @@ def load_texts(data: str | Path, *, samples: int | None = None) -> list[str]:
             ``.jsonl``, ``.json``, ``.csv``, ``.parquet``), or a folder of files of one kind. A
             ``Path`` always means a file or folder.
         samples: The number of texts to load; None for all.
+        lines: Whether each line of a ``.txt`` file is a text; None to decide by its blank lines.
 
     Returns:
         The texts.
@@ -85,10 +90,12 @@ def load_texts(data: str | Path, *, samples: int | None = None) -> list[str]:
         >>> load_texts(path)
         ['Question: 1 + 1?\nAnswer: 2']
     """
-    return [text for _, text in numbered_texts(data, samples=samples)]
+    return [text for _, text in numbered_texts(data, samples=samples, lines=lines)]
 
 
-def numbered_texts(data: str | Path, *, samples: int | None = None) -> list[tuple[int, str]]:
+def numbered_texts(
+    data: str | Path, *, samples: int | None = None, lines: bool | None = None
+) -> list[tuple[int, str]]:
     r"""Load the texts of a data set, each with the number of its row.
 
     Arguments and errors are those of :func:`load_texts`.
@@ -108,7 +115,7 @@ def numbered_texts(data: str | Path, *, samples: int | None = None) -> list[tupl
             raise ValueError(f"{data!r} is too large to load in full: set samples.")
         rows = _hub_rows(data)
     else:
-        rows = _file_rows(Path(data))
+        rows = _file_rows(Path(data), lines)
     numbered = ((n, text) for n, row in enumerate(rows) if (text := _as_text(row)).strip())
     texts = list(islice(numbered, samples))
     if not texts:
@@ -253,7 +260,7 @@ def _hub_rows(name: str) -> Iterator[Mapping[str, Any]]:
         ) from error
 
 
-def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _file_rows(path: Path, lines: bool | None) -> Iterator[Mapping[str, Any]]:
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in inside if file.is_file() and file.suffix.lower() in _BUILDERS]
     builders = {_BUILDERS[file.suffix.lower()] for file in files}
@@ -267,17 +274,26 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         for file in files:
             # `datasets` refuses an empty JSON, CSV or Parquet file; here it has no texts.
-            yield from _rows_of(file, builder) if file.stat().st_size else ()
+            yield from _rows_of(file, builder, lines) if file.stat().st_size else ()
     except ValueError as error:
         raise ValueError(f"{str(file)!r} could not be parsed as {builder}. {error}") from error
 
 
-def _rows_of(file: Path, builder: str) -> Any:
+def _rows_of(file: Path, builder: str, lines: bool | None) -> Any:
     """Return the rows of a file, as an iterable of mappings."""
     if builder == "csv":
         return _csv_rows(file)
     if builder == "text":
-        return _passages(file.read_text(encoding="utf-8"))
+        document = file.read_text(encoding="utf-8")
+        if lines is None and (lines := _has_lines_alone(document)):
+            warnings.warn(
+                f"{file.name} has no blank lines, so each line is a text. Give lines=False "
+                "(--no-lines) if the file is one text.",
+                stacklevel=2,
+            )
+        if lines:
+            return [{"text": line} for line in map(str.strip, document.splitlines()) if line]
+        return _passages(document)
     # Streamed, so that files on disk are not copied into the cache of `datasets`.
     options = {"data_files": glob.escape(str(file)), "split": "train", "streaming": True}
     return imported("datasets", "evaluate").load_dataset(builder, **options)
@@ -297,6 +313,12 @@ def _csv_rows(file: Path) -> Any:
 # A heading of level one has a blank line before and after it, unlike the formulas of WikiText.
 _TITLE = re.compile(r"(?:\A|^[ \t]*\n)(?=[ \t]*= [^=\s].* =[ \t]*\n[ \t]*(?:\n|\Z))", re.MULTILINE)
 _BLANK = re.compile(r"\n[ \t]*(?=\n)")
+
+
+def _has_lines_alone(document: str) -> bool:
+    """Whether a document has several lines and no blank one between them."""
+    lines = document.strip().splitlines()
+    return len(lines) > 1 and all(line.strip() for line in lines)
 
 
 def _passages(document: str) -> list[dict[str, str]]:

@@ -288,6 +288,7 @@ for _entry in (
         "captum_cw.attr:AttentionWeights",
         label="attention",
         about="How much a query attends to a key, from 0 to 1.",
+        unit="share of the query's attention",
         colour="#d55e00",
     ),
     Entry(
@@ -295,7 +296,7 @@ for _entry in (
         "captum_cw.functional:contribution",
         label="contribution, signed",
         about="The share of a query's output that a key made; below zero, the key worked against "
-        "it. The shares of a query sum to 1.",
+        "it. Over all heads, the shares of a query sum to 1.",
         unit="share of the layer's output",
         signed=True,
         scope="inter",

@@ -166,7 +166,7 @@ def marginals(model: Any, ids: torch.Tensor, tokens: list[str], number: int) -> 
 
 
 def picture_of_page(model: Any, tokenizer: Any, path: Path) -> None:
-    """The interactive page, with the last token chosen and the sink left out."""
+    """The interactive page, as it opens."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright, TemporaryDirectory() as folder:
@@ -177,10 +177,8 @@ def picture_of_page(model: Any, tokenizer: Any, path: Path) -> None:
         )
         page = browser.new_page(viewport={"width": 1120, "height": 1300}, device_scale_factor=1.5)
         page.goto(file.as_uri())
-        page.locator("#sinks").check()
-        page.locator("#tokens .token").last.click()
-        page.mouse.move(1, 1)
-        end = page.locator("footer").bounding_box()["y"]
+        page.locator("#details dl").first.wait_for()
+        end = page.locator("#map-part").bounding_box()["y"]
         page.screenshot(path=path, clip={"x": 0, "y": 0, "width": 1120, "height": end})
         browser.close()
     # As few colours as it has, which is a third of the size.

@@ -144,6 +144,20 @@ def test_a_text_file_without_titles_is_split_at_blank_lines(folder: Path) -> Non
     assert load_texts(path) == ["a\nb", "c"]
 
 
+def test_lines_without_blank_ones_are_texts(folder: Path) -> None:
+    path = folder / "a.txt"
+    path.write_text("a\nb c\nd\n")
+    with pytest.warns(UserWarning, match=r"a\.txt has no blank lines, so each line is a text"):
+        assert load_texts(path) == ["a", "b c", "d"]
+    assert load_texts(path, lines=True) == ["a", "b c", "d"]
+    assert load_texts(path, lines=False) == ["a\nb c\nd"]
+    path.write_text("a\nb\n\nc\n")
+    assert load_texts(path) == ["a\nb", "c"]
+    assert load_texts(path, lines=True) == ["a", "b", "c"]
+    path.write_text("a line alone\n")
+    assert load_texts(path) == ["a line alone"]
+
+
 def test_a_folder_is_its_files_in_the_order_of_their_names(folder: Path) -> None:
     (folder / "b.txt").write_text("c")
     (folder / "a.txt").write_text("a\n\nb")

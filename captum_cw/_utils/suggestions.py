@@ -1,11 +1,23 @@
-"""Suggestions of similar names, for error messages about unknown names."""
+"""Words of error messages: similar names, and what was given instead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["suggestion"]
+__all__ = ["kind", "suggestion"]
+
+
+def kind(given: object) -> str:
+    """Return what a value is, for "...", which is of another type or is a class.
+
+    Example:
+        >>> kind(1), kind(int)
+        ('of type int', 'the class int, and not an instance of it')
+    """
+    if isinstance(given, type):
+        return f"the class {given.__name__}, and not an instance of it"
+    return f"of type {type(given).__name__}"
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from captum_cw.attr._captum import TextTokenInput
 from captum_cw.text.templates import Encoded, Messages, render_chat
+from captum_cw.text.tokens import readable_ids
 
 __all__ = ["ChatTokenInput", "EncodedTokenInput"]
 
@@ -27,7 +28,7 @@ class EncodedTokenInput(TextTokenInput):  # type: ignore[misc]  # captum has no 
     Example:
         >>> from captum_cw.text.templates import encode
         >>> EncodedTokenInput(encode(tokenizer, "Ice is cold"), tokenizer).values
-        ['Ice', 'is', 'cold']
+        [' Ice', ' is', ' cold']
     """
 
     def __init__(self, encoded: Encoded, tokenizer: Any) -> None:
@@ -45,7 +46,7 @@ class EncodedTokenInput(TextTokenInput):  # type: ignore[misc]  # captum has no 
     def _set_features(self, ids: torch.Tensor) -> None:
         """Set the tokens that have scores, ``(1, n)``."""
         self.itp_tensor = ids
-        self.values = self.tokenizer.convert_ids_to_tokens(ids[0].tolist())
+        self.values = readable_ids(self.tokenizer, ids[0])
         self.n_itp_features = len(self.values)
 
 
@@ -82,9 +83,9 @@ class ChatTokenInput(EncodedTokenInput):
         ... )
         >>> chat = [{"role": "U", "content": "Name the capital"}]
         >>> ChatTokenInput(chat, tokenizer).values
-        ['U', 'Name', 'the', 'capital', 'A']
+        [' U', ' Name', ' the', ' capital', ' A']
         >>> ChatTokenInput(chat, tokenizer, skip_tokens="template").values
-        ['Name', 'the', 'capital']
+        [' Name', ' the', ' capital']
     """
 
     def __init__(

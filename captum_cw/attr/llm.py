@@ -10,6 +10,7 @@ from captum.attr import LLMAttributionResult
 from torch import Tensor
 
 from captum_cw._utils.progress import progress_bar
+from captum_cw._utils.suggestions import kind
 from captum_cw.attr._captum import BaseLLMAttribution, TextTemplateInput, TextTokenInput
 from captum_cw.attr.chat import ChatTokenInput, EncodedTokenInput
 from captum_cw.attr.measures import AttentionAttribution, refuse_target
@@ -72,7 +73,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
             attr_method = output_scores(attr_method)
         if not isinstance(attr_method, TokenScores):
             raise TypeError(
-                f"attr_method is of type {type(attr_method).__name__}: give a measure, such as "
+                f"attr_method is {kind(attr_method)}: give a measure, such as "
                 "ContributionWeights(model), or TokenScores around one."
             )
         if not isinstance(attr_method.forward_func, torch.nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_cw import functional
+from captum_cw._utils.suggestions import kind
 from captum_cw.attr._captum import Attribution, logged
 from captum_cw.attr.measures import AttentionAttribution, as_given, refuse_target, stack_layers
 from captum_cw.capture import Execution
@@ -83,7 +84,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
     ) -> None:
         if not isinstance(method, AttentionAttribution):
             raise TypeError(
-                f"method is of type {type(method).__name__}: give ContributionWeights(model), "
+                f"method is {kind(method)}: give ContributionWeights(model), "
                 "TargetContributions(model), or another measure."
             )
         check_choice("reduction", reduction, Reduction)

@@ -46,6 +46,7 @@ def unwrapped(forward_func: Any) -> Any:
     """Return the model inside compiled and parallel wrappers; anything else as it is.
 
     Raises:
+        TypeError: If it is mistaken for a model: a class, a name, a tokenizer or a pipeline.
         UnsupportedModelError: If a module is compiled by TorchScript.
 
     Example:
@@ -59,6 +60,7 @@ def unwrapped(forward_func: Any) -> Any:
             forward_func = forward_func._orig_mod
         else:
             break
+    _refuse_mistaken(forward_func)
     for name, module in getattr(forward_func, "named_modules", list)():
         if isinstance(module, torch.jit.ScriptModule):
             place = f"module {name!r} of the model" if name else "model"
@@ -67,6 +69,22 @@ def unwrapped(forward_func: Any) -> Any:
                 "give the model as it was before torch.jit.script or torch.jit.trace."
             )
     return forward_func
+
+
+def _refuse_mistaken(given: Any) -> None:
+    """Raise a TypeError for what users often give in the place of a model."""
+    kind = type(given).__name__
+    if isinstance(given, type):
+        hint = f"{given.__name__} is a class: give an instance, such as {given.__name__}(...)"
+    elif isinstance(given, str):
+        hint = f"{given!r} is a name: load the model first, such as with load_model({given!r})"
+    elif hasattr(given, "convert_ids_to_tokens"):
+        hint = f"{kind} is a tokenizer: give the model first, and then the tokenizer"
+    elif hasattr(given, "preprocess") and isinstance(getattr(given, "model", None), nn.Module):
+        hint = f"{kind} is a pipeline: give its model, such as pipe.model"
+    else:
+        return
+    raise TypeError(f"{hint}.")
 
 
 def model_of(forward_func: object) -> nn.Module | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,20 @@ from captum_cw.capture.model import device_of
 from captum_cw.cli import attribute_set
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
-from captum_cw.cli.output import (
-    SINK_NOTE,
-    check_generates_text,
-    coloured_text,
-    load,
-    token_table,
-)
+from captum_cw.cli.output import check_generates_text, coloured_text, load
 from captum_cw.explanation.builder import explain
 from captum_cw.explanation.explanation import Explanation
+from captum_cw.explanation.page import MAPPED
 from captum_cw.functional import Reduction
 from captum_cw.text.prompts import read_text
-from captum_cw.text.tokens import sink
+from captum_cw.text.tokens import sink, word_numbers
 from captum_cw.visualization import readable_tokens
 from captum_cw.visualization.text import normalized_scores
 
-#: The page of a longer text has no maps.
-MAPPED = 1024
 #: The measures of a prediction.
 OF_TARGET = (measures.TARGET, measures.INPUT)
-#: The number of tokens in the printed table.
-TOP = 10
+#: The files of an explanation.
+ENDINGS = (".html", ".json", ".safetensors")
 
 
 def run(options: Namespace) -> Answer | None:
@@ -91,12 +83,6 @@ def _explain_prediction(
             )
         return None
     method = options.method or measures.TARGET
-    if options.out is not None:
-        if len(explanation.tokens) > MAPPED:
-            _say_without_maps(len(explanation.tokens))
-            explanation = replace(explanation, maps={}, heads=())
-        explanation.save_page(options.out)
-    files = [] if options.out is None else [str(options.out)]
     found = explanation.settings
     document = {
         "model": options.model,
@@ -106,30 +92,12 @@ def _explain_prediction(
         "contrast": options.contrast,
         "probability": _number(found.get("target probability")),
         "contrast_probability": _number(found.get("contrast probability")),
-        "tokens": list(explanation.tokens),
-        "scores": explanation.scores[method].tolist(),
-        "files": files,
     }
-    shown = dict.fromkeys((method, *OF_TARGET, "contribution"))
-    scores = {name: explanation.scores[name] for name in shown if name in explanation.scores}
-    title, hint = _question(found), found.get("hint")
-    return Answer(document, lambda: _show(title, scores, explanation.tokens, files, hint))
+    return _answer(options, explanation, method, document)
 
 
 def _number(text: str | None) -> float | None:
     return None if text is None else float(text)
-
-
-def _question(found: Mapping[str, Any]) -> str:
-    """Return the question that the scores answer, with the probabilities of its words."""
-
-    def word(role: str) -> str:
-        probability = found.get(f"{role} probability")
-        return repr(found[role]) + ("" if probability is None else f" (probability {probability})")
-
-    if "contrast" not in found:
-        return f"Why {word('target')}?"
-    return f"Why {word('target')}, and not {word('contrast')}?"
 
 
 def _score(options: Namespace, model: Any, tokenizer: Any, prompt: Any) -> Answer:
@@ -149,13 +117,11 @@ def _score(options: Namespace, model: Any, tokenizer: Any, prompt: Any) -> Answe
         reduction = "sum" if entry.explains_target else reduction
         scorer = TokenScores(measure, reduction=reduction)
         scores = scorer.attribute(ids, show_progress=True)[0].cpu()
-        tokens = readable_tokens(tokenizer, ids[0])
         what = " for the prediction" if entry.explains_target else ""
         title = f"{method}{what}, {reduction} over the positions of the text"
-        if options.out is not None:
-            is_usual = reduction == "mean" or entry.explains_target
-            label = method if is_usual else f"{method}, {reduction}"
-            _explanation(model, tokenizer, ids, label, scores).save_page(options.out)
+        is_usual = reduction == "mean" or entry.explains_target
+        label = method if is_usual else f"{method}, {reduction}"
+        explanation = _explanation(options, model, tokenizer, ids, {label: scores})
     else:
         check_generates_text(
             model, "leave --target out to score the tokens of the text in its attention layers"
@@ -167,12 +133,9 @@ def _score(options: Namespace, model: Any, tokenizer: Any, prompt: Any) -> Answe
             chat_template_kwargs=template,
             show_progress=True,
         )
-        tokens, scores = result.input_tokens, result.seq_attr
         rather = "" if options.contrast is None else f", and not {options.contrast!r}"
-        title = f"{method}, for the output {options.target!r}{rather}"
-        if options.out is not None:
-            Explanation.from_llm(result, method).save_page(options.out)
-    files = [] if options.out is None else [str(options.out)]
+        title, label = f"{method}, for the output {options.target!r}{rather}", method
+        explanation = Explanation.from_llm(result, method)
     document = {
         "model": options.model,
         "method": method,
@@ -181,15 +144,48 @@ def _score(options: Namespace, model: Any, tokenizer: Any, prompt: Any) -> Answe
         "contrast": options.contrast,
         "probability": None,
         "contrast_probability": None,
-        "tokens": tokens,
-        "scores": scores.tolist(),
+    }
+    return _answer(options, explanation, label, document, title)
+
+
+def _answer(
+    options: Namespace,
+    explanation: Explanation,
+    method: str,
+    document: Mapping[str, Any],
+    title: str | None = None,
+) -> Answer:
+    """Save an explanation where a file is asked for, and return the answer of the command."""
+    files = [] if options.out is None else [str(options.out)]
+    if options.out is not None:
+        explanation.save(options.out)
+    shares = [
+        {"word": x.text, "place": x.place, "share": x.share, "sink": x.is_sink}
+        for x in explanation.shares(method)
+    ]
+    whole = {
+        **document,
+        "tokens": list(explanation.tokens),
+        "scores": explanation.scores[method].tolist(),
+        "shares": shares,
         "files": files,
     }
-    return Answer(document, lambda: _show(title, {method: scores}, tokens, files))
+
+    def show() -> None:
+        _show(explanation, method, title, raw=options.raw)
+        if files:
+            show_files(files)
+
+    return Answer(whole, show)
 
 
 def _check_usage(options: Namespace) -> None:
     usage_error = options.parser.error
+    if options.data is not None and options.raw:
+        usage_error("--raw prints the scores of one text, and --data saves them: leave it out")
+    for name in ("target", "contrast"):
+        if getattr(options, name) == "":
+            usage_error(f"--{name} is empty: give a word or a class, or leave it out")
     if options.target is not None and options.reduction is not None:
         usage_error("--reduction applies to all positions, --target to some: give one of them")
     if options.contrast is not None and options.target is None:
@@ -212,13 +208,15 @@ def _check_usage(options: Namespace) -> None:
 
 def _check_single(options: Namespace) -> None:
     usage_error = options.parser.error
-    for name in ("samples", "length", "batch_tokens", "shard_size"):
+    for name in ("lines", "samples", "length", "batch_tokens", "shard_size"):
         if getattr(options, name) is not None:
             usage_error(f"--{name.replace('_', '-')} applies to a set of texts: give --data")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         usage_error(f"--out {options.out}: there is no folder {options.out.parent}")
     if options.out is not None and options.out.is_dir():
         usage_error(f"--out {options.out} is a folder: give a file, such as page.html")
+    if options.out is not None and options.out.suffix.lower() not in ENDINGS:
+        usage_error(f"--out {options.out}: the file must end in {', '.join(ENDINGS)}")
 
 
 def _read(file: Path) -> str:
@@ -229,40 +227,28 @@ def _read(file: Path) -> str:
 
 
 def _explanation(
-    model: Any, tokenizer: Any, ids: Tensor, label: str, scores: Tensor
+    options: Namespace, model: Any, tokenizer: Any, ids: Tensor, scores: Mapping[str, Tensor]
 ) -> Explanation:
-    """Return the explanation by all measures, with the given scores among them."""
-    if ids.shape[1] > MAPPED:
-        _say_without_maps(ids.shape[1])
-        return Explanation(readable_tokens(tokenizer, ids[0]), {label: scores})
+    """Return the explanation by the given scores, or by all measures where it is saved."""
+    if options.out is None or ids.shape[1] > MAPPED:
+        words = word_numbers(tokenizer, ids[0])
+        return Explanation(readable_tokens(tokenizer, ids[0]), scores, words=words)
     explanation = explain(model, tokenizer, ids, show_progress=True)
-    return replace(explanation, scores={**explanation.scores, label: scores})
+    return replace(explanation, scores={**explanation.scores, **scores})
 
 
-def _say_without_maps(T: int) -> None:
-    print(
-        f"The text has {T} tokens, so its page shows scores but not maps. Maps grow with the "
-        f"square of the length; pages of up to {MAPPED} tokens have them.",
-        file=sys.stderr,
-    )
-
-
-def _show(
-    title: str,
-    scores: Mapping[str, Tensor],
-    tokens: Sequence[str],
-    files: Sequence[str],
-    hint: str | None = None,
-) -> None:
+def _show(explanation: Explanation, method: str, title: str | None, *, raw: bool) -> None:
     out = console()
-    out.print(Text(title, style="bold"), end="\n\n")
-    normalized = normalized_scores(scores, tokens, sink(tokens))
-    first = next(iter(scores))
-    coloured_text(out, tokens, normalized[first])
-    top = scores[first].abs().topk(min(TOP, len(tokens))).indices.tolist()
-    out.print(token_table(tokens, scores, normalized, top))
-    out.print(SINK_NOTE, style="dim")
+    if title is not None:
+        out.print(Text(title, style="bold"), end="\n\n")
+    words = explanation if explanation.words is None else explanation.by_word()
+    scores = {method: words.scores[method]}
+    coloured_text(
+        out, words.tokens, normalized_scores(scores, words.tokens, sink(words.tokens))[method]
+    )
+    if title is not None:  # the scores do not answer the question of the explanation
+        explanation = replace(explanation, settings={})
+    out.print(Text(explanation.summary(method=method, raw=raw)))
+    hint = explanation.settings.get("hint")
     if hint is not None:
         out.print(Text(hint, style="bold"))
-    if files:
-        show_files(files)

@@ -55,7 +55,7 @@ def run(options: Namespace) -> Answer | None:
     imported("pyarrow.parquet", "evaluate")
     processes = Processes()
     _check_writable(options.out)
-    numbered = numbered_texts(options.data, samples=options.samples)
+    numbered = numbered_texts(options.data, samples=options.samples, lines=options.lines)
     model, tokenizer = load(options, options.model, processes)
 
     texts = _Texts.read(numbered, _Encoder(tokenizer, options), show=processes.is_main)

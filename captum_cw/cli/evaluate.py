@@ -36,7 +36,8 @@ def run(options: Namespace) -> Answer | None:
         imported("lm_eval", "tasks")
     texts = None
     if options.data is not None:
-        texts = load_texts(options.data, samples=None if options.pack else options.samples)
+        samples = None if options.pack else options.samples
+        texts = load_texts(options.data, samples=samples, lines=options.lines)
     model, tokenizer = load(options, options.model, processes)
     if options.tasks is not None:
         check_task_model(model, tokenizer)

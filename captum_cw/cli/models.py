@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.filesize import decimal
+from rich.measure import Measurement
 from rich.table import Table
 
 from captum_cw.cli.answer import Answer
@@ -25,6 +27,7 @@ WAYS = {
     "adapter": "an adapter: the package has one for torch.nn.MultiheadAttention, and "
     "captum_cw.capture.register_adapter adds others",
 }
+UNLIMITED = 10_000
 LEGEND = """\
 heads: query heads, or query heads / key-value heads if there are fewer of these
 sees: the mask, causal or all tokens, and the size of the sliding window if the module has one
@@ -98,7 +101,7 @@ def _layers(options: Namespace) -> Answer:
 
     def show() -> None:
         out = console()
-        out.print(_table(layers))
+        _print_whole(_table(layers))
         out.print(
             f"{type(model).__name__} has {len(layers)} attention layers. For a text of "
             f"{options.length} tokens, the float32 maps of all layers take {decimal(size)}. "
@@ -111,16 +114,24 @@ def _layers(options: Namespace) -> Answer:
     return Answer(document, show)
 
 
+def _print_whole(table: Table) -> None:
+    """Print a table without cutting or wrapping names, also where the terminal is too narrow."""
+    out = console()
+    unlimited = out.options.update(max_width=UNLIMITED)
+    out.width = max(out.width, Measurement.get(out, unlimited, table).maximum)
+    out.print(table)
+
+
 def _table(layers: Sequence[LayerOverview]) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("layer", "module", "kind", "heads", "d_h", "sees", "W_O in", "has"):
-        table.add_column(heading, overflow="fold")
-    for layer in layers:
+        table.add_column(heading, no_wrap=True)
+    for name, layer in _alike(layers):
         shared = f"/{layer.key_value_heads}" if layer.key_value_heads != layer.heads else ""
         window = "" if layer.window is None else f" {layer.window}"
         has = {"gate": layer.gate, "rows < 1": layer.rows_below_one}
         table.add_row(
-            layer.name,
+            name,
             layer.module,
             layer.kind,
             f"{layer.heads}{shared}",
@@ -130,3 +141,42 @@ def _table(layers: Sequence[LayerOverview]) -> Table:
             ", ".join(name for name, present in has.items() if present),
         )
     return table
+
+
+def _alike(layers: Sequence[LayerOverview]) -> list[tuple[str, LayerOverview]]:
+    """Return one layer for each run of layers that differ in their number alone, with its name.
+
+    The name of a run has the first and the last number, such as ``model.layers.[0-29].self_attn``.
+    """
+    runs: list[list[LayerOverview]] = []
+    for layer in layers:
+        if runs and _numbered(runs[-1], layer) is not None:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return [(_numbered(run[:-1], run[-1]) or run[0].name, run[0]) for run in runs]
+
+
+def _numbered(run: Sequence[LayerOverview], layer: LayerOverview) -> str | None:
+    """Return the name of a run with one more layer; None if the layer does not continue it."""
+    if not run:
+        return None
+    first, last = run[0], run[-1]
+    before, here = (re.split(r"(\d+)", x.name) for x in (last, layer))
+    differing = [n for n, (x, y) in enumerate(zip(before, here, strict=False)) if x != y]
+    if len(before) != len(here) or len(differing) != 1 or not here[differing[0]].isdigit():
+        return None
+    place = differing[0]
+    start = re.split(r"(\d+)", first.name)
+    others = [n for n, (x, y) in enumerate(zip(start, here, strict=True)) if x != y and n != place]
+    ends = ("".join(parts[: place + 1]) for parts in (before, here))
+    if others or _without(last, next(ends)) != _without(layer, next(ends)):
+        return None
+    return "".join([*here[:place], f"[{start[place]}-{here[place]}]", *here[place + 1 :]])
+
+
+def _without(layer: LayerOverview, start: str) -> dict[str, object]:
+    """Return what is known of a layer, without the start of names, which ends in its number."""
+    return {
+        name: x.removeprefix(start) if isinstance(x, str) else x for name, x in vars(layer).items()
+    }

@@ -14,14 +14,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from captum_cw._utils.colours import AGAINST, TOWARDS
 from captum_cw._utils.processes import Processes
 from captum_cw.capture import Execution
 from captum_cw.capture.run import Runner, ignore_layer
 from captum_cw.functional import AttentionLayer
 from captum_cw.models.loading import DEMO_MODEL, load_as_saved, load_demo_model, load_model
 
-# The colours of Captum's pages at scores of -1 and 1; 0 is white.
-NEGATIVE, POSITIVE = (229, 77, 77), (32, 223, 32)
+#: From this size of a score on, white letters stand out more than black ones.
+DARK = 0.75
 SINK_NOTE = (
     "Each method has its own colour scale. The scale ignores the first token, which is often an "
     "attention sink and would make all other tokens pale."
@@ -84,6 +85,12 @@ def check_generates_text(model: Any, advice: str) -> None:
 
 
 def _place(options: Namespace) -> dict[str, Any]:
+    kind = options.device.partition(":")[0]
+    if kind in ("cuda", "mps", "xpu") and not getattr(torch, kind).is_available():
+        raise ValueError(
+            f"--device {options.device}: PyTorch finds no such device here. Leave --device out to "
+            "use the CPU, or install a build of PyTorch for the device."
+        )
     return {"dtype": getattr(torch, options.dtype), "device": options.device}
 
 
@@ -128,6 +135,7 @@ def token_table(
 
 def _style(score: float) -> Style:
     """Return the background colour for a score in [-1, 1]."""
-    end = POSITIVE if score > 0 else NEGATIVE
+    end = TOWARDS if score > 0 else AGAINST
     red, green, blue = (round(255 + (colour - 255) * abs(score)) for colour in end)
-    return Style(color="#000000", bgcolor=f"#{red:02x}{green:02x}{blue:02x}")
+    letters = "#ffffff" if abs(score) > DARK else "#000000"
+    return Style(color=letters, bgcolor=f"#{red:02x}{green:02x}{blue:02x}")

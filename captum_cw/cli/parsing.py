@@ -184,14 +184,22 @@ torchrun, processes share the files (docs/howto/many_texts.md).""",
     _add(command, "--method", method, choices=measures.names(targets=True))
     reduction = "reduction over query positions, without --target (default: mean)"
     _add(command, "--reduction", reduction, choices=choices.REDUCTIONS)
-    page = "save an interactive page (PAGE.html), which without --target shows all measures and "
-    page += "heads; with --data, the output folder (DIR)"
+    raw = "print scores in the unit of the measure instead of percent"
+    _add(command, "--raw", raw, action="store_true")
+    page = "save an interactive page (.html), or the numbers (.json, .safetensors); with "
+    page += "--data, the output folder"
     _add(command, "--out PATH", page, shtab.FILE, type=Path)
     _add_set(command.add_argument_group("a set of texts (with --data)"))
 
 
+def _add_lines(group: Any) -> None:
+    text = "whether each line of a .txt file is a text (default: if it has no blank lines)"
+    _add(group, "--lines", text, action=argparse.BooleanOptionalAction)
+
+
 def _add_set(group: Any) -> None:
     # Without --data these options are refused, so their defaults are not those of the parser.
+    _add_lines(group)
     _add(group, "--samples N", "number of texts (default: all)", type=_count)
     length = f"maximum number of tokens per text (default: {choices.LENGTH})"
     _add(group, "--length T", length, type=_count)
@@ -229,6 +237,7 @@ With torchrun, processes share the batches.""",
 
 def _add_texts(group: Any) -> None:
     _add(group, "--data D", DATA, shtab.FILE)
+    _add_lines(group)
     samples = "number of texts, and maximum number of documents per task"
     _add(group, "--samples N", samples, type=_count, default=64)
     _add(group, "--length T", "maximum number of tokens per text", type=_count, default=512)

@@ -1,25 +1,27 @@
-"""Explain one text: its prediction, and all measures of all layers and heads."""
+"""Explain texts: their predictions, and all measures of all layers and heads."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from captum_cw import functional, measures
+from captum_cw._utils.progress import progress_bar
 from captum_cw.attr import ContributionWeights
-from captum_cw.capture import Execution, UnsupportedModelError
-from captum_cw.capture.model import LOGITS, check_fits, parameters_of, unwrapped
+from captum_cw.capture import UnsupportedModelError
+from captum_cw.capture.model import LOGITS, parameters_of, unwrapped
 from captum_cw.capture.outputs import logits_of
-from captum_cw.capture.run import expected_layers
+from captum_cw.data import groups_by_length, padded_batch
 from captum_cw.explanation.conversion import versions
 from captum_cw.explanation.explanation import Explanation
-from captum_cw.explanation.heads import FACTORS, HeadMaps, most_important
+from captum_cw.explanation.heads import HeadMaps
+from captum_cw.explanation.sums import Layers
 from captum_cw.explanation.target import (
     Question,
     TargetParts,
@@ -27,9 +29,10 @@ from captum_cw.explanation.target import (
     predicts,
     target_parts,
 )
-from captum_cw.functional import AttentionLayer, Measure, Space, map_blocks
-from captum_cw.measures import TARGET, Entry
-from captum_cw.text.prompts import Text, leading, model_inputs, read_text
+from captum_cw.functional import Space
+from captum_cw.measures import TARGET
+from captum_cw.text.prompts import Text, model_inputs, read_text
+from captum_cw.text.templates import Encoded
 from captum_cw.text.tokens import readable_ids, readable_tokens, word_numbers
 
 if TYPE_CHECKING:
@@ -37,9 +40,11 @@ if TYPE_CHECKING:
 
 __all__ = ["explain"]
 
-CONTRIBUTION = functional.contribution("inter")
+#: The most tokens of a batch of texts, padding included.
+BATCH_TOKENS = 1024
 
 
+@overload
 def explain(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -51,8 +56,37 @@ def explain(
     space: Space = "attention",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     show_progress: bool = False,
-) -> Explanation:
-    """Explain one text: what its prediction is made of, and all measures by layer and head.
+) -> Explanation: ...
+
+
+@overload
+def explain(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Sequence[Text],
+    *,
+    target: Wanted | list[Wanted] = None,
+    contrast: Wanted | list[Wanted] = None,
+    top_k: int = 32,
+    space: Space = "attention",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    show_progress: bool = False,
+) -> list[Explanation]: ...
+
+
+def explain(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text | Sequence[Text],
+    *,
+    target: Wanted | list[Wanted] = None,
+    contrast: Wanted | list[Wanted] = None,
+    top_k: int = 32,
+    space: Space = "attention",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    show_progress: bool = False,
+) -> Explanation | list[Explanation]:
+    """Explain a text: what its prediction is made of, and all measures by layer and head.
 
     With a language model or a classifier, ``"target"`` and ``"input"`` are contributions to a
     prediction (:class:`~captum_cw.TargetContributions`, :class:`~captum_cw.InputContributions`),
@@ -75,20 +109,24 @@ def explain(
         text: A text; a tuple of two texts; the messages of a chat, rendered by the tokenizer's chat
             template; the output of the tokenizer for one text (``BatchEncoding``), or a dict of
             the model's arguments, such as a processor's output with ``pixel_values``; or token ids
-            ``(T,)`` or ``(1, T)``. Padding is not allowed.
+            ``(T,)`` or ``(1, T)``. Padding is not allowed. Or a list of these: texts of similar
+            length then run as one batch. A list of dicts with roles is one chat.
         target: Why this? A text, of which the first token counts (mind the leading space); the
             label or number of a class; a token's number; or ``(position, number)``. None is the
-            model's own prediction: after the last token, or at the only masked token.
+            model's own prediction: after the last token, or at the only masked token. For a list of
+            texts it may be a list, with one for each text.
         contrast: And why not this? It is subtracted from the target.
         top_k: The number of keys to keep for each query of each head; with 0 there are no heads.
         space: Where outputs are measured; see :class:`~captum_cw.ContributionWeights`.
         chat_template_kwargs: Further arguments of the chat template, such as
             ``{"enable_thinking": False}``. Only for the messages of a chat.
-        show_progress: Whether to show a progress bar over the layers, after two seconds.
+        show_progress: Whether to show a progress bar over the layers, or over the texts of a list,
+            after two seconds.
 
     Returns:
-        The explanation, with all tensors on the CPU. Its ``settings`` name the target and the
-        contrast, with their probabilities and the difference of their logits.
+        The explanation, or a list with one for each text, with all tensors on the CPU. The
+        ``settings`` name the target and the contrast, with their probabilities and the difference
+        of their logits.
 
     Raises:
         MemoryError: If the maps would not fit into memory; the message says how large they are.
@@ -107,69 +145,194 @@ def explain(
     if top_k < 0:
         raise ValueError(f"top_k must be 0 or more, got {top_k}.")
     model = unwrapped(model)
+    _check(model, tokenizer)
+    several = _are_texts(text)
+    texts: Any = text if several else [text]
+    targets = _each("target", target, len(texts), several)
+    contrasts = _each("contrast", contrast, len(texts), several)
+    explainer = _Explainer(model, tokenizer, top_k, space)
+    prompts = []
+    for x, question in zip(texts, map(Question, targets, contrasts), strict=True):
+        read = read_text(
+            tokenizer, x, add_generation_prompt=False, chat_template_kwargs=chat_template_kwargs
+        )
+        prompts.append(_Prompt(read, model_inputs(model, tokenizer, read), question))
+    if not several:
+        return explainer.explain(prompts, show_progress)[0]
+    found: dict[int, Explanation] = {}
+    with progress_bar(len(texts), "Texts", show=show_progress) as bar:
+        for group in _groups(prompts):
+            explained = explainer.explain([prompts[n] for n in group], show_progress=False)
+            found.update(zip(group, explained, strict=True))
+            bar.update(len(group))
+    return [found[n] for n in range(len(texts))]
+
+
+def _check(model: Any, tokenizer: Any) -> None:
+    """Raise an error if a model cannot be explained, or is not a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}: give a torch.nn.Module.")
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise TypeError(
+            f"tokenizer is of type {type(tokenizer).__name__}: give the model's tokenizer, such as "
+            "AutoTokenizer.from_pretrained(name)."
+        )
     if "decoder_input_ids" in parameters_of(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has an encoder and a decoder, which read two texts: use "
             "ContributionWeights(model, kind='cross') with input_ids and decoder_input_ids, and "
             "Explanation.from_maps."
         )
-    read = read_text(
-        tokenizer, text, add_generation_prompt=False, chat_template_kwargs=chat_template_kwargs
-    )
-    inputs = model_inputs(model, tokenizer, read)
-    if LOGITS in parameters_of(model):
-        inputs[LOGITS] = 0  # asks for the logits of all positions
-    ids = read.ids
-    T = ids.shape[1]
-    layers = _Layers(model, T, min(top_k, T))
-    _, output = ContributionWeights(model, space=space).observe(
-        inputs, None, layers.add, one_text=True, text_only=True, show_progress=show_progress
-    )
-    predicted, probability = None, None
-    if layers.causal:
-        predicted, probability = _predictions(model, tokenizer, output, T)
-    scores = {name: torch.stack(x).mean(0) for name, x in layers.scores.items()}
-    maps = {name: x / len(layers.heads) for name, x in layers.maps.items()}
-    settings = {"model": _name(model), "space": space, "top_k": top_k, **versions()}
-    question = Question(target, contrast)
-    parts = None
-    if question.is_asked or predicts(tokenizer, ids, output, causal=layers.causal):
-        parts = _target_parts(model, tokenizer, inputs, output, question, causal=layers.causal)
-    if parts is not None:
-        scores, maps = {**parts.scores, **scores}, {TARGET: parts.map, **maps}
-        settings = {**parts.settings, **settings}
-    return Explanation(
-        tokens=readable_tokens(tokenizer, ids[0]),
-        scores=scores,
-        maps=maps,
-        heads=layers.heads if top_k else (),
-        predicted=predicted,
-        probability=probability,
-        words=word_numbers(tokenizer, ids[0]),
-        text=read.text,
-        offsets=read.offsets,
-        messages=read.messages,
-        settings=settings,
-    )
 
 
-def _target_parts(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Mapping[str, Any],
-    output: Any,
-    question: Question,
-    *,
-    causal: bool,
-) -> TargetParts | None:
-    """Return contributions to a prediction; None if they are not known, and nobody asked."""
-    try:
-        return target_parts(model, tokenizer, inputs, output, question, causal=causal)
-    except (UnsupportedModelError, ValueError) as error:  # ValueError: logits without a gradient
-        if question.is_asked:
-            raise
-        warnings.warn(f"Contributions to the prediction are left out. {error}", stacklevel=3)
-        return None
+def _are_texts(given: Any) -> bool:
+    """Whether a list has several texts. A pair of texts and the messages of a chat are one."""
+    if not isinstance(given, (list, tuple)):
+        return False
+    pair = isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, str) for x in given)
+    return bool(given) and not pair and not isinstance(given[0], (Mapping, int))
+
+
+def _each(name: str, wanted: Any, count: int, several: bool) -> list[Wanted]:
+    """Return a target for each text: one for all, or a list of one for each."""
+    if not isinstance(wanted, list):
+        return [wanted] * count
+    if not several or len(wanted) != count:
+        raise ValueError(
+            f"{name} is a list of {len(wanted)}, but the number of texts is {count}: give one "
+            f"{name} for all, or a list with one for each text of a list."
+        )
+    return wanted
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One text as the model reads it, and what is asked about it."""
+
+    read: Encoded
+    inputs: dict[str, Any]
+    question: Question
+
+    @property
+    def T(self) -> int:
+        return self.read.ids.shape[1]
+
+    @property
+    def fits_a_batch(self) -> bool:
+        """Whether it can be padded: the model reads nothing but tokens."""
+        known = {"input_ids", "attention_mask", "token_type_ids"}
+        shapes = {x.shape for x in self.inputs.values() if isinstance(x, Tensor)}
+        return self.inputs.keys() <= known and shapes == {(1, self.T)}
+
+
+def _groups(prompts: Sequence[_Prompt]) -> list[list[int]]:
+    """Return the texts of each batch. Texts that cannot be padded are alone."""
+    kinds: dict[Any, list[int]] = {}
+    for n, prompt in enumerate(prompts):
+        kind = (*prompt.inputs, prompt.question.contrast is None) if prompt.fits_a_batch else n
+        kinds.setdefault(kind, []).append(n)
+    return [
+        [numbers[place] for place in group]
+        for numbers in kinds.values()
+        for group in groups_by_length([prompts[n].T for n in numbers], BATCH_TOKENS)
+    ]
+
+
+@dataclass(frozen=True)
+class _Explainer:
+    """Explains batches of texts with one model."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    top_k: int
+    space: Space
+
+    def explain(self, prompts: Sequence[_Prompt], show_progress: bool) -> list[Explanation]:
+        """Explain texts in one pass for the layers, and one for the predictions."""
+        inputs = self._batch(prompts)
+        if LOGITS in parameters_of(self.model):
+            inputs[LOGITS] = 0  # asks for the logits of all positions
+        layers = Layers(self.model, [x.T for x in prompts], self.top_k)
+        _, output = ContributionWeights(self.model, space=self.space).observe(
+            inputs,
+            None,
+            layers.add,
+            one_text=len(prompts) == 1,
+            text_only=True,
+            show_progress=show_progress,
+        )
+        targets = self._targets(prompts, inputs, output, layers.causal)
+        return [
+            self._explanation(prompt, b, layers, output, parts)
+            for b, (prompt, parts) in enumerate(zip(prompts, targets, strict=True))
+        ]
+
+    def _batch(self, prompts: Sequence[_Prompt]) -> dict[str, Any]:
+        """Return the inputs of the model, padded on the right."""
+        if len(prompts) == 1:
+            return dict(prompts[0].inputs)
+        rows = [prompt.inputs["input_ids"][0] for prompt in prompts]
+        batch: dict[str, Any] = padded_batch(rows, self.tokenizer)
+        if "token_type_ids" in prompts[0].inputs:
+            kinds = [prompt.inputs["token_type_ids"][0] for prompt in prompts]
+            batch["token_type_ids"] = pad_sequence(kinds, batch_first=True)
+        return batch
+
+    def _targets(
+        self, prompts: Sequence[_Prompt], inputs: Mapping[str, Any], output: Any, causal: bool
+    ) -> Sequence[TargetParts | None]:
+        """Return contributions to predictions; None where they are unknown, and nobody asked."""
+        asked = any(prompt.question.is_asked for prompt in prompts)
+        nothing = [None] * len(prompts)
+        if not asked and not all(
+            predicts(self.tokenizer, prompt.inputs["input_ids"], output, causal=causal)
+            for prompt in prompts
+        ):
+            return nothing
+        questions, lengths = [x.question for x in prompts], [x.T for x in prompts]
+        try:
+            return target_parts(
+                self.model, self.tokenizer, inputs, output, questions, lengths, causal=causal
+            )
+        except (UnsupportedModelError, ValueError) as error:  # ValueError: no gradient
+            if asked:
+                raise
+            warnings.warn(f"Contributions to the prediction are left out. {error}", stacklevel=4)
+            return nothing
+
+    def _explanation(
+        self, prompt: _Prompt, b: int, layers: Layers, output: Any, parts: TargetParts | None
+    ) -> Explanation:
+        """Put the parts of one text together."""
+        text, ids = layers.texts[b], prompt.read.ids[0]
+        predicted, probability = None, None
+        if layers.causal:
+            predicted, probability = _predictions(
+                self.model, self.tokenizer, output, b, layers.T, text.T
+            )
+        scores, maps = text.means()
+        heads: Sequence[HeadMaps] = text.heads if self.top_k else ()
+        settings = {"model": _name(self.model), "space": self.space, "top_k": self.top_k}
+        settings |= versions()
+        if parts is not None:
+            scores, maps = {**parts.scores, **scores}, {TARGET: parts.map, **maps}
+            settings = {**parts.settings, **settings}
+            if [len(x) for x in parts.effects] == [len(x.share) for x in heads]:
+                pairs = zip(heads, parts.effects, strict=True)
+                heads = [replace(layer, effect=effect) for layer, effect in pairs]
+        return Explanation(
+            tokens=readable_tokens(self.tokenizer, ids),
+            scores=scores,
+            maps=maps,
+            heads=heads,
+            predicted=predicted,
+            probability=probability,
+            words=word_numbers(self.tokenizer, ids),
+            text=prompt.read.text,
+            offsets=prompt.read.offsets,
+            messages=prompt.read.messages,
+            settings=settings,
+        )
 
 
 def _name(model: nn.Module) -> str:
@@ -178,113 +341,21 @@ def _name(model: nn.Module) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-class _Layers:
-    """The layers of one pass, each reduced as soon as it has run.
+def _predictions(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, output: Any, b: int, longest: int, T: int
+) -> tuple[list[str] | None, Tensor | None]:
+    """Return the likeliest next token at each position; None if the model does not predict it.
 
     Args:
         model: The model.
-        T: The number of tokens of the text.
-        top_k: The number of keys to keep for each query of each head.
-
-    Attributes:
-        scores: For each measure, one ``(T,)`` per layer: the mean over heads, or the sum if the
-            measure is signed.
-        maps: For each measure, the sum of the ``(T, T)`` maps of the layers.
-        heads: The heads of each layer.
-        causal: Whether no layer lets the first query attend to later tokens.
+        tokenizer: Its tokenizer.
+        output: The output of the model for a batch.
+        b: The number of the text in the batch.
+        longest: The number of tokens of the longest text.
+        T: The number of tokens of this one.
     """
-
-    def __init__(self, model: nn.Module, T: int, top_k: int) -> None:
-        self.model, self.T, self.top_k = model, T, top_k
-        self.measures = {e: e.function() for e in measures.explained() if e.scores_pairs}
-        self.scores: dict[str, list[Tensor]] = {entry.name: [] for entry in self.measures}
-        self.maps: dict[str, Tensor] = {}
-        self.heads: list[HeadMaps] = []
-        self.causal = True
-        # A function that is asked for more than once is computed once.
-        asked = [*FACTORS.values(), CONTRIBUTION, *self.measures.values()]
-        self.functions = {_key(function): function for function in asked}
-
-    def add(self, execution: Execution, layer: AttentionLayer) -> None:
-        """Reduce a layer that has just run."""
-        T = self.T
-        skipped, hidden = leading(execution, layer, T, None)
-        if not self.maps:
-            self._check_memory(layer.H, expected_layers([self.model], [execution]))
-            self.maps = {entry.name: _zeros(T, T) for entry in self.measures}
-        visible = layer.mask.block(slice(skipped, skipped + 1), layer.value.device)
-        sees_later = bool(visible[..., hidden + 1 :].any())
-        self.causal &= T == 1 or not sees_later
-
-        H, K, device = layer.H, self.top_k, layer.value.device
-        totals = {entry.name: layer.value.new_zeros(H, T) for entry in self.measures}
-        keys, share = _zeros(H, T, K, dtype=torch.int32), _zeros(H, T)
-        kept = {factor: _zeros(H, T, K) for factor in FACTORS}
-        chosen = torch.arange(layer.T, device=device)[None] >= skipped if skipped else None
-        for rows, blocks in map_blocks(layer, *self.functions.values(), chosen=chosen):
-            first = max(rows.start, skipped)
-            queries = slice(first - skipped, rows.stop - skipped)
-            block = {
-                key: x[0, :, first - rows.start :]
-                for key, x in zip(self.functions, blocks, strict=True)
-            }
-            share[:, queries] = block[_key(CONTRIBUTION)].sum(-1).cpu().float()
-            block = {key: x[..., hidden:] for key, x in block.items()}
-            for entry, function in self.measures.items():
-                x = block[_key(function)]
-                x = x if entry.signed else x.abs()
-                totals[entry.name][:, : x.shape[-1]] += x.sum(1)
-                self.maps[entry.name][queries, : x.shape[-1]] += _over_heads(entry, x)
-            best = most_important(block[_key(functional.attention)], block[_key(CONTRIBUTION)], K)
-            keys[:, queries, : best.shape[-1]] = best.cpu().int()
-            for factor, function in FACTORS.items():
-                x = block[_key(function)].gather(-1, best).cpu().float()
-                kept[factor][:, queries, : best.shape[-1]] = x
-
-        counts = layer.mask.counts(chosen, device)[0, :, hidden:].clamp(min=1)
-        for entry in self.measures:
-            self.scores[entry.name].append(_over_heads(entry, totals[entry.name] / counts))
-        norm = layer.direction("inter")[1][0, 0].sqrt()
-        if layer.scale is not None:
-            norm = norm * layer.scale[0].abs()
-        norm = norm[skipped:].cpu().float()
-        self.heads.append(HeadMaps(execution.name, keys, **kept, output_norm=norm, share=share))
-
-    def _check_memory(self, H: int, layers: int) -> None:
-        T, K, count = self.T, self.top_k, len(self.measures)
-        # The mean over layers needs one more map.
-        needed = 4 * ((count + 1) * T * T + layers * H * T * (K * (len(FACTORS) + 1) + 1))
-        check_fits(
-            needed,
-            torch.device("cpu"),
-            f"{count} maps of {T} x {T}, and {K} keys for {T} queries in {layers} x {H} heads",
-            "Keep fewer keys (top_k=0 keeps no heads), or use TokenScores, which never holds a "
-            "map.",
-        )
-
-
-def _zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(size, dtype=dtype, device="cpu")
-
-
-def _key(function: Measure) -> Hashable:
-    """Return the same key for functions of a layer that compute the same."""
-    if isinstance(function, partial) and function.func.__module__ == functional.__name__:
-        return function.func, function.args
-    return function
-
-
-def _over_heads(entry: Entry, x: Tensor) -> Tensor:
-    """Sum a signed measure over heads, and average any other."""
-    return (x.sum(0) if entry.signed else x.mean(0)).cpu().float()
-
-
-def _predictions(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, output: Any, T: int
-) -> tuple[list[str] | None, Tensor | None]:
-    """Return the likeliest next token at each position; None if the model does not predict it."""
     try:
-        logits = logits_of(output)[:, -T:]
+        logits = logits_of(output)[b : b + 1, -longest:][:, :T]
     except TypeError:
         return None, None
     if logits.shape[:2] != (1, T) or not _is_language_model(model, logits.shape[-1]):

@@ -8,30 +8,26 @@ linearly with the text; only the maps of all heads and layers together are compl
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from captum.attr import LLMAttributionResult
 from torch import Tensor
 
-from captum_cw._utils.files import whole_file
-from captum_cw.explanation import conversion, files, grouping
+from captum_cw.explanation import conversion, grouping, shares
+from captum_cw.explanation.exports import Exported
 from captum_cw.explanation.heads import HeadMaps
+from captum_cw.explanation.shares import Share
 from captum_cw.functional import Decomposition
 from captum_cw.text.templates import Message
 from captum_cw.text.tokens import Grouping, Span, sink
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-    from xarray import Dataset
 
 __all__ = ["Explanation"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Explanation:
+class Explanation(Exported):
     """The tokens of one text with their scores, and optionally maps.
 
     The text has ``S`` tokens (keys) and ``T`` queries. In a text that is explained as a whole, the
@@ -123,6 +119,10 @@ class Explanation:
             parts.append(f"heads of {len(self.heads)} layers")
         return f"<Explanation: {'; '.join(parts)}>"
 
+    def __str__(self) -> str:
+        """Return :meth:`summary`."""
+        return self.summary()
+
     @classmethod
     def from_llm(cls, result: LLMAttributionResult, name: str = "attribution") -> Explanation:
         """Convert an ``LLMAttributionResult`` of this package, or of Captum's own classes.
@@ -183,37 +183,6 @@ class Explanation:
         """
         return cls(tokens, queries=queries, **conversion.fields_of_maps(maps, layers, top_k))
 
-    def save(self, path: str | Path) -> None:
-        """Save one safetensors file, with everything that is not a tensor in its metadata.
-
-        The same explanation gives the same bytes.
-
-        Args:
-            path: The file, such as ``"text.safetensors"``.
-
-        Raises:
-            TypeError: If ``settings`` hold something that JSON cannot.
-
-        Example:
-            >>> path = getfixture("tmp_path") / "text.safetensors"
-            >>> explain(model, tokenizer, "Ice is cold").save(path)
-            >>> Explanation.load(path).tokens
-            [' Ice', ' is', ' cold']
-        """
-        files.save(path, self)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Explanation:
-        """Load a file of :meth:`save`, bit for bit. Files cannot run code.
-
-        Args:
-            path: The file.
-
-        Raises:
-            ValueError: If the file is damaged, of another kind, or of an unknown version.
-        """
-        return files.load(path, cls)
-
     @property
     def sinks(self) -> tuple[int, ...]:
         """The position of the token that is probably an attention sink: the first.
@@ -225,102 +194,70 @@ class Explanation:
             >>> explanation.sinks, explanation.by_span(["Ice is", "cold"]).sinks
             ((0,), ())
         """
-        return () if self.settings.get("by") in ("span", "message") else sink(self.tokens)
+        grouped = self.settings.get("by") in ("span", "message")
+        return () if grouped or self.settings.get("part of") else sink(self.tokens)
 
-    def page(self, *, sinks: Collection[int] | None = None) -> str:
-        """Return a self-contained, interactive HTML page.
+    def summary(self, count: int = 10, *, method: str | None = None, raw: bool = False) -> str:
+        """Return the question, its answer, and the words with the largest scores, for a terminal.
 
-        Args:
-            sinks: Positions that the page's colour scale can ignore; None for :attr:`sinks`.
-
-        Raises:
-            ValueError: See :func:`captum_cw.explanation.page.explanation_page`.
-
-        Example:
-            >>> explain(model, tokenizer, "Ice is cold").page().startswith("<!DOCTYPE html>")
-            True
-        """
-        from captum_cw.explanation.page import explanation_page
-
-        return explanation_page(self, sinks=sinks)
-
-    def save_page(self, path: str | Path, *, sinks: Collection[int] | None = None) -> None:
-        """Save :meth:`page` to a file.
+        Scores are shares of all scores of the method, in percent: their sizes sum to 100%. The
+        attention sink has a line of its own.
 
         Args:
-            path: The file, usually ending in ``.html``.
-            sinks: See :meth:`page`.
-
-        Raises:
-            ValueError: See :func:`captum_cw.explanation.page.explanation_page`.
+            count: The number of words, besides sinks.
+            method: The method of the scores; None for the one that answers the question: the
+                prediction's if there is one.
+            raw: Whether to show scores in the unit of the method instead of percent.
 
         Example:
-            >>> path = getfixture("tmp_path") / "page.html"
-            >>> explain(model, tokenizer, "Ice is cold").save_page(path)
+            >>> words = ["The", " capital", " of", " France"]
+            >>> scores = {"contribution": torch.tensor([0.6, 0.1, 0.0, 0.3])}
+            >>> print(Explanation(words, scores).summary(2))
+            By “contribution, size”, the largest shares are those of “France” (30%) and “capital” \
+(10%). 60% came by way of the first token “The”, an attention sink.
+            <BLANKLINE>
+            The         60% ████████████████████████  (attention sink)
+            France      30% ████████████
+            capital     10% ████
+            1 more word: 0% together
+            Scores: contribution, size.
         """
-        with whole_file(path) as whole:
-            whole.write_text(self.page(sinks=sinks), encoding="utf-8")
+        return shares.summary(self, count, method=method, raw=raw)
 
-    def _repr_html_(self) -> str:
-        """Return the page in a frame, for notebooks."""
-        from captum_cw.explanation.page import framed
-
-        return framed(self.page(), f"{self!r} Trust this notebook, or run it, to see the page.")
-
-    def to_dataframe(self, of: Literal["scores", "maps"] = "scores") -> DataFrame:
-        """Return a pandas table with one column per method.
+    def shares(self, method: str | None = None) -> list[Share]:
+        """Return the share of each word in all scores of a method, in the order of the text.
 
         Args:
-            of: ``"scores"`` for one row per token, with its ``place``, ``token`` and ``word``.
-                ``"maps"`` for one row per pair of query and token, with the positions (``query``,
-                ``place``) and texts (``query_token``, ``token``) of both.
+            method: The method; None for the one that answers the question: the prediction's if
+                there is one.
 
         Raises:
-            ImportError: If pandas is not installed.
-            ValueError: If ``of`` is unknown, or a method has the name of one of these columns.
+            ValueError: If the explanation does not have scores of the method.
 
         Example:
-            >>> explain(model, tokenizer, "Ice is cold").to_dataframe().columns[:5].tolist()
-            ['place', 'token', 'word', 'target', 'input']
+            >>> words = Explanation(["Ice", " is"], {"contribution": torch.tensor([3.0, -1.0])})
+            >>> [(x.text, x.share, x.percent) for x in words.shares()]
+            [('Ice', 0.75, '75%'), (' is', -0.25, '-25%')]
         """
-        return files.to_dataframe(self, of)
-
-    def to_xarray(self) -> Dataset:
-        """Return an xarray data set with named dimensions.
-
-        ``scores`` is ``(measure, key)`` and ``maps`` is ``(measure, query, key)``, with NaN for
-        methods without one. ``head_key``, ``attention``, ``relative_norm`` and ``cosine`` are
-        ``(layer, head, query, rank)``, most important key first; ``share`` is ``(layer, head,
-        query)`` and ``output_norm`` is ``(layer, query)``. Layers with fewer heads than others are
-        filled with NaN, and with -1 in ``head_key``. Tokens, words, queries, predictions and layer
-        names are coordinates, and settings are attributes.
-
-        Raises:
-            ImportError: If xarray is not installed.
-
-        Example:
-            >>> dict(explain(model, tokenizer, "Ice is cold").to_xarray().sizes)
-            {'measure': 7, 'key': 3, 'query': 3, 'layer': 2, 'head': 4, 'rank': 3}
-        """
-        return files.to_xarray(self)
+        return shares.shares_of(self, method)
 
     def by_word(self, how: Grouping = "sum") -> Explanation:
         """Group tokens by word; a token without a word stays single.
 
-        Output tokens are grouped by word too. The probability of a word is the product of its
-        tokens' probabilities. The prediction for a word is that after its last token. Heads are
-        left out.
+        If the words are unknown, they are read from the tokens, where spaces begin them. Output
+        tokens are grouped by word too. The probability of a word is the product of its tokens'
+        probabilities. The prediction for a word is that after its last token. Heads are left out.
 
         Args:
             how: Combine scores and the keys of maps by ``"sum"``, ``"mean"`` or ``"max"``. Queries
                 are always averaged; those of contributions to a target are summed.
 
         Raises:
-            ValueError: If the words are unknown.
+            ValueError: If the words are unknown, and no token begins with a space.
 
         Example:
             >>> scores = {"ig": torch.ones(3)}
-            >>> words = Explanation(["The", " cap", "ital"], scores, words=[0, 1, 1]).by_word()
+            >>> words = Explanation(["The", " cap", "ital"], scores).by_word()
             >>> words.tokens, words.scores["ig"]
             (['The', ' capital'], tensor([1., 2.]))
         """
@@ -352,6 +289,26 @@ class Explanation:
             ([' The capital', ' France'], torch.Size([2, 2]))
         """
         return grouping.by_span(self, spans, how, unit)
+
+    def part(self, start: int, stop: int) -> Explanation:
+        """Return the explanation of the tokens from ``start`` to ``stop``, such as for its page.
+
+        Scores and maps are those of the whole text. Of heads, keys outside of the part are left
+        out. Queries that are not the tokens themselves are all kept.
+
+        Args:
+            start: The first token.
+            stop: The token after the last.
+
+        Raises:
+            ValueError: If the part is empty, or is not in the text.
+
+        Example:
+            >>> explanation = explain(model, tokenizer, "The capital of France is")
+            >>> explanation.part(1, 4).tokens
+            [' capital', ' of', ' France']
+        """
+        return grouping.part(self, start, stop)
 
     def by_message(self, how: Grouping = "sum") -> Explanation:
         """Group the tokens of a chat by message, named by role; the template is left out.

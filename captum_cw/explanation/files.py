@@ -20,9 +20,11 @@ from torch import Tensor
 
 from captum_cw._utils.extras import imported
 from captum_cw._utils.files import whole_file
+from captum_cw.explanation.grouping import spans_of_words
 from captum_cw.explanation.heads import FACTORS, HeadMaps
 from captum_cw.functional import check_choice
 from captum_cw.text.templates import Message
+from captum_cw.text.tokens import joined
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     from captum_cw.explanation.explanation import Explanation
 
-__all__ = ["load", "save", "to_dataframe", "to_xarray"]
+__all__ = ["load", "save", "to_dataframe", "to_dict", "to_json", "to_xarray"]
 
 VERSION = 1
 ENTRY = "captum_cw"
@@ -49,7 +51,8 @@ def save(path: str | Path, explanation: Explanation) -> None:
         for n, x in enumerate(group.values())
     }
     for n, layer in enumerate(explanation.heads):
-        tensors.update({f"heads/{n}/{part}": getattr(layer, part) for part in OF_LAYER})
+        parts = {part: getattr(layer, part) for part in OF_LAYER}
+        tensors |= {f"heads/{n}/{part}": x for part, x in parts.items() if x is not None}
     if explanation.probability is not None:
         tensors["probability"] = explanation.probability
     content = {
@@ -60,13 +63,7 @@ def save(path: str | Path, explanation: Explanation) -> None:
         "heads": [layer.name for layer in explanation.heads],
         **{name: x for name, x in vars(explanation).items() if name not in TENSORS},
     }
-    try:
-        metadata = {ENTRY: json.dumps(content)}
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"settings={explanation.settings!r} cannot be written as JSON ({error}): use numbers, "
-            "strings, lists and dicts."
-        ) from error
+    metadata = {ENTRY: _json(explanation, content)}
     # safetensors refuses tensors that share memory.
     copies = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
     with whole_file(path) as whole:
@@ -91,7 +88,11 @@ def load(path: str | Path, kind: type[Explanation]) -> Explanation:
             names = enumerate(content[group])
             values[group] = {name: tensors[f"{group}/{n}"] for n, name in names}
         values["heads"] = [
-            HeadMaps(name, *(tensors[f"heads/{n}/{part}"] for part in OF_LAYER))
+            HeadMaps(
+                name,
+                **{part: tensors[f"heads/{n}/{part}"] for part in OF_LAYER if part != "effect"},
+                effect=tensors.get(f"heads/{n}/effect"),
+            )
             for n, name in enumerate(content["heads"])
         ]
         return kind(**values, probability=tensors.get("probability"))
@@ -114,27 +115,62 @@ def _read_content(path: str | Path, metadata: Mapping[str, str] | None) -> dict[
     return content
 
 
+def to_dict(explanation: Explanation, *, maps: bool) -> dict[str, Any]:
+    """Return lists, numbers and strings; see :meth:`captum_cw.Explanation.to_dict`."""
+    known: dict[str, Any] = {"tokens": list(explanation.tokens)}
+    for kind in ("scores", "maps") if maps else ("scores",):
+        group = getattr(explanation, kind)
+        known[kind] = {name: _array(x).tolist() for name, x in group.items()}
+    for name in ("queries", "predicted", "words", "text"):
+        value = getattr(explanation, name)
+        if value is not None:
+            known[name] = value if isinstance(value, str) else list(value)
+    if explanation.probability is not None:
+        known["probability"] = _array(explanation.probability).tolist()
+    return {**known, "settings": dict(explanation.settings)}
+
+
+def to_json(explanation: Explanation, *, maps: bool) -> str:
+    """Return JSON; see :meth:`captum_cw.Explanation.to_json`."""
+    return _json(explanation, to_dict(explanation, maps=maps))
+
+
+def _json(explanation: Explanation, content: dict[str, Any]) -> str:
+    try:
+        return json.dumps(content)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"settings={explanation.settings!r} cannot be written as JSON ({error}): use numbers, "
+            "strings, lists and dicts."
+        ) from error
+
+
 def to_dataframe(explanation: Explanation, of: Literal["scores", "maps"]) -> DataFrame:
     """Return a pandas table; see :meth:`captum_cw.Explanation.to_dataframe`."""
     check_choice("of", of, Literal["scores", "maps"])
     pandas = imported("pandas", "interchange")
     tokens, queries = list(explanation.tokens), _queries(explanation)
     S, T = len(tokens), len(queries)
+    unit = explanation.settings.get("by", "token")
     columns: dict[str, Any]
     if of == "scores":
-        words = [None] * S if explanation.words is None else list(explanation.words)
-        columns = {
-            "place": range(S),
-            "token": tokens,
-            "word": pandas.array(words, dtype="Int64"),
-        }
+        columns = {"place": range(S), unit: tokens}
+        if explanation.words is not None:
+            spans = spans_of_words(explanation.words)
+            texts = [
+                None if explanation.words[start] is None else joined(tokens[start:stop])
+                for start, stop in spans
+                for _ in range(start, stop)
+            ]
+            numbers = pandas.array(list(explanation.words), dtype="Int64")
+            columns |= {"word": texts, "word_number": numbers}
         methods = explanation.scores
     else:
         columns = {
             "query": [i for i in range(T) for _ in range(S)],
-            "query_token": [query for query in queries for _ in range(S)],
+            f"query_{unit}": [query for query in queries for _ in range(S)],
             "place": [*range(S)] * T,
-            "token": tokens * T,
+            unit: tokens * T,
         }
         methods = explanation.maps
     if taken := columns.keys() & methods.keys():
@@ -191,12 +227,19 @@ def _head_variables(heads: Sequence[HeadMaps]) -> dict[str, Any]:
             full.append(torch.nn.functional.pad(x, (*ranks, 0, 0, 0, H - len(x)), value=fill))
         return _array(torch.stack(full))
 
+    def effect(layer: HeadMaps) -> Tensor:
+        full = torch.full((H,), torch.nan, device="cpu")
+        if layer.effect is not None:
+            full[: len(layer.effect)] = layer.effect
+        return full
+
     by_rank = ("layer", "head", "query", "rank")
     output_norm = torch.stack([layer.output_norm for layer in heads])
     return {
         "head_key": (by_rank, filled("keys", -1)),
         **{part: (by_rank, filled(part, torch.nan)) for part in FACTORS},
         "share": (by_rank[:3], filled("share", torch.nan)),
+        "effect": (by_rank[:2], _array(torch.stack([effect(layer) for layer in heads]))),
         "output_norm": (("layer", "query"), _array(output_norm)),
     }
 

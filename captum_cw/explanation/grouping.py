@@ -4,32 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from captum_cw import measures
+from captum_cw.explanation.heads import HeadMaps
 from captum_cw.functional import check_choice
 from captum_cw.text.templates import owners
-from captum_cw.text.tokens import Grouping, Span, check_spans, group_scores, joined
+from captum_cw.text.tokens import (
+    Grouping,
+    Span,
+    check_spans,
+    group_scores,
+    joined,
+    words_of_texts,
+)
 
 if TYPE_CHECKING:
     from captum_cw.explanation.explanation import Explanation
 
-__all__ = ["SpanUnit", "by_message", "by_span", "by_word"]
+__all__ = ["SpanUnit", "by_message", "by_span", "by_word", "part", "spans_of_words"]
 
 SpanUnit = Literal["tokens", "characters"]
 
 
 def by_word(explanation: Explanation, how: Grouping) -> Explanation:
     """Group tokens by word; see :meth:`captum_cw.Explanation.by_word`."""
-    if explanation.words is None:
+    words = explanation.words
+    if words is None:
+        words = words_of_texts(explanation.tokens)
+    if words is None:
         raise ValueError(
-            "The words of the tokens are unknown: give words=..., or spans to by_span."
+            "The words of the tokens are unknown, and no token begins with a space: give "
+            "words=..., or spans to by_span."
         )
-    outputs = None if explanation.query_words is None else _word_spans(explanation.query_words)
-    return _group(explanation, _word_spans(explanation.words), how, "word", outputs)
+    outputs = None if explanation.query_words is None else spans_of_words(explanation.query_words)
+    return _group(explanation, spans_of_words(words), how, "word", outputs)
 
 
 def by_span(
@@ -50,6 +62,49 @@ def by_message(explanation: Explanation, how: Grouping) -> Explanation:
     spans = [(message.start, message.stop) for message in explanation.messages]
     grouped = _group(explanation, spans, how, "message")
     return replace(grouped, tokens=[message.role for message in explanation.messages])
+
+
+def part(explanation: Explanation, start: int, stop: int) -> Explanation:
+    """Return the explanation of a part; see :meth:`captum_cw.Explanation.part`."""
+    check_spans([(start, stop)], len(explanation.tokens), "tokens")
+    keys = slice(start, stop)
+    same = explanation.queries is None
+    queries = keys if same else slice(None)
+
+    def of(values: Any, rows: slice) -> Any:
+        return None if values is None else values[rows]
+
+    settings = {**explanation.settings, "part of": f"tokens {start} to {stop - 1} of a text"}
+    position = settings.pop("target position", None)
+    if position is not None and start <= position < stop:
+        settings["target position"] = position - start
+    return replace(
+        explanation,
+        tokens=explanation.tokens[keys],
+        scores={name: x[keys] for name, x in explanation.scores.items()},
+        maps={name: x[queries, keys] for name, x in explanation.maps.items()},
+        heads=[_part_of_layer(layer, queries, start, stop) for layer in explanation.heads],
+        predicted=of(explanation.predicted, queries),
+        probability=of(explanation.probability, queries),
+        words=of(explanation.words, keys),
+        offsets=of(explanation.offsets, keys),
+        messages=None,
+        settings=settings,
+    )
+
+
+def _part_of_layer(layer: HeadMaps, queries: slice, start: int, stop: int) -> HeadMaps:
+    keys = layer.keys[:, queries] - start
+    outside = (keys < 0) | (keys >= stop - start)
+    return replace(
+        layer,
+        keys=keys.masked_fill(outside, 0),
+        attention=layer.attention[:, queries].masked_fill(outside, 0),
+        relative_norm=layer.relative_norm[:, queries].masked_fill(outside, 0),
+        cosine=layer.cosine[:, queries].masked_fill(outside, 0),
+        output_norm=layer.output_norm[queries],
+        share=layer.share[:, queries],
+    )
 
 
 def _group(
@@ -79,6 +134,11 @@ def _group(
         elif probability is not None:
             parts = [probability[start:stop].prod() for start, stop in query_spans]
             probability = torch.stack(parts)
+    settings = {**explanation.settings, "by": by, "how": how}
+    position = settings.pop("target position", None)
+    for n, (start, stop) in enumerate(query_spans or ()):
+        if position is not None and start <= position < stop:
+            settings["target position"] = n
     return type(explanation)(
         tokens=[joined(explanation.tokens[start:stop]) for start, stop in spans],
         scores={name: group_scores(x, spans, how) for name, x in explanation.scores.items()},
@@ -86,7 +146,7 @@ def _group(
         queries=queries,
         predicted=predicted,
         probability=probability,
-        settings={**explanation.settings, "by": by, "how": how},
+        settings=settings,
     )
 
 
@@ -97,7 +157,7 @@ def _group_queries(name: str, x: Tensor, spans: Sequence[Span]) -> Tensor:
     return group_scores(x.T, spans, "sum" if is_sum else "mean").T
 
 
-def _word_spans(words: Sequence[int | None]) -> list[Span]:
+def spans_of_words(words: Sequence[int | None]) -> list[Span]:
     """Return the tokens of each word; a token without a word is a span of its own."""
     spans: list[Span] = []
     for place, word in enumerate(words):

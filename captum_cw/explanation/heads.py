@@ -41,6 +41,8 @@ class HeadMaps:
         output_norm: The norm of the layer's output, ``(T,)``, in the unit of the hidden states; NaN
             if it is unknown.
         share: The sum of each head's contributions over all keys, ``(H, T)``.
+        effect: What each head adds to the target of the explanation, over all of its queries and
+            keys, ``(H,)``, in the unit of the target; None without a target.
     """
 
     name: str
@@ -50,6 +52,7 @@ class HeadMaps:
     cosine: Tensor
     output_norm: Tensor
     share: Tensor
+    effect: Tensor | None = None
 
     @classmethod
     def from_decomposition(cls, name: str, factors: Decomposition, top_k: int) -> HeadMaps:

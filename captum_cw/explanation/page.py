@@ -21,6 +21,7 @@ import base64
 import json
 import zlib
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,11 @@ import torch
 from torch import Tensor
 
 from captum_cw import measures
+from captum_cw.explanation.grouping import spans_of_words
 from captum_cw.explanation.heads import FACTORS, OF_HEADS
+from captum_cw.explanation.shares import first_method, question, sentence
 from captum_cw.measures import TARGET
+from captum_cw.text.tokens import joined
 
 if TYPE_CHECKING:
     from captum_cw.explanation.explanation import Explanation
@@ -47,10 +51,32 @@ SUMMED = (
 )
 #: The registered names of the factors of a contribution, and of their product.
 PRODUCT = ("attention", "relative-norm", "cosine", measures.SIGNED)
+#: The height of a frame in pixels until its page says how high it is, and the largest.
+HEIGHT, HIGHEST = 800, 1600
+#: What a notebook runs when a frame has loaded. Themes change by attributes, and by style sheets
+#: that arrive a little later.
+FRAME = f"""\
+const send = () => this.contentWindow?.postMessage(getComputedStyle(this).colorScheme, '*');
+const seen = new MutationObserver(() => {{
+  if (!this.isConnected) return seen.disconnect();
+  send();
+  setTimeout(send, 500);
+}});
+for (const x of [document.documentElement, document.body]) seen.observe(x, {{ attributes: true }});
+window.addEventListener('message', ({{ source, data }}) => {{
+  if (source !== this.contentWindow || !(data?.height > 0)) return;
+  this.style.height = Math.min(Math.ceil(data.height), {HIGHEST}) + 'px';
+}});
+send();"""
+#: The parts of the script, in the order in which they run.
+SCRIPTS = (
+    *("state", "numbers", "colours", "words", "answer", "map", "text", "heads", "details"),
+    *("controls", "export", "start"),
+)
 LEVELS, SIGNED_LEVELS, MAP_LEVELS = 255, 127, 32767
 POWER = 3
-#: The number of positions that two bytes can distinguish.
-LONGEST = 2**16
+#: The largest number of tokens of a page with maps. Maps grow with its square.
+MAPPED = 1024
 
 
 def explanation_page(explanation: Explanation, *, sinks: Collection[int] | None = None) -> str:
@@ -76,34 +102,47 @@ def explanation_page(explanation: Explanation, *, sinks: Collection[int] | None 
     from jinja2 import Template
 
     sinks = explanation.sinks if sinks is None else sinks
+    note = None
+    if len(explanation.tokens) > MAPPED:
+        note = (
+            f"The text has {len(explanation.tokens):,} tokens, so the page shows scores alone. For "
+            "the maps of a part of the text, save the page of explanation.part(start, stop)."
+        )
+        explanation = replace(explanation, maps={}, heads=())
     layers = [layer for layer in explanation.heads if layer.keys.numel()]
     _check(explanation, layers, sinks)
     blobs = [_map(x) for x in explanation.maps.values()] + [_heads(layer) for layer in layers]
-    template = Template(_source("html.jinja"), autoescape=True, trim_blocks=True)
+    template = Template(_source("page.html.jinja"), autoescape=True, trim_blocks=True)
     page: str = template.render(
         title=_title(explanation),
-        style=_source("css"),
-        script=_source("js"),
-        data=_json(_description(explanation, layers, sinks)),
+        style=_source("page.css"),
+        script=_script(),
+        data=_json({**_description(explanation, layers, sinks), "note": note}),
         blobs=blobs,
     )
     return page
 
 
-def _source(suffix: str) -> str:
-    return files("captum_cw.explanation").joinpath(f"page.{suffix}").read_text("utf-8")
+def _source(name: str) -> str:
+    return files("captum_cw.explanation").joinpath("web", name).read_text("utf-8")
+
+
+def _script() -> str:
+    """Return all scripts as one, whose names are its own."""
+    parts = "\n".join(_source(f"{part}.js") for part in SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
 
 
 def framed(page: str, alternative: str) -> str:
     """Return a page in a frame that cannot access the page around it, for notebooks.
 
-    The frame receives the theme of the notebook. A notebook that is not trusted removes the frame
-    and shows the text ``alternative``.
+    The frame receives the theme of the notebook, also when it changes, and has the height of its
+    page. A notebook that is not trusted removes the frame and shows the text ``alternative``.
     """
     return (
-        f'<iframe srcdoc="{escape(page)}" sandbox="allow-scripts" title="Explanation" '
-        "onload=\"this.contentWindow.postMessage(getComputedStyle(this).colorScheme, '*')\" "
-        f'style="width: 100%; height: 800px; border: 0">{escape(alternative)}</iframe>'
+        f'<iframe srcdoc="{escape(page)}" title="Explanation" '
+        f'sandbox="allow-scripts allow-downloads" onload="{escape(FRAME)}" '
+        f'style="width: 100%; height: {HEIGHT}px; border: 0">{escape(alternative)}</iframe>'
     )
 
 
@@ -116,11 +155,6 @@ def _check(explanation: Explanation, layers: Sequence[HeadMaps], sinks: Collecti
     for place in sinks:
         if not 0 <= place < S:
             raise ValueError(f"sinks holds {place}, outside the {S} tokens: give 0 to {S - 1}.")
-    if layers and S > LONGEST:
-        raise ValueError(
-            f"A page shows heads for up to {LONGEST} tokens, but there are {S}: use "
-            "dataclasses.replace(explanation, heads=())."
-        )
     numbers = {f"scores[{name!r}]": x for name, x in explanation.scores.items()}
     numbers |= {f"maps[{name!r}]": x for name, x in explanation.maps.items()}
     if explanation.probability is not None:
@@ -135,7 +169,7 @@ def _check(explanation: Explanation, layers: Sequence[HeadMaps], sinks: Collecti
 
 
 def _title(explanation: Explanation) -> str:
-    text = "".join(explanation.tokens).strip()
+    text = question(explanation) or "".join(explanation.tokens).strip()
     title = text if len(text) <= 60 else f"{text[:59]}…"
     return title.encode("utf-8", "replace").decode()  # single surrogates cannot be encoded
 
@@ -148,8 +182,7 @@ def _description(
     unknown = {"vw"} if all(bool(x.output_norm.isnan().all()) for x in layers) else set()
     of_heads = [name for name in OF_HEADS if name not in unknown] if layers else []
     names = list(dict.fromkeys([*explanation.scores, *explanation.maps, *of_heads]))
-    useful = [*measures.names(targets=True), *names]
-    first = next(x for x in useful if x in (explanation.maps or names))
+    of_all = explanation.scores or explanation.maps
     explained = set(OF_HEADS) <= explanation.maps.keys()  # by explain()
     probability = explanation.probability
     return {
@@ -158,7 +191,12 @@ def _description(
         "predicted": explanation.predicted,
         "probability": None if probability is None else _rounded(probability),
         "methods": [{**_method(name, explained), "ofHeads": name in of_heads} for name in names],
-        "initial": first,
+        "initial": first_method(explanation) if of_all else names[0],
+        "sentence": sentence(explanation, sinks=sinks) if explanation.scores else None,
+        "words": _words(explanation.tokens, explanation.words),
+        "queryWords": _words(explanation.queries or (), explanation.query_words),
+        "asked": _asked(explanation),
+        "long": len(explanation.tokens) > MAPPED,
         "factors": [_method(name, explained) for name in PRODUCT],
         "scores": {name: _rounded(x) for name, x in explanation.scores.items()},
         "maps": list(explanation.maps),
@@ -168,6 +206,7 @@ def _description(
                 "heads": layer.keys.shape[0],
                 "kept": layer.keys.shape[2],
                 "negative": bool((layer.attention < 0).any()),
+                "effects": None if layer.effect is None else _rounded(layer.effect),
             }
             for layer in layers
         ],
@@ -176,12 +215,28 @@ def _description(
     }
 
 
+def _words(
+    tokens: Sequence[str], words: Sequence[int | None] | None
+) -> dict[str, list[Any]] | None:
+    """Return the words of a text and the tokens of each; None if they are unknown."""
+    if words is None:
+        return None
+    spans = spans_of_words(words)
+    return {"texts": [joined(tokens[slice(*span)]) for span in spans], "groups": spans}
+
+
+def _asked(explanation: Explanation) -> int | None:
+    """Return the query whose prediction is the target; None if there is none."""
+    position = explanation.settings.get("target position")
+    return position if isinstance(position, int) and explanation.queries is None else None
+
+
 def _method(name: str, explained: bool) -> dict[str, Any]:
     """Return what the registry says of a method, and how :func:`captum_cw.explain` combines it."""
     entry = measures.find(name)
     if entry is None:
         unknown = {"name": name, "label": name, "about": OWN_UNIT, "unit": "", "aggregation": ""}
-        return {**unknown, "ofTarget": False}
+        return {**unknown, "ofTarget": False, "signed": False}
     aggregation = "Mean over layers and heads."
     if entry.signed:
         aggregation = "Sum over heads, mean over layers."
@@ -194,6 +249,7 @@ def _method(name: str, explained: bool) -> dict[str, Any]:
         "unit": entry.unit,
         "aggregation": aggregation if explained else "",
         "ofTarget": entry.explains_target,
+        "signed": entry.signed,
     }
 
 

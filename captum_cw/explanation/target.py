@@ -1,8 +1,8 @@
-"""What a prediction is made of, for one text."""
+"""What predictions are made of, by text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ __all__ = [
     "predicts",
     "target_parts",
 ]
+
+CPU = torch.device("cpu")
 
 Wanted = str | int | tuple[int, int] | None
 
@@ -61,12 +63,15 @@ class TargetParts:
     Args:
         scores: ``(T,)`` by values and by inputs, by the name of the measure.
         map: What each key adds at each query, summed over heads and layers, ``(T, T)``.
+        effects: What each head of a layer adds over all queries and keys of the text, ``(H,)`` for
+            each layer.
         settings: The target and its contrast, their probabilities, and their difference in logits,
             for readers.
     """
 
     scores: dict[str, Tensor]
     map: Tensor
+    effects: list[Tensor]
     settings: dict[str, Any]
 
 
@@ -75,18 +80,20 @@ def target_parts(
     tokenizer: PreTrainedTokenizerBase,
     inputs: Mapping[str, Any],
     output: Any,
-    question: Question,
+    questions: Sequence[Question],
+    lengths: Sequence[int],
     *,
     causal: bool,
-) -> TargetParts:
-    """Return the contributions of the tokens of one text to a target.
+) -> list[TargetParts]:
+    """Return the contributions of the tokens of some texts to a target of each.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        inputs: The arguments of the model for one text.
+        inputs: The arguments of the model, with texts that are padded on the right.
         output: The output of the model for these arguments.
-        question: The target and its contrast.
+        questions: The target of each text and its contrast. Either all have one, or none.
+        lengths: The number of tokens of each text.
         causal: Whether tokens do not see later ones.
 
     Raises:
@@ -94,49 +101,118 @@ def target_parts(
         TypeError: If the model does not return logits.
         UnsupportedModelError: If the contributions do not sum to the target.
     """
-    ids = inputs["input_ids"]
-    T = ids.shape[1]
-    logits = predictions_of(output)
-    names = Names(model, tokenizer, logits)
-    position = masked_position(tokenizer, ids) if logits.dim() == 3 else None
-    placed = causal or position is not None or isinstance(question.target, tuple)
-    if names.predicts_tokens and not placed:
-        raise ValueError(
-            f"{type(model).__name__} predicts masked tokens, but the text does not have exactly "
-            f"one {tokenizer.mask_token!r}: put it where the target belongs, or give the target as "
-            "(position, number)."
+    texts = [
+        _OneTarget(model, tokenizer, ids[None, :T], logits[None], question, causal=causal)
+        for ids, logits, question, T in zip(
+            inputs["input_ids"], _logits(output, lengths), questions, lengths, strict=True
         )
-    check_fits(8 * T * T, torch.device("cpu"), f"a map of {T} x {T}", "Explain a shorter text.")
-    total = torch.zeros(T, T, dtype=torch.float32, device="cpu")
+    ]
+    needed = sum(8 * T * T for T in lengths)
+    longest = max(lengths)
+    check_fits(needed, CPU, f"a map of {longest} x {longest}", "Explain a shorter text.")
 
     def add(execution: Execution, layer: TargetLayer) -> None:
-        skipped, hidden = leading(execution, layer, T, None)
+        skipped, hidden = leading(execution, layer, longest, None)
+        for text in texts:
+            text.begin(layer.H, layer.value.device)
         for rows, (t,) in map_blocks(layer, functional.target):
-            first = max(rows.start, skipped)
-            block = t[0, :, first - rows.start :, hidden:].sum(0)
-            queries = slice(first - skipped, first - skipped + len(block))
-            total[queries, : block.shape[-1]] += block.cpu().float()
+            for text, block in zip(texts, t, strict=True):
+                text.add(block, rows, skipped, hidden)
 
+    contrasts = [text.number(text.question.contrast) for text in texts]
     found = TargetContributions(model).run(
         {name: x for name, x in inputs.items() if name != LOGITS},
         None,
         add,
-        target=names.number(question.target, position),
-        contrast=None if question.contrast is None else names.number(question.contrast, position),
+        target=_for_all([text.number(text.question.target) for text in texts]),
+        contrast=None if questions[0].contrast is None else _for_all(contrasts),
         text_only=True,
     )
-    settings = names.described("target", question.target, position)
-    if question.contrast is not None:
-        settings |= names.described("contrast", question.contrast, position)
-    settings["target value"] = f"{found.values.item():.4g}"
-    hint = names.hint(question.target, position)
-    if hint is not None:
-        settings["hint"] = hint
-    scores = {TARGET: total.sum(0)}
-    share = found.shares.get("input_ids")
-    if share is not None:
-        scores[INPUT] = share[0].cpu()
-    return TargetParts(scores, total, settings)
+    shares = found.shares.get("input_ids")
+    return [
+        text.parts(found.values[b], None if shares is None else shares[b, : text.T])
+        for b, text in enumerate(texts)
+    ]
+
+
+def _logits(output: Any, lengths: Sequence[int]) -> list[Tensor]:
+    """Return the logits of each text, ``(C,)`` or ``(T, V)``, without padding at its end."""
+    logits = predictions_of(output)
+    if logits.dim() == 2:
+        return list(logits)
+    padding = max(lengths)
+    return [x[: len(x) - (padding - T)] for x, T in zip(logits, lengths, strict=True)]
+
+
+def _for_all(numbers: list[Any]) -> Any:
+    """Return the targets of a batch, or that of one text alone."""
+    if len(numbers) == 1 or all(number is None for number in numbers):
+        return numbers[0]
+    return numbers
+
+
+class _OneTarget:
+    """The target of one text, and what its tokens add to it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        ids: Tensor,
+        logits: Tensor,
+        question: Question,
+        *,
+        causal: bool,
+    ) -> None:
+        self.T, self.question = ids.shape[1], question
+        self.names = Names(model, tokenizer, logits)
+        self.position = masked_position(tokenizer, ids) if logits.dim() == 3 else None
+        placed = causal or self.position is not None or isinstance(question.target, tuple)
+        if self.names.predicts_tokens and not placed:
+            raise ValueError(
+                f"{type(model).__name__} predicts masked tokens, but the text does not have "
+                f"exactly one {tokenizer.mask_token!r}: put it where the target belongs, or give "
+                "the target as (position, number)."
+            )
+        self.map = torch.zeros(self.T, self.T, dtype=torch.float32, device=CPU)
+        self._effects: list[Tensor] = []
+
+    def number(self, wanted: Wanted) -> Any:
+        """Return a target as a number, or with its position."""
+        return self.names.number(wanted, self.position)
+
+    def begin(self, H: int, device: torch.device) -> None:
+        """Begin a layer of ``H`` heads."""
+        self._effects.append(torch.zeros(H, device=device))
+
+    def add(self, block: Tensor, rows: slice, skipped: int, hidden: int) -> None:
+        """Add a block of queries ``(H, t, n)`` of a layer; see :meth:`TextSums.add`."""
+        first, stop = max(rows.start, skipped), min(rows.stop, skipped + self.T)
+        if first >= stop:
+            return
+        block = block[:, first - rows.start : stop - rows.start, hidden : hidden + self.T]
+        self._effects[-1] += block.sum((-2, -1))
+        queries = slice(first - skipped, stop - skipped)
+        self.map[queries, : block.shape[-1]] += block.sum(0).cpu().float()
+
+    def parts(self, value: Tensor, share: Tensor | None) -> TargetParts:
+        """Return the contributions, with the target's value and the shares of inputs ``(T,)``."""
+        names, target, contrast = self.names, self.question.target, self.question.contrast
+        settings: dict[str, Any] = {**names.described("target", target, self.position)}
+        if contrast is not None:
+            settings |= names.described("contrast", contrast, self.position)
+        asked = names.position(target, self.position, self.T)
+        if asked is not None:
+            settings["target position"] = asked
+        settings["target value"] = f"{value.item():.4g}"
+        hint = names.hint(target, self.position)
+        if hint is not None:
+            settings["hint"] = hint
+        scores = {TARGET: self.map.sum(0)}
+        if share is not None:
+            scores[INPUT] = share.cpu()
+        effects = [effect.cpu().float() for effect in self._effects]
+        return TargetParts(scores, self.map, effects, settings)
 
 
 def predicts(tokenizer: PreTrainedTokenizerBase, ids: Tensor, output: Any, *, causal: bool) -> bool:
@@ -191,6 +267,15 @@ class Names:
         if position is None or isinstance(wanted, tuple):
             return wanted
         return position, wanted
+
+    def position(self, wanted: Wanted, position: int | None, T: int) -> int | None:
+        """Return the position of a target in a text of ``T`` tokens; None if it has none."""
+        if self.logits.dim() == 2:
+            return None
+        number = self.number(wanted, position)
+        found = number[0] if isinstance(number, tuple) else self.logits.shape[1] - 1
+        found = int(found) % self.logits.shape[1] - (self.logits.shape[1] - T)
+        return found if found >= 0 else None
 
     def described(self, role: str, wanted: Wanted, position: int | None) -> dict[str, str]:
         """Return a target for readers, and its probability if there is only one right class.

@@ -28,6 +28,8 @@ __all__ = ["Comparison", "FaithfulnessResult", "Side", "Statistic", "curve_style
 VERSION = 2
 #: The number of texts that an interval over texts needs.
 COMPARABLE = 2
+#: With fewer examples, intervals between their percentiles are too narrow, and a result says so.
+FEW = 5
 #: The number of examples that are held at once while resampling.
 RESAMPLED = 1_000_000
 Side = Literal["comprehensiveness", "sufficiency"]
@@ -58,11 +60,17 @@ class Comparison(NamedTuple):
         low: ``(rates,)``, the lower end of the interval.
         high: ``(rates,)``, the upper end of the interval.
         better: the name of the better method at each rate; None if the interval holds zero.
+        methods: the names of ``a`` and ``b``.
+        examples: the number of examples.
 
     Example:
-        >>> low, high = torch.tensor([-2.0]), torch.tensor([-1.0])
-        >>> Comparison((0.5,), torch.tensor([-1.5]), low, high, ("contribution",)).better
-        ('contribution',)
+        >>> low, high = torch.tensor([-2.0, -0.5]), torch.tensor([-1.0, 0.1])
+        >>> difference, better = torch.tensor([-1.5, -0.2]), ("contribution", None)
+        >>> names = ("contribution", "vw")
+        >>> print(Comparison((0.5, 0.7), difference, low, high, better, names, 32))
+        contribution is better than vw at 50%. At 70% the difference is undecided.
+          50%: contribution - vw = -1.5 (-2 to -1)
+          70%: contribution - vw = -0.2 (-0.5 to 0.1)
     """
 
     rates: tuple[float, ...]
@@ -70,6 +78,25 @@ class Comparison(NamedTuple):
     low: Tensor
     high: Tensor
     better: tuple[str | None, ...]
+    methods: tuple[str, str] = ("a", "b")
+    examples: int = 0
+
+    def __str__(self) -> str:
+        """Say which method is better at which rates, with the differences and intervals."""
+        a, b = self.methods
+
+        def at(name: str | None) -> str:
+            found = [percent(r) for r, x in zip(self.rates, self.better, strict=True) if x == name]
+            return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
+
+        said = [f"{x} is better than {y} at {at(x)}." for x, y in ((a, b), (b, a)) if at(x)]
+        if at(None):
+            said.append(f"At {at(None)} the difference is undecided.")
+        if self.examples and self.examples < FEW:
+            said.append(f"These are only {self.examples} texts, so the intervals are rough.")
+        rows = zip(self.rates, self.difference, self.low, self.high, strict=True)
+        lines = (f"  {percent(r)}: {a} - {b} = {d:.3g} ({x:.3g} to {y:.3g})" for r, d, x, y in rows)
+        return "\n".join([" ".join(said), *lines])
 
 
 @dataclass(frozen=True)
@@ -246,7 +273,8 @@ class FaithfulnessResult:
             lower if y < 0 else higher if x > 0 else None
             for x, y in zip(low.tolist(), high.tolist(), strict=True)
         )
-        return Comparison(self.rates[REMOVED[side]], difference()[0], low, high, better)
+        rates = self.rates[REMOVED[side]]
+        return Comparison(rates, difference()[0], low, high, better, (a, b), n)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return a row for each method, side and rate (needs pandas).
@@ -444,10 +472,13 @@ def _legend(result: FaithfulnessResult) -> str:
         return "One method alone is not compared."
     if len(result.records) < COMPARABLE:
         return "One text does not give an interval, so methods are not compared."
+    few = ""
+    if len(result.records) < FEW:
+        few = f"\nThese are only {len(result.records)} texts, so the intervals are rough."
     return (
         f"{MARKS['better']} is better than {first}, and {MARKS['worse']} is worse. "
         f"{MARKS['undecided']} is undecided: the paired\n95% bootstrap interval of the difference "
-        "contains zero."
+        f"contains zero.{few}"
     )
 
 

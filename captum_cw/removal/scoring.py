@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cw import measures
+from captum_cw._utils.suggestions import kind
 from captum_cw.attr import TokenScores
 from captum_cw.attr._captum import Attribution
 from captum_cw.attr.measures import AttentionAttribution
@@ -151,7 +152,7 @@ def scorer_of(
     """
     if isinstance(method, Tensor):
         return TokenMethod(lambda batch: method)
-    if callable(method) and not isinstance(method, Attribution):
+    if callable(method) and not isinstance(method, (Attribution, type)):
         return TokenMethod(method)
     scores = _token_scores(method, reduction)
     if scores is not None and scores.ranks_whole_tokens:
@@ -182,7 +183,7 @@ def pair_scorer(method: object, reduction: Reduction = "mean", seed: int = 0) ->
         return _measured_pairs(scores)
     if not isinstance(method, str):
         raise TypeError(
-            f"method is of type {type(method).__name__}: give a measure such as "
+            f"method is {kind(method)}: give a measure such as "
             "ContributionWeights(model), TokenScores around one, or a name: "
             f"{measures.known_names()}."
         )

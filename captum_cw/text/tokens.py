@@ -161,9 +161,14 @@ def word_spans(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor | Sequence[
         >>> word_spans(tokenizer, tokenizer("The capital of France is").input_ids)
         [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
     """
+    return _spans_of_texts(_token_texts(tokenizer, _one_sequence(input_ids)))
+
+
+def _spans_of_texts(texts: Sequence[str | None]) -> list[Span]:
+    """Group the texts of tokens into words; None stands for a special token."""
     spans: list[Span] = []
     before = " "
-    for place, text in enumerate(_token_texts(tokenizer, _one_sequence(input_ids))):
+    for place, text in enumerate(texts):
         if text is None or text.isspace():
             before = " "
             continue
@@ -183,8 +188,28 @@ def word_numbers(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[int | 
         >>> word_numbers(tokenizer, tokenizer("Ice is cold", return_tensors="pt").input_ids[0])
         [0, 1, 2]
     """
-    numbers: list[int | None] = [None] * len(ids)
-    for number, (start, stop) in enumerate(word_spans(tokenizer, ids)):
+    return _numbers_of_spans(word_spans(tokenizer, ids), len(ids))
+
+
+def words_of_texts(tokens: Sequence[str]) -> list[int | None] | None:
+    """Return the number of each readable token's word; None if the tokens do not tell.
+
+    They tell if one of them begins with a space. White space alone has no word.
+
+    Example:
+        >>> words_of_texts(["The", " cap", "ital", "␣", "⏎"])
+        [0, 1, 1, None, None]
+    """
+    if not any(token[:1].isspace() for token in tokens):
+        return None
+    marks = {"␣", *_LINE_MARKS.values()}
+    texts = [" " if set(token) <= marks else token for token in tokens]
+    return _numbers_of_spans(_spans_of_texts(texts), len(tokens))
+
+
+def _numbers_of_spans(spans: Sequence[Span], length: int) -> list[int | None]:
+    numbers: list[int | None] = [None] * length
+    for number, (start, stop) in enumerate(spans):
         numbers[start:stop] = [number] * (stop - start)
     return numbers
 

@@ -9,8 +9,11 @@ from typing import Any
 import matplotlib
 import numpy.typing as npt
 from matplotlib import pyplot as plt
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from captum_cw._utils.colours import AGAINST, TOWARDS
 
 # Markers, so that curves differ without colours too.
 MARKERS = "osD^vPX*<>"
@@ -31,6 +34,12 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], use_pyplot: b
     make = plt.figure if use_pyplot else Figure
     fig = make(figsize=size, layout=ConstrainedLayoutEngine(compress=True, w_pad=0.08))
     return fig, fig.subplots(rows, columns, squeeze=False)
+
+
+def signed_colours() -> Colormap:
+    """Return the colours of numbers with signs: orange below zero, white at zero, blue above."""
+    ends = [tuple(part / 255 for part in colour) for colour in (AGAINST, (255, 255, 255), TOWARDS)]
+    return LinearSegmentedColormap.from_list("signed", ends)
 
 
 def save_figure(fig: Figure, path: str | PathLike[str]) -> None:

@@ -1,8 +1,8 @@
 """Maps of heads (Figs. 1, 2 and 12 of arXiv 2606.07604), and rows of token scores.
 
 Colours have the same meaning in all maps. Magnitudes go from dark to bright. Signed values go from
-blue (negative) through white (zero) to red (positive). Grey cells have no attention, such as future
-keys.
+orange (negative) through white (zero) to blue (positive). Grey cells have no attention, such as
+future keys.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.colors import Colormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from captum_cw.visualization._output import new_figure
+from captum_cw.visualization._output import new_figure, signed_colours
 from captum_cw.visualization.text import normalized_scores
 
 Array = npt.NDArray[Any]
 
 _SEQUENTIAL = "viridis"
-_DIVERGING = "RdBu_r"
+_DIVERGING = signed_colours()
 _BLANK = "0.85"
 _COLUMNS = 4
 # With more tokens than this, at most half as many get labels, evenly spaced.
@@ -202,7 +202,7 @@ def plot_decomposition(
     blank = (attention == 0) & (contribution == 0)
     queries, keys = _labels(tokens, query_tokens, attention.shape)
     shown = [values[~blank] for values in maps]
-    styles = (
+    styles: tuple[tuple[str | Colormap, Normalize, str], ...] = (
         (_SEQUENTIAL, _norm(shown[0], quantile), "attention weight"),
         (_SEQUENTIAL, _norm(shown[1], quantile), "value norm / output norm"),
         (_DIVERGING, Normalize(-1, 1), "cosine of value and output"),
@@ -222,8 +222,8 @@ def plot_decomposition(
 
 
 def plot_token_scores(
-    scores: Mapping[str, Tensor],
-    tokens: Sequence[str],
+    scores: Mapping[str, Tensor] | Tensor,
+    tokens: Sequence[str] | None = None,
     *,
     skip: Collection[int] = (),
     use_pyplot: bool = True,
@@ -235,7 +235,8 @@ def plot_token_scores(
 
     Args:
         scores: Scores by method, ``(T,)`` each, in any unit: token scores, Integrated Gradients.
-        tokens: ``T`` tokens.
+            Scores of one method can be given alone.
+        tokens: ``T`` tokens; by default, positions.
         skip: Positions that do not set the scale of a row, such as an attention sink. They are
             clipped to the scale.
         use_pyplot: Make a pyplot figure, which notebooks show. False makes a plain figure, which
@@ -255,6 +256,10 @@ def plot_token_scores(
         >>> ax.images[0].get_array().tolist()
         [[0.5, 1.0], [-1.0, 0.25]]
     """
+    if isinstance(scores, Tensor):
+        scores = {"score": scores}
+    if tokens is None:
+        tokens = [str(n) for n in range(max(map(len, scores.values()), default=0))]
     rows = normalized_scores(scores, tokens, skip)
     values = np.stack([row.numpy() for row in rows.values()])
     width = min(2.5 + 0.3 * max(len(tokens), 8), 14)
@@ -334,7 +339,9 @@ def _panel_size(shape: tuple[int, ...]) -> tuple[float, float]:
     return width, height
 
 
-def _draw_map(ax: Axes, values: Array, blank: Array, cmap: str, norm: Normalize) -> AxesImage:
+def _draw_map(
+    ax: Axes, values: Array, blank: Array, cmap: str | Colormap, norm: Normalize
+) -> AxesImage:
     """Draw a map with blank cells in grey."""
     square = values.shape[0] == values.shape[1]
     ax.set_facecolor(_BLANK)

@@ -27,6 +27,11 @@ def normalized_scores(
 
     Positions in ``skip`` do not set the scale. Their scores are clipped to [-1, 1].
     """
+    if not isinstance(scores, Mapping):
+        raise TypeError(
+            f"scores are of type {type(scores).__name__}: name their method, such as "
+            '{"contribution": scores}.'
+        )
     length = len(tokens)
     for position in skip:
         if not -length <= position < length:

@@ -22,8 +22,9 @@ import transformers
 
 import captum_cw
 from captum_cw import measures
+from captum_cw._utils import colours
 from captum_cw.capture import StateSpace
-from captum_cw.cli import attribute, choices, main, output, parser
+from captum_cw.cli import attribute, choices, main, models, output, parser
 from captum_cw.cli import demo as demo_command
 from captum_cw.cli import reproduce as reproduce_command
 from captum_cw.data import _HUB_SETS, Bos
@@ -116,8 +117,11 @@ def test_attribute_colours_the_text_where_colours_are_shown(
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLORTERM", "truecolor")
     assert main(["attribute", "--model", folder, "--text", "a [bold] c"]) == 0
-    strongest = "48;2;{};{};{}m".format(*output.POSITIVE)
-    assert strongest in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    explanation = captum_cw.explain(*loading.load_model(folder), "a [bold] c").by_word()
+    strongest = float(explanation.scores["target"][1:].abs().max())
+    colour = colours.TOWARDS if strongest in explanation.scores["target"] else colours.AGAINST
+    assert "48;2;{};{};{}m".format(*colour) in printed
 
 
 def test_json_holds_the_scores_of_the_library(
@@ -136,7 +140,61 @@ def test_json_holds_the_scores_of_the_library(
     assert [token.strip() for token in printed.pop("tokens")] == ["a", "b", "c", "d"]
     settings = {"method": "contribution", "reduction": "mean"}
     asked = ("target", "contrast", "probability", "contrast_probability")
+    shares = printed.pop("shares")
+    assert [x["word"].strip() for x in shares] == ["a", "b", "c", "d"]
+    torch.testing.assert_close(
+        torch.tensor([x["share"] for x in shares]), expected[0] / expected.sum()
+    )
+    assert [x["sink"] for x in shares] == [True, False, False, False]
     assert printed == {"model": folder, **settings, **dict.fromkeys(asked), "files": []}
+
+
+@pytest.mark.parametrize("ending", ["html", "json", "safetensors"])
+def test_the_ending_of_the_file_names_its_kind(folder: str, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    assert main(["attribute", "--model", folder, "--text", "a b c", "--out", str(path)]) == 0
+    if ending == "safetensors":
+        assert captum_cw.Explanation.load(path).tokens == [" a", " b", " c"]
+    elif ending == "json":
+        assert json.loads(path.read_text("utf-8"))["tokens"] == [" a", " b", " c"]
+    else:
+        assert path.read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "page.pdf"], "the file must end in .html, .json, .safetensors"),
+        (["--target", ""], "--target is empty: give a word or a class, or leave it out"),
+        (["--target", "a", "--contrast", ""], "--contrast is empty"),
+    ],
+)
+def test_mistakes_are_named_before_the_model_is_loaded(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["attribute", "--model", "no/such/model", "--text", "a b c", *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_a_device_that_is_missing_is_named(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attribute", "--model", folder, "--text", "a b", "--device", "cuda:1"]) == 1
+    assert "--device cuda:1: PyTorch finds no such device here" in capsys.readouterr().err
+
+
+def test_raw_scores_are_in_the_unit_of_the_measure(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["attribute", "--model", folder, "--text", "a b c"]
+    assert main(arguments) == 0
+    assert "%" in capsys.readouterr().out.splitlines()[-3]
+    assert main([*arguments, "--raw"]) == 0
+    printed = capsys.readouterr().out
+    assert "in the unit of the target." in printed
+    score = captum_cw.explain(*loading.load_model(folder), "a b c").scores["target"][0]
+    assert f" {score:.3g} " in printed
 
 
 def test_json_holds_the_prediction_and_what_it_is_made_of(
@@ -415,7 +473,7 @@ def test_models_shows_the_layers_of_a_model(
 ) -> None:
     assert main(["models", folder]) == 0
     printed = capsys.readouterr().out
-    assert all(f"model.layers.{n}.self_attn" in printed for n in range(2))
+    assert "model.layers.[0-1].self_attn  " in printed
     assert all(word in printed for word in ("LlamaAttention", "4/2", "causal", "o_proj", "8.4 MB"))
     assert main(["models", folder, "--json", "--length", "64"]) == 0
     document = printed_json(capsys)
@@ -423,6 +481,35 @@ def test_models_shows_the_layers_of_a_model(
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     assert all(f"`{key}`" in page for key in document["layers"][0])
     assert document["maps_bytes"] == 2 * 4 * 64**2 * 4
+
+
+def test_layers_that_are_alike_share_a_line(folder: str) -> None:
+    layers = inspection.attention_layers(loading.load_model(folder)[0])
+    first = layers[0]
+
+    def named(*names: str, **changes: Any) -> list[inspection.LayerOverview]:
+        return [replace(first, name=name, projection=f"{name}.o", **changes) for name in names]
+
+    sliding = named("h.0.attn", "h.1.attn", window=16)
+    full = named("h.2.attn")
+    nested = named("b.0.1.attn", "b.1.1.attn", "b.1.2.attn", "a.attn", "a.attn")
+    names = [name for name, _ in models._alike([*sliding, *full, *nested])]
+    assert names == [
+        *("h.[0-1].attn", "h.2.attn", "b.[0-1].1.attn", "b.1.2.attn", "a.attn", "a.attn"),
+    ]
+
+
+def test_names_are_not_wrapped_on_a_narrow_terminal(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (layer, _) = inspection.attention_layers(loading.load_model(folder)[0])
+    name = "decoder.with.a.very.long.name.of.its.own.that.fills.more.than.half.a.terminal.attn"
+    monkeypatch.setattr(inspection, "attention_layers", lambda model: [replace(layer, name=name)])
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["models", folder]) == 0
+    printed = capsys.readouterr().out
+    assert name in printed
+    assert "LlamaAttention" in printed
 
 
 def test_models_tells_gates_rows_windows_and_notes(

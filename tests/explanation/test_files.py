@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,62 @@ def test_settings_that_json_cannot_hold_are_named(tmp_path: Path) -> None:
 
 def test_a_table_has_one_row_per_token(explanation: Explanation) -> None:
     table = explanation.to_dataframe()
-    assert list(table) == ["place", "token", "word", *explanation.scores]
+    assert list(table) == ["place", "token", "word", "word_number", *explanation.scores]
     assert table.token.tolist() == explanation.tokens
-    assert table.word.isna().tolist() == [word is None for word in explanation.words or ()]
-    assert str(table.word.dtype) == "Int64"
+    unknown = [word is None for word in explanation.words or ()]
+    assert table.word.isna().tolist() == table.word_number.isna().tolist() == unknown
+    assert str(table.word_number.dtype) == "Int64"
     for name, x in explanation.scores.items():
         assert torch.equal(torch.tensor(table[name].to_numpy()), x)
+
+
+def test_columns_hold_what_they_say() -> None:
+    scores = {"ig": torch.tensor([1.0, 2.0, 4.0])}
+    given = Explanation(["The", " cap", "ital"], scores, {"ig": torch.eye(3)}, words=[0, 1, 1])
+    assert given.to_dataframe().word.tolist() == ["The", " capital", " capital"]
+    words = given.by_word()
+    assert list(words.to_dataframe()) == ["place", "word", "ig"]
+    assert words.to_dataframe().word.tolist() == ["The", " capital"]
+    assert list(words.to_dataframe("maps")) == ["query", "query_word", "place", "word", "ig"]
+
+
+@pytest.mark.parametrize("ending", ["json", "html", "JSON"])
+def test_the_ending_names_the_kind_of_file(
+    explanation: Explanation, tmp_path: Path, ending: str
+) -> None:
+    path = tmp_path / f"a.{ending}"
+    explanation.save(path)
+    text = path.read_text("utf-8")
+    if ending == "html":
+        assert text == explanation.page()
+        return
+    found = json.loads(text)
+    assert found == explanation.to_dict()
+    assert found["tokens"] == explanation.tokens
+    assert found["scores"]["target"] == explanation.scores["target"].tolist()
+    assert found["settings"] == dict(explanation.settings)
+    assert "maps" not in found
+    T = len(explanation.tokens)
+    maps = explanation.to_dict(maps=True)["maps"]
+    assert torch.tensor(maps["target"]).shape == (T, T)
+
+
+def test_other_endings_are_refused(explanation: Explanation, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"ends in '\.pdf': an explanation is saved as"):
+        explanation.save(tmp_path / "page.pdf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_the_first_release_has_no_effects(
+    explanation: Explanation, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    before = [replace(layer, effect=None) for layer in explanation.heads]
+    replace(explanation, heads=before).save(path)
+    assert all(layer.effect is None for layer in Explanation.load(path).heads)
+    explanation.save(path)
+    for layer, loaded in zip(explanation.heads, Explanation.load(path).heads, strict=True):
+        assert torch.equal(layer.effect, loaded.effect)
 
 
 def test_a_long_table_has_a_row_for_each_query_and_token(explanation: Explanation) -> None:

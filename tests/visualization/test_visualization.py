@@ -448,3 +448,11 @@ def test_bare_figures_are_not_held_by_pyplot(maps):
     assert plt.get_fignums() == []
     plot_attention_and_contribution(*maps, pairs=[(0, 1)])
     assert len(plt.get_fignums()) == 1
+
+
+def test_scores_of_one_method_need_no_name():
+    scores = torch.tensor([0.1, -0.2, 0.4])
+    _, ax = plot_token_scores(scores, use_pyplot=False)
+    assert ax.images[0].get_array().tolist() == [pytest.approx([0.25, -0.5, 1.0])]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "2"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["score"]

@@ -12,10 +12,13 @@ import transformers
 from torch import nn
 
 from captum_cw import (
+    ComprehensivenessSufficiency,
     ContributionWeights,
     InputContributions,
     LLMTokenAttribution,
     TokenScores,
+    explain,
+    remove_tokens,
 )
 from captum_cw.capture import UnsupportedModelError
 from support.inputs import token_ids
@@ -73,7 +76,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "layer is None.*name the layers",
     ),
-    "no model": (lambda: ContributionWeights("gpt2"), TypeError, "of type str.*the model"),
+    "no model": (lambda: ContributionWeights("gpt2"), TypeError, "'gpt2' is a name: load"),
     "id above the vocabulary": (
         lambda: attribute(torch.tensor([[1, 64]])),
         ValueError,
@@ -186,6 +189,62 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "no method": (lambda: LLMTokenAttribution(MODEL, None), TypeError, "LlamaForCausalLM.*measure"),
 }
+
+
+class Pipeline:
+    """It has the methods of a pipeline of transformers."""
+
+    def __init__(self) -> None:
+        self.model = MODEL
+
+    def preprocess(self) -> None: ...
+
+    def postprocess(self) -> None: ...
+
+    def __call__(self) -> None: ...
+
+
+NO_MODELS: dict[str, tuple[Any, str]] = {
+    "a class": (transformers.LlamaForCausalLM, r"LlamaForCausalLM is a class: give an instance"),
+    "a name": ("gpt2", r"'gpt2' is a name: load the model first, such as with load_model"),
+    "a pipeline": (Pipeline(), r"Pipeline is a pipeline: give its model"),
+}
+
+
+@pytest.mark.parametrize("given", NO_MODELS)
+def test_what_is_mistaken_for_a_model_is_named(given: str, tiny_tokenizer) -> None:
+    model, message = NO_MODELS[given]
+    calls: list[Callable[[Any], Any]] = [
+        ContributionWeights,
+        InputContributions,
+        lambda model: explain(model, tiny_tokenizer, "Ice is cold"),
+        lambda model: ComprehensivenessSufficiency(model, {"top": [0.5]}),
+        lambda model: remove_tokens(model, "contribution", rate=0.5).__enter__(),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=message):
+            call(model)
+
+
+def test_a_tokenizer_in_the_place_of_the_model_is_named(tiny_model, tiny_tokenizer) -> None:
+    with pytest.raises(TypeError, match="is a tokenizer: give the model first, and then the"):
+        explain(tiny_tokenizer, tiny_model, "Ice is cold")
+    with pytest.raises(TypeError, match="tokenizer is of type LlamaForCausalLM: give the model's"):
+        explain(tiny_model, tiny_model, "Ice is cold")
+
+
+def test_a_class_in_the_place_of_a_measure_is_named(tiny_model, tiny_tokenizer) -> None:
+    message = "is the class ContributionWeights, and not an instance of it: give"
+    metric = ComprehensivenessSufficiency(tiny_model, {"top": [0.5]})
+    calls: list[Callable[[], Any]] = [
+        lambda: TokenScores(ContributionWeights),
+        lambda: LLMTokenAttribution(ContributionWeights, tiny_tokenizer),
+        lambda: remove_tokens(tiny_model, ContributionWeights, rate=0.5).__enter__(),
+        lambda: metric.evaluate({"mine": ContributionWeights}, [{"input_ids": token_ids()}]),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,6 +13,7 @@ from matplotlib.patches import Wedge
 from captum_cw.analysis.figures.drawing import POINTS, ZERO, figure, plot_by
 from captum_cw.analysis.result import AnalysisResult
 from captum_cw.analysis.suppression import OutputNorms, predicted_norm
+from captum_cw.visualization._output import signed_colours
 
 GROUPS = {"all": "all tokens", "first": "first token", "others": "all but the first"}
 CONE: dict[str, Any] = {"facecolor": "0.92", "edgecolor": "0.5", "linestyle": "--"}
@@ -36,7 +37,7 @@ def plot_regression(result: AnalysisResult, *axes: Axes) -> None:
 def plot_correlations(result: AnalysisResult, ax: Axes) -> None:
     """Plot the matrix of correlations with its numbers."""
     matrix = result.to_dataframe().set_index("component")
-    image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    image = ax.imshow(matrix, cmap=signed_colours(), vmin=-1, vmax=1)
     for (i, j), r in np.ndenumerate(matrix):
         ax.text(j, i, f"{r:.3f}", ha="center", va="center", color="w" if abs(r) > 0.6 else "k")
     ax.set_xticks(range(len(matrix)), matrix.columns)

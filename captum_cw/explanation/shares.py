@@ -1,0 +1,217 @@
+"""Scores as shares of all scores, by word, and the sentence that they make.
+
+The page, the command line and ``print(explanation)`` show these shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from captum_cw import measures
+from captum_cw.explanation.grouping import spans_of_words
+
+if TYPE_CHECKING:
+    from captum_cw.explanation.explanation import Explanation
+
+__all__ = [
+    "Share",
+    "first_method",
+    "largest",
+    "question",
+    "quoted",
+    "sentence",
+    "shares_of",
+    "summary",
+]
+
+#: A sentence names the words with the largest shares, up to this number.
+NAMED = 3
+#: A word with a smaller share than this is not named.
+SMALL = 0.005
+#: The length of the longest bar of a summary.
+BAR = 24
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a word, or of a token without a word, in all scores of a text.
+
+    Args:
+        text: The word.
+        place: The position of its first token.
+        score: Its score, in the unit of the method.
+        share: Its score divided by the sum of the sizes of all scores. The sizes of all shares sum
+            to one.
+        is_sink: Whether it holds an attention sink.
+    """
+
+    text: str
+    place: int
+    score: float
+    share: float
+    is_sink: bool
+
+    @property
+    def percent(self) -> str:
+        """The share in percent, such as ``"12%"`` or ``"-0.4%"``."""
+        percent = 100 * self.share
+        return f"{percent:.0f}%" if abs(percent) >= 9.5 else f"{percent:.2g}%"
+
+
+def first_method(explanation: Explanation) -> str:
+    """Return the method that answers the question: of a target if there is one."""
+    known = {**explanation.scores, **explanation.maps}
+    useful = [*measures.names(targets=True), *known]
+    return next(name for name in useful if name in known)
+
+
+def shares_of(
+    explanation: Explanation, method: str | None = None, sinks: Collection[int] | None = None
+) -> list[Share]:
+    """Return the shares of all words, in the order of the text.
+
+    Args:
+        explanation: The explanation.
+        method: The method of the scores; None for the one that answers the question.
+        sinks: The positions of attention sinks; None for those of the explanation.
+
+    Raises:
+        ValueError: If the explanation does not have scores of the method.
+    """
+    method = first_method(explanation) if method is None else method
+    if method not in explanation.scores:
+        known = ", ".join(map(repr, explanation.scores)) or "none"
+        raise ValueError(f"method={method!r} has no scores here; the known ones: {known}.")
+    sinks = explanation.sinks if sinks is None else sinks
+    words, spans = explanation, [(n, n + 1) for n in range(len(explanation.tokens))]
+    if explanation.words is not None:
+        words, spans = explanation.by_word(), spans_of_words(explanation.words)
+    scores = words.scores[method].detach().cpu().double()
+    total = float(scores.abs().sum()) or 1.0
+    return [
+        Share(text, start, score, score / total, any(start <= place < stop for place in sinks))
+        for text, score, (start, stop) in zip(words.tokens, scores.tolist(), spans, strict=True)
+    ]
+
+
+def question(explanation: Explanation) -> str | None:
+    """Return the question that an explanation answers, such as ``Why "Paris"?``; None without."""
+    settings = explanation.settings
+    if "target" not in settings:
+        return None
+    rather = f", and not {quoted(settings['contrast'])}" if "contrast" in settings else ""
+    return f"Why {quoted(settings['target'])}{rather}?"
+
+
+def sentence(
+    explanation: Explanation,
+    method: str | None = None,
+    sinks: Collection[int] | None = None,
+) -> str:
+    """Say which words made the prediction, or have the largest scores.
+
+    Args:
+        explanation: The explanation.
+        method: The method of the scores; None for the one that answers the question.
+        sinks: The positions of attention sinks; None for those of the explanation.
+
+    Example:
+        >>> scores = {"target": torch.tensor([5.0, 1.0, 3.0, -1.0])}
+        >>> words, settings = [" The", " capital", " France", " is"], {"target": " Paris"}
+        >>> print(sentence(Explanation(words, scores, settings=settings)))
+        “Paris” comes from “France” (30%) and “capital” (10%). 50% came by way of the first token
+        “The”, an attention sink. “is” (10%) worked against it.
+    """
+    method = first_method(explanation) if method is None else method
+    found = shares_of(explanation, method, sinks)
+    entry = measures.find(method)
+    others = sorted((x for x in found if not x.is_sink), key=lambda x: -abs(x.share))
+    towards = _listed([x for x in others if x.share >= SMALL])
+    against = _listed([x for x in others if x.share <= -SMALL])
+    target, contrast = (explanation.settings.get(role) for role in ("target", "contrast"))
+    if target is None or entry is None or not entry.explains_target:
+        label = method if entry is None else entry.label
+        said = [f"By “{label}”, the largest shares are those of {towards or 'no word'}."]
+        contrast = None
+    else:
+        rather = "" if contrast is None else f" rather than {quoted(contrast)}"
+        made = f"comes from {towards}" if towards else "comes from no single word"
+        said = [f"{quoted(target)}{rather} {made}."]
+    for x in found:
+        if x.is_sink:
+            which = "the first token" if x.place == 0 else "token"
+            way = "came by way of" if x.share >= 0 else "was taken away by"
+            said.append(f"{_size(x)} {way} {which} {quoted(x.text)}, an attention sink.")
+    if against:
+        verb = "worked against it" if contrast is None else f"worked for {quoted(contrast)}"
+        said.append(f"{against} {verb}.")
+    return " ".join(said)
+
+
+def summary(
+    explanation: Explanation, count: int = 10, *, method: str | None = None, raw: bool = False
+) -> str:
+    """Return a text of the question, its answer, and the words with the largest shares.
+
+    Args:
+        explanation: The explanation.
+        count: The number of words, besides sinks.
+        method: The method of the scores; None for the one that answers the question.
+        raw: Whether to show scores in the unit of the method instead of percent.
+    """
+    method = first_method(explanation) if method is None else method
+    asked = question(explanation)
+    lines = [] if asked is None else [f"{asked}{_probabilities(explanation)}"]
+    if method not in explanation.scores:
+        return "\n".join([*lines, repr(explanation)])
+    found = shares_of(explanation, method)
+    top = largest(found, count)
+    lines += [sentence(explanation, method), ""]
+    numbers = [f"{x.score:.3g}" if raw else x.percent for x in top]
+    width = max(len(x.text.strip() or x.text) for x in top)
+    longest = max(abs(x.share) for x in top) or 1.0
+    for x, number in zip(top, numbers, strict=True):
+        bar = "█" * max(1, round(BAR * abs(x.share) / longest)) if x.share else ""
+        note = "  (attention sink)" if x.is_sink else ""
+        lines.append(f"{(x.text.strip() or x.text):<{width}} {number:>7} {bar}{note}")
+    rest = len(found) - len(top)
+    if rest:
+        left = 1 - sum(abs(x.share) for x in top)
+        words = "word" if rest == 1 else "words"
+        lines.append(f"{rest} more {words}: {100 * abs(left):.0f}% together")
+    entry = measures.find(method)
+    label = method if entry is None else entry.label
+    unit = f", in the {entry.unit}" if raw and entry is not None and entry.unit else ""
+    lines.append(f"Scores: {label}{unit}.")
+    return "\n".join(lines)
+
+
+def largest(shares: Sequence[Share], count: int) -> list[Share]:
+    """Return the sinks, and then the largest other shares, up to a number."""
+    others = sorted((x for x in shares if not x.is_sink), key=lambda x: -abs(x.share))
+    return [*(x for x in shares if x.is_sink), *others[:count]]
+
+
+def quoted(text: str) -> str:
+    """Return a token in quotation marks, without the space before it."""
+    return f"“{text.strip() or text}”"
+
+
+def _probabilities(explanation: Explanation) -> str:
+    """Return the probabilities of the target and its contrast, as the end of a line."""
+    settings = explanation.settings
+    found = [settings.get(f"{role} probability") for role in ("target", "contrast")]
+    known = [f"{100 * float(x):.2g}%" for x in found if x is not None]
+    return f" (probability {' against '.join(known)})" if known else ""
+
+
+def _size(x: Share) -> str:
+    return x.percent.removeprefix("-")
+
+
+def _listed(shares: Sequence[Share]) -> str:
+    """Name the first few words with their sizes."""
+    named = [f"{quoted(x.text)} ({_size(x)})" for x in shares[:NAMED]]
+    return " and ".join(filter(None, [", ".join(named[:-1]), *named[-1:]]))

@@ -1,0 +1,107 @@
+// The answer: bars of the words with the largest shares, and attention beside contributions.
+
+const BARS = 10;
+
+/** The places with the largest sizes, and their values; zeros are left out. */
+function largest(values, count, isSkipped = () => false) {
+  const places = [];
+  values.forEach((value, place) => value && !isSkipped(place) && places.push(place));
+  places.sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]) || a - b);
+  return places.slice(0, count).map((place) => [place, values[place]]);
+}
+
+/** The rows of the bars: sinks first, set apart, then the words with the largest scores. */
+function barRows() {
+  const scores = view.scores;
+  const sinks = [...shown.sinks].filter((key) => scores[key]).map((key) => [key, scores[key], true]);
+  return [...sinks, ...largest(scores, BARS, (key) => shown.sinks.has(key)).map((row) => [...row, false])];
+}
+
+function paintBars() {
+  element("bars-part").hidden = !view.scores;
+  if (!view.scores) return;
+  const { method } = view;
+  const rows = barRows();
+  const longest = Math.max(...rows.map(([, score]) => Math.abs(score)), 0) || 1;
+  const signed = rows.some(([, score]) => score < 0);
+  const unit = { word: data.words ? "words" : "tokens", token: "tokens" }[state.unit];
+  element("bars-title").textContent = method.ofTarget
+    ? `The ${unit} behind ${target}` : `The ${unit} with the largest scores`;
+  const [positive, negative] = directions(method);
+  element("bars-ends").replaceChildren(...(signed || (method.ofTarget && contrast)
+    ? [createElement("span", {}, signed ? `← ${negative}` : ""), createElement("span", {}, `${positive} →`)] : []));
+  element("bars").classList.toggle("signed", signed);
+  element("bars").replaceChildren(...rows.map(([key, score, isSink]) => {
+    const word = shown.keys.texts[key];
+    const note = key === 0 ? "first token, a sink" : "a sink";
+    const button = createElement("button", { type: "button", onclick: () => goTo(key) },
+      createElement("bdi", {}, trim(word)), ...(isSink ? [createElement("small", {}, note)] : []));
+    button.title = `Show ${describe(word, key)} in the text`;
+    const bar = createElement("i");
+    bar.style.width = `${(100 * Math.abs(score)) / longest / (signed ? 2 : 1)}%`;
+    bar.style[signed && score < 0 ? "right" : "left"] = signed ? "50%" : "0";
+    bar.style.background = (score < 0 ? ramps.against : ramps.towards)[200].css;
+    const value = createElement("span", { className: "value" }, formatScore(score));
+    const track = createElement("span", { className: "track" }, bar);
+    return createElement("li", { className: isSink ? "sink-row" : "" }, button, track, value);
+  }));
+  const others = shown.S - rows.length;
+  const left = 1 - rows.reduce((sum, [, score]) => sum + Math.abs(score), 0) / sizeOf(view.scores);
+  const all = method.ofTarget ? "of all that was added or taken away" : "of all scores";
+  element("bars-note").textContent = (isPercent()
+    ? `Percent ${all}.` : `Numbers are in the ${method.unit || "method's own unit"}.`) +
+    (others > 0 ? ` ${countOf(others, `more ${unit}`)}: ${formatPercent(Math.abs(left))}.` : "");
+}
+
+/** Attention beside contributions: what each says of the same text, at the query that is shown. */
+const COMPARED = [
+  ["attention", "Attention", "where the layers look"],
+  ["contribution", "Contributions", "what makes their outputs"],
+];
+
+/** The values of a measure at the shown query, or its scores if there are no maps. */
+function comparedValues(name, grid, query) {
+  if (grid && query !== null) {
+    const method = data.methods.find((one) => one.name === name);
+    return Array.from(grouped(grid, method).subarray(query * shown.S, (query + 1) * shown.S));
+  }
+  return scoresOf(name);
+}
+
+let latestComparison = 0;
+
+async function paintComparison() {
+  const request = ++latestComparison;
+  const hasMaps = COMPARED.every(([name]) => data.maps.includes(name));
+  const { query } = current();
+  const at = !hasMaps ? null : query ?? shown.asked;
+  element("compare-part").hidden = at === null && !COMPARED.every(([name]) => data.scores[name]);
+  if (element("compare-part").hidden) return;
+  const grids = await Promise.all(COMPARED.map(([name]) => (at === null ? null : loadMap(name))));
+  if (request !== latestComparison) return;
+  element("compare-at").replaceChildren(...(at === null
+    ? ["Over all positions of the text, layers and heads."]
+    : ["At ", quote(shown.queries.texts[at]), ", over all layers and heads."]));
+  COMPARED.forEach(([name, label, about], n) => {
+    const values = comparedValues(name, grids[n], at);
+    const all = sizeOf(values);
+    const maximum = values.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
+    const box = element(`compare-${name}`);
+    const spans = comparedSpans(box.querySelector(".strip"));
+    spans.forEach((span, key) => colourToken(span, colourOf(values[key], maximum)));
+    const top = largest(values, 3).map(([key, value]) =>
+      `${inQuotes(shown.keys.texts[key])} ${formatPercent(value / all)}`);
+    box.querySelector("h3").replaceChildren(label, createElement("small", {}, ` ${about}`));
+    box.querySelector("p").textContent = top.join(", ");
+  });
+}
+
+/** The words of a strip, which are written once for each unit. */
+function comparedSpans(box) {
+  if (box.unit !== state.unit) {
+    box.unit = state.unit;
+    box.spans = spansOf(box, shown.keys.texts, (text) => createElement("span", {}, text));
+    box.scrollTop = box.scrollHeight;
+  }
+  return box.spans;
+}

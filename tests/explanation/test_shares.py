@@ -1,0 +1,146 @@
+"""Shares of words sum to one, keep their signs, and are told in one sentence."""
+
+import pytest
+import torch
+
+from captum_cw import Explanation, explain
+
+
+@pytest.fixture
+def asked(tiny_model, tiny_tokenizer) -> Explanation:
+    return explain(tiny_model, tiny_tokenizer, "a b c d e f g h i j")
+
+
+WORDS = ["The", " cap", "ital", " of", " Italy"]
+SCORES = {"target": torch.tensor([4.0, 1.0, 2.0, -1.0, 2.0])}
+
+
+def made(**settings: object) -> Explanation:
+    return Explanation(WORDS, SCORES, words=[0, 1, 1, 2, 3], settings=settings)
+
+
+def test_sizes_of_shares_sum_to_one(asked: Explanation) -> None:
+    for method, scores in asked.scores.items():
+        shares = asked.shares(method)
+        assert sum(abs(x.share) for x in shares) == pytest.approx(1)
+        size = scores.double().abs().sum()
+        # Each of these tokens is a word of its own.
+        expected = (scores.double() / size).tolist()
+        assert [x.share for x in shares] == pytest.approx(expected)
+        assert [x.score for x in shares] == pytest.approx(scores.tolist())
+
+
+def test_tokens_of_a_word_are_summed() -> None:
+    shares = made().shares()
+    assert [x.text for x in shares] == ["The", " capital", " of", " Italy"]
+    assert [x.place for x in shares] == [0, 1, 3, 4]
+    assert [x.score for x in shares] == [4, 3, -1, 2]
+    assert [x.percent for x in shares] == ["40%", "30%", "-10%", "20%"]
+    assert [x.is_sink for x in shares] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"target": " Rome"},
+            "“Rome” comes from “capital” (30%) and “Italy” (20%). 40% came by way of the first "
+            "token “The”, an attention sink. “of” (10%) worked against it.",
+        ),
+        (
+            {"target": " Rome", "contrast": " Paris"},
+            "“Rome” rather than “Paris” comes from “capital” (30%) and “Italy” (20%). 40% came by "
+            "way of the first token “The”, an attention sink. “of” (10%) worked for “Paris”.",
+        ),
+        (
+            {},
+            "By “contribution to the prediction”, the largest shares are those of “capital” (30%) "
+            "and “Italy” (20%). 40% came by way of the first token “The”, an attention sink. “of” "
+            "(10%) worked against it.",
+        ),
+    ],
+)
+def test_the_sentence(settings: dict[str, str], expected: str) -> None:
+    assert expected in str(made(**settings))
+
+
+def test_a_sink_may_work_against_the_target() -> None:
+    scores = {"target": torch.tensor([-3.0, 1.0])}
+    found = str(Explanation(["The", " end"], scores, settings={"target": "!"}))
+    assert "75% was taken away by the first token “The”, an attention sink." in found
+    assert found.startswith("Why “!”?")
+
+
+def test_no_word_for_the_target() -> None:
+    scores = {"target": torch.tensor([0.0, -1.0])}
+    found = str(Explanation(["The", " end"], scores, settings={"target": "!"}))
+    assert "“!” comes from no single word." in found
+    assert "“end” (100%) worked against it." in found
+
+
+def test_raw_scores_have_a_unit() -> None:
+    found = made(target=" Rome").summary(1, raw=True)
+    assert "capital       3 " in found
+    assert found.endswith("Scores: contribution to the prediction, in the unit of the target.")
+    assert "2 more words: 30% together" in found
+
+
+def test_scores_of_zero_have_no_shares() -> None:
+    nothing = Explanation(["a", " b"], {"contribution": torch.zeros(2)})
+    assert [x.share for x in nothing.shares()] == [0, 0]
+    assert "those of no word" in str(nothing)
+
+
+def test_maps_alone_are_summarised_by_their_contents() -> None:
+    maps = Explanation(["a", " b"], {}, maps={"attention": torch.eye(2)})
+    assert str(maps) == repr(maps)
+    with pytest.raises(ValueError, match="method='attention' has no scores here"):
+        maps.shares("attention")
+
+
+def test_the_probability_stands_beside_the_question(asked: Explanation) -> None:
+    probability = float(asked.settings["target probability"])
+    line = str(asked).splitlines()[0]
+    assert line.startswith(f"Why “{asked.settings['target'].strip()}”? (probability ")
+    assert float(line.split()[-1].rstrip("%)")) == pytest.approx(100 * probability, rel=0.06)
+
+
+def test_what_each_head_did_sums_to_the_scores(asked: Explanation) -> None:
+    effects = sum(layer.effect.double().sum() for layer in asked.heads)
+    torch.testing.assert_close(effects, asked.scores["target"].double().sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_has_the_numbers_of_the_whole(asked: Explanation) -> None:
+    part = asked.part(2, 7)
+    assert part.tokens == asked.tokens[2:7]
+    for name, x in asked.maps.items():
+        assert torch.equal(part.maps[name], x[2:7, 2:7])
+    for name, x in asked.scores.items():
+        assert torch.equal(part.scores[name], x[2:7])
+    for layer, whole in zip(part.heads, asked.heads, strict=True):
+        dense = torch.zeros(*whole.keys.shape[:2], 10)
+        dense.scatter_add_(-1, whole.keys.long(), whole.attention)
+        found = torch.zeros(*layer.keys.shape[:2], 5)
+        found.scatter_add_(-1, layer.keys.long(), layer.attention)
+        assert torch.equal(found, dense[:, 2:7, 2:7])
+    assert part.sinks == ()
+    assert "target position" not in part.settings
+    assert asked.part(5, 10).settings["target position"] == 4
+    assert "contribution" in part.page()
+
+
+def test_a_part_keeps_the_queries_of_an_output() -> None:
+    whole = Explanation(
+        ["a", "b", "c"], {}, {"m": torch.arange(6.0).view(2, 3)}, queries=["x", "y"]
+    )
+    assert whole.part(1, 3).maps["m"].tolist() == [[1, 2], [4, 5]]
+    with pytest.raises(ValueError, match=r"Span \(2, 4\) is empty or not within the 3 tokens"):
+        whole.part(2, 4)
+
+
+def test_words_keep_the_place_of_the_prediction(tiny_model, tiny_tokenizer) -> None:
+    whole = explain(tiny_model, tiny_tokenizer, "a b c d")
+    assert whole.settings["target position"] == 3
+    assert whole.by_word().settings["target position"] == 3
+    assert whole.by_span([(0, 2), (2, 4)]).settings["target position"] == 1
+    assert "target position" not in whole.by_span([(0, 2)]).settings
