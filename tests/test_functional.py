@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,6 +86,26 @@ def test_token_scores_of_chosen_queries_equal_the_definition(kind: str) -> None:
         expected = reference.token_scores(g, visible & queries[:, None, :, None], reduction)
         scores = functional.token_scores(layer, contribution(), reduction, queries=queries)
         assert torch.allclose(scores, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_layer_of_chosen_queries_equals_the_definition(
+    name: str, kind: str, block_elements: int
+) -> None:
+    layer, a, v, w, visible = make_layer(kind)
+    gate = 1 + torch.rand(2, 4, 6, 3, generator=torch.Generator().manual_seed(1), dtype=a.dtype)
+    queries = torch.zeros(2, 6, dtype=torch.bool)
+    queries[0, 4], queries[1, [1, 2, 5]] = True, True
+    rows = [1, 2, 4, 5]
+    few = layer.at(rows, queries)
+    expected = reference.measures(a, v, w)[name].nan_to_num() * visible * queries[:, None, :, None]
+    found = dense_map(few, MEASURES[name])
+    assert torch.allclose(found, expected[:, :, rows], rtol=1e-10, atol=1e-12)
+    gated, whole = (replace(x, gate=g) for x, g in ((few, gate[:, :, rows]), (layer, gate)))
+    maps = dense_map(whole, MEASURES[name]) * queries[:, None, :, None]
+    found = dense_map(gated, MEASURES[name])
+    assert torch.allclose(found, maps[:, :, rows], rtol=1e-10, atol=1e-12)
 
 
 def test_a_padded_query_counts_nowhere_even_where_it_is_chosen() -> None:

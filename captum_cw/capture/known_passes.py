@@ -269,7 +269,10 @@ class KnownObservation(Observation):
         if not isinstance(x, Tensor) or not is_unchanged(x, y, self._version):
             raise UnknownPassError
         assert isinstance(module, nn.Linear)
-        product = LinearProduct(x, module.weight.detach().T, module.bias, result, module.forward)
+        weight = module.weight.detach().T
+        if type(weight) is not Tensor:  # for example, it was quantised since
+            raise UnknownPassError
+        product = LinearProduct(x, weight, module.bias, result, module.forward)
         self._on_projection(pending, product, module, Reading(x, None), module.forward)
 
     def _check_output(self, output: Tensor, mask: QueryMask, name: str) -> None:
