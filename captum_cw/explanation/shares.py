@@ -29,7 +29,9 @@ __all__ = [
 #: A sentence names the words with the largest shares, up to this number.
 NAMED = 3
 #: A word with a smaller share than this is not named.
-SMALL = 0.005
+SMALL = 0.01
+#: If the largest share is a smaller part of all shares but those of sinks, no word leads.
+FLAT = 0.2
 #: The length of the longest bar of a summary.
 BAR = 24
 
@@ -45,6 +47,7 @@ class Share:
         share: Its score divided by the sum of the sizes of all scores. The sizes of all shares sum
             to one.
         is_sink: Whether it holds an attention sink.
+        occurrence: Which occurrence of the word it is, counted from 1; 0 if there is no other.
     """
 
     text: str
@@ -52,6 +55,13 @@ class Share:
     score: float
     share: float
     is_sink: bool
+    occurrence: int = 0
+
+    @property
+    def label(self) -> str:
+        """The word, with its occurrence if the text has it several times: ``"the (2nd)"``."""
+        word = self.text.strip() or self.text
+        return f"{word} ({_ordinal(self.occurrence)})" if self.occurrence else word
 
     @property
     def percent(self) -> str:
@@ -90,9 +100,12 @@ def shares_of(
         words, spans = explanation.by_word(), spans_of_words(explanation.words)
     scores = words.scores[method].detach().cpu().double()
     total = float(scores.abs().sum()) or 1.0
+    same = [text.strip() or text for text in words.tokens]
+    occurrences = [same[: n + 1].count(x) if same.count(x) > 1 else 0 for n, x in enumerate(same)]
+    parts = zip(words.tokens, scores.tolist(), spans, occurrences, strict=True)
     return [
-        Share(text, start, score, score / total, any(start <= place < stop for place in sinks))
-        for text, score, (start, stop) in zip(words.tokens, scores.tolist(), spans, strict=True)
+        Share(text, start, score, score / total, any(start <= n < stop for n in sinks), occurrence)
+        for text, score, (start, stop), occurrence in parts
     ]
 
 
@@ -121,8 +134,8 @@ def sentence(
         >>> scores = {"target": torch.tensor([5.0, 1.0, 3.0, -1.0])}
         >>> words, settings = [" The", " capital", " France", " is"], {"target": " Paris"}
         >>> print(sentence(Explanation(words, scores, settings=settings)))
-        “Paris” comes from “France” (30%) and “capital” (10%). 50% came by way of the first token
-        “The”, an attention sink. “is” (10%) worked against it.
+        “Paris” comes from “France” (30%) and “capital” (10%). “is” (10%) worked against it. 50%
+        came by way of the first token “The”, an attention sink, and says little about that word.
     """
     method = first_method(explanation) if method is None else method
     found = shares_of(explanation, method, sinks)
@@ -137,16 +150,22 @@ def sentence(
         contrast = None
     else:
         rather = "" if contrast is None else f" rather than {quoted(contrast)}"
-        made = f"comes from {towards}" if towards else "comes from no single word"
-        said = [f"{quoted(target)}{rather} {made}."]
+        many = others and abs(others[0].share) < FLAT * sum(abs(x.share) for x in others)
+        of = "comes from many words, most from" if many else "comes from"
+        said = [f"{quoted(target)}{rather} {of} {towards}."]
+        if not towards:
+            said = [f"{quoted(target)}{rather} comes from no single word."]
+    if against:
+        verb = "worked against it" if contrast is None else f"worked for {quoted(contrast)}"
+        said.append(f"{against[0].upper()}{against[1:]} {verb}.")
     for x in found:
         if x.is_sink:
             which = "the first token" if x.place == 0 else "token"
             way = "came by way of" if x.share >= 0 else "was taken away by"
-            said.append(f"{_size(x)} {way} {which} {quoted(x.text)}, an attention sink.")
-    if against:
-        verb = "worked against it" if contrast is None else f"worked for {quoted(contrast)}"
-        said.append(f"{against} {verb}.")
+            said.append(
+                f"{_size(x)} {way} {which} {quoted(x.text)}, an attention sink, and says little "
+                "about that word."
+            )
     return " ".join(said)
 
 
@@ -168,14 +187,17 @@ def summary(
         return "\n".join([*lines, repr(explanation)])
     found = shares_of(explanation, method)
     top = largest(found, count)
+    others = explanation.settings.get("other predictions")
+    if asked is not None and others:
+        lines.append(f"Other predictions: {others}.")
     lines += [sentence(explanation, method), ""]
     numbers = [f"{x.score:.3g}" if raw else x.percent for x in top]
-    width = max(len(x.text.strip() or x.text) for x in top)
+    width = max(len(x.label) for x in top)
     longest = max(abs(x.share) for x in top) or 1.0
     for x, number in zip(top, numbers, strict=True):
         bar = "█" * max(1, round(BAR * abs(x.share) / longest)) if x.share else ""
         note = "  (attention sink)" if x.is_sink else ""
-        lines.append(f"{(x.text.strip() or x.text):<{width}} {number:>7} {bar}{note}")
+        lines.append(f"{x.label:<{width}} {number:>7} {bar}{note}")
     rest = len(found) - len(top)
     if rest:
         left = 1 - sum(abs(x.share) for x in top)
@@ -207,11 +229,20 @@ def _probabilities(explanation: Explanation) -> str:
     return f" (probability {' against '.join(known)})" if known else ""
 
 
+def _ordinal(n: int) -> str:
+    """Return "1st", "2nd" and so on."""
+    ending = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"
+
+
 def _size(x: Share) -> str:
     return x.percent.removeprefix("-")
 
 
 def _listed(shares: Sequence[Share]) -> str:
     """Name the first few words with their sizes."""
-    named = [f"{quoted(x.text)} ({_size(x)})" for x in shares[:NAMED]]
+    named = []
+    for x in shares[:NAMED]:
+        which = f"the {_ordinal(x.occurrence)} " if x.occurrence else ""
+        named.append(f"{which}{quoted(x.text)} ({_size(x)})")
     return " and ".join(filter(None, [", ".join(named[:-1]), *named[-1:]]))

@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 CPU = torch.device("cpu")
+#: The number of other predictions that are named.
+OTHERS = 3
 
 Wanted = str | int | tuple[int, int] | None
 
@@ -151,6 +153,11 @@ def _for_all(numbers: list[Any]) -> Any:
     return numbers
 
 
+def _token_of(number: Any) -> int:
+    """Return the token of a target, which may have a position."""
+    return int(number[1] if isinstance(number, tuple) else number)
+
+
 class _OneTarget:
     """The target of one text, and what its tokens add to it."""
 
@@ -204,6 +211,9 @@ class _OneTarget:
         asked = names.position(target, self.position, self.T)
         if asked is not None:
             settings["target position"] = asked
+        others = names.others([target, contrast], self.position)
+        if others:
+            settings["other predictions"] = others
         settings["target value"] = f"{value.item():.4g}"
         hint = names.hint(target, self.position)
         if hint is not None:
@@ -297,6 +307,33 @@ class Names:
         if self.exclusive and len(logits) > 1:
             described[f"{role} probability"] = f"{logits.softmax(-1)[number].item():.4g}"
         return described
+
+    def others(self, named: Sequence[Wanted], position: int | None) -> str:
+        """Return the likeliest other predictions, for readers; "" if there is no right one.
+
+        Args:
+            named: The target and its contrast.
+            position: The position of a target that does not have one; None is the last.
+        """
+        wanted = self.number(named[0], position)
+        if isinstance(wanted, tuple):
+            position = wanted[0]
+        logits = self.logits[0].float()
+        if logits.dim() == 2:
+            logits = logits[-1 if position is None else position]
+        if not self.exclusive or len(logits) < 2:
+            return ""
+        best = logits.topk(min(OTHERS + 2, len(logits))).indices.tolist()
+        known = {self._readable(best[0])} if named[0] is None else set()
+        for x in named:
+            found = None if x is None else self.number(x, None)
+            known |= set() if found is None else {self._readable(_token_of(found))}
+        left = [number for number in best if self._readable(number) not in known][:OTHERS]
+        chances = logits.softmax(-1)
+        return ", ".join(
+            f"“{self._readable(n).strip() or self._readable(n)}” {100 * chances[n].item():.2g}%"
+            for n in left
+        )
 
     def hint(self, wanted: Wanted, position: int | None) -> str | None:
         """Return what to write if a word is much likelier with a space before it."""

@@ -73,7 +73,13 @@ def show(browsers: Callable[[str], Any], browser_name: str, tmp_path: Path) -> I
     browser = browsers(browser_name)
     contexts, troubles = [], []
 
-    def opened(given: Explanation | str, width: int = 1280, link: str = "", **options: Any) -> Page:
+    def opened(
+        given: Explanation | str,
+        width: int = 1280,
+        link: str = "",
+        options_open: bool = True,
+        **options: Any,
+    ) -> Page:
         path = tmp_path / f"{len(contexts)}.html"
         text = given if isinstance(given, str) else given.page()
         if browser_name == "firefox":
@@ -90,6 +96,8 @@ def show(browsers: Callable[[str], Any], browser_name: str, tmp_path: Path) -> I
         page.goto(f"{path.as_uri()}{link and f'#{link}'}")
         if page.locator("main").count():
             page.locator("main:not([aria-busy])").wait_for()
+            if options_open:
+                page.evaluate("document.getElementById('controls-box').open = true")
         return page
 
     yield opened

@@ -34,7 +34,9 @@ def test_a_target_is_asked_for_and_explained_first(show: Show, asked: Explanatio
     assert page.inner_text("#title") == "Why “c”, and not “x”?"
     assert page.title() == "Why “c”, and not “x”?"
     words = page.inner_text("#answer").split()
-    shown = [number(x.strip(",.")) for x in words if "%" in x]
+    shown = [number(x.strip(",.")) for x in words if "%" in x][:2]
+    others = asked.settings["other predictions"]
+    assert page.inner_text("#answer").endswith(f"Other predictions: {others}.")
     named = [asked.settings[f"{x} probability"] for x in ("target", "contrast")]
     assert shown == [percent(float(x)) for x in named]
     assert page.inner_text("#sentence") == sentence(asked)

@@ -1,6 +1,7 @@
 """The page on small and large screens, in both themes, by touch, and for assistive technology."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,11 +80,26 @@ def test_a_finger_chooses_a_cell(show: Show, asked: Explanation) -> None:
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_controls_are_closed_on_a_phone(show: Show, asked: Explanation, width: int) -> None:
-    page = show(asked, width=width)
-    assert page.locator("#method").is_visible() == (width > 700)
+def test_options_are_closed_at_first(show: Show, asked: Explanation, width: int) -> None:
+    page = show(asked, width=width, options_open=False)
+    assert not page.locator("#method").is_visible()
     page.click("#controls-summary")
-    assert page.locator("#method").is_visible() == (width < 700)
+    assert page.locator("#method").is_visible()
+
+
+def test_the_prediction_follows_the_end_of_its_text(show: Show, asked: Explanation) -> None:
+    page = show(asked)
+    assert page.inner_text("#prompt") == "a b c d e f g h i j c"
+    assert page.inner_text("#prompt b") == "c"
+    page = show(replace(asked, settings={**asked.settings, "target position": 3}))
+    assert not page.locator("#prompt").is_visible()
+
+
+def test_words_that_occur_again_are_told_apart(show: Show) -> None:
+    scores = {"m": torch.tensor([1.0, 4.0, 3.0, 2.0])}
+    page = show(Explanation(["a", " the", " b", " the"], scores))
+    names = page.locator("#bars li:not(.sink-row) button").all_inner_texts()
+    assert [" ".join(name.split()) for name in names] == ["the 1st", "b", "the 2nd"]
 
 
 @in_both_browsers

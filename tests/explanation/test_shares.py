@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from captum_cw import Explanation, explain
+from captum_cw.explanation import shares
+from captum_cw.text.tokens import readable_ids
 
 
 @pytest.fixture
@@ -44,19 +46,19 @@ def test_tokens_of_a_word_are_summed() -> None:
     [
         (
             {"target": " Rome"},
-            "“Rome” comes from “capital” (30%) and “Italy” (20%). 40% came by way of the first "
-            "token “The”, an attention sink. “of” (10%) worked against it.",
+            "“Rome” comes from “capital” (30%) and “Italy” (20%). “of” (10%) worked against it. "
+            "40% came by way of the first token “The”, an attention sink, and says little about "
+            "that word.",
         ),
         (
             {"target": " Rome", "contrast": " Paris"},
-            "“Rome” rather than “Paris” comes from “capital” (30%) and “Italy” (20%). 40% came by "
-            "way of the first token “The”, an attention sink. “of” (10%) worked for “Paris”.",
+            "“Rome” rather than “Paris” comes from “capital” (30%) and “Italy” (20%). “of” (10%) "
+            "worked for “Paris”. 40% came by way of the first token “The”, an attention sink",
         ),
         (
             {},
             "By “contribution to the prediction”, the largest shares are those of “capital” (30%) "
-            "and “Italy” (20%). 40% came by way of the first token “The”, an attention sink. “of” "
-            "(10%) worked against it.",
+            "and “Italy” (20%). “of” (10%) worked against it. 40% came by way of the first token",
         ),
     ],
 )
@@ -67,7 +69,7 @@ def test_the_sentence(settings: dict[str, str], expected: str) -> None:
 def test_a_sink_may_work_against_the_target() -> None:
     scores = {"target": torch.tensor([-3.0, 1.0])}
     found = str(Explanation(["The", " end"], scores, settings={"target": "!"}))
-    assert "75% was taken away by the first token “The”, an attention sink." in found
+    assert "75% was taken away by the first token “The”, an attention sink" in found
     assert found.startswith("Why “!”?")
 
 
@@ -144,3 +146,39 @@ def test_words_keep_the_place_of_the_prediction(tiny_model, tiny_tokenizer) -> N
     assert whole.by_word().settings["target position"] == 3
     assert whole.by_span([(0, 2), (2, 4)]).settings["target position"] == 1
     assert "target position" not in whole.by_span([(0, 2)]).settings
+
+
+def test_words_that_occur_again_are_told_apart() -> None:
+    scores = {"target": torch.tensor([1.0, -2.0, 3.0, 4.0])}
+    found = Explanation(["a", " the", " b", " the"], scores, settings={"target": "!"})
+    assert [x.label for x in found.shares()] == ["a", "the (1st)", "b", "the (2nd)"]
+    assert "“!” comes from the 2nd “the” (40%) and “b” (30%)." in str(found)
+    assert "The 1st “the” (20%) worked against it." in str(found)
+    assert [shares._ordinal(n) for n in (1, 2, 3, 4, 11, 12, 21, 102, 113)] == [
+        *("1st", "2nd", "3rd", "4th", "11th", "12th", "21st", "102nd", "113th"),
+    ]
+
+
+def test_no_word_leads_if_all_are_alike() -> None:
+    words = [f" w{n}" for n in range(8)]
+    scores = torch.ones(8)
+    flat = Explanation(words, {"target": scores}, settings={"target": "!"})
+    assert "“!” comes from many words, most from “w1” (12%)" in str(flat)
+    scores[3] = 4
+    one = Explanation(words, {"target": scores}, settings={"target": "!"})
+    assert "“!” comes from “w3” (36%)" in str(one)
+
+
+def test_other_predictions_are_named(asked: Explanation, tiny_model, tiny_tokenizer) -> None:
+    ids = tiny_tokenizer("a b c d e f g h i j", return_tensors="pt").input_ids
+    with torch.no_grad():
+        chances = tiny_model(ids).logits[0, -1].softmax(-1)
+    best = chances.topk(4)
+    names = [readable_ids(tiny_tokenizer, [n])[0].strip() for n in best.indices.tolist()]
+    expected = zip(names[1:], best.values[1:].tolist(), strict=True)
+    others = ", ".join(f"“{name}” {100 * x:.2g}%" for name, x in expected)
+    assert asked.settings["other predictions"] == others
+    assert f"Other predictions: {others}." in str(asked)
+    second = explain(tiny_model, tiny_tokenizer, "a b c d e f g h i j", target=names[1])
+    assert second.settings["other predictions"].startswith(f"“{names[0]}” ")
+    assert f"“{names[1]}”" not in second.settings["other predictions"]

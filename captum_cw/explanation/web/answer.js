@@ -33,9 +33,9 @@ function paintBars() {
   element("bars").classList.toggle("signed", signed);
   element("bars").replaceChildren(...rows.map(([key, score, isSink]) => {
     const word = shown.keys.texts[key];
-    const note = key === 0 ? "first token, a sink" : "a sink";
+    const note = isSink ? (key === 0 ? "first token, a sink" : "a sink") : shown.occurrences[key];
     const button = createElement("button", { type: "button", onclick: () => goTo(key) },
-      createElement("bdi", {}, trim(word)), ...(isSink ? [createElement("small", {}, note)] : []));
+      createElement("bdi", {}, trim(word)), ...(note ? [" ", createElement("small", {}, note)] : []));
     button.title = `Show ${describe(word, key)} in the text`;
     const bar = createElement("i");
     bar.style.width = `${(100 * Math.abs(score)) / longest / (signed ? 2 : 1)}%`;
@@ -47,7 +47,7 @@ function paintBars() {
   }));
   const others = shown.S - rows.length;
   const left = 1 - rows.reduce((sum, [, score]) => sum + Math.abs(score), 0) / sizeOf(view.scores);
-  const all = method.ofTarget ? "of all that was added or taken away" : "of all scores";
+  const all = method.ofTarget ? "of all that the words added to it or took from it" : "of all scores";
   element("bars-note").textContent = (isPercent()
     ? `Percent ${all}.` : `Numbers are in the ${method.unit || "method's own unit"}.`) +
     (others > 0 ? ` ${countOf(others, `more ${unit}`)}: ${formatPercent(Math.abs(left))}.` : "");

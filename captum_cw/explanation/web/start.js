@@ -1,5 +1,8 @@
 // Start
 
+/** The number of characters of the prompt that are shown with the prediction. */
+const PROMPT = 200;
+
 /** Names the sinks: `the first token ("In")`, `tokens 0 ("In"), 3 (",")` or `4 tokens`. */
 function describeSinks() {
   const { sinks } = data;
@@ -17,6 +20,17 @@ function openAtPrediction() {
   if (shown.asked === shown.T - 1) element("tokens").scrollTop = element("tokens").scrollHeight;
 }
 
+/** Shows the end of the text with the prediction after it. */
+function showPrompt(wanted) {
+  const isNext = data.asked === data.tokens.length - 1 && data.predicted;
+  element("prompt").hidden = !isNext;
+  if (!isNext) return;
+  const text = data.tokens.join("").trim();
+  const end = text.length > PROMPT ? `…${text.slice(-PROMPT)}` : text;
+  const space = /^\s/.test(wanted) ? " " : "";
+  element("prompt").replaceChildren(createElement("bdi", {}, end), space, createElement("b", {}, trim(wanted)));
+}
+
 /** Asks the question about the target, and says how probable the answer is. */
 function showQuestion() {
   const { target: wanted, contrast: other } = settings;
@@ -30,7 +44,9 @@ function showQuestion() {
   element("answer").hidden = !("target value" in settings);
   element("answer").replaceChildren(
     ...("target probability" in settings ? [...list(probability, ", and "), ". "] : []),
-    other ? `The difference of their logits is ${value}.` : `Its logit is ${value}.`);
+    other ? `The difference of their logits is ${value}.` : `Its logit is ${value}.`,
+    ...("other predictions" in settings ? [` Other predictions: ${settings["other predictions"]}.`] : []));
+  showPrompt(wanted);
 }
 
 const inGroups = (methods) => {
@@ -57,7 +73,6 @@ element("heads-hint").textContent = `Each column is a layer, and each row is a h
   `orange ones ${against}. Choose a head to see its map.`;
 element("note").textContent = data.note ?? "";
 document.querySelectorAll("label.of-maps").forEach((label) => (label.hidden = !hasMaps));
-element("controls-box").open = innerWidth > 700;
 const made = Object.entries(settings).map(([name, value]) => `${name}: ${value}`);
 element("settings").textContent = ["Made with captum_cw", ...made].join(" · ");
 opened = Object.fromEntries(stateOf());

@@ -25,6 +25,21 @@ const state = {
 // The numbers that the state asks for, unpacked; see unpackAndShow and updateScale.
 let view = { method: state.method, tokens: null, grid: null, layer: null, rowMaxima: [], maximum: 0, negative: false };
 
+/** Which occurrence of its word each word is, such as "2nd"; "" if the text has it once. */
+function occurrencesOf(texts) {
+  const words = texts.map((text) => text.trim() || text);
+  const counts = new Map();
+  words.forEach((word) => counts.set(word, (counts.get(word) ?? 0) + 1));
+  const seen = new Map();
+  return words.map((word) => {
+    const n = (seen.get(word) ?? 0) + 1;
+    seen.set(word, n);
+    const endings = { one: "st", two: "nd", few: "rd", other: "th" };
+    return counts.get(word) > 1 ? `${n}${endings[ordinals.select(n)]}` : "";
+  });
+}
+const ordinals = new Intl.PluralRules("en", { type: "ordinal" });
+
 /** What is shown of the text: tokens, or words. `groups` has the first token and the end of each. */
 let shown = null;
 function useUnit() {
@@ -40,6 +55,7 @@ function useUnit() {
     keys, queries, S: keys.texts.length, T: queries.texts.length,
     keyOf: places(keys.groups), queryOf: places(queries.groups), // by token
     sinks: new Set(data.sinks.map((token) => places(keys.groups)[token])),
+    occurrences: occurrencesOf(keys.texts),
     asked: places(queries.groups)[data.asked] ?? null,
   };
 }
