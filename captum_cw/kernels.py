@@ -342,7 +342,7 @@ def _common_arguments(
         "KEY": _stored(weights.key, dtype),
         "MASK": bounds if mask is None else mask,
         "BOUNDS": bounds,
-        "HIGHEST": torch.empty(B, H, T, device=device),
+        "HIGHEST": torch.empty(B, H, T, dtype=torch.float32, device=device),
         **dict(zip(("mask_b", "mask_h", "mask_t"), strides, strict=True)),
         "H": H,
         "T": T,

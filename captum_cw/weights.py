@@ -224,7 +224,7 @@ class QueryMask:
         real, device = chosen[:, rows], chosen.device
         visible = self.visible
         if visible is None and self.causal:
-            last = torch.tensor(rows, device=device) + self.S - self.T
+            last = torch.tensor(rows, dtype=torch.long, device=device) + self.S - self.T
             visible = (torch.arange(self.S, device=device) <= last[:, None])[None, None]
         elif visible is not None and visible.shape[2] > 1:
             visible = visible[:, :, rows]

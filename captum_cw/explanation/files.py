@@ -228,7 +228,7 @@ def _head_variables(heads: Sequence[HeadMaps]) -> dict[str, Any]:
         return _array(torch.stack(full))
 
     def effect(layer: HeadMaps) -> Tensor:
-        full = torch.full((H,), torch.nan, device="cpu")
+        full = torch.full((H,), torch.nan, dtype=torch.float32, device="cpu")
         if layer.effect is not None:
             full[: len(layer.effect)] = layer.effect
         return full

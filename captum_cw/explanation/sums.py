@@ -48,7 +48,8 @@ class TextSums:
         T, K = self.T, self.K
         if not self.maps:
             self.maps = {entry.name: _zeros(T, T) for entry in self._measures}
-        self._totals = {entry.name: torch.zeros(H, T, device=device) for entry in self._measures}
+        totals = torch.zeros(len(self._measures), H, T, dtype=torch.float32, device=device)
+        self._totals = {e.name: x for e, x in zip(self._measures, totals, strict=True)}
         self._keys, self._share = _zeros(H, T, K, dtype=torch.int32), _zeros(H, T)
         self._kept = {factor: _zeros(H, T, K) for factor in FACTORS}
 

@@ -190,7 +190,7 @@ class _OneTarget:
 
     def begin(self, H: int, device: torch.device) -> None:
         """Begin a layer of ``H`` heads."""
-        self._effects.append(torch.zeros(H, device=device))
+        self._effects.append(torch.zeros(H, dtype=torch.float32, device=device))
 
     def add(self, block: Tensor, rows: slice, skipped: int, hidden: int) -> None:
         """Add a block of queries ``(H, t, n)`` of a layer; see :meth:`TextSums.add`."""

@@ -141,8 +141,9 @@ def _removal_table(item: str, result: Result) -> pd.DataFrame:
     for other in others if len(result.records) >= COMPARABLE else ():
         row = differences[f"{first} - {other} (95%)"] = {}
         for side in result.sides:
-            rates, *numbers, _ = result.compare(first, other, side, statistic="nll")
-            for rate, *difference in zip(rates, *(x.tolist() for x in numbers), strict=True):
+            found = result.compare(first, other, side, statistic="nll")
+            numbers = (x.tolist() for x in (found.difference, found.low, found.high))
+            for rate, *difference in zip(found.rates, *numbers, strict=True):
                 row[side, rate] = "{:.3f} ({:.3f} to {:.3f})".format(*difference)
     wide = pd.concat([wide.astype(object), pd.DataFrame(differences).T])
     wide.columns = [f"{result.sides[side]} {100 * rate:g}% (nats)" for side, rate in wide.columns]

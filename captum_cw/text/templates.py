@@ -295,7 +295,7 @@ def _check_chat(tokenizer: Any, messages: Messages, options: Mapping[str, Any]) 
         if not is_message or not _is_content(message.get("content")):
             raise TypeError(
                 f"{message!r} is not a message: give {{'role': 'user', 'content': 'a text'}}. A "
-                "list is one chat: explain several texts one by one. The content must be a text, "
+                "list is one chat here; 'explain' takes several texts. The content must be a text, "
                 "None, or a list of parts such as {'type': 'text', 'text': 'a text'}. For other "
                 "content, apply the chat template yourself and give its text or ids."
             )

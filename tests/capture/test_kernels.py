@@ -25,8 +25,8 @@ from captum_cw.capture.kernel_masks import KernelMask, evaluated
 from captum_cw.functional import QueryMask
 from captum_cw.models.inspection import attention_layers
 from support import models
+from support.attention_kernels import flash_registered, kernel_registered, with_kernel
 from support.inputs import padded_batch, token_ids
-from support.kernels import flash_registered, kernel_registered, with_kernel
 
 HUB = "kernels-community/flash-attn"
 FLASH = [HUB, "flash_attention_2", "flash_attention_3", "paged|flash_attention_2"]

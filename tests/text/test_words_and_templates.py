@@ -436,7 +436,7 @@ def test_a_chat_is_explained_without_a_prompt_for_more(
     ("messages", "kind", "message"),
     [
         ([], ValueError, "chat is empty"),
-        (["a"], TypeError, "'a' is not a message.*several texts one by one"),
+        (["a"], TypeError, "'a' is not a message.*'explain' takes several texts"),
         ([{"role": "U", "content": [{"type": "text"}]}], TypeError, "apply the chat template"),
         ([{"content": "a"}], TypeError, "is not a message: give {'role'"),
     ],
@@ -447,6 +447,9 @@ def test_inputs_that_are_not_a_chat_are_refused(
     model, tokenizer = language_model
     with pytest.raises(kind, match=message):
         LLMTokenAttribution(ContributionWeights(model), tokenizer).attribute(messages, target="a")
+    if messages == ["a"]:  # a list of texts
+        assert [x.text for x in explain(model, tokenizer, messages)] == messages
+        return
     with pytest.raises(kind, match=message):
         explain(model, tokenizer, messages)
 
