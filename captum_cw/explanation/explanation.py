@@ -214,7 +214,7 @@ class Explanation(Exported):
             >>> scores = {"contribution": torch.tensor([0.6, 0.1, 0.0, 0.3])}
             >>> print(Explanation(words, scores).summary(2))
             By “contribution, size”, the largest shares are those of “France” (30%) and “capital” \
-(10%). 60% came by way of the first token “The”, an attention sink.
+(10%). 60% came by way of the first token “The”, an attention sink, and says little about that word.
             <BLANKLINE>
             The         60% ████████████████████████  (attention sink)
             France      30% ████████████

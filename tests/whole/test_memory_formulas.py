@@ -23,7 +23,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("memory")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_formulas_give_the_memory_of_a_small_model(
     memory: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
