@@ -51,7 +51,17 @@ LABELS: dict[str, str] = {
 OTHER_COLOURS = ("#cc79a7", "#56b4e9", "#000000", "#f0e442")
 
 
-class Comparison(NamedTuple):
+class _Numbers(NamedTuple):
+    """The parts of a comparison."""
+
+    rates: tuple[float, ...]
+    difference: Tensor
+    low: Tensor
+    high: Tensor
+    better: tuple[str | None, ...]
+
+
+class Comparison(_Numbers):
     """The difference of two methods at each rate, with its paired bootstrap interval.
 
     Attributes:
@@ -60,24 +70,21 @@ class Comparison(NamedTuple):
         low: ``(rates,)``, the lower end of the interval.
         high: ``(rates,)``, the upper end of the interval.
         better: the name of the better method at each rate; None if the interval holds zero.
-        methods: the names of ``a`` and ``b``.
-        examples: the number of examples.
+        methods: the names of ``a`` and ``b``. Like the next, it is not one of the five that
+            unpacking gives.
+        examples: the number of examples; 0 if it is unknown.
 
     Example:
         >>> low, high = torch.tensor([-2.0, -0.5]), torch.tensor([-1.0, 0.1])
         >>> difference, better = torch.tensor([-1.5, -0.2]), ("contribution", None)
-        >>> names = ("contribution", "vw")
-        >>> print(Comparison((0.5, 0.7), difference, low, high, better, names, 32))
+        >>> found = Comparison((0.5, 0.7), difference, low, high, better)
+        >>> found.methods = ("contribution", "vw")
+        >>> print(found)
         contribution is better than vw at 50%. At 70% the difference is undecided.
           50%: contribution - vw = -1.5 (-2 to -1)
           70%: contribution - vw = -0.2 (-0.5 to 0.1)
     """
 
-    rates: tuple[float, ...]
-    difference: Tensor
-    low: Tensor
-    high: Tensor
-    better: tuple[str | None, ...]
     methods: tuple[str, str] = ("a", "b")
     examples: int = 0
 
@@ -273,8 +280,9 @@ class FaithfulnessResult:
             lower if y < 0 else higher if x > 0 else None
             for x, y in zip(low.tolist(), high.tolist(), strict=True)
         )
-        rates = self.rates[REMOVED[side]]
-        return Comparison(rates, difference()[0], low, high, better, (a, b), n)
+        found = Comparison(self.rates[REMOVED[side]], difference()[0], low, high, better)
+        found.methods, found.examples = (a, b), n
+        return found
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return a row for each method, side and rate (needs pandas).

@@ -1,5 +1,7 @@
 """A comparison of two methods is told in a sentence, with its numbers below."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -35,6 +37,10 @@ def test_the_better_method_is_named(deltas: list[tuple[float, float]], sentence:
     assert first == sentence
     assert row.strip().startswith(f"50%: a - b = {float(found.difference[0]):.3g} (")
     assert torch.isfinite(found.low).all()
+    rates, difference, low, high, better = found
+    assert (rates, better) == ((0.5,), found.better)
+    assert low <= difference <= high
+    assert str(pickle.loads(pickle.dumps(found))) == str(found)
 
 
 @pytest.mark.parametrize("count", [FEW - 1, FEW])
