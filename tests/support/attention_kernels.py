@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash
 from torch import Tensor, nn
@@ -83,6 +84,8 @@ def flash_attn_varlen_func(
 @contextmanager
 def flash_registered(name: str) -> Iterator[None]:
     """Register a stand-in for flash attention under a name, as transformers registers kernels."""
+    if not all(hasattr(flash, attribute) for attribute in LOADED):
+        pytest.skip("this release of transformers loads flash attention in another way")
     before = {attribute: getattr(flash, attribute) for attribute in LOADED}
     now = (
         *(name, flash_attn_func, flash_attn_varlen_func, None),
