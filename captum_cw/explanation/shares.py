@@ -5,6 +5,7 @@ The page, the command line and ``print(explanation)`` show these shares.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -100,13 +101,22 @@ def shares_of(
         words, spans = explanation.by_word(), spans_of_words(explanation.words)
     scores = words.scores[method].detach().cpu().double()
     total = float(scores.abs().sum()) or 1.0
-    same = [text.strip() or text for text in words.tokens]
-    occurrences = [same[: n + 1].count(x) if same.count(x) > 1 else 0 for n, x in enumerate(same)]
-    parts = zip(words.tokens, scores.tolist(), spans, occurrences, strict=True)
+    parts = zip(words.tokens, scores.tolist(), spans, _occurrences(words.tokens), strict=True)
     return [
         Share(text, start, score, score / total, any(start <= n < stop for n in sinks), occurrence)
         for text, score, (start, stop), occurrence in parts
     ]
+
+
+def _occurrences(words: Sequence[str]) -> list[int]:
+    """Return which occurrence of its text each word is, counted from 1; 0 without another."""
+    same = [text.strip() or text for text in words]
+    total, seen = Counter(same), Counter[str]()
+    found = []
+    for text in same:
+        seen[text] += 1
+        found.append(seen[text] if total[text] > 1 else 0)
+    return found
 
 
 def question(explanation: Explanation) -> str | None:

@@ -296,17 +296,23 @@ class Names:
             position: The position of a target that does not have one; None is the last.
         """
         number = self.number(wanted, position)
+        logits = self._logits_at(number, position)
         if isinstance(number, tuple):
-            position, number = number
-        logits = self.logits[0].float()
-        if logits.dim() == 2:
-            logits = logits[-1 if position is None else position]
+            number = number[1]
         if number is None:
             number = int(logits.argmax())
         described = {role: self._readable(number)}
         if self.exclusive and len(logits) > 1:
             described[f"{role} probability"] = f"{logits.softmax(-1)[number].item():.4g}"
         return described
+
+    def _logits_at(self, number: Any, position: int | None) -> Tensor:
+        """Return the logits ``(C,)`` at the position of a target; without one, the last."""
+        logits = self.logits[0].float()
+        if logits.dim() == 1:
+            return logits
+        position = number[0] if isinstance(number, tuple) else position
+        return logits[-1 if position is None else position]
 
     def others(self, named: Sequence[Wanted], position: int | None) -> str:
         """Return the likeliest other predictions, for readers; "" if there is no right one.
@@ -315,12 +321,7 @@ class Names:
             named: The target and its contrast.
             position: The position of a target that does not have one; None is the last.
         """
-        wanted = self.number(named[0], position)
-        if isinstance(wanted, tuple):
-            position = wanted[0]
-        logits = self.logits[0].float()
-        if logits.dim() == 2:
-            logits = logits[-1 if position is None else position]
+        logits = self._logits_at(self.number(named[0], position), position)
         if not self.exclusive or len(logits) < 2:
             return ""
         best = logits.topk(min(OTHERS + 2, len(logits))).indices.tolist()

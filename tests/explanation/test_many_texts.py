@@ -77,6 +77,13 @@ def test_each_text_has_its_target(tiny_model, tiny_tokenizer) -> None:
         check_equal(explanation, alone)
 
 
+def test_some_texts_may_have_a_target(tiny_model, tiny_tokenizer) -> None:
+    targets = ["a", None, "b", None]
+    found = explain(tiny_model, tiny_tokenizer, TEXTS, target=targets)
+    for explanation, text, target in zip(found, TEXTS, targets, strict=True):
+        check_equal(explanation, explain(tiny_model, tiny_tokenizer, text, target=target))
+
+
 def test_long_and_short_texts_run_apart(
     tiny_model, tiny_tokenizer, passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
