@@ -229,8 +229,7 @@ def _groups(prompts: Sequence[_Prompt]) -> list[list[int]]:
     """Return the texts of each batch. Texts that cannot be padded are alone."""
     kinds: dict[Any, list[int]] = {}
     for n, prompt in enumerate(prompts):
-        asked = prompt.question.target is None, prompt.question.contrast is None
-        kind = (*prompt.inputs, asked) if prompt.fits_a_batch else n
+        kind = (*prompt.inputs, prompt.question.contrast is None) if prompt.fits_a_batch else n
         kinds.setdefault(kind, []).append(n)
     return [
         [numbers[place] for place in group]
