@@ -30,13 +30,14 @@ import numpy as np
 import torch
 from captum.attr import InputXGradient, IntegratedGradients
 from matplotlib.figure import Figure
-from pages import DEMO, fill_page
+from pages import DEMO, commit, fill_page
 from torch import Tensor
 
 from captum_cw import (
     ALTIWeights,
     AttentionWeights,
     ContributionWeights,
+    EffectContributions,
     TargetContributions,
     TokenScores,
     VWAttention,
@@ -44,6 +45,7 @@ from captum_cw import (
 )
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
+from captum_cw.attr.effects import Form
 from captum_cw.metrics.tables import in_markdown
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
 from captum_cw.visualization import save_figure
@@ -221,9 +223,13 @@ METHODS = (
     Method("values, frozen, absolute", "the same, with absolute values in the sum"),
     Method("values, attnlrp, signed", 'with `attention="attnlrp"`', signed=True),
     Method("values, attnlrp, absolute", "the same, with absolute values in the sum"),
+    Method("joint", "`EffectContributions`, sizes, summed over queries, heads and layers"),
+    Method("effect", 'with `form="effect"`'),
+    Method("sensitivity", 'with `form="sensitivity"`'),
 )
 NAMES = tuple(method.name for method in METHODS)
-OURS = tuple(name for name in NAMES if name.startswith(("input, ", "values, ")))
+FORMS: tuple[Form, ...] = ("joint", "effect", "sensitivity")
+OURS = (*FORMS, *(name for name in NAMES if name.startswith(("input, ", "values, "))))
 
 #: Names of methods, and their scores of all tokens ``(B, T)``.
 Scores = dict[str, Tensor]
@@ -247,6 +253,7 @@ def jobs(model: Any, tokenizer: Any) -> dict[str, Job]:
         **{name: _at_last_query(name, scores) for name, scores in alone.items()},
         "frozen": _from_target(model, "frozen"),
         "attnlrp": _from_target(model, "attnlrp"),
+        **{form: _of_effect(model, form) for form in FORMS},
         "input x gradient": lambda asked: {"input x gradient": input_x_gradient(model, asked)},
         GRADIENTS: lambda asked: {GRADIENTS: integrated_gradients(model, tokenizer, asked)},
     }
@@ -258,6 +265,17 @@ def _ids(asked: Sequence[Question]) -> Tensor:
 
 def _at_last_query(name: str, scores: TokenScores) -> Job:
     return lambda asked: {name: scores.attribute(_ids(asked))}
+
+
+def _as_target(asked: Sequence[Question]) -> dict[str, Any]:
+    """Return the good continuations, and the bad ones if there are any, by argument."""
+    bad = [question.bad for question in asked if question.bad is not None]
+    return {"target": [question.good for question in asked], "contrast": bad or None}
+
+
+def _of_effect(model: Any, form: Form) -> Job:
+    scores = TokenScores(EffectContributions(model, form=form), *("sum", "sum", "sum"))
+    return lambda asked: {form: scores.attribute(_ids(asked), **_as_target(asked))}
 
 
 def _from_target(model: Any, kind: Any) -> Job:
@@ -276,10 +294,7 @@ def _from_target(model: Any, kind: Any) -> Job:
 
     def scores(asked: Sequence[Question]) -> Scores:
         ids = _ids(asked)
-        bad = [question.bad for question in asked if question.bad is not None]
-        found = method.run(
-            ids, None, on_layer, target=[question.good for question in asked], contrast=bad or None
-        )
+        found = method.run(ids, None, on_layer, **_as_target(asked))
         signed, absolute = zip(*(of_layer for _, of_layer in found.layers), strict=True)
         return {
             f"input, {kind}": found.shares_like(ids),
@@ -755,9 +770,10 @@ def _head(argv: Sequence[str]) -> str:
     command = shlex.join(re.sub(r"/\S*/", "", word) for word in ["python", SCRIPT, *argv])
     versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
     return (
-        f"Results of `{command}` on Python {platform.python_version()}, {versions}. A cell is the "
-        f"mean over rows with its 95% bootstrap interval ({RESAMPLES:,} resamples of rows). A "
-        "number in square brackets counts the rows of a method that did not run on all of them. "
+        f"Results of `{command}` at commit {commit()} on Python {platform.python_version()}, "
+        f"{versions}. A cell is the mean over rows with its 95% bootstrap interval "
+        f"({RESAMPLES:,} resamples of rows). A number in square brackets counts the "
+        "rows of a method that did not run on all of them. "
         "Other methods are compared with it on these rows."
     )
 
@@ -859,7 +875,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     models = options.model or [(DEMO_MODEL.rpartition("/")[2], DEMO)]
     results: dict[str, dict[str, Any]] = {name: {} for name, _ in models}
-    steps = len(models) * sum(8 * asked.count + asked.gradient_count for asked in sets)
+    steps = len(models) * sum(11 * asked.count + asked.gradient_count for asked in sets)
     with progress_bar(steps, "Rows", show=True) as bar:
         for name, source in models:
             demo = source == DEMO

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
-from captum_cw import InputContributions, TargetContributions, TokenScores
+from captum_cw import EffectContributions, InputContributions, TargetContributions, TokenScores
 from captum_cw._utils.records import Records
 from support.paths import ROOT, shared_data
 
@@ -128,6 +128,11 @@ def test_scores_are_those_of_the_classes_and_are_kept(
                 expected[f"values, {kind}, {form}"] = scores
             for name, scores in expected.items():
                 assert torch.allclose(torch.tensor(found.scores[name][number]), scores[0], 1e-4)
+        for form in evidence.FORMS:
+            effects = EffectContributions(tiny_model, form=form)
+            maps = torch.stack(effects.attribute(ids, asked[0], contrast=asked[1]))
+            scores = maps.double().abs().sum((0, 2, 3)).float()
+            assert torch.allclose(torch.tensor(found.scores[form][number]), scores[0], 1e-4)
     assert [*found.scores[evidence.GRADIENTS]] == [1, 2]
     with Records(tmp_path / "rows.records", {}) as records:
         assert run(records).scores == found.scores
