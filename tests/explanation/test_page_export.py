@@ -158,6 +158,7 @@ def test_the_answer_as_svg(show: Show, of_words: Explanation) -> None:
         ElementTree.tostring(picture, encoding="unicode").replace("ns0:", "").replace(":ns0", ""),
     )
     assert min(start for start, _ in widths) >= 0
+    assert max(end for _, end in widths) <= float(picture.get("width"))
 
 
 def test_the_answer_as_png(show: Show, asked: Explanation) -> None:

@@ -42,10 +42,11 @@ const escaped = (text) => text
   .replace(/[&<>"]/g, (x) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[x])
   .replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\ud800-\udfff\ufffe\uffff]/gu, "�");
 
-/** Breaks a text into lines of a width in pixels. */
+/** Breaks a text into lines of a width in pixels, and shortens words that are longer. */
 function linesOf(context, text, width) {
   const lines = [""];
-  for (const word of text.split(" ").filter(Boolean)) {
+  for (const whole of text.split(" ").filter(Boolean)) {
+    const word = fitting(context, whole, width);
     const longer = lines.at(-1) ? `${lines.at(-1)} ${word}` : word;
     if (lines.at(-1) && context.measureText(longer).width > width) lines.push(word);
     else lines[lines.length - 1] = longer;
