@@ -5,7 +5,7 @@
 The last documents of each set are cut to one length, so that intervals are over documents that
 have nothing to do with each other. Each setting is an evaluation of its own, and a run that was
 stopped resumes. The results are a page of all tables, and the tables and figures of the pages on
-pairs and on tokens.
+pairs and on tokens. With ``--finished`` the pages show what earlier runs have finished.
 """
 
 from __future__ import annotations
@@ -276,6 +276,7 @@ def first_table(results: Results, key: str, scores: Sequence[str]) -> str:
             rows += [
                 [f"{model}, {data}", name, *(cell.in_markdown for cell in found[name])]
                 for name in (PAPER, *scores)
+                if name in found
             ]
     return in_markdown(["model and texts", "score", *COLUMNS], rows, texts=2)
 
@@ -283,29 +284,33 @@ def first_table(results: Results, key: str, scores: Sequence[str]) -> str:
 def standings(results: Results, keys: Sequence[str]) -> str:
     """Return a table with a mark for each model and set of texts in each cell."""
     names = dict.fromkeys(f"{model}, {data}" for model, data, _ in results)
-    marks: dict[tuple[str, str], list[str]] = {}
+    rows = []
     for key in keys:
-        for result in (of for (_, _, setting), of in results.items() if setting == key):
-            for name, row in rows_of(result).items():
-                before = marks.get((key, name), [""] * len(COLUMNS))
-                marks[key, name] = [
-                    x + ("" if cell.verdict is None else MARKS[cell.verdict])
-                    for x, cell in zip(before, row, strict=True)
-                ]
-    rows = [
-        [key, name, *(f"`{x}`" for x in row)] for (key, name), row in marks.items() if name != PAPER
-    ]
+        found = {f"{m}, {data}": rows_of(of) for (m, data, k), of in results.items() if k == key}
+        scores = dict.fromkeys(score for of in found.values() for score in of)
+        for score in [score for score in scores if score != PAPER]:
+            cells = [
+                "".join(_mark(found.get(name, {}).get(score), column) for name in names)
+                for column in range(len(COLUMNS))
+            ]
+            rows.append([key, score, *(f"`{x}`" for x in cells)])
     table = in_markdown(["ranking", "score", *COLUMNS], rows, texts=2)
     return (
         f"Each cell has a mark for {'; '.join(names)}, in this order. `+` is ahead of `{PAPER}`, "
-        f"`-` behind, and `~` undecided.\n\n{table}"
+        f"`-` behind, `~` undecided, and `.` was not run.\n\n{table}"
     )
+
+
+def _mark(row: Sequence[Cell] | None, column: int) -> str:
+    verdict = None if row is None else row[column].verdict
+    return "." if verdict is None else MARKS[verdict]
 
 
 def figure(results: Results, key: str) -> Figure:
     """Draw where each score stands between the worst order and the best, in one setting."""
     of_key = {f"{m}, {data}": places(x) for (m, data, k), x in results.items() if k == key}
-    scores = next(result.methods for (*_, k), result in results.items() if k == key)
+    methods = [result.methods for (*_, k), result in results.items() if k == key]
+    scores = [name for name in methods[0] if all(name in others for others in methods)]
     drawn = Figure(figsize=(9, 0.6 + 0.34 * len(scores)), layout="constrained")
     titles: dict[Which, str] = {"bottom": "What can go", "top": "What must stay"}
     for axis, (which, title) in zip(drawn.subplots(1, 2, sharey=True), titles.items(), strict=True):
@@ -333,10 +338,11 @@ def evaluated(
     setting: Setting,
     options: argparse.Namespace,
     folder: Path,
-) -> FaithfulnessResult:
+) -> FaithfulnessResult | None:
     """Run the missing part of one evaluation, and return its result.
 
-    Each score has its own records, so that one can be added later.
+    Each score has its own records, so that one can be added later. With ``options.finished``,
+    only scores whose records are whole are in the result, which is None without contributions.
     """
     batches = documents(source, tokenizer, options)
     chosen = {"scoring": "clean", "reduction": setting.reduction, **setting.options}
@@ -345,10 +351,18 @@ def evaluated(
     found = []
     for name, make in setting.methods.items():
         method, records = make(model, setting.reduction), folder / f"{name}.records"
-        found.append(
-            metric.evaluate({name: method}, batches, target=setting.target, resume_from=records)
-        )
+        if not options.finished or _is_whole(records, options.samples):
+            found.append(
+                metric.evaluate({name: method}, batches, target=setting.target, resume_from=records)
+            )
+        elif name == PAPER:
+            return None
     return joined(found)
+
+
+def _is_whole(records: Path, texts: int) -> bool:
+    """Return whether there is a line for each text, after one that describes the run."""
+    return records.exists() and len(records.read_text("utf-8").splitlines()) == texts + 1
 
 
 def joined(results: Sequence[FaithfulnessResult]) -> FaithfulnessResult:
@@ -373,6 +387,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--settings", help="the ways to rank, divided by commas; without it, all")
     add("--first", action="store_true", help="the first documents instead, to choose scores on")
+    add("--finished", action="store_true", help="run nothing, and show what has been finished")
     return parser
 
 
@@ -394,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     bar.set_postfix_str(f"{name}, {data}, {key}")
                     folder = options.work / name / f"{data}, {_part(options)}" / key
                     result = evaluated(model, tokenizer, texts, setting, options, folder)
-                    results[name, data, key] = result
+                    if result is not None:
+                        results[name, data, key] = result
                     bar.update()
     head = f"{made_by('ranking', argv, options.commit, weights)} {_about(options)}"
     parts = [

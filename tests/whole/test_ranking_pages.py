@@ -165,6 +165,19 @@ def test_the_pages_of_rankings(
         assert set(first_columns(marks, 1)) - {"ranking"} <= {"global", "layer", "max", "token"}
         assert key in first_columns(marks, 1)
 
+    written(ranking, [*arguments, "layer,token,global,max", "--finished"], out)
+    assert (out / "rankings.md").read_text("utf-8").replace(" --finished", "") == everything
+    records = out / "work" / "model" / "letters, last"
+    (records / "layer" / "vwon.records").unlink()
+    lines = (records / "max" / "contribution.records").read_text("utf-8").splitlines()
+    (records / "max" / "contribution.records").write_text("\n".join(lines[:-1]), "utf-8")
+    written(ranking, [*arguments, "layer,token,global,max", "--finished"], out)
+    left = first_columns((out / "rankings.md").read_text("utf-8"), 1)
+    for _ in range(2):  # both tables of the setting "layer"
+        expected.remove("vwon")
+    assert left == expected[:-12]
+    assert not (records / "layer" / "vwon.records").exists()
+
     written(ranking, [*arguments, "expected", "--first"], out)
     tried = (out / "rankings-tried.md").read_text(encoding="utf-8")
     assert "The first 3 documents" in tried
