@@ -186,12 +186,6 @@ REPORTED = {
         ("joint", "joint, attnlrp", "KVzip+", "attention"),
         "max",
     ),
-    "paper": Setting(
-        "As in the paper: online scoring, the mean over queries",
-        ("vwon", "vw", "attention", measures.RANDOM),
-        "mean",
-        options={"scoring": "online"},
-    ),
 }
 #: Settings that scores were chosen by, on the first documents.
 TRIED = {

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from captum_cw import functional
-from captum_cw.functional import AttentionLayer, QueryMask, contribution, dense_map, vw
+from captum_cw.functional import (
+    AttentionLayer,
+    EffectLayer,
+    QueryMask,
+    contribution,
+    dense_map,
+    vw,
+)
+from captum_cw.weights import SoftmaxWeights
 from support import reference
 from support.masks import MASKS, make_mask
 
@@ -248,3 +256,38 @@ def test_tensors_whose_shapes_do_not_fit_are_refused() -> None:
     layer, *_ = make_layer()
     with pytest.raises(ValueError, match="reduction='median'"):
         functional.token_scores(layer, contribution(), "median")  # type: ignore[arg-type]
+
+
+#: Heads, heads of keys and values, their size, and the width of known models, and a length.
+BIG = {
+    "8B": (32, 8, 128, 4096, 2048),
+    "70B": (64, 8, 128, 8192, 2048),
+    "405B": (128, 8, 128, 16384, 1024),
+}
+
+
+@pytest.mark.parametrize("size", BIG)
+@pytest.mark.parametrize("name", ["inter", "joint"])
+def test_the_shapes_of_big_layers(size: str, name: str) -> None:
+    """On the meta device tensors have shapes and no numbers, and one on a CPU would be refused."""
+    H, H_kv, d_h, d, T = BIG[size]
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(1, *shape, device="meta")
+
+    mask = QueryMask(T, T, causal=True)
+    weights = SoftmaxWeights(empty(H, T, d_h), empty(H_kv, T, d_h), mask)
+    value, heads = empty(H_kv, T, d_h), empty(H, T, d_h)
+    layer: functional.AnyLayer
+    if name in MEASURES:
+        measure = MEASURES[name]
+        layer = AttentionLayer(weights, value, heads, empty(H, d_h, d)[0], empty(T, d), mask)
+    else:
+        measure = functional.joint(0.25)
+        layer = EffectLayer(weights, value, heads, mask, share=heads, effect=empty(T))
+    assert (layer.H, layer.T, layer.S) == (H, T, T)
+    reductions: tuple[functional.Reduction, ...] = ("mean", "rms")
+    for reduction in reductions:
+        scores = functional.token_scores(layer, measure, reduction)
+        assert (scores.device.type, scores.shape) == ("meta", (1, H, T))
+        assert scores.dtype == torch.float32
