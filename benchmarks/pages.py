@@ -24,6 +24,9 @@ OUT = Path(__file__).parent.parent / "docs" / "results"
 #: The source that stands for the demo model.
 DEMO = "demo"
 
+#: What the option ``--finished`` does.
+FINISHED = "run nothing, and show what earlier runs have finished"
+
 #: The draws of a bootstrap interval.
 RESAMPLES = 10_000
 
@@ -134,6 +137,11 @@ def commit() -> str:
         found = subprocess.run(command, capture_output=True, text=True, check=True)
         return found.stdout.strip()
     return "unknown"
+
+
+def is_whole(records: Path, texts: int) -> bool:
+    """Return whether there is a line for each text, after one that describes the run."""
+    return records.exists() and len(records.read_text("utf-8").splitlines()) == texts + 1
 
 
 def write_page(path: Path, parts: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from evidence import Question, begin_token, input_x_gradient, integrated_gradients
-from pages import fill_page, legend, loaded, made_by, parser_of
+from pages import FINISHED, fill_page, is_whole, legend, loaded, made_by, parser_of
 from peers_of_removal import register_peers
 from ranking import LEADERS, OF_TOKENS, PAPER, SCORES
 from torch import Tensor
@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--settings", default=",".join(SETTINGS), help="what is removed")
     add("--samples", type=int, default=32, help="number of texts, from the last one on")
+    add("--finished", action="store_true", help=FINISHED)
     return parser
 
 
@@ -140,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for key in chosen:
                     bar.set_postfix_str(f"{name}, {data}, {key}")
                     records = options.work / name / data / f"{key}.records"
+                    if options.finished and not is_whole(records, len(texts)):
+                        continue
                     result = evaluated(model, tokenizer, key, texts, records)
                     title = f"### {name}, {data}: {SETTINGS[key][0]}"
                     parts.append(f"{title}\n\n{result.to_markdown(PAPER)}\n\n{len(texts)} texts.")

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from pages import (
+    FINISHED,
     add_documents,
     documents,
     fill_page,
+    is_whole,
     legend,
     loaded,
     made_by,
@@ -345,18 +347,13 @@ def evaluated(
     found = []
     for name, make in setting.methods.items():
         method, records = make(model, setting.reduction), folder / f"{name}.records"
-        if not options.finished or _is_whole(records, options.samples):
+        if not options.finished or is_whole(records, options.samples):
             found.append(
                 metric.evaluate({name: method}, batches, target=setting.target, resume_from=records)
             )
         elif name == PAPER:
             return None
     return joined(found)
-
-
-def _is_whole(records: Path, texts: int) -> bool:
-    """Return whether there is a line for each text, after one that describes the run."""
-    return records.exists() and len(records.read_text("utf-8").splitlines()) == texts + 1
 
 
 def joined(results: Sequence[FaithfulnessResult]) -> FaithfulnessResult:
@@ -381,7 +378,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--settings", help="the ways to rank, divided by commas; without it, all")
     add("--first", action="store_true", help="the first documents instead, to choose scores on")
-    add("--finished", action="store_true", help="run nothing, and show what has been finished")
+    add("--finished", action="store_true", help=FINISHED)
     return parser
 
 

@@ -41,8 +41,7 @@ HOWS: tuple[How, ...] = ("zero", "mean", "hidden")
 COMPARED = {
     name: SCORES[name]
     for name in (
-        *(PAPER, "vwon", "attention", "VATP", "CriticalKV", "OBCache", "CAOTE"),
-        *("joint", "effect, frozen", "sensitivity, plain", "target, plain"),
+        *(PAPER, "joint", "effect, frozen", "vwon", "attention", "CAOTE"),
         measures.RANDOM,
     )
 }
