@@ -14,7 +14,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pages import add_documents, documents, fill_page, loaded, made_by, mean_and_interval, parser_of
+from pages import (
+    Intervals,
+    add_documents,
+    documents,
+    dots,
+    fill_page,
+    loaded,
+    made_by,
+    mean_and_interval,
+    parser_of,
+)
 from torch import Tensor
 
 from captum_cw import (
@@ -33,6 +43,7 @@ from captum_cw.metrics.identity import checksum, fingerprint
 from captum_cw.metrics.tables import in_markdown
 from captum_cw.models.loading import origin
 from captum_cw.removal.target_scores import OwnText
+from captum_cw.visualization import save_figure
 
 SCORES: dict[str, Any] = {
     "contribution": ContributionWeights,
@@ -99,8 +110,8 @@ def of_batch(
     return {name: correlation(torch.stack(x), found).tolist() for name, x in sums.items()}
 
 
-def _row(name: str, values: Sequence[float]) -> list[str]:
-    mean, low, high = mean_and_interval(torch.tensor(values))
+def _row(name: str, found: tuple[float, float, float]) -> list[str]:
+    mean, low, high = found
     return [name, f"{mean:.3f}", f"{low:.3f} to {high:.3f}"]
 
 
@@ -115,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     parts, weights = [], []
+    drawn: dict[str, Intervals] = {}
     for source in options.model or [None]:
         model, tokenizer, name = loaded(source, options.threads)
         weights.append(origin(model))
@@ -144,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     for score, found in records[key].items():
                         values[score] += found
                     bar.update()
-            rows = [_row(score, found) for score, found in values.items()]
+            means = {score: mean_and_interval(torch.tensor(x)) for score, x in values.items()}
+            drawn[f"{name}, {data}"] = means
+            rows = [_row(*of) for of in means.items()]
             heads = ["score", "rank correlation", "95% interval"]
             parts.append(f"### {name}, {data}\n\n{in_markdown(heads, rows)}")
     top = (
@@ -156,6 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "log-likelihood (Spearman), averaged over documents."
     )
     title = "Do scores add up to what a removal costs?"
+    label = "rank correlation of summed scores and losses"
+    save_figure(dots({"": drawn}, label), options.out / "datamodelling.png")
+    parts.append("![The rank correlation of each score.](datamodelling.png)")
     shown = {"command": top, "tables": "\n\n".join(parts)}
     fill_page(options.out / "datamodelling.md", title, shown)
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from captum_cw.data import load_texts, token_batches
@@ -38,6 +39,40 @@ def mean_and_interval(values: Tensor) -> tuple[float, float, float]:
     bounds = x[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     low, high = bounds.tolist()
     return float(x.mean()), low, high
+
+
+Intervals = Mapping[str, tuple[float, float, float]]
+"""Means with the bounds of their intervals, by score."""
+
+
+def dots(
+    panels: Mapping[str, Mapping[str, Intervals]],
+    label: str,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw means and intervals, a row for each score that all have.
+
+    Args:
+        panels: By the title of a panel, and by what a colour stands for.
+        label: What the numbers are.
+        limits: The ends of the axis.
+    """
+    every = [of for colours in panels.values() for of in colours.values()]
+    scores = [name for name in every[0] if all(name in of for of in every)]
+    drawn = Figure(figsize=(9, 0.9 + 0.34 * len(scores)), layout="constrained")
+    axes = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, colours) in zip(axes, panels.items(), strict=True):
+        for n, (name, of) in enumerate(colours.items()):
+            means, low, high = torch.tensor([of[score] for score in scores]).T
+            rows = torch.arange(len(scores)) + 0.16 * (n - (len(colours) - 1) / 2)
+            spread = torch.stack([means - low, high - means])
+            axis.errorbar(means, rows, xerr=spread, fmt="o", ms=4, color=f"C{n}", label=name)
+        axis.set(title=title, xlabel=label, xlim=limits)
+        axis.set_yticks(range(len(scores)), scores)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return drawn
 
 
 def named(text: str) -> tuple[str, str]:

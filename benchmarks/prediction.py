@@ -22,7 +22,7 @@ import torch
 from evidence import Question, begin_token, input_x_gradient, integrated_gradients
 from pages import FINISHED, fill_page, is_whole, legend, loaded, made_by, parser_of
 from peers_of_removal import register_peers
-from ranking import LEADERS, OF_TOKENS, PAPER, SCORES
+from ranking import LEADERS, OF_TOKENS, PAPER, SCORES, figure
 from torch import Tensor
 
 from captum_cw import ComprehensivenessSufficiency, measures, scale_values
@@ -31,6 +31,7 @@ from captum_cw.data import load_texts
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.models.loading import origin
 from captum_cw.removal.ranking import Which
+from captum_cw.visualization import save_figure
 
 RATES: dict[Which, Sequence[float]] = {"bottom": (0.7, 0.9, 0.95), "top": (0.01, 0.03, 0.1)}
 COMPARED = (
@@ -130,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     register_peers()
     chosen, parts, weights = options.settings.split(","), [], []
+    results: dict[str, dict[str, FaithfulnessResult]] = {key: {} for key in chosen}
     sources = options.model or [None]
     with progress_bar(len(sources) * len(chosen) * len(options.data), "Settings", show=True) as bar:
         for source in sources:
@@ -144,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if options.finished and not is_whole(records, len(texts)):
                         continue
                     result = evaluated(model, tokenizer, key, texts, records)
+                    results[key][f"{name}, {data}"] = result
                     title = f"### {name}, {data}: {SETTINGS[key][0]}"
                     parts.append(f"{title}\n\n{result.to_markdown(PAPER)}\n\n{len(texts)} texts.")
                     bar.update()
@@ -157,6 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sinks stay. `ablation` removes each token alone and keeps the sign of what the "
         "prediction loses."
     )
+    for key, of_key in results.items():
+        if of_key:
+            save_figure(figure(of_key), options.out / f"prediction-{key}.png")
+            parts.append(f"![Where each score stands: {SETTINGS[key][0]}.](prediction-{key}.png)")
     shown = {"command": head, "tables": "\n\n".join(parts)}
     fill_page(options.out / "prediction.md", "What does one prediction rest on?", shown)
     return 0

@@ -21,8 +21,10 @@ import torch
 from matplotlib.figure import Figure
 from pages import (
     FINISHED,
+    Intervals,
     add_documents,
     documents,
+    dots,
     fill_page,
     is_whole,
     legend,
@@ -219,22 +221,22 @@ QUESTIONS: dict[str, tuple[Sequence[str], str, Sequence[str]]] = {
 }
 
 
-def places(result: FaithfulnessResult) -> dict[Which, dict[str, tuple[float, float, float]]]:
+def places(result: FaithfulnessResult) -> dict[Which, Intervals]:
     """Return where each score stands between the worst and the best order of each text.
 
     At each rate, 1 is the best of all scores for that text, and 0 the worst. For each end and
-    score there is the mean over rates and texts, with its 95% bootstrap interval over texts.
+    score there is the mean over rates and texts, with its 95% bootstrap interval over texts. The
+    order is that of the likelihood, or of the quantity if there is none.
     """
+    key = "nll" if "nll" in result.records[0] else "values"
+    falls = key == "values" and result.settings["higher_is_better"]
     found = {}
-    for which in RATES:
+    for which in result.rates:
         of_texts = torch.tensor(
-            [
-                [[x - record["clean_nll"] for x in of[which]] for of in record["nll"].values()]
-                for record in result.records
-            ],
+            [[of[which] for of in record[key].values()] for record in result.records],
             dtype=torch.float64,
         )  # (texts, scores, rates)
-        if which == "bottom":
+        if falls == (which == "top"):
             of_texts = -of_texts
         low, high = of_texts.amin(1, keepdim=True), of_texts.amax(1, keepdim=True)
         of_scores = ((of_texts - low) / (high - low).clamp(min=1e-12)).mean(-1).T
@@ -302,25 +304,12 @@ def _mark(row: Sequence[Cell] | None, column: int) -> str:
     return "." if verdict is None else MARKS[verdict]
 
 
-def figure(results: Results, key: str) -> Figure:
-    """Draw where each score stands between the worst order and the best, in one setting."""
-    of_key = {f"{m}, {data}": places(x) for (m, data, k), x in results.items() if k == key}
-    methods = [result.methods for (*_, k), result in results.items() if k == key]
-    scores = [name for name in methods[0] if all(name in others for others in methods)]
-    drawn = Figure(figsize=(9, 0.6 + 0.34 * len(scores)), layout="constrained")
+def figure(results: Mapping[str, FaithfulnessResult]) -> Figure:
+    """Draw where each score stands between the worst order and the best, by model and texts."""
+    found = {label: places(result) for label, result in results.items()}
     titles: dict[Which, str] = {"bottom": "What can go", "top": "What must stay"}
-    for axis, (which, title) in zip(drawn.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        for shift, (label, of) in enumerate(of_key.items()):
-            means, low, high = torch.tensor([of[which][name] for name in scores]).T
-            rows = torch.arange(len(scores)) + 0.16 * (shift - (len(of_key) - 1) / 2)
-            spread = torch.stack([means - low, high - means])
-            axis.errorbar(means, rows, xerr=spread, fmt="o", ms=4, color=f"C{shift}", label=label)
-        axis.set(title=title, xlabel="worst order of a text (0) to best (1)", xlim=(-0.03, 1.03))
-        axis.set_yticks(range(len(scores)), scores)
-        axis.grid(axis="x", alpha=0.3)
-    axis.invert_yaxis()
-    drawn.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return drawn
+    panels = {title: {x: of[which] for x, of in found.items()} for which, title in titles.items()}
+    return dots(panels, "worst order of a text (0) to best (1)", (-0.03, 1.03))
 
 
 def _part(options: argparse.Namespace) -> str:
@@ -414,7 +403,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_page(options.out / "rankings.md", ["# All rankings", head, *parts])
     for question, (keys, key, scores) in QUESTIONS.items():
         if key in chosen:
-            save_figure(figure(results, key), options.out / f"{question}.png")
+            of_key = {f"{m}, {data}": x for (m, data, k), x in results.items() if k == key}
+            save_figure(figure(of_key), options.out / f"{question}.png")
             first = first_table(results, key, scores)
             picture = f"![Where each score stands.]({question}.png)"
             marks = standings(results, [k for k in keys if k in chosen])

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from pages import add_documents, documents, fill_page, legend, loaded, made_by, parser_of
 from peers_of_removal import register_peers
-from ranking import PAPER, RATES, SCORES
+from ranking import PAPER, RATES, SCORES, figure
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -33,6 +33,7 @@ from captum_cw.metrics.identity import checksum, fingerprint
 from captum_cw.models.loading import origin
 from captum_cw.removal.changes import FixedChange
 from captum_cw.removal.options import Factors
+from captum_cw.visualization import save_figure
 from captum_cw.weights import expand_heads
 
 NAME = "captum_cw_replaced"
@@ -173,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     register_peers()
     parts, weights = [], []
+    drawn: dict[str, FaithfulnessResult] = {}
     for source in options.model or [None]:
         model, tokenizer, name = loaded(source, options.threads)
         weights.append(origin(model))
@@ -197,7 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             ):
                 found = found_of(metric, batches, records, bar)
             for how in HOWS:
-                tables = result_of(found, how).to_markdown(PAPER, statistic="corpus")
+                result = result_of(found, how)
+                drawn[f"{name}, {data}, {how}"] = result
+                tables = result.to_markdown(PAPER, statistic="corpus")
                 parts.append(f"### {name}, {data}: {how}\n\n{tables}")
     head = (
         f"{made_by('replacements', argv, options.commit, weights)} "
@@ -209,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"better. {legend(PAPER, 'documents')}"
     )
     title = "Does it matter what stands in the place of a removed value?"
+    save_figure(figure(drawn), options.out / "replacements.png")
+    parts.append("![Where each score stands, by what replaces a value.](replacements.png)")
     shown = {"command": head, "tables": "\n\n".join(parts)}
     fill_page(options.out / "replacements.md", title, shown)
     return 0

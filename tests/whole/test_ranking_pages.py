@@ -197,15 +197,22 @@ def test_words_around_the_parts_of_a_page_stay(tmp_path: Path) -> None:
         pages.fill_page(page, "Why?", {"other": "5"})
 
 
-def test_places_between_the_worst_and_the_best_by_hand(ranking: ModuleType) -> None:
-    class Result:
-        methods = ("a", "b")
-        records = (
-            {"clean_nll": 1.0, "nll": {"a": _sides(2.0, 9.0), "b": _sides(4.0, 3.0)}},
-            {"clean_nll": 0.0, "nll": {"a": _sides(1.0, 2.0), "b": _sides(3.0, 6.0)}},
-        )
-
-    found = ranking.places(Result)
+@pytest.mark.parametrize("rises", [False, True])
+def test_places_between_the_worst_and_the_best_by_hand(ranking: ModuleType, rises: bool) -> None:
+    sides = [
+        {"a": _sides(2.0, 9.0), "b": _sides(4.0, 3.0)},
+        {"a": _sides(1.0, 2.0), "b": _sides(3.0, 6.0)},
+    ]
+    losses = [{"values": of, "nll": of, "clean_nll": 0.0, "count": 1} for of in sides]
+    # A quantity that falls where the loss rises, of texts that have no likelihood.
+    falling = [
+        {"values": {name: _sides(*(-x for (x,) in of.values())) for name, of in text.items()}}
+        for text in sides
+    ]
+    rates = {"bottom": (0.5,), "top": (0.1,)}
+    settings = {"quantity": "log_prob" if rises else "nll", "higher_is_better": rises}
+    result = ranking.FaithfulnessResult(rates, settings, falling if rises else losses)
+    found = ranking.places(result)
     assert {name: mean for name, (mean, *_) in found["bottom"].items()} == {"a": 1.0, "b": 0.0}
     assert {name: mean for name, (mean, *_) in found["top"].items()} == {"a": 0.5, "b": 0.5}
 
@@ -303,6 +310,9 @@ def test_other_pages(
     if name == "prediction":  # the second table is of whole tokens
         expected += [*module.OF_TOKENS, "input x gradient", "Integrated Gradients", "ablation"]
     assert first_columns(text, 1) == expected
+    kinds = ("-pair", "-token") if name == "prediction" else ("",)
+    assert {path.name for path in out.glob("*.png")} == {f"{name}{kind}.png" for kind in kinds}
+    assert all(f"]({name}{kind}.png)" in text for kind in kinds)
 
 
 def test_ablation_removes_one_token_after_another() -> None:
