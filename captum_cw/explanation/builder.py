@@ -109,7 +109,8 @@ def explain(
         text: A text; a tuple of two texts; the messages of a chat, rendered by the tokenizer's chat
             template; the output of the tokenizer for one text (``BatchEncoding``), or a dict of
             the model's arguments, such as a processor's output with ``pixel_values``; or token ids
-            ``(T,)`` or ``(1, T)``. Padding is not allowed. Or a list of these: texts of similar
+            ``(T,)`` or ``(1, T)``. Padding is not allowed. A chat ends where the model's answer
+            begins, unless its last message is the assistant's. Or a list of these: texts of similar
             length then run as one batch. A list of dicts with roles is one chat.
         target: Why this? A text, of which the first token counts (mind the leading space); the
             label or number of a class; a token's number; or ``(position, number)``. None is the
@@ -154,7 +155,10 @@ def explain(
     prompts = []
     for x, question in zip(texts, map(Question, targets, contrasts), strict=True):
         read = read_text(
-            tokenizer, x, add_generation_prompt=False, chat_template_kwargs=chat_template_kwargs
+            tokenizer,
+            x,
+            add_generation_prompt=_awaits_answer(x),
+            chat_template_kwargs=chat_template_kwargs,
         )
         prompts.append(_Prompt(read, model_inputs(model, tokenizer, read), question))
     if not several:
@@ -191,6 +195,12 @@ def _are_texts(given: Any) -> bool:
         return False
     pair = isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, str) for x in given)
     return bool(given) and not pair and not isinstance(given[0], (Mapping, int))
+
+
+def _awaits_answer(text: Any) -> bool:
+    """Whether a text is a chat whose next message is the model's."""
+    last = text[-1] if isinstance(text, (list, tuple)) and text else None
+    return isinstance(last, Mapping) and last.get("role") != "assistant"
 
 
 def _each(name: str, wanted: Any, count: int, several: bool) -> list[Wanted]:

@@ -107,6 +107,28 @@ def test_models_that_look_both_ways(kind: str, tiny_tokenizer) -> None:
         check_equal(explanation, explain(model, tiny_tokenizer, text))
 
 
+@pytest.mark.parametrize(
+    ("roles", "options", "answers"),
+    [
+        (["user"], None, True),
+        (["user", "tool"], None, True),
+        (["user", "assistant"], None, False),
+        (["user"], {"add_generation_prompt": False}, False),
+        (["user", "assistant"], {"add_generation_prompt": True}, True),
+    ],
+)
+def test_a_chat_ends_where_the_answer_begins(
+    tiny_model, tiny_tokenizer, roles, options, answers
+) -> None:
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}z{% endif %}"
+    )
+    chat = [{"role": role, "content": "a b"} for role in roles]
+    tokens = explain(tiny_model, tiny_tokenizer, chat, chat_template_kwargs=options).tokens
+    assert (tokens[-1].strip() == "z") == answers
+
+
 def test_chats_and_pairs_in_a_list(tiny_model, tiny_tokenizer) -> None:
     tiny_tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     chats = [[{"role": "user", "content": x}] for x in ("a b", "c d e")]
