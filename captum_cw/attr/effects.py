@@ -132,8 +132,9 @@ class EffectContributions(AttentionAttribution):
     ) -> tuple[list[tuple[Execution, Result]], Any]:
         """Apply ``on_layer`` to each chosen layer, from the last to the first.
 
-        Options are ``target``, ``contrast`` and ``text_only``. Results are in the order of
-        execution. ``shares`` are those of a pass over the same inputs; None runs that pass.
+        Layers that the target does not depend on come after the others. Options are ``target``,
+        ``contrast`` and ``text_only``. Results are in the order of execution. ``shares`` are those
+        of a pass over the same inputs; None runs that pass.
         """
         if shares is None:
             common = {name: options[name] for name in ("text_only",) if name in options}
@@ -144,23 +145,24 @@ class EffectContributions(AttentionAttribution):
                 show_progress=show_progress,
                 **common,
             )
-        left = list(shares)
+        places = {execution.number: place for place, (execution, _) in enumerate(shares)}
         asked = options.get("target"), options.get("contrast")
         self.target_runner.check_sums(inputs, additional_forward_args, *asked)
         projections = [execution.projection for execution, _ in shares]
         with _gradient_lengths(self.runner.roots, projections, self.form) as lengths:
 
             def with_share(execution: Execution, layer: TargetLayer) -> Result:
-                before, share = left.pop()  # the last layer comes first
-                if before.module is not execution.module:
+                place = places.get(execution.number)
+                if place is None or shares[place][0].module is not execution.module:
                     raise UnsupportedModelError(
-                        f"With gradients, the model ran layer {execution.name!r} where it ran "
-                        f"{before.name!r} without."
+                        "With gradients, the model runs its attention layers in another order than "
+                        f"without: layer {execution.name!r} is number {execution.number}."
                     )
+                share = shares[place][1]
                 if lengths is None:
                     effect = (layer.head_gradient * share.heads).sum((1, 3))
                 else:
-                    effect = lengths[len(left)].view_as(share.length) * share.length
+                    effect = lengths[place].view_as(share.length) * share.length
                 of_layer = EffectLayer(**vars(layer), share=share.direction, effect=effect)
                 return on_layer(execution, of_layer)
 

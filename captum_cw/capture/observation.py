@@ -57,6 +57,7 @@ class Execution:
         module: The attention module.
         name: Its name in the model.
         kind: ``"self"`` if it attends to its own tokens, and ``"cross"`` otherwise.
+        number: Its place among all executions of the pass.
         states: The hidden states of its tokens, ``(B, S, n)``; None if they are not requested.
         projection: The name of the module that holds the output projection; None before it has run.
     """
@@ -64,6 +65,7 @@ class Execution:
     module: nn.Module
     name: str
     kind: Kind
+    number: int
     states: Tensor | None = None
     projection: str | None = None
 
@@ -219,7 +221,8 @@ class HeadObservation:
         self._before, self._running = self._running, call.running
         if self._text is not None and not self._text.holds(call.running, call.B, call.T):
             return
-        execution = Execution(call.module, self._names[call.module], call.kind)
+        number = len(self.executions)
+        execution = Execution(call.module, self._names[call.module], call.kind, number)
         self.executions.append(execution)
         self.all_registered &= call.registered
         mask = self._mask(call)

@@ -216,3 +216,47 @@ def test_an_unknown_projection_is_refused_where_it_is_needed(
     monkeypatch.setattr("captum_cw.attr.effects.names_of", lambda roots: {})
     with pytest.raises(UnsupportedModelError, match='form="effect"'):
         method.attribute(token_ids(), TARGET)
+
+
+def shared_blocks() -> Any:
+    """A model that runs one block three times."""
+    config = transformers.AlbertConfig(
+        vocab_size=64,
+        embedding_size=16,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    )
+    return build(transformers.AlbertForMaskedLM, config).double()
+
+
+@pytest.mark.parametrize("make", [lambda: build(*MODELS["llama"]).double(), shared_blocks])
+@pytest.mark.parametrize("form", ["joint", "effect", "sensitivity"])
+def test_layers_after_the_target_have_no_effect(make: Any, form: Any) -> None:
+    model = make()
+    inputs = {"input_ids": token_ids(), "output_hidden_states": True}
+
+    def target(output: Any) -> Tensor:
+        return output.hidden_states[2][:, -1, 3]
+
+    gradient = "frozen" if form == "sensitivity" else None
+    found = EffectContributions(model, form=form, gradient=gradient).attribute(inputs, target)
+    kind = "frozen" if form == "effect" else "attnlrp"
+    targets = TargetContributions(model, attention=kind).attribute(inputs, target)
+    shares = ContributionWeights(model).attribute(inputs)
+    assert len(found) == len(targets) == 3
+    for n, (x, t, c) in enumerate(zip(found, targets, shares, strict=True)):
+        if n == 2:
+            assert not x.any()
+            continue
+        assert x.any()
+        if form == "sensitivity":  # one length for each query
+            lengths = (x / c).masked_fill(c.abs() < 1e-3, torch.nan)
+            of_query = lengths.transpose(1, 2).flatten(2).nanmedian(-1).values
+            expected = of_query[:, None, :, None] * c
+            assert torch.allclose(x, expected.to(x.dtype), 0, 1e-3 * float(x.abs().max()))
+        elif form == "effect":
+            check_maps([x], [t.sum((1, 3))[:, None, :, None] * c])
+        else:
+            check_maps([x], [t.abs() ** 0.25 * c.abs() ** 0.75])
