@@ -330,13 +330,14 @@ def evaluated(
     only scores whose records are whole are in the result, which is None without contributions.
     """
     batches = documents(source, tokenizer, options)
+    texts = sum(len(batch["input_ids"]) for batch in batches)
     chosen = {"scoring": "clean", "reduction": setting.reduction, **setting.options}
     metric = ComprehensivenessSufficiency(model, RATES, **chosen)
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for name, make in setting.methods.items():
         method, records = make(model, setting.reduction), folder / f"{name}.records"
-        if not options.finished or is_whole(records, options.samples):
+        if not options.finished or is_whole(records, texts):
             found.append(
                 metric.evaluate({name: method}, batches, target=setting.target, resume_from=records)
             )

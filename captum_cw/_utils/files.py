@@ -18,14 +18,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
     If the process is killed or the machine fails, ``path`` is either the whole new file or the old
     one. The temporary name starts with a dot, so that programs that read all files of a folder
-    skip it.
+    skip it. It has the number of the process, so that several can write the same file.
     """
-    whole = Path(path).with_name(f".{Path(path).name}.part")
+    whole = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
     if not whole.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {whole.parent}.")
     try:
         yield whole
-        with whole.open("ab") as written:
+        with whole.open("r+b") as written:  # it must be there
             os.fsync(written.fileno())
         whole.replace(path)
     except BaseException:

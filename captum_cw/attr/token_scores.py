@@ -220,7 +220,7 @@ class TokenScores(Attribution):  # type: ignore[misc]  # captum has no types for
         """Return the scores of the text's own tokens for a target, without virtual tokens.
 
         Args:
-            inputs: The inputs of :meth:`attribute`, without padding.
+            inputs: The inputs of :meth:`attribute`, padded on the right at most.
             target: The target.
             contrast: A second target, which is subtracted; None for none.
             prompt: As for :meth:`rows`.
@@ -349,18 +349,18 @@ class _Chosen:
 
     def __init__(self, queries: Literal["all"] | int | slice) -> None:
         self._queries = queries
-        # For the last token mask, since layers share it.
-        self._last: tuple[Tensor | None, torch.Size, Queries] | None = None
+        # For the last token mask, since layers share it, and the last device.
+        self._last: tuple[Tensor | None, torch.Size, torch.device, Queries] | None = None
 
     def __call__(self, layer: AttentionLayer) -> Queries | None:
         if self._queries == "all":
             return None
-        real, shape = layer.mask.real, layer.output.shape[:2]
-        if self._last is None or self._last[0] is not real or self._last[1] != shape:
+        real, here = layer.mask.real, (layer.output.shape[:2], layer.value.device)
+        if self._last is None or self._last[0] is not real or self._last[1:3] != here:
             chosen = _chosen(self._queries, layer)
             rows: list[int] = chosen.any(0).nonzero()[:, 0].tolist()
-            self._last = real, shape, (rows, chosen)
-        return self._last[2]
+            self._last = real, *here, (rows, chosen)
+        return self._last[3]
 
 
 def _chosen(queries: int | slice, layer: AnyLayer) -> Tensor:

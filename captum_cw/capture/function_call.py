@@ -118,10 +118,9 @@ class FunctionCall:
             self.func, self.name, args, kwargs, self.proceed, self.one, self.softmax_gradient
         )
 
-    def changed(self, change: Callable[[Any], Any], *, kwargs: bool = True) -> FunctionCall:
-        """Return the call with other arguments; its keyword arguments are changed if ``kwargs``."""
-        options = substitute(self.kwargs, change) if kwargs else self.kwargs
-        return self.given(substitute(self.args, change), options)
+    def changed(self, change: Callable[[Any], Any]) -> FunctionCall:
+        """Return the call with other arguments."""
+        return self.given(substitute(self.args, change), substitute(self.kwargs, change))
 
     def detached(self) -> FunctionCall:
         """Return the call with arguments that are held fixed."""

@@ -23,13 +23,18 @@ from torch import Tensor, nn
 
 from captum_cw.capture.attention_call import TINY, UnsupportedModelError
 from captum_cw.capture.dispatch import Proceed, following
+from captum_cw.capture.function_call import (
+    is_in_place,
+    substitute,
+    tensors_among,
+    tensors_in,
+)
 from captum_cw.capture.rounding import product_rounding, rounding
 
 __all__ = [
     "HeadFlow",
     "LinearProduct",
     "Reading",
-    "in_place",
     "is_plain_product",
     "is_unchanged",
     "products_observed",
@@ -175,21 +180,20 @@ class HeadFlow:
 
     def touched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an argument of a function was computed from the head outputs."""
-        return any(id(x) in self._known for x in _tensors_in((*args, *kwargs.values())))
+        return any(id(x) in self._known for x in tensors_among(args, kwargs))
 
     def run(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], proceed: Proceed
     ) -> Any:
         """Run a function on arguments that were computed from the head outputs."""
-        if self.recorded or in_place(func):
-            self._overwritten |= in_place(func)
+        if self.recorded or is_in_place(func):
+            self._overwritten |= is_in_place(func)
             result = proceed(func, args, kwargs)
         else:
-            sources = {id(self.start): self.source}
-            args_, kwargs_ = _substitute(args, sources), _substitute(kwargs, sources)
+            args_, kwargs_ = _replaced((args, kwargs), {id(self.start): self.source})
             with torch.enable_grad():
                 result = _run_with_fixed_scale(func, args_, kwargs_, proceed)
-        for x in _tensors_in((result,)):
+        for x in tensors_in(result):
             self._known[id(x)] = x
         self._steps.append((func, args, kwargs, result))
         return result
@@ -198,7 +202,7 @@ class HeadFlow:
         """Return the arguments of a function without the graph that was recorded here."""
         if self.recorded:
             return given
-        return _substitute(given, {key: x.detach() for key, x in self._known.items()})
+        return _replaced(given, {key: x.detach() for key, x in self._known.items()})
 
     def reading(self, x: Tensor) -> Reading | None:
         """Return how ``x`` is made of the head outputs; None if it is not."""
@@ -216,9 +220,9 @@ class HeadFlow:
             return self.by_token(head_output).reshape(reading.input.shape)
         now: dict[int, Tensor] = {id(self.start): head_output}
         for func, args, kwargs, before in self._steps:
-            args, kwargs = _substitute((args, kwargs), now)
+            args, kwargs = _replaced((args, kwargs), now)
             result = func(*args, **kwargs)
-            for old, new in zip(_tensors_in((before,)), _tensors_in((result,)), strict=True):
+            for old, new in zip(tensors_in(before), tensors_in(result), strict=True):
                 now[id(old)] = new
         return now[id(reading.input)]
 
@@ -242,22 +246,8 @@ class HeadFlow:
         return None if (error > eps * size).any() else by
 
 
-def _tensors_in(items: Any) -> Iterator[Tensor]:
-    for x in items:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, (list, tuple)):
-            yield from _tensors_in(x)
-
-
-def _substitute(x: Any, by: dict[int, Tensor]) -> Any:
-    if isinstance(x, Tensor):
-        return by.get(id(x), x)
-    if type(x) in (list, tuple):
-        return type(x)(_substitute(y, by) for y in x)
-    if isinstance(x, dict):
-        return {name: _substitute(y, by) for name, y in x.items()}
-    return x
+def _replaced(x: Any, by: dict[int, Tensor]) -> Any:
+    return substitute(x, lambda y: by.get(id(y), y))
 
 
 def same_place(a: object, b: Tensor) -> bool:
@@ -269,12 +259,6 @@ def same_place(a: object, b: Tensor) -> bool:
         and a.device == b.device
         and a.data_ptr() == b.data_ptr()
     )
-
-
-def in_place(func: Any) -> bool:
-    """Whether a function changes its first argument in place, by PyTorch's naming."""
-    name = getattr(func, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
 def _run_with_fixed_scale(

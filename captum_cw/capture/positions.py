@@ -132,6 +132,8 @@ def _find_counting(model: nn.Module) -> tuple[bool, bool]:
             counted = _first_states(model(**text, position_ids=positions), 3)
             behind = model(**{**text, "input_ids": padded, "attention_mask": mask})
             skipped = _first_states(behind, 4)[:, 1:]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # the model does not run on a plain text
         return unknown
     return are_near(plain, counted), are_near(plain, skipped)

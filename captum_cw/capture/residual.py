@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from captum_cw.capture.attention_call import UnsupportedModelError, same_numbers
 from captum_cw.capture.dispatch import Proceed, following
+from captum_cw.capture.function_call import is_in_place
 from captum_cw.capture.hidden_states import GivenStates
 from captum_cw.capture.module_stack import Run, running
-from captum_cw.capture.output_projection import in_place, same_place
+from captum_cw.capture.output_projection import same_place
 from captum_cw.capture.patching import set_to
 from captum_cw.capture.rounding import rounding
 from captum_cw.functional import FrozenUpdate, ResidualSum
@@ -273,7 +274,7 @@ class ResidualUpdates:
     def _follow_update(self, path: _Path, function: _Function) -> Any:
         """Run a function on an output that is on its way to a sum or a norm."""
         inside = path.inside()
-        changes = in_place(function.func) or "out" in function.kwargs
+        changes = is_in_place(function.func) or "out" in function.kwargs
         if not changes:
             result = function.run()
             if not isinstance(result, Tensor):  # for example a shape

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -63,7 +63,8 @@ class _Snapshot:
             if x.grad_fn is not None and not self.has_gradient and not x._is_view():
                 x.detach_()  # a pass with gradients wrote into it
             if content is not None:
-                x.detach().copy_(content)
+                with torch.inference_mode(x.is_inference()):
+                    x.detach().copy_(content)
             elif self.version is not None:
                 warnings.warn(
                     f"The model overwrites its tensor {name!r} of shape {tuple(x.shape)} in a "
@@ -178,9 +179,10 @@ def evaluating(roots: Collection[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        with _lock, torch.no_grad():
+        with _lock, torch.no_grad(), ExitStack() as stack:
             _users.subtract(modules)
             for module in modules:
                 if not _users[module]:
                     del _users[module]
-                    _states.pop(module).restore(module)
+                    # All are restored, even if one of them raises an error.
+                    stack.callback(_states.pop(module).restore, module)

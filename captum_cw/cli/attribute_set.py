@@ -14,20 +14,20 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_cw import __version__, measures
+from captum_cw import measures
 from captum_cw._utils.extras import imported
 from captum_cw._utils.files import write_json
 from captum_cw._utils.processes import Processes
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, differences
 from captum_cw._utils.shards import Shards
+from captum_cw._utils.versions import versions
 from captum_cw.capture import Execution, UnsupportedModelError
 from captum_cw.capture.model import device_of
 from captum_cw.cli import choices
@@ -135,6 +135,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: Any, options: Namespace) -> None:
         self.tokenizer = tokenizer
+        tokenizer.truncation_side = "right"  # a long text is cut at its end
         self.is_chat, self.template = options.chat, options.chat_template_kwargs
         self.length = options.length or choices.LENGTH
 
@@ -263,8 +264,7 @@ def _identity(options: Namespace, model: Any, entry: Entry, texts: _Texts) -> di
         "tokens": texts.tokens,
         "checksum of the tokens": texts.checksum,
         "checksum of the model": fingerprint(model),
-        "versions": {p: version(p) for p in ("torch", "transformers", "captum")}
-        | {"captum_cw": __version__},
+        "versions": versions("captum"),
     }
 
 

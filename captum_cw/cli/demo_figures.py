@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from captum_cw._utils.progress import progress_bar
 from captum_cw.attr import AttentionWeights, ContributionWeights, TargetContributions, TokenScores
+from captum_cw.attr.llm import output_scores
+from captum_cw.capture.model import device_of
 from captum_cw.capture.outputs import logits_of
 from captum_cw.explanation.builder import explain
 from captum_cw.measures import TARGET
@@ -72,16 +74,14 @@ def explain_prediction(model: nn.Module, tokenizer: Any, text: str) -> Explained
         >>> explanation.scores["contribution"].shape
         torch.Size([5])
     """
-    ids = tokenizer(text, return_tensors="pt").input_ids.to(next(model.parameters()).device)
+    ids = tokenizer(text, return_tensors="pt").input_ids.to(device_of(model))
     with torch.no_grad():
         probabilities = logits_of(model(input_ids=ids))[0, -1].float().softmax(-1)
     prediction = int(probabilities.argmax())
 
     scores, seconds = {}, {}
     start = time.perf_counter()
-    found = TokenScores(
-        TargetContributions(model), reduction="sum", layers="sum", heads="sum", signed=True
-    )
+    found = output_scores(TargetContributions(model))
     scores[TARGET] = found.attribute(ids, target=prediction)[0].cpu()
     seconds[TARGET] = time.perf_counter() - start
     for method in (ContributionWeights, AttentionWeights):

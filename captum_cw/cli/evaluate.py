@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from captum_cw._utils.extras import imported
 from captum_cw._utils.processes import Processes
+from captum_cw.capture.model import device_of
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import load, observe_longest
@@ -91,7 +92,7 @@ def _evaluate_texts(
         pack=options.pack,
         bos=options.bos,
     )
-    device = next(model.parameters()).device
+    device = device_of(model)
     batches = [{name: x.to(device) for name, x in batch.items()} for batch in batches]
     metric = ComprehensivenessSufficiency(
         model,

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from captum_cw._utils.progress import progress_bar
+from captum_cw._utils.versions import versions
 from captum_cw.attr import ContributionWeights
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.capture.model import LOGITS, parameters_of, unwrapped
 from captum_cw.capture.outputs import logits_of
 from captum_cw.data import groups_by_length, padded_batch
-from captum_cw.explanation.conversion import versions
 from captum_cw.explanation.explanation import Explanation
 from captum_cw.explanation.heads import HeadMaps
 from captum_cw.explanation.sums import Layers

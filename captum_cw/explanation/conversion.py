@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from captum.attr import LLMAttributionResult
 from torch import Tensor
 
-from captum_cw._version import __version__
+from captum_cw._utils.versions import versions
 from captum_cw.attr.chat import EncodedTokenInput
 from captum_cw.explanation.heads import HeadMaps
 from captum_cw.functional import Decomposition
@@ -18,12 +17,7 @@ from captum_cw.measures import SIGNED
 from captum_cw.text.templates import Message
 from captum_cw.text.tokens import readable_tokens, word_numbers
 
-__all__ = ["fields_of_maps", "fields_of_result", "versions"]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries, for the settings of an explanation."""
-    return {"captum_cw": __version__} | {x: version(x) for x in ("torch", "transformers")}
+__all__ = ["fields_of_maps", "fields_of_result"]
 
 
 def fields_of_result(result: LLMAttributionResult, name: str) -> dict[str, Any]:

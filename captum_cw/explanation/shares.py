@@ -71,11 +71,23 @@ class Share:
         return f"{percent:.0f}%" if abs(percent) >= 9.5 else f"{percent:.2g}%"
 
 
-def first_method(explanation: Explanation) -> str:
-    """Return the method that answers the question: of a target if there is one."""
-    known = {**explanation.scores, **explanation.maps}
+def first_method(explanation: Explanation) -> str | None:
+    """Return the method that answers the question: of a target if there is one.
+
+    It has scores if any method has; else it has a map. None if there is neither.
+    """
+    known = explanation.scores or explanation.maps
     useful = [*measures.names(targets=True), *known]
-    return next(name for name in useful if name in known)
+    return next((name for name in useful if name in known), None)
+
+
+def _scored(explanation: Explanation, method: str | None) -> str:
+    """Return a method that has scores."""
+    method = first_method(explanation) if method is None else method
+    if method is None or method not in explanation.scores:
+        known = ", ".join(map(repr, explanation.scores)) or "none"
+        raise ValueError(f"method={method!r} has no scores here; the known ones: {known}.")
+    return method
 
 
 def shares_of(
@@ -91,10 +103,7 @@ def shares_of(
     Raises:
         ValueError: If the explanation does not have scores of the method.
     """
-    method = first_method(explanation) if method is None else method
-    if method not in explanation.scores:
-        known = ", ".join(map(repr, explanation.scores)) or "none"
-        raise ValueError(f"method={method!r} has no scores here; the known ones: {known}.")
+    method = _scored(explanation, method)
     sinks = explanation.sinks if sinks is None else sinks
     words, spans = explanation, [(n, n + 1) for n in range(len(explanation.tokens))]
     if explanation.words is not None:
@@ -147,7 +156,7 @@ def sentence(
         “Paris” comes from “France” (30%) and “capital” (10%). “is” (10%) worked against it. 50%
         came by way of the first token “The”, an attention sink, and says little about that word.
     """
-    method = first_method(explanation) if method is None else method
+    method = _scored(explanation, method)
     found = shares_of(explanation, method, sinks)
     entry = measures.find(method)
     others = sorted((x for x in found if not x.is_sink), key=lambda x: -abs(x.share))
@@ -193,7 +202,7 @@ def summary(
     method = first_method(explanation) if method is None else method
     asked = question(explanation)
     lines = [] if asked is None else [f"{asked}{_probabilities(explanation)}"]
-    if method not in explanation.scores:
+    if method is None or method not in explanation.scores:
         return "\n".join([*lines, repr(explanation)])
     found = shares_of(explanation, method)
     top = largest(found, count)
@@ -202,8 +211,8 @@ def summary(
         lines.append(f"Other predictions: {others}.")
     lines += [sentence(explanation, method), ""]
     numbers = [f"{x.score:.3g}" if raw else x.percent for x in top]
-    width = max(len(x.label) for x in top)
-    longest = max(abs(x.share) for x in top) or 1.0
+    width = max((len(x.label) for x in top), default=0)
+    longest = max((abs(x.share) for x in top), default=0) or 1.0
     for x, number in zip(top, numbers, strict=True):
         bar = "█" * max(1, round(BAR * abs(x.share) / longest)) if x.share else ""
         note = "  (attention sink)" if x.is_sink else ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.capture.forward_call import forward_call, run_on_copies
-from captum_cw.capture.model import evaluation_mode, vocabulary_size
+from captum_cw.capture.model import LOGITS, evaluation_mode, vocabulary_size
 from captum_cw.capture.outputs import predictions_of
 from captum_cw.capture.text_layers import TextLayers
 from captum_cw.metrics.quantities import Logits, Quantity, last_rows, mean_nll
@@ -118,7 +118,7 @@ class BatchRun:
             for name, method in methods.items()
         }
         call = forward_call(plan.model, plan.model.forward, part.batch, None)
-        self.given = {name: x for name, x in call.kwargs.items() if name != "logits_to_keep"}
+        self.given = {name: x for name, x in call.kwargs.items() if name != LOGITS}
         # With labels, the model would compute a loss that is not needed.
         self.inputs = {name: x for name, x in self.given.items() if name != "labels"}
         self.ids = _token_ids(self.inputs)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from captum_cw._utils.processes import Processes
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
-from captum_cw._version import __version__
+from captum_cw._utils.versions import versions
 from captum_cw.capture.model import evaluation_mode, uncompiled, unwrapped
 from captum_cw.functional import check_choice
 from captum_cw.metrics.batch import Batch, BatchRun, ForeignMethod, Method, Part, Plan
@@ -264,8 +263,7 @@ class ComprehensivenessSufficiency:
                 str(name): described(method, self.model) for name, method in methods.items()
             },
             "model": getattr(getattr(self.model, "config", None), "name_or_path", None),
-            "versions": {p: version(p) for p in ("torch", "transformers", "captum")}
-            | {"captum_cw": __version__},
+            "versions": versions("captum"),
         }
 
     def _evaluate(

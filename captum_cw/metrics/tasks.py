@@ -24,7 +24,6 @@ from contextlib import (
 )
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import groupby, product
 from numbers import Real
 from pathlib import Path
@@ -38,6 +37,7 @@ from captum_cw._utils.extras import imported
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records
 from captum_cw._utils.suggestions import suggestion
+from captum_cw._utils.versions import versions
 from captum_cw.capture.model import evaluation_mode, unwrapped
 from captum_cw.metrics.faithfulness import checked_rates
 from captum_cw.metrics.identity import check_identified, described, fingerprint
@@ -152,7 +152,7 @@ def evaluate_tasks(
             "model": getattr(model.config, "name_or_path", None),
             "weights": fingerprint(model),
             "tokenizer": _tokenizer_checksum(tokenizer),
-            "versions": {p: version(p) for p in ("torch", "transformers", "captum", "lm_eval")},
+            "versions": versions("captum", "lm_eval"),
         }
         records = _evaluate(loaded, removals, settings, resume_from, show_progress)
     return TaskResult(checked, settings, records)
@@ -210,7 +210,8 @@ def _evaluate(
         kept: dict[str, Any] = {}
         if resume_from is not None:
             check_identified(settings["methods"])
-            kept = stack.enter_context(Records(resume_from, settings))
+            run = {name: x for name, x in settings.items() if name != "model"}  # a path
+            kept = stack.enter_context(Records(resume_from, run))
         total = len(tasks) * (1 + len(removals))
         bar = stack.enter_context(progress_bar(total, "Tasks", show=show_progress))
 

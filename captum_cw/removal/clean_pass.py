@@ -19,7 +19,7 @@ from captum_cw.removal.ranking import Which
 from captum_cw.removal.scoring import PairScorer
 from captum_cw.removal.sinks import real_tokens
 from captum_cw.removal.virtual_tokens import behind, padding_masks, text_mask, without_prefix
-from captum_cw.weights import blocks
+from captum_cw.weights import block_elements, blocks
 
 __all__ = [
     "CleanPass",
@@ -167,7 +167,7 @@ def _seen_ahead(layer: AttentionLayer) -> Tensor:
     mask, real = layer.mask, real_tokens(layer)
     farthest = torch.zeros_like(real, dtype=torch.long)
     keys = torch.arange(layer.S, device=real.device)
-    for rows in blocks(layer.T, max(1, 2**20 // layer.S)):
+    for rows in blocks(layer.T, max(1, block_elements(layer.value.device) // layer.S)):
         seen = mask.block(rows, real.device).any(1)
         farthest[:, rows] = (seen * keys[: seen.shape[-1]]).amax(-1)
     reached = (farthest * real).cummax(1).values

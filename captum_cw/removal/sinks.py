@@ -212,10 +212,12 @@ def _mean_attention(
     """Return the mean attention to a token, over the queries that see it, ``(B, L, H)``."""
     method = TokenScores(AttentionWeights(model), layers=None, heads=None)
     scores: Tensor = method.attribute(inputs, additional_forward_args)
-    if not 0 <= token < scores.shape[-1]:
-        raise IndexError(f"token={token}, but the text has {scores.shape[-1]} tokens.")
     # Padding has no attention. A real token has some: it sees itself, or other tokens see it.
-    first = (scores.amax((1, 2)) > 0).long().argmax(1)
+    real = scores.amax((1, 2)) > 0
+    shortest = int(real.sum(1).min())
+    if not 0 <= token < shortest:
+        raise IndexError(f"token={token}, but the shortest text has {shortest} tokens.")
+    first = real.long().argmax(1)
     place = (first + token)[:, None, None, None].expand(*scores.shape[:3], 1)
     attention: Tensor = scores.gather(-1, place)[..., 0]
     return attention

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from captum_cw._utils.records import Records
+from captum_cw._utils.records import Records, RecordsError
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.models.loading import origin
 from captum_cw.reproduce.items import ITEMS, Item
@@ -105,7 +105,9 @@ def _run_item(item: Item, study: Study, folder: Path, file: Path) -> dict[str, A
     start = time.perf_counter()
     try:
         result = item.run(study, folder)
-    except (UnsupportedModelError, ValueError, IndexError, ImportError, OSError) as error:
+    except RecordsError:
+        raise
+    except (UnsupportedModelError, ValueError, IndexError, ImportError) as error:
         return {"seconds": time.perf_counter() - start, "refused": str(error)}
     result.save(file)
     tables = getattr(result, "tables", None) or {"": result.to_dataframe()}

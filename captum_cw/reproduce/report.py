@@ -60,15 +60,13 @@ class StudyResults:
         return judge(claim, results)
 
 
-def write_report(
-    folder: Path, studies: Sequence[StudyResults], claims: Sequence[Claim] = CLAIMS
-) -> list[Path]:
+def write_report(folder: Path, studies: Sequence[StudyResults]) -> list[Path]:
     """Write ``report.html`` and ``claims.csv``.
 
     Returns:
         The files.
     """
-    judged = [(claim, [study.judgement(claim) for study in studies]) for claim in claims]
+    judged = [(claim, [study.judgement(claim) for study in studies]) for claim in CLAIMS]
     rows = [
         {
             "claim": claim.name,

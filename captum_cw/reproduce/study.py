@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from captum_cw._utils.versions import versions
+from captum_cw.capture.model import device_of
 from captum_cw.data import token_batches
 from captum_cw.metrics.identity import checksum, fingerprint
 
@@ -144,7 +146,7 @@ class Study:
                 f"{self.data_name} has {len(self.texts)} texts, of which {skip} are skipped: skip "
                 "fewer."
             )
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         batches = token_batches(
             self.texts[skip:],
             self.tokenizer,
@@ -166,4 +168,5 @@ class Study:
             "texts": checksum(*(batch["input_ids"] for batch in self.analysed)),
             "plan": {name: x for name, x in vars(self.plan).items() if name != "name"},
             "tasks": list(self.tasks),
+            "versions": versions("captum"),
         }

@@ -15,7 +15,7 @@ from captum_cw.capture.model import device_of, parameters_of
 from captum_cw.functional import AnyLayer
 from captum_cw.text.templates import Encoded, Messages, encode, render_chat
 from captum_cw.text.tokens import Span, warn_of_two_begin_tokens
-from captum_cw.weights import blocks
+from captum_cw.weights import block_elements, blocks
 
 __all__ = [
     "Text",
@@ -272,7 +272,7 @@ def refuse_later_tokens(execution: Execution, layer: AnyLayer, before: Span, pro
     mask = layer.mask
     if mask.causal or execution.kind == "cross":
         return
-    for rows in blocks(layer.T, max(1, 2**20 // layer.S)):
+    for rows in blocks(layer.T, max(1, block_elements(layer.value.device) // layer.S)):
         seen = mask.block(rows, layer.value.device)
         query = torch.arange(rows.start, rows.stop, device=seen.device) - before[0]
         key = torch.arange(seen.shape[-1], device=seen.device) - before[1]

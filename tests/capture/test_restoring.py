@@ -28,6 +28,7 @@ from captum_cw import (
     scale_values,
 )
 from captum_cw.capture import evaluating
+from captum_cw.capture.restoring import _ModuleState
 from captum_cw.models.inspection import attention_layers
 from captum_cw.removal.sinks import find_sinks, first_token_mass, sink_rate
 from support.inputs import letter_tokenizer
@@ -261,3 +262,36 @@ def test_a_module_is_left_with_the_methods_that_others_put_on_it() -> None:
     with evaluating([model]):
         model.forward = lambda x: 2 * x  # type: ignore[method-assign]
     assert model(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_a_tensor_that_was_made_in_inference_mode_is_put_back() -> None:
+    model = untidy()
+    with torch.inference_mode():  # as an earlier pass of the user may do
+        model.register_buffer("offsets", torch.ones(2))
+    model.train()
+    before = contents_of([model])
+    ContributionWeights(model).attribute(text())
+    assert contents_of([model]) == before
+    assert model.training
+
+
+def test_one_module_that_cannot_be_put_back_does_not_keep_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = untidy().train()
+    plain = _ModuleState.restore
+
+    def restore(self: _ModuleState, module: nn.Module) -> None:
+        if module is model.lm_head:
+            raise RuntimeError("no")
+        plain(self, module)
+
+    monkeypatch.setattr(_ModuleState, "restore", restore)
+    with pytest.raises(RuntimeError, match="no"), evaluating([model]):
+        pass
+    assert all(module.training for module in model.modules() if module is not model.lm_head)
+    monkeypatch.undo()
+    model.train()
+    with evaluating([model]):
+        assert not model.training
+    assert model.lm_head.training

@@ -207,7 +207,12 @@ def test_masked_tokens_are_explained(
     assert "text 12 does not have exactly one 'M'" in capsys.readouterr().err
 
 
-def test_rows_identify_their_texts(command: list[str], texts: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_identify_their_texts(
+    command: list[str], texts: list[str], tiny_tokenizer: Any, tmp_path: Path, side: str
+) -> None:
+    tiny_tokenizer.truncation_side = side  # a text is cut at its end in any case
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
     rows = scored([*command, "--length", "20"], tmp_path / "out")
     assert [row["number"] for row in rows] == NUMBERS
     for row in rows:

@@ -5,6 +5,7 @@ import torch
 
 from captum_cw import Explanation, explain
 from captum_cw.explanation import shares
+from captum_cw.explanation.heads import HeadMaps
 from captum_cw.text.tokens import readable_ids
 
 
@@ -182,3 +183,30 @@ def test_other_predictions_are_named(asked: Explanation, tiny_model, tiny_tokeni
     second = explain(tiny_model, tiny_tokenizer, "a b c d e f g h i j", target=names[1])
     assert second.settings["other predictions"].startswith(f"“{names[0]}” ")
     assert f"“{names[1]}”" not in second.settings["other predictions"]
+
+
+def test_an_explanation_that_has_scores_of_one_method_and_the_map_of_another() -> None:
+    scores, grid = torch.tensor([1.0, 3.0]), torch.rand(2, 2)
+    made = Explanation(["a", "b"], {"ig": scores}, maps={"attention": grid})
+    assert [x.percent for x in made.shares()] == ["25%", "75%"]
+    assert "“b” (75%)" in str(made)
+    assert "b" in made.page()
+    only_a_map = Explanation(["a", "b"], {}, maps={"attention": grid})
+    assert str(only_a_map) == repr(only_a_map)
+    assert "attention" in only_a_map.page()
+    with pytest.raises(ValueError, match="method='attention' has no scores here"):
+        only_a_map.shares()
+
+
+def test_an_explanation_that_has_heads_alone() -> None:
+    ones = torch.ones(1, 2, 1)
+    layer = HeadMaps("l", ones.int() * 0, ones, ones, ones, torch.ones(2), torch.ones(1, 2))
+    made = Explanation(["a", "b"], {}, heads=[layer])
+    assert str(made) == repr(made)
+    with pytest.raises(ValueError, match="known ones: none"):
+        made.shares()
+
+
+def test_no_words_besides_sinks() -> None:
+    lines = Explanation(["a", "b"], {"ig": torch.tensor([1.0, 3.0])}, settings={}).summary(0)
+    assert "2 more words" in lines or "1 more word" in lines

@@ -116,3 +116,16 @@ def test_bad_choices_are_refused() -> None:
 def test_the_first_token_is_a_sink_whatever_its_state() -> None:
     real = torch.tensor([[False, True, True]])
     assert sinks_among(torch.zeros(1, 3, 4), real).tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_token_that_only_longer_texts_have_is_refused(left: bool) -> None:
+    model, ids = llama(), token_ids()
+    mask = torch.ones_like(ids)
+    mask[1, slice(2) if left else slice(-2, None)] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    T = ids.shape[1]
+    assert 0 <= sink_rate(model, batch, token=T - 3) <= 1
+    refusal = f"token={T - 2}, but the shortest text has {T - 2} tokens"
+    with pytest.raises(IndexError, match=refusal):
+        sink_rate(model, batch, token=T - 2)
