@@ -209,6 +209,15 @@ class QueryMask:
         n = self.keys(rows) if v.shape[3] > 1 else None
         return v[:, :, rows if v.shape[2] > 1 else slice(None), :n]
 
+    def sees(self, query: int, start: int, device: torch.device) -> bool:
+        """Return whether a query sees keys from ``start`` on, in any example and head.
+
+        Example:
+            >>> QueryMask(3, 3, causal=True).sees(0, 1, torch.device("cpu"))
+            False
+        """
+        return bool(self.block(slice(query, query + 1), device)[..., start:].any())
+
     def at(self, rows: Sequence[int], chosen: Tensor) -> QueryMask:
         """Return the mask of a few queries; all others count as padding.
 

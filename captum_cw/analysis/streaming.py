@@ -174,8 +174,7 @@ def visible_blocks(
 
 def check_causal(name: str, layer: AttentionLayer) -> None:
     """Raise a ValueError if the first query of a layer can see later keys."""
-    first = layer.mask.block(slice(0, 1), layer.value.device)
-    if layer.T > 1 and bool(first[..., 1:].any()):
+    if layer.T > 1 and layer.mask.sees(0, 1, layer.value.device):
         raise ValueError(
             f"Attention layer {name!r} is bidirectional, but this analysis needs a causal model: "
             "every query sees the first token, and the first token sees only itself."

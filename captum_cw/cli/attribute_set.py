@@ -39,7 +39,7 @@ from captum_cw.explanation.target import Question, masked_position, predicts
 from captum_cw.functional import AttentionLayer, Reduction
 from captum_cw.measures import Entry
 from captum_cw.metrics.identity import described, fingerprint
-from captum_cw.text.prompts import read_text
+from captum_cw.text.prompts import leading, read_text
 from captum_cw.text.templates import encode
 from captum_cw.text.tokens import readable_ids
 
@@ -219,8 +219,8 @@ def _scorer(
 
     def look(execution: Execution, layer: AttentionLayer) -> None:
         nonlocal causal
-        seen = layer.mask.block(slice(0, 1), layer.value.device)
-        causal &= not bool(seen[..., 1:].any())
+        skipped, hidden = leading(execution, layer, ids.shape[1], None)
+        causal &= ids.shape[1] == 1 or not layer.mask.sees(skipped, hidden + 1, layer.value.device)
 
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     output = observe_longest(model, batch, look)

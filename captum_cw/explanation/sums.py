@@ -132,8 +132,7 @@ class Layers:
         device = layer.value.device
         if not self.texts[0].maps:
             self._check_memory(layer.H, expected_layers([self.model], [execution]))
-        visible = layer.mask.block(slice(skipped, skipped + 1), device)
-        self.causal &= self.T == 1 or not bool(visible[..., hidden + 1 :].any())
+        self.causal &= self.T == 1 or not layer.mask.sees(skipped, hidden + 1, device)
         for text in self.texts:
             text.begin(layer.H, device)
         chosen = None
