@@ -72,7 +72,8 @@ class EffectContributions(AttentionAttribution):
             None is the one with which the form ranks best: ``"attnlrp"`` for ``"joint"``,
             ``"frozen"`` for ``"effect"``, and ``"plain"`` for ``"sensitivity"``.
         weight: The weight ``w`` of the target in the form ``"joint"``, between 0 and 1. With 0.25
-            it ranked well at both ends. With 0.5 it was better at the lowest half.
+            it ranked pairs well at both ends. With 0.5 it was better for the lowest half, and for
+            whole tokens.
         kind: The layers to use if ``layer`` is None: ``"self"``, ``"cross"`` or ``"all"``.
 
     Raises:
