@@ -256,6 +256,8 @@ def test_token_scores_of_a_sentence_name_what_decides(model: Any) -> None:
     opposite = scores.attribute(inputs, target=rome, contrast=paris)
     assert found.shape == (1, 5)
     assert torch.allclose(found, opposite, 0, 1e-6)  # sums of sizes
+    assert found.any()
+    assert not torch.allclose(found, scores.attribute(inputs, target=paris), 1e-2)
 
 
 def test_one_layer_and_a_batch_are_what_they_are_alone(model: Any) -> None:
@@ -534,6 +536,9 @@ def test_a_cache_stays_as_it_was(model: Any) -> None:
     maps = TargetContributions(model).attribute(given, 7)
     whole = TargetContributions(model).attribute(inputs, 7)
     assert given["past_key_values"].get_seq_length() == before.get_seq_length() == 6
+    for now, layer in zip(given["past_key_values"].layers, before.layers, strict=True):
+        assert torch.equal(now.keys, layer.keys)
+        assert torch.equal(now.values, layer.values)
     # The keys of the cache are constants, and their values have shares in the maps.
     for found, expected in zip(maps, whole, strict=True):
         assert torch.allclose(found, expected[:, :, 6:], 0, 1e-6)

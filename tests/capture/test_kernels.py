@@ -160,8 +160,8 @@ def test_kernels_in_half_precision(name: str, kernel: str, dtype: torch.dtype) -
         found = ContributionWeights(model).attribute(inputs)
         target = TargetContributions(model).attribute(inputs, target=3)
     for x, y in zip(found, expected, strict=True):
-        assert torch.allclose(x, y, atol=0.1)
-    assert all(x.isfinite().all() for x in target)
+        assert float((x - y).abs().max()) < 0.06 * float(y.abs().max())
+    assert all(x.isfinite().all() and x.any() for x in target)
 
 
 @pytest.mark.parametrize("kernel", [HUB, "flex_attention"])

@@ -92,7 +92,7 @@ def check_equal(
         assert row["tokens"] == one["tokens"]
         torch.testing.assert_close(torch.tensor(row["scores"]), torch.tensor(one["scores"]))
         if one["probability"] is not None:
-            assert row["target"] == one["target"] or one["target"] in row["target"]
+            assert row["target"].strip() == one["target"].strip()
             assert row["probability"] == pytest.approx(one["probability"], rel=1e-3)
         if one["contrast_probability"] is not None:
             given = one["contrast_probability"]

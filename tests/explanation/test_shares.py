@@ -209,4 +209,4 @@ def test_an_explanation_that_has_heads_alone() -> None:
 
 def test_no_words_besides_sinks() -> None:
     lines = Explanation(["a", "b"], {"ig": torch.tensor([1.0, 3.0])}, settings={}).summary(0)
-    assert "2 more words" in lines or "1 more word" in lines
+    assert "1 more word: 75% together" in lines

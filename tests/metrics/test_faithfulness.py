@@ -176,14 +176,18 @@ def test_each_metric_is_what_its_name_says(metric: Any) -> None:
 
 def test_a_target_may_be_given() -> None:
     model, ids = llama(), token_ids()
+    every = torch.ones(2, 4, ids.shape[1], dtype=torch.bool)
+    every[..., 0] = False  # the sink
     with torch.no_grad():
         clean = model(ids).logits[:, -1].double().softmax(-1)
+        with remove_values(model, [every, every]):
+            changed = model(ids).logits[:, -1].double().softmax(-1)
     found = sufficiency(model, ids, "random", [1.0], quantity="prob", target=7)
     each = sufficiency(model, ids, "random", [1.0], quantity="prob", target=torch.tensor([7, 7]))
     assert torch.equal(found, each)
     other = sufficiency(model, ids, "random", [1.0], quantity="prob", target=8)
     assert not torch.allclose(found, other)
-    assert float(found.max()) <= float(clean[:, 7].max())
+    torch.testing.assert_close(found[:, 0].double(), (clean - changed)[:, 7], rtol=1e-4, atol=1e-7)
 
 
 def test_where_more_is_better_the_sign_is_turned() -> None:

@@ -20,7 +20,7 @@ from captum_cw import (
 )
 from captum_cw.capture import UnsupportedModelError
 from support.inputs import token_ids
-from support.models import VIRTUAL_COUNT, VIRTUAL_KINDS, llama, with_virtual_tokens
+from support.models import VIRTUAL_KINDS, llama, with_virtual_tokens
 from support.reference import mean_nll
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Position ids")
@@ -194,8 +194,9 @@ def test_other_tokens_of_a_models_own_are_refused() -> None:
 
 def test_an_adapter_that_is_off_has_no_virtual_tokens() -> None:
     model, ids = with_virtual_tokens("prompt"), token_ids()
-    assert VIRTUAL_COUNT
+    adapted = sufficiency(model, ids, "contribution", [0.5])
     with model.disable_adapter():
         found = sufficiency(model, ids, "contribution", [0.5])
     expected = sufficiency(model.get_base_model(), ids, "contribution", [0.5])
     torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, adapted)

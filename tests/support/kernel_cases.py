@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import cycle, islice, product
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from captum_cw import functional
 from captum_cw.functional import AttentionLayer, EffectLayer, QueryMask, Reduction
-from captum_cw.products import BLOCKWISE, KERNEL, VARIABLE
+from captum_cw.products import BLOCKWISE, KERNEL, VARIABLE, Product
 from captum_cw.weights import SoftmaxWeights
 from support import reference
 from support.masks import MASKS, make_mask
@@ -188,14 +191,23 @@ def engine(name: str | None) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
+def _counted(module: ModuleType) -> Any:
+    """Count the calls of the kernels."""
+    return mock.patch.object(module, "reduce_queries", wraps=module.reduce_queries)
+
+
 def error_of(
     case: Case, made: Made, reduction: Reduction, *, signed: bool, by: str = KERNEL
 ) -> float:
     """The largest error of an engine, relative to the largest score of the head."""
-    with engine(by):
+    module = importlib.import_module("captum_cw.kernels") if by == KERNEL else None
+    counted = nullcontext(None) if module is None else _counted(module)
+    with engine(by), counted as calls:
         scores = functional.token_scores(
             made.layer, MEASURES[case.measure], reduction, signed=signed, queries=made.queries
         )
+    if calls is not None:  # the other engine must not have taken its place
+        assert calls.call_count == isinstance(MEASURES[case.measure](made.layer), Product)
     expected = made.expected(reduction, signed=signed)
     gap = (scores.cpu().double() - expected).abs().amax(-1)
     return float((gap / expected.abs().amax(-1).clamp(min=1e-30)).max())

@@ -474,12 +474,14 @@ def test_private_captum_is_reached_through_one_module() -> None:
 
 @pytest.mark.parametrize("heavy", ["transformers", "matplotlib.pyplot", "IPython", "gguf"])
 def test_importing_the_package_brings_nothing_heavy_that_captum_does_not(heavy: str) -> None:
-    def is_loaded_by(package: str) -> bool:
-        code = f"import {package}, sys; print({heavy!r} in sys.modules)"
+    def is_loaded_by(statement: str) -> bool:
+        code = f"{statement}; import sys; print({heavy!r} in sys.modules)"
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
         return run.stdout.strip() == b"True"
 
-    assert not is_loaded_by("captum_cw") or is_loaded_by("captum.attr")
+    assert not is_loaded_by("import captum_cw")
+    ours = is_loaded_by("from captum_cw import ContributionWeights")
+    assert not ours or is_loaded_by("from captum.attr import LLMAttribution")
 
 
 def test_a_compiled_model_is_observed_through_the_original(model: nn.Module) -> None:

@@ -208,7 +208,9 @@ def test_one_command_writes_the_page_with_lxts_scores(
 
 
 def test_the_evidence_of_each_set_is_found(evidence: ModuleType, smollm2: tuple[Any, Any]) -> None:
-    for file in shared_data("evidence").glob("*.jsonl"):
+    files = sorted(shared_data("evidence").glob("*.jsonl"))
+    assert len(files) == 6
+    for file in files:
         rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
         questions = [evidence.question_of(row, smollm2[1], 0) for row in rows]
         assert sum(question is not None for question in questions) > 0.9 * len(rows), file

@@ -100,8 +100,11 @@ def test_token_scores_equal_the_definition(model: nn.Module, texts: list[Tensor]
 @pytest.mark.parametrize("scope", ["inter", "intra"])
 def test_contributions_sum_to_one(model: nn.Module, texts: list[Tensor], scope: Any) -> None:
     method = ContributionWeights(model, scope=scope)
-    _, deltas = method.attribute(texts[1], return_convergence_delta=True)
+    maps, deltas = method.attribute(texts[1], return_convergence_delta=True)
     assert max(float(delta.abs().max()) for delta in deltas) <= 1e-5
+    for x in maps:
+        sums = x.sum((1, 3) if scope == "inter" else 3)
+        torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -110,8 +113,10 @@ def test_contributions_sum_to_one_percent_in_bfloat16(
 ) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
     half.set_attn_implementation(implementation)
-    _, deltas = ContributionWeights(half).attribute(texts[1], return_convergence_delta=True)
+    maps, deltas = ContributionWeights(half).attribute(texts[1], return_convergence_delta=True)
     assert max(float(delta.abs().max()) for delta in deltas) <= 1e-2
+    for sums in (x.sum((1, 3)) for x in maps):
+        torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -125,6 +125,7 @@ def test_a_model_that_counts_positions_from_ids_is_left_to_it() -> None:
     try:
         padded = scores(ContributionWeights(model), inputs)
     except UnsupportedModelError:  # before transformers 5 it does not use the registry
+        assert int(transformers.__version__.partition(".")[0]) < 5
         padded = None
     assert positions_seen[-1] is None
     if padded is not None:
@@ -192,6 +193,7 @@ def test_autocast_changes_the_model_and_not_the_geometry() -> None:
     for c, delta in zip(maps, deltas, strict=True):
         assert c.dtype == torch.float32
         assert (delta.abs() <= 1e-2 * c.abs().sum((1, 3)).clamp(min=1)).all()
+        assert ((c.sum((1, 3)) - 1).abs() <= 2e-2 * c.abs().sum((1, 3)).clamp(min=1)).all()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -234,14 +236,15 @@ def test_queries_that_are_not_an_index_are_refused(queries: Any) -> None:
 
 
 def test_layers_share_one_view_of_their_mask() -> None:
-    masks: set[int] = set()
+    masks: list[Any] = []  # kept, so that no id is used again
 
     def on_layer(execution: Any, layer: functional.AttentionLayer) -> None:
-        masks.add(id(layer.mask))
+        masks.append(layer.mask)
 
     for implementation in ("sdpa", "eager"):
         masks.clear()
         model = llama()
         model.set_attn_implementation(implementation)
         ContributionWeights(model).observe(padded_batch("left")[0], None, on_layer)
-        assert len(masks) == 1
+        assert len(masks) == 2
+        assert masks[0] is masks[1]
