@@ -303,7 +303,8 @@ def _csv_rows(file: Path) -> Any:
     """Read cells as strings, as written: "0.50" stays "0.50", and "None" can be an answer."""
     cells = imported("pandas", "evaluate").read_csv(file, header=None, dtype=str, na_filter=False)
     first = list(cells.iloc[0])
-    if len(first) == 6 and first[-1] in list("ABCD"):  # the first release of MMLU, without a header
+    # The first release of MMLU has no header.
+    if len(first) == 6 and first[-1] in list("ABCD") and "question" not in first:
         columns = ["question", "A", "B", "C", "D", "answer"]
     else:
         columns, cells = first, cells[1:]

@@ -117,10 +117,11 @@ def test_every_kind_of_table_gives_the_same_texts(folder: Path) -> None:
     [
         "1 + 1?,0.50,None,2,3,C",
         "question,A,B,C,D,answer\n1 + 1?,0.50,None,2,3,C",
+        "question,answer,A,B,C,D\n1 + 1?,C,0.50,None,2,3",
         "question,choice0,choice1,choice2,choice3,answer\n1 + 1?,0.50,None,2,3,2",
         "\ufeff,question,A,B,C,D,answer\n0,1 + 1?,0.50,None,2,3,C",
     ],
-    ids=["no header", "letters", "numbers", "byte order mark and index"],
+    ids=["no header", "letters", "answer first", "numbers", "byte order mark and index"],
 )
 def test_choices_in_a_csv_file_are_read_as_written(folder: Path, lines: str) -> None:
     path = folder / "mmlu.csv"

@@ -63,7 +63,8 @@ class ComponentRegression(AnalysisResult):
 
     Attributes:
         numbers: R2 for each group and product of factors, as ``"others: attention x cosine"``. For
-            logarithms, ``"dropped"`` is the number of points with a factor of zero.
+            logarithms, ``"dropped"`` is the number of points of all tokens that have a factor or a
+            contribution of zero.
         tables: ``"regression"``: a row for each product (``components``) and ``group``, with the
             ``slope``, ``r2`` (centred), ``r2_uncentred``, ``r2_held_out`` (mean over folds) and
             number of ``points``. ``"folds"``: the held-out ``r2`` of each ``fold``.
@@ -135,7 +136,7 @@ def regression_of(
         sample = sample.astype(np.float64)
         if log:
             whole = (sample != 0).all(1)
-            dropped += int((~whole).sum())
+            dropped += int((~whole).sum()) if group == "all" else 0
             sample = np.log(np.abs(sample[whole]))
         factors, y = sample[:, :3], sample[:, 3]
         for product, subset in PRODUCTS.items():
@@ -361,11 +362,9 @@ def component_dispersion(
 
 def _projected_norms(layer: AttentionLayer) -> Block:
     """Compute the norms of projected values ``||v~_j||``, as a measure."""
-    scale = None if layer.scale is None else layer.scale.abs()[:, None, :, None]
 
     def block(a: Tensor, rows: slice) -> Tensor:
-        a.copy_(layer.norms(rows, a.shape[-1]))
-        return a if scale is None else a.mul_(scale[:, :, rows])
+        return a.copy_(layer.norms(rows, a.shape[-1]))
 
     return block
 

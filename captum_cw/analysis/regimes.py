@@ -140,8 +140,6 @@ def head_sums(layer: AttentionLayer, queries: Tensor, size: int) -> Tensor:
         torch.Size([2, 8])
     """
     norms = layer.direction("intra")[1][0].double().sqrt()
-    if layer.scale is not None:
-        norms = norms * layer.scale[0].abs()
     out = torch.zeros(layer.H, len(MEASURED) + 2, dtype=torch.float64, device=norms.device)
     for places, terms in terms_of(layer, queries):
         top, a = attention_ranks(terms) < size, terms.attention

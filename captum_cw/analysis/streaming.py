@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from captum_cw._utils.progress import progress_bar
 from captum_cw.analysis.result import Array
-from captum_cw.capture import Execution
+from captum_cw.capture import Execution, UnsupportedModelError
 from captum_cw.capture.model import device_of, unwrapped
 from captum_cw.capture.run import Runner, ignore_layer
 from captum_cw.functional import AttentionLayer, Measure, map_blocks, widest
@@ -70,6 +70,11 @@ def texts_of(batches: Batches, shortest: int = 2) -> list[Tensor]:
         [6, 3]
     """
     texts: list[Tensor] = []
+    if isinstance(batches, tuple):
+        raise TypeError(
+            f"The batches are a tuple of {len(batches)}: give a dict of input_ids and "
+            "attention_mask, or a list of batches."
+        )
     for batch in [batches] if isinstance(batches, (Tensor, Mapping)) else batches:
         ids, mask = batch, None
         if isinstance(batch, Mapping):
@@ -131,6 +136,12 @@ def run_texts(
         text: int, numbers: Iterator[int], execution: Execution, layer: AttentionLayer
     ) -> None:
         nonlocal zero_outputs
+        if (len(texts[text]),) * 2 != (layer.T, layer.S):  # such as learned virtual tokens
+            raise UnsupportedModelError(
+                f"Layer {execution.name!r} attends from {layer.T} queries to {layer.S} keys, but "
+                f"the text has {len(texts[text])} tokens: analyses need a model that reads the "
+                "text alone."
+            )
         if causal:
             check_causal(execution.name, layer)
         zero_outputs += int(layer.vanishing("inter"))

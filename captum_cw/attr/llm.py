@@ -47,7 +47,8 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
 
     Args:
         attr_method: A measure, or a :class:`~captum_cw.TokenScores` around one, whose ``heads``,
-            ``layers`` and ``signed`` count. Its ``forward_func`` must be the model itself.
+            ``layers`` and ``signed`` count, and its ``reduction`` for measures of a target. Its
+            ``forward_func`` must be the model itself.
         tokenizer: The model's tokenizer.
 
     Raises:

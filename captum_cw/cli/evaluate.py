@@ -203,7 +203,10 @@ def _document_of_tasks(result: TaskResult) -> dict[str, Any]:
             "baseline": list(result.baseline[task]),
             "rates": list(result.rates),
             "accuracy": {name: result.scores[task][name].tolist() for name in result.methods},
-            "at_most": {name: result.largest_rate(task, name) for name in result.methods},
+            "at_most": {
+                name: result.largest_rate(task, name) if result.has_interval(task) else None
+                for name in result.methods
+            },
         }
         for task in result.tasks
     }

@@ -308,6 +308,7 @@ its folder contains an unfinished run with the same settings.""",
     _add(size, "--quick", quick, action="store_true")
     preset = "size of the run; 'paper' also selects the models and data sets of the paper"
     _add(size, "--preset", preset, choices=choices.PRESETS, default="full")
+    _add_lines(command)
     _add(command, "--samples N", "maximum number of texts for each item", type=_count)
     _add(command, "--length T", "maximum number of tokens per text", type=_count)
     skip = "number of texts to skip, so that claims are judged on unseen texts"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,8 +44,10 @@ def run(options: Namespace) -> Answer:
         imported(library, "analysis")
     if options.tasks:
         imported("lm_eval", "tasks")
+    _check_names("--model", models)
+    _check_names("--data", data)
     # Texts are loaded before models, because a failure is then quick.
-    texts = {name: load_texts(name, samples=plan.needed) for name in data}
+    texts = {name: load_texts(name, samples=plan.needed, lines=options.lines) for name in data}
 
     def studies() -> Iterator[Study]:
         for name in models:
@@ -57,6 +59,7 @@ def run(options: Namespace) -> Answer:
                 once = () if number else tasks
                 names = _short_name(name), _short_name(of)
                 yield Study(model, tokenizer, texts[of], *names, plan, once, options.task_path)
+            del model, tokenizer  # before the next ones are loaded
 
     tell = partial(print, file=sys.stderr)
     results, files = reproduce(studies(), options.out, only=options.only, tell=tell)
@@ -76,7 +79,18 @@ def run(options: Namespace) -> Answer:
 def _short_name(name: str) -> str:
     """Return the name of a file or folder without its path, and the whole name on the hub."""
     path = Path(name)
-    return path.stem if path.exists() else name
+    return name if not path.exists() else path.name if path.is_dir() else path.stem
+
+
+def _check_names(option: str, names: Sequence[str]) -> None:
+    """Raise a ValueError if two models, or two sets of texts, would have one folder."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(_short_name(name), name)
+        if other != name:
+            raise ValueError(
+                f"{option} {other} and {name} have the same name in the report: rename one of them."
+            )
 
 
 def _document(study: StudyResults) -> dict[str, Any]:

@@ -175,6 +175,11 @@ class ComprehensivenessSufficiency:
             raise ValueError("methods is empty: give at least one method.")
         settings = self._settings(methods, target)
         data = inputs_or_dataloader
+        if isinstance(data, tuple):
+            raise TypeError(
+                f"The inputs are a tuple of {len(data)}: give a dict with names, such as "
+                "input_ids and attention_mask, or a list of batches."
+            )
         batches: Iterable[Batch] = [data] if isinstance(data, (Tensor, Mapping)) else data
         passes = 1 + len(scorers) * sum(map(len, self.rates.values()))
         processes = Processes(several=shard)
@@ -384,6 +389,11 @@ def _parts(batches: Iterable[Batch]) -> Iterator[Part]:
     first = 0
     for batch in batches:
         if isinstance(batch, (list, tuple)) and all(isinstance(x, Tensor) for x in batch):
+            if len(batch) > 1:
+                raise TypeError(
+                    f"A batch has {len(batch)} tensors without names: give a dict with names, such "
+                    "as input_ids and attention_mask."
+                )
             (batch,) = batch[:1]  # as a TensorDataset returns it
         if not isinstance(batch, (Tensor, Mapping)):
             raise TypeError(

@@ -139,7 +139,8 @@ def _kl(given: Logits) -> Tensor:
         rows = given.mask[b].to(given.logits.device) if given.logits.dim() == 3 else slice(None)
         clean = given.clean[b][rows].float().log_softmax(-1)
         changed = given.logits[b][rows].float().log_softmax(-1)
-        kl = (clean.exp() * (clean - changed)).sum(-1)
+        # A token that cannot come, as in padded vocabularies, adds nothing.
+        kl = (clean.exp() * (clean - changed)).masked_fill(clean == -torch.inf, 0).sum(-1)
         divergences.append(kl.to(widest(kl.device)).mean())
     return torch.stack(divergences)
 

@@ -111,6 +111,10 @@ class TaskResult:
             for task, record in self.records.items()
         }
 
+    def has_interval(self, task: str) -> bool:
+        """Return whether the accuracy of the unchanged model has a standard error."""
+        return not isnan(self.baseline[task].stderr)
+
     def largest_rate(self, task: str, method: str) -> float | None:
         """Return the largest rate whose accuracy is not below the baseline's 95 % interval.
 
@@ -134,7 +138,7 @@ class TaskResult:
                 f"{', '.join(self.tasks)} and methods {', '.join(self.methods)}."
             )
         value, stderr = self.baseline[task]
-        if isnan(stderr):
+        if not self.has_interval(task):
             raise ValueError(
                 f"Task {task!r} has no standard error of {self.metric[task]!r} for "
                 f"{self.documents[task]} documents: use more documents, or another task."

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from captum_cw._utils.files import whole_file
 from captum_cw._utils.records import Records, RecordsError
 from captum_cw.capture import UnsupportedModelError
 from captum_cw.models.loading import origin
@@ -69,7 +70,10 @@ def reproduce(
         if name not in ITEMS:
             raise ValueError(f"only={name!r} is unknown; known: {', '.join(ITEMS)}.")
     chosen = list(ITEMS.values()) if only is None else [ITEMS[name] for name in only]
-    results = [run_study(study, out, chosen, tell=tell) for study in studies]
+    results = []
+    for study in studies:
+        results.append(run_study(study, out, chosen, tell=tell))
+        del study  # its model goes before the next one is loaded
     if not results:
         raise ValueError("studies is empty: give at least one model with texts.")
     return results, write_report(out, results)
@@ -88,11 +92,13 @@ def run_study(
     with Records(folder / "items.records", identity) as records:
         for item in items:
             file = folder / f"{item.name}.json"
-            record = records.get(item.name)
+            record = None if item.resumes else records.get(item.name)
             if record is None:
                 tell(f"{study.model_name} on {study.data_name}: {item.name}, {item.title}")
                 record = _run_item(item, study, folder, file)
-                if not record["refused"]:  # a refused item is tried again in the next run
+                if record["refused"]:  # it is tried again in the next run
+                    tell(f"{item.name} is not computed: {record['refused']}")
+                elif not item.resumes:
                     records.update({item.name: record})
             result = None if record["refused"] else item.load(file)
             done.append(Done(item, result, record["seconds"], record["refused"]))
@@ -112,7 +118,8 @@ def _run_item(item: Item, study: Study, folder: Path, file: Path) -> dict[str, A
     result.save(file)
     tables = getattr(result, "tables", None) or {"": result.to_dataframe()}
     for name, table in tables.items():
-        table.to_csv(folder / f"{'-'.join(filter(None, (item.name, name)))}.csv", index=False)
+        with whole_file(folder / f"{'-'.join(filter(None, (item.name, name)))}.csv") as whole:
+            table.to_csv(whole, index=False)
     return {"seconds": time.perf_counter() - start, "refused": ""}
 
 

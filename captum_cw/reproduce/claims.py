@@ -93,6 +93,9 @@ def accuracy_is_kept(result: TaskResult) -> Judgement:
     of every other measure in more than half of the tasks, and never below. It does not hold if it
     is below that of another measure in more than half.
     """
+    without = [task for task in result.tasks if not result.has_interval(task)]
+    if without:
+        return Judgement("undecided", f"no standard error of {', '.join(without)}")
     ahead = behind = 0
     for task in result.tasks:
         own, *others = [
@@ -250,7 +253,7 @@ def components_weakly_correlated(result: Any) -> Judgement:
     All three |r| are below 0.3. It does not hold if one is 0.5 or more.
     """
     r = {name: x for name, x in result.numbers.items() if "," in name}
-    largest = max(map(abs, r.values()))
+    largest = float(np.abs([*r.values()]).max())  # NaN if one is NaN
     figures = ", ".join(f"{name}: {x:.3f}" for name, x in r.items())
     return judgement(figures, largest < 0.3, largest >= 0.5)
 
@@ -462,8 +465,9 @@ def three_regimes(result: Any) -> Judgement:
     clusters = result.tables["clusters"].set_index("k").silhouette
     signatures = int(result.numbers["signatures"])
     best = clusters.idxmax()
+    of_three = clusters.get(3, float("nan"))  # a model may have fewer heads
     figures = (
-        f"{signatures} of 3 signatures; silhouette {clusters[3]:.2f}, best at k = {best} "
+        f"{signatures} of 3 signatures; silhouette {of_three:.2f}, best at k = {best} "
         f"({clusters.max():.2f})"
     )
     return judgement(figures, signatures == 3 and best == 3, signatures < 3)

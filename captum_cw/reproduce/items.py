@@ -53,6 +53,7 @@ class Item:
         table: A function that returns the main figures, next to those that the paper prints.
         pictures: A function that plots the result, and returns the figures by caption.
         load: A function that reads a saved result.
+        resumes: Whether ``run`` has records of its own, and checks that they are of this run.
     """
 
     name: str
@@ -62,25 +63,26 @@ class Item:
     table: Callable[[str, Result], pd.DataFrame] = _number_table
     pictures: Callable[[Result], Pictures] = _plot
     load: Callable[[Path], Result] = AnalysisResult.load
+    resumes: bool = False
 
 
 #: The items by name, in the order of the report.
 ITEMS: dict[str, Item] = {}
 
 
-def item(name: str, **functions: Any) -> Callable[[Run], Run]:
+def item(name: str, **options: Any) -> Callable[[Run], Run]:
     """Add the function that is decorated to the items.
 
     The first line of its docstring is the title, and the rest is the reading.
 
     Args:
         name: The name of the item.
-        functions: Functions of the item that are not the defaults.
+        options: What of the item is not the default.
     """
 
     def add(run: Run) -> Run:
         title, reading = paragraphs(run)
-        ITEMS[name] = Item(name, title.removesuffix("."), reading, run, **functions)
+        ITEMS[name] = Item(name, title.removesuffix("."), reading, run, **options)
         return run
 
     return add
@@ -193,17 +195,18 @@ def _task_table(item: str, result: Result) -> pd.DataFrame:
     """Return accuracy by rate, with a row for each task and method."""
     rows = {}
     for task in result.tasks:
+        known = result.has_interval(task)
         for method in result.methods:
             scores = dict(zip(result.rates, result.scores[task][method].tolist(), strict=True))
             rows[f"{task}, {method}"] = {
                 "unchanged": result.baseline[task].value,
                 **{f"{100 * rate:g}%": score for rate, score in scores.items()},
-                "largest rate": result.largest_rate(task, method),
+                "largest rate": result.largest_rate(task, method) if known else None,
             }
     return pd.DataFrame(rows).T
 
 
-@item("F4", table=_task_table, load=TaskResult.load)
+@item("F4", table=_task_table, load=TaskResult.load, resumes=True)
 def tasks(study: Study, folder: Path) -> Result:
     """Accuracy of downstream tasks, bottom removed (Fig. 4).
 

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from captum_cw._utils.files import whole_file
 from captum_cw._version import __version__
 from captum_cw.reproduce.claims import CLAIMS, Claim, judge
 from captum_cw.reproduce.items import Item
@@ -82,8 +83,10 @@ def write_report(folder: Path, studies: Sequence[StudyResults]) -> list[Path]:
     ]
     files = [folder / name for name in ("report.html", "claims.csv")]
     page = _template().render(paper=PAPER, versions=_versions(), studies=studies, claims=judged)
-    files[0].write_text(page, encoding="utf-8")
-    pd.DataFrame(rows).to_csv(files[1], index=False)
+    with whole_file(files[0]) as whole:
+        whole.write_text(page, encoding="utf-8")
+    with whole_file(files[1]) as whole:
+        pd.DataFrame(rows).to_csv(whole, index=False)
     return files
 
 

@@ -165,8 +165,10 @@ class Study:
         """Return what must be equal for results to belong to the same run."""
         return {
             "weights": fingerprint(self.model),
-            "texts": checksum(*(batch["input_ids"] for batch in self.analysed)),
+            "texts": checksum(
+                *(batch["input_ids"] for pair in self.plan.pairs for batch in self.batches(*pair))
+            ),
             "plan": {name: x for name, x in vars(self.plan).items() if name != "name"},
             "tasks": list(self.tasks),
-            "versions": versions("captum"),
+            "versions": versions("captum", "scikit-learn", "scipy"),
         }

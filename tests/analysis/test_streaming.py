@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from captum_cw import AttentionWeights
 from captum_cw.analysis import AnalysisResult, first_token_weight
 from captum_cw.analysis.streaming import Reservoir, SeenLayer, check_causal, run_texts, texts_of
+from captum_cw.capture import UnsupportedModelError
 from captum_cw.functional import AttentionLayer, QueryMask, attention, dense_map
 from support.inputs import token_ids
-from support.models import SIZES, build, gpt2, llama, mistral
+from support.models import SIZES, build, gpt2, llama, mistral, with_virtual_tokens
 from support.reference import eager_layers
 
 # ---------------------------------------------------------------------------------------------
@@ -59,6 +60,7 @@ def test_texts_come_from_tokenizers_and_loaders(tiny_tokenizer: Any) -> None:
         ([[1, 2, 3]], TypeError, "type list"),
         ({"attention_mask": torch.ones(1, 3)}, TypeError, "input_ids"),
         ([], ValueError, "batches is empty"),
+        ((token_ids(), token_ids()), TypeError, "The batches are a tuple of 2"),
         (torch.ones(2, 1, dtype=torch.long), ValueError, "Text 0 has 1 tokens.* 2 or more"),
         (
             {"input_ids": token_ids(1, 3), "attention_mask": torch.ones(1, 4)},
@@ -306,3 +308,9 @@ def test_files_are_json_that_others_read(tmp_path: Path) -> None:
     assert content["analysis"] == "FirstTokenWeight"
     assert len(content["tables"]["texts"]["weight"]) == 8
     assert all(isinstance(x, float) for x in content["numbers"].values())
+
+
+def test_virtual_tokens_are_not_taken_for_the_text() -> None:
+    model = with_virtual_tokens("prompt")
+    with pytest.raises(UnsupportedModelError, match="a model that reads the text alone"):
+        run_texts(model, [token_ids(1)[0]], lambda layer: None)

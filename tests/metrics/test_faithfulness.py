@@ -844,6 +844,24 @@ def test_batches_come_as_a_data_loader_gives_them() -> None:
     assert len(metric.evaluate({"cw": "contribution"}, positions_first).records) == 4
     with pytest.raises(TypeError, match="A batch is of type str"):
         metric.evaluate({"cw": "contribution"}, ["text"])
+    masks = torch.ones_like(ids)
+    with pytest.raises(TypeError, match="A batch has 2 tensors without names"):
+        metric.evaluate({"cw": "contribution"}, DataLoader(TensorDataset(ids, masks)))
+    with pytest.raises(TypeError, match="The inputs are a tuple of 2"):
+        metric.evaluate({"cw": "contribution"}, (ids, masks))
+
+
+def test_tokens_that_cannot_come_do_not_count_in_the_divergence() -> None:
+    model, ids = llama(), token_ids()
+    expected = sufficiency(model, ids, "contribution", [0.5], quantity="kl")
+
+    def never_the_last(module: Any, args: Any, logits: Tensor) -> Tensor:
+        return torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+
+    model.lm_head.register_forward_hook(never_the_last)
+    found = sufficiency(model, ids, "contribution", [0.5], quantity="kl")
+    assert found.all()
+    torch.testing.assert_close(found, expected)
 
 
 def test_methods_may_use_gradients() -> None:

@@ -19,6 +19,7 @@ import pytest
 from captum_cw import analysis
 from captum_cw._utils.records import RecordsError
 from captum_cw.cli import main
+from captum_cw.cli.reproduce import _short_name
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.metrics.identity import fingerprint
 from captum_cw.metrics.tasks import TaskResult
@@ -60,7 +61,9 @@ def run(study: Study, out: Path, only: list[str] | None = None) -> tuple[Any, li
 
 def test_the_report_holds_every_item_and_claim(study: Study, tmp_path: Path) -> None:
     found, told = run(study, tmp_path)
-    assert len(told) == len(ITEMS)
+    begun = [line for line in told if "not computed" not in line]
+    assert len(begun) == len(ITEMS)
+    assert len(told) == len(ITEMS) + sum(bool(done.refused) for done in found.items)
     page = (tmp_path / "report.html").read_text()
     assert "tiny &lt;b&gt;model&lt;/b&gt;" in page
     assert f"<td>checksum {fingerprint(study.model)}</td>" in page
@@ -131,7 +134,9 @@ def test_an_item_that_a_model_does_not_support_is_reported(study: Study, tmp_pat
     assert found.judgement(BY_NAME["low norms outside the cone"]).verdict == "not run"
     # Only the refused item is tried again.
     _, told = run(replace(study, texts=["a b c", "d e f"]), tmp_path, ["F6", "T2"])
-    assert [line.partition(": ")[2][:2] for line in told] == ["F6"]
+    begun, refusal = told
+    assert begun.partition(": ")[2].startswith("F6")
+    assert refusal.startswith("F6 is not computed: Text 0 has 3 tokens")
 
 
 def test_the_command_line(
@@ -156,6 +161,21 @@ def test_the_command_line(
     with pytest.raises(SystemExit, match="2"):
         main(["reproduce", "--out", str(tmp_path / "p")])
     assert "--preset paper, which chooses both" in capsys.readouterr().err
+
+
+def test_names_of_folders_keep_their_dots_and_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder / "Llama-3.1-8B").mkdir(parents=True)
+        (tmp_path / folder / "texts.v2.jsonl").write_text('{"text": "a"}')
+    assert _short_name(str(tmp_path / "a" / "Llama-3.1-8B")) == "Llama-3.1-8B"
+    assert _short_name(str(tmp_path / "a" / "texts.v2.jsonl")) == "texts.v2"
+    assert _short_name("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
+    data = [str(tmp_path / folder / "texts.v2.jsonl") for folder in ("a", "b")]
+    command = ["reproduce", "--model", "M", "--data", data[0], "--data", data[1], "--out", "o"]
+    assert main(command) == 1
+    assert "have the same name in the report" in capsys.readouterr().err
 
 
 def test_plans_shrink_but_do_not_grow() -> None:
@@ -434,6 +454,13 @@ def test_the_table_of_tasks_has_a_row_for_each_method() -> None:
     table = ITEMS["F4"].table("F4", TaskResult((0.3, 0.5), {}, {"quiz": quiz}))
     row = table.loc["quiz, contribution"]
     assert row.tolist() == [0.75, 0.7, 0.4, 0.3]
+    quiz["baseline"] = {"acc,none": [0.75, float("nan")]}  # of one document
+    result = TaskResult((0.3, 0.5), {}, {"quiz": quiz})
+    row = ITEMS["F4"].table("F4", result).loc["quiz, contribution"]
+    assert row.tolist()[:3] == [0.75, 0.7, 0.4]
+    assert pd.isna(row["largest rate"])
+    found = judge(BY_NAME["accuracy is kept"], {"F4": result})
+    assert (found.verdict, found.figures) == ("undecided", "no standard error of quiz")
 
 
 def test_every_claim_is_judged_by_items_that_exist() -> None:
