@@ -327,7 +327,8 @@ def evaluated(
     """Run the missing part of one evaluation, and return its result.
 
     Each score has its own records, so that one can be added later. With ``options.finished``,
-    only scores whose records are whole are in the result, which is None without contributions.
+    only scores whose records are whole are in the result. It is None without contributions, or
+    with nothing beside them.
     """
     batches = documents(source, tokenizer, options)
     texts = sum(len(batch["input_ids"]) for batch in batches)
@@ -343,7 +344,7 @@ def evaluated(
             )
         elif name == PAPER:
             return None
-    return joined(found)
+    return joined(found) if len(found) > 1 else None
 
 
 def joined(results: Sequence[FaithfulnessResult]) -> FaithfulnessResult:
