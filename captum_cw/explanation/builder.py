@@ -110,8 +110,8 @@ def explain(
             template; the output of the tokenizer for one text (``BatchEncoding``), or a dict of
             the model's arguments, such as a processor's output with ``pixel_values``; or token ids
             ``(T,)`` or ``(1, T)``. Padding is not allowed. A chat ends where the model's answer
-            begins, unless its last message is the assistant's. Or a list of these: texts of similar
-            length then run as one batch. A list of dicts with roles is one chat.
+            begins if its last message is of the user, a tool or the system. Or a list of these:
+            texts of similar length then run as one batch. A list of dicts with roles is one chat.
         target: Why this? A text, of which the first token counts (mind the leading space); the
             label or number of a class; a token's number; or ``(position, number)``. None is the
             model's own prediction: after the last token, or at the only masked token. For a list of
@@ -200,7 +200,7 @@ def _are_texts(given: Any) -> bool:
 def _awaits_answer(text: Any) -> bool:
     """Whether a text is a chat whose next message is the model's."""
     last = text[-1] if isinstance(text, (list, tuple)) and text else None
-    return isinstance(last, Mapping) and last.get("role") != "assistant"
+    return isinstance(last, Mapping) and last.get("role") in ("user", "tool", "system")
 
 
 def _each(name: str, wanted: Any, count: int, several: bool) -> list[Wanted]:

@@ -174,13 +174,7 @@ class ComprehensivenessSufficiency:
         if not scorers:
             raise ValueError("methods is empty: give at least one method.")
         settings = self._settings(methods, target)
-        data = inputs_or_dataloader
-        if isinstance(data, tuple):
-            raise TypeError(
-                f"The inputs are a tuple of {len(data)}: give a dict with names, such as "
-                "input_ids and attention_mask, or a list of batches."
-            )
-        batches: Iterable[Batch] = [data] if isinstance(data, (Tensor, Mapping)) else data
+        batches = _batches(inputs_or_dataloader)
         passes = 1 + len(scorers) * sum(map(len, self.rates.values()))
         processes = Processes(several=shard)
         one_batch = any(isinstance(x, Tensor) for x in (target, *methods.values()))
@@ -383,6 +377,15 @@ def _deltas(
 
 # ---------------------------------------------------------------------------------------------
 # Batches
+
+
+def _batches(given: Batch | Iterable[Batch]) -> Iterable[Batch]:
+    if isinstance(given, tuple):
+        raise TypeError(
+            f"The inputs are a tuple of {len(given)}: give a dict with names, such as input_ids "
+            "and attention_mask, or a list of batches."
+        )
+    return [given] if isinstance(given, (Tensor, Mapping)) else given
 
 
 def _parts(batches: Iterable[Batch]) -> Iterator[Part]:

@@ -109,7 +109,7 @@ def test_bad_choices_are_refused() -> None:
     model = llama()
     with pytest.raises(ValueError, match="space='logits' is unknown"):
         find_sinks(model, token_ids(), space="logits")  # type: ignore[arg-type]
-    with pytest.raises(IndexError, match="token=9, but the text has 9"):
+    with pytest.raises(IndexError, match="token=9, but the shortest text has 9"):
         sink_rate(model, token_ids(), token=9)
 
 
