@@ -12,7 +12,7 @@ Shapes use the same letters everywhere: ``B`` examples, ``H`` query heads, ``H_k
 (``H`` is a multiple of ``H_kv``), ``T`` queries, ``S`` keys, ``d_h`` the size of a head's values,
 ``d`` the size of the layer's output. The results of :func:`vw` and :func:`projection` have the unit
 of the hidden states, those of :func:`target` and :func:`effect` that of the target, and those of
-:func:`joint` a power of it. All others are dimensionless.
+``joint`` a power of it. All others are dimensionless.
 
 An :class:`AttentionLayer` yields its attention weights in blocks of queries. A :data:`Measure`,
 such as :func:`contribution` or :func:`vwon`, is applied to each block. :func:`dense_map` returns
