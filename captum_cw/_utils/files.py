@@ -18,9 +18,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
     If the process is killed or the machine fails, ``path`` is either the whole new file or the old
     one. The temporary name starts with a dot, so that programs that read all files of a folder
-    skip it. It has the number of the process, so that several can write the same file.
+    skip it. It is always the same, so that a killed process leaves one at most.
     """
-    whole = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    whole = Path(path).with_name(f".{Path(path).name}.part")
     if not whole.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {whole.parent}.")
     try:

@@ -31,16 +31,3 @@ def test_a_part_that_is_gone_does_not_replace_a_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write(path, Path.unlink)
     assert path.read_text() == "old"
-
-
-def test_processes_write_parts_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.txt"
-    with whole_file(path) as first:
-        first.write_text("first")
-        monkeypatch.setattr("os.getpid", lambda: 7)
-        with whole_file(path) as second:
-            second.write_text("second")
-        assert path.read_text() == "second"
-    assert path.read_text() == "first"
