@@ -198,7 +198,7 @@ def _are_texts(given: Any) -> bool:
 
 
 def _awaits_answer(text: Any) -> bool:
-    """Whether a text is a chat whose next message is the model's."""
+    """Whether the model has to answer next. This is only so in a chat."""
     last = text[-1] if isinstance(text, (list, tuple)) and text else None
     return isinstance(last, Mapping) and last.get("role") in ("user", "tool", "system")
 

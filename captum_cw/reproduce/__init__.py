@@ -79,6 +79,13 @@ def reproduce(
     return results, write_report(out, results)
 
 
+#: What keeps an item from being computed: the model, the texts, a library, or data that is missing.
+REFUSALS = (
+    *(UnsupportedModelError, ValueError, IndexError, ImportError),
+    *(FileNotFoundError, ConnectionError),
+)
+
+
 def run_study(
     study: Study, out: Path, items: Sequence[Item], *, tell: Tell = print
 ) -> StudyResults:
@@ -113,7 +120,7 @@ def _run_item(item: Item, study: Study, folder: Path, file: Path) -> dict[str, A
         result = item.run(study, folder)
     except RecordsError:
         raise
-    except (UnsupportedModelError, ValueError, IndexError, ImportError) as error:
+    except REFUSALS as error:
         return {"seconds": time.perf_counter() - start, "refused": str(error)}
     result.save(file)
     tables = getattr(result, "tables", None) or {"": result.to_dataframe()}
