@@ -37,7 +37,7 @@ def test_a_record_is_on_disk_before_the_file_is_closed(file: Path, tmp_path: Pat
             assert others["d"] == 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks of this kind")
 def test_two_runs_do_not_write_one_file(file: Path) -> None:
     with Records(file, RUN), pytest.raises(RecordsError, match="being written by another run"):
         Records(file, RUN)

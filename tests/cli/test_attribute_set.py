@@ -488,7 +488,7 @@ main(arguments)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_a_run_that_is_killed_again_and_again_loses_and_doubles_no_row(
     command: list[str], tmp_path: Path
 ) -> None:

@@ -179,7 +179,7 @@ def test_mistakes_are_named_before_the_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a CUDA device where there is none")
 def test_a_device_that_is_missing_is_named(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attribute", "--model", folder, "--text", "a b", "--device", "cuda:1"]) == 1
     assert "--device cuda:1: PyTorch finds no such device here" in capsys.readouterr().err

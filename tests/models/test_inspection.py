@@ -28,7 +28,9 @@ def test_shared_heads_and_the_projection_are_named(tiny_model: Any) -> None:
 
 
 def test_windows_and_learned_sinks_are_reported() -> None:
-    transformers = pytest.importorskip("transformers", "5", reason="the model is of transformers 5")
+    transformers = pytest.importorskip(
+        "transformers", "5", reason="transformers has this model since 5.0"
+    )
     config = transformers.GptOssConfig(
         **SHARED_HEADS, num_local_experts=2, num_experts_per_tok=1, sliding_window=16
     )
@@ -38,7 +40,9 @@ def test_windows_and_learned_sinks_are_reported() -> None:
 
 
 def test_a_gate_is_reported() -> None:
-    transformers = pytest.importorskip("transformers", "5", reason="the model is of transformers 5")
+    transformers = pytest.importorskip(
+        "transformers", "5", reason="transformers has this model since 5.0"
+    )
     config = transformers.AfmoeConfig(**SHARED_HEADS, num_dense_layers=1)
     assert all(
         layer.gate for layer in attention_layers(build(transformers.AfmoeForCausalLM, config))

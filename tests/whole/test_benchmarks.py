@@ -88,7 +88,7 @@ def gpu(benchmark: ModuleType) -> ModuleType:
     return importlib.import_module("gpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a CUDA device")
 def test_without_a_gpu_its_benchmark_ends_with_a_sentence(
     gpu: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -331,7 +331,10 @@ def test_scores_of_a_compiled_model() -> None:
     assert torch.equal(TokenScores(ContributionWeights(model)).attribute(token_ids()), right)
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="loads on CPUs since 5.0")
+@pytest.mark.skipif(
+    transformers.__version__ < "5",
+    reason="transformers spreads models over CPU processes since 5.0",
+)
 def test_models_that_are_spread_over_processes_are_as_the_whole(tmp_path: Path) -> None:
     models = {"llama": llama(), "qwen2": qwen2(), "gemma2": gemma2()}
     for name, model in models.items():

@@ -485,7 +485,7 @@ SETTINGS: dict[str, tuple[Callable[[], object], Callable[[], object], float]] = 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_rounding_of_products_follows_pytorchs_settings(name: str) -> None:
     if name == "fp32_precision" and not hasattr(torch.backends, "fp32_precision"):
-        pytest.skip("PyTorch has it since 2.9")
+        pytest.skip("PyTorch has this setting since 2.9")
     choose, restore, expected = SETTINGS[name]
     wide, single, half = (
         torch.ones(1, dtype=t) for t in (torch.float64, torch.float32, torch.bfloat16)
