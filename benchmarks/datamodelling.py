@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             drawn[f"{name}, {data}"] = means
             rows = [_row(*of) for of in means.items()]
             heads = ["score", "rank correlation", "95% interval"]
-            parts.append(f"### {name}, {data}\n\n{in_markdown(heads, rows)}")
+            parts.append(f"## {name}, {data}\n\n{in_markdown(heads, rows)}")
     top = (
         f"{made_by('datamodelling', argv, options.commit, weights)} "
         f"The last {options.samples} documents of each set, cut to {options.length} tokens; "

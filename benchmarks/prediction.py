@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         continue
                     result = evaluated(model, tokenizer, key, texts, records)
                     results[key][f"{name}, {data}"] = result
-                    title = f"### {name}, {data}: {SETTINGS[key][0]}"
+                    title = f"## {name}, {data}: {SETTINGS[key][0]}"
                     parts.append(f"{title}\n\n{result.to_markdown(PAPER)}\n\n{len(texts)} texts.")
                     bar.update()
     head = (

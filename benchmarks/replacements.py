@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result = result_of(found, how)
                 drawn[f"{name}, {data}, {how}"] = result
                 tables = result.to_markdown(PAPER, statistic="corpus")
-                parts.append(f"### {name}, {data}: {how}\n\n{tables}")
+                parts.append(f"## {name}, {data}: {how}\n\n{tables}")
     head = (
         f"{made_by('replacements', argv, options.commit, weights)} "
         f"The last {options.samples} documents of each set, cut to {options.length} tokens. "

@@ -11,7 +11,7 @@ from one small Gram matrix per head.
 Shapes use the same letters everywhere: ``B`` examples, ``H`` query heads, ``H_kv`` key-value heads
 (``H`` is a multiple of ``H_kv``), ``T`` queries, ``S`` keys, ``d_h`` the size of a head's values,
 ``d`` the size of the layer's output. The results of :func:`vw` and :func:`projection` have the unit
-of the hidden states, those of :func:`target` and :func:`effect` that of the target, and those of
+of the hidden states, those of :func:`target` and ``effect`` that of the target, and those of
 ``joint`` a power of it. All others are dimensionless.
 
 An :class:`AttentionLayer` yields its attention weights in blocks of queries. A :data:`Measure`,
