@@ -20,6 +20,7 @@ from pages import (
     documents,
     dots,
     fill_page,
+    is_whole,
     loaded,
     made_by,
     mean_and_interval,
@@ -143,8 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 **settings,
             }
             values: dict[str, list[float]] = {score: [] for score in SCORES}
+            file_of_run = options.work / f"{name}-{data}.records"
+            if options.finished and not is_whole(file_of_run, len(batches)):
+                continue
             with (
-                Records(options.work / f"{name}-{data}.records", run) as records,
+                Records(file_of_run, run) as records,
                 progress_bar(len(batches), f"Datamodelling, {name}, {data}", show=True) as bar,
             ):
                 for number, batch in enumerate(batches):

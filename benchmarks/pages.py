@@ -25,9 +25,6 @@ OUT = Path(__file__).parent.parent / "docs" / "results"
 #: The source that stands for the demo model.
 DEMO = "demo"
 
-#: What the option ``--finished`` does.
-FINISHED = "run nothing, and show what earlier runs have finished"
-
 #: The draws of a bootstrap interval.
 RESAMPLES = 10_000
 
@@ -114,6 +111,8 @@ def parser_of(script: str, description: str) -> argparse.ArgumentParser:
     add("--threads", type=int, default=2, help="number of threads of torch")
     add("--work", type=Path, default=Path(script), help="folder of unfinished runs")
     add("--out", type=Path, default=OUT, help="folder of the page")
+    finished = "run nothing, and show what earlier runs have finished"
+    add("--finished", action="store_true", help=finished)
     parser.set_defaults(commit=commit())
     return parser
 
@@ -174,9 +173,9 @@ def commit() -> str:
     return "unknown"
 
 
-def is_whole(records: Path, texts: int) -> bool:
-    """Return whether there is a line for each text, after one that describes the run."""
-    return records.exists() and records.read_text("utf-8").count("\n") == texts + 1
+def is_whole(records: Path, parts: int) -> bool:
+    """Return whether there is a line for each part, after one that describes the run."""
+    return records.exists() and records.read_text("utf-8").count("\n") == parts + 1
 
 
 def write_page(path: Path, parts: Sequence[str]) -> None:

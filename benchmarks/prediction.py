@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from evidence import Question, begin_token, input_x_gradient, integrated_gradients
-from pages import FINISHED, fill_page, is_whole, legend, loaded, made_by, parser_of
+from pages import fill_page, is_whole, legend, loaded, made_by, parser_of
 from peers_of_removal import register_peers
-from ranking import LEADERS, OF_TOKENS, PAPER, SCORES, figure
+from ranking import LEADERS, OF_TOKENS, PAPER, SCORES, Results, figure, standings
 from torch import Tensor
 
 from captum_cw import ComprehensivenessSufficiency, measures, scale_values
@@ -108,7 +108,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--settings", default=",".join(SETTINGS), help="what is removed")
     add("--samples", type=int, default=32, help="number of texts, from the last one on")
-    add("--finished", action="store_true", help=FINISHED)
     return parser
 
 
@@ -130,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     register_peers()
-    chosen, parts, weights = options.settings.split(","), [], []
-    results: dict[str, dict[str, FaithfulnessResult]] = {key: {} for key in chosen}
+    chosen, weights = options.settings.split(","), []
+    results: Results = {}
     sources = options.model or [None]
     with progress_bar(len(sources) * len(chosen) * len(options.data), "Settings", show=True) as bar:
         for source in sources:
@@ -146,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if options.finished and not is_whole(records, len(texts)):
                         continue
                     result = evaluated(model, tokenizer, key, texts, records)
-                    results[key][f"{name}, {data}"] = result
-                    title = f"## {name}, {data}: {SETTINGS[key][0]}"
-                    parts.append(f"{title}\n\n{result.to_markdown(PAPER)}\n\n{len(texts)} texts.")
+                    results[name, data, key] = result
                     bar.update()
     head = (
         f"{made_by('prediction', argv, options.commit, weights)} "
@@ -160,11 +157,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sinks stay. `ablation` removes each token alone and keeps the sign of what the "
         "prediction loses."
     )
-    for key, of_key in results.items():
+    first = [standings(results, chosen, "removed")]
+    for key in chosen:
+        of_key = {f"{name}, {data}": x for (name, data, of), x in results.items() if of == key}
         if of_key:
             save_figure(figure(of_key), options.out / f"prediction-{key}.png")
-            parts.append(f"![Where each score stands: {SETTINGS[key][0]}.](prediction-{key}.png)")
-    shown = {"command": head, "tables": "\n\n".join(parts)}
+            first.append(f"![Where each score stands: {SETTINGS[key][0]}.](prediction-{key}.png)")
+    tables = "\n\n".join(
+        f"### {name}, {data}: {SETTINGS[key][0]}\n\n{result.to_markdown(PAPER)}\n\n"
+        f"{len(result.records)} texts."
+        for (name, data, key), result in results.items()
+    )
+    shown = {"first": "\n\n".join(first), "command": head, "tables": tables}
     fill_page(options.out / "prediction.md", "What does one prediction rest on?", shown)
     return 0
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from pages import (
-    FINISHED,
     Intervals,
     add_documents,
     documents,
@@ -49,7 +48,7 @@ from captum_cw.attr.effects import Form
 from captum_cw.capture.target_run import Gradient, TargetRunner
 from captum_cw.functional import Reduction, Space
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
-from captum_cw.metrics.result import REMOVED, cells
+from captum_cw.metrics.result import REMOVED, Statistic, cells
 from captum_cw.metrics.tables import MARKS, Cell, in_markdown, percent
 from captum_cw.models.loading import origin
 from captum_cw.removal.ranking import Which
@@ -57,7 +56,6 @@ from captum_cw.removal.target_scores import TextValue
 from captum_cw.visualization import save_figure
 
 RATES: dict[Which, Sequence[float]] = {"bottom": (0.5, 0.7, 0.9), "top": (0.05, 0.1, 0.3)}
-COLUMNS = [f"{which} {percent(rate)}" for which, rates in RATES.items() for rate in rates]
 PAPER = "contribution"
 
 Make = Callable[[Any, Reduction], object]
@@ -221,14 +219,18 @@ QUESTIONS: dict[str, tuple[Sequence[str], str, Sequence[str]]] = {
 }
 
 
+def _is_of_texts(result: FaithfulnessResult) -> bool:
+    return result.settings["quantity"] in ("perplexity", "nll")
+
+
 def places(result: FaithfulnessResult) -> dict[Which, Intervals]:
     """Return where each score stands between the worst and the best order of each text.
 
     At each rate, 1 is the best of all scores for that text, and 0 the worst. For each end and
     score there is the mean over rates and texts, with its 95% bootstrap interval over texts. The
-    order is that of the likelihood, or of the quantity if there is none.
+    order is that of the text's likelihood, or of the quantity if one prediction is measured.
     """
-    key = "nll" if "nll" in result.records[0] else "values"
+    key = "nll" if _is_of_texts(result) else "values"
     falls = key == "values" and result.settings["higher_is_better"]
     found = {}
     for which in result.rates:
@@ -245,9 +247,13 @@ def places(result: FaithfulnessResult) -> dict[Which, Intervals]:
 
 
 def rows_of(result: FaithfulnessResult) -> dict[str, list[Cell]]:
-    """Return the changes of corpus perplexity by score, compared with contributions."""
+    """Return the changes by score, compared with contributions.
+
+    They are of corpus perplexity, or of the mean over texts if one prediction is measured.
+    """
     sides = {which: side for side, which in REMOVED.items()}
-    found = [cells(result, sides[which], PAPER, "corpus") for which in RATES]
+    statistic: Statistic = "corpus" if _is_of_texts(result) else "mean"
+    found = [cells(result, sides[which], PAPER, statistic) for which in result.rates]
     return {name: [cell for side in found for cell in side[name]] for name in result.methods}
 
 
@@ -267,20 +273,32 @@ def of_setting(result: FaithfulnessResult) -> str:
 
 def first_table(results: Results, key: str, scores: Sequence[str]) -> str:
     """Return the changes by some scores in one setting, for all models and texts."""
-    rows = []
+    rows, columns = [], []
     for (model, data, setting), result in results.items():
         if setting == key:
+            columns = _columns(result)
             found = rows_of(result)
             rows += [
                 [f"{model}, {data}", name, *(cell.in_markdown for cell in found[name])]
                 for name in (PAPER, *scores)
                 if name in found
             ]
-    return in_markdown(["model and texts", "score", *COLUMNS], rows, texts=2)
+    return in_markdown(["model and texts", "score", *columns], rows, texts=2)
 
 
-def standings(results: Results, keys: Sequence[str]) -> str:
-    """Return a table with a mark for each model and set of texts in each cell."""
+def _columns(result: FaithfulnessResult) -> list[str]:
+    return [f"{which} {percent(x)}" for which, rates in result.rates.items() for x in rates]
+
+
+def standings(results: Results, keys: Sequence[str], kind: str = "ranking") -> str:
+    """Return a table with a mark for each model and set of texts in each cell.
+
+    Args:
+        results: The results, all of the same rates.
+        keys: The settings to show.
+        kind: What a setting is, which is the heading of its column.
+    """
+    columns = _columns(next(iter(results.values()))) if results else []
     names = dict.fromkeys(f"{model}, {data}" for model, data, _ in results)
     rows = []
     for key in keys:
@@ -289,10 +307,10 @@ def standings(results: Results, keys: Sequence[str]) -> str:
         for score in [score for score in scores if score != PAPER]:
             cells = [
                 "".join(_mark(found.get(name, {}).get(score), column) for name in names)
-                for column in range(len(COLUMNS))
+                for column in range(len(columns))
             ]
             rows.append([key, score, *(f"`{x}`" for x in cells)])
-    table = in_markdown(["ranking", "score", *COLUMNS], rows, texts=2)
+    table = in_markdown([kind, "score", *columns], rows, texts=2)
     return (
         f"Each cell has a mark for {'; '.join(names)}, in this order. `+` is ahead of `{PAPER}`, "
         f"`-` behind, `~` undecided, and `.` was not run.\n\n{table}"
@@ -369,7 +387,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--settings", help="the ways to rank, divided by commas; without it, all")
     add("--first", action="store_true", help="the first documents instead, to choose scores on")
-    add("--finished", action="store_true", help=FINISHED)
     return parser
 
 

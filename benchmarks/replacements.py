@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pages import add_documents, documents, fill_page, legend, loaded, made_by, parser_of
+from pages import add_documents, documents, fill_page, is_whole, legend, loaded, made_by, parser_of
 from peers_of_removal import register_peers
-from ranking import PAPER, RATES, SCORES, figure
+from ranking import PAPER, RATES, SCORES, Results, figure, standings
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -173,8 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     register_peers()
-    parts, weights = [], []
-    drawn: dict[str, FaithfulnessResult] = {}
+    weights = []
+    results: Results = {}
     for source in options.model or [None]:
         model, tokenizer, name = loaded(source, options.threads)
         weights.append(origin(model))
@@ -192,17 +192,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "ranking": options.ranking,
             }
             run |= {"length": options.length, "samples": options.samples}
-            steps, title = len(batches) * len(COMPARED), f"Replacements, {name}, {data}"
+            steps = len(batches) * len(COMPARED)
+            file_of_run = options.work / f"{name}-{data}.records"
+            if options.finished and not is_whole(file_of_run, steps):
+                continue
+            title = f"Replacements, {name}, {data}"
             with (
-                Records(options.work / f"{name}-{data}.records", run) as records,
+                Records(file_of_run, run) as records,
                 progress_bar(steps, title, show=True) as bar,
             ):
                 found = found_of(metric, batches, records, bar)
             for how in HOWS:
-                result = result_of(found, how)
-                drawn[f"{name}, {data}, {how}"] = result
-                tables = result.to_markdown(PAPER, statistic="corpus")
-                parts.append(f"## {name}, {data}: {how}\n\n{tables}")
+                results[name, data, how] = result_of(found, how)
     head = (
         f"{made_by('replacements', argv, options.commit, weights)} "
         f"The last {options.samples} documents of each set, cut to {options.length} tokens. "
@@ -213,9 +214,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"better. {legend(PAPER, 'documents')}"
     )
     title = "Does it matter what stands in the place of a removed value?"
-    save_figure(figure(drawn), options.out / "replacements.png")
-    parts.append("![Where each score stands, by what replaces a value.](replacements.png)")
-    shown = {"command": head, "tables": "\n\n".join(parts)}
+    of_label = {", ".join(key): result for key, result in results.items()}
+    save_figure(figure(of_label), options.out / "replacements.png")
+    picture = "![Where each score stands, by what replaces a value.](replacements.png)"
+    first = f"{standings(results, HOWS, 'replaced by')}\n\n{picture}"
+    tables = "\n\n".join(
+        f"### {', '.join(key)}\n\n{result.to_markdown(PAPER, statistic='corpus')}"
+        for key, result in results.items()
+    )
+    shown = {"first": first, "command": head, "tables": tables}
     fill_page(options.out / "replacements.md", title, shown)
     return 0
 

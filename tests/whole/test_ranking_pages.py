@@ -204,9 +204,12 @@ def test_places_between_the_worst_and_the_best_by_hand(ranking: ModuleType, rise
         {"a": _sides(1.0, 2.0), "b": _sides(3.0, 6.0)},
     ]
     losses = [{"values": of, "nll": of, "clean_nll": 0.0, "count": 1} for of in sides]
-    # A quantity that falls where the loss rises, of texts that have no likelihood.
+    # A quantity that falls where its loss rises, beside a likelihood of the text that does not.
     falling = [
-        {"values": {name: _sides(*(-x for (x,) in of.values())) for name, of in text.items()}}
+        {
+            "values": {name: _sides(*(-x for (x,) in of.values())) for name, of in text.items()},
+            "nll": {name: _sides(*(-x for (x,) in of.values())) for name, of in text.items()},
+        }
         for text in sides
     ]
     rates = {"bottom": (0.5,), "top": (0.1,)}
@@ -303,16 +306,22 @@ def test_other_pages(
     written(module, arguments, out)
     text = (out / f"{name}.md").read_text(encoding="utf-8")
     assert str(tmp_path) not in text
+    marks, _, tables = text.partition("<!-- tables -->")
     if name == "datamodelling":
         expected = ["score", *module.SCORES]
     else:
+        settings = list(module.HOWS if name == "replacements" else module.SETTINGS)
+        assert list(dict.fromkeys(first_columns(marks, 1)[1:])) == settings
         expected = ["method", *module.COMPARED] * (3 if name == "replacements" else 2)
     if name == "prediction":  # the second table is of whole tokens
         expected += [*module.OF_TOKENS, "input x gradient", "Integrated Gradients", "ablation"]
-    assert first_columns(text, 1) == expected
+    assert first_columns(tables, 1) == expected
     kinds = ("-pair", "-token") if name == "prediction" else ("",)
     assert {path.name for path in out.glob("*.png")} == {f"{name}{kind}.png" for kind in kinds}
     assert all(f"]({name}{kind}.png)" in text for kind in kinds)
+
+    written(module, [*arguments, "--finished"], out)
+    assert (out / f"{name}.md").read_text("utf-8").replace(" --finished", "") == text
 
 
 def test_ablation_removes_one_token_after_another() -> None:
