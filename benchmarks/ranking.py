@@ -440,9 +440,9 @@ def _about(options: argparse.Namespace) -> str:
         "a title says otherwise, scores are taken in an unchanged pass, "
         "are summed over queries, and explain the sum of the logits of the text's own tokens. "
         "`joint` is the default of `EffectContributions`. Other scores of a target have the name "
-        "of the form and of the gradient, and in their joint forms both sides weigh the same. "
-        "`target, plain` is gradient x value. VATP, CriticalKV, OBCache, CAOTE and KVzip+ are the "
-        "formulas of caches, over the whole text (`benchmarks/peers_of_removal.py` has them)."
+        "of the form and of the gradient, and in their joint forms both sides weigh the same, "
+        "unless the name has a weight. `target, plain` is gradient x value. VATP, CriticalKV, "
+        "OBCache, CAOTE and KVzip+ are the formulas of caches, over the whole text (`benchmarks/peers_of_removal.py` has them)."
     )
 
 

@@ -43,7 +43,7 @@ _HUB_SETS = {
     "winogrande": ("allenai/winogrande", "winogrande_xl", "validation"),
 }
 #: The sets that are too large to download in full.
-_STREAMED = {"fineweb-edu"}
+STREAMED = {"fineweb-edu"}
 #: The sets whose rows are the lines of one long document.
 _BY_LINE = {"wikitext"}
 
@@ -111,7 +111,7 @@ def numbered_texts(
     """
     _check_count("samples", samples)
     if isinstance(data, str) and data in _HUB_SETS:
-        if samples is None and data in _STREAMED:
+        if samples is None and data in STREAMED:
             raise ValueError(f"{data!r} is too large to load in full: set samples.")
         rows = _hub_rows(data)
     else:
@@ -248,7 +248,7 @@ def _hub_rows(name: str) -> Iterator[Mapping[str, Any]]:
     datasets = imported("datasets", "evaluate")
     path, config, split = _HUB_SETS[name]
     try:
-        rows = datasets.load_dataset(path, config, split=split, streaming=name in _STREAMED)
+        rows = datasets.load_dataset(path, config, split=split, streaming=name in STREAMED)
         if name in _BY_LINE:
             yield from _passages("\n".join(row["text"].rstrip("\n") for row in rows))
         else:

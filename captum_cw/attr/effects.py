@@ -24,7 +24,8 @@ __all__ = ["EffectContributions", "Form", "Share"]
 
 Result = TypeVar("Result")
 Form = Literal["joint", "effect", "sensitivity"]
-#: The gradients with which the forms rank best (docs/results/pairs.md).
+#: The gradients with which the forms rank best (docs/results/rankings-tried.md; for ``effect``,
+#: ``attnlrp`` ranks as well).
 BEST: dict[Form, Gradient] = {"joint": "attnlrp", "effect": "frozen", "sensitivity": "plain"}
 
 
@@ -184,7 +185,8 @@ class EffectContributions(AttentionAttribution):
     ) -> Any:
         """Return the score of every query and key of each head.
 
-        Arguments, results and errors are those of :meth:`TargetContributions.attribute`.
+        Arguments, shapes and errors are those of :meth:`TargetContributions.attribute`. There is no
+        convergence delta, because the scores do not sum to the target.
         """
 
         def dense_map(layer: EffectLayer) -> Tensor:

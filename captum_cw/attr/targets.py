@@ -240,7 +240,8 @@ class InputContributions(Attribution):  # type: ignore[misc]  # captum has no ty
     ) -> Any:
         """Return what each input adds to the target.
 
-        Arguments and errors are those of :meth:`TargetContributions.attribute`.
+        Arguments and errors are those of :meth:`TargetContributions.attribute`, without
+        ``show_progress``.
 
         Returns:
             ``(B, T)`` for token ids; the shape of the input for embeddings, pixels and audio

@@ -56,9 +56,11 @@ def _explain_prediction(
     options: Namespace, model: Any, tokenizer: Any, prompt: Any
 ) -> Answer | None:
     """Explain a prediction; None for an output of several tokens, or without a prediction."""
-    if options.target is not None and options.contrast is None and options.method is None:
-        generates = model.can_generate()
-        if generates and len(tokenizer.encode(options.target, add_special_tokens=False)) > 1:
+    wanted = [x for x in (options.target, options.contrast) if x is not None]
+    if wanted and options.method != measures.INPUT and model.can_generate():
+        ids = [tokenizer.encode(x, add_special_tokens=False) for x in wanted]
+        # Of two outputs, the first token in which they differ is explained.
+        if max(map(len, ids)) > 1 and (len(ids) == 1 or ids[0][:1] == ids[1][:1]):
             return None
     read = read_text(
         tokenizer,
@@ -88,8 +90,8 @@ def _explain_prediction(
         "model": options.model,
         "method": method,
         "reduction": None,
-        "target": found["target"] if options.target is None else options.target,
-        "contrast": options.contrast,
+        "target": found["target"],
+        "contrast": found.get("contrast"),
         "probability": _number(found.get("target probability")),
         "contrast_probability": _number(found.get("contrast probability")),
     }
@@ -249,6 +251,3 @@ def _show(explanation: Explanation, method: str, title: str | None, *, raw: bool
     if title is not None:  # the scores do not answer the question of the explanation
         explanation = replace(explanation, settings={})
     out.print(Text(explanation.summary(method=method, raw=raw)))
-    hint = explanation.settings.get("hint")
-    if hint is not None:
-        out.print(Text(hint, style="bold"))

@@ -16,7 +16,7 @@ from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import load, observe_longest
 from captum_cw.cli.run_folder import save_result
-from captum_cw.data import load_texts, token_batches
+from captum_cw.data import STREAMED, load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, Side, Statistic
 from captum_cw.metrics.tables import percent
@@ -68,6 +68,11 @@ def _check_usage(options: Namespace, processes: Processes) -> None:
     usage_error = options.parser.error
     if options.data is None and options.tasks is None:
         usage_error("give --data, --tasks, or both")
+    if options.pack and options.data in STREAMED:
+        usage_error(
+            f"--pack joins all texts, and {options.data} is too large to load in full: leave "
+            "--pack out, or give a file with a part of it"
+        )
     if options.tasks and processes.count > 1:
         usage_error("--tasks runs in one process; only --data can be shared between processes")
     if options.chat_template_kwargs is not None and not options.apply_chat_template:

@@ -22,7 +22,7 @@ from captum_cw.cli import choices
 #: The message of argparse about an unknown choice.
 WRONG_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)")
 MODEL = "a hub id, a local folder or a .gguf file"
-DATA = f"{', '.join(choices.DATA)}, or a .txt, .jsonl, .json, .csv or .parquet file"
+DATA = f"{', '.join(choices.DATA)}, a .txt, .jsonl, .json, .csv or .parquet file, or a folder"
 
 DESCRIPTION = """\
 Find out which tokens made a transformer's output, with contribution weights and
@@ -37,6 +37,7 @@ exit codes:
   2    wrong usage
   130  interrupted; attribute --data, evaluate and reproduce resume when you run
        them again
+  141  the reader of a pipe has closed it; files are still written
 
 completion, for bash, zsh, fish, tcsh or powershell:
   eval "$(captum-cw --print-completion bash)"      in ~/.bashrc
@@ -135,7 +136,8 @@ def _one_of(names: Iterable[str]) -> Any:
 def _add_loading(to: Any) -> None:
     """Add the options that say how a model is loaded."""
     _add(to, "--dtype", "data type of the weights", choices=choices.DTYPES, default="float32")
-    device = "a torch device such as cuda; auto spreads the layers over all devices"
+    device = "a torch device such as cuda; auto spreads the layers over all devices; with "
+    device += "torchrun, each process takes its own GPU, or the CPU if there is none"
     _add(to, "--device", device, default="cpu")
 
 
@@ -180,7 +182,8 @@ torchrun, processes share the files (docs/howto/many_texts.md).""",
     chat = "treat the text as a user's message, and apply the tokenizer's chat template"
     _add(command, "--chat", chat, action="store_true")
     _add_template_arguments(command, "--chat")
-    method = "the measure (default: target, or contribution if the model predicts nothing)"
+    method = "the measure (default: target; contribution with --reduction, or if the model "
+    method += "predicts nothing)"
     _add(command, "--method", method, choices=measures.names(targets=True))
     reduction = "reduction over query positions, without --target (default: mean)"
     _add(command, "--reduction", reduction, choices=choices.REDUCTIONS)
@@ -238,7 +241,7 @@ With torchrun, processes share the batches.""",
 def _add_texts(group: Any) -> None:
     _add(group, "--data D", DATA, shtab.FILE)
     _add_lines(group)
-    samples = "number of texts, and maximum number of documents per task"
+    samples = "number of texts, or of pieces with --pack, and maximum number of documents per task"
     _add(group, "--samples N", samples, type=_count, default=64)
     _add(group, "--length T", "maximum number of tokens per text", type=_count, default=512)
     _add(group, "--pack", "join texts into pieces of exactly --length tokens", action="store_true")
@@ -261,11 +264,13 @@ def _add_removal(group: Any) -> None:
         type=_some_of(methods),
         default=",".join((*measures.names(), measures.RANDOM)),
     )
-    rates = "fractions to remove, both from the top and from the bottom"
+    rates = "fractions to remove from the top and from the bottom (default: 0.01 to 0.2, and 0.1 "
+    rates += "to 0.9); from the bottom alone for tasks (default: 0.3,0.5,0.7)"
     _add(group, "--rates P,Q", rates, type=_numbers)
-    reduction = "reduction of the scores over queries"
+    reduction = "reduction of the scores over queries; scores of a target are sums"
     _add(group, "--reduction", reduction, choices=choices.REDUCTIONS, default="mean")
-    scoring = "score layers during the removal pass (online), or in an unchanged pass (clean)"
+    scoring = "score layers during the removal pass (online), or in an unchanged pass (clean), "
+    scoring += "as scores of a target always are"
     _add(group, "--scoring", scoring, choices=choices.SCORINGS, default="online")
     ranking = "rank within each layer, over all layers (global), or within each head"
     _add(group, "--ranking", ranking, choices=choices.RANKINGS, default="layer")
@@ -306,7 +311,7 @@ its folder contains an unfinished run with the same settings.""",
     size = command.add_mutually_exclusive_group()
     quick = "same as --preset quick: a first look that takes minutes"
     _add(size, "--quick", quick, action="store_true")
-    preset = "size of the run; 'paper' also selects the models and data sets of the paper"
+    preset = "size of the run; 'paper' also selects the models, data sets and tasks of the paper"
     _add(size, "--preset", preset, choices=choices.PRESETS, default="full")
     _add_lines(command)
     _add(command, "--samples N", "maximum number of texts for each item", type=_count)

@@ -191,10 +191,12 @@ def _check(model: Any, tokenizer: Any) -> None:
 
 def _are_texts(given: Any) -> bool:
     """Whether a list has several texts. A pair of texts and the messages of a chat are one."""
-    if not isinstance(given, (list, tuple)):
+    if not isinstance(given, (list, tuple)) or not given:
         return False
     pair = isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, str) for x in given)
-    return bool(given) and not pair and not isinstance(given[0], (Mapping, int))
+    if isinstance(given[0], Mapping):  # arguments of the model, or a message
+        return "input_ids" in given[0]
+    return not pair and not isinstance(given[0], int)
 
 
 def _awaits_answer(text: Any) -> bool:

@@ -187,7 +187,7 @@ class Explanation(Exported):
     def sinks(self) -> tuple[int, ...]:
         """The position of the token that is probably an attention sink: the first.
 
-        It is empty if the first token is alone, or after grouping by span or message.
+        It is empty if the first token is alone, after grouping by span or message, and in a part.
 
         Example:
             >>> explanation = explain(model, tokenizer, "Ice is cold")

@@ -162,9 +162,10 @@ class Exported:
         ``scores`` is ``(measure, key)`` and ``maps`` is ``(measure, query, key)``, with NaN for
         methods without one. ``head_key``, ``attention``, ``relative_norm`` and ``cosine`` are
         ``(layer, head, query, rank)``, most important key first; ``share`` is ``(layer, head,
-        query)`` and ``output_norm`` is ``(layer, query)``. Layers with fewer heads than others are
-        filled with NaN, and with -1 in ``head_key``. Tokens, words, queries, predictions and layer
-        names are coordinates, and settings are attributes.
+        query)``, ``effect`` is ``(layer, head)`` and ``output_norm`` is ``(layer, query)``.
+        Layers with fewer heads than others are filled with NaN, and with -1 in ``head_key``.
+        Tokens, words, queries, predictions and layer names are coordinates, and settings are
+        attributes.
 
         Raises:
             ImportError: If xarray is not installed.

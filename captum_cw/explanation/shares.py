@@ -226,7 +226,8 @@ def summary(
     label = method if entry is None else entry.label
     unit = f", in the {entry.unit}" if raw and entry is not None and entry.unit else ""
     lines.append(f"Scores: {label}{unit}.")
-    return "\n".join(lines)
+    hint = explanation.settings.get("hint")
+    return "\n".join(lines if hint is None else [*lines, hint])
 
 
 def largest(shares: Sequence[Share], count: int) -> list[Share]:

@@ -121,6 +121,8 @@ def target_parts(
             for text, block in zip(texts, t, strict=True):
                 text.add(block, rows, skipped, hidden)
 
+    for text in texts:
+        text.names.check_differ(text.question)
     contrasts = [text.number(text.question.contrast) for text in texts]
     found = TargetContributions(model).run(
         {name: x for name, x in inputs.items() if name != LOGITS},
@@ -277,6 +279,20 @@ class Names:
         if position is None or isinstance(wanted, tuple):
             return wanted
         return position, wanted
+
+    def check_differ(self, question: Question) -> None:
+        """Raise a ValueError if a target and its contrast begin with the same token."""
+        target, contrast = question.target, question.contrast
+        if not (isinstance(target, str) and isinstance(contrast, str) and self.predicts_tokens):
+            return
+        number = self._number_of(target)
+        if target != contrast and number == self._number_of(contrast):
+            shared = self._readable(number)
+            raise ValueError(
+                f"{target!r} and {contrast!r} begin with the same token {shared!r}: add it to the "
+                "end of the text, or use LLMTokenAttribution, which explains the first token in "
+                "which two outputs differ."
+            )
 
     def position(self, wanted: Wanted, position: int | None, T: int) -> int | None:
         """Return the position of a target in a text of ``T`` tokens; None if it has none."""

@@ -71,7 +71,7 @@ def remove_tokens(
             ``"contribution"``, ``"vwon"``, ``"vw"``, ``"attention"``, ``"random"``, a control,
             ``"joint"``, ``"effect"``, ``"sensitivity"`` or ``"target"``. Measures of a target are
             summed over queries, and always scored in an unchanged pass.
-            With ``granularity="token"`` also a measure of whole tokens, such as
+            With ``granularity="token"`` also ``"input"``; a measure of whole tokens, such as
             ``ALTIWeights(model)``; or scores ``(B, T)``, as a tensor or as a callable of the
             model's keyword arguments.
         rate: The fraction of pairs to remove, in [0, 1].

@@ -233,6 +233,15 @@ def test_json_holds_the_prediction_and_what_it_is_made_of(
         assert printed["probability"] == pytest.approx(float(chances[of["e"]]), rel=1e-3)
         assert printed["contrast_probability"] == pytest.approx(float(chances[of["f"]]), rel=1e-3)
         assert (printed["target"].strip(), printed["contrast"].strip()) == ("e", "f")
+    # Two outputs of several tokens: the first token in which they differ.
+    for this, that in (("e a b", "e f"), ("e a", "f a")):
+        assert main([*arguments, "--target", this, "--contrast", that]) == 0
+        printed = printed_json(capsys)
+        result = captum_cw.LLMTokenAttribution(
+            captum_cw.TargetContributions(model), tokenizer
+        ).attribute("a b c d", target=this, contrast=that)
+        torch.testing.assert_close(torch.tensor(printed["scores"]), result.seq_attr)
+    assert printed["target"].strip() == "e"  # whose probability it is
     assert main(arguments) == 0
     printed = printed_json(capsys)
     torch.testing.assert_close(torch.tensor([printed["scores"]]), values.attribute(ids))
@@ -636,7 +645,7 @@ def test_a_space_before_the_target_is_suggested(
     monkeypatch.setattr(target.Names, "hint", lambda *_: hint)
     assert main(["attribute", "--model", folder, "--text", "a b", "--target", "e"]) == 0
     printed = capsys.readouterr().out
-    assert "with a space before the word" in printed
+    assert printed.count("with a space before the word") == 1
     assert "(probability" in printed
 
 

@@ -127,6 +127,7 @@ def test_packed_texts_have_exactly_the_length(command: list[str], tmp_path: Path
         (["--methods", "gradient"], "argument --methods"),
         (["--rates", "a"], "argument --rates"),
         (["--scoring", "late"], "argument --scoring"),
+        (["--pack", "--data", "fineweb-edu"], "leave --pack out"),
     ],
 )
 def test_wrong_usage_differs_from_failure(

@@ -58,6 +58,14 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+@pytest.mark.parametrize("make", [lambda x: x, dict], ids=["BatchEncoding", "dict"])
+def test_a_list_of_encodings(tiny_model, tiny_tokenizer, make: Any) -> None:
+    encodings = [make(tiny_tokenizer(text, return_tensors="pt")) for text in TEXTS[:2]]
+    found = explain(tiny_model, tiny_tokenizer, encodings)
+    for explanation, encoding in zip(found, encodings, strict=True):
+        check_equal(explanation, explain(tiny_model, tiny_tokenizer, encoding))
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"target": "a"}, {"target": "a", "contrast": "b"}, {"top_k": 0}]
 )
