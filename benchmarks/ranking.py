@@ -442,7 +442,8 @@ def _about(options: argparse.Namespace) -> str:
         "`joint` is the default of `EffectContributions`. Other scores of a target have the name "
         "of the form and of the gradient, and in their joint forms both sides weigh the same, "
         "unless the name has a weight. `target, plain` is gradient x value. VATP, CriticalKV, "
-        "OBCache, CAOTE and KVzip+ are the formulas of caches, over the whole text (`benchmarks/peers_of_removal.py` has them)."
+        "OBCache, CAOTE and KVzip+ are the formulas of caches, over the whole text "
+        "(`benchmarks/peers_of_removal.py` has them)."
     )
 
 
