@@ -22,7 +22,7 @@ import torch
 from evidence import Question, begin_token, input_x_gradient, integrated_gradients
 from pages import fill_page, is_whole, legend, loaded, made_by, parser_of
 from peers_of_removal import register_peers
-from ranking import LEADERS, OF_TOKENS, PAPER, SCORES, Results, figure, standings
+from ranking import LEADERS, OF_TOKENS, PAPER, SCORES, Results, figure, first_table, standings
 from torch import Tensor
 
 from captum_cw import ComprehensivenessSufficiency, measures, scale_values
@@ -38,6 +38,8 @@ COMPARED = (
     *(PAPER, "vwon", "attention", *LEADERS, "effect, plain", "target, frozen", "target, attnlrp"),
     *("target, plain", measures.RANDOM),
 )
+#: The scores of the first table, beside contributions.
+FIRST = (*LEADERS, "target, frozen", "attention")
 SETTINGS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "pair": ("pairs of all layers ranked together", {"ranking": "global"}),
     "token": ("whole tokens", {"granularity": "token"}),
@@ -157,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sinks stay. `ablation` removes each token alone and keeps the sign of what the "
         "prediction loses."
     )
-    first = [standings(results, chosen, "removed")]
+    first = [first_table(results, chosen[0], FIRST)]
     for key in chosen:
         of_key = {f"{name}, {data}": x for (name, data, of), x in results.items() if of == key}
         if of_key:
@@ -168,7 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{len(result.records)} texts."
         for (name, data, key), result in results.items()
     )
-    shown = {"first": "\n\n".join(first), "command": head, "tables": tables}
+    shown = {
+        "first": "\n\n".join(first),
+        "command": head,
+        "all": standings(results, chosen, "removed"),
+        "tables": tables,
+    }
     fill_page(options.out / "prediction.md", "What does one prediction rest on?", shown)
     return 0
 

@@ -71,10 +71,11 @@ def _explain_prediction(
     explanation = explain(
         model,
         tokenizer,
-        read.ids.to(device_of(model)),
+        prompt,
         target=options.target,
         contrast=options.contrast,
         top_k=0 if options.out is None or read.ids.shape[1] > MAPPED else 32,
+        chat_template_kwargs=options.chat_template_kwargs,
         show_progress=True,
     )
     if measures.TARGET not in explanation.scores:
@@ -123,7 +124,7 @@ def _score(options: Namespace, model: Any, tokenizer: Any, prompt: Any) -> Answe
         title = f"{method}{what}, {reduction} over the positions of the text"
         is_usual = reduction == "mean" or entry.explains_target
         label = method if is_usual else f"{method}, {reduction}"
-        explanation = _explanation(options, model, tokenizer, ids, {label: scores})
+        explanation = _explanation(options, model, tokenizer, prompt, ids, {label: scores})
     else:
         check_generates_text(
             model, "leave --target out to score the tokens of the text in its attention layers"
@@ -229,13 +230,24 @@ def _read(file: Path) -> str:
 
 
 def _explanation(
-    options: Namespace, model: Any, tokenizer: Any, ids: Tensor, scores: Mapping[str, Tensor]
+    options: Namespace,
+    model: Any,
+    tokenizer: Any,
+    prompt: Any,
+    ids: Tensor,
+    scores: Mapping[str, Tensor],
 ) -> Explanation:
     """Return the explanation by the given scores, or by all measures where it is saved."""
     if options.out is None or ids.shape[1] > MAPPED:
         words = word_numbers(tokenizer, ids[0])
         return Explanation(readable_tokens(tokenizer, ids[0]), scores, words=words)
-    explanation = explain(model, tokenizer, ids, show_progress=True)
+    explanation = explain(
+        model,
+        tokenizer,
+        prompt,
+        chat_template_kwargs=options.chat_template_kwargs,
+        show_progress=True,
+    )
     return replace(explanation, scores={**explanation.scores, **scores})
 
 

@@ -155,7 +155,8 @@ def test_the_ending_of_the_file_names_its_kind(folder: str, tmp_path: Path, endi
     path = tmp_path / f"a.{ending}"
     assert main(["attribute", "--model", folder, "--text", "a b c", "--out", str(path)]) == 0
     if ending == "safetensors":
-        assert captum_cw.Explanation.load(path).tokens == [" a", " b", " c"]
+        loaded = captum_cw.Explanation.load(path)
+        assert (loaded.tokens, loaded.text) == ([" a", " b", " c"], "a b c")
     elif ending == "json":
         assert json.loads(path.read_text("utf-8"))["tokens"] == [" a", " b", " c"]
     else:
@@ -748,6 +749,21 @@ def test_a_chat_is_rendered_with_the_arguments_of_its_template(
     printed = printed_json(capsys)
     assert [token.strip() for token in printed["tokens"]] == ["U", "a", "b", "A", "T"]
     assert len(printed["scores"]) == 5
+
+
+@pytest.mark.parametrize("method", ["target", "contribution"])
+def test_a_saved_chat_is_grouped_by_message(
+    folder: str, tiny_tokenizer: Any, method: str, tmp_path: Path
+) -> None:
+    tiny_tokenizer.chat_template = TEMPLATE
+    tiny_tokenizer.save_pretrained(folder)
+    file = str(tmp_path / "chat.safetensors")
+    arguments = ["attribute", "--model", folder, "--text", "a b", "--chat", "--method", method]
+    template = ["--chat-template-kwargs", '{"enable_thinking": false}']
+    assert main([*arguments, *template, "--out", file]) == 0
+    loaded = captum_cw.Explanation.load(file)
+    assert [token.strip() for token in loaded.tokens] == ["U", "a", "b", "A", "T"]
+    assert loaded.by_message().tokens[0] == "user"
 
 
 @pytest.mark.parametrize(

@@ -306,12 +306,16 @@ def test_other_pages(
     written(module, arguments, out)
     text = (out / f"{name}.md").read_text(encoding="utf-8")
     assert str(tmp_path) not in text
-    marks, _, tables = text.partition("<!-- tables -->")
+    first, _, tables = text.partition("<!-- tables -->")
     if name == "datamodelling":
         expected = ["score", *module.SCORES]
     else:
         settings = list(module.HOWS if name == "replacements" else module.SETTINGS)
+        marks = first.partition("<!-- all -->")[2] if name == "prediction" else first
         assert list(dict.fromkeys(first_columns(marks, 1)[1:])) == settings
+    if name == "prediction":
+        own = first.partition("<!-- all -->")[0]
+        assert first_columns(own, 2) == ["score", "contribution", *module.FIRST]
         expected = ["method", *module.COMPARED] * (3 if name == "replacements" else 2)
     if name == "prediction":  # the second table is of whole tokens
         expected += [*module.OF_TOKENS, "input x gradient", "Integrated Gradients", "ablation"]
