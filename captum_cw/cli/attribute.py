@@ -68,7 +68,7 @@ def _explain_prediction(
         add_generation_prompt=True,
         chat_template_kwargs=options.chat_template_kwargs,
     )
-    explanation = explain(
+    explanation: Explanation = explain(
         model,
         tokenizer,
         prompt,
@@ -91,12 +91,19 @@ def _explain_prediction(
         "model": options.model,
         "method": method,
         "reduction": None,
-        "target": found["target"],
-        "contrast": found.get("contrast"),
+        "target": _told(options.target, found["target"]),
+        "contrast": _told(options.contrast, found.get("contrast")),
         "probability": _number(found.get("target probability")),
         "contrast_probability": _number(found.get("contrast probability")),
     }
     return _answer(options, explanation, method, document)
+
+
+def _told(given: str | None, readable: str | None) -> str | None:
+    """Return a target as it was given, or the first token of it, which was explained."""
+    if given is not None and readable is not None and given.strip() == readable.strip():
+        return given
+    return readable
 
 
 def _number(text: str | None) -> float | None:
@@ -241,7 +248,7 @@ def _explanation(
     if options.out is None or ids.shape[1] > MAPPED:
         words = word_numbers(tokenizer, ids[0])
         return Explanation(readable_tokens(tokenizer, ids[0]), scores, words=words)
-    explanation = explain(
+    explanation: Explanation = explain(
         model,
         tokenizer,
         prompt,

@@ -313,11 +313,11 @@ def test_other_pages(
         settings = list(module.HOWS if name == "replacements" else module.SETTINGS)
         marks = first.partition("<!-- all -->")[2] if name == "prediction" else first
         assert list(dict.fromkeys(first_columns(marks, 1)[1:])) == settings
+        expected = ["method", *module.COMPARED] * len(settings)
     if name == "prediction":
         own = first.partition("<!-- all -->")[0]
         assert first_columns(own, 2) == ["score", "contribution", *module.FIRST]
-        expected = ["method", *module.COMPARED] * (3 if name == "replacements" else 2)
-    if name == "prediction":  # the second table is of whole tokens
+        # The second table is of whole tokens.
         expected += [*module.OF_TOKENS, "input x gradient", "Integrated Gradients", "ablation"]
     assert first_columns(tables, 1) == expected
     kinds = ("-pair", "-token") if name == "prediction" else ("",)
