@@ -15,6 +15,7 @@ from captum_cw.functional import (
     AttentionLayer,
     EffectLayer,
     QueryMask,
+    TargetLayer,
     contribution,
     dense_map,
     vw,
@@ -183,6 +184,14 @@ def test_head_shares_are_row_sums_of_contributions() -> None:
     expected = dense_map(layer, contribution("inter")).sum(-1)
     assert torch.allclose(functional.head_share(layer), expected, atol=1e-12)
     assert not functional.head_share(layer)[0, :, :3].any()  # padding
+
+
+@pytest.mark.parametrize(("tokens", "queries"), [(512, 113), (1024, 64), (2048, 56), (8192, 14)])
+def test_blocks_are_halved_if_they_keep_enough_queries(tokens: int, queries: int) -> None:
+    value, gradient = torch.zeros(1, 3, tokens, 1), torch.zeros(1, 9, tokens, 1)
+    mask = QueryMask(tokens, tokens, causal=True)
+    weights = SoftmaxWeights(gradient, value, mask)
+    assert functional.block_size(TargetLayer(weights, value, gradient, mask)) == queries
 
 
 @pytest.mark.parametrize("kind", ["padded", "bidirectional-padded"])

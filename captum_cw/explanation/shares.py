@@ -33,6 +33,8 @@ NAMED = 3
 SMALL = 0.01
 #: If the largest share is a smaller part of all shares but those of sinks, no word leads.
 FLAT = 0.2
+#: The number of words that have a bar, besides sinks. The sentence names no others.
+BARS = 10
 #: The length of the longest bar of a summary.
 BAR = 24
 
@@ -160,8 +162,9 @@ def sentence(
     found = shares_of(explanation, method, sinks)
     entry = measures.find(method)
     others = sorted((x for x in found if not x.is_sink), key=lambda x: -abs(x.share))
-    towards = _listed([x for x in others if x.share >= SMALL])
-    against = _listed([x for x in others if x.share <= -SMALL])
+    shown = [x for x in others[:BARS] if abs(x.share) >= SMALL]
+    towards = _listed([x for x in shown if x.share > 0])
+    against = _listed([x for x in shown if x.share < 0])
     target, contrast = (explanation.settings.get(role) for role in ("target", "contrast"))
     if target is None or entry is None or not entry.explains_target:
         label = method if entry is None else entry.label
@@ -174,6 +177,9 @@ def sentence(
         said = [f"{quoted(target)}{rather} {of} {towards}."]
         if not towards:
             said = [f"{quoted(target)}{rather} comes from no single word."]
+        preferred = explanation.settings.get("model's prediction")
+        if preferred:
+            said.insert(0, f"The model itself predicts {preferred}.")
     if against:
         verb = "worked against it" if contrast is None else f"worked for {quoted(contrast)}"
         said.append(f"{against[0].upper()}{against[1:]} {verb}.")
@@ -189,7 +195,7 @@ def sentence(
 
 
 def summary(
-    explanation: Explanation, count: int = 10, *, method: str | None = None, raw: bool = False
+    explanation: Explanation, count: int = BARS, *, method: str | None = None, raw: bool = False
 ) -> str:
     """Return a text of the question, its answer, and the words with the largest shares.
 

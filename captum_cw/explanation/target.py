@@ -216,6 +216,9 @@ class _OneTarget:
         others = names.others([target, contrast], self.position)
         if others:
             settings["other predictions"] = others
+        preferred = names.preferred(target, self.position)
+        if preferred:
+            settings["model's prediction"] = preferred
         settings["target value"] = f"{value.item():.4g}"
         hint = names.hint(target, self.position)
         if hint is not None:
@@ -347,10 +350,22 @@ class Names:
             known |= set() if found is None else {self._readable(_token_of(found))}
         left = [number for number in best if self._readable(number) not in known][:OTHERS]
         chances = logits.softmax(-1)
-        return ", ".join(
-            f"“{self._readable(n).strip() or self._readable(n)}” {100 * chances[n].item():.2g}%"
-            for n in left
-        )
+        return ", ".join(f"{self._quoted(n)} {100 * chances[n].item():.2g}%" for n in left)
+
+    def preferred(self, wanted: Wanted, position: int | None) -> str:
+        """Return the model's own prediction with its probability; "" if it is the target."""
+        number = self.number(wanted, position)
+        logits = self._logits_at(number, position)
+        if number is None or not self.exclusive or len(logits) < 2:
+            return ""
+        best = int(logits.argmax())
+        if self._readable(best) == self._readable(_token_of(number)):
+            return ""
+        return f"{self._quoted(best)} ({100 * logits.softmax(-1)[best].item():.2g}%)"
+
+    def _quoted(self, number: int) -> str:
+        name = self._readable(number)
+        return f"“{name.strip() or name}”"
 
     def hint(self, wanted: Wanted, position: int | None) -> str | None:
         """Return what to write if a word is much likelier with a space before it."""

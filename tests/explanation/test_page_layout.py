@@ -132,3 +132,18 @@ def test_labels_of_bars_are_not_cut(show: Show, asked: Explanation, width: int) 
         "xs => xs.filter(x => x.scrollWidth > x.clientWidth + 1).map(x => x.textContent)"
     )
     assert cut == []
+
+
+def test_no_name_of_a_word_runs_into_the_next_one_on_a_phone(show: Show) -> None:
+    words = [" The", *[" France", " is"] * 3]
+    scores = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.02, 0.01])
+    page = show(Explanation(words, {"target": scores}, settings={"target": "!"}), **PHONE)
+    boxes = page.eval_on_selector_all(
+        "#bars li button bdi, #bars li button small",
+        """all => all.map((x) =>
+            [x.closest("li"), x].map((y) => y.getBoundingClientRect().toJSON()))""",
+    )
+    assert len(boxes) > len(words)
+    for row, name in boxes:
+        assert row["top"] - 1 <= name["top"]
+        assert name["bottom"] <= row["bottom"] + 1

@@ -6,6 +6,7 @@ import torch
 from captum_cw import Explanation, explain
 from captum_cw.explanation import shares
 from captum_cw.explanation.heads import HeadMaps
+from captum_cw.explanation.shares import sentence
 from captum_cw.text.tokens import readable_ids
 
 
@@ -183,6 +184,33 @@ def test_other_predictions_are_named(asked: Explanation, tiny_model, tiny_tokeni
     second = explain(tiny_model, tiny_tokenizer, "a b c d e f g h i j", target=names[1])
     assert second.settings["other predictions"].startswith(f"“{names[0]}” ")
     assert f"“{names[1]}”" not in second.settings["other predictions"]
+
+
+def test_the_models_own_prediction_is_named_if_another_is_explained(
+    asked: Explanation, tiny_model, tiny_tokenizer
+) -> None:
+    ids = tiny_tokenizer("a b c d e f g h i j", return_tensors="pt").input_ids
+    with torch.no_grad():
+        chances = tiny_model(ids).logits[0, -1].softmax(-1)
+    (first, second) = chances.topk(2).indices.tolist()
+    named = readable_ids(tiny_tokenizer, [first])[0].strip()
+    said = f"The model itself predicts “{named}” ({100 * chances[first].item():.2g}%)."
+    assert said not in str(asked)
+    for contrast in (None, first):
+        other = explain(
+            tiny_model, tiny_tokenizer, "a b c d e f g h i j", target=second, contrast=contrast
+        )
+        assert sentence(other).startswith(f"{said} “")
+        assert said in str(other)
+
+
+def test_the_sentence_names_only_words_that_have_a_bar() -> None:
+    scores = torch.tensor([0.0, *range(20, 8, -1), -3.0])
+    words = [f" w{n}" for n in range(len(scores))]
+    made = Explanation(words, {"target": scores}, settings={"target": "!"})
+    assert "against" not in sentence(made)
+    fewer = Explanation(words[5:], {"target": scores[5:]}, settings={"target": "!"})
+    assert "against" in sentence(fewer)
 
 
 def test_an_explanation_that_has_scores_of_one_method_and_the_map_of_another() -> None:

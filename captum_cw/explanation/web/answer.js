@@ -81,7 +81,7 @@ async function paintComparison() {
   if (request !== latestComparison) return;
   element("compare-at").replaceChildren(...(at === null
     ? ["Over all positions of the text, layers and heads."]
-    : ["At ", quote(shown.queries.texts[at]), ", over all layers and heads."]));
+    : ["At ", quote(shown.queries.texts[at]), ", over all layers and heads, for any prediction."]));
   COMPARED.forEach(([name, label, about], n) => {
     const values = comparedValues(name, grids[n], at);
     const all = sizeOf(values);
@@ -90,7 +90,7 @@ async function paintComparison() {
     const spans = comparedSpans(box.querySelector(".strip"));
     spans.forEach((span, key) => colourToken(span, colourOf(values[key], maximum)));
     const top = largest(values, 3).map(([key, value]) =>
-      `${inQuotes(shown.keys.texts[key])} ${formatPercent(value / all)}`);
+      `${shown.occurrences[key]} ${inQuotes(shown.keys.texts[key])} ${formatPercent(value / all)}`.trim());
     box.querySelector("h3").replaceChildren(label, createElement("small", {}, ` ${about}`));
     box.querySelector("p").textContent = top.join(", ");
   });
