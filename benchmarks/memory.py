@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from captum_cw.weights import BLOCK_ELEMENTS
+from captum_cw.weights import block_queries
 
 #: The number of blocks of attention weights that a measure holds at once.
 BLOCKS = 3
@@ -101,8 +101,9 @@ class Shape:
         return self.b * T * (3 * self.f + 4 * self.d + self.heads + self.keys)
 
     def blocks(self, T: int) -> int:
-        """Return the bytes of blocks of attention weights, which have at least one query."""
-        return BLOCKS * 4 * max(BLOCK_ELEMENTS, self.H * T)
+        """Return the bytes of blocks of attention weights on a CPU."""
+        per_query = self.H * T
+        return BLOCKS * 4 * per_query * block_queries(per_query, torch.device("cpu"))
 
 
 #: The sizes of Llama 3.1, in half precision.

@@ -38,6 +38,7 @@ from captum_cw.weights import (
     at_least_float32,
     attention_weights,
     block_elements,
+    block_queries,
     blocks,
     expand_heads,
     known_rows,
@@ -733,19 +734,9 @@ def is_of_each_query(measure: Measure) -> bool:
     return (measure.func if isinstance(measure, partial) else measure) in _OF_EACH_QUERY
 
 
-#: A matrix product of fewer rows is slower on a CPU, more so than smaller blocks are faster there.
-ENOUGH_QUERIES = 64
-
-
 def block_size(layer: AnyLayer) -> int:
-    """Return the number of queries of a block.
-
-    A CPU takes blocks of half the size if they still have enough queries, since more of them stays
-    in its cache.
-    """
-    per_query = layer.value.shape[0] * layer.H * layer.S
-    most = max(1, block_elements(layer.value.device) // per_query)
-    return most if layer.value.is_cuda else min(most, max(ENOUGH_QUERIES, most // 2))
+    """Return the number of queries of a block."""
+    return block_queries(layer.value.shape[0] * layer.H * layer.S, layer.value.device)
 
 
 def map_blocks(

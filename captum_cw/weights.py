@@ -24,6 +24,7 @@ __all__ = [
     "at_least_float32",
     "attention_weights",
     "block_elements",
+    "block_queries",
     "blocks",
     "expand_heads",
     "grouped_matmul",
@@ -33,8 +34,12 @@ __all__ = [
 ]
 
 #: The number of elements of one block of attention weights. Several operations (logits, softmax,
-#: product, sum) pass over a block, so it should fit into the CPU cache; 2^20 floats were fastest.
+#: product, sum) pass over a block, so it should fit into the CPU cache.
 BLOCK_ELEMENTS = 2**20
+
+#: On a CPU, half of these elements are faster, unless a block then has fewer queries than this. A
+#: matrix product of few rows is slow.
+ENOUGH_QUERIES = 64
 
 #: A GPU has no use for small blocks, since each of them starts several kernels. There, a block has
 #: one element for so many bytes of free memory, but never more than the most. While a block is
@@ -321,6 +326,21 @@ def block_elements(device: torch.device) -> int:
         return BLOCK_ELEMENTS
     most = min(MOST_ELEMENTS, free_bytes(device) // FREE_BYTES_AN_ELEMENT)
     return max(BLOCK_ELEMENTS, most)
+
+
+def block_queries(per_query: int, device: torch.device) -> int:
+    """Return the number of queries of a block.
+
+    Args:
+        per_query: The number of weights of a query, in all examples and heads.
+        device: The device of the weights.
+
+    Example:
+        >>> [block_queries(9 * tokens, torch.device("cpu")) for tokens in (512, 1024, 2048)]
+        [113, 64, 56]
+    """
+    most = max(1, block_elements(device) // per_query)
+    return most if device.type == "cuda" else min(most, max(ENOUGH_QUERIES, most // 2))
 
 
 def blocks(T: int, size: int) -> Iterator[slice]:
