@@ -25,6 +25,7 @@ from pages import (
     made_by,
     mean_and_interval,
     parser_of,
+    save_picture,
 )
 from torch import Tensor
 
@@ -44,7 +45,6 @@ from captum_cw.metrics.identity import checksum, fingerprint
 from captum_cw.metrics.tables import in_markdown
 from captum_cw.models.loading import origin
 from captum_cw.removal.target_scores import OwnText
-from captum_cw.visualization import save_figure
 
 SCORES: dict[str, Any] = {
     "contribution": ContributionWeights,
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     title = "Do scores add up to what a removal costs?"
     label = "rank correlation of summed scores and losses"
-    save_figure(dots({"": drawn}, label), options.out / "datamodelling.png")
+    save_picture(dots({"": drawn}, label), options.out / "datamodelling.png")
     parts.append("![The rank correlation of each score.](datamodelling.png)")
     shown = {"command": top, "tables": "\n\n".join(parts)}
     fill_page(options.out / "datamodelling.md", title, shown)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from captum_cw.data import load_texts, token_batches
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model, load_model
+from captum_cw.visualization import save_figure
 
 #: The folder of the pages.
 OUT = Path(__file__).parent.parent / "docs" / "results"
@@ -176,6 +177,12 @@ def commit() -> str:
 def is_whole(records: Path, parts: int) -> bool:
     """Return whether there is a line for each part, after one that describes the run."""
     return records.exists() and records.read_text("utf-8").count("\n") == parts + 1
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Save a figure of a page, in a folder that may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
 
 
 def write_page(path: Path, parts: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from evidence import Question, begin_token, input_x_gradient, integrated_gradients
-from pages import fill_page, is_whole, legend, loaded, made_by, parser_of
+from pages import fill_page, is_whole, legend, loaded, made_by, parser_of, save_picture
 from peers_of_removal import register_peers
 from ranking import LEADERS, OF_TOKENS, PAPER, SCORES, Results, figure, first_table, standings
 from torch import Tensor
@@ -31,7 +31,6 @@ from captum_cw.data import load_texts
 from captum_cw.metrics import FaithfulnessResult
 from captum_cw.models.loading import origin
 from captum_cw.removal.ranking import Which
-from captum_cw.visualization import save_figure
 
 RATES: dict[Which, Sequence[float]] = {"bottom": (0.7, 0.9, 0.95), "top": (0.01, 0.03, 0.1)}
 COMPARED = (
@@ -163,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for key in chosen:
         of_key = {f"{name}, {data}": x for (name, data, of), x in results.items() if of == key}
         if of_key:
-            save_figure(figure(of_key), options.out / f"prediction-{key}.png")
+            save_picture(figure(of_key), options.out / f"prediction-{key}.png")
             first.append(f"![Where each score stands: {SETTINGS[key][0]}.](prediction-{key}.png)")
     tables = "\n\n".join(
         f"### {name}, {data}: {SETTINGS[key][0]}\n\n{result.to_markdown(PAPER)}\n\n"

@@ -31,6 +31,7 @@ from pages import (
     made_by,
     mean_and_interval,
     parser_of,
+    save_picture,
     write_page,
 )
 from peers_of_removal import PEERS, KVzipPlus, register_peers
@@ -53,7 +54,6 @@ from captum_cw.metrics.tables import MARKS, Cell, in_markdown, percent
 from captum_cw.models.loading import origin
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.target_scores import TextValue
-from captum_cw.visualization import save_figure
 
 RATES: dict[Which, Sequence[float]] = {"bottom": (0.5, 0.7, 0.9), "top": (0.05, 0.1, 0.3)}
 PAPER = "contribution"
@@ -423,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for question, (keys, key, scores) in QUESTIONS.items():
         if key in chosen:
             of_key = {f"{m}, {data}": x for (m, data, k), x in results.items() if k == key}
-            save_figure(figure(of_key), options.out / f"{question}.png")
+            save_picture(figure(of_key), options.out / f"{question}.png")
             first = first_table(results, key, scores)
             picture = f"![Where each score stands.]({question}.png)"
             marks = standings(results, [k for k in keys if k in chosen])

@@ -16,7 +16,17 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pages import add_documents, documents, fill_page, is_whole, legend, loaded, made_by, parser_of
+from pages import (
+    add_documents,
+    documents,
+    fill_page,
+    is_whole,
+    legend,
+    loaded,
+    made_by,
+    parser_of,
+    save_picture,
+)
 from peers_of_removal import register_peers
 from ranking import PAPER, RATES, SCORES, Results, figure, standings
 from torch import Tensor
@@ -33,7 +43,6 @@ from captum_cw.metrics.identity import checksum, fingerprint
 from captum_cw.models.loading import origin
 from captum_cw.removal.changes import FixedChange
 from captum_cw.removal.options import Factors
-from captum_cw.visualization import save_figure
 from captum_cw.weights import expand_heads
 
 NAME = "captum_cw_replaced"
@@ -215,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     title = "Does it matter what stands in the place of a removed value?"
     of_label = {", ".join(key): result for key, result in results.items()}
-    save_figure(figure(of_label), options.out / "replacements.png")
+    save_picture(figure(of_label), options.out / "replacements.png")
     picture = "![Where each score stands, by what replaces a value.](replacements.png)"
     first = f"{standings(results, HOWS, 'replaced by')}\n\n{picture}"
     tables = "\n\n".join(

@@ -129,7 +129,7 @@ def model_folder(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> Path:
 
 def written(module: ModuleType, arguments: list[str], out: Path) -> None:
     threads = torch.get_num_threads()
-    folders = ["--work", str(out / "work"), "--out", str(out)]
+    folders = ["--work", str(out.parent / "work"), "--out", str(out)]
     try:
         assert module.main([*arguments, *folders]) == 0
     finally:
@@ -167,7 +167,7 @@ def test_the_pages_of_rankings(
 
     written(ranking, [*arguments, "layer,token,global,max", "--finished"], out)
     assert (out / "rankings.md").read_text("utf-8").replace(" --finished", "") == everything
-    records = out / "work" / "model" / "letters, last"
+    records = tmp_path / "work" / "model" / "letters, last"
     (records / "layer" / "vwon.records").unlink()
     lines = (records / "max" / "contribution.records").read_text("utf-8").splitlines()
     (records / "max" / "contribution.records").write_text("\n".join(lines[:-1]), "utf-8")
