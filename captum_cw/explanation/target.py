@@ -356,7 +356,7 @@ class Names:
         """Return the model's own prediction with its probability; "" if it is the target."""
         number = self.number(wanted, position)
         logits = self._logits_at(number, position)
-        if number is None or not self.exclusive or len(logits) < 2:
+        if wanted is None or not self.exclusive or len(logits) < 2:
             return ""
         best = int(logits.argmax())
         if self._readable(best) == self._readable(_token_of(number)):
