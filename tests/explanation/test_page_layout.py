@@ -137,7 +137,9 @@ def test_labels_of_bars_are_not_cut(show: Show, asked: Explanation, width: int) 
 def test_no_name_of_a_word_runs_into_the_next_one_on_a_phone(show: Show) -> None:
     words = [" The", *[" France", " is"] * 3]
     scores = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.02, 0.01])
-    page = show(Explanation(words, {"target": scores}, settings={"target": "!"}), **PHONE)
+    every = dict.fromkeys(("target", "attention", "contribution"), scores)
+    page = show(Explanation(words, every, settings={"target": "!"}), **PHONE)
+    assert page.inner_text("#compare-attention p").startswith("“The” 33%, 1st “France” 27%")
     boxes = page.eval_on_selector_all(
         "#bars li button bdi, #bars li button small",
         """all => all.map((x) =>
