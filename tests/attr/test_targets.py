@@ -971,4 +971,6 @@ def test_a_target_in_a_list_of_one_is_for_all_examples() -> None:
 def test_the_delta_of_maps_is_that_of_inputs() -> None:
     method = TargetContributions(llama())
     maps, expected = method.attribute(token_ids(), 7, return_convergence_delta=True)
-    assert torch.equal(method.compute_convergence_delta(maps, token_ids(), 7), expected)
+    delta = method.compute_convergence_delta(maps, token_ids(), 7)
+    # Two runs may differ in the last bits, and a delta is made of last bits.
+    assert torch.allclose(delta, expected, rtol=0, atol=1e-6)
