@@ -34,7 +34,7 @@ from torch import Tensor
 from captum_cw import measures
 from captum_cw.explanation.grouping import spans_of_words
 from captum_cw.explanation.heads import FACTORS, OF_HEADS
-from captum_cw.explanation.shares import first_method, question, sentence
+from captum_cw.explanation.shares import BARS, first_method, question, sentence
 from captum_cw.measures import TARGET
 from captum_cw.text.tokens import joined
 
@@ -197,6 +197,7 @@ def _description(
         "queryWords": _words(explanation.queries or (), explanation.query_words),
         "asked": _asked(explanation),
         "long": len(explanation.tokens) > MAPPED,
+        "bars": BARS,
         "factors": [_method(name, explained) for name in PRODUCT],
         "scores": {name: _rounded(x) for name, x in explanation.scores.items()},
         "maps": list(explanation.maps),

@@ -37,6 +37,8 @@ FLAT = 0.2
 BARS = 10
 #: The length of the longest bar of a summary.
 BAR = 24
+#: What the marks of readable tokens stand for.
+MARKS = {"␣": "a space", "⏎": "a line break", "⇥": "a tab"}
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,12 @@ def sentence(
         said = [f"By “{label}”, the largest shares are those of {towards or 'no word'}."]
         contrast = None
     else:
-        rather = "" if contrast is None else f" rather than {quoted(contrast)}"
+        rather = "" if contrast is None else f" rather than {_with_meaning(contrast)}"
         many = others and abs(others[0].share) < FLAT * sum(abs(x.share) for x in others)
         of = "comes from many words, most from" if many else "comes from"
-        said = [f"{quoted(target)}{rather} {of} {towards}."]
+        said = [f"{_with_meaning(target)}{rather} {of} {towards}."]
         if not towards:
-            said = [f"{quoted(target)}{rather} comes from no single word."]
+            said = [f"{_with_meaning(target)}{rather} comes from no single word."]
         preferred = explanation.settings.get("model's prediction")
         if preferred:
             said.insert(0, f"The model itself predicts {preferred}.")
@@ -245,6 +247,12 @@ def largest(shares: Sequence[Share], count: int) -> list[Share]:
 def quoted(text: str) -> str:
     """Return a token in quotation marks, without the space before it."""
     return f"“{text.strip() or text}”"
+
+
+def _with_meaning(text: str) -> str:
+    """Return a token in quotation marks, and what it stands for if it is a mark."""
+    meaning = MARKS.get(text.strip())
+    return quoted(text) if meaning is None else f"{quoted(text)} ({meaning})"
 
 
 def _probabilities(explanation: Explanation) -> str:

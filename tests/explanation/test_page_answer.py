@@ -207,6 +207,7 @@ def test_attention_stands_beside_contributions(show: Show, of_words: Explanation
     given = replace(words, settings={**of_words.settings, "target position": 12})
     page = show(given)
     assert page.inner_text("#compare-at").startswith("At “p”")
+    assert "for any prediction" in page.inner_text("#compare-at")
     assert compared(page) == expected_comparison(words, 12)
     token(page, 7).hover()
     page.locator("#compare-at", has_text="At “j”").wait_for()

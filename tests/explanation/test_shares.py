@@ -161,6 +161,16 @@ def test_words_that_occur_again_are_told_apart() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("mark", "meaning"), [("␣", "a space"), ("⏎", "a line break"), ("⇥", "a tab")]
+)
+def test_a_predicted_mark_is_explained(mark: str, meaning: str) -> None:
+    scores = {"target": torch.tensor([3.0, 1.0])}
+    found = Explanation(["a", " b"], scores, settings={"target": mark, "contrast": " b"})
+    assert f"“{mark}” ({meaning}) rather than “b” comes from “b” (25%)." in str(found)
+    assert str(found).startswith(f"Why “{mark}”, and not “b”?")
+
+
 def test_no_word_leads_if_all_are_alike() -> None:
     words = [f" w{n}" for n in range(8)]
     scores = torch.ones(8)

@@ -1,7 +1,5 @@
 // The answer: bars of the words with the largest shares, and attention beside contributions.
 
-const BARS = 10;
-
 /** The places with the largest sizes, and their values; zeros are left out. */
 function largest(values, count, isSkipped = () => false) {
   const places = [];
@@ -14,7 +12,7 @@ function largest(values, count, isSkipped = () => false) {
 function barRows() {
   const scores = view.scores;
   const sinks = [...shown.sinks].filter((key) => scores[key]).map((key) => [key, scores[key], true]);
-  return [...sinks, ...largest(scores, BARS, (key) => shown.sinks.has(key)).map((row) => [...row, false])];
+  return [...sinks, ...largest(scores, data.bars, (key) => shown.sinks.has(key)).map((row) => [...row, false])];
 }
 
 function paintBars() {
