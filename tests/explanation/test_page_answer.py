@@ -80,6 +80,14 @@ def test_bars_are_the_shares_of_words(show: Show, of_words: Explanation) -> None
     assert number(note.split("words: ")[1].strip(".")) == percent(left)
 
 
+def test_the_details_of_a_sink_say_what_it_is(show: Show, of_words: Explanation) -> None:
+    page = show(of_words)
+    page.locator("#bars button").nth(0).click()
+    assert "An attention sink: many heads attend to it" in page.inner_text("#details")
+    page.locator("#bars button").nth(1).click()
+    assert "sink" not in page.inner_text("#details")
+
+
 def test_bars_have_a_side_and_a_length(show: Show, of_words: Explanation) -> None:
     page = show(of_words)
     assert page.locator("#bars-ends span").all_inner_texts() == ["← towards “x”", "towards “c” →"]

@@ -69,10 +69,14 @@ function factorList(i, query) {
     createElement("p", { className: "hint" }, EIGHT_BITS));
 }
 
+const SINK = "An attention sink: many heads attend to it when nothing else concerns them. " +
+  "What comes by way of it says little about the word that stands there.";
+
 /** The scores of a word by all methods, each in its own unit or as a share of its own scores. */
 function scoreList(place) {
   const methods = data.methods.filter(({ name }) => data.scores[name]);
-  return [createElement("h3", {}, `${isPercent() ? "Share of all scores" : "Score"}${scopeNote()}`), valueList(
+  const note = shown.sinks.has(place) ? [createElement("p", { className: "hint" }, SINK)] : [];
+  return [...note, createElement("h3", {}, `${isPercent() ? "Share of all scores" : "Score"}${scopeNote()}`), valueList(
     methods.map((method) => [method, formatScore(scoresOf(method.name)[place], method.name)]))];
 }
 
