@@ -103,9 +103,9 @@ def _check_usage(options: Namespace) -> None:
     usage_error = options.parser.error
     if options.out is None:
         usage_error("--data needs a folder for the scores: give --out DIR")
-    if options.out.suffix.lower() in (".html", ".htm"):
+    if options.out.suffix.lower() in choices.FILES:
         usage_error(
-            f"--out {options.out}: a page shows one text, and --data writes a folder: give --out "
+            f"--out {options.out} has the name of a file, and --data writes a folder: give --out "
             "DIR, or one text with --text or --file"
         )
     if options.out.exists() and not options.out.is_dir():

@@ -14,6 +14,11 @@ QUANTITIES = ("perplexity", "nll", "log_prob", "prob", "kl")
 GRANULARITIES = ("pair", "token")
 STATES = ("normed", "residual", "key", "value")
 STARTS = ("auto", "always", "never")
+#: The endings of names that are those of files, and not of folders.
+FILES = (
+    *(".csv", ".htm", ".html", ".json", ".jsonl", ".md", ".parquet", ".pdf", ".png", ".svg"),
+    ".txt",
+)
 #: Of ``attribute --data``: tokens of a text, tokens of a batch, and texts of a file.
 LENGTH, BATCH_TOKENS, SHARD_SIZE = 512, 4096, 512
 PRESETS = ("quick", "full", "paper")

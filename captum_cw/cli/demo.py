@@ -16,7 +16,7 @@ from captum_cw.cli.demo_figures import (
     explain_prediction,
     save_figures,
 )
-from captum_cw.cli.output import SINK_NOTE, announce, token_table
+from captum_cw.cli.output import SINK_NOTE, announce, share_table
 from captum_cw.measures import TARGET
 from captum_cw.models.loading import DEMO_MODEL, load_demo_model
 from captum_cw.text.tokens import sink
@@ -58,8 +58,9 @@ def _show(text: str, explanation: ExplainedPrediction) -> None:
     out.print(Text(summary), end="\n\n")
     tokens, scores = explanation.tokens, explanation.scores
     normalized = normalized_scores(scores, tokens, sink(tokens))
-    out.print(token_table(tokens, scores, normalized, range(len(tokens))))
+    out.print(share_table(tokens, scores, normalized))
     out.print(
+        "Each column shows shares of all scores of a method, whose sizes sum to 100%. "
         "Target contributions explain the logit of the prediction, and Integrated Gradients its "
         "log-probability. Contributions and attention explain the attention outputs at the last "
         "position. " + SINK_NOTE,

@@ -7,19 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Column, Table
-
 from captum_cw._utils.extras import imported
 from captum_cw._utils.processes import Processes
 from captum_cw.capture.model import device_of
 from captum_cw.cli.answer import Answer, show_files
-from captum_cw.cli.console import console
 from captum_cw.cli.output import load, observe_longest
 from captum_cw.cli.run_folder import save_result
 from captum_cw.data import STREAMED, load_texts, token_batches
 from captum_cw.metrics import ComprehensivenessSufficiency, FaithfulnessResult
 from captum_cw.metrics.result import COMPARABLE, Side, Statistic
-from captum_cw.metrics.tables import percent
 from captum_cw.metrics.tasks import TaskResult, check_task_model, evaluate_tasks
 from captum_cw.removal.options import RemovalKeywords
 
@@ -61,7 +57,7 @@ def run(options: Namespace) -> Answer | None:
         "tasks": None if tasks is None else _document_of_tasks(tasks),
         "files": [str(file) for file in files],
     }
-    return Answer(document, lambda: _show(document, result))
+    return Answer(document, lambda: _show(document, result, tasks))
 
 
 def _check_usage(options: Namespace, processes: Processes) -> None:
@@ -221,31 +217,8 @@ def _document_of_tasks(result: TaskResult) -> dict[str, Any]:
 # For people
 
 
-def _show(document: dict[str, Any], result: FaithfulnessResult | None) -> None:
-    if result is not None:
-        print(result)
-    if document["tasks"] is not None:
-        _show_tasks(document["tasks"])
+def _show(
+    document: dict[str, Any], result: FaithfulnessResult | None, tasks: TaskResult | None
+) -> None:
+    print(*(x for x in (result, tasks) if x is not None), sep="\n\n")
     show_files(document["files"])
-
-
-def _show_tasks(tasks: dict[str, dict[str, Any]]) -> None:
-    out = console()
-    for task, of in tasks.items():
-        value, stderr = of["baseline"]
-        heads = (*map(percent, of["rates"]), "largest rate")
-        table = Table("method", *(Column(head, justify="right") for head in heads))
-        for name, accuracy in of["accuracy"].items():
-            rate = of["at_most"][name]
-            cells = (f"{x:.3f}" for x in accuracy)
-            table.add_row(name, *cells, "none" if rate is None else percent(rate))
-        out.print(
-            f"\n{task}: {of['metric']} on {of['documents']} documents, bottom removed; "
-            f"{value:.3f} with nothing removed (standard error {stderr:.3f})"
-        )
-        out.print(table)
-    out.print(
-        "The largest rate is the last one at which the accuracy stays within the 95% interval of "
-        "the unchanged model.",
-        style="dim",
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from captum_cw._utils.colours import AGAINST, TOWARDS
 from captum_cw._utils.processes import Processes
 from captum_cw.capture import Execution
 from captum_cw.capture.run import Runner, ignore_layer
+from captum_cw.explanation.shares import in_percent
 from captum_cw.functional import AttentionLayer
 from captum_cw.models.loading import DEMO_MODEL, load_as_saved, load_demo_model, load_model
+from captum_cw.text.tokens import sink
 
 #: From this size of a score on, white letters stand out more than black ones.
 DARK = 0.75
@@ -107,29 +109,28 @@ def coloured_text(console: Console, tokens: Sequence[str], normalized: Tensor) -
     console.print(Text.assemble(*((token, _style(score)) for token, score in parts)), end="\n\n")
 
 
-def token_table(
-    tokens: Sequence[str],
-    scores: Mapping[str, Tensor],
-    normalized: Mapping[str, Tensor],
-    positions: Iterable[int],
+def share_table(
+    tokens: Sequence[str], scores: Mapping[str, Tensor], normalized: Mapping[str, Tensor]
 ) -> Table:
-    """Return a table of the tokens at some positions, with a column of scores for each method.
+    """Return a table of a text, with a column of shares in percent for each method.
 
     Args:
         tokens: ``T`` tokens.
         scores: For each method, scores ``(T,)``.
         normalized: For each method, scores ``(T,)`` in [-1, 1], which set the colours.
-        positions: The positions to show.
     """
     table = Table("position", "token")
     for name in scores:
         table.add_column(name, justify="right")
-    for position in positions:
+    shares = {name: (x / (x.abs().sum() or 1)).tolist() for name, x in scores.items()}
+    sinks = sink(tokens)
+    for position, token in enumerate(tokens):
         cells = (
-            Text(f"{scores[name][position]:#.3g}", _style(float(normalized[name][position])))
+            Text(in_percent(shares[name][position]), _style(float(normalized[name][position])))
             for name in scores
         )
-        table.add_row(str(position), Text(tokens[position]), *cells)
+        note = Text(" (sink)" if position in sinks else "", "dim")
+        table.add_row(str(position), Text(token) + note, *cells, end_section=position in sinks)
     return table
 
 

@@ -233,7 +233,7 @@ With torchrun, processes share the batches.""",
     )
     _add(command, "--model M", MODEL, shtab.FILE, required=True)
     _add_loading(command)
-    _add(command, "--out DIR", "output folder", shtab.DIR, type=Path, required=True)
+    _add(command, "--out DIR", "output folder", shtab.DIR, type=_folder, required=True)
     _add_texts(command.add_argument_group("texts and tasks"))
     _add_removal(command.add_argument_group("removal"))
 
@@ -304,7 +304,7 @@ its folder contains an unfinished run with the same settings.""",
     _add(command, "--model M", f"{MODEL}; can be repeated", shtab.FILE, action="append")
     _add_loading(command)
     _add(command, "--data D", f"{DATA}; can be repeated", shtab.FILE, action="append")
-    _add(command, "--out DIR", "output folder", shtab.DIR, type=Path, required=True)
+    _add(command, "--out DIR", "output folder", shtab.DIR, type=_folder, required=True)
     items, only = choices.ITEMS, _one_of(choices.ITEMS)
     text = f"compute only these items, from {', '.join(items)}"
     _add(command, "--only T1,F5b", text, only, type=_some_of(items))
@@ -360,7 +360,7 @@ The demo compares contributions with attention and Integrated Gradients (Captum)
     text = "the text to continue (default: a sentence about languages)"
     _add(command, "--text T", text, type=utf8_text)
     folder = Path("captum-cw-demo")
-    _add(command, "--out DIR", "output folder", shtab.DIR, type=Path, default=folder)
+    _add(command, "--out DIR", "output folder", shtab.DIR, type=_folder, default=folder)
 
 
 def utf8_text(argument: str) -> str:
@@ -378,6 +378,13 @@ def _json_object(text: str) -> dict[str, Any]:
             f"{text!r} is not a JSON object: give one such as '{{\"enable_thinking\": false}}'."
         )
     return value
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() in choices.FILES:
+        raise argparse.ArgumentTypeError(f"{text!r} has the name of a file: give a folder.")
+    return path
 
 
 def _words(text: str) -> list[str]:

@@ -56,8 +56,9 @@ def by_message(explanation: Explanation, how: Grouping) -> Explanation:
     """Group tokens by message of a chat; see :meth:`captum_cw.Explanation.by_message`."""
     if explanation.messages is None:
         raise ValueError(
-            "The positions of messages are unknown: the text was not given as a chat, or its "
-            "template changes the messages. Give their positions to by_span."
+            "The positions of messages are unknown: the text was not given as a chat, its template "
+            "changes the messages, or a result of Captum does not tell its input. Give their "
+            "positions to by_span."
         )
     spans = [(message.start, message.stop) for message in explanation.messages]
     grouped = _group(explanation, spans, how, "message")

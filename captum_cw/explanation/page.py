@@ -53,10 +53,16 @@ SUMMED = (
 PRODUCT = ("attention", "relative-norm", "cosine", measures.SIGNED)
 #: The height of a frame in pixels until its page says how high it is, and the largest.
 HEIGHT, HIGHEST = 800, 1600
-#: What a notebook runs when a frame has loaded. Themes change by attributes, and by style sheets
-#: that arrive a little later.
+#: What a notebook runs when a frame has loaded. Where the notebook has no colour scheme, light text
+#: means a dark theme. Themes change by attributes, and by style sheets that arrive a little later.
 FRAME = f"""\
-const send = () => this.contentWindow?.postMessage(getComputedStyle(this).colorScheme, '*');
+const theme = () => {{
+  const {{ color, colorScheme }} = getComputedStyle(this);
+  const rgb = color.match(/^rgba?\\((\\d+), (\\d+), (\\d+)/);
+  if (!rgb || ['light', 'dark'].includes(colorScheme)) return colorScheme;
+  return +rgb[1] + +rgb[2] + +rgb[3] > 382 ? 'dark' : 'light';
+}};
+const send = () => this.contentWindow?.postMessage(theme(), '*');
 const seen = new MutationObserver(() => {{
   if (!this.isConnected) return seen.disconnect();
   send();
@@ -106,7 +112,8 @@ def explanation_page(explanation: Explanation, *, sinks: Collection[int] | None 
     if len(explanation.tokens) > MAPPED:
         note = (
             f"The text has {len(explanation.tokens):,} tokens, so the page shows scores alone. For "
-            "the maps of a part of the text, save the page of explanation.part(start, stop)."
+            "the maps of a part of the text, explain that part by itself, or save the page of "
+            "explanation.part(start, stop)."
         )
         explanation = replace(explanation, maps={}, heads=())
     layers = [layer for layer in explanation.heads if layer.keys.numel()]

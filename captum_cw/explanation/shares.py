@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Share",
     "first_method",
+    "in_percent",
     "largest",
     "question",
     "quoted",
@@ -71,8 +72,13 @@ class Share:
     @property
     def percent(self) -> str:
         """The share in percent, such as ``"12%"`` or ``"-0.4%"``."""
-        percent = 100 * self.share
-        return f"{percent:.0f}%" if abs(percent) >= 9.5 else f"{percent:.2g}%"
+        return in_percent(self.share)
+
+
+def in_percent(share: float) -> str:
+    """Return a share in percent, with two digits."""
+    percent = 100 * share
+    return f"{percent:.0f}%" if abs(percent) >= 9.5 else f"{percent:.2g}%"
 
 
 def first_method(explanation: Explanation) -> str | None:

@@ -270,7 +270,9 @@ class Names:
     ) -> None:
         self.tokenizer, self.logits = tokenizer, logits
         config = getattr(model, "config", None)
-        self.labels: dict[str, int] = dict(getattr(config, "label2id", None) or {})
+        # A config may have only one of the two, or keep a default beside a name of its own.
+        named = {name: int(n) for n, name in (getattr(config, "id2label", None) or {}).items()}
+        self.labels: dict[str, int] = {**named, **(getattr(config, "label2id", None) or {})}
         kind = getattr(config, "problem_type", None)
         self.exclusive = kind not in ("multi_label_classification", "regression")
         self.predicts_tokens = logits.dim() == 3 and logits.shape[-1] >= len(tokenizer)

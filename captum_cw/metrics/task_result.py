@@ -14,6 +14,7 @@ from torch import Tensor
 
 from captum_cw._utils.files import read_json, write_json
 from captum_cw.metrics.result import curve_styles
+from captum_cw.metrics.tables import Cell, in_text, number, percent
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -62,6 +63,13 @@ class TaskResult:
         >>> result = TaskResult((0.3, 0.5), {}, {"quiz": quiz})
         >>> result.largest_rate("quiz", "contribution")
         0.3
+        >>> print(str(result).partition("+ above")[0].rstrip())
+        quiz: acc,none, bottom removed (documents: 20)
+        0.75 with nothing removed, standard error 0.1
+             contribution
+        30%         0.7 ~
+        50%         0.4 -
+        largest rate: contribution 30%
     """
 
     rates: tuple[float, ...]
@@ -146,6 +154,38 @@ class TaskResult:
         scores = zip(self.rates, self.scores[task][method].tolist(), strict=True)
         lowest = value - INTERVAL * stderr
         return max((rate for rate, score in scores if score >= lowest), default=None)
+
+    def __str__(self) -> str:
+        """A table for each task, with a row for each rate, and a mark at each cell."""
+        legend = (
+            "+ above, - below, ~ within the 95% interval of the unchanged model.\n"
+            "The largest rate is the last one that is not below it."
+        )
+        known = any(map(self.has_interval, self.tasks))
+        return "\n\n".join([*map(self._as_text, self.tasks), *([legend] if known else [])])
+
+    def _as_text(self, task: str) -> str:
+        value, stderr = self.baseline[task]
+        known = self.has_interval(task)
+
+        def cell(x: float) -> Cell:
+            if not known or isnan(x):
+                return Cell(x, None)
+            near = abs(x - value) <= INTERVAL * stderr
+            return Cell(x, "undecided" if near else "better" if x > value else "worse")
+
+        columns = {name: [cell(x) for x in of.tolist()] for name, of in self.scores[task].items()}
+        error = f", standard error {number(stderr)}" if known else ""
+        parts = [
+            f"{task}: {self.metric[task]}, bottom removed (documents: {self.documents[task]})",
+            f"{number(value)} with nothing removed{error}",
+            in_text([percent(rate) for rate in self.rates], columns),
+        ]
+        if known:
+            largest = {name: self.largest_rate(task, name) for name in self.methods}
+            named = (f"{m} {'none' if x is None else percent(x)}" for m, x in largest.items())
+            parts.append(f"largest rate: {', '.join(named)}")
+        return "\n".join(parts)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return a row for each task, metric, method and rate (needs pandas)."""

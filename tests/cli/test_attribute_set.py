@@ -79,6 +79,16 @@ def alone(
     return found
 
 
+@pytest.mark.parametrize(("option", "count"), [("--lines", 3), ("--no-lines", 1)])
+def test_a_file_of_lines_is_read_as_asked(
+    command: list[str], tmp_path: Path, option: str, count: int
+) -> None:
+    file = tmp_path / "lines.txt"
+    file.write_text("a b c\nd e\nf g h\n")
+    command[command.index("--data") + 1] = str(file)
+    assert len(scored([*command, option], tmp_path / "out")) == count
+
+
 def check_equal(
     arguments: list[str], texts: list[str], out: Path, capsys: pytest.CaptureFixture[str]
 ) -> list[dict[str, Any]]:
@@ -563,7 +573,8 @@ sys.exit(main(sys.argv[1:]))
     ("given", "message"),
     [
         (["--data", "D"], "give --out DIR"),
-        (["--data", "D", "--out", "page.html"], "a page shows one text"),
+        (["--data", "D", "--out", "page.html"], "has the name of a file"),
+        (["--data", "D", "--out", "page.pdf"], "has the name of a file"),
         (["--data", "D", "--text", "Ice is cold"], "not allowed with argument"),
         (
             ["--data", "D", "--out", "x", "--method", "vw", "--target", "a"],

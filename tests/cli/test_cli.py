@@ -352,6 +352,12 @@ def test_the_demo_explains_a_prediction_and_saves_what_it_lists(
     assert all(
         method in printed for method in ("contribution", "attention", "integrated gradients")
     )
+    rows = [
+        line.strip("│ ").split("│") for line in printed.splitlines() if "%" in line and "│" in line
+    ]
+    assert [cells[1].strip() for cells in rows][::3] == ["The (sink)", "France"]
+    for column in zip(*(cells[2:] for cells in rows), strict=True):
+        assert sum(abs(float(x.strip(" %"))) for x in column) == pytest.approx(100, abs=1.5)
     saved = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert saved == ["explanation.html", "maps.png", "scores.png"]
     assert all(name in printed.replace("\n", "") for name in saved)
@@ -667,6 +673,28 @@ def test_a_classifier_is_evaluated_by_its_classes(
     assert header == "method,side,rate,delta"
     assert main([*arguments, "--quantity", "log_prob", "--out", str(out), "--json"]) == 0
     assert printed_json(capsys)["texts"]["clean_corpus"] is None
+
+
+@pytest.mark.parametrize(("option", "count"), [("--lines", 3), ("--no-lines", 1)])
+def test_lines_are_evaluated_as_asked(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, count: int
+) -> None:
+    file = tmp_path / "lines.txt"
+    file.write_text("a b c\nd e f\ng h i\n")
+    arguments = ["evaluate", "--model", folder, "--data", str(file), "--methods", "vw"]
+    arguments += ["--rates", "0.5", "--out", str(tmp_path / "out"), option, "--json"]
+    assert main(arguments) == 0
+    assert printed_json(capsys)["texts"]["examples"] == count
+
+
+@pytest.mark.parametrize("command", ["evaluate", "reproduce", "demo"])
+def test_a_folder_does_not_have_the_name_of_a_file(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main([command, "--out", "page.pdf"])
+    assert refused.value.code == 2
+    assert "'page.pdf' has the name of a file: give a folder" in capsys.readouterr().err
 
 
 def test_a_masked_language_model_is_evaluated_by_its_masks(

@@ -136,6 +136,18 @@ def test_classes_have_labels(kind: str, tiny_tokenizer: Any) -> None:
     check(own, model, IDS, best, None)
 
 
+@pytest.mark.parametrize("label2id", [None, {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}])
+def test_names_of_classes_need_only_one_of_the_two_tables(
+    label2id: Any, tiny_tokenizer: Any
+) -> None:
+    model = classifier()
+    model.config.label2id = label2id
+    found = explain(model, tiny_tokenizer, IDS, target="good")
+    assert found.settings["target"] == "good"
+    check(found, model, IDS, 1, None)
+    assert explain(model, tiny_tokenizer, IDS, target=1).settings["target"] == "good"
+
+
 @pytest.mark.parametrize(
     "options",
     [

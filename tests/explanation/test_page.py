@@ -404,6 +404,26 @@ def test_a_frame_follows_its_notebook_to_another_theme(
     frame.locator("html[data-theme=dark]").wait_for()
 
 
+def test_a_frame_follows_a_class_and_a_late_style_sheet(
+    show: Show, explanation: Explanation
+) -> None:
+    """As in VS Code, which sets a class, and in notebooks that load the style of a theme."""
+    style = "<style>.dark { background: #222; color: #ccc } .light { color: #333 }</style>"
+    page = show(f'<!DOCTYPE html>{style}<body class="dark">{explanation._repr_html_()}')
+    frame = page.frame_locator("iframe")
+    frame.locator("html[data-theme=dark]").wait_for()
+    page.evaluate("() => { document.body.className = 'light'; }")
+    frame.locator("html[data-theme=light]").wait_for()
+    page.evaluate(
+        """() => {
+            document.body.className = "";
+            setTimeout(() => document.head.insertAdjacentHTML(
+                "beforeend", "<style>body { color: white }</style>"), 100);
+        }"""
+    )
+    frame.locator("html[data-theme=dark]").wait_for()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_frame_has_the_theme_of_its_notebook(
     show: Show, explanation: Explanation, scheme: str

@@ -59,7 +59,8 @@ def test_other_explanations_ask_nothing(show: Show, of_layers: Explanation) -> N
     page = show(of_layers)
     assert page.inner_text("#title") == "Which tokens each token draws from"
     assert not page.locator("#answer").is_visible()
-    assert page.inner_text("#bars-title") == "The words with the largest scores"
+    title = f"The words with the largest scores, by “{LABELS['contribution']}”"
+    assert page.inner_text("#bars-title") == title
     assert "Over all positions" in page.inner_text("#compare-at")
 
 
@@ -227,6 +228,24 @@ def test_attention_stands_beside_contributions(show: Show, of_words: Explanation
     dark = [darkness(x) for x in backgrounds(page, "#compare-attention .strip span")]
     row = words.maps["attention"][9]
     assert max(range(13), key=dark.__getitem__) == int(row.argmax())
+
+
+def test_the_comparison_can_ignore_the_sink(show: Show, of_words: Explanation) -> None:
+    words = of_words.by_word()
+    attention = words.maps["attention"].clone()
+    attention[:, 0] = 1
+    settings = {**of_words.settings, "target position": 12}
+    page = show(replace(words, maps={**words.maps, "attention": attention}, settings=settings))
+    strip = "#compare-attention .strip span"
+    page.locator("#compare-at", has_text="At “p”").wait_for()
+    before = backgrounds(page, strip)
+    page.check("#sinks")
+    after = backgrounds(page, strip)
+    assert after[0] == "" != before[0]
+    dark = [darkness(x) for x in after[1:]]
+    assert max(range(12), key=dark.__getitem__) == int(attention[12, 1:].argmax())
+    assert max(dark) > max(darkness(x) for x in before[1:])
+    assert "“a”" not in page.inner_text("#compare-attention p")
 
 
 def test_a_classifier_asks_for_no_query(show: Show) -> None:

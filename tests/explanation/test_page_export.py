@@ -163,6 +163,17 @@ def test_the_answer_as_svg(show: Show, of_words: Explanation) -> None:
     assert max(end for _, end in widths) <= float(picture.get("width"))
 
 
+def test_a_picture_of_another_measure_has_no_sentence(show: Show, asked: Explanation) -> None:
+    page = show(asked)
+    sentence = page.inner_text("#sentence")[:20]
+    assert sentence in exported(page, "svg").decode()
+    page.select_option("#method", label=LABELS["attention"])
+    page.locator("#controls-summary", has_text=LABELS["attention"]).wait_for()
+    picture = exported(page, "svg").decode()
+    assert sentence not in picture
+    assert f"Scores: {LABELS['attention']}." in picture
+
+
 def test_the_answer_as_png(show: Show, asked: Explanation) -> None:
     for scheme in ("light", "dark"):
         page = show(replace(asked, tokens=["👍", *asked.tokens[1:]]), color_scheme=scheme)

@@ -111,6 +111,21 @@ def test_another_layer_keeps_the_head(show: Show, of_layers: Explanation) -> Non
     assert page.input_value("#head") == ""
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_layer_of_a_prediction(show: Show, asked: Explanation, width: int) -> None:
+    """Single layers do not have contributions to the prediction, so the measure changes."""
+    page = show(asked, width=width)
+    choose_layer(page, 1)
+    page.locator("#controls-summary", has_text=f"{SIGNED}, by").wait_for()
+    assert "layer 1" in page.inner_text("#controls-summary")
+    title = page.inner_text("#bars-title")
+    assert title == f"The words with the largest scores, by “{SIGNED}”"
+    assert "of all scores (all layers and heads)" in page.inner_text("#bars-note")
+    page.select_option("#method", label=LABELS["target"])
+    page.locator("#head:disabled").wait_for()
+    assert page.input_value("#layer") == ""
+
+
 def head_box(page: object, layer: int, head: int) -> tuple[float, float]:
     """Return the middle of a head in the map of all heads, in the canvas."""
     cell = page.locator("#heads").bounding_box()["width"] / 2

@@ -391,7 +391,7 @@ def result_of(values: list[float], stderr: float | None = 0.05) -> TaskResult:
         "baseline": {"acc,none": [0.7, stderr], "f1,none": [0.6, None]},
         "removed": {"cw": [{"acc,none": [x, stderr], "f1,none": [x, None]} for x in values]},
     }
-    return TaskResult((0.3, 0.5, 0.7), {"which": "bottom"}, {"quiz": record})
+    return TaskResult((0.3, 0.5, 0.7), {}, {"quiz": record})
 
 
 @pytest.mark.parametrize(
@@ -410,6 +410,23 @@ def test_the_largest_rate_needs_an_interval_and_known_names() -> None:
     for task, method in [("other", "cw"), ("quiz", "other")]:
         with pytest.raises(KeyError, match="'other'.*there are tasks quiz and methods cw"):
             result_of([0.7] * 3).largest_rate(task, method)
+
+
+def test_a_result_prints_what_is_within_the_interval() -> None:
+    """The interval is 0.7 ± 0.098."""
+    lines = str(result_of([0.81, 0.61, 0.6])).splitlines()
+    assert lines[0] == "quiz: acc,none, bottom removed (documents: 20)"
+    assert lines[1] == "0.7 with nothing removed, standard error 0.05"
+    assert [line.split() for line in lines[2:6]] == [
+        ["cw"],
+        ["30%", "0.81", "+"],
+        ["50%", "0.61", "~"],
+        ["70%", "0.6", "-"],
+    ]
+    assert lines[6] == "largest rate: cw 50%"
+    assert max(map(len, lines)) <= 80
+    lines = str(result_of([0.8, 0.61, 0.6], None)).splitlines()
+    assert [line.split() for line in lines[3:]] == [["30%", "0.8"], ["50%", "0.61"], ["70%", "0.6"]]
 
 
 def test_a_table_has_every_metric() -> None:

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from captum.attr import FeatureAblation, ImageMaskInput, LLMAttribution, TextTemplateInput
+from captum.attr import (
+    FeatureAblation,
+    ImageMaskInput,
+    LayerGradientXActivation,
+    LLMAttribution,
+    LLMGradientAttribution,
+    TextTemplateInput,
+)
 from matplotlib import pyplot as plt
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -416,6 +423,23 @@ def test_captums_own_attribution_takes_a_chat(language_model: tuple[nn.Module, A
         expected = log_prob("U a b Z A c Z A") - log_prob("U ? b Z A c Z A")
     assert torch.allclose(result.token_attr[0, 0], expected, atol=1e-5)
     assert Explanation.from_llm(result, "ablation").by_message().tokens == ["U", "A"]
+
+
+def test_captums_gradients_take_a_chat(language_model: tuple[nn.Module, Any]) -> None:
+    model, tokenizer = language_model
+    method = LayerGradientXActivation(model, model.get_input_embeddings())
+    inp = ChatTokenInput(CHAT, tokenizer)
+    found = LLMGradientAttribution(method, tokenizer).attribute(inp, target="d")
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert found.input_tokens == readable_tokens(tokenizer, tokenizer.encode(text))
+    embedded = model.get_input_embeddings()(inp.to_model_input()).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded).logits[0, -1]
+    logits.log_softmax(-1)[tokenizer.encode("d")[0]].backward()
+    expected = (embedded.grad * embedded).sum(-1)[0]
+    assert torch.allclose(found.token_attr[0], expected, atol=1e-6)
+    explanation = Explanation.from_llm(found, "gradient")
+    with pytest.raises(ValueError, match="a result of Captum does not tell its input"):
+        explanation.by_message()
 
 
 def test_a_chat_is_explained_without_a_prompt_for_more(

@@ -24,7 +24,7 @@ function paintBars() {
   const signed = rows.some(([, score]) => score < 0);
   const unit = { word: data.words ? "words" : "tokens", token: "tokens" }[state.unit];
   element("bars-title").textContent = method.ofTarget
-    ? `The ${unit} behind ${target}` : `The ${unit} with the largest scores`;
+    ? `The ${unit} behind ${target}` : `The ${unit} with the largest scores, by “${method.label}”`;
   const [positive, negative] = directions(method);
   element("bars-ends").replaceChildren(...(signed || (method.ofTarget && contrast)
     ? [createElement("span", {}, signed ? `← ${negative}` : ""), createElement("span", {}, `${positive} →`)] : []));
@@ -45,7 +45,7 @@ function paintBars() {
   }));
   const others = shown.S - rows.length;
   const left = 1 - rows.reduce((sum, [, score]) => sum + Math.abs(score), 0) / sizeOf(view.scores);
-  const all = method.ofTarget ? "of all that the words added to it or took from it" : "of all scores";
+  const all = method.ofTarget ? "of all that the words added to it or took from it" : `of all scores${scopeNote()}`;
   element("bars-note").textContent = (isPercent()
     ? `Percent ${all}.` : `Numbers are in the ${method.unit || "method's own unit"}.`) +
     (others > 0 ? ` ${countOf(others, `more ${unit}`)}: ${formatPercent(Math.abs(left))}.` : "");
@@ -83,11 +83,11 @@ async function paintComparison() {
   COMPARED.forEach(([name, label, about], n) => {
     const values = comparedValues(name, grids[n], at);
     const all = sizeOf(values);
-    const maximum = values.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
+    const maximum = values.reduce((most, x, key) => (isIgnored(key) ? most : Math.max(most, Math.abs(x))), 0);
     const box = element(`compare-${name}`);
     const spans = comparedSpans(box.querySelector(".strip"));
-    spans.forEach((span, key) => colourToken(span, colourOf(values[key], maximum)));
-    const top = largest(values, 3).map(([key, value]) =>
+    spans.forEach((span, key) => colourToken(span, isIgnored(key) ? null : colourOf(values[key], maximum)));
+    const top = largest(values, 3, isIgnored).map(([key, value]) =>
       `${shown.occurrences[key]} ${inQuotes(shown.keys.texts[key])} ${formatPercent(value / all)}`.trim());
     box.querySelector("h3").replaceChildren(label, createElement("small", {}, ` ${about}`));
     box.querySelector("p").textContent = top.join(", ");

@@ -15,7 +15,7 @@ function showControls() {
   element("method").value = data.methods.indexOf(method);
   element("layer").replaceChildren(
     createOption(ALL, hasMap ? "all layers" : "–", !hasMap),
-    ...data.layers.map(({ name }, n) => createOption(n, `${n} · ${name}`, !method.ofHeads)),
+    ...data.layers.map(({ name }, n) => createOption(n, `${n} · ${name}`)),
   );
   element("layer").value = state.layer;
   element("head").disabled = view.layer === null;
@@ -35,7 +35,7 @@ function showControls() {
     ? ["Tap a", "", ` Tap it again to clear the selection.`]
     : ["Point at a", ` Click or press Enter to keep the selection, and Escape to clear it.`, ""];
   element("text-hint").textContent = (view.grid
-    ? `${point} ${unit}: colours then show what it draws from.` : `${point} ${unit} to see its scores.`) + keep + clear;
+    ? `${point} ${unit}: colours then show what it draws from.` : `${point} ${unit} to see its scores.`) + keep + clear + (minimap.hidden ? "" : " The strip is the whole text: a click in it leads to that place.");
   element("map-hint").textContent = `Rows are queries: the ${unit}s whose output is explained. Columns are keys: ` +
     `the ${unit}s that a query draws from. ${touches ? "Tap" : "Point at"} a cell to see its numbers` +
     (touches ? "." : ", or move with the arrow keys.") +
@@ -95,7 +95,11 @@ const usualScale = () => (state.method.ofTarget ? "map" : "row");
 function resetScale() {
   state.scale = usualScale();
 }
-onChange("layer", ({ value }) => { state.layer = numberOrAll(value); load(); });
+onChange("layer", ({ value }) => {
+  state.layer = numberOrAll(value);
+  if (state.layer !== ALL) useMeasureOfHeads();
+  load();
+});
 onChange("head", ({ value }) => { state.head = numberOrAll(value); load(); });
 onChange("scale", ({ value }) => { state.scale = value; updateScale(); });
 onChange("sinks", ({ checked }) => { state.ignoreSinks = checked; updateScale(); });

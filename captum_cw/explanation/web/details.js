@@ -127,7 +127,8 @@ function keyDetails(key) {
     if (Object.keys(data.scores).length) parts.push(...scoreList(key));
   }
   if (view.grid) {
-    parts.push(createElement("h3", {}, "What draws most from it"), definitionList(
+    const unit = unitOfValues(view.method);
+    parts.push(createElement("h3", {}, `What draws most from it${unit && ` (${unit})`}`), definitionList(
       topQueries(key).map(([query, value]) =>
         [describe(shown.queries.texts[query], query), formatValue(value)])));
   }

@@ -73,7 +73,7 @@ function answerAsSvg() {
   };
   paragraph(element("title").textContent, 20, { weight: 700 });
   paragraph(element("answer").textContent, 14);
-  paragraph(element("sentence").textContent, 14);
+  if (view.method.name === data.initial) paragraph(element("sentence").textContent, 14); // it is about that measure
   const rows = barRows();
   const longest = Math.max(...rows.map(([, score]) => Math.abs(score)), 0) || 1;
   const signed = rows.some(([, score]) => score < 0);

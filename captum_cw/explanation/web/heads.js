@@ -33,7 +33,8 @@ function paintHeads() {
   const strongest = data.layers.flatMap(({ effects }, layer) =>
     effects.map((effect, head) => ({ layer, head, effect }))).sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
   const named = headCursor ?? (view.layer && view.head !== ALL ? { layer: view.number, head: view.head } : null);
-  element("heads-note").textContent = `The strongest: ${strongest.slice(0, 3).map(describeHead).join("; ")}.`;
+  element("heads-note").textContent = `The strongest: ${strongest.slice(0, 3).map(describeHead).join("; ")}` +
+    (isPercent() ? ". Percent of all that the heads did." : ", in logits.");
   element("heads-at").textContent = named ? `Shown: ${describeHead(named)}.` : "";
 }
 
@@ -50,13 +51,16 @@ function headAt(event) {
   return data.layers[layer]?.effects[head] === undefined ? null : { layer, head };
 }
 
-/** Shows a single head: what it draws from, with signs. */
+/** Takes a measure that single heads have: what they draw from, with signs. */
+function useMeasureOfHeads() {
+  if (state.method.ofHeads) return;
+  const signed = data.methods.find(({ name }) => name === "contribution-signed");
+  state.method = signed ?? data.methods.find(({ ofHeads }) => ofHeads);
+  resetScale();
+}
+
 function showHead({ layer, head }) {
-  if (!state.method.ofHeads) {
-    const signed = data.methods.find(({ name }) => name === "contribution-signed");
-    state.method = signed ?? data.methods.find(({ ofHeads }) => ofHeads);
-    resetScale();
-  }
+  useMeasureOfHeads();
   Object.assign(state, { layer, head });
   load();
   writeLink();
