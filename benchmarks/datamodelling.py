@@ -21,6 +21,7 @@ from pages import (
     dots,
     fill_page,
     is_whole,
+    legend,
     loaded,
     made_by,
     mean_and_interval,
@@ -59,6 +60,8 @@ SCORES: dict[str, Any] = {
     "target, frozen": TargetContributions,
     "target, attnlrp": lambda model: TargetContributions(model, attention="attnlrp"),
 }
+
+REFERENCE = "contribution"
 
 
 def pair_scores(model: Any, name: str, batch: dict[str, Tensor], target: OwnText) -> Tensor:
@@ -111,9 +114,19 @@ def of_batch(
     return {name: correlation(torch.stack(x), found).tolist() for name, x in sums.items()}
 
 
-def _row(name: str, found: tuple[float, float, float]) -> list[str]:
-    mean, low, high = found
-    return [name, f"{mean:.3f}", f"{low:.3f} to {high:.3f}"]
+def cell(values: Tensor, reference: Tensor) -> str:
+    """Return a mean with its interval, marked by the paired interval of the difference.
+
+    Args:
+        values: The correlations of a score, one for each text.
+        reference: Those of the score that it is compared with.
+    """
+    mean, low, high = mean_and_interval(values)
+    shown = f"{mean:.3f}"
+    if values is not reference:
+        _, least, most = mean_and_interval(values - reference)
+        shown = f"**{shown}**" if least > 0 else f"{shown} {'-' if most < 0 else '~'}"
+    return f"{shown} ({low:.3f} to {high:.3f})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rate", type=float, default=0.1, help="the fraction of pairs that a removal takes")
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
-    parts, weights = [], []
+    weights = []
+    columns: dict[str, dict[str, str]] = {}
     drawn: dict[str, Intervals] = {}
     for source in options.model or [None]:
         model, tokenizer, name = loaded(source, options.threads)
@@ -160,24 +174,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                     for score, found in records[key].items():
                         values[score] += found
                     bar.update()
-            means = {score: mean_and_interval(torch.tensor(x)) for score, x in values.items()}
-            drawn[f"{name}, {data}"] = means
-            rows = [_row(*of) for of in means.items()]
-            heads = ["score", "rank correlation", "95% interval"]
-            parts.append(f"## {name}, {data}\n\n{in_markdown(heads, rows)}")
+            of = {score: torch.tensor(x) for score, x in values.items()}
+            column = f"{name}, {data}"
+            drawn[column] = {score: mean_and_interval(x) for score, x in of.items()}
+            columns[column] = {score: cell(x, of[REFERENCE]) for score, x in of.items()}
     top = (
         f"{made_by('datamodelling', argv, options.commit, weights)} "
         f"The last {options.samples} documents of each set, cut to {options.length} tokens; "
         f"{options.removals} removals of a "
         f"random {100 * options.rate:g}% of all pairs, but those of the first token. The "
         "correlation is that of the sum of the scores of the removed pairs with the loss of "
-        "log-likelihood (Spearman), averaged over documents."
+        "log-likelihood (Spearman), averaged over documents, with its 95% interval. "
+        f"{legend(REFERENCE, 'documents')}"
     )
     title = "Do scores add up to what a removal costs?"
     label = "rank correlation of summed scores and losses"
     save_picture(dots({"": drawn}, label), options.out / "datamodelling.png")
-    parts.append("![The rank correlation of each score.](datamodelling.png)")
-    shown = {"command": top, "tables": "\n\n".join(parts)}
+    rows = [[score, *(of[score] for of in columns.values())] for score in SCORES]
+    table = in_markdown(["score", *columns], rows)
+    figure = "![The rank correlation of each score.](datamodelling.png)"
+    shown = {"command": top, "tables": f"{table}\n\n{figure}"}
     fill_page(options.out / "datamodelling.md", title, shown)
     return 0
 

@@ -224,6 +224,16 @@ def _sides(bottom: float, top: float) -> dict[str, list[float]]:
     return {"bottom": [bottom], "top": [top]}
 
 
+def test_marks_of_correlations_are_of_pairs(datamodelling: ModuleType) -> None:
+    """The scores differ little from each other, and much from text to text."""
+    reference = torch.tensor([0.1, 0.3, 0.5, 0.7])
+    assert datamodelling.cell(reference, reference).startswith("0.400 (0.")
+    assert datamodelling.cell(reference + 0.01, reference).startswith("**0.410** (0.")
+    assert datamodelling.cell(reference - 0.01, reference).startswith("0.390 - (0.")
+    other = reference + torch.tensor([0.01, -0.01, 0.01, -0.01])
+    assert datamodelling.cell(other, reference).startswith("0.400 ~ (0.")
+
+
 def test_sums_of_scores_against_random_removals(datamodelling: ModuleType) -> None:
     model = llama().double()
     batch = {"input_ids": token_ids(), "attention_mask": torch.ones_like(token_ids())}
