@@ -296,11 +296,14 @@ HOSTILE = (
 def test_tokens_are_text_and_fit(show: Show, width: int) -> None:
     n = len(HOSTILE)
     settings = {"model": "<i>m</i>", "target": HOSTILE[1], "contrast": "y" * 300}
+    settings |= {"target value": "1", "other predictions": HOSTILE[1]}
+    settings["model's prediction"] = HOSTILE[0]
+    maps = {name: torch.rand(n, n) for name in ("<b>bold</b>", "attention", "contribution")}
     page = show(
         Explanation(
             HOSTILE,
             {"<b>bold</b>": torch.rand(n), "target": torch.randn(n)},
-            {"<b>bold</b>": torch.rand(n, n)},
+            maps,
             predicted=HOSTILE,
             probability=torch.rand(n),
             settings=settings,
@@ -314,11 +317,16 @@ def test_tokens_are_text_and_fit(show: Show, width: int) -> None:
         x.strip() or "∅" if x != "\u2028" else "" for x in expected
     ]
     token(page, 1).click()
+    page.select_option("#method", label="<b>bold</b>")
+    page.locator("#map").wait_for()
+    token(page, 2).click()
     if width > 1000:
-        page.select_option("#method", label="<b>bold</b>")
         choose_cell(page, 0, 1)
     assert page.evaluate("window.hacked") is None
-    assert page.locator("main b, main img, #settings i, #title img, #sentence img").count() == 0
+    page.locator("#compare-at", has_text="At").wait_for()
+    strips = page.locator(".strip").evaluate_all("xs => xs.map(x => x.textContent)")
+    assert all(HOSTILE[1] in text for text in strips)
+    assert page.locator("main b, main img, #settings i, #title img, #intro img").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -391,7 +399,10 @@ def test_a_frame_is_as_high_as_its_page(show: Show, explanation: Explanation) ->
         frame = page.frame_locator("iframe")
         frame.locator("main:not([aria-busy])").wait_for()
         page.wait_for_function("() => document.querySelector('iframe').offsetHeight !== 800")
-        assert lowest < page.locator("iframe").bounding_box()["height"] <= highest
+        height = page.locator("iframe").bounding_box()["height"]
+        assert lowest < height <= highest
+        own = frame.locator("body").evaluate("body => body.offsetHeight")
+        assert height >= min(own, 1600)
 
 
 def test_a_frame_follows_its_notebook_to_another_theme(

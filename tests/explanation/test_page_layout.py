@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from captum_cw import Explanation
-from support.page import Page, Show, choose_cell, in_both_browsers, is_selected, token
+from support.page import (
+    Page,
+    Show,
+    choose_cell,
+    darkness,
+    in_both_browsers,
+    is_selected,
+    token,
+)
 
 PHONE = {"width": 390, "has_touch": True, "is_mobile": True}
 
@@ -77,6 +85,35 @@ def test_a_finger_chooses_a_cell(show: Show, asked: Explanation) -> None:
     box = page.locator("#map").bounding_box()
     page.locator("#map").tap(position={"x": 84 + 3, "y": box["height"] - 6})
     assert page.inner_text("#details h2").startswith("Query “j” (9), key “a” (0)")
+
+
+@in_both_browsers
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_each_option_can_be_chosen(
+    show: Show, of_words: Explanation, width: int, theme: str
+) -> None:
+    """By keyboard and by its name, without an error and without a page that is too wide."""
+    page = show(of_words, width=width)
+    page.select_option("#theme", theme)
+    for name in ("method", "layer", "head", "unit", "numbers", "scale"):
+        options = page.locator(f"#{name} option:enabled").evaluate_all("xs => xs.map(x => x.value)")
+        assert len(options) > 1, name
+        for value in options:
+            page.select_option(f"#{name}", value)
+            page.wait_for_function(
+                "([name, value]) => document.getElementById(name).value === value",
+                arg=[name, value],
+            )
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, value)
+        page.focus(f"#{name}")
+        page.keyboard.press("ArrowUp")
+        assert page.input_value(f"#{name}") == options[-2]
+        page.keyboard.press("ArrowDown")
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (darkness(colour) > 382) == (theme == "dark")
+    label = page.locator("#method option:checked").inner_text()
+    assert page.inner_text("#controls-summary").startswith(f"Options: {label}, by token, layer 1")
 
 
 @pytest.mark.parametrize("width", [390, 1280])
