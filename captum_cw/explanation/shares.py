@@ -36,6 +36,8 @@ SMALL = 0.01
 FLAT = 0.2
 #: The number of words that have a bar, besides sinks. The sentence names no others.
 BARS = 10
+#: The length of the longest name of a word, as on the page.
+LONGEST = 40
 #: The length of the longest bar of a summary.
 BAR = 24
 #: What the marks of readable tokens stand for.
@@ -66,7 +68,7 @@ class Share:
     @property
     def label(self) -> str:
         """The word, with its occurrence if the text has it several times: ``"the (2nd)"``."""
-        word = self.text.strip() or self.text
+        word = _name(self.text)
         return f"{word} ({_ordinal(self.occurrence)})" if self.occurrence else word
 
     @property
@@ -251,8 +253,14 @@ def largest(shares: Sequence[Share], count: int) -> list[Share]:
 
 
 def quoted(text: str) -> str:
-    """Return a token in quotation marks, without the space before it."""
-    return f"“{text.strip() or text}”"
+    """Return a token in quotation marks, without the space before it, and shortened."""
+    return f"“{_name(text)}”"
+
+
+def _name(text: str) -> str:
+    """Return a word without the spaces around it, shortened to ``LONGEST`` characters."""
+    word = text.strip() or text
+    return word if len(word) <= LONGEST else f"{word[: LONGEST - 1]}…"
 
 
 def _with_meaning(text: str) -> str:

@@ -171,6 +171,18 @@ def test_a_predicted_mark_is_explained(mark: str, meaning: str) -> None:
     assert str(found).startswith(f"Why “{mark}”, and not “b”?")
 
 
+def test_long_words_are_shortened() -> None:
+    """Such as addresses, which are one word of many tokens."""
+    word = " https://" + "x" * 60
+    scores = {"target": torch.tensor([1.0, 3.0])}
+    found = Explanation(["a", word], scores, settings={"target": word})
+    short = "https://" + "x" * 31 + "…"
+    assert str(found).startswith(f"Why “{short}”?")
+    assert f"“{short}” comes from “{short}” (75%)" in str(found)
+    assert max(map(len, str(found).splitlines()[3:])) <= 80
+    assert found.shares()[1].text == word
+
+
 def test_no_word_leads_if_all_are_alike() -> None:
     words = [f" w{n}" for n in range(8)]
     scores = torch.ones(8)

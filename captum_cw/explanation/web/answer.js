@@ -72,8 +72,9 @@ async function paintComparison() {
   const request = ++latestComparison;
   const hasMaps = COMPARED.every(([name]) => data.maps.includes(name));
   const { query } = current();
-  const at = !hasMaps ? null : query ?? shown.asked;
-  element("compare-part").hidden = at === null && !COMPARED.every(([name]) => data.scores[name]);
+  const hasScores = COMPARED.every(([name]) => data.scores[name]);
+  const at = !hasMaps ? null : query ?? shown.asked ?? (hasScores ? null : shown.T - 1);
+  element("compare-part").hidden = at === null && !hasScores;
   if (element("compare-part").hidden) return;
   const grids = await Promise.all(COMPARED.map(([name]) => (at === null ? null : loadMap(name))));
   if (request !== latestComparison) return;
