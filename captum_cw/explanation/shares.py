@@ -173,9 +173,9 @@ def sentence(
     entry = measures.find(method)
     others = sorted((x for x in found if not x.is_sink), key=lambda x: -abs(x.share))
     shown = [x for x in others[:BARS] if abs(x.share) >= SMALL]
-    towards = _listed([x for x in shown if x.share > 0])
-    against = _listed([x for x in shown if x.share < 0])
     target, contrast = (explanation.settings.get(role) for role in ("target", "contrast"))
+    towards = _listed([x for x in shown if x.share > 0], target)
+    against = _listed([x for x in shown if x.share < 0], target)
     if target is None or entry is None or not entry.explains_target:
         label = method if entry is None else entry.label
         said = [f"By “{label}”, the largest shares are those of {towards or 'no word'}."]
@@ -287,10 +287,11 @@ def _size(x: Share) -> str:
     return x.percent.removeprefix("-")
 
 
-def _listed(shares: Sequence[Share]) -> str:
-    """Name the first few words with their sizes."""
+def _listed(shares: Sequence[Share], target: str | None) -> str:
+    """Name the first few words with their sizes, and tell them from the target."""
     named = []
     for x in shares[:NAMED]:
         which = f"the {_ordinal(x.occurrence)} " if x.occurrence else ""
-        named.append(f"{which}{quoted(x.text)} ({_size(x)})")
+        same = target is not None and _name(target) == _name(x.text) and not which
+        named.append(f"{which}{quoted(x.text)}{' in the text' * same} ({_size(x)})")
     return " and ".join(filter(None, [", ".join(named[:-1]), *named[-1:]]))

@@ -555,7 +555,7 @@ def test_a_long_text_opens_where_the_prediction_is_made(show: Show) -> None:
         settings=settings,
     )
     page = show(given)
-    assert page.inner_text("#answer") == "Its logit is 1."
+    assert page.inner_text("#answer") == "The logit of “not” is 1."
     box, last = page.locator("#tokens").bounding_box(), token(page, T - 1).bounding_box()
     assert box["y"] < last["y"] < box["y"] + box["height"]
     page.locator("#map").focus()

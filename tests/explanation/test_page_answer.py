@@ -36,7 +36,9 @@ def test_a_target_is_asked_for_and_explained_first(show: Show, asked: Explanatio
     words = page.inner_text("#answer").split()
     shown = [number(x.strip(",.")) for x in words if "%" in x][:2]
     others = asked.settings["other predictions"]
-    assert page.inner_text("#answer").endswith(f"Other predictions: {others}.")
+    assert f" Other predictions: {others}. The logits of “c” and “x” differ by " in page.inner_text(
+        "#answer"
+    )
     named = [asked.settings[f"{x} probability"] for x in ("target", "contrast")]
     assert shown == [percent(float(x)) for x in named]
     assert page.inner_text("#sentence") == sentence(asked)
@@ -216,7 +218,7 @@ def test_attention_stands_beside_contributions(show: Show, of_words: Explanation
     given = replace(words, settings={**of_words.settings, "target position": 12})
     page = show(given)
     assert page.inner_text("#compare-at").startswith("At “p”")
-    assert "for any prediction" in page.inner_text("#compare-at")
+    assert "do not ask about the prediction" in page.inner_text("#compare-at")
     assert compared(page) == expected_comparison(words, 12)
     token(page, 7).hover()
     page.locator("#compare-at", has_text="At “j”").wait_for()

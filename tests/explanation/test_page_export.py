@@ -151,7 +151,7 @@ def test_the_answer_as_svg(show: Show, of_words: Explanation) -> None:
     lengths = np.array([float(x.get("width")) for x in rectangles])
     assert np.allclose(lengths / lengths.max(), [2 * x["width"] for x in shown], atol=0.01)
     fills = {x.get("fill") for x in rectangles}
-    assert len(fills) == 2  # two signs
+    assert len(fills) == 3  # two signs, and the sink
     assert "👍<&��x" in texts[-24]
     widths = page.evaluate(
         """svg => { document.body.insertAdjacentHTML("beforeend", svg);

@@ -171,6 +171,14 @@ def test_a_predicted_mark_is_explained(mark: str, meaning: str) -> None:
     assert str(found).startswith(f"Why “{mark}”, and not “b”?")
 
 
+def test_a_word_that_is_also_the_prediction_is_told_from_it() -> None:
+    scores = {"target": torch.tensor([1.0, 3.0, 1.0])}
+    found = Explanation(["a", " onions", " of"], scores, settings={"target": " onions"})
+    assert "“onions” comes from “onions” in the text (60%) and “of” (20%)." in str(found)
+    twice = Explanation(["onions", " onions", " of"], scores, settings={"target": " onions"})
+    assert "“onions” comes from the 2nd “onions” (60%) and “of” (20%)." in str(twice)
+
+
 def test_long_words_are_shortened() -> None:
     """Such as addresses, which are one word of many tokens."""
     word = " https://" + "x" * 60
@@ -178,7 +186,7 @@ def test_long_words_are_shortened() -> None:
     found = Explanation(["a", word], scores, settings={"target": word})
     short = "https://" + "x" * 31 + "…"
     assert str(found).startswith(f"Why “{short}”?")
-    assert f"“{short}” comes from “{short}” (75%)" in str(found)
+    assert f"“{short}” comes from “{short}” in the text (75%)" in str(found)
     assert max(map(len, str(found).splitlines()[3:])) <= 80
     assert found.shares()[1].text == word
 

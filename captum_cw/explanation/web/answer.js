@@ -38,14 +38,15 @@ function paintBars() {
     const bar = createElement("i");
     bar.style.width = `${(100 * Math.abs(score)) / longest / (signed ? 2 : 1)}%`;
     bar.style[signed && score < 0 ? "right" : "left"] = signed ? "50%" : "0";
-    bar.style.background = (score < 0 ? ramps.against : ramps.towards)[200].css;
+    bar.style.background = isSink ? ramps.faint : (score < 0 ? ramps.against : ramps.towards)[200].css;
     const value = createElement("span", { className: "value" }, formatScore(score));
     const track = createElement("span", { className: "track" }, bar);
     return createElement("li", { className: isSink ? "sink-row" : "" }, button, track, value);
   }));
   const others = shown.S - rows.length;
   const left = 1 - rows.reduce((sum, [, score]) => sum + Math.abs(score), 0) / sizeOf(view.scores);
-  const all = method.ofTarget ? "of all that the words added to it or took from it" : `of all scores${scopeNote()}`;
+  const about = contrast ? `gave to ${target} or to ${contrast}` : `added to ${target} or took from it`;
+  const all = method.ofTarget ? `of all that the ${unit} ${about}` : `of all scores${scopeNote()}`;
   element("bars-note").textContent = (isPercent()
     ? `Percent ${all}.` : `Numbers are in the ${method.unit || "method's own unit"}.`) +
     (others > 0 ? ` ${countOf(others, `more ${unit}`)}: ${formatPercent(Math.abs(left))}.` : "");
@@ -80,7 +81,8 @@ async function paintComparison() {
   if (request !== latestComparison) return;
   element("compare-at").replaceChildren(...(at === null
     ? ["Over all positions of the text, layers and heads."]
-    : ["At ", quote(shown.queries.texts[at]), ", over all layers and heads, for any prediction."]));
+    : ["At ", quote(shown.queries.texts[at]), ", over all layers and heads.",
+      settings.target ? " They do not ask about the prediction, so the numbers are not those of the answer." : ""]));
   COMPARED.forEach(([name, label, about], n) => {
     const values = comparedValues(name, grids[n], at);
     const all = sizeOf(values);

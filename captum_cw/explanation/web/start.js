@@ -44,8 +44,8 @@ function showQuestion() {
   element("answer").hidden = !("target value" in settings);
   element("answer").replaceChildren(
     ...("target probability" in settings ? [...list(probability, ", and "), ". "] : []),
-    other ? `The difference of their logits is ${value}.` : `Its logit is ${value}.`,
-    ...("other predictions" in settings ? [` Other predictions: ${settings["other predictions"]}.`] : []));
+    ...("other predictions" in settings ? [`Other predictions: ${settings["other predictions"]}. `] : []),
+    other ? `The logits of ${target} and ${contrast} differ by ${value}.` : `The logit of ${target} is ${value}.`);
   showPrompt(wanted);
 }
 
