@@ -223,15 +223,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"better. {legend(PAPER, 'documents')}"
     )
     title = "Does it matter what stands in the place of a removed value?"
-    of_label = {", ".join(key): result for key, result in results.items()}
-    save_picture(figure(of_label), options.out / "replacements.png")
-    picture = "![Where each score stands, by what replaces a value.](replacements.png)"
-    first = f"{standings(results, HOWS, 'replaced by')}\n\n{picture}"
+    parts = [standings(results, HOWS, "replaced by")]
+    for how in HOWS:
+        chosen = {f"{m}, {data}": of for (m, data, key), of in results.items() if key == how}
+        save_picture(figure(chosen), options.out / f"replacements-{how}.png")
+        parts.append(f"![Where each score stands: {how}.](replacements-{how}.png)")
     tables = "\n\n".join(
         f"### {', '.join(key)}\n\n{result.to_markdown(PAPER, statistic='corpus')}"
         for key, result in results.items()
     )
-    shown = {"first": first, "command": head, "tables": tables}
+    shown = {"first": "\n\n".join(parts), "command": head, "tables": tables}
     fill_page(options.out / "replacements.md", title, shown)
     return 0
 

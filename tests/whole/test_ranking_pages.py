@@ -330,7 +330,11 @@ def test_other_pages(
         # The second table is of whole tokens.
         expected += [*module.OF_TOKENS, "input x gradient", "Integrated Gradients", "ablation"]
     assert first_columns(tables, 1) == expected
-    kinds = ("-pair", "-token") if name == "prediction" else ("",)
+    kinds = {
+        "prediction": ("-pair", "-token"),
+        "replacements": ("-zero", "-mean", "-hidden"),
+        "datamodelling": ("",),
+    }[name]
     assert {path.name for path in out.glob("*.png")} == {f"{name}{kind}.png" for kind in kinds}
     assert all(f"]({name}{kind}.png)" in text for kind in kinds)
 
