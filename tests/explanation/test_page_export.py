@@ -207,6 +207,7 @@ def test_a_long_text_shows_scores_alone(show: Show, long_page: str, width: int) 
     assert len(long_page) < 3e6
     page = show(long_page, width=width)
     assert "2,000 tokens" in page.inner_text("#note")
+    assert "The strip is the whole text" in page.inner_text("#text-hint")
     assert "1,989 more tokens" in page.inner_text("#bars-note")
     assert not page.locator("#map-part").is_visible()
     minimap = page.locator("#minimap")

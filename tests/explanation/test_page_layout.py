@@ -93,7 +93,7 @@ def test_a_finger_chooses_a_cell(show: Show, asked: Explanation) -> None:
 def test_each_option_can_be_chosen(
     show: Show, of_words: Explanation, width: int, theme: str
 ) -> None:
-    """By keyboard and by its name, without an error and without a page that is too wide."""
+    """Each works by keyboard and by name, raises no error, and keeps the page narrow enough."""
     page = show(of_words, width=width)
     page.select_option("#theme", theme)
     for name in ("method", "layer", "head", "unit", "numbers", "scale"):

@@ -35,7 +35,8 @@ function showControls() {
     ? ["Tap a", "", ` Tap it again to clear the selection.`]
     : ["Point at a", ` Click or press Enter to keep the selection, and Escape to clear it.`, ""];
   element("text-hint").textContent = (view.grid
-    ? `${point} ${unit}: colours then show what it draws from.` : `${point} ${unit} to see its scores.`) + keep + clear + (minimap.hidden ? "" : " The strip is the whole text: a click in it leads to that place.");
+    ? `${point} ${unit}: colours then show what it draws from.` : `${point} ${unit} to see its scores.`) + keep + clear +
+    (data.long && view.scores ? " The strip is the whole text: a click in it leads to that place." : "");
   element("map-hint").textContent = `Rows are queries: the ${unit}s whose output is explained. Columns are keys: ` +
     `the ${unit}s that a query draws from. ${touches ? "Tap" : "Point at"} a cell to see its numbers` +
     (touches ? "." : ", or move with the arrow keys.") +

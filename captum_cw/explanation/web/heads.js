@@ -59,6 +59,7 @@ function useMeasureOfHeads() {
   resetScale();
 }
 
+/** Shows a single head. */
 function showHead({ layer, head }) {
   useMeasureOfHeads();
   Object.assign(state, { layer, head });
