@@ -52,7 +52,8 @@ class Entry:
         label: A short label for tables, figures and the page.
         about: One line that explains the measure.
         unit: The unit of its numbers; empty for numbers without a unit.
-        colour: A colour of Matplotlib for its curves; None for the next of the colour cycle.
+        colour: A colour of Matplotlib for its curves, which should not be one of those of signs;
+            None for the next of the colour cycle.
         signed: Whether signs are kept when scores are taken. Scores of heads are then added up;
             otherwise absolute values are averaged.
         scope: The argument of a source that takes a scope and returns the function.
@@ -228,7 +229,7 @@ for _entry in (
         about="What a token's values add to the target in all heads; below zero, the token worked "
         "against it.",
         unit="unit of the target",
-        colour="#cc79a7",
+        colour="#553300",
         signed=True,
         explained=False,
         explains_target=True,
@@ -240,7 +241,7 @@ for _entry in (
         about="What a token's embedding adds to the target; with the share of constants, all "
         "tokens sum to it.",
         unit="unit of the target",
-        colour="#56b4e9",
+        colour="#99bbee",
         signed=True,
         explained=False,
         explains_target=True,
@@ -266,14 +267,14 @@ for _entry in (
         label="contribution, size",
         about="The share of a query's output that a key made, whether for it or against it.",
         unit="share of the layer's output",
-        colour="#0072b2",
+        colour="#000000",
     ),
     Entry(
         "vwon",
         "captum_cw.attr:VWONAttention",
         label="VW-ON: VW / output norm",
         about="The length of what a key adds to a query's output, divided by the output's length.",
-        colour="#009e73",
+        colour="#33ddbb",
     ),
     Entry(
         "vw",
@@ -281,7 +282,7 @@ for _entry in (
         label="VW: attention \N{MULTIPLICATION SIGN} value norm",
         about="The length of what a key adds to a query's output.",
         unit="unit of the hidden states",
-        colour="#e69f00",
+        colour="#eebb77",
     ),
     Entry(
         "attention",
@@ -289,7 +290,7 @@ for _entry in (
         label="attention",
         about="How much a query attends to a key, from 0 to 1.",
         unit="share of the query's attention",
-        colour="#d55e00",
+        colour="#7700dd",
     ),
     Entry(
         SIGNED,

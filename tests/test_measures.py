@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,14 @@ import pytest
 import torch
 
 from captum_cw import ComprehensivenessSufficiency, explain, functional, measures, remove_tokens
+from captum_cw._utils.colours import AGAINST, TOWARDS
 from captum_cw.attr.measures import AttentionAttribution
 from captum_cw.cli import main
 from captum_cw.cli.parsing import parser
 from captum_cw.explanation.page import explanation_page
 from captum_cw.metrics.identity import described
+from captum_cw.metrics.result import OTHER_COLOURS
+from support.colours import difference, of_hex
 from support.inputs import token_ids
 from support.models import llama
 
@@ -46,6 +50,14 @@ def test_entries_give_the_classes_of_their_names() -> None:
         assert entry.attribution().name == entry.name
     with pytest.raises(TypeError, match="'cosine' has no class"):
         measures.find("cosine").attribution()  # type: ignore[union-attr]
+
+
+def test_colour_blind_readers_tell_curves_from_each_other_and_from_signs() -> None:
+    known = {entry.colour for entry in measures.entries(targets=True) if entry.colour}
+    colours = [TOWARDS, AGAINST, *map(of_hex, known | set(OTHER_COLOURS))]
+    assert len(colours) == 10
+    for first, second in itertools.combinations(colours, 2):
+        assert difference(first, second) > 24, (first, second)
 
 
 def test_a_name_is_registered_once(toy: measures.Entry) -> None:

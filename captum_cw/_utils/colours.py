@@ -1,7 +1,7 @@
 """The colours of signs, which colour-blind readers can tell apart.
 
 They mean the same in figures, in the terminal and on the page of an explanation, whose style sheet
-has hues of its own for its two themes.
+has hues of its own for its two themes. The curves of measures have other colours.
 """
 
 from __future__ import annotations

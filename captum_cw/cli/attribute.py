@@ -169,15 +169,11 @@ def _answer(
     files = [] if options.out is None else [str(options.out)]
     if options.out is not None:
         explanation.save(options.out)
-    shares = [
-        {"word": x.text, "place": x.place, "share": x.share, "sink": x.is_sink}
-        for x in explanation.shares(method)
-    ]
     whole = {
         **document,
         "tokens": list(explanation.tokens),
         "scores": explanation.scores[method].tolist(),
-        "shares": shares,
+        "shares": [x.to_dict() for x in explanation.shares(method)],
         "files": files,
     }
 

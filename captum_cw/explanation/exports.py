@@ -113,14 +113,20 @@ class Exported:
         return framed(self.page(), f"{self!r} Trust this notebook, or run it, to see the page.")
 
     def to_dict(self, *, maps: bool = False) -> dict[str, Any]:
-        """Return tokens, scores, predictions and settings as lists, numbers and strings.
+        """Return tokens, scores, shares, predictions and settings as lists, numbers and strings.
+
+        The shares of a method are those of :meth:`~captum_cw.Explanation.shares`: one for each
+        word.
 
         Args:
             maps: Whether to include the maps, whose size grows with the square of the text.
 
         Example:
-            >>> explain(model, tokenizer, "Ice is cold").to_dict()["tokens"]
+            >>> found = explain(model, tokenizer, "Ice is cold").to_dict()
+            >>> found["tokens"]
             [' Ice', ' is', ' cold']
+            >>> found["shares"]["contribution"][0].keys()
+            dict_keys(['word', 'place', 'share', 'sink'])
         """
         return files.to_dict(self._whole, maps=maps)
 
@@ -132,7 +138,8 @@ class Exported:
 
         Example:
             >>> Explanation(["Ice"], {"contribution": torch.ones(1)}).to_json()
-            '{"tokens": ["Ice"], "scores": {"contribution": [1.0]}, "settings": {}}'
+            '{"tokens": ["Ice"], "scores": {"contribution": [1.0]}, "shares": {"contribution": \
+[{"word": "Ice", "place": 0, "share": 1.0, "sink": false}]}, "settings": {}}'
         """
         return files.to_json(self._whole, maps=maps)
 

@@ -121,6 +121,9 @@ def to_dict(explanation: Explanation, *, maps: bool) -> dict[str, Any]:
     for kind in ("scores", "maps") if maps else ("scores",):
         group = getattr(explanation, kind)
         known[kind] = {name: _array(x).tolist() for name, x in group.items()}
+    known["shares"] = {
+        name: [share.to_dict() for share in explanation.shares(name)] for name in explanation.scores
+    }
     for name in ("queries", "predicted", "words", "text"):
         value = getattr(explanation, name)
         if value is not None:

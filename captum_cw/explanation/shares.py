@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from captum_cw import measures
 from captum_cw.explanation.grouping import spans_of_words
@@ -70,6 +70,15 @@ class Share:
         """The word, with its occurrence if the text has it several times: ``"the (2nd)"``."""
         word = _name(self.text)
         return f"{word} ({_ordinal(self.occurrence)})" if self.occurrence else word
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the word, its place, its share, and whether it holds a sink, for JSON."""
+        return {
+            "word": self.text,
+            "place": self.place,
+            "share": self.share,
+            "sink": self.is_sink,
+        }
 
     @property
     def percent(self) -> str:

@@ -47,8 +47,8 @@ LABELS: dict[str, str] = {
     "prob": "probability",
     "kl": "KL divergence (nats)",
 }
-#: Colours for methods that have none in the registry. All are of the palette of Okabe and Ito.
-OTHER_COLOURS = ("#cc79a7", "#56b4e9", "#000000", "#f0e442")
+#: Colours for methods that have none in the registry.
+OTHER_COLOURS = ("#777777", "#003355", "#553300", "#99bbee")
 
 
 class _Numbers(NamedTuple):
@@ -501,7 +501,7 @@ def curve_styles(methods: Iterable[str], settings: Mapping[str, Any]) -> dict[st
 
     Example:
         >>> curve_styles(["vw", "mine"], {"methods": {"vw": "vw", "mine": "attention"}})["mine"]
-        {'label': 'mine', 'color': '#d55e00'}
+        {'label': 'mine', 'color': '#7700dd'}
     """
     others = cycle(OTHER_COLOURS)
     styles = {}

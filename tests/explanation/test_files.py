@@ -185,6 +185,11 @@ def test_the_ending_names_the_kind_of_file(
     assert found["tokens"] == explanation.tokens
     assert found["scores"]["target"] == explanation.scores["target"].tolist()
     assert found["settings"] == dict(explanation.settings)
+    assert found["shares"].keys() == explanation.scores.keys()
+    words = [(x.text, x.place, x.share, x.is_sink) for x in explanation.shares("target")]
+    shares = [(x["word"], x["place"], x["share"], x["sink"]) for x in found["shares"]["target"]]
+    assert shares == words
+    assert sum(abs(x["share"]) for x in found["shares"]["target"]) == pytest.approx(1)
     assert "maps" not in found
     T = len(explanation.tokens)
     maps = explanation.to_dict(maps=True)["maps"]

@@ -11,6 +11,7 @@ import transformers
 
 from captum_cw import Explanation, explain
 from captum_cw.explanation.heads import OF_HEADS, HeadMaps
+from support.colours import difference
 from support.page import (
     ABOUT,
     LABELS,
@@ -157,6 +158,24 @@ def test_a_group_that_holds_the_sink_is_not_offered_as_one(
     assert show(words.page()).locator("#sink-label").is_visible()
     spans = explanation.by_span([(0, 3), (3, len(explanation.tokens))])
     assert not show(spans.page()).locator("#sink-label").is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colour_blind_readers_tell_the_three_meanings_apart(
+    show: Show, explanation: Explanation, scheme: str
+) -> None:
+    page = show(explanation, color_scheme=scheme)
+    page.select_option("#method", label=LABELS["contribution-signed"])
+    token(page, 5).hover()
+    page.locator("#legend", has_text="line below a word").wait_for()
+    ramps = page.locator("#legend i").evaluate_all(
+        "bars => bars.map((bar) => getComputedStyle(bar).backgroundImage)"
+    )
+    strongest = [re.findall(r"rgb\((\d+), (\d+), (\d+)\)", ramp)[-1] for ramp in ramps]
+    towards, against, read_by = ([int(part) for part in rgb] for rgb in strongest)
+    assert difference(towards, against) > 60
+    assert difference(towards, read_by) > 15
+    assert difference(against, read_by) > 15
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -525,6 +544,13 @@ def test_tokens_against_a_target_have_the_other_hue(
     legend = page.inner_text("#legend")
     assert f"towards “c”: score, 0 to {rounded(scores.abs().max()):g}" in legend
     assert "towards “x”: the same scale" in legend
+
+
+def test_the_legend_names_the_other_side_only_if_something_is_on_it(show: Show) -> None:
+    for scores, said in ((torch.tensor([1.0, 2.0]), False), (torch.tensor([1.0, -2.0]), True)):
+        page = show(Explanation(["Ice", " is"], {"target": scores}))
+        page.locator("#legend", has_text="score").wait_for()
+        assert ("the same scale" in page.inner_text("#legend")) == said
 
 
 def test_rows_of_a_target_share_one_scale(show: Show, asked: Explanation) -> None:

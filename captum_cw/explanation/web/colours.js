@@ -1,5 +1,5 @@
 // Colours, in even steps of lightness. Each has one meaning: blue is for or positive, orange is
-// against or negative, and green marks what reads from a token. Colour-blind readers can tell them
+// against or negative, and teal marks what reads from a token. Colour-blind readers can tell them
 // apart.
 
 let ramps = null; // see findRamps
@@ -34,7 +34,7 @@ function findRamps() {
   ramps = {
     towards: ramp(255),
     against: ramp(60),
-    readBy: ramp(160),
+    readBy: ramp(175),
     ink: getComputedStyle(document.body).color,
     faint: styleOf("settings", "color"),
     line: styleOf("settings", "borderTopColor"),

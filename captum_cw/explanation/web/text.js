@@ -210,7 +210,7 @@ function paintLegend() {
   if (what) {
     const sign = view.method.ofTarget || signed ? `${positive}: ` : "";
     items.push(item(ramps.towards, "", `${sign}${what}, ${range}`));
-    if (view.method.ofTarget || signed) items.push(item(ramps.against, "", `${negative}: the same scale`));
+    if (signed) items.push(item(ramps.against, "", `${negative}: the same scale`));
   }
   if (key !== null && view.grid) {
     items.push(item(ramps.readBy, "line", `line below a word: how much that word draws from ` +
