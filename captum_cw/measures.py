@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
     from captum_cw.attr.measures import AttentionAttribution
@@ -23,6 +26,7 @@ __all__ = [
     "SIGNED",
     "TARGET",
     "Entry",
+    "colours",
     "entries",
     "explained",
     "find",
@@ -38,6 +42,8 @@ RANDOM = "random"
 SIGNED = "contribution-signed"
 #: The names of contributions to a target, by values and by inputs.
 TARGET, INPUT = "target", "input"
+#: The colours of curves of what has none in the registry.
+OTHER_COLOURS = ("#777777", "#003355", "#553300", "#99bbee")
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,21 @@ def known_names() -> str:
 def find(name: str) -> Entry | None:
     """Return the measure of a name; None if the name is not registered."""
     return _registry.get(name)
+
+
+def colours(names: Iterable[str]) -> list[str]:
+    """Return the colour of each name's curve: its own if it is registered with one.
+
+    Example:
+        >>> colours(["attention", "mine"])
+        ['#7700dd', '#777777']
+    """
+    others, found = cycle(OTHER_COLOURS), []
+    for name in names:
+        entry = find(name)
+        own = None if entry is None else entry.colour
+        found.append(own or next(others))
+    return found
 
 
 def explained() -> list[Entry]:

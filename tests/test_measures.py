@@ -18,7 +18,6 @@ from captum_cw.cli import main
 from captum_cw.cli.parsing import parser
 from captum_cw.explanation.page import explanation_page
 from captum_cw.metrics.identity import described
-from captum_cw.metrics.result import OTHER_COLOURS
 from support.colours import difference, of_hex
 from support.inputs import token_ids
 from support.models import llama
@@ -54,7 +53,7 @@ def test_entries_give_the_classes_of_their_names() -> None:
 
 def test_colour_blind_readers_tell_curves_from_each_other_and_from_signs() -> None:
     known = {entry.colour for entry in measures.entries(targets=True) if entry.colour}
-    colours = [TOWARDS, AGAINST, *map(of_hex, known | set(OTHER_COLOURS))]
+    colours = [TOWARDS, AGAINST, *map(of_hex, known | set(measures.OTHER_COLOURS))]
     assert len(colours) == 10
     for first, second in itertools.combinations(colours, 2):
         assert difference(first, second) > 24, (first, second)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -47,8 +46,6 @@ LABELS: dict[str, str] = {
     "prob": "probability",
     "kl": "KL divergence (nats)",
 }
-#: Colours for methods that have none in the registry.
-OTHER_COLOURS = ("#777777", "#003355", "#553300", "#99bbee")
 
 
 class _Numbers(NamedTuple):
@@ -503,15 +500,17 @@ def curve_styles(methods: Iterable[str], settings: Mapping[str, Any]) -> dict[st
         >>> curve_styles(["vw", "mine"], {"methods": {"vw": "vw", "mine": "attention"}})["mine"]
         {'label': 'mine', 'color': '#7700dd'}
     """
-    others = cycle(OTHER_COLOURS)
-    styles = {}
+    known = {}
     for name in methods:
         description = settings.get("methods", {}).get(name, "")
         entry = measures.find(description) or measures.find(name)
         label = entry.label if entry is not None and description == name else name
-        colour = entry.colour if entry is not None else None
-        styles[name] = {"label": label, "color": colour or next(others)}
-    return styles
+        known[name] = (label, name if entry is None else entry.name)
+    colours = measures.colours(measure for _, measure in known.values())
+    return {
+        name: {"label": label, "color": colour}
+        for (name, (label, _)), colour in zip(known.items(), colours, strict=True)
+    }
 
 
 def _corpus(nll: Tensor, counts: Tensor) -> Tensor:

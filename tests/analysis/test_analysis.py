@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 from sklearn.model_selection import KFold
 from torch import Tensor, nn
 
-from captum_cw import AttentionWeights, scale_values
+from captum_cw import AttentionWeights, measures, scale_values
 from captum_cw.analysis import (
     AnalysisResult,
     component_correlations,
@@ -535,6 +535,14 @@ def perplexity(logits: Tensor, ids: Tensor) -> float:
     logs = logits[0].double().log_softmax(-1)
     nll = [-float(logs[i, ids[i + 1]]) for i in range(len(ids) - 1)]
     return float(np.exp(np.mean(nll)))
+
+
+def test_measures_have_the_colours_of_the_registry_in_figures() -> None:
+    _, axes = first_token_weight(llama(), batches()).plot(use_pyplot=False)
+    (ax,) = np.ravel(axes)
+    drawn = {line.get_label(): line.get_color() for line in ax.get_lines()}
+    for name in ("attention", "vw, rows normalised", "contribution"):
+        assert drawn[name] == measures.find(name.partition(",")[0]).colour  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

@@ -31,8 +31,8 @@ ALLOWED = {
     "models": {"capture", "functional", "_utils"},
     "data": {"text", "functional", "_utils"},
     "analysis": {
-        *("metrics", "removal", "attr", "capture", "functional", "products", "weights", "_utils"),
-        "visualization",
+        *("metrics", "removal", "attr", "capture", "measures", "functional", "products"),
+        *("weights", "visualization", "_utils"),
     },
     "reproduce": {
         *("analysis", "metrics", "removal", "attr", "capture", "measures", "functional"),

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
+from captum_cw import measures
 from captum_cw.visualization._output import MARKERS, Picture, new_figure
 
 #: The function that plots each kind of result. It takes the result and ``use_pyplot``.
@@ -61,6 +62,8 @@ def plot_by(
 ) -> None:
     """Plot a column over another, with a curve for each value of a third.
 
+    Measures have the colours of the registry.
+
     Args:
         ax: The axes.
         table: A row for each point.
@@ -72,6 +75,8 @@ def plot_by(
         options: Options of ``DataFrame.plot``.
     """
     curves = table.pivot(index=x, columns=by, values=column)[table[by].unique()]
+    if by == "measure":  # such as "vw, rows normalised"
+        options["color"] = measures.colours(str(name).partition(",")[0] for name in curves)
     if colours is not None:
         options["color"] = list(colormaps[colours](np.linspace(0.1, 0.85, curves.shape[1])))
     style = [f"{marker}-" for marker in MARKERS]
