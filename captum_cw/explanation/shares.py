@@ -183,8 +183,9 @@ def sentence(
     others = sorted((x for x in found if not x.is_sink), key=lambda x: -abs(x.share))
     shown = [x for x in others[:BARS] if abs(x.share) >= SMALL]
     target, contrast = (explanation.settings.get(role) for role in ("target", "contrast"))
-    towards = _listed([x for x in shown if x.share > 0], target)
-    against = _listed([x for x in shown if x.share < 0], target)
+    answers = {_name(answer) for answer in (target, contrast) if answer is not None}
+    towards = _listed([x for x in shown if x.share > 0], answers)
+    against = _listed([x for x in shown if x.share < 0], answers)
     if target is None or entry is None or not entry.explains_target:
         label = method if entry is None else entry.label
         said = [f"By “{label}”, the largest shares are those of {towards or 'no word'}."]
@@ -296,11 +297,11 @@ def _size(x: Share) -> str:
     return x.percent.removeprefix("-")
 
 
-def _listed(shares: Sequence[Share], target: str | None) -> str:
-    """Name the first few words with their sizes, and tell them from the target."""
+def _listed(shares: Sequence[Share], answers: Collection[str]) -> str:
+    """Name the first few words with their sizes, and tell them from the target and contrast."""
     named = []
     for x in shares[:NAMED]:
         which = f"the {_ordinal(x.occurrence)} " if x.occurrence else ""
-        same = target is not None and _name(target) == _name(x.text) and not which
+        same = _name(x.text) in answers and not which
         named.append(f"{which}{quoted(x.text)}{' in the text' * same} ({_size(x)})")
     return " and ".join(filter(None, [", ".join(named[:-1]), *named[-1:]]))

@@ -167,7 +167,7 @@ def test_words_that_occur_again_are_told_apart() -> None:
 def test_a_predicted_mark_is_explained(mark: str, meaning: str) -> None:
     scores = {"target": torch.tensor([3.0, 1.0])}
     found = Explanation(["a", " b"], scores, settings={"target": mark, "contrast": " b"})
-    assert f"“{mark}” ({meaning}) rather than “b” comes from “b” (25%)." in str(found)
+    assert f"“{mark}” ({meaning}) rather than “b” comes from “b” in the text (25%)." in str(found)
     assert str(found).startswith(f"Why “{mark}”, and not “b”?")
 
 
@@ -177,6 +177,9 @@ def test_a_word_that_is_also_the_prediction_is_told_from_it() -> None:
     assert "“onions” comes from “onions” in the text (60%) and “of” (20%)." in str(found)
     twice = Explanation(["onions", " onions", " of"], scores, settings={"target": " onions"})
     assert "“onions” comes from the 2nd “onions” (60%) and “of” (20%)." in str(twice)
+    asked = {"target": " onions", "contrast": " of"}
+    against = Explanation(["a", " onions", " of"], {"target": -scores["target"]}, settings=asked)
+    assert "“onions” in the text (60%) and “of” in the text (20%) worked for “of”" in str(against)
 
 
 def test_long_words_are_shortened() -> None:
