@@ -191,6 +191,19 @@ def write_page(path: Path, parts: Sequence[str]) -> None:
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
+def sections_of(path: Path) -> dict[str, str]:
+    """Return the sections of a page by their headings; what is above the first has none."""
+    above, *found = path.read_text(encoding="utf-8").strip().split("\n## ")
+    rest = (section.partition("\n\n") for section in found)
+    return {"": above.strip(), **{heading: body.strip() for heading, _, body in rest}}
+
+
+def part_of(path: Path, name: str) -> str:
+    """Return the part of a page that :func:`fill_page` put there."""
+    _, _, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
+    return rest.partition(f"<!-- end of {name} -->")[0].strip()
+
+
 def fill_page(path: Path, title: str, parts: Mapping[str, str]) -> None:
     """Put parts between their marks in a page, and keep what is written around them.
 

@@ -31,7 +31,9 @@ from pages import (
     made_by,
     mean_and_interval,
     parser_of,
+    part_of,
     save_picture,
+    sections_of,
     write_page,
 )
 from peers_of_removal import PEERS, KVzipPlus, register_peers
@@ -290,26 +292,35 @@ def _columns(result: FaithfulnessResult) -> list[str]:
     return [f"{which} {percent(x)}" for which, rates in result.rates.items() for x in rates]
 
 
-def standings(results: Results, keys: Sequence[str], kind: str = "ranking") -> str:
+Marks = dict[tuple[str, str], dict[str, str]]
+"""By setting and score, and by model with its texts, a mark for each column."""
+
+
+def standings(results: Results, keys: Sequence[str], kind: str = "ranking", known: str = "") -> str:
     """Return a table with a mark for each model and set of texts in each cell.
 
     Args:
         results: The results, all of the same rates.
         keys: The settings to show.
         kind: What a setting is, which is the heading of its column.
+        known: An earlier table, whose marks stay where the results have none.
     """
     columns = _columns(next(iter(results.values()))) if results else []
-    names = dict.fromkeys(f"{model}, {data}" for model, data, _ in results)
-    rows = []
-    for key in keys:
-        found = {f"{m}, {data}": rows_of(of) for (m, data, k), of in results.items() if k == key}
-        scores = dict.fromkeys(score for of in found.values() for score in of)
-        for score in [score for score in scores if score != PAPER]:
-            cells = [
-                "".join(_mark(found.get(name, {}).get(score), column) for name in names)
-                for column in range(len(columns))
-            ]
-            rows.append([key, score, *(f"`{x}`" for x in cells)])
+    names, found = _marks_in(known) if known else ([], {})
+    for (model, data, key), result in results.items():
+        name = f"{model}, {data}"
+        names += [name] * (name not in names)
+        for score, row in rows_of(result).items():
+            if score != PAPER:
+                found.setdefault((key, score), {})[name] = "".join(map(_mark, row))
+    nothing = "." * len(columns)
+    rows = [
+        [key, score, *(f"`{''.join(x)}`" for x in zip(*marks, strict=True))]
+        for key in keys
+        for (of, score), by_name in found.items()
+        if of == key
+        for marks in [[by_name.get(name, nothing) for name in names]]
+    ]
     table = in_markdown([kind, "score", *columns], rows, texts=2)
     return (
         f"Each cell has a mark for {'; '.join(names)}, in this order. `+` is ahead of `{PAPER}`, "
@@ -317,9 +328,20 @@ def standings(results: Results, keys: Sequence[str], kind: str = "ranking") -> s
     )
 
 
-def _mark(row: Sequence[Cell] | None, column: int) -> str:
-    verdict = None if row is None else row[column].verdict
-    return "." if verdict is None else MARKS[verdict]
+def _mark(cell: Cell) -> str:
+    return "." if cell.verdict is None else MARKS[cell.verdict]
+
+
+def _marks_in(table: str) -> tuple[list[str], Marks]:
+    """Read a table of :func:`standings`: the names of models with texts, and the marks."""
+    first, *lines = table.splitlines()
+    names = first.removeprefix("Each cell has a mark for ").partition(", in this order")[0]
+    rows = [[x.strip(" `") for x in line.strip("|").split("|")] for line in lines if line]
+    marks = {
+        (key, score): dict(zip(names.split("; "), map("".join, zip(*of, strict=True)), strict=True))
+        for key, score, *of in rows[2:]
+    }
+    return names.split("; "), marks
 
 
 def figure(results: Mapping[str, FaithfulnessResult]) -> Figure:
@@ -387,6 +409,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--settings", help="the ways to rank, divided by commas; without it, all")
     add("--first", action="store_true", help="the first documents instead, to choose scores on")
+    add("--add", action="store_true", help="keep what the pages have of other settings and models")
     return parser
 
 
@@ -411,15 +434,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if result is not None:
                         results[name, data, key] = result
                     bar.update()
-    head = f"{made_by('ranking', argv, options.commit, weights)} {_about(options)}"
-    parts = [
-        f"## {model}, {data}: {chosen[key].title.lower()}\n\n{of_setting(result)}"
+    made = made_by("ranking", argv, options.commit, weights)
+    head = f"{made} {_about(options)}"
+    sections = {
+        f"{model}, {data}: {chosen[key].title.lower()}": of_setting(result)
         for (model, data, key), result in results.items()
-    ]
+    }
     if options.first:
-        write_page(options.out / "rankings-tried.md", ["# Rankings that were tried", head, *parts])
+        write_tables(options.out / "rankings-tried.md", "Rankings that were tried", head, sections)
         return 0
-    write_page(options.out / "rankings.md", ["# All rankings", head, *parts])
+    if options.add:
+        add_to_pages(options.out, made, sections, results)
+        return 0
+    write_tables(options.out / "rankings.md", "All rankings", head, sections)
     for question, (keys, key, scores) in QUESTIONS.items():
         if key in chosen:
             of_key = {f"{m}, {data}": x for (m, data, k), x in results.items() if k == key}
@@ -430,6 +457,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             shown = {"first": f"{first}\n\n{picture}", "all": marks, "command": head}
             fill_page(options.out / f"{question}.md", f"What ranks {question}?", shown)
     return 0
+
+
+def write_tables(path: Path, title: str, head: str, sections: Mapping[str, str]) -> None:
+    """Write the page of all tables."""
+    tables = [f"## {heading}\n\n{table}" for heading, table in sections.items()]
+    write_page(path, [f"# {title}", head, *tables])
+
+
+def add_to_pages(out: Path, made: str, sections: Mapping[str, str], results: Results) -> None:
+    """Add tables and marks to pages that are there, and say how they were made.
+
+    The first tables and the figures of the pages stay as they are.
+    """
+    every = sections_of(out / "rankings.md")
+    title, _, head = every.pop("").partition("\n\n")
+    of_texts = list(dict.fromkeys(x.partition(": ")[0] for x in (*every, *sections)))
+    titles = [REPORTED[key].title.lower() for keys, *_ in QUESTIONS.values() for key in keys]
+
+    def place(heading: str) -> tuple[int, int]:
+        texts, _, setting = heading.partition(": ")
+        return of_texts.index(texts), titles.index(setting)
+
+    every.update(sections)
+    in_order = {heading: every[heading] for heading in sorted(every, key=place)}
+    write_tables(out / "rankings.md", title.removeprefix("# "), f"{head}\n\n{made}", in_order)
+    for question, (keys, _, _) in QUESTIONS.items():
+        path = out / f"{question}.md"
+        added = {of: result for of, result in results.items() if of[-1] in keys}
+        if added:
+            marks = standings(added, keys, known=part_of(path, "all"))
+            shown = {"all": marks, "command": f"{part_of(path, 'command')}\n\n{made}"}
+            fill_page(path, f"What ranks {question}?", shown)
 
 
 def _about(options: argparse.Namespace) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -182,6 +183,34 @@ def test_the_pages_of_rankings(
     tried = (out / "rankings-tried.md").read_text(encoding="utf-8")
     assert "The first 3 documents" in tried
     assert set(first_columns(tried, 1)) == {"method", "score", "contribution", *ranking.LEADERS}
+
+
+def test_settings_and_texts_are_added_to_pages(
+    ranking: ModuleType, model_folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    pages = importlib.import_module("pages")
+    arguments = ["--model", str(model_folder), "--length", "6", "--samples", "3", "--settings"]
+    letters, other = (["--data", f"{name}={texts}"] for name in ("letters", "other"))
+    out, whole = tmp_path / "pages", tmp_path / "whole"
+    written(ranking, [*arguments, "global", *letters], out)
+    first = pages.part_of(out / "pairs.md", "first")
+    written(ranking, [*arguments, "max", *letters, "--add"], out)
+    written(ranking, [*arguments, "global,max", *letters], whole)
+    found, expected = (pages.sections_of(of / "rankings.md") for of in (out, whole))
+    assert "--settings max --data letters=texts.jsonl --add" in found.pop("")
+    assert list(found.items()) == [*expected.items()][1:]
+    marks = pages.part_of(whole / "pairs.md", "all")
+    assert pages.part_of(out / "pairs.md", "all") == marks
+    assert pages.part_of(out / "pairs.md", "first") == first
+    assert not (out / "tokens.md").exists()
+    assert pages.part_of(out / "pairs.md", "command").count("benchmarks/ranking.py") == 2
+
+    written(ranking, [*arguments, "max", *other, "--add"], out)
+    both = pages.part_of(out / "pairs.md", "all")
+    assert both.startswith("Each cell has a mark for model, letters; model, other, in this order.")
+    for before, after in zip(marks.splitlines()[4:], both.splitlines()[4:], strict=True):
+        second = "." if "| global" in before else r"\1"  # the same texts by another name
+        assert after == re.sub(r"`([-+~])`", rf"`\1{second}`", before)
 
 
 def test_words_around_the_parts_of_a_page_stay(tmp_path: Path) -> None:
