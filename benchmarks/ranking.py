@@ -293,7 +293,7 @@ def _columns(result: FaithfulnessResult) -> list[str]:
 
 
 Marks = dict[tuple[str, str], dict[str, str]]
-"""By setting and score, and by model with its texts, a mark for each column."""
+"""The marks of all columns as one string, by setting and score, then by model and texts."""
 
 
 def standings(results: Results, keys: Sequence[str], kind: str = "ranking", known: str = "") -> str:
@@ -314,13 +314,10 @@ def standings(results: Results, keys: Sequence[str], kind: str = "ranking", know
             if score != PAPER:
                 found.setdefault((key, score), {})[name] = "".join(map(_mark, row))
     nothing = "." * len(columns)
-    rows = [
-        [key, score, *(f"`{''.join(x)}`" for x in zip(*marks, strict=True))]
-        for key in keys
-        for (of, score), by_name in found.items()
-        if of == key
-        for marks in [[by_name.get(name, nothing) for name in names]]
-    ]
+    rows = []
+    for key, score in ((key, score) for key in keys for of, score in found if of == key):
+        marks = [found[key, score].get(name, nothing) for name in names]
+        rows.append([key, score, *(f"`{''.join(x)}`" for x in zip(*marks, strict=True))])
     table = in_markdown([kind, "score", *columns], rows, texts=2)
     return (
         f"Each cell has a mark for {'; '.join(names)}, in this order. `+` is ahead of `{PAPER}`, "

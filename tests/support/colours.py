@@ -1,4 +1,4 @@
-"""How different colours look to people who do not see all of them."""
+"""The distance of two colours as colour-blind people see them."""
 
 from __future__ import annotations
 
