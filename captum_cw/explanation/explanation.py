@@ -15,7 +15,7 @@ from typing import Any
 from captum.attr import LLMAttributionResult
 from torch import Tensor
 
-from captum_cw.explanation import conversion, grouping, shares
+from captum_cw.explanation import answer, conversion, grouping, shares
 from captum_cw.explanation.exports import Exported
 from captum_cw.explanation.heads import HeadMaps
 from captum_cw.explanation.shares import Share
@@ -222,7 +222,7 @@ class Explanation(Exported):
             1 more word: 0% together
             Scores: contribution, size.
         """
-        return shares.summary(self, count, method=method, raw=raw)
+        return answer.summary(self, count, method=method, raw=raw)
 
     def shares(self, method: str | None = None) -> list[Share]:
         """Return the share of each word in all scores of a method, in the order of the text.

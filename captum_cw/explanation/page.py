@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 
 from captum_cw import measures
+from captum_cw.explanation.answer import BARS, question, sentence, verdict
 from captum_cw.explanation.grouping import spans_of_words
 from captum_cw.explanation.heads import FACTORS, OF_HEADS
-from captum_cw.explanation.shares import BARS, first_method, question, sentence
+from captum_cw.explanation.shares import first_method
 from captum_cw.measures import TARGET
 from captum_cw.text.tokens import joined
 
@@ -199,6 +200,7 @@ def _description(
         "probability": None if probability is None else _rounded(probability),
         "methods": [{**_method(name, explained), "ofHeads": name in of_heads} for name in names],
         "initial": first_method(explanation) if of_all else names[0],
+        "verdict": verdict(explanation),
         "sentence": sentence(explanation, sinks=sinks) if explanation.scores else None,
         "words": _words(explanation.tokens, explanation.words),
         "queryWords": _words(explanation.queries or (), explanation.query_words),

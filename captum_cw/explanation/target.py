@@ -14,6 +14,7 @@ from captum_cw.attr import TargetContributions
 from captum_cw.capture import Execution
 from captum_cw.capture.model import LOGITS, check_fits
 from captum_cw.capture.outputs import predictions_of
+from captum_cw.explanation.shares import in_percent, quoted
 from captum_cw.functional import TargetLayer, map_blocks
 from captum_cw.measures import INPUT, TARGET
 from captum_cw.text.prompts import leading
@@ -216,9 +217,7 @@ class _OneTarget:
         others = names.others([target, contrast], self.position)
         if others:
             settings["other predictions"] = others
-        preferred = names.preferred(target, self.position)
-        if preferred:
-            settings["model's prediction"] = preferred
+        settings |= names.rivals(target, self.position)
         settings["target value"] = f"{value.item():.4g}"
         hint = names.hint(target, self.position)
         if hint is not None:
@@ -338,6 +337,8 @@ class Names:
     def others(self, named: Sequence[Wanted], position: int | None) -> str:
         """Return the likeliest other predictions, for readers; "" if there is no right one.
 
+        The model's own prediction is none of them; :meth:`rivals` has it.
+
         Args:
             named: The target and its contrast.
             position: The position of a target that does not have one; None is the last.
@@ -345,29 +346,35 @@ class Names:
         logits = self._logits_at(self.number(named[0], position), position)
         if not self.exclusive or len(logits) < 2:
             return ""
-        best = logits.topk(min(OTHERS + 2, len(logits))).indices.tolist()
-        known = {self._readable(best[0])} if named[0] is None else set()
+        best = logits.topk(min(OTHERS + 3, len(logits))).indices.tolist()
+        known = {self._readable(best[0])}
         for x in named:
             found = None if x is None else self.number(x, None)
             known |= set() if found is None else {self._readable(_token_of(found))}
         left = [number for number in best if self._readable(number) not in known][:OTHERS]
         chances = logits.softmax(-1)
-        return ", ".join(f"{self._quoted(n)} {100 * chances[n].item():.2g}%" for n in left)
+        return ", ".join(f"{self._quoted(n)} {in_percent(chances[n].item())}" for n in left)
 
-    def preferred(self, wanted: Wanted, position: int | None) -> str:
-        """Return the model's own prediction with its probability; "" if it is the target."""
+    def rivals(self, wanted: Wanted, position: int | None) -> dict[str, str]:
+        """Return the probability of the best other answer than the target, for readers.
+
+        If the model prefers it, its name is there too. Empty if there is no one right answer.
+        """
         number = self.number(wanted, position)
         logits = self._logits_at(number, position)
-        if wanted is None or not self.exclusive or len(logits) < 2:
-            return ""
-        best = int(logits.argmax())
-        if self._readable(best) == self._readable(_token_of(number)):
-            return ""
-        return f"{self._quoted(best)} ({100 * logits.softmax(-1)[best].item():.2g}%)"
+        if not self.exclusive or len(logits) < 2:
+            return {}
+        best, *following = logits.topk(min(3, len(logits))).indices.tolist()
+        own = self._readable(best if wanted is None else _token_of(number))
+        chances = logits.softmax(-1)
+        if self._readable(best) != own:
+            told = f"{self._quoted(best)} ({in_percent(chances[best].item())})"
+            return {"model's prediction": told}
+        other = next((n for n in following if self._readable(n) != own), None)
+        return {} if other is None else {"best other probability": f"{chances[other].item():.4g}"}
 
     def _quoted(self, number: int) -> str:
-        name = self._readable(number)
-        return f"“{name.strip() or name}”"
+        return quoted(self._readable(number))
 
     def hint(self, wanted: Wanted, position: int | None) -> str | None:
         """Return what to write if a word is much likelier with a space before it."""

@@ -1,5 +1,6 @@
 """The answer that the page opens with: question, sentence, bars, attention beside contributions."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,8 @@ import transformers
 from torch import Tensor
 
 from captum_cw import Explanation, explain
-from captum_cw.explanation.shares import sentence
+from captum_cw.explanation.answer import sentence, verdict
+from captum_cw.explanation.shares import in_percent
 from support.inputs import letter_tokenizer
 from support.page import (
     ABOUT,
@@ -33,14 +35,10 @@ def test_a_target_is_asked_for_and_explained_first(show: Show, asked: Explanatio
     page = show(asked)
     assert page.inner_text("#title") == "Why “c”, and not “x”?"
     assert page.title() == "Why “c”, and not “x”?"
-    words = page.inner_text("#answer").split()
-    shown = [number(x.strip(",.")) for x in words if "%" in x][:2]
-    others = asked.settings["other predictions"]
-    assert f" Other predictions: {others}. The logits of “c” and “x” differ by " in page.inner_text(
-        "#answer"
-    )
-    named = [asked.settings[f"{x} probability"] for x in ("target", "contrast")]
-    assert shown == [percent(float(x)) for x in named]
+    assert page.inner_text("#answer") == verdict(asked)
+    for name in ("target", "contrast"):
+        probability = in_percent(float(asked.settings[f"{name} probability"]))
+        assert probability in page.inner_text("#answer")
     assert page.inner_text("#sentence") == sentence(asked)
     assert page.locator("#method option:checked").inner_text() == LABELS["target"]
     assert page.locator("#method option").nth(1).inner_text() == LABELS["input"]
@@ -53,8 +51,65 @@ def test_the_own_prediction_is_asked_for_too(show: Show, explanation: Explanatio
     predicted = explanation.predicted[-1].strip()
     assert page.inner_text("#title") == f"Why “{predicted}”?"
     answer = page.inner_text("#answer")
-    assert answer.startswith(f"“{predicted}” has a probability of ")
-    assert number(answer.split()[5].strip(".")) == percent(explanation.probability[-1])
+    said = f"“{predicted}” has a probability of {in_percent(float(explanation.probability[-1]))}."
+    assert said in answer
+
+
+@in_both_browsers
+def test_the_prompt_shows_the_words_of_the_bars(show: Show, of_words: Explanation) -> None:
+    page = show(of_words)
+    words = [x.strip() for x in of_words.by_word().tokens]
+    assert page.inner_text("#prompt").startswith(" ".join(words) + " c")
+    in_bars = [words.index(x["word"]) for x in bars(page)]
+    text, prompt = backgrounds(page), backgrounds(page, "#prompt span")
+    for place in range(len(words)):
+        assert prompt[place] == (text[place] if place in in_bars else ""), place
+    assert "" in prompt
+    page.select_option("#unit", "token")
+    assert page.locator("#prompt span").count() == 16
+
+
+def test_an_answer_that_the_model_does_not_prefer_is_marked(show: Show, asked: Explanation) -> None:
+    assert "model's prediction" in asked.settings
+    page = show(asked)
+    assert page.inner_text("#prompt").endswith("j c not the model's choice")
+    assert page.inner_text("#answer").startswith("The model prefers ")
+    own = {k: v for k, v in asked.settings.items() if k != "model's prediction"}
+    assert show(replace(asked, settings=own)).inner_text("#prompt").endswith("j c")
+
+
+def test_a_long_prompt_shows_its_end_and_the_words_that_lead(show: Show) -> None:
+    words = [f" word{n}" for n in range(100)]
+    scores = torch.full((100,), 0.01)
+    scores[[0, 30, 31, 60, 97]] = torch.tensor([9.0, 5.0, 1.0, -3.0, 2.0])
+    settings = {"target": " end", "target position": 99}
+    explained = Explanation(words, {"target": scores}, settings=settings, predicted=words)
+    shown = show(explained).inner_text("#prompt")
+    parts = [part.split() for part in shown.split("…")]
+    places = [[0, 1, 2], [*range(28, 34)], [*range(58, 63)]]
+    assert [[int(x[4:]) for x in part] for part in parts[:3]] == places
+    assert parts[3][-3:] == ["word98", "word99", "end"]
+    assert len(shown) < 260
+    assert "…" not in show(explained.part(80, 100)).inner_text("#prompt")
+
+
+def test_sinks_are_grey_and_do_not_set_the_scale(show: Show, of_words: Explanation) -> None:
+    scores = of_words.scores["target"].clone()
+    scores[:2] = 100  # the first word
+    page = show(replace(of_words, scores={**of_words.scores, "target": scores}))
+    colours = backgrounds(page)
+    red, green, blue = map(int, re.findall(r"\d+", colours[0]))
+    assert max(red, green, blue) - min(red, green, blue) <= 2
+    bar = page.locator("#bars .sink-row .track i").evaluate("x => x.style.backgroundColor")
+    assert bar == backgrounds(page, "#prompt span")[0] == colours[0]
+    others = of_words.by_word().scores["target"][1:].abs()
+    dark = [darkness(x) for x in colours[1:]]
+    assert max(range(len(dark)), key=dark.__getitem__) == int(others.argmax())
+    assert max(dark) > 300
+    assert "attention sink" in page.inner_text("#legend")
+    page.check("#sinks")
+    assert backgrounds(page)[0] == ""
+    assert "attention sink" not in page.inner_text("#legend")
 
 
 def test_other_explanations_ask_nothing(show: Show, of_layers: Explanation) -> None:
@@ -181,7 +236,7 @@ def test_no_choice_of_words_without_words(show: Show, of_words: Explanation) -> 
     page = show(replace(of_words, words=None))
     assert not page.locator("#unit").is_visible()
     assert page.locator("#tokens .token").count() == 16
-    assert page.inner_text("#bars-title") == "The tokens behind “c”"
+    assert page.inner_text("#bars-title") == "The tokens behind “c” and “x”"
 
 
 def test_measures_of_less_use_stand_apart(show: Show, explanation: Explanation) -> None:
@@ -218,10 +273,19 @@ def test_attention_stands_beside_contributions(show: Show, of_words: Explanation
     given = replace(words, settings={**of_words.settings, "target position": 12})
     page = show(given)
     assert page.inner_text("#compare-at").startswith("At “p”")
-    assert "do not ask about the prediction" in page.inner_text("#compare-at")
-    assert compared(page) == expected_comparison(words, 12)
+    # Attention stands beside the answer, whose numbers are those of the bars.
+    assert page.inner_text("#compare-contribution h3").endswith("what made “c”")
+    scores = words.scores["target"] / words.scores["target"].abs().sum()
+    top = scores.abs().topk(3).indices.tolist()
+    answer = {f"“{words.tokens[n].strip()}”": percent(scores[n]) for n in top}
+    expected = {**expected_comparison(words, 12), "contribution": answer}
+    assert compared(page) == expected
+    strip = "#compare-contribution .strip span"
+    assert backgrounds(page, strip) == backgrounds(page)
     token(page, 7).hover()
     page.locator("#compare-at", has_text="At “j”").wait_for()
+    assert "not about the prediction" in page.inner_text("#compare-at")
+    assert page.inner_text("#compare-contribution h3").endswith("what makes the outputs of layers")
     assert compared(page) == expected_comparison(words, 7)
     token(page, 9).click()
     page.mouse.move(5, 5)
@@ -271,7 +335,7 @@ def test_a_classifier_asks_for_no_query(show: Show) -> None:
     assert page.locator("#tokens .asked").count() == 0
     assert "Select a " in page.inner_text("#details")
     for name in ("attention", "contribution"):
-        scores = found.scores[name]
+        scores = found.scores["target" if name == "contribution" else name]
         shown = compared(page)[name]
-        best = float(scores.max() / scores.sum())
-        assert max(shown.values()) == percent(best)
+        best = float(scores.abs().max() / scores.abs().sum())
+        assert max(map(abs, shown.values())) == percent(best)

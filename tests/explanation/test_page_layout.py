@@ -126,7 +126,7 @@ def test_options_are_closed_at_first(show: Show, asked: Explanation, width: int)
 
 def test_the_prediction_follows_the_end_of_its_text(show: Show, asked: Explanation) -> None:
     page = show(asked)
-    assert page.inner_text("#prompt") == "a b c d e f g h i j c"
+    assert page.inner_text("#prompt") == "a b c d e f g h i j c not the model's choice"
     assert page.inner_text("#prompt b") == "c"
     page = show(replace(asked, settings={**asked.settings, "target position": 3}))
     assert not page.locator("#prompt").is_visible()
@@ -134,9 +134,9 @@ def test_the_prediction_follows_the_end_of_its_text(show: Show, asked: Explanati
 
 def test_words_that_occur_again_are_told_apart(show: Show) -> None:
     scores = {"m": torch.tensor([1.0, 4.0, 3.0, 2.0])}
-    page = show(Explanation(["a", " the", " b", " the"], scores))
+    page = show(Explanation(["a", " The", " b", " the"], scores))
     names = page.locator("#bars li:not(.sink-row) button").all_inner_texts()
-    assert [" ".join(name.split()) for name in names] == ["the 1st", "b", "the 2nd"]
+    assert [" ".join(name.split()) for name in names] == ["The 1st", "b", "the 2nd"]
 
 
 @in_both_browsers

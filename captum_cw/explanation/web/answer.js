@@ -1,4 +1,4 @@
-// The answer: bars of the words with the largest shares, and attention beside contributions.
+// The answer: the prompt, bars of the words with the largest shares, and attention beside it.
 
 /** The places with the largest sizes, and their values; zeros are left out. */
 function largest(values, count, isSkipped = () => false) {
@@ -15,6 +15,46 @@ function barRows() {
   return [...sinks, ...largest(scores, data.bars, (key) => shown.sinks.has(key)).map((row) => [...row, false])];
 }
 
+/** The number of characters of a prompt that is shown in full, and of the end of a longer one. */
+const PROMPT = 200;
+const PROMPT_END = 100;
+
+/** The places of the prompt that are shown: its end, and a few words around those that lead. */
+function excerpt(rows) {
+  const { texts } = shown.keys;
+  const places = [...texts.keys()];
+  if (texts.join("").length <= PROMPT) return places;
+  let [end, length] = [texts.length, 0];
+  while (end && length < PROMPT_END) length += texts[--end].length;
+  const led = [(score) => score > 0, (score) => score < 0].flatMap((side) =>
+    rows.filter(([, score, isSink]) => !isSink && side(score)).slice(0, 3));
+  const near = [...led, ...rows.filter(([, , isSink]) => isSink)].map(([key]) => key);
+  return places.filter((place) => place >= end || near.some((key) => Math.abs(key - place) <= 2));
+}
+
+/** Shows the prompt with the answer after it, and colours the words of the bars. */
+function paintPrompt() {
+  const isNext = settings.target && data.asked === data.tokens.length - 1 && data.predicted;
+  element("prompt").hidden = !isNext;
+  if (!isNext) return;
+  const rows = view.scores ? barRows() : [];
+  const fills = new Map(rows.map(([key]) => [key, scoreFill(key, scoreScale(view.scores))]));
+  const places = excerpt(rows);
+  const parts = places.flatMap((place, n) => {
+    const text = shown.keys.texts[place];
+    const gap = place > (places[n - 1] ?? -1) + 1 ? [n ? " … " : "… "] : [];
+    const start = gap.length || !place ? "" : text.slice(0, text.length - text.trimStart().length);
+    const word = createElement("span", {}, text.trimStart() || text);
+    colourToken(word, fills.get(place) ?? null);
+    return [...gap, start, word];
+  });
+  const isOwn = !("model's prediction" in settings);
+  const answer = createElement("b", { className: isOwn ? "" : "unchosen" }, trim(settings.target));
+  const note = isOwn ? [] : [" ", createElement("small", {}, "not the model's choice")];
+  const space = /^\s/.test(settings.target) ? " " : "";
+  element("prompt").replaceChildren(createElement("bdi", {}, ...parts), space, answer, ...note);
+}
+
 function paintBars() {
   element("bars-part").hidden = !view.scores;
   if (!view.scores) return;
@@ -23,8 +63,9 @@ function paintBars() {
   const longest = Math.max(...rows.map(([, score]) => Math.abs(score)), 0) || 1;
   const signed = rows.some(([, score]) => score < 0);
   const unit = { word: data.words ? "words" : "tokens", token: "tokens" }[state.unit];
+  const answers = contrast ? `${target} and ${contrast}` : target;
   element("bars-title").textContent = method.ofTarget
-    ? `The ${unit} behind ${target}` : `The ${unit} with the largest scores, by “${method.label}”`;
+    ? `The ${unit} behind ${answers}` : `The ${unit} with the largest scores, by “${method.label}”`;
   const [positive, negative] = directions(method);
   element("bars-ends").replaceChildren(...(signed || (method.ofTarget && contrast)
     ? [createElement("span", {}, signed ? `← ${negative}` : ""), createElement("span", {}, `${positive} →`)] : []));
@@ -38,7 +79,7 @@ function paintBars() {
     const bar = createElement("i");
     bar.style.width = `${(100 * Math.abs(score)) / longest / (signed ? 2 : 1)}%`;
     bar.style[signed && score < 0 ? "right" : "left"] = signed ? "50%" : "0";
-    bar.style.background = isSink ? ramps.faint : (score < 0 ? ramps.against : ramps.towards)[200].css;
+    bar.style.background = isSink ? ramps.sink.css : (score < 0 ? ramps.against : ramps.towards)[200].css;
     const value = createElement("span", { className: "value" }, formatScore(score));
     const track = createElement("span", { className: "track" }, bar);
     return createElement("li", { className: isSink ? "sink-row" : "" }, button, track, value);
@@ -52,11 +93,12 @@ function paintBars() {
     (others > 0 ? ` ${countOf(others, `more ${unit}`)}: ${formatPercent(Math.abs(left))}.` : "");
 }
 
-/** Attention beside contributions: what each says of the same text, at the query that is shown. */
-const COMPARED = [
-  ["attention", "Attention", "where the layers look"],
-  ["contribution", "Contributions", "what makes their outputs"],
-];
+/**
+ * Attention beside contributions: what each says of the same text. Contributions are those to the
+ * answer, or those to the outputs of layers at a query that is selected.
+ */
+const COMPARED = ["attention", "contribution"];
+const answering = data.methods.find(({ name, ofTarget }) => name === data.initial && ofTarget && data.scores[name]);
 
 /** The values of a measure at the shown query, or its scores if there are no maps. */
 function comparedValues(name, grid, query) {
@@ -71,25 +113,33 @@ let latestComparison = 0;
 
 async function paintComparison() {
   const request = ++latestComparison;
-  const hasMaps = COMPARED.every(([name]) => data.maps.includes(name));
+  const hasMaps = COMPARED.every((name) => data.maps.includes(name));
   const { query } = current();
-  const hasScores = COMPARED.every(([name]) => data.scores[name]);
+  const hasScores = COMPARED.every((name) => data.scores[name]);
   const at = !hasMaps ? null : query ?? shown.asked ?? (hasScores ? null : shown.T - 1);
   element("compare-part").hidden = at === null && !hasScores;
   if (element("compare-part").hidden) return;
-  const grids = await Promise.all(COMPARED.map(([name]) => (at === null ? null : loadMap(name))));
+  const ofAnswer = answering && (query === null || !hasMaps);
+  const grids = await Promise.all(COMPARED.map((name) => (at === null ? null : loadMap(name))));
   if (request !== latestComparison) return;
   element("compare-at").replaceChildren(...(at === null
     ? ["Over all positions of the text, layers and heads."]
     : ["At ", quote(shown.queries.texts[at]), ", over all layers and heads.",
-      settings.target ? " They do not ask about the prediction, so the numbers are not those of the answer." : ""]));
-  COMPARED.forEach(([name, label, about], n) => {
-    const values = comparedValues(name, grids[n], at);
+      answering && !ofAnswer ? " This is not about the prediction." : ""]));
+  const titles = [
+    ["Attention", "where the layers look"],
+    ["Contributions", ofAnswer ? `what made ${target}` : "what makes the outputs of layers"],
+  ];
+  COMPARED.forEach((name, n) => {
+    const isAnswer = ofAnswer && name === "contribution";
+    const values = isAnswer ? scoresOf(answering.name) : comparedValues(name, grids[n], at);
     const all = sizeOf(values);
-    const maximum = values.reduce((most, x, key) => (isIgnored(key) ? most : Math.max(most, Math.abs(x))), 0);
+    const isApart = (key) => isIgnored(key) || (isAnswer && shown.sinks.has(key));
+    const maximum = values.reduce((most, x, key) => (isApart(key) ? most : Math.max(most, Math.abs(x))), 0);
     const box = element(`compare-${name}`);
-    const spans = comparedSpans(box.querySelector(".strip"));
-    spans.forEach((span, key) => colourToken(span, isIgnored(key) ? null : colourOf(values[key], maximum)));
+    const [label, about] = titles[n];
+    const fill = (key) => (isIgnored(key) ? null : isApart(key) ? ramps.sink : colourOf(values[key], maximum));
+    comparedSpans(box.querySelector(".strip")).forEach((span, key) => colourToken(span, fill(key)));
     const top = largest(values, 3, isIgnored).map(([key, value]) =>
       `${shown.occurrences[key]} ${inQuotes(shown.keys.texts[key])} ${formatPercent(value / all)}`.trim());
     box.querySelector("h3").replaceChildren(label, createElement("small", {}, ` ${about}`));

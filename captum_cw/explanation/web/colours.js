@@ -1,6 +1,6 @@
 // Colours, in even steps of lightness. Each has one meaning: blue is for or positive, orange is
-// against or negative, and teal marks what reads from a token. Colour-blind readers can tell them
-// apart.
+// against or negative, teal marks what reads from a token, and grey is a sink. Colour-blind readers
+// can tell them apart.
 
 let ramps = null; // see findRamps
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
@@ -12,10 +12,10 @@ function findRamps() {
   const [from, to, chroma] = dark ? [0.27, 0.86, 0.12] : [0.96, 0.48, 0.16];
   // The browser converts the colours in a style. Reading them back from a canvas would return
   // noise in browsers that protect against fingerprinting.
-  const ramp = (hue) => {
+  const ramp = (hue, most = chroma) => {
     const steps = Array.from({ length: 256 }, (_, i) => {
       const x = i / 255;
-      const wanted = `oklch(${from + (to - from) * x} ${0.008 + chroma * Math.sqrt(x)} ${hue})`;
+      const wanted = `oklch(${from + (to - from) * x} ${most && 0.008 + most * Math.sqrt(x)} ${hue})`;
       const step = createElement("i");
       step.style.color = `color-mix(in srgb, ${wanted}, ${wanted})`;
       return step;
@@ -35,6 +35,7 @@ function findRamps() {
     towards: ramp(255),
     against: ramp(60),
     readBy: ramp(175),
+    sink: ramp(0, 0)[100],
     ink: getComputedStyle(document.body).color,
     faint: styleOf("settings", "color"),
     line: styleOf("settings", "borderTopColor"),
@@ -54,6 +55,10 @@ function readableInk(...rgb) {
 function colourOf(value, scale) {
   const share = scale > 0 ? Math.min(Math.abs(value) / scale, 1) : 0;
   return (value < 0 ? ramps.against : ramps.towards)[Math.round(share * 255)];
+}
+/** The colour of a score: sinks are grey, since they say little about their words. */
+function scoreFill(key, scale) {
+  return shown.sinks.has(key) && view.scores[key] ? ramps.sink : colourOf(view.scores[key], scale);
 }
 /** The colour of the line below a token that reads from the selected one. */
 function readByColour(value, scale) {

@@ -64,6 +64,7 @@ function showHeads() {
 }
 
 function paint() {
+  paintPrompt();
   paintBars();
   paintMinimap();
   paintHeads();

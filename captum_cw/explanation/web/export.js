@@ -86,7 +86,7 @@ function answerAsSvg() {
     const word = fitting(measure, shown.keys.texts[key], left - 30 - measure.measureText(note).width);
     write(word + note, left - 10, 14, { anchor: "end" });
     const length = (room * Math.abs(score)) / longest;
-    const colour = isSink ? ramps.faint : (score < 0 ? ramps.against : ramps.towards)[200].css;
+    const colour = isSink ? ramps.sink.css : (score < 0 ? ramps.against : ramps.towards)[200].css;
     parts.push(`<rect x="${score < 0 ? zero - length : zero}" y="${y - 14}" width="${length}" height="18" fill="${colour}"/>`);
     write(formatScore(score), width - 20, 14, { anchor: "end" });
   }

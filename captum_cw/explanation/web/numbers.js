@@ -216,5 +216,6 @@ function columnScale(key) {
   }
   return maximum;
 }
+/** Sinks do not set the scale of scores, since their colour is their own. */
 const scoreScale = (scores) =>
-  scores.reduce((largest, score, key) => (isIgnored(key) ? largest : Math.max(largest, Math.abs(score))), 0);
+  scores.reduce((largest, score, key) => (shown.sinks.has(key) ? largest : Math.max(largest, Math.abs(score))), 0);

@@ -1,8 +1,5 @@
 // Start
 
-/** The number of characters of the prompt that are shown with the prediction. */
-const PROMPT = 200;
-
 /** Names the sinks: `the first token ("In")`, `tokens 0 ("In"), 3 (",")` or `4 tokens`. */
 function describeSinks() {
   const { sinks } = data;
@@ -20,33 +17,13 @@ function openAtPrediction() {
   if (shown.asked === shown.T - 1) element("tokens").scrollTop = element("tokens").scrollHeight;
 }
 
-/** Shows the end of the text with the prediction after it. */
-function showPrompt(wanted) {
-  const isNext = data.asked === data.tokens.length - 1 && data.predicted;
-  element("prompt").hidden = !isNext;
-  if (!isNext) return;
-  const text = data.tokens.join("").trim();
-  const end = text.length > PROMPT ? `…${text.slice(-PROMPT)}` : text;
-  const space = /^\s/.test(wanted) ? " " : "";
-  element("prompt").replaceChildren(createElement("bdi", {}, end), space, createElement("b", {}, trim(wanted)));
-}
-
 /** Asks the question about the target, and says how probable the answer is. */
 function showQuestion() {
   const { target: wanted, contrast: other } = settings;
-  const list = (about, between) => [...about(wanted, "target"),
-    ...(other ? [between, ...about(other, "contrast")] : [])];
-  const probability = (token, role) => [quote(token),
-    ` has a probability of ${formatPercent(Number(settings[`${role} probability`]))}`];
-  element("title").replaceChildren("Why ", ...list((token) => [quote(token)], ", and not "), "?");
+  element("title").replaceChildren("Why ", quote(wanted), ...(other ? [", and not ", quote(other)] : []), "?");
   document.title = element("title").textContent;
-  const value = formatNumber(Number(settings["target value"]), 4);
-  element("answer").hidden = !("target value" in settings);
-  element("answer").replaceChildren(
-    ...("target probability" in settings ? [...list(probability, ", and "), ". "] : []),
-    ...("other predictions" in settings ? [`Other predictions: ${settings["other predictions"]}. `] : []),
-    other ? `The logits of ${target} and ${contrast} differ by ${value}.` : `The logit of ${target} is ${value}.`);
-  showPrompt(wanted);
+  element("answer").hidden = !data.verdict;
+  element("answer").textContent = data.verdict ?? "";
 }
 
 const inGroups = (methods) => {

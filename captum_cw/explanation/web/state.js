@@ -25,9 +25,9 @@ const state = {
 // The numbers that the state asks for, unpacked; see unpackAndShow and updateScale.
 let view = { method: state.method, tokens: null, grid: null, layer: null, rowMaxima: [], maximum: 0, negative: false };
 
-/** Which occurrence of its word each word is, such as "2nd"; "" if the text has it once. */
+/** Which occurrence of its word each word is, such as "2nd"; "" if the text has it once, in any case. */
 function occurrencesOf(texts) {
-  const words = texts.map((text) => text.trim() || text);
+  const words = texts.map((text) => (text.trim() || text).toLowerCase());
   const counts = new Map();
   words.forEach((word) => counts.set(word, (counts.get(word) ?? 0) + 1));
   const seen = new Map();

@@ -161,7 +161,7 @@ function paintText() {
       const ignored = isKeys && isIgnored(place);
       let fill = null;
       if (isKeys && !ignored) {
-        if (scores) fill = colourOf(scores[place], maximum);
+        if (scores) fill = scoreFill(place, maximum);
         else if (row && !Number.isNaN(valueAt(query, place))) fill = colourOf(valueAt(query, place), row);
       }
       colourToken(token, fill);
@@ -197,7 +197,8 @@ function paintLegend() {
   let range = null;
   const unit = unitOfValues(view.method);
   const inUnit = (maximum, digits) => `0 to ${formatValue(maximum, digits)}${unit && ` ${unit}`}`;
-  if (query !== null && view.grid) {
+  const row = query !== null && view.grid;
+  if (row) {
     what = `how much ${describe(shown.queries.texts[query], query)} draws from it`;
     range = inUnit(rowScale(query));
   } else if (view.scores) {
@@ -211,6 +212,8 @@ function paintLegend() {
     const sign = view.method.ofTarget || signed ? `${positive}: ` : "";
     items.push(item(ramps.towards, "", `${sign}${what}, ${range}`));
     if (signed) items.push(item(ramps.against, "", `${negative}: the same scale`));
+    const isGrey = (sink) => view.scores[sink] && !state.ignoreSinks;
+    if (!row && [...shown.sinks].some(isGrey)) items.push(item(Array(256).fill(ramps.sink), "", "attention sink"));
   }
   if (key !== null && view.grid) {
     items.push(item(ramps.readBy, "line", `line below a word: how much that word draws from ` +
@@ -233,9 +236,9 @@ function paintMinimap() {
   const height = Math.max(4, Math.min(cell, 12));
   const context = prepareCanvas(minimap, width, rows * height);
   const maximum = scoreScale(view.scores);
-  view.scores.forEach((score, key) => {
+  view.scores.forEach((_, key) => {
     if (isIgnored(key)) return;
-    context.fillStyle = colourOf(score, maximum).css;
+    context.fillStyle = scoreFill(key, maximum).css;
     context.fillRect((key % MINIMAP_COLUMNS) * cell, Math.floor(key / MINIMAP_COLUMNS) * height, cell, height - 1);
   });
 }
