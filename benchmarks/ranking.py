@@ -177,7 +177,7 @@ REPORTED = {
     ),
     "global": Setting(
         "Pairs of all layers ranked together",
-        (*LEADERS, "vwon", measures.RANDOM),
+        (*LEADERS, *OTHERS, measures.RANDOM),
         options=TOGETHER,
     ),
     "head": Setting(
