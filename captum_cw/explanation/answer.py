@@ -60,12 +60,13 @@ def question(explanation: Explanation) -> str | None:
 def verdict(explanation: Explanation) -> str | None:
     """Say how probable the answer is, or which one the model prefers; None without a question.
 
-    A model is not sure if its answer has a probability below ``UNSURE``, or if another answer has
-    at least ``CLOSE`` of it. Without probabilities, as in a regression, the value is told.
+    A model is not sure if no answer has a probability of ``UNSURE``, or if the lesser of the target
+    and the best other answer has at least ``CLOSE`` of the other's. Without probabilities, as in a
+    regression, the value is told.
 
     Example:
         >>> settings = {"target": " Rome", "target probability": "0.0087"}
-        >>> settings |= {"model's prediction": "“Paris” (26%)"}
+        >>> settings |= {"model's prediction": "“Paris” (26%)", "best other probability": "0.26"}
         >>> print(verdict(Explanation(["Here"], {}, settings=settings)))
         The model prefers “Paris” (26%) to “Rome” (0.87%).
     """
@@ -75,18 +76,19 @@ def verdict(explanation: Explanation) -> str | None:
     names = [_with_meaning(settings[role]) for role in roles]
     if not chances:
         return _value(names, settings.get("target value"))
+    less, most = sorted((chances[0], float(settings.get("best other probability", 0))))
+    unsure = most < UNSURE or less >= CLOSE * most
+    doubt = "The model is not sure: " if unsure else ""
     named = list(zip(names, map(in_percent, chances), strict=True))
     preferred = settings.get("model's prediction")
     if preferred:
         lesser = [f"{name} ({chance})" for name, chance in named]
         to = " and ".join(x for x in lesser if x != preferred)
-        said = f"The model prefers {preferred} to {to}."
+        said = f"{doubt}{'it' if doubt else 'The model'} prefers {preferred} to {to}."
     else:
         of = [f"{name} has a probability of {chance}" for name, chance in named[:1]]
-        said = ", and ".join([*of, *(f"{name} of {chance}" for name, chance in named[1:])]) + "."
-        best_other = float(settings.get("best other probability", 0))
-        if chances[0] < UNSURE or best_other >= CLOSE * chances[0]:
-            said = f"The model is not sure: {said}"
+        of += [f"{name} of {chance}" for name, chance in named[1:]]
+        said = f"{doubt}{', and '.join(of)}."
     others = settings.get("other predictions")
     return f"{said} Other predictions: {others}." if others else said
 

@@ -358,20 +358,24 @@ class Names:
     def rivals(self, wanted: Wanted, position: int | None) -> dict[str, str]:
         """Return the probability of the best other answer than the target, for readers.
 
-        If the model prefers it, its name is there too. Empty if there is no one right answer.
+        If the model prefers it, its name is there too. The result is empty if no single answer is
+        right.
         """
         number = self.number(wanted, position)
         logits = self._logits_at(number, position)
         if not self.exclusive or len(logits) < 2:
             return {}
-        best, *following = logits.topk(min(3, len(logits))).indices.tolist()
-        own = self._readable(best if wanted is None else _token_of(number))
+        best = logits.topk(min(3, len(logits))).indices.tolist()
+        own = self._readable(best[0] if wanted is None else _token_of(number))
         chances = logits.softmax(-1)
-        if self._readable(best) != own:
-            told = f"{self._quoted(best)} ({in_percent(chances[best].item())})"
-            return {"model's prediction": told}
-        other = next((n for n in following if self._readable(n) != own), None)
-        return {} if other is None else {"best other probability": f"{chances[other].item():.4g}"}
+        other = next((n for n in best if self._readable(n) != own), None)
+        if other is None:
+            return {}
+        rivals = {"best other probability": f"{chances[other].item():.4g}"}
+        if other == best[0]:
+            told = f"{self._quoted(other)} ({in_percent(chances[other].item())})"
+            rivals["model's prediction"] = told
+        return rivals
 
     def _quoted(self, number: int) -> str:
         return quoted(self._readable(number))

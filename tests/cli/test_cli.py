@@ -653,7 +653,7 @@ def test_a_space_before_the_target_is_suggested(
     assert main(["attribute", "--model", folder, "--text", "a b", "--target", "e"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("with a space before the word") == 1
-    assert "The model prefers" in printed
+    assert "it prefers" in printed
 
 
 def test_a_classifier_is_evaluated_by_its_classes(

@@ -121,6 +121,7 @@ def test_the_verdict_says_how_sure_the_model_is(own: Explanation) -> None:
                 "contrast": "␣",
                 "contrast probability": "0.08",
                 "model's prediction": "“c” (50%)",
+                "best other probability": "0.5",
                 "other predictions": "“d” 3%",
             },
             "The model prefers “c” (50%) to “a” (10%) and “␣” (a space) (8%). "
@@ -132,8 +133,17 @@ def test_the_verdict_says_how_sure_the_model_is(own: Explanation) -> None:
                 "contrast": " b",
                 "contrast probability": "0.8",
                 "model's prediction": "“b” (80%)",
+                "best other probability": "0.8",
             },
             "The model prefers “b” (80%) to “a” (10%).",
+        ),
+        (
+            {
+                "target probability": "0.16",
+                "model's prediction": "“b” (18%)",
+                "best other probability": "0.18",
+            },
+            "The model is not sure: it prefers “b” (18%) to “a” (16%).",
         ),
         ({"target value": "1.5"}, "The logit of “a” is 1.5."),
         (
@@ -260,7 +270,7 @@ def test_the_models_own_prediction_is_named_if_another_is_explained(
         f"“{readable_ids(tiny_tokenizer, [n])[0].strip()}” ({in_percent(chances[n].item())})"
         for n in (first, second)
     )
-    said = f"The model prefers {best} to {lesser}."
+    said = f"The model is not sure: it prefers {best} to {lesser}."
     assert "prefers" not in str(own)
     assert float(own.settings["best other probability"]) == pytest.approx(
         chances[second].item(), rel=1e-3
@@ -270,7 +280,9 @@ def test_the_models_own_prediction_is_named_if_another_is_explained(
         assert verdict(other).startswith(said)
         assert said in str(other)
         assert str(other).count(best) == 1
-        assert "best other probability" not in other.settings
+        assert float(other.settings["best other probability"]) == pytest.approx(
+            chances[first].item(), rel=1e-3
+        )
 
 
 def test_the_sentence_names_only_words_that_have_a_bar() -> None:

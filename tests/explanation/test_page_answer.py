@@ -73,7 +73,7 @@ def test_an_answer_that_the_model_does_not_prefer_is_marked(show: Show, asked: E
     assert "model's prediction" in asked.settings
     page = show(asked)
     assert page.inner_text("#prompt").endswith("j c not the model's choice")
-    assert page.inner_text("#answer").startswith("The model prefers ")
+    assert page.inner_text("#answer").startswith("The model is not sure: it prefers ")
     own = {k: v for k, v in asked.settings.items() if k != "model's prediction"}
     assert show(replace(asked, settings=own)).inner_text("#prompt").endswith("j c")
 
