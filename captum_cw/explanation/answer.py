@@ -19,6 +19,7 @@ from captum_cw.explanation.shares import (
     scored,
     shares_of,
     trimmed,
+    with_meaning,
 )
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ CLOSE = 0.75
 BARS = 10
 #: The length of the longest bar of a summary.
 BAR = 24
-#: What the marks of readable tokens stand for.
-MARKS = {"␣": "a space", "⏎": "a line break", "⇥": "a tab"}
 
 
 def question(explanation: Explanation) -> str | None:
@@ -60,9 +59,10 @@ def question(explanation: Explanation) -> str | None:
 def verdict(explanation: Explanation) -> str | None:
     """Say how probable the answer is, or which one the model prefers; None without a question.
 
-    A model is not sure if no answer has a probability of ``UNSURE``, or if the lesser of the target
-    and the best other answer has at least ``CLOSE`` of the other's. Without probabilities, as in a
-    regression, the value is told.
+    A model is not sure if the lesser of two answers has at least ``CLOSE`` of the other's
+    probability. These are the target and its contrast, or the target and the best other answer. Nor
+    is it if no answer has a probability of ``UNSURE``, unless a contrast asks between two. Without
+    probabilities, as in a regression, the value is told.
 
     Example:
         >>> settings = {"target": " Rome", "target probability": "0.0087"}
@@ -73,14 +73,16 @@ def verdict(explanation: Explanation) -> str | None:
     settings = explanation.settings
     roles = [role for role in ("target", "contrast") if role in settings]
     chances = [float(settings[x]) for x in (f"{x} probability" for x in roles) if x in settings]
-    names = [_with_meaning(settings[role]) for role in roles]
+    names = [with_meaning(settings[role]) for role in roles]
     if not chances:
         return _value(names, settings.get("target value"))
-    less, most = sorted((chances[0], float(settings.get("best other probability", 0))))
-    unsure = most < UNSURE or less >= CLOSE * most
+    preferred = settings.get("model's prediction")
+    asks_between_two = len(chances) > 1 and not preferred
+    other = chances[1] if asks_between_two else float(settings.get("best other probability", 0))
+    less, most = sorted((chances[0], other))
+    unsure = less >= CLOSE * most or (most < UNSURE and not asks_between_two)
     doubt = "The model is not sure: " if unsure else ""
     named = list(zip(names, map(in_percent, chances), strict=True))
-    preferred = settings.get("model's prediction")
     if preferred:
         lesser = [f"{name} ({chance})" for name, chance in named]
         to = " and ".join(x for x in lesser if x != preferred)
@@ -122,7 +124,8 @@ def sentence(
         >>> words, settings = [" The", " capital", " France", " is"], {"target": " Paris"}
         >>> print(sentence(Explanation(words, scores, settings=settings)))
         “Paris” comes from “France” (30%) and “capital” (20%). “is” (10%) worked against it. 40%
-        came by way of the first token “The”, an attention sink, and says little about that word.
+        came by way of the first token “The”. It is an attention sink, so this part says little
+        about the word.
     """
     method = scored(explanation, method)
     found = shares_of(explanation, method, sinks)
@@ -133,19 +136,19 @@ def sentence(
     others = largest([x for x in found if not x.is_sink], BARS)
     shown = [x for x in others if abs(x.share) >= SMALL]
     answers = {trimmed(answer) for answer in (target, contrast) if answer is not None}
-    towards = _listed([x for x in shown if x.share > 0], answers)
-    against = _listed([x for x in shown if x.share < 0], answers)
     opposed = "worked against it" if contrast is None else f"worked for {quoted(contrast)}"
     held = [x for x in found if x.is_sink]
     leads = target is not None and sum(abs(x.share) for x in held) >= LEADS
     of = " of the answer" if leads else ""
     of_sinks = [_of_sink(x, of, opposed) for x in held if abs(x.share) >= SMALL_SINK]
+    towards = _listed([x for x in shown if x.share > 0], answers)
+    against = _listed([x for x in shown if x.share < 0], answers)
     if target is None:
         label = method if entry is None else entry.label
         of_words = f"By “{label}”, the largest shares are those of {towards or 'no word'}."
     else:
-        rather = "" if contrast is None else f" rather than {_with_meaning(contrast)}"
-        subject = f"{_with_meaning(target)}{rather}"
+        rather = "" if contrast is None else f" rather than {with_meaning(contrast)}"
+        subject = f"{with_meaning(target)}{rather}"
         flat = others and abs(others[0].share) < FLAT * (1 - sum(abs(x.share) for x in held))
         if not towards:
             of_words = f"{subject} comes from no single word."
@@ -164,8 +167,8 @@ def _of_sink(x: Share, of: str, opposed: str) -> str:
     which = "the first token" if x.place == 0 else "token"
     way = "came" if x.share >= 0 else opposed
     return (
-        f"{_size(x)}{of} {way} by way of {which} {quoted(x.text)}, an attention sink, and says "
-        "little about that word."
+        f"{_size(x)}{of} {way} by way of {which} {quoted(x.text)}. It is an attention sink, so "
+        "this part says little about the word."
     )
 
 
@@ -205,12 +208,6 @@ def summary(
     lines.append(f"Scores: {label}{unit}.")
     hint = explanation.settings.get("hint")
     return "\n".join(lines if hint is None else [*lines, hint])
-
-
-def _with_meaning(text: str) -> str:
-    """Return a token in quotation marks, and what it stands for if it is a mark."""
-    meaning = MARKS.get(text.strip())
-    return quoted(text) if meaning is None else f"{quoted(text)} ({meaning})"
 
 
 def _size(x: Share) -> str:

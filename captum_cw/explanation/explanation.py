@@ -214,7 +214,8 @@ class Explanation(Exported):
             >>> scores = {"contribution": torch.tensor([0.6, 0.1, 0.0, 0.3])}
             >>> print(Explanation(words, scores).summary(2))
             By “contribution, size”, the largest shares are those of “France” (30%) and “capital” \
-(10%). 60% came by way of the first token “The”, an attention sink, and says little about that word.
+(10%). 60% came by way of the first token “The”. It is an attention sink, so this part says \
+little about the word.
             <BLANKLINE>
             The         60% ████████████████████████  (attention sink)
             France      30% ████████████

@@ -26,10 +26,13 @@ __all__ = [
     "scored",
     "shares_of",
     "trimmed",
+    "with_meaning",
 ]
 
 #: The length of the longest name of a word, as on the page.
 LONGEST = 40
+#: What the marks of readable tokens stand for.
+MARKS = {"␣": "a space", "⏎": "a line break", "⇥": "a tab"}
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,12 @@ def largest(shares: Sequence[Share], count: int) -> list[Share]:
 def quoted(text: str) -> str:
     """Return a token in quotation marks, without the space before it, and shortened."""
     return f"“{trimmed(text)}”"
+
+
+def with_meaning(text: str) -> str:
+    """Return a token in quotation marks, and what it stands for if it is a mark."""
+    meaning = MARKS.get(text.strip())
+    return quoted(text) if meaning is None else f"{quoted(text)} ({meaning})"
 
 
 def trimmed(text: str) -> str:

@@ -14,7 +14,7 @@ from captum_cw.attr import TargetContributions
 from captum_cw.capture import Execution
 from captum_cw.capture.model import LOGITS, check_fits
 from captum_cw.capture.outputs import predictions_of
-from captum_cw.explanation.shares import in_percent, quoted
+from captum_cw.explanation.shares import in_percent, with_meaning
 from captum_cw.functional import TargetLayer, map_blocks
 from captum_cw.measures import INPUT, TARGET
 from captum_cw.text.prompts import leading
@@ -378,7 +378,7 @@ class Names:
         return rivals
 
     def _quoted(self, number: int) -> str:
-        return quoted(self._readable(number))
+        return with_meaning(self._readable(number))
 
     def hint(self, wanted: Wanted, position: int | None) -> str | None:
         """Return what to write if a word is much likelier with a space before it."""

@@ -30,13 +30,13 @@ def made(**settings: object) -> Explanation:
         (
             {"target": " Rome"},
             "“Rome” comes from “capital” (30%) and “Italy” (20%). “of” (10%) worked against it. "
-            "40% came by way of the first token “The”, an attention sink, and says little about "
-            "that word.",
+            "40% came by way of the first token “The”. It is an attention sink, so this part says "
+            "little about the word.",
         ),
         (
             {"target": " Rome", "contrast": " Paris"},
             "“Rome” rather than “Paris” comes from “capital” (30%) and “Italy” (20%). “of” (10%) "
-            "worked for “Paris”. 40% came by way of the first token “The”, an attention sink",
+            "worked for “Paris”. 40% came by way of the first token “The”. It is an attention sink",
         ),
         (
             {},
@@ -52,9 +52,7 @@ def test_the_sentence(settings: dict[str, str], expected: str) -> None:
 def test_a_sink_may_work_against_the_target() -> None:
     scores = {"target": torch.tensor([-3.0, 1.0])}
     found = str(Explanation(["The", " end"], scores, settings={"target": "!"}))
-    assert (
-        "75% of the answer worked against it by way of the first token “The”, an attention" in found
-    )
+    assert "75% of the answer worked against it by way of the first token “The”. It is" in found
     assert found.startswith("Why “!”?")
 
 
@@ -138,6 +136,14 @@ def test_the_verdict_says_how_sure_the_model_is(own: Explanation) -> None:
             "The model prefers “b” (80%) to “a” (10%).",
         ),
         (
+            {"target probability": "0.12", "contrast": "b", "contrast probability": "0.02"},
+            "“a” has a probability of 12%, and “b” of 2%.",
+        ),
+        (
+            {"target probability": "0.12", "contrast": "b", "contrast probability": "0.1"},
+            "The model is not sure: “a” has a probability of 12%, and “b” of 10%.",
+        ),
+        (
             {
                 "target probability": "0.16",
                 "model's prediction": "“b” (18%)",
@@ -165,7 +171,10 @@ def test_no_verdict_without_a_question() -> None:
 def test_a_sink_is_told_of_by_its_size() -> None:
     """First if it is more than all words, last if it is less, and not at all if it is little."""
     words, settings = ["The", " sea", " is"], {"target": " blue", "contrast": " red"}
-    sink = "by way of the first token “The”, an attention sink, and says little about that word."
+    sink = (
+        "by way of the first token “The”. It is an attention sink, so this part says little about "
+        "the word."
+    )
     large = {"target": torch.tensor([6.0, 3.0, -1.0])}
     assert sentence(Explanation(words, large, settings=settings)) == (
         f"60% of the answer came {sink} Among the words, “sea” (30%) did most for “blue” rather "

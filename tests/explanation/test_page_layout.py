@@ -113,7 +113,8 @@ def test_each_option_can_be_chosen(
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (darkness(colour) > 382) == (theme == "dark")
     label = page.locator("#method option:checked").inner_text()
-    assert page.inner_text("#controls-summary").startswith(f"Options: {label}, by token, layer 1")
+    shown = page.inner_text("#controls-summary")
+    assert shown.startswith(f"Options (now: {label}, by token, layer 1")
 
 
 @pytest.mark.parametrize("width", [390, 1280])

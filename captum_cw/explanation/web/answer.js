@@ -19,33 +19,29 @@ function barRows() {
 const PROMPT = 200;
 const PROMPT_END = 100;
 
-/** The places of the prompt that are shown: its end, and a few words around those that lead. */
+/** The places of the prompt that are shown: its end, and the words of the bars between their neighbours. */
 function excerpt(rows) {
   const { texts } = shown.keys;
   const places = [...texts.keys()];
   if (texts.join("").length <= PROMPT) return places;
   let [end, length] = [texts.length, 0];
   while (end && length < PROMPT_END) length += texts[--end].length;
-  const led = [(score) => score > 0, (score) => score < 0].flatMap((side) =>
-    rows.filter(([, score, isSink]) => !isSink && side(score)).slice(0, 3));
-  const near = [...led, ...rows.filter(([, , isSink]) => isSink)].map(([key]) => key);
-  return places.filter((place) => place >= end || near.some((key) => Math.abs(key - place) <= 2));
+  return places.filter((place) => place >= end || rows.some(([key]) => Math.abs(key - place) <= 1));
 }
 
-/** Shows the prompt with the answer after it, and colours the words of the bars. */
+/** Shows the prompt in the colours of its words, and the answer after it. */
 function paintPrompt() {
   const isNext = settings.target && data.asked === data.tokens.length - 1 && data.predicted;
   element("prompt").hidden = !isNext;
   if (!isNext) return;
-  const rows = view.scores ? barRows() : [];
-  const fills = new Map(rows.map(([key]) => [key, scoreFill(key, scoreScale(view.scores))]));
-  const places = excerpt(rows);
+  const scale = view.scores && scoreScale(view.scores);
+  const places = excerpt(view.scores ? barRows() : []);
   const parts = places.flatMap((place, n) => {
     const text = shown.keys.texts[place];
     const gap = place > (places[n - 1] ?? -1) + 1 ? [n ? " … " : "… "] : [];
     const start = gap.length || !place ? "" : text.slice(0, text.length - text.trimStart().length);
     const word = createElement("span", {}, text.trimStart() || text);
-    colourToken(word, fills.get(place) ?? null);
+    colourToken(word, view.scores && scoreFill(place, scale));
     return [...gap, start, word];
   });
   const isOwn = !("model's prediction" in settings);
@@ -87,10 +83,12 @@ function paintBars() {
   const others = shown.S - rows.length;
   const left = 1 - rows.reduce((sum, [, score]) => sum + Math.abs(score), 0) / sizeOf(view.scores);
   const about = contrast ? `gave to ${target} or to ${contrast}` : `added to ${target} or took from it`;
+  const layers = method.name === "target"
+    ? " The bars do not add up to the prediction, since a value counts in each layer that reads it." : "";
   const all = method.ofTarget ? `of all that the ${unit} ${about}` : `of all scores${scopeNote()}`;
   element("bars-note").textContent = (isPercent()
     ? `Percent ${all}.` : `Numbers are in the ${method.unit || "method's own unit"}.`) +
-    (others > 0 ? ` ${countOf(others, `more ${unit}`)}: ${formatPercent(Math.abs(left))}.` : "");
+    (others > 0 ? ` ${countOf(others, `more ${unit}`)}: ${formatPercent(Math.abs(left))}.` : "") + layers;
 }
 
 /**
@@ -128,7 +126,7 @@ async function paintComparison() {
       answering && !ofAnswer ? " This is not about the prediction." : ""]));
   const titles = [
     ["Attention", "where the layers look"],
-    ["Contributions", ofAnswer ? `what made ${target}` : "what makes the outputs of layers"],
+    ["Contributions", ofAnswer ? (contrast ? `${towards} and ${against}` : `for and against ${target}`) : "what makes the outputs of layers"],
   ];
   COMPARED.forEach((name, n) => {
     const isAnswer = ofAnswer && name === "contribution";

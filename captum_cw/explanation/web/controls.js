@@ -29,7 +29,7 @@ function showControls() {
   element("sinks").checked = state.ignoreSinks;
   element("scale").value = state.scale;
   element("controls-summary").textContent =
-    `Options: ${method.label}, by ${state.unit}${view.layer ? `, layer ${view.number}` : ""}`;
+    `Options (now: ${method.label}, by ${state.unit}${view.layer ? `, layer ${view.number}` : ""})`;
   const unit = state.unit;
   const [point, keep, clear] = touches
     ? ["Tap a", "", ` Tap it again to clear the selection.`]

@@ -9,7 +9,7 @@ const topKeys = (query) =>
 const topQueries = (key) => largest(Array.from({ length: shown.T }, (_, query) => valueAt(query, key)), 5);
 
 function paintDetails() {
-  const { query, key, cell } = focused();
+  const { query, key, cell } = current();
   const isCell = cell && view.grid !== null;
   const parts = [];
   if (query === null && key === null) {
