@@ -177,7 +177,7 @@ def picture_of_page(model: Any, tokenizer: Any, path: Path) -> None:
         )
         page = browser.new_page(viewport={"width": 1120, "height": 1300}, device_scale_factor=1.5)
         page.goto(file.as_uri())
-        page.locator("#details dl").first.wait_for()
+        page.locator("main:not([aria-busy])").wait_for()
         end = page.locator("#map-part").bounding_box()["y"]
         page.screenshot(path=path, clip={"x": 0, "y": 0, "width": 1120, "height": end})
         browser.close()
