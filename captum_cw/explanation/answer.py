@@ -88,7 +88,8 @@ def verdict(explanation: Explanation) -> str | None:
         to = " and ".join(x for x in lesser if x != preferred)
         said = f"{doubt}{'it' if doubt else 'The model'} prefers {preferred} to {to}."
     else:
-        of = [f"{name} has a probability of {chance}" for name, chance in named[:1]]
+        only = "only " if chances[0] < UNSURE else ""
+        of = [f"{name} has a probability of {only}{chance}" for name, chance in named[:1]]
         of += [f"{name} of {chance}" for name, chance in named[1:]]
         said = f"{doubt}{', and '.join(of)}."
     others = settings.get("other predictions")

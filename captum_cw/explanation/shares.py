@@ -31,8 +31,8 @@ __all__ = [
 
 #: The length of the longest name of a word, as on the page.
 LONGEST = 40
-#: What the marks of readable tokens stand for.
-MARKS = {"␣": "a space", "⏎": "a line break", "⇥": "a tab"}
+#: What tokens stand for that are hard to read as such.
+MARKS = {"␣": "a space", "⏎": "a line break", "⇥": "a tab", '"': "a quotation mark"}
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def test_the_verdict_says_how_sure_the_model_is(own: Explanation) -> None:
     name = own.settings["target"].strip()
     assert asked == f"Why “{name}”?"
     assert said == verdict(own)
-    assert f"“{name}” has a probability of {in_percent(probability)}." in said
+    assert f"“{name}” has a probability of only {in_percent(probability)}." in said
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_verdict_says_how_sure_the_model_is(own: Explanation) -> None:
         ),
         (
             {"target probability": "0.19", "best other probability": "0.01"},
-            "The model is not sure: “a” has a probability of 19%.",
+            "The model is not sure: “a” has a probability of only 19%.",
         ),
         (
             {"target probability": "0.4", "best other probability": "0.31"},
@@ -137,11 +137,11 @@ def test_the_verdict_says_how_sure_the_model_is(own: Explanation) -> None:
         ),
         (
             {"target probability": "0.12", "contrast": "b", "contrast probability": "0.02"},
-            "“a” has a probability of 12%, and “b” of 2%.",
+            "“a” has a probability of only 12%, and “b” of 2%.",
         ),
         (
             {"target probability": "0.12", "contrast": "b", "contrast probability": "0.1"},
-            "The model is not sure: “a” has a probability of 12%, and “b” of 10%.",
+            "The model is not sure: “a” has a probability of only 12%, and “b” of 10%.",
         ),
         (
             {
@@ -209,7 +209,8 @@ def test_words_that_occur_again_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mark", "meaning"), [("␣", "a space"), ("⏎", "a line break"), ("⇥", "a tab")]
+    ("mark", "meaning"),
+    [("␣", "a space"), ("⏎", "a line break"), ("⇥", "a tab"), ('"', "a quotation mark")],
 )
 def test_a_predicted_mark_is_explained(mark: str, meaning: str) -> None:
     scores = {"target": torch.tensor([1.0, 3.0])}

@@ -51,7 +51,9 @@ def test_the_own_prediction_is_asked_for_too(show: Show, explanation: Explanatio
     predicted = explanation.predicted[-1].strip()
     assert page.inner_text("#title") == f"Why “{predicted}”?"
     answer = page.inner_text("#answer")
-    said = f"“{predicted}” has a probability of {in_percent(float(explanation.probability[-1]))}."
+    said = (
+        f"“{predicted}” has a probability of only {in_percent(float(explanation.probability[-1]))}."
+    )
     assert said in answer
 
 
@@ -133,9 +135,7 @@ def test_bars_are_the_shares_of_words(show: Show, of_words: Explanation) -> None
     assert f"{len(scores) - 11} more words: " in note
     left = 1 - shares[order].abs().sum()
     assert number(note.split("words: ")[1].split(". ")[0]) == percent(left)
-    assert note.endswith(
-        "do not add up to the prediction, since a value counts in each layer that reads it."
-    )
+    assert "The bars do not add up to the prediction" in note
 
 
 def test_the_details_of_a_sink_say_what_it_is(show: Show, of_words: Explanation) -> None:

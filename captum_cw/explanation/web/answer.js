@@ -68,7 +68,7 @@ function paintBars() {
   element("bars").classList.toggle("signed", signed);
   element("bars").replaceChildren(...rows.map(([key, score, isSink]) => {
     const word = shown.keys.texts[key];
-    const note = isSink ? (key === 0 ? "first token, a sink" : "a sink") : shown.occurrences[key];
+    const note = isSink ? "sink" : shown.occurrences[key];
     const button = createElement("button", { type: "button", onclick: () => goTo(key) },
       createElement("bdi", {}, trim(word)), ...(note ? [" ", createElement("small", {}, note)] : []));
     button.title = `Show ${describe(word, key)} in the text`;
@@ -84,7 +84,7 @@ function paintBars() {
   const left = 1 - rows.reduce((sum, [, score]) => sum + Math.abs(score), 0) / sizeOf(view.scores);
   const about = contrast ? `gave to ${target} or to ${contrast}` : `added to ${target} or took from it`;
   const layers = method.name === "target"
-    ? " The bars do not add up to the prediction, since a value counts in each layer that reads it." : "";
+    ? " The bars do not add up to the prediction: what passes through several layers counts in each of them." : "";
   const all = method.ofTarget ? `of all that the ${unit} ${about}` : `of all scores${scopeNote()}`;
   element("bars-note").textContent = (isPercent()
     ? `Percent ${all}.` : `Numbers are in the ${method.unit || "method's own unit"}.`) +
