@@ -59,10 +59,10 @@ def question(explanation: Explanation) -> str | None:
 def verdict(explanation: Explanation) -> str | None:
     """Say how probable the answer is, or which one the model prefers; None without a question.
 
-    A model is not sure if the lesser of two answers has at least ``CLOSE`` of the other's
-    probability. These are the target and its contrast, or the target and the best other answer. Nor
-    is it if no answer has a probability of ``UNSURE``, unless a contrast asks between two. Without
-    probabilities, as in a regression, the value is told.
+    The target is compared with its contrast, or else with the best other answer. The model is not
+    sure if the lesser of the two has at least ``CLOSE`` of the other's probability. Without a
+    contrast, it is also not sure if both have less than ``UNSURE``. Without probabilities, as in a
+    regression, the value is told.
 
     Example:
         >>> settings = {"target": " Rome", "target probability": "0.0087"}

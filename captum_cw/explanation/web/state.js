@@ -62,7 +62,7 @@ function useUnit() {
 useUnit();
 
 const current = () => state.hovered ?? state.selected;
-/** What the map and the details show: the selection, or else the query whose prediction is asked for. */
+/** What the map shows: the selection, or else the query whose prediction is asked for. */
 function focused() {
   const { query, key, cell } = current();
   const asked = query === null && key === null && view.grid ? shown.asked : query;
