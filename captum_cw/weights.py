@@ -47,6 +47,9 @@ ENOUGH_QUERIES = 64
 #: takes about a third of the free memory at the worst.
 FREE_BYTES_AN_ELEMENT, MOST_ELEMENTS = 64, 2**28
 
+#: A matrix product with fewer elements is not worth the threads of its own.
+LARGE_PRODUCT = 2**16
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -101,7 +104,26 @@ def grouped_matmul(rows: Tensor, keys: Tensor) -> Tensor:
     B, H, t, d_h = rows.shape
     shared, S = keys.shape[1:3]
     grouped = rows.reshape(B, shared, H // shared * t, d_h)
-    return (grouped @ keys.transpose(-1, -2)).view(B, H, t, S)
+    return _products(grouped.flatten(0, 1), keys.transpose(-1, -2).flatten(0, 1)).view(B, H, t, S)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply matrices, ``(n, r, k)`` by ``(n, k, c)``.
+
+    On a CPU, a batched product gives each thread whole matrices, so with three matrices on two
+    threads one thread waits. Large matrices that are left over are therefore multiplied one by one,
+    each of them by all threads.
+    """
+    shape = len(left), left.shape[1], right.shape[2]
+    rest = shape[0] % torch.get_num_threads()
+    recorded = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if not rest or recorded or left.device.type != "cpu" or shape[1] * shape[2] < LARGE_PRODUCT:
+        return torch.bmm(left, right)
+    out, even = left.new_empty(shape), shape[0] - rest
+    torch.bmm(left[:even], right[:even], out=out[:even])
+    for one, other, result in zip(left[even:], right[even:], out[even:], strict=True):
+        torch.mm(one, other, out=result)
+    return out
 
 
 @without_autocast

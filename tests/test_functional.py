@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from captum_cw.functional import (
     dense_map,
     vw,
 )
-from captum_cw.weights import SoftmaxWeights
+from captum_cw.weights import SoftmaxWeights, grouped_matmul
 from support import reference
 from support.masks import MASKS, make_mask
 
@@ -53,6 +54,30 @@ def make_layer(
     mask, visible = make_mask(kind, B, H, T)
     a = functional.attention_weights(q, k, mask=visible)
     return AttentionLayer.from_tensors(a, v, w, mask), a, v, w, visible
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield int(request.param)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("B", "H_kv"), [(1, 1), (1, 2), (1, 3), (2, 1), (5, 1), (1, 4)])
+@pytest.mark.parametrize("tokens", [5, 200], ids=["small", "large"])
+def test_products_of_groups_are_the_same_for_any_number_of_threads(
+    threads: int, B: int, H_kv: int, tokens: int
+) -> None:
+    g = torch.Generator().manual_seed(B)
+    rows = torch.randn(B, 2 * H_kv, tokens, 8, generator=g, dtype=torch.float64)
+    keys = torch.randn(B, H_kv, 2 * tokens, 8, generator=g, dtype=torch.float64)
+    expected = torch.einsum("bhtd,bhsd->bhts", rows, keys.repeat_interleave(2, 1))
+    assert torch.allclose(grouped_matmul(rows, keys), expected, atol=1e-12)
+    rows.requires_grad_()
+    (gradient,) = torch.autograd.grad(grouped_matmul(rows, keys).sum(), rows)
+    slope = keys.sum(2, keepdim=True).repeat_interleave(2, 1)
+    assert torch.allclose(gradient, slope.expand_as(rows), atol=1e-12)
 
 
 @pytest.fixture(params=[1, 7, 10**6], ids=["tiny-blocks", "odd-blocks", "one-block"])

@@ -11,9 +11,9 @@ from __future__ import annotations
 import operator
 import threading
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -33,6 +33,8 @@ _COPIED_BYTES = 2**20
 
 _MISSING = object()
 _MUTABLE = (Tensor, list, dict, set, deque)
+#: Types of most attributes. Whether an object is a tensor takes longer to find out.
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class _Snapshot:
@@ -94,18 +96,24 @@ def _is_unchanged(x: Any, before: Any) -> bool:
 
 
 class _ModuleState:
-    """A snapshot of the plain attributes and buffers of a module."""
+    """A snapshot of the plain attributes and buffers of a module.
+
+    A pass over a short text takes some 50 ms, and a model has hundreds of modules. So a module that
+    has neither hooks nor buffers costs little more than a copy of its attributes.
+    """
 
     def __init__(self, module: nn.Module) -> None:
+        self.users = 0  # the number of threads
         self.kind = type(module)
-        self.hooks = [frozenset(vars(module)[name]) for name in _HOOKS]
-        self.attributes = vars(module).copy()
-        self.buffers = module._buffers.copy()
-        own = ((name, self.attributes[name]) for name in self.attributes.keys() - _OF_TORCH)
+        held = vars(module)
+        self.attributes = held.copy()
+        self.hooks = [tuple(held[name]) for name in _HOOKS]
+        self.buffers = module._buffers.copy() if module._buffers else {}
+        own = [(name, held[name]) for name in held.keys() - _OF_TORCH]
         self.kept = [
             (name, _Snapshot(x))
             for name, x in (*own, *self.buffers.items())
-            if isinstance(x, _MUTABLE)
+            if type(x) not in _PLAIN and isinstance(x, _MUTABLE)
         ]
 
     def restore(self, module: nn.Module) -> None:
@@ -113,28 +121,27 @@ class _ModuleState:
         if type(module) is not self.kind:  # a lazy module changes its class after the first pass
             module.training = self.attributes["training"]
             return
-        _remove_hooks(module, self.hooks)
+        held = vars(module)
+        for name, known in zip(_HOOKS, self.hooks, strict=True):
+            if tuple(held[name]) != known:
+                _remove_hooks(module, name, known)
         for name, kept in self.kept:
             kept.restore(name)
         if not _is_unchanged(module._buffers, self.buffers):
             _restore_entries(module._buffers, self.buffers, {})
-        if not _is_unchanged(vars(module), self.attributes):
+        if not _is_unchanged(held, self.attributes):
             own = {"forward": MethodType(type(module).forward, module)}
-            _restore_entries(vars(module), self.attributes, own)
+            _restore_entries(held, self.attributes, own)
 
 
-def _remove_hooks(module: nn.Module, before: list[frozenset[int]]) -> None:
+def _remove_hooks(module: nn.Module, name: str, known: tuple[int, ...]) -> None:
     """Remove the hooks that the model itself installed on a module during a pass."""
-    for name, known in zip(_HOOKS, before, strict=True):
-        hooks = vars(module)[name]
-        if len(hooks) == len(known) and known.issuperset(hooks):
-            continue
-        own = "transformers", type(module).__module__.partition(".")[0]
-        for key in [key for key in hooks if key not in known]:
-            # Other hooks may belong to another thread: to an observation, or to the user's code.
-            if str(getattr(hooks[key], "__module__", "")).partition(".")[0] in own:
-                for held in (hooks, vars(module)[f"{name}_with_kwargs"]):
-                    held.pop(key, None)
+    hooks, own = vars(module)[name], ("transformers", type(module).__module__.partition(".")[0])
+    for key in [key for key in hooks if key not in known]:
+        # Other hooks may belong to another thread: to an observation, or to the user's code.
+        if str(getattr(hooks[key], "__module__", "")).partition(".")[0] in own:
+            for held in (hooks, vars(module)[f"{name}_with_kwargs"]):
+                held.pop(key, None)
 
 
 def _restore_entries(held: dict[str, Any], before: dict[str, Any], own: dict[str, Any]) -> None:
@@ -152,8 +159,8 @@ def _restore_entries(held: dict[str, Any], before: dict[str, Any], own: dict[str
             held[name] = old
 
 
+#: The states of the modules that passes are running.
 _states: dict[nn.Module, _ModuleState] = {}
-_users: Counter[nn.Module] = Counter()
 _lock = threading.Lock()
 
 
@@ -170,19 +177,31 @@ def evaluating(roots: Collection[nn.Module]) -> Iterator[None]:
     modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
     with _lock:
         # All states are read before the first change, in case reading one raises an error.
-        new = {module: _ModuleState(module) for module in modules if not _users[module]}
+        new = {module: _ModuleState(module) for module in modules if module not in _states}
         _states.update(new)
-        _users.update(modules)
         for module in modules:
+            _states[module].users += 1
             if module.training:
                 module.training = False
     try:
         yield
     finally:
-        with _lock, torch.no_grad(), ExitStack() as stack:
-            _users.subtract(modules)
-            for module in modules:
-                if not _users[module]:
-                    del _users[module]
-                    # All are restored, even if one of them raises an error.
-                    stack.callback(_states.pop(module).restore, module)
+        with _lock, torch.no_grad():
+            _leave(modules)
+
+
+def _leave(modules: list[nn.Module]) -> None:
+    """Restore the modules that no other thread uses, even if one of them raises an error."""
+    errors = []
+    for module in modules:
+        state = _states[module]
+        state.users -= 1
+        if state.users:
+            continue
+        del _states[module]
+        try:
+            state.restore(module)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
