@@ -37,9 +37,13 @@ class Shards:
     Example:
         >>> import pyarrow
         >>> shards = Shards(getfixture("tmp_path"), rows=[2, 1], run={"seed": 0})
-        >>> shards.write(1, [{"score": 0.5}], pyarrow.schema({"score": pyarrow.float32()}))
+        >>> schema = pyarrow.schema({"score": pyarrow.float32()})
+        >>> shards.write(1, [{"score": 0.5}], schema)
         >>> shards.unfinished()
         [0]
+        >>> shards.write(0, [{"score": 1.5}, {"score": None}], schema)
+        >>> shards.count("score")
+        2
         >>> shards.path(1).name
         'texts-00001-of-00002.parquet'
     """
@@ -88,6 +92,12 @@ class Shards:
         table = self._arrow.Table.from_pylist(list(rows), schema=described)
         with whole_file(self.path(number)) as whole:
             self._parquet.write_table(table, whole)
+
+    def count(self, column: str) -> int:
+        """Return the number of rows of all files that have a value in a column."""
+        paths = map(self.path, range(len(self.rows)))
+        columns = (self._parquet.read_table(path, columns=[column])[column] for path in paths)
+        return sum(len(found) - found.null_count for found in columns)
 
     def _rows_in(self, path: Path) -> int:
         """Return the number of rows of a file of this run."""

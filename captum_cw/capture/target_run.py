@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -196,7 +197,8 @@ class TargetRunner:
 
         Raises:
             UnsupportedModelError: If the shares do not sum to the target.
-            TypeError, ValueError, IndexError: If inputs or target are wrong.
+            TypeError, ValueError, IndexError: If inputs or target are wrong, or if the target or
+                its gradient is NaN or infinite.
         """
         runner = self.runner
         self.check_sums(inputs, additional_forward_args, target, contrast)
@@ -211,6 +213,8 @@ class TargetRunner:
         found, gap, closes = self._pass(
             call, inputs, target, contrast, on_layer, text_only, by_example
         )
+        if not math.isfinite(gap):
+            raise _not_finite(found)
         if self.gradient == "frozen" and closes is not True:
             # In half precision, a gap may be due to rounding: then each function is looked at.
             looks = closes is None and not self._checks.functions
@@ -434,6 +438,18 @@ class TargetRunner:
             f"The shares of the inputs do not sum to the target {float(found.linear.sum()):.4g}: "
             f"{gap:.2g} is missing, so some would be wrong. {where}"
         )
+
+
+def _not_finite(found: TargetPass) -> ValueError:
+    """Return the error for a target, or a gradient of it, that is NaN or infinite."""
+    what = "The gradient of the target is NaN or infinite"
+    for b, value in enumerate(found.values.tolist()):
+        if not math.isfinite(value):
+            what = f"The target of example {b} is {value}"
+            break
+    return ValueError(
+        f"{what}: check the inputs and weights; in float16, load the model in bfloat16 or float32."
+    )
 
 
 def _other_masks(call: ForwardCall) -> tuple[Tensor, ...]:

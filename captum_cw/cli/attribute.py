@@ -214,7 +214,7 @@ def _check_usage(options: Namespace) -> None:
 
 def _check_single(options: Namespace) -> None:
     usage_error = options.parser.error
-    for name in ("lines", "samples", "length", "batch_tokens", "shard_size"):
+    for name in ("lines", "samples", "length", "batch_tokens", "shard_size", "keep_going"):
         if getattr(options, name) is not None:
             usage_error(f"--{name.replace('_', '-')} applies to a set of texts: give --data")
     if options.out is not None and not options.out.absolute().parent.is_dir():

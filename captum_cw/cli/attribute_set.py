@@ -46,6 +46,9 @@ from captum_cw.text.tokens import readable_ids
 #: Names in the output folder. Readers of Parquet folders skip names that start with "_".
 RECORDS, SETTINGS = "_run.records", "_settings.json"
 
+#: The column that says why a text has no scores.
+ERROR = "error"
+
 
 def run(options: Namespace) -> Answer | None:
     """Score a set of texts. Only the main process returns an answer."""
@@ -73,7 +76,7 @@ def run(options: Namespace) -> Answer | None:
 
         def write_own(group: Sequence[int]) -> None:
             for number in group[processes.index : processes.index + 1]:
-                rows = _rows(texts, parts[number], scorer, identity["batch_tokens"], bar.update)
+                rows = _rows(texts, parts[number], scorer, options, bar.update)
                 shards.write(number, rows, _schema())
 
         for start in range(0, len(left), processes.count):
@@ -90,6 +93,7 @@ def run(options: Namespace) -> Answer | None:
         "tokens": texts.tokens,
         "cut": texts.cut,
         "without_tokens": len(numbered) - len(texts.numbers),
+        "failed": shards.count(ERROR),
         "finished_before": len(texts.numbers) - todo,
         "processes": processes.count,
         "seconds": round(time.monotonic() - started, 3),
@@ -307,43 +311,71 @@ def _rows(
     texts: _Texts,
     numbers: Sequence[int],
     scorer: BatchScorer,
-    max_tokens: int,
+    options: Namespace,
     advance: Callable[[int], object],
 ) -> list[dict[str, Any]]:
     """Score the texts of a shard, batch by batch, and return their rows in their order."""
-    read = [texts.ids(number) for number in numbers]
-    device = device_of(scorer.model)
-    rows: list[dict[str, Any]] = [{} for _ in numbers]
-    for group in groups_by_length([len(ids) for ids, _ in read], max_tokens):
-        batch = padded_batch([read[place][0] for place in group], scorer.tokenizer)
-        try:
-            scored = scorer.score({name: x.to(device) for name, x in batch.items()})
-        except (ValueError, UnsupportedModelError, MemoryError, torch.OutOfMemoryError) as error:
-            B, T = batch["input_ids"].shape
-            is_short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            hint = " Choose a smaller --batch-tokens." if is_short else ""
-            raise type(error)(
-                f"A batch of {B} texts of up to {T} tokens could not be scored; the first is text "
-                f"{numbers[group[0]]}. {error}{hint}"
-            ) from error
-        for place, text in zip(group, scored, strict=True):
-            ids, cut = read[place]
-            rows[place] = {
-                "number": numbers[place],
-                "sha256": hashlib.sha256(texts.texts[numbers[place]].encode()).hexdigest(),
+    read = {number: texts.ids(number) for number in numbers}
+    lengths = [len(ids) for ids, _ in read.values()]
+    rows: dict[int, dict[str, Any]] = {}
+    for group in groups_by_length(lengths, options.batch_tokens or choices.BATCH_TOKENS):
+        batch = {numbers[place]: read[numbers[place]][0] for place in group}
+        for number, found in _scored(scorer, batch, keep_going=bool(options.keep_going)).items():
+            ids, cut = read[number]
+            rows[number] = {
+                "number": number,
+                "sha256": hashlib.sha256(texts.texts[number].encode()).hexdigest(),
                 "tokens": readable_ids(scorer.tokenizer, ids),
                 "ids": ids.tolist(),
-                "scores": text.scores.tolist(),
                 "cut": cut,
-                **_target(text),
+                **({ERROR: found} if isinstance(found, str) else _described(found)),
             }
         advance(len(group))
-    return rows
+    return [rows[number] for number in numbers]
 
 
-def _target(text: ScoredText) -> dict[str, Any]:
-    """Return the target of a row; None where there is none."""
-    found: dict[str, Any] = {}
+def _scored(
+    scorer: BatchScorer, batch: dict[int, Tensor], *, keep_going: bool
+) -> dict[int, ScoredText | str]:
+    """Score the texts of a batch.
+
+    Args:
+        scorer: What scores them.
+        batch: The ids of each text ``(T,)``, by its number.
+        keep_going: Whether to go on if one of them cannot be scored.
+
+    Returns:
+        The scores by the number of the text, or the reason why it has none.
+    """
+    inputs = padded_batch(list(batch.values()), scorer.tokenizer)
+    try:
+        found = scorer.score({n: x.to(device_of(scorer.model)) for n, x in inputs.items()})
+    except (UnsupportedModelError, MemoryError, torch.OutOfMemoryError) as error:
+        B, T = inputs["input_ids"].shape
+        unsupported = isinstance(error, UnsupportedModelError)
+        hint = "" if unsupported else " Choose a smaller --batch-tokens."
+        raise type(error)(
+            f"A batch of {B} texts of up to {T} tokens could not be scored; the first is text "
+            f"{next(iter(batch))}. {error}{hint}"
+        ) from error
+    except ValueError as error:
+        if len(batch) > 1:  # some of them may be scored without the others
+            rows: dict[int, ScoredText | str] = {}
+            for number, ids in batch.items():
+                rows |= _scored(scorer, {number: ids}, keep_going=keep_going)
+            return rows
+        if keep_going:
+            return dict.fromkeys(batch, str(error))
+        raise ValueError(
+            f"Text {next(iter(batch))} could not be scored. {error} Give --keep-going to go on: "
+            "the row of such a text then has this message instead of scores."
+        ) from error
+    return dict(zip(batch, found, strict=True))
+
+
+def _described(text: ScoredText) -> dict[str, Any]:
+    """Return the scores of a row and their target, which is None where there is none."""
+    found: dict[str, Any] = {"scores": text.scores.tolist()}
     for role, probability in (("target", "probability"), ("contrast", "contrast_probability")):
         number = text.target.get(f"{role} probability")
         found[role] = text.target.get(role)
@@ -366,6 +398,7 @@ def _schema() -> Any:
             "probability": arrow.float32(),
             "contrast": arrow.string(),
             "contrast_probability": arrow.float32(),
+            ERROR: arrow.string(),
         }
     )
 
@@ -378,6 +411,7 @@ def _show(document: dict[str, Any]) -> None:
         "finished by an earlier run": f"{document['finished_before']:,}",
         "cut at --length": f"{document['cut']:,}",
         "left out, without tokens": f"{document['without_tokens']:,}",
+        "not scored, see the column 'error'": f"{document['failed']:,}",
         "tokens": f"{document['tokens']:,}",
         "seconds": f"{document['seconds']:.1f}, loading included",
         "folder": f"{document['folder']} ({len(document['files']):,} Parquet files)",

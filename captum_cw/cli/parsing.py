@@ -211,6 +211,8 @@ def _add_set(group: Any) -> None:
     shard = f"number of texts per file (default: {choices.SHARD_SIZE}); a killed run repeats "
     shard += "unfinished files"
     _add(group, "--shard-size N", shard, type=_count)
+    going = "go on after a text that cannot be scored; its row says why"
+    _add(group, "--keep-going", going, action="store_true", default=None)
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from captum_cw import InputContributions, TargetContributions, TokenScores
 from captum_cw.capture import UnsupportedModelError, recomputing
+from captum_cw.capture.run import Runner
+from captum_cw.capture.target_run import TargetRunner
 from support.inputs import (
     last_tokens_and_cache,
     letter_tokenizer,
@@ -163,6 +165,19 @@ def test_a_wrong_target_is_refused(
     with pytest.raises(error, match=message):
         method(model).attribute(token_ids(), target, contrast=contrast)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("of", ["frozen", "attnlrp", "plain"])
+def test_a_target_that_is_not_finite_is_named(of: Any, model: nn.Module) -> None:
+    runner = TargetRunner(Runner(model), of)
+    runner.run(token_ids(), target=7)
+    with pytest.raises(ValueError, match="gradient of the target is NaN or infinite"):
+        runner.run(token_ids(), target=lambda y: (0 * last_logit(y)).sqrt())
+    rows = token_ids()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[rows[1, 3]] = torch.nan  # type: ignore[operator]
+    with pytest.raises(ValueError, match="The target of example 1 is nan: check the inputs"):
+        runner.run(rows, target=7)
 
 
 def test_a_class_has_no_position() -> None:

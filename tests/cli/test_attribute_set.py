@@ -374,6 +374,39 @@ def test_a_run_that_fails_at_once_leaves_the_folder_to_others(
     assert json.loads((out / attribute_set.SETTINGS).read_text())["batch_tokens"] == 40
 
 
+def test_a_text_that_cannot_be_scored_stops_the_run_unless_it_may_go_on(
+    command: list[str],
+    tiny_model: Any,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["a b c", "d e f", "g h", "i j k l", "m Q n", "o p q r s t", "Q", "u v w"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in given)
+    (tmp_path / "texts.jsonl").write_text(lines)
+    expected = scored(command, tmp_path / "whole")
+    with torch.no_grad():
+        tiny_model.get_input_embeddings().weight[tiny_tokenizer("Q").input_ids[0]] = torch.nan
+    tiny_model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    capsys.readouterr()
+    assert main([*command, "--out", str(out)]) == 1
+    told = capsys.readouterr().err
+    assert "Text 4 could not be scored. The target of example 0 is nan" in told
+    assert "Give --keep-going to go on" in told
+    assert len(list(out.glob("*.parquet"))) == 1
+    rows = scored([*command, "--keep-going"], out)
+    assert "not scored, see the column 'error': 2\n" in capsys.readouterr().out
+    for row, whole in zip(rows, expected, strict=True):
+        assert (row["ids"], row["tokens"]) == (whole["ids"], whole["tokens"])
+        if "Q" in given[row["number"]]:
+            assert (row["scores"], row["target"], row["probability"]) == (None, None, None)
+            assert row["error"].startswith("The target of example 0 is nan")
+        else:
+            torch.testing.assert_close(torch.tensor(row["scores"]), torch.tensor(whole["scores"]))
+            assert row["error"] is None
+
+
 def test_two_runs_do_not_write_to_one_folder(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -635,7 +668,7 @@ def test_a_folder_that_cannot_be_written_is_reported_before_anything_is_loaded(
     [
         (["--target", "d e"], "'d e' has 2 tokens"),
         (["--target", "d", "--contrast", "e f g"], "'e f g' has 3 tokens"),
-        (["--target", "d", "--contrast", "d"], "the first is text 2. contrast="),
+        (["--target", "d", "--contrast", "d"], "The target 'd' and the contrast 'd' are the same"),
         (["--data", "no/such/file.txt"], "no/such/file.txt"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
