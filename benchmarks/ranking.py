@@ -463,9 +463,9 @@ def write_tables(path: Path, title: str, head: str, sections: Mapping[str, str])
 
 
 def add_to_pages(out: Path, made: str, sections: Mapping[str, str], results: Results) -> None:
-    """Add tables and marks to pages that are there, and say how they were made.
+    """Add tables, rows and marks to pages that are there, and say how they were made.
 
-    The first tables and the figures of the pages stay as they are.
+    The figures of the pages stay as they are.
     """
     every = sections_of(out / "rankings.md")
     title, _, head = every.pop("").partition("\n\n")
@@ -479,13 +479,30 @@ def add_to_pages(out: Path, made: str, sections: Mapping[str, str], results: Res
     every.update(sections)
     in_order = {heading: every[heading] for heading in sorted(every, key=place)}
     write_tables(out / "rankings.md", title.removeprefix("# "), f"{head}\n\n{made}", in_order)
-    for question, (keys, _, _) in QUESTIONS.items():
+    for question, (keys, key, scores) in QUESTIONS.items():
         path = out / f"{question}.md"
         added = {of: result for of, result in results.items() if of[-1] in keys}
         if added:
+            first = with_rows(part_of(path, "first"), first_table(added, key, scores))
             marks = standings(added, keys, known=part_of(path, "all"))
-            shown = {"all": marks, "command": f"{part_of(path, 'command')}\n\n{made}"}
+            made_so_far = f"{part_of(path, 'command')}\n\n{made}"
+            shown = {"first": first, "all": marks, "command": made_so_far}
             fill_page(path, f"What ranks {question}?", shown)
+
+
+def with_rows(part: str, table: str) -> str:
+    """Put the rows of a table into that of a part of a page.
+
+    They replace the rows of the same model, texts and score, or follow the others.
+    """
+
+    def key(line: str) -> tuple[str, ...]:
+        return tuple(line.split(" | ")[:2])
+
+    new = {key(line): line for line in table.splitlines()[2:]}
+    lines = [new.pop(key(line), line) for line in part.splitlines()]
+    end = max(n for n, line in enumerate(lines) if line.startswith("|")) + 1
+    return "\n".join((*lines[:end], *new.values(), *lines[end:]))
 
 
 def _about(options: argparse.Namespace) -> str:

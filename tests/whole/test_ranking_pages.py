@@ -212,6 +212,14 @@ def test_settings_and_texts_are_added_to_pages(
         second = "." if "| global" in before else r"\1"  # the same texts by another name
         assert after == re.sub(r"`([-+~])`", rf"`\1{second}`", before)
 
+    page = out / "pairs.md"
+    old = re.sub(r"letters \| joint \|.*", "letters | joint | old |", page.read_text())
+    page.write_text(old)
+    assert pages.part_of(page, "first") != first
+    written(ranking, [*arguments, "global", *other, *letters, "--add"], out)
+    written(ranking, [*arguments, "global", *letters, *other], whole)
+    assert pages.part_of(page, "first") == pages.part_of(whole / "pairs.md", "first")
+
 
 def test_words_around_the_parts_of_a_page_stay(tmp_path: Path) -> None:
     pages = importlib.import_module("pages")
