@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from captum_cw._utils.extras import imported
+from captum_cw.cli import choices
 from captum_cw.cli.answer import Answer, show_files
 from captum_cw.cli.console import console
 from captum_cw.cli.output import check_generates_text, load
@@ -42,7 +43,7 @@ def run(options: Namespace) -> Answer:
         options.parser.error("give --model and --data, or --preset paper, which chooses both")
     for library in ("datasets", "pandas", "scipy", "sklearn"):
         imported(library, "analysis")
-    if options.tasks:
+    if tasks and "F4" in (options.only or choices.ITEMS):
         imported("lm_eval", "tasks")
     _check_names("--model", models)
     _check_names("--data", data)

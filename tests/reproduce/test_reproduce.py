@@ -6,6 +6,7 @@ import json
 import random
 import re
 import string
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from html import unescape
@@ -161,6 +162,19 @@ def test_the_command_line(
     with pytest.raises(SystemExit, match="2"):
         main(["reproduce", "--out", str(tmp_path / "p")])
     assert "--preset paper, which chooses both" in capsys.readouterr().err
+
+
+def test_a_missing_library_of_tasks_is_named_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    place = ["--model", str(tmp_path), "--data", "gsm8k", "--out", str(tmp_path / "o")]
+    assert main(["reproduce", *place, "--preset", "paper"]) == 1
+    assert "lm_eval is not installed" in capsys.readouterr().err
+    # Without the item of tasks, the run begins, and finds that there is no model.
+    place[3] = str(tmp_path / "none.jsonl")
+    assert main(["reproduce", *place, "--preset", "paper", "--only", "T2"]) == 1
+    assert "none.jsonl" in capsys.readouterr().err
 
 
 def test_names_of_folders_keep_their_dots_and_differ(
