@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from itertools import islice, pairwise, product
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from captum_cw._utils.processes import Processes
 from captum_cw._utils.progress import progress_bar
 from captum_cw._utils.records import Records, RecordsError
+from captum_cw._utils.suggestions import kind
 from captum_cw._utils.versions import versions
 from captum_cw.capture.model import evaluation_mode, uncompiled, unwrapped
 from captum_cw.functional import check_choice
@@ -38,7 +40,16 @@ from captum_cw.removal.target_scores import TextValue, target_scorer
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11
 
-__all__ = ["ComprehensivenessSufficiency", "checked_rates", "comprehensiveness", "sufficiency"]
+__all__ = [
+    "ComprehensivenessSufficiency",
+    "checked_methods",
+    "checked_rates",
+    "comprehensiveness",
+    "sufficiency",
+]
+
+#: What data may be, for error messages.
+AS_DATA = "give token ids (B, T), a BatchEncoding or a dict of tensors, or an iterable of these"
 
 #: A model soon breaks if the top is removed, and late if the bottom is removed.
 DEFAULT_RATES: dict[Which, tuple[float, ...]] = {
@@ -170,9 +181,8 @@ class ComprehensivenessSufficiency:
             dict_keys(['ours', 'chance'])
         """
         self._check_target(target)
+        methods = checked_methods(methods)
         scorers = {name: self._scorer(method) for name, method in methods.items()}
-        if not scorers:
-            raise ValueError("methods is empty: give at least one method.")
         settings = self._settings(methods, target)
         batches = _batches(inputs_or_dataloader)
         passes = 1 + len(scorers) * sum(map(len, self.rates.values()))
@@ -385,7 +395,13 @@ def _batches(given: Batch | Iterable[Batch]) -> Iterable[Batch]:
             f"The inputs are a tuple of {len(given)}: give a dict with names, such as input_ids "
             "and attention_mask, or a list of batches."
         )
-    return [given] if isinstance(given, (Tensor, Mapping)) else given
+    if isinstance(given, (Tensor, Mapping)):
+        return [given]
+    try:
+        iter(given)  # also of a data set that has only __getitem__
+    except TypeError:
+        raise TypeError(f"The data are {kind(given)}: {AS_DATA}.") from None
+    return given
 
 
 def _parts(batches: Iterable[Batch]) -> Iterator[Part]:
@@ -399,10 +415,7 @@ def _parts(batches: Iterable[Batch]) -> Iterator[Part]:
                 )
             (batch,) = batch[:1]  # as a TensorDataset returns it
         if not isinstance(batch, (Tensor, Mapping)):
-            raise TypeError(
-                f"A batch is of type {type(batch).__name__}: give token ids (B, T), a "
-                "BatchEncoding or a dict of tensors, or an iterable of these."
-            )
+            raise TypeError(f"A batch is {kind(batch)}: {AS_DATA}.")
         inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
         ids = inputs.get("input_ids")
         B = len(ids) if isinstance(ids, Tensor) and ids.dim() else 0
@@ -467,8 +480,36 @@ def checked_rates(
         return checked_rates({"top": rates, "bottom": rates})
     for which, fractions in rates.items():
         check_choice("which", which, Which)
-        if not fractions or not all(0 < rate <= 1 for rate in fractions):
-            raise ValueError(f"rates must be fractions in (0, 1], got {fractions}.")
+        several = isinstance(fractions, Iterable) and not isinstance(fractions, str)
+        if not several or not len(fractions) or not all(map(_is_fraction, fractions)):
+            raise ValueError(
+                f"rates must be fractions in (0, 1], such as [0.1, 0.5], got {fractions!r}."
+            )
         if any(a >= b for a, b in pairwise(fractions)):
             raise ValueError(f"rates must be in ascending order, each once, got {fractions}.")
     return {which: tuple(map(float, fractions)) for which, fractions in rates.items()}
+
+
+def _is_fraction(rate: object) -> bool:
+    return isinstance(rate, (Real, Tensor)) and bool(0 < rate <= 1)  # type: ignore[operator]
+
+
+def checked_methods(methods: Mapping[str, object]) -> Mapping[str, object]:
+    """Return methods, of which there is at least one.
+
+    Raises:
+        TypeError: If they do not have names.
+        ValueError: If there are none.
+
+    Example:
+        >>> checked_methods({"chance": "random"})
+        {'chance': 'random'}
+    """
+    if not isinstance(methods, Mapping):
+        raise TypeError(
+            f"methods is {kind(methods)}: give each method a name of your choice, such as "
+            "{'ours': ContributionWeights(model), 'chance': 'random'}."
+        )
+    if not methods:
+        raise ValueError("methods is empty: give at least one method.")
+    return methods

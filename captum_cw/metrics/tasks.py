@@ -39,7 +39,7 @@ from captum_cw._utils.records import Records
 from captum_cw._utils.suggestions import suggestion
 from captum_cw._utils.versions import versions
 from captum_cw.capture.model import evaluation_mode, unwrapped
-from captum_cw.metrics.faithfulness import checked_rates
+from captum_cw.metrics.faithfulness import checked_methods, checked_rates
 from captum_cw.metrics.identity import check_identified, described, fingerprint
 from captum_cw.metrics.task_result import Score, TaskResult
 from captum_cw.removal.interventions import remove_tokens
@@ -124,8 +124,7 @@ def evaluate_tasks(
     """
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks must be a list of one name or more, got {tasks!r}.")
-    if not methods:
-        raise ValueError("methods is empty: give at least one method.")
+    methods = checked_methods(methods)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, or None for all documents, got {limit}.")
     if chat_template_kwargs and not apply_chat_template:

@@ -767,6 +767,10 @@ def test_another_run_is_refused_and_its_file_left_alone(tmp_path: Path) -> None:
         ({"rates": [1.5]}, r"fractions in \(0, 1\]"),
         ({"rates": []}, r"fractions in \(0, 1\]"),
         ({"rates": [float("nan")]}, r"fractions in \(0, 1\]"),
+        ({"rates": 0.5}, r"fractions in \(0, 1\], such as \[0.1, 0.5\], got 0.5"),
+        ({"rates": {"top": 0.5}}, "got 0.5"),
+        ({"rates": ["0.5"]}, "got \\['0.5'\\]"),
+        ({"rates": "0.5"}, "got '0.5'"),
         ({"ranking": "global"}, "use scoring='clean'"),
         ({"quantity": "accuracy"}, "quantity='accuracy' is unknown"),
         ({"granularity": "word"}, "granularity='word' is unknown"),
@@ -889,6 +893,12 @@ def test_other_misuse_is_refused(result: FaithfulnessResult) -> None:
     metric = ComprehensivenessSufficiency(model, [0.5])
     with pytest.raises(ValueError, match="methods is empty"):
         metric.evaluate({}, token_ids())
+    for methods in (["vw"], "vw", ContributionWeights(model)):
+        with pytest.raises(TypeError, match="give each method a name of your choice"):
+            metric.evaluate(methods, token_ids())  # type: ignore[arg-type]
+    for data in (None, 5):
+        with pytest.raises(TypeError, match=r"The data are of type .*: give token ids \(B, T\)"):
+            metric.evaluate({"vw": "vw"}, data)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="'ig' was not evaluated"):
         result.compare("cw", "ig")
     with pytest.raises(TypeError, match="'model' is a name: load the model first"):

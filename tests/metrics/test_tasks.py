@@ -490,6 +490,7 @@ def test_tasks_without_one_accuracy_are_refused(run: Run) -> None:
         ({"rates": [0.5, 0.3]}, ValueError, "ascending"),
         ({"rates": [0.5], "which": "middle"}, ValueError, "middle"),
         ({"methods": {}}, ValueError, "methods is empty"),
+        ({"methods": ["vw"]}, TypeError, "methods is of type list: give each method a name"),
         ({"methods": {"a": "attentoin"}}, ValueError, "'attentoin' is unknown"),
         ({"methods": {"a": torch.ones(1, 3)}}, TypeError, "Tensor"),
         ({"ranking": "global"}, ValueError, "scoring='clean'"),
