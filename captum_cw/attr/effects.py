@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -104,8 +105,9 @@ class EffectContributions(AttentionAttribution):
         check_choice("form", form, Form)
         chosen = BEST[form] if gradient is None else gradient
         check_choice("gradient", chosen, Gradient)
-        if not 0 <= weight <= 1:
-            raise ValueError(f"weight={weight!r} is not between 0 and 1.")
+        is_number: bool = isinstance(weight, Real)
+        if not is_number or not 0 <= weight <= 1:
+            raise ValueError(f"weight={weight!r} is not a number between 0 and 1.")
         super().__init__(forward_func, layer, device_ids, kind=kind)
         self.form: Form = form
         self.gradient: Gradient = chosen

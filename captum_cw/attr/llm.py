@@ -20,7 +20,7 @@ from captum_cw.capture.model import LOGITS, device_of, evaluation_mode, paramete
 from captum_cw.capture.outputs import logits_of
 from captum_cw.text.prompts import Text, extended, model_inputs, read_text
 from captum_cw.text.templates import Encoded, encode, owners, places_of
-from captum_cw.text.tokens import readable_ids
+from captum_cw.text.tokens import check_tokenizer, readable_ids
 
 __all__ = ["LLMTokenAttribution"]
 
@@ -52,7 +52,8 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
         tokenizer: The model's tokenizer.
 
     Raises:
-        TypeError: If ``attr_method`` is of another type, or does not hold a model.
+        TypeError: If ``attr_method`` or ``tokenizer`` is of another type, or ``attr_method`` does
+            not hold a model.
         UnsupportedModelError: If the model has an encoder and a decoder.
 
     Example:
@@ -85,6 +86,7 @@ class LLMTokenAttribution(BaseLLMAttribution):  # type: ignore[misc]  # captum h
                 "use TokenScores(ContributionWeights(model, kind='cross'), queries=position) with "
                 "input_ids and decoder_input_ids."
             )
+        check_tokenizer(tokenizer)
         super().__init__(attr_method, tokenizer)
         self.attr_method = attr_method
         self.device = device_of(self.model)

@@ -33,7 +33,7 @@ from captum_cw.functional import Space
 from captum_cw.measures import TARGET
 from captum_cw.text.prompts import Text, model_inputs, read_text
 from captum_cw.text.templates import Encoded
-from captum_cw.text.tokens import readable_ids, readable_tokens, word_numbers
+from captum_cw.text.tokens import check_tokenizer, readable_ids, readable_tokens, word_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,11 +176,7 @@ def _check(model: Any, tokenizer: Any) -> None:
     """Raise an error if a model cannot be explained, or is not a model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}: give a torch.nn.Module.")
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):
-        raise TypeError(
-            f"tokenizer is of type {type(tokenizer).__name__}: give the model's tokenizer, such as "
-            "AutoTokenizer.from_pretrained(name)."
-        )
+    check_tokenizer(tokenizer)
     if "decoder_input_ids" in parameters_of(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has an encoder and a decoder, which read two texts: use "

@@ -32,7 +32,7 @@ from captum_cw.metrics.identity import check_identified, checksum, described, fi
 from captum_cw.metrics.quantities import QuantityName, quantity_of
 from captum_cw.metrics.result import FaithfulnessResult
 from captum_cw.removal.changes import check_self_attention
-from captum_cw.removal.options import RemovalKeywords, RemovalOptions
+from captum_cw.removal.options import RemovalKeywords, options_from
 from captum_cw.removal.ranking import Which
 from captum_cw.removal.scoring import TokenMethod, model_of, scorer_of
 from captum_cw.removal.target_scores import TextValue, target_scorer
@@ -118,7 +118,7 @@ class ComprehensivenessSufficiency:
                 f"quantity={quantity!r} needs a prediction of the token after the text, which a "
                 "masked language model does not make: use 'perplexity', 'nll', 'kl' or a callable."
             )
-        chosen, protected = RemovalOptions(**options), list(protected_ids)
+        chosen, protected = options_from(options), list(protected_ids)
         self._plan = Plan(self.model, chosen, mask_token_id, protected, quantity_of(quantity))
 
     def evaluate(

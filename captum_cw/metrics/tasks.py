@@ -43,7 +43,7 @@ from captum_cw.metrics.faithfulness import checked_methods, checked_rates
 from captum_cw.metrics.identity import check_identified, described, fingerprint
 from captum_cw.metrics.task_result import Score, TaskResult
 from captum_cw.removal.interventions import remove_tokens
-from captum_cw.removal.options import RemovalKeywords, RemovalOptions
+from captum_cw.removal.options import RemovalKeywords, options_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,7 +142,7 @@ def evaluate_tasks(
         loaded = _load_tasks(lm, tasks, task_path, limit, apply_chat_template)
         settings = {
             "rates": list(checked),
-            **asdict(RemovalOptions(**options)),
+            **asdict(options_from(options)),
             "limit": limit,
             "apply_chat_template": apply_chat_template,
             "chat_template_kwargs": dict(chat_template_kwargs or {}),

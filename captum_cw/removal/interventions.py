@@ -11,9 +11,11 @@ for a cache policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,8 +26,8 @@ from captum_cw.capture.target_value import Target
 from captum_cw.removal.changes import FixedChange, RankedRemoval, Scaled
 from captum_cw.removal.options import (
     RemovalKeywords,
-    RemovalOptions,
     check_rate,
+    options_from,
     removal_factors,
 )
 from captum_cw.removal.ranking import Which
@@ -97,7 +99,7 @@ def remove_tokens(
         ...     logits = model(ids).logits
     """
     check_rate(rate, which)
-    chosen = RemovalOptions(**options)
+    chosen = options_from(options)
     scorer: PairScorer | TokenMethod | TargetScorer | None
     scorer = target_scorer(method, unwrapped(model), chosen.granularity)
     if scorer is None:
@@ -183,9 +185,18 @@ def scale_values(
         >>> with scale_values(model, 0.5, positions=0, layers=[1]):
         ...     logits = model(ids).logits
     """
-    if not math.isfinite(factor):
-        raise ValueError(f"factor={factor!r} is not finite.")
-    places = [positions] if isinstance(positions, int) else list(positions)
-    chosen = [layers] if isinstance(layers, int) else layers
-    with Scaled(model, factor, places, None if chosen is None else list(chosen)).in_force():
+    if not isinstance(factor, Real) or not math.isfinite(factor):
+        raise ValueError(f"factor={factor!r} is not a finite number.")
+    places = _numbers("positions", positions)
+    chosen = None if layers is None else _numbers("layers", layers)
+    with Scaled(model, float(factor), places, chosen).in_force():
         yield
+
+
+def _numbers(name: str, given: int | Sequence[int]) -> list[int]:
+    """Return one index or several as a list."""
+    several = given if isinstance(given, Iterable) else [given]
+    try:
+        return [operator.index(number) for number in several]
+    except TypeError:
+        raise TypeError(f"{name}={given!r}: give an index, or a list of indices.") from None

@@ -6,14 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from captum_cw._utils.suggestions import suggestion
 from captum_cw.capture import Execution, StateSpace
 from captum_cw.functional import AttentionLayer, Reduction, check_choice
 from captum_cw.removal.ranking import RankingScope, RateOf, Which, chosen_pairs
@@ -26,6 +27,7 @@ __all__ = [
     "RemovalOptions",
     "Scoring",
     "check_rate",
+    "options_from",
     "removal_factors",
 ]
 
@@ -47,6 +49,26 @@ class RemovalKeywords(TypedDict, total=False):
     sink_threshold: float
     sink_space: StateSpace
     seed: int
+
+
+def options_from(given: Mapping[str, Any]) -> RemovalOptions:
+    """Return options that are given as keyword arguments.
+
+    Raises:
+        TypeError: If one is unknown.
+        ValueError: As for :class:`RemovalOptions`.
+
+    Example:
+        >>> options_from({"scoring": "clean"}).scoring
+        'clean'
+    """
+    known = RemovalKeywords.__annotations__
+    for name in given.keys() - known.keys():
+        raise TypeError(
+            f"{name!r} is not an option of removal.{suggestion(name, known)} Known: "
+            f"{', '.join(known)}."
+        )
+    return RemovalOptions(**given)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from captum_cw._utils.suggestions import kind
 from captum_cw.capture.model import text_config
 from captum_cw.functional import check_choice
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Grouping",
     "Span",
+    "check_tokenizer",
     "group_scores",
     "readable_tokens",
     "sink",
@@ -39,6 +41,19 @@ _LINE_MARKS = {"\n": "⏎", "\t": "⇥"}
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 # Scripts without spaces between words, by the first word of their characters' Unicode names.
 _UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise a TypeError if something else is given in the place of a tokenizer.
+
+    Example:
+        >>> check_tokenizer(tokenizer)
+    """
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise TypeError(
+            f"tokenizer is {kind(tokenizer)}: give the model's tokenizer, such as "
+            "AutoTokenizer.from_pretrained(name)."
+        )
 
 
 def readable_tokens(

@@ -603,7 +603,8 @@ def test_without_a_sink_there_is_nothing_to_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("factors", "message"), [([], "factors"), ([0.5, float("nan")], "factor=nan is not finite")]
+    ("factors", "message"),
+    [([], "factors"), ([0.5, float("nan")], "factor=nan is not a finite")],
 )
 def test_factors_that_say_nothing_are_refused(factors: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -124,9 +124,9 @@ def test_effects_may_be_those_of_the_linearised_model(model: Any, gradient: Any)
         check_maps(attribute(model, inputs, gradient=gradient, **options), joint)
 
 
-@pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan"), "0.5"])
 def test_a_weight_beyond_its_bounds_is_refused(weight: float) -> None:
-    with pytest.raises(ValueError, match=r"weight=.* is not between 0 and 1"):
+    with pytest.raises(ValueError, match=r"weight=.* is not a number between 0 and 1"):
         EffectContributions(llama(), weight=weight)
 
 

@@ -553,7 +553,10 @@ def test_masks_that_do_not_fit_are_refused(masks: list[Tensor], message: str) ->
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"factor": float("inf"), "positions": 0}, ValueError, "factor=inf is not finite"),
+        ({"factor": float("inf"), "positions": 0}, ValueError, "factor=inf is not a finite"),
+        ({"factor": "2", "positions": 0}, ValueError, "factor='2' is not a finite number"),
+        ({"factor": 0.5, "positions": "first"}, TypeError, "positions='first': give an index"),
+        ({"factor": 0.5, "positions": 0, "layers": [1.0]}, TypeError, r"layers=\[1.0\]: give an"),
         ({"factor": 0.5, "positions": 9}, IndexError, "positions=9, but example 0 has 9 tokens"),
         ({"factor": 0.5, "positions": 0, "layers": 5}, IndexError, r"layers=\[5\].*0\.\.1"),
     ],

@@ -231,6 +231,16 @@ def test_a_tokenizer_in_the_place_of_the_model_is_named(tiny_model, tiny_tokeniz
         explain(tiny_tokenizer, tiny_model, "Ice is cold")
     with pytest.raises(TypeError, match="tokenizer is of type LlamaForCausalLM: give the model's"):
         explain(tiny_model, tiny_model, "Ice is cold")
+    with pytest.raises(TypeError, match="tokenizer is of type NoneType: give the model's"):
+        LLMTokenAttribution(ContributionWeights(tiny_model), None)
+
+
+def test_an_unknown_option_of_removal_is_named(tiny_model) -> None:
+    message = "'scorring' is not an option of removal. Did you mean 'scoring'"
+    with pytest.raises(TypeError, match=message):
+        remove_tokens(tiny_model, "contribution", 0.5, scorring="clean").__enter__()
+    with pytest.raises(TypeError, match=message):
+        ComprehensivenessSufficiency(tiny_model, [0.5], scorring="clean")
 
 
 def test_a_class_in_the_place_of_a_measure_is_named(tiny_model, tiny_tokenizer) -> None:

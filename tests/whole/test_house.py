@@ -22,7 +22,7 @@ ALLOWED = {
     "functional": {"products", "weights"},
     "rollout": {"functional", "products", "weights"},
     "capture": {"functional", "weights", "_utils"},
-    "text": {"capture", "functional", "weights"},
+    "text": {"capture", "functional", "weights", "_utils"},
     "attr": {"capture", "text", "rollout", "functional", "_utils"},
     "removal": {"attr", "capture", "measures", "functional", "weights", "_utils"},
     "visualization": {"text", "_utils"},
