@@ -89,11 +89,7 @@ class BatchScorer:
         self.needs_mask = names.predicts_tokens and not causal
         self._target = self._number(names, question.target)
         self._contrast = self._number(names, question.contrast)
-        if self._target is not None and self._target == self._contrast:
-            raise ValueError(
-                f"The target {question.target!r} and the contrast {question.contrast!r} are the "
-                "same, so their difference is zero: give another contrast, or none."
-            )
+        names.check_differ(question)
         if isinstance(self._measure, InputContributions):
             return  # they are scores of tokens already
         if entry.name == TARGET or question.target is not None:

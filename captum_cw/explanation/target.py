@@ -285,18 +285,23 @@ class Names:
         return position, wanted
 
     def check_differ(self, question: Question) -> None:
-        """Raise a ValueError if a target and its contrast begin with the same token."""
+        """Raise a ValueError if a target and its contrast are one class or token."""
         target, contrast = question.target, question.contrast
-        if not (isinstance(target, str) and isinstance(contrast, str) and self.predicts_tokens):
+        if not (isinstance(target, (str, int)) and isinstance(contrast, (str, int))):
             return
-        number = self._number_of(target)
-        if target != contrast and number == self._number_of(contrast):
-            shared = self._readable(number)
+        number = self.number(target, None)
+        if number != self.number(contrast, None):
+            return
+        if isinstance(target, str) and isinstance(contrast, str) and target != contrast:
             raise ValueError(
-                f"{target!r} and {contrast!r} begin with the same token {shared!r}: add it to the "
-                "end of the text, or use LLMTokenAttribution, which explains the first token in "
-                "which two outputs differ."
+                f"{target!r} and {contrast!r} begin with the same token "
+                f"{self._readable(number)!r}: add it to the end of the text, or use "
+                "LLMTokenAttribution, which explains the first token in which two outputs differ."
             )
+        raise ValueError(
+            f"The target {target!r} and the contrast {contrast!r} are the same, so their "
+            "difference is zero: give another contrast, or none."
+        )
 
     def position(self, wanted: Wanted, position: int | None, T: int) -> int | None:
         """Return the position of a target in a text of ``T`` tokens; None if it has none."""

@@ -176,7 +176,12 @@ def test_classes_that_do_not_exclude_each_other_have_no_probability(
         "unknown contrast": (classifier, {"contrast": "god"}, ValueError, "'god' is not a class"),
         "empty": (llama, {"target": ""}, ValueError, "'' has no tokens: give a word"),
         "empty contrast": (llama, {"contrast": ""}, ValueError, "'' has no tokens: give a word"),
-        "itself": (llama, {"target": "c", "contrast": 3}, ValueError, "the same as the target"),
+        "itself": (
+            llama,
+            {"target": "c", "contrast": 3},
+            ValueError,
+            "the contrast 3 are the same",
+        ),
         "alike": (llama, {"target": "c d", "contrast": "c e"}, ValueError, "same token ' c'"),
         "number": (llama, {"target": 64}, IndexError, r"target=64 is out of range.*0\.\.63"),
         "position": (llama, {"target": (7, 3)}, IndexError, "position 7, but the model predicts 7"),
