@@ -47,7 +47,7 @@ ENOUGH_QUERIES = 64
 #: takes about a third of the free memory at the worst.
 FREE_BYTES_AN_ELEMENT, MOST_ELEMENTS = 64, 2**28
 
-#: A matrix product with fewer elements is not worth the threads of its own.
+#: A matrix product whose result has fewer elements gains nothing from several threads.
 LARGE_PRODUCT = 2**16
 
 P = ParamSpec("P")

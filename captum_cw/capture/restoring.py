@@ -192,7 +192,7 @@ def evaluating(roots: Collection[nn.Module]) -> Iterator[None]:
 
 def _leave(modules: list[nn.Module]) -> None:
     """Restore the modules that no other thread uses, even if one of them raises an error."""
-    errors = []
+    errors: list[BaseException] = []
     for module in modules:
         state = _states[module]
         state.users -= 1
@@ -201,7 +201,7 @@ def _leave(modules: list[nn.Module]) -> None:
         del _states[module]
         try:
             state.restore(module)
-        except Exception as error:
+        except BaseException as error:  # also an interruption by the user
             errors.append(error)
     if errors:
         raise errors[0]

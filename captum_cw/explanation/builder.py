@@ -196,7 +196,7 @@ def _are_texts(given: Any) -> bool:
 
 
 def _awaits_answer(text: Any) -> bool:
-    """Whether a text is a chat, and the model has to write its next message."""
+    """Whether a text is a chat in which the model writes the next message."""
     last = text[-1] if isinstance(text, (list, tuple)) and text else None
     return isinstance(last, Mapping) and last.get("role") in ("user", "tool", "system")
 

@@ -478,16 +478,19 @@ def checked_rates(
         return dict(DEFAULT_RATES)
     if not isinstance(rates, Mapping):
         return checked_rates({"top": rates, "bottom": rates})
-    for which, fractions in rates.items():
+    checked: dict[Which, tuple[float, ...]] = {}
+    for which, given in rates.items():
         check_choice("which", which, Which)
-        several = isinstance(fractions, Iterable) and not isinstance(fractions, str)
-        if not several or not len(fractions) or not all(map(_is_fraction, fractions)):
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        fractions = list(given) if several else []
+        if not fractions or not all(map(_is_fraction, fractions)):
             raise ValueError(
-                f"rates must be fractions in (0, 1], such as [0.1, 0.5], got {fractions!r}."
+                f"rates must be fractions in (0, 1], such as [0.1, 0.5], got {given!r}."
             )
         if any(a >= b for a, b in pairwise(fractions)):
-            raise ValueError(f"rates must be in ascending order, each once, got {fractions}.")
-    return {which: tuple(map(float, fractions)) for which, fractions in rates.items()}
+            raise ValueError(f"rates must be in ascending order, each once, got {given}.")
+        checked[which] = tuple(map(float, fractions))
+    return checked
 
 
 def _is_fraction(rate: object) -> bool:

@@ -15,7 +15,6 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -185,7 +184,11 @@ def scale_values(
         >>> with scale_values(model, 0.5, positions=0, layers=[1]):
         ...     logits = model(ids).logits
     """
-    if not isinstance(factor, Real) or not math.isfinite(factor):
+    try:
+        is_finite = math.isfinite(factor)
+    except TypeError:
+        is_finite = False
+    if not is_finite:
         raise ValueError(f"factor={factor!r} is not a finite number.")
     places = _numbers("positions", positions)
     chosen = None if layers is None else _numbers("layers", layers)

@@ -275,19 +275,20 @@ def test_a_tensor_that_was_made_in_inference_mode_is_put_back() -> None:
     assert model.training
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_one_module_that_cannot_be_put_back_does_not_keep_the_others(
-    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = untidy().train()
     plain = _ModuleState.restore
 
     def restore(self: _ModuleState, module: nn.Module) -> None:
         if module is model.lm_head:
-            raise RuntimeError("no")
+            raise error("no")
         plain(self, module)
 
     monkeypatch.setattr(_ModuleState, "restore", restore)
-    with pytest.raises(RuntimeError, match="no"), evaluating([model]):
+    with pytest.raises(error, match="no"), evaluating([model]):
         pass
     assert all(module.training for module in model.modules() if module is not model.lm_head)
     monkeypatch.undo()

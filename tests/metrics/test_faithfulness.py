@@ -767,6 +767,7 @@ def test_another_run_is_refused_and_its_file_left_alone(tmp_path: Path) -> None:
         ({"rates": [1.5]}, r"fractions in \(0, 1\]"),
         ({"rates": []}, r"fractions in \(0, 1\]"),
         ({"rates": [float("nan")]}, r"fractions in \(0, 1\]"),
+        ({"rates": iter([])}, r"fractions in \(0, 1\]"),
         ({"rates": 0.5}, r"fractions in \(0, 1\], such as \[0.1, 0.5\], got 0.5"),
         ({"rates": {"top": 0.5}}, "got 0.5"),
         ({"rates": ["0.5"]}, "got \\['0.5'\\]"),

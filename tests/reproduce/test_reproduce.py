@@ -171,7 +171,7 @@ def test_a_missing_library_of_tasks_is_named_before_the_run(
     place = ["--model", str(tmp_path), "--data", "gsm8k", "--out", str(tmp_path / "o")]
     assert main(["reproduce", *place, "--preset", "paper"]) == 1
     assert "lm_eval is not installed" in capsys.readouterr().err
-    # Without the item of tasks, the run begins, and finds that there is no model.
+    # The other items do not need the library, so the command goes on and loads the texts.
     place[3] = str(tmp_path / "none.jsonl")
     assert main(["reproduce", *place, "--preset", "paper", "--only", "T2"]) == 1
     assert "none.jsonl" in capsys.readouterr().err
